@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a backend is: one class that does the work or says in a sentence why not.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "core/kernels/ops_api.h"
+
+namespace xgdn::kernel {
+
+/// Sizes of a delta-rule call, taken from the checked tensors. All later code takes sizes from here.
+struct GdnShape {
+  int64_t T = 0;   // tokens
+  int64_t N = 0;   // sequences
+  int64_t S = 0;   // slots
+  int64_t H = 0;   // key heads
+  int64_t HV = 0;  // value heads
+  int64_t K = 0;   // key head dim
+  int64_t V = 0;   // value head dim
+  int64_t L = 1;   // columns of the slot table
+};
+
+/// Sizes of a convolution call.
+struct ConvShape {
+  int64_t T = 0;  // tokens
+  int64_t N = 0;  // sequences
+  int64_t S = 0;  // slots
+  int64_t D = 0;  // channels
+  int64_t W = 0;  // taps
+  int64_t R = 0;  // rows of a conv slot
+};
+
+/// A backend serves every op. The two delta rules have no default; the other ops have one, composed from ATen
+/// (aten_defaults.cpp), which runs on every device without reading it from the host.
+class Backend {
+ public:
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+  virtual ~Backend() = default;
+
+  virtual std::string_view name() const = 0;  // "reference" "cpu" "cuda" "npu"
+
+  // nullopt: the call can be served; else one sentence for the user. The device test is every backend's first answer.
+  virtual std::optional<std::string> why_not_device(c10::Device device) const = 0;
+  virtual std::optional<std::string> why_not(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const ChunkGatedDeltaRuleParams&, const GdnShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const PackedDecodeParams&, const GdnShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const CausalConv1dParams&, const ConvShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const CausalConv1dUpdateParams&, const ConvShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const GdnGatingParams&, const GdnShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const L2NormParams&, const GdnShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const RmsNormGatedParams&, const GdnShape&) const { return {}; }
+
+  virtual void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const = 0;
+  virtual void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const = 0;
+  virtual void run(const PackedDecodeParams& p, const GdnShape& s) const;
+  virtual void run(const CausalConv1dParams& p, const ConvShape& s) const;
+  virtual void run(const CausalConv1dUpdateParams& p, const ConvShape& s) const;
+  virtual void run(const GdnGatingParams& p, const GdnShape& s) const;
+  virtual void run(const L2NormParams& p, const GdnShape& s) const;
+  virtual void run(const RmsNormGatedParams& p, const GdnShape& s) const;
+};
+
+}  // namespace xgdn::kernel

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chunk metadata of a prefill batch: which chunk of which sequence a program works on. Built once per step on the host,
+// never inside an op.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "core/errors.h"
+
+namespace xgdn::kernel {
+
+inline constexpr int64_t kChunkSize = 64;
+inline constexpr int64_t kLargeBlock = 1216;       // chunk size of chunk_indices_large_block
+inline constexpr int64_t kMaxCumsumHeads = 64;     // block_indices_cumsum is refused above
+
+/// With n_i(C) = ceil(len_i / C) over the N sequences of the batch. All int32.
+struct ChunkMetadata {
+  at::Tensor chunk_indices_chunk64;         // [sum n_i(64), 2]    rows (i, j), j < n_i(64)
+  at::Tensor chunk_offsets_chunk64;         // [N+1]               0, cumsum n_i(64)
+  at::Tensor update_chunk_offsets_chunk64;  // [N+1]               0, cumsum (n_i(64) + 1)
+  at::Tensor final_chunk_indices_chunk64;   // [N]                 cumsum (n_i(64) + 1) - 1
+  at::Tensor chunk_indices_large_block;     // [sum n_i(1216), 2]  as the first, C = 1216
+  at::Tensor block_indices_cumsum;          // [sum n_i(B), 2]     as the first, C = cumsum_block(HV_local)
+};
+
+/// Which sequence ids the index rows carry. kCompactRanks counts non-empty sequences only (vllm-ascend's kernels expect
+/// it; behind an interior empty sequence it names the wrong one, so it is never the default).
+enum class SequenceIds { kTrue, kCompactRanks };
+
+/// Block length of block_indices_cumsum: next_pow2(max(1, 2^18 / (num_v_heads_local * 64))). Throws UnsupportedError
+/// when num_v_heads_local > 64 or < 1.
+int64_t cumsum_block(int64_t num_v_heads_local);
+
+/// The six tables as host vectors; what the batch builder packs into its arena.
+struct ChunkMetadataHost {
+  std::vector<int32_t> chunk_indices_chunk64;
+  std::vector<int32_t> chunk_offsets_chunk64;
+  std::vector<int32_t> update_chunk_offsets_chunk64;
+  std::vector<int32_t> final_chunk_indices_chunk64;
+  std::vector<int32_t> chunk_indices_large_block;
+  std::vector<int32_t> block_indices_cumsum;
+};
+
+/// Builds the tables from sequence lengths (each >= 0, else IndexError).
+ChunkMetadataHost build_chunk_metadata_host(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
+                                            SequenceIds ids = SequenceIds::kTrue);
+
+/// The same as tensors: views of one CPU arena.
+ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
+                                   SequenceIds ids = SequenceIds::kTrue);
+
+}  // namespace xgdn::kernel

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops of the gated delta rule: one struct and one function per op. The only header of core/kernels that other
+// levels include.
+//
+// Letters: T tokens packed over all sequences, N sequences, S state slots, H key heads, HV value heads (HV % H == 0;
+// value head h reads key head h / (HV/H)), K and V head dims, W conv width, D channels, R rows of a conv slot,
+// L columns of a verification table, C chunk size (64).
+//
+//   alpha = exp(g)    u = beta (v - alpha S k)    S <- alpha S + u k^T    o = scale S q        (S: [V, K])
+//
+// Every op checks dtypes, shapes, devices and strides once, before it selects a backend, and throws DtypeError,
+// ShapeError, DeviceError, MissingMetadataError or UnsupportedError (core/errors.h). Values inside index tensors are
+// the caller's promise (check_indices() verifies them on the host). Slots that a call does not name are bitwise
+// unchanged; every row of `out` is written; rows of padded sequences are zero.
+//
+// "strided" below: the last dimension is contiguous, all others are free. Everything else is contiguous.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/errors.h"
+#include "core/kernels/chunk_metadata.h"
+
+namespace xgdn::kernel {
+
+/// A slot index that means "no slot": the sequence's output is zero and no state is touched.
+inline constexpr int32_t kPadSlot = -1;
+
+/// Added to the squared norm under the root, as in FLA and the checkpoints.
+inline constexpr double kL2NormEps = 1e-6;
+
+/// Advances each sequence's state token by token and reads it out: decode, and (with num_accepted) draft verification.
+///
+/// Decode: sequence n reads slot state_indices[n] and, after its last token, writes write_indices[n].
+/// Verification: state_indices is a table [N, L]; sequence n of at most L tokens reads table[n, num_accepted[n] - 1]
+/// and writes table[n, t] after token t. A read slot of kPadSlot skips the sequence; a write slot of kPadSlot computes
+/// the outputs and writes nothing.
+struct RecurrentGatedDeltaRuleParams {
+  at::Tensor q;              // [T, H, K]      f32 | bf16 | f16, strided
+  at::Tensor k;              // [T, H, K]      as q, strided
+  at::Tensor v;              // [T, HV, V]     as q, strided
+  at::Tensor g;              // [T, HV]        f32, natural log of the decay, <= 0, strided
+  at::Tensor beta;           // [T, HV]        f32 | as q, after the sigmoid, strided
+  at::Tensor state;          // [S, HV, V, K]  f32 | bf16, updated in place; a slot is contiguous, the slot stride free
+  at::Tensor cu_seqlens;     // [N+1]          i32
+  at::Tensor state_indices;  // [N] | [N, L]   i32
+  at::Tensor out;            // [T, HV, V]     f32 | as q, strided, written
+  std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices; not with num_accepted
+  std::optional<at::Tensor> num_accepted = {};   // [N]  i32, 1..L; makes the call a verification
+  std::optional<double> scale = {};              // default K^-0.5
+  bool use_qk_l2norm_in_kernel = true;
+  std::string backend = "auto";
+};
+void recurrent_gated_delta_rule(const RecurrentGatedDeltaRuleParams& p);
+
+/// Varlen prefill: initial states are read from the pool, final states written to it. Needs the step's chunk metadata
+/// for C = 64 (build_chunk_metadata); never recomputes it.
+struct ChunkGatedDeltaRuleParams {
+  at::Tensor q;              // [T, H, K]      f32 | bf16 | f16, strided
+  at::Tensor k;              // [T, H, K]      as q, strided
+  at::Tensor v;              // [T, HV, V]     as q, strided
+  at::Tensor g;              // [T, HV]        f32, <= 0, strided
+  at::Tensor beta;           // [T, HV]        f32 | as q, strided
+  at::Tensor state;          // [S, HV, V, K]  f32 | bf16, updated in place; a slot is contiguous, the slot stride free
+  at::Tensor cu_seqlens;     // [N+1]          i32
+  at::Tensor state_indices;  // [N]            i32
+  at::Tensor chunk_indices;  // [M, 2]         i32, ChunkMetadata::chunk_indices_chunk64
+  at::Tensor chunk_offsets;  // [N+1]          i32, ChunkMetadata::chunk_offsets_chunk64
+  at::Tensor out;            // [T, HV, V]     f32 | as q, strided, written
+  std::optional<at::Tensor> has_initial_state = {};  // [N] bool; false: start from zero; default all true
+  std::optional<at::Tensor> write_indices = {};      // [N]  i32; default state_indices
+  std::optional<double> scale = {};                  // default K^-0.5
+  bool use_qk_l2norm_in_kernel = true;
+  std::string backend = "auto";
+};
+void chunk_gated_delta_rule(const ChunkGatedDeltaRuleParams& p);
+
+/// One token per sequence straight from the conv output and the raw gates: gating, l2norm and recurrence in one kernel.
+/// H follows from the widths: row of mixed_qkv = [q: H K | k: H K | v: HV V].
+struct PackedDecodeParams {
+  at::Tensor mixed_qkv;      // [N, 2HK+HVV]   f32 | bf16 | f16, strided
+  at::Tensor a;              // [N, HV]        as mixed_qkv, strided
+  at::Tensor b;              // [N, HV]        as mixed_qkv, strided
+  at::Tensor A_log;          // [HV]           f32 | as mixed_qkv
+  at::Tensor dt_bias;        // [HV]           f32 | as mixed_qkv
+  at::Tensor state;          // [S, HV, V, K]  f32 | bf16, updated in place; a slot is contiguous, the slot stride free
+  at::Tensor state_indices;  // [N]            i32
+  at::Tensor out;            // [N, HV, V]     f32 | as mixed_qkv, strided, written
+  std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices
+  std::optional<double> scale = {};              // default K^-0.5
+  bool use_qk_l2norm_in_kernel = true;
+  std::string backend = "auto";
+};
+void packed_decode(const PackedDecodeParams& p);
+
+/// Depthwise causal convolution with SiLU over packed sequences (prefill). Reads the W-1 rows before the sequence from
+/// the conv pool where has_initial_state, else zeros; leaves the sequence's last W-1 inputs in rows 0..W-2.
+/// x and out must not overlap.
+struct CausalConv1dParams {
+  at::Tensor x;              // [T, D]     f32 | bf16 | f16, strided
+  at::Tensor weight;         // [D, W]     as x, W = 2..4, tap W-1 is the current token
+  at::Tensor conv_state;     // [S, R, D]  as x | f32, R >= W-1, oldest row first, updated in place
+  at::Tensor cu_seqlens;     // [N+1]      i32
+  at::Tensor state_indices;  // [N]        i32
+  at::Tensor out;            // [T, D]     as x, strided, written
+  std::optional<at::Tensor> bias = {};               // [D]  as x
+  std::optional<at::Tensor> has_initial_state = {};  // [N]  bool; default all true
+  std::optional<at::Tensor> write_indices = {};      // [N]  i32; default state_indices
+  bool silu = true;
+  std::string backend = "auto";
+};
+void causal_conv1d(const CausalConv1dParams& p);
+
+/// The same for decode and verification. With num_accepted the history starts at row num_accepted[n] - 1; afterwards the
+/// rows hold [history | inputs] without the oldest row, so that any acceptance count can be resumed. A sequence of
+/// len tokens needs R >= W - 2 + len.
+struct CausalConv1dUpdateParams {
+  at::Tensor x;              // [T, D]     f32 | bf16 | f16, strided
+  at::Tensor weight;         // [D, W]     as x
+  at::Tensor conv_state;     // [S, R, D]  as x | f32, updated in place
+  at::Tensor cu_seqlens;     // [N+1]      i32
+  at::Tensor state_indices;  // [N]        i32, one slot per sequence
+  at::Tensor out;            // [T, D]     as x, strided, written
+  int64_t max_len = 1;       // tokens of the longest sequence, known to the host; R >= W - 2 + max_len
+  std::optional<at::Tensor> bias = {};           // [D]  as x
+  std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices
+  std::optional<at::Tensor> num_accepted = {};   // [N]  i32, tokens accepted of the sequence's previous step
+  bool silu = true;
+  std::string backend = "auto";
+};
+void causal_conv1d_update(const CausalConv1dUpdateParams& p);
+
+/// g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b), computed in fp32.
+struct GdnGatingParams {
+  at::Tensor a;        // [T, HV]  f32 | bf16 | f16, strided
+  at::Tensor b;        // [T, HV]  as a, strided
+  at::Tensor A_log;    // [HV]     f32 | as a
+  at::Tensor dt_bias;  // [HV]     f32 | as a
+  at::Tensor g;        // [T, HV]  f32, written
+  at::Tensor beta;     // [T, HV]  f32, written
+  std::string backend = "auto";
+};
+void gdn_gating(const GdnGatingParams& p);
+
+/// out = x / sqrt(sum(x^2) + eps) over the last dimension, computed in fp32.
+struct L2NormParams {
+  at::Tensor x;    // [T, H, K]  f32 | bf16 | f16, strided
+  at::Tensor out;  // [T, H, K]  as x, strided, written
+  double eps = kL2NormEps;
+  std::string backend = "auto";
+};
+void l2_norm(const L2NormParams& p);
+
+/// out = weight * (x / rms(x)) * silu(z) over the last dimension, computed in fp32, rounded once at the end.
+struct RmsNormGatedParams {
+  at::Tensor x;       // [T, HV, V]  f32 | bf16 | f16, strided
+  at::Tensor z;       // [T, HV, V]  f32 | bf16 | f16, strided
+  at::Tensor weight;  // [V]         f32 | as z
+  at::Tensor out;     // [T, HV, V]  as z, strided, written
+  double eps = 1e-6;
+  std::string backend = "auto";
+};
+void rms_norm_gated(const RmsNormGatedParams& p);
+
+/// recurrent_gated_delta_rule on the Ascend backend by name; throws UnsupportedError where it cannot run.
+void npu_recurrent_gated_delta_rule(const RecurrentGatedDeltaRuleParams& p);
+
+/// Checks without running: what the functions above do first, usable on meta and fake tensors.
+void check(const RecurrentGatedDeltaRuleParams& p);
+void check(const ChunkGatedDeltaRuleParams& p);
+void check(const PackedDecodeParams& p);
+void check(const CausalConv1dParams& p);
+void check(const CausalConv1dUpdateParams& p);
+void check(const GdnGatingParams& p);
+void check(const L2NormParams& p);
+void check(const RmsNormGatedParams& p);
+
+/// Checks the values inside the index tensors, which must be on the CPU: cu_seqlens starts at 0, never falls and ends
+/// at T; slots are kPadSlot or 0..S-1; num_accepted is 1..L; no slot is written twice. Throws IndexError. For callers
+/// that did not make the indices themselves.
+void check_indices(const RecurrentGatedDeltaRuleParams& p);
+void check_indices(const ChunkGatedDeltaRuleParams& p);
+void check_indices(const PackedDecodeParams& p);
+void check_indices(const CausalConv1dParams& p);
+void check_indices(const CausalConv1dUpdateParams& p);
+
+/// The two phases for which a backend is chosen. chunk_gated_delta_rule and causal_conv1d belong to prefill, all other
+/// ops to decode.
+enum class Phase { kPrefill, kDecode };
+
+/// Process-wide choice behind backend = "auto": a backend's name, or "auto" for the order of preference. Starts from the
+/// environment: XGDN_PREFILL_BACKEND, XGDN_DECODE_BACKEND. Throws UnsupportedError for an unknown name.
+void set_default_backend(Phase phase, const std::string& name);
+std::string default_backend(Phase phase);
+
+/// Names of the backends in this build, in order of preference.
+std::vector<std::string> available_backends();
+
+/// The backend that served the last call of `op` in this process, or "" before the first.
+std::string last_backend(std::string_view op);
+
+/// One row of doctor(): whether `backend` serves `op` on CPU tensors of a typical shape, else its sentence.
+struct BackendReport {
+  std::string op;
+  std::string backend;
+  std::optional<std::string> why_not;  // nullopt: it serves the op
+  bool is_selected;                    // what "auto" runs now
+};
+std::vector<BackendReport> doctor();
+
+}  // namespace xgdn::kernel

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a GDN layer needs to know about a step: segments of packed tokens, never requests. Filled by the runtime.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/kernels/ops_api.h"
+
+namespace xgdn {
+
+enum class SegmentKind { kDecode, kVerify, kPrefill };
+
+/// A run of tokens that one op call serves. Index tensors are int32 on the layer's device; offsets count from
+/// token_begin. Undefined optional tensors mean what the ops say of an absent argument.
+struct Segment {
+  SegmentKind kind = SegmentKind::kDecode;
+  int64_t token_begin = 0;
+  int64_t num_tokens = 0;
+  int64_t max_len = 1;              // tokens of the longest sequence
+  at::Tensor cu_seqlens;            // [N+1]
+  at::Tensor state_indices;         // [N]; kVerify: [N, L]
+  at::Tensor conv_indices;          // [N]   slot of the conv pool; kVerify keeps one per sequence
+  at::Tensor write_indices;         // [N]   kDecode, kPrefill; undefined = state_indices
+  at::Tensor has_initial_state;     // [N]   bool, kPrefill
+  at::Tensor num_accepted;          // [N]   kVerify
+  kernel::ChunkMetadata chunk;      // kPrefill
+};
+
+/// One step. The segments cover the tokens 0..num_tokens-1 in order, without gaps.
+struct GdnBatch {
+  int64_t num_tokens = 0;
+  std::vector<Segment> segments;
+};
+
+}  // namespace xgdn

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The recurrent state of one GDN layer: a list of typed pools, each [S, ...]. Allocated by the runtime.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace xgdn {
+
+enum class StateKind {
+  kConv,   // [S, W-1 + draft rows, conv_dim]  oldest row first, channels q, k, v
+  kDelta,  // [S, HV, V, K]                    K contiguous
+};
+
+/// Shape of one component of one slot, and its dtype: all that the runtime needs to allocate it.
+struct StateSpec {
+  StateKind kind;
+  std::vector<int64_t> slot_shape;
+  at::ScalarType dtype;
+
+  int64_t slot_bytes() const;
+};
+
+/// The components of a layer, in the order of the layer's state_specs().
+class GdnState {
+ public:
+  struct Component {
+    StateKind kind;
+    at::Tensor pool;  // [S, ...slot_shape]
+  };
+
+  explicit GdnState(std::vector<Component> components);
+
+  /// Allocates zeroed pools of num_slots slots.
+  static GdnState allocate(const std::vector<StateSpec>& specs, int64_t num_slots, c10::Device device);
+
+  /// The pool of that kind; throws ShapeError when the layer has none.
+  const at::Tensor& pool(StateKind kind) const;
+  const std::vector<Component>& components() const { return components_; }
+
+ private:
+  std::vector<Component> components_;
+};
+
+}  // namespace xgdn

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gated delta rule layer of Qwen3-Next and Qwen3.5.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/layers/gdn_batch.h"
+#include "core/layers/gdn_state.h"
+#include "core/layers/shard.h"
+#include "core/layers/weight_source.h"
+
+namespace xgdn {
+
+/// Backend names for the two phases; "auto" follows kernel::default_backend().
+struct BackendSelection {
+  std::string prefill = "auto";
+  std::string decode = "auto";
+};
+
+/// Sizes of the whole layer, before sharding.
+struct GdnConfig {
+  int64_t hidden_size = 0;
+  int64_t num_k_heads = 0;      // H
+  int64_t num_v_heads = 0;      // HV
+  int64_t head_k_dim = 0;       // K
+  int64_t head_v_dim = 0;       // V
+  int64_t conv_kernel_dim = 4;  // W
+  double rms_norm_eps = 1e-6;
+  at::ScalarType state_dtype = at::kFloat;  // of the delta pool; the conv pool has the weights' dtype
+  int64_t max_draft_tokens = 0;             // further rows of the conv pool
+};
+
+/// hidden [T, hidden_size] -> [T, hidden_size]. The two checkpoint layouts (Qwen3-Next: in_proj_qkvz and in_proj_ba,
+/// interleaved by key head; Qwen3.5: in_proj_qkv, in_proj_z, in_proj_b, in_proj_a) become one projection
+/// [q | k | v | z | b | a] when the layer is built; forward knows neither.
+class Qwen3GatedDeltaNet {
+ public:
+  /// Reads `prefix`-named weights (prefix ends with '.'), slices the rank's heads, converts to dtype. Throws
+  /// CheckpointError for missing or misshapen weights, ShapeError for sizes that do not divide.
+  Qwen3GatedDeltaNet(const GdnConfig& config, const WeightSource& weights, const std::string& prefix,
+                     at::ScalarType dtype, Shard shard = {}, BackendSelection backends = {});
+
+  /// Computes the step and updates `state` in place.
+  at::Tensor forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const;
+
+  /// The pools that this rank needs.
+  std::vector<StateSpec> state_specs() const;
+
+  /// Sizes of this rank.
+  const GdnConfig& local_config() const { return local_; }
+
+ private:
+  struct Projected;
+  Projected project_in(const at::Tensor& hidden) const;
+  void attend(const Segment& segment, const Projected& in, GdnState& state, at::Tensor& o) const;
+  void attend_decode(const Segment& segment, const Projected& in, const at::Tensor& conv, GdnState& state,
+                     at::Tensor& o) const;
+
+  GdnConfig local_;
+  Shard shard_;
+  BackendSelection backends_;
+  at::Tensor in_proj_;      // [2HK + 2HVV + 2HV, hidden]  rows q, k, v, z, b, a
+  at::Tensor conv_weight_;  // [2HK + HVV, W]
+  std::optional<at::Tensor> conv_bias_;
+  at::Tensor A_log_;     // [HV]  f32
+  at::Tensor dt_bias_;   // [HV]  f32
+  at::Tensor norm_;      // [V]
+  at::Tensor out_proj_;  // [hidden, HVV]
+};
+
+}  // namespace xgdn

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensor parallelism: which part of the heads this process owns.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace xgdn {
+
+/// Sums a tensor over all ranks, in place. The host program brings its own (NCCL, HCCL, gloo, threads).
+class AllReduce {
+ public:
+  AllReduce() = default;
+  AllReduce(const AllReduce&) = delete;
+  AllReduce& operator=(const AllReduce&) = delete;
+  virtual ~AllReduce() = default;
+  virtual void sum(at::Tensor& tensor) = 0;
+};
+
+/// One rank of `world`. Without a group the layer returns its partial sum and the caller adds the ranks up.
+struct Shard {
+  int64_t rank = 0;
+  int64_t world = 1;
+  AllReduce* group = nullptr;
+};
+
+}  // namespace xgdn

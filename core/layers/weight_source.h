@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where a layer gets its weights from when it is built. The runtime implements it over safetensors files.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+#include "core/errors.h"
+
+namespace xgdn {
+
+/// Named tensors, read once each while a model is built.
+class WeightSource {
+ public:
+  WeightSource() = default;
+  WeightSource(const WeightSource&) = delete;
+  WeightSource& operator=(const WeightSource&) = delete;
+  virtual ~WeightSource() = default;
+
+  virtual bool contains(const std::string& name) const = 0;
+
+  /// The tensor as stored; it may alias a memory-mapped file. Throws CheckpointError when the name is missing or the
+  /// shape differs from `shape`.
+  virtual at::Tensor get(const std::string& name, at::IntArrayRef shape) const = 0;
+
+  /// Says that the tensor has been copied elsewhere: its pages may leave memory.
+  virtual void release(const std::string& /*name*/) const {}
+};
+
+}  // namespace xgdn
