@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""xgdn: serving the gated delta rule (Qwen3-Next, Qwen3.5) from Python.
+
+- `xgdn.chunk_gated_delta_rule`, `xgdn.fused_recurrent_gated_delta_rule`: FLA's functions, names, order and defaults.
+- `xgdn.ops`: the serving functions, which update state pools in place.
+- `xgdn.available_backends`, `use_backend`, `last_backend`, `doctor`: what runs the ops here, and why.
+"""
+
+import torch  # noqa: F401  (libxgdn needs torch's libraries in the process)
+
+import xgdn._C  # noqa: F401  (loads libxgdn, which registers torch.ops.xgdn)
+from xgdn import errors, ops
+from xgdn.backends import BackendReport, available_backends, doctor, last_backend, use_backend
+from xgdn.fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from xgdn.ops import PAD_SLOT_ID, ChunkMetadata
+
+__all__ = [
+    "PAD_SLOT_ID",
+    "BackendReport",
+    "ChunkMetadata",
+    "available_backends",
+    "chunk_gated_delta_rule",
+    "doctor",
+    "errors",
+    "fused_recurrent_gated_delta_rule",
+    "last_backend",
+    "ops",
+    "use_backend",
+]

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves which op."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+_PHASES = ("prefill", "decode")
+
+
+class BackendReport(NamedTuple):
+    """Whether `backend` serves `op` here; if not, `why_not` is its sentence."""
+
+    op: str
+    backend: str
+    why_not: str | None
+    is_selected: bool
+
+
+def available_backends() -> list[str]:
+    """Names of the backends in this build, in order of preference."""
+    return list(torch.ops.xgdn.available_backends())
+
+
+def last_backend(op: str) -> str:
+    """The backend that served the last call of `op` in this process; empty before the first."""
+    return str(torch.ops.xgdn.last_backend(op))
+
+
+def doctor() -> list[BackendReport]:
+    """For every op and backend: is it able to serve the op here, and which one runs now."""
+    return [BackendReport(*row) for row in torch.ops.xgdn.doctor()]
+
+
+@contextmanager
+def use_backend(name: str | None = None, *, prefill: str | None = None, decode: str | None = None) -> Iterator[None]:
+    """Choose the backend of every op called with `backend="auto"`, per phase, and restore the choice afterwards.
+
+    `name` stands for both phases. The choice belongs to the process, not to the thread. `chunk_gated_delta_rule` and
+    `causal_conv1d` belong to prefill, all other ops to decode.
+    """
+    wanted = {"prefill": prefill or name, "decode": decode or name}
+    before = {phase: torch.ops.xgdn.default_backend(phase) for phase in _PHASES}
+    try:
+        for phase in _PHASES:
+            if wanted[phase] is not None:
+                torch.ops.xgdn.set_default_backend(phase, wanted[phase])
+        yield
+    finally:
+        for phase in _PHASES:
+            torch.ops.xgdn.set_default_backend(phase, before[phase])

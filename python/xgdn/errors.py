@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed errors of the layer, models and engine.
+
+`torch.ops.xgdn.*`, and with them `xgdn.ops` and the two functions with FLA's names, raise the Python built-ins that
+these derive from: `ValueError`, `TypeError`, `IndexError`, `NotImplementedError` and `RuntimeError`.
+"""
+
+from xgdn._C import (
+    CheckpointError,
+    DeviceError,
+    DtypeError,
+    Error,
+    IndexError,
+    MissingMetadataError,
+    OutOfBlocks,
+    OutOfSlots,
+    RequestError,
+    ShapeError,
+    StaleHandleError,
+    UnsupportedError,
+)
+
+__all__ = [
+    "CheckpointError",
+    "DeviceError",
+    "DtypeError",
+    "Error",
+    "IndexError",
+    "MissingMetadataError",
+    "OutOfBlocks",
+    "OutOfSlots",
+    "RequestError",
+    "ShapeError",
+    "StaleHandleError",
+    "UnsupportedError",
+]

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The serving functions: packed tokens in, state pools updated in place.
+
+Letters: `T` tokens packed over all sequences, `N` sequences, `S` slots, `H` key heads, `HV` value heads (value head `h`
+reads key head `h // (HV // H)`), `K` and `V` head dims, `D` channels, `W` taps, `R` rows of a conv slot, `L` columns of
+a verification table.
+
+    q, k            [T, H, K]      f32 | bf16 | f16
+    v, out          [T, HV, V]
+    g, beta         [T, HV]        g: f32, natural log of the decay; beta: after the sigmoid
+    state           [S, HV, V, K]  f32 | bf16
+    conv_state      [S, R, D]      oldest row first
+    cu_seqlens      [N + 1]        i32, from 0 to T; equal neighbours are an empty sequence
+    state_indices   [N]            i32, the slot read; `PAD_SLOT_ID`: the rows of `out` are zero, no state is touched
+    write_indices   [N]            i32, the slot written; default `state_indices`
+
+Slots that a call does not name are bitwise unchanged. Tensors may be strided views as long as their last dimension is
+contiguous. Where the tensors are on the CPU, index values are checked as well.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "PAD_SLOT_ID",
+    "ChunkMetadata",
+    "build_chunk_metadata",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "chunk_gated_delta_rule",
+    "gdn_gating",
+    "l2_norm",
+    "packed_decode",
+    "recurrent_gated_delta_rule",
+    "rms_norm_gated",
+]
+
+PAD_SLOT_ID = -1
+
+_CHUNK = 64
+_LARGE_BLOCK = 1216
+_CUMSUM_ELEMENTS = 2**18
+
+
+class ChunkMetadata(NamedTuple):
+    """Which chunk of which sequence a prefill program works on; int32. With n_i(C) = ceil(len_i / C):"""
+
+    chunk_indices_chunk64: Tensor  # [sum n_i(64), 2]    rows (i, j), j < n_i(64)
+    chunk_offsets_chunk64: Tensor  # [N + 1]             0, cumsum n_i(64)
+    update_chunk_offsets_chunk64: Tensor  # [N + 1]      0, cumsum (n_i(64) + 1)
+    final_chunk_indices_chunk64: Tensor  # [N]           cumsum (n_i(64) + 1) - 1
+    chunk_indices_large_block: Tensor  # [sum n_i(1216), 2]
+    block_indices_cumsum: Tensor  # [sum n_i(B), 2]      B = next_pow2(2^18 / (64 num_v_heads_local))
+
+
+def build_chunk_metadata(
+    lengths: Sequence[int],
+    num_v_heads_local: int,
+    *,
+    sequence_ids: Literal["true", "compact_ranks"] = "true",
+) -> ChunkMetadata:
+    """The tables of one prefill step, on the CPU. Build them once per step and pass them to every layer's op.
+
+    `sequence_ids="compact_ranks"` numbers non-empty sequences only, as vllm-ascend's kernels expect.
+    """
+    if sequence_ids not in ("true", "compact_ranks"):
+        raise ValueError(
+            f"[build_chunk_metadata] sequence_ids: expected 'true' or 'compact_ranks', got {sequence_ids!r}"
+        )
+    compact_ranks = sequence_ids == "compact_ranks"
+    return ChunkMetadata(*torch.ops.xgdn.build_chunk_metadata(list(lengths), num_v_heads_local, compact_ranks))
+
+
+@torch.library.register_fake("xgdn::build_chunk_metadata")
+def _(lengths: Sequence[int], num_v_heads_local: int, compact_ranks: bool = False) -> list[Tensor]:
+    def rows(chunk: int) -> int:
+        return sum((length + chunk - 1) // chunk for length in lengths)
+
+    # The smallest power of two that is not below the quotient.
+    cumsum_block = 1 << max(0, _CUMSUM_ELEMENTS // (num_v_heads_local * _CHUNK) - 1).bit_length()
+    n = len(lengths)
+    shapes = [(rows(_CHUNK), 2), (n + 1,), (n + 1,), (n,), (rows(_LARGE_BLOCK), 2), (rows(cumsum_block), 2)]
+    return [torch.empty(shape, dtype=torch.int32, device="cpu") for shape in shapes]
+
+
+def recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    state_indices: Tensor,
+    write_indices: Tensor | None = None,
+    num_accepted: Tensor | None = None,
+    out: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Decode, and with `num_accepted` draft verification: advance `state` token by token, return `[T, HV, V]`.
+
+    Verification: `state_indices` is a table `[N, L]`; sequence `n` reads `table[n, num_accepted[n] - 1]` and writes
+    `table[n, t]` after its token `t`.
+    """
+    out = v.new_empty(v.shape) if out is None else out
+    torch.ops.xgdn.recurrent_gated_delta_rule(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        state,
+        cu_seqlens,
+        state_indices,
+        out,
+        write_indices=write_indices,
+        num_accepted=num_accepted,
+        scale=scale,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        backend=backend,
+    )
+    return out
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    state_indices: Tensor,
+    chunk: ChunkMetadata | None = None,
+    has_initial_state: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    out: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Prefill: read initial states from `state`, write final states to it, return `[T, HV, V]`.
+
+    `chunk` comes from `build_chunk_metadata`, on the device of `q`; without it the op raises, it never rebuilds the
+    tables. `has_initial_state` `[N]` bool: where false the sequence starts from zero, whatever its slot holds.
+    """
+    out = v.new_empty(v.shape) if out is None else out
+    torch.ops.xgdn.chunk_gated_delta_rule(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        state,
+        cu_seqlens,
+        state_indices,
+        None if chunk is None else chunk.chunk_indices_chunk64,
+        None if chunk is None else chunk.chunk_offsets_chunk64,
+        out,
+        has_initial_state=has_initial_state,
+        write_indices=write_indices,
+        scale=scale,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        backend=backend,
+    )
+    return out
+
+
+def packed_decode(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    *,
+    state_indices: Tensor,
+    write_indices: Tensor | None = None,
+    out: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """One token per sequence straight from the conv output `[N, 2HK + HV V]` and the raw gates `[N, HV]`; returns
+    `[N, HV, V]`. Gating, l2norm and recurrence in one kernel.
+    """
+    out = mixed_qkv.new_empty((mixed_qkv.shape[0], state.shape[1], state.shape[2])) if out is None else out
+    torch.ops.xgdn.packed_decode(
+        mixed_qkv,
+        a,
+        b,
+        A_log,
+        dt_bias,
+        state,
+        state_indices,
+        out,
+        write_indices=write_indices,
+        scale=scale,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        backend=backend,
+    )
+    return out
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    conv_state: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    state_indices: Tensor,
+    bias: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    silu: bool = True,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Depthwise causal convolution of `x` `[T, D]` with `weight` `[D, W]` (tap `W - 1` is the current token) and SiLU
+    over packed sequences. Continues from the last `W - 1` inputs in `conv_state` and leaves the new ones there.
+    """
+    out = x.new_empty(x.shape) if out is None else out
+    torch.ops.xgdn.causal_conv1d(
+        x,
+        weight,
+        conv_state,
+        cu_seqlens,
+        state_indices,
+        out,
+        bias=bias,
+        has_initial_state=has_initial_state,
+        write_indices=write_indices,
+        silu=silu,
+        backend=backend,
+    )
+    return out
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    weight: Tensor,
+    conv_state: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    state_indices: Tensor,
+    max_len: int = 1,
+    bias: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    num_accepted: Tensor | None = None,
+    silu: bool = True,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The convolution for decode and verification. `max_len` is the length of the longest sequence, known to the host.
+
+    With `num_accepted` the history starts at row `num_accepted[n] - 1` of the slot. Afterwards the slot holds history
+    and inputs without the oldest row, so that any number of accepted drafts can be resumed.
+    """
+    out = x.new_empty(x.shape) if out is None else out
+    torch.ops.xgdn.causal_conv1d_update(
+        x,
+        weight,
+        conv_state,
+        cu_seqlens,
+        state_indices,
+        out,
+        max_len=max_len,
+        bias=bias,
+        write_indices=write_indices,
+        num_accepted=num_accepted,
+        silu=silu,
+        backend=backend,
+    )
+    return out
+
+
+def gdn_gating(
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    *,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`g = -exp(A_log) softplus(a + dt_bias)` and `beta = sigmoid(b)`, both `[T, HV]` f32."""
+    g = a.new_empty(a.shape, dtype=torch.float32) if g is None else g
+    beta = a.new_empty(a.shape, dtype=torch.float32) if beta is None else beta
+    torch.ops.xgdn.gdn_gating(a, b, A_log, dt_bias, g, beta, backend=backend)
+    return g, beta
+
+
+def l2_norm(x: Tensor, *, eps: float = 1e-6, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """`x / sqrt(sum(x^2) + eps)` over the last dimension of `[T, H, K]`, computed in f32."""
+    out = x.new_empty(x.shape) if out is None else out
+    torch.ops.xgdn.l2_norm(x, out, eps=eps, backend=backend)
+    return out
+
+
+def rms_norm_gated(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`weight * (x / rms(x)) * silu(z)` over the last dimension of `[T, HV, V]`, in the dtype of `z`."""
+    out = z.new_empty(z.shape) if out is None else out
+    torch.ops.xgdn.rms_norm_gated(x, z, weight, out, eps=eps, backend=backend)
+    return out
