@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reads a decoder's configuration from a Hugging Face directory.
+#pragma once
+
+#include <filesystem>
+
+#include "core/models/model_config.h"
+
+namespace xgdn {
+
+/// Parses config.json, and the token ids of generation_config.json where it names them. Knows qwen3_5_text and
+/// qwen3_5_moe_text, the text part of their vision-language wrappers qwen3_5 and qwen3_5_moe, and qwen3_next; keys that
+/// are absent take transformers' defaults. Throws CheckpointError naming the file and the key for whatever is
+/// malformed, inconsistent, or beyond what the decoder computes (other rotary scalings or activations, quantization).
+ModelConfig read_model_config(const std::filesystem::path& dir);
+
+}  // namespace xgdn

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// One safetensors file, memory-mapped: 8 bytes of header length, a JSON header, the tensors' bytes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/errors.h"
+
+namespace xgdn {
+
+class MappedFile;
+
+/// The header is checked in full when the file is opened, so that no later call can reach outside the mapping. The file
+/// must not be truncated while it is mapped.
+class SafetensorsFile {
+ public:
+  struct Entry {
+    at::ScalarType dtype = at::kFloat;
+    std::vector<int64_t> shape;
+    int64_t begin = 0;  // byte range, from the file's first byte
+    int64_t end = 0;
+
+    int64_t num_bytes() const { return end - begin; }
+  };
+
+  /// Throws CheckpointError naming the file, and the tensor where there is one, for whatever is damaged or lies.
+  explicit SafetensorsFile(const std::filesystem::path& path);
+
+  const std::filesystem::path& path() const { return path_; }
+  const std::map<std::string, Entry>& entries() const { return entries_; }
+  bool contains(const std::string& name) const { return entries_.contains(name); }
+
+  /// Dtype, shape and place of a tensor; throws CheckpointError when the name is missing.
+  const Entry& entry(const std::string& name) const;
+
+  /// A view of the mapping, which it keeps alive; a copy only where the bytes are not aligned to the element. Tensors
+  /// are read-only: the pages are mapped without write permission, so a write ends the process.
+  at::Tensor tensor(const std::string& name) const;
+
+  /// Drops the whole pages within the tensor from memory; a later read fetches them again from the file.
+  void release(const std::string& name) const;
+
+ private:
+  std::filesystem::path path_;
+  std::shared_ptr<const MappedFile> mapping_;
+  std::map<std::string, Entry> entries_;
+};
+
+}  // namespace xgdn
