@@ -15,3 +15,15 @@ if(NOT TARGET hwy::hwy)
   FetchContent_MakeAvailable(highway)
   add_library(hwy::hwy ALIAS hwy)
 endif()
+
+# What the kernels use. A shared Highway is linked by its file: CMake would write the target's name into the exported
+# package, whose users need not have Highway.
+add_library(xgdn_highway INTERFACE)
+get_target_property(xgdn_highway_type hwy::hwy TYPE)
+if(xgdn_highway_type STREQUAL "SHARED_LIBRARY")
+  target_include_directories(xgdn_highway SYSTEM INTERFACE $<TARGET_PROPERTY:hwy::hwy,INTERFACE_INCLUDE_DIRECTORIES>)
+  target_compile_definitions(xgdn_highway INTERFACE $<TARGET_PROPERTY:hwy::hwy,INTERFACE_COMPILE_DEFINITIONS>)
+  target_link_libraries(xgdn_highway INTERFACE $<TARGET_FILE:hwy::hwy>)
+else()
+  target_link_libraries(xgdn_highway INTERFACE hwy::hwy)
+endif()
