@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# Each target prepares what it needs (tools/bootstrap.sh) and builds once; `make` alone lists them.
+#   PYTHON=python3.12                interpreter of the virtual environment
+#   TORCH_INSTALL_ARGS="..."         further arguments of `pip install torch` (README, "Which torch")
+#   JOBS=N                           parallel compilers, default one per core
+PYTHON ?= python3
+TORCH_INSTALL_ARGS ?=
+JOBS ?= $(shell nproc)
+
+SHELL := bash
+export PYTHON TORCH_INSTALL_ARGS
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+ifneq ($(shell command -v ccache),)
+export CMAKE_CXX_COMPILER_LAUNCHER := ccache
+endif
+
+BUILD := build/python
+# -v shows the progress of the compiler.
+PIP_INSTALL := python -m pip install -v --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD)
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp')
+
+.PHONY: help demo test check fmt bench clean package package-with-tests cpp-test py-test install-test
+help:
+	@echo "make demo   a small random Qwen3.5 model generates here and in transformers, side by side"
+	@echo "make test   C++ tests, Python tests, installation tests"
+	@echo "make check  format, lint, types, layering, then make test: the gate of every change"
+	@echo "make fmt    format C++ and Python"
+	@echo "make bench  measure the ops"
+	@echo "make clean  remove build/ and caches, keep .venv"
+
+demo: package
+	python examples/demo.py
+
+test: cpp-test py-test install-test
+
+check: .venv/.dev
+	clang-format --dry-run -Werror $(CXX_FILES)
+	ruff format --check .
+	ruff check .
+	python -m pytest -q --noconftest tests/py/test_layering.py
+	$(MAKE) package-with-tests
+	mypy -p xgdn
+	$(MAKE) test
+
+fmt: .venv/.dev
+	clang-format -i $(CXX_FILES)
+	ruff format .
+	ruff check --fix .
+
+bench: package
+	python benchmarks/bench_ops.py
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
+
+.venv/.test: requirements/test.txt tools/bootstrap.sh
+	tools/bootstrap.sh test
+	@touch $@
+
+.venv/.dev: requirements/dev.txt .venv/.test
+	tools/bootstrap.sh dev
+	@touch $@
+
+# The package is installed as a user gets it, built in $(BUILD); a later call compiles only what changed.
+package: .venv/.test
+	$(PIP_INSTALL) .
+
+package-with-tests: .venv/.test
+	$(PIP_INSTALL) --config-settings=cmake.define.XGDN_BUILD_TESTS=ON .
+
+cpp-test: package-with-tests
+	ctest --test-dir $(BUILD) --output-on-failure
+
+py-test: package-with-tests
+	python -m pytest tests/py
+
+install-test: package-with-tests
+	tests/install/run.sh $(BUILD)
