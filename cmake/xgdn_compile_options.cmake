@@ -3,7 +3,7 @@
 add_library(xgdn_compile_options INTERFACE)
 separate_arguments(_torch_flags NATIVE_COMMAND "${TORCH_CXX_FLAGS}")
 target_compile_options(xgdn_compile_options INTERFACE
-  -Wall -Wextra -Wno-unused-parameter -fvisibility-inlines-hidden ${_torch_flags})
+  -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -fvisibility-inlines-hidden ${_torch_flags})
 if(XGDN_SANITIZE)
   target_compile_options(xgdn_compile_options INTERFACE -fsanitize=${XGDN_SANITIZE} -fno-omit-frame-pointer -g)
   target_link_options(xgdn_compile_options INTERFACE -fsanitize=${XGDN_SANITIZE})

@@ -14,8 +14,8 @@
 namespace xgdn::kernel {
 
 inline constexpr int64_t kChunkSize = 64;
-inline constexpr int64_t kLargeBlock = 1216;       // chunk size of chunk_indices_large_block
-inline constexpr int64_t kMaxCumsumHeads = 64;     // block_indices_cumsum is refused above
+inline constexpr int64_t kLargeBlock = 1216;    // chunk size of chunk_indices_large_block
+inline constexpr int64_t kMaxCumsumHeads = 64;  // block_indices_cumsum is refused above
 
 /// With n_i(C) = ceil(len_i / C) over the N sequences of the batch. All int32.
 struct ChunkMetadata {

@@ -20,8 +20,9 @@ class Dims {
  public:
   explicit Dims(std::string_view op) : op_(op) {}
 
-  /// `names` is the expected shape, e.g. "T H K"; a name may be a number. Binds unknown letters, throws ShapeError where
-  /// a bound letter disagrees, DeviceError where the device differs from that of the first tensor.
+  /// `names` is the expected shape, e.g. "T H K"; a name may be a number. Binds unknown letters; throws ShapeError
+  /// where a bound letter disagrees, DeviceError where the device differs from that of the first tensor. An absent
+  /// optional matches.
   Dims& match(std::string_view arg, const at::Tensor& t, std::string_view names);
   Dims& match(std::string_view arg, const std::optional<at::Tensor>& t, std::string_view names);
 
@@ -35,19 +36,15 @@ class Dims {
   Dims& contiguous(std::string_view arg, const at::Tensor& t, int64_t free = 0);
   Dims& contiguous(std::string_view arg, const std::optional<at::Tensor>& t);
 
-  /// Throws ShapeError with `sentence` unless `ok`.
+  /// Throws ShapeError with the op's name and `sentence` unless `ok`.
   Dims& require(bool ok, const std::string& sentence);
 
-  bool has(char letter) const { return find(letter) != nullptr; }
-  const c10::SymInt& sym(char letter) const;
-  /// The size as an integer, for real tensors.
-  int64_t operator[](const char* name) const { return sym_named(name).guard_int(__FILE__, __LINE__); }
+  /// Binds a size that no tensor has as a dimension of its own.
+  void bind(std::string_view name, c10::SymInt size, std::string_view arg);
 
-  /// Binds a derived size.
-  void bind(std::string_view name, c10::SymInt value, std::string_view arg);
-
-  [[noreturn]] void fail(std::string_view arg, const std::string& expected, const std::string& got) const;
-  const std::string& op() const { return op_; }
+  /// The size bound to `name`; operator[] as an integer, for real tensors.
+  const c10::SymInt& sym(std::string_view name) const;
+  int64_t operator[](std::string_view name) const { return sym(name).guard_int(__FILE__, __LINE__); }
 
  private:
   struct Binding {
@@ -56,8 +53,7 @@ class Dims {
     std::string arg;  // which argument bound it
   };
   const Binding* find(std::string_view name) const;
-  const Binding* find(char letter) const { return find(std::string_view(&letter, 1)); }
-  const c10::SymInt& sym_named(std::string_view name) const;
+  [[noreturn]] void fail(std::string_view arg, const std::string& expected, const std::string& got) const;
 
   std::string op_;
   std::vector<Binding> bindings_;

@@ -103,13 +103,13 @@ void packed_decode(const PackedDecodeParams& p);
 /// the conv pool where has_initial_state, else zeros; leaves the sequence's last W-1 inputs in rows 0..W-2.
 /// x and out must not overlap.
 struct CausalConv1dParams {
-  at::Tensor x;              // [T, D]     f32 | bf16 | f16, strided
-  at::Tensor weight;         // [D, W]     as x, W = 2..4, tap W-1 is the current token
-  at::Tensor conv_state;     // [S, R, D]  as x | f32, R >= W-1, oldest row first, updated in place
-  at::Tensor cu_seqlens;     // [N+1]      i32
-  at::Tensor state_indices;  // [N]        i32
-  at::Tensor out;            // [T, D]     as x, strided, written
-  std::optional<at::Tensor> bias = {};               // [D]  as x
+  at::Tensor x;                         // [T, D]     f32 | bf16 | f16, strided
+  at::Tensor weight;                    // [D, W]     as x, W = 2..4, tap W-1 is the current token
+  at::Tensor conv_state;                // [S, R, D]  as x | f32, R >= W-1, oldest row first, updated in place
+  at::Tensor cu_seqlens;                // [N+1]      i32
+  at::Tensor state_indices;             // [N]        i32
+  at::Tensor out;                       // [T, D]     as x, strided, written
+  std::optional<at::Tensor> bias = {};  // [D]  as x
   std::optional<at::Tensor> has_initial_state = {};  // [N]  bool; default all true
   std::optional<at::Tensor> write_indices = {};      // [N]  i32; default state_indices
   bool silu = true;
@@ -117,18 +117,18 @@ struct CausalConv1dParams {
 };
 void causal_conv1d(const CausalConv1dParams& p);
 
-/// The same for decode and verification. With num_accepted the history starts at row num_accepted[n] - 1; afterwards the
-/// rows hold [history | inputs] without the oldest row, so that any acceptance count can be resumed. A sequence of
+/// The same for decode and verification. With num_accepted the history starts at row num_accepted[n] - 1; afterwards
+/// the rows hold [history | inputs] without the oldest row, so that any acceptance count can be resumed. A sequence of
 /// len tokens needs R >= W - 2 + len.
 struct CausalConv1dUpdateParams {
-  at::Tensor x;              // [T, D]     f32 | bf16 | f16, strided
-  at::Tensor weight;         // [D, W]     as x
-  at::Tensor conv_state;     // [S, R, D]  as x | f32, updated in place
-  at::Tensor cu_seqlens;     // [N+1]      i32
-  at::Tensor state_indices;  // [N]        i32, one slot per sequence
-  at::Tensor out;            // [T, D]     as x, strided, written
-  int64_t max_len = 1;       // tokens of the longest sequence, known to the host; R >= W - 2 + max_len
-  std::optional<at::Tensor> bias = {};           // [D]  as x
+  at::Tensor x;                         // [T, D]     f32 | bf16 | f16, strided
+  at::Tensor weight;                    // [D, W]     as x
+  at::Tensor conv_state;                // [S, R, D]  as x | f32, updated in place
+  at::Tensor cu_seqlens;                // [N+1]      i32
+  at::Tensor state_indices;             // [N]        i32, one slot per sequence
+  at::Tensor out;                       // [T, D]     as x, strided, written
+  int64_t max_len = 1;                  // tokens of the longest sequence, known to the host; R >= W - 2 + max_len
+  std::optional<at::Tensor> bias = {};  // [D]  as x
   std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices
   std::optional<at::Tensor> num_accepted = {};   // [N]  i32, tokens accepted of the sequence's previous step
   bool silu = true;
@@ -194,8 +194,8 @@ void check_indices(const CausalConv1dUpdateParams& p);
 /// ops to decode.
 enum class Phase { kPrefill, kDecode };
 
-/// Process-wide choice behind backend = "auto": a backend's name, or "auto" for the order of preference. Starts from the
-/// environment: XGDN_PREFILL_BACKEND, XGDN_DECODE_BACKEND. Throws UnsupportedError for an unknown name.
+/// Process-wide choice behind backend = "auto": a backend's name, or "auto" for the order of preference. Starts from
+/// the environment: XGDN_PREFILL_BACKEND, XGDN_DECODE_BACKEND. Throws UnsupportedError for an unknown name.
 void set_default_backend(Phase phase, const std::string& name);
 std::string default_backend(Phase phase);
 

@@ -19,14 +19,14 @@ struct Segment {
   SegmentKind kind = SegmentKind::kDecode;
   int64_t token_begin = 0;
   int64_t num_tokens = 0;
-  int64_t max_len = 1;              // tokens of the longest sequence
-  at::Tensor cu_seqlens;            // [N+1]
-  at::Tensor state_indices;         // [N]; kVerify: [N, L]
-  at::Tensor conv_indices;          // [N]   slot of the conv pool; kVerify keeps one per sequence
-  at::Tensor write_indices;         // [N]   kDecode, kPrefill; undefined = state_indices
-  at::Tensor has_initial_state;     // [N]   bool, kPrefill
-  at::Tensor num_accepted;          // [N]   kVerify
-  kernel::ChunkMetadata chunk;      // kPrefill
+  int64_t max_len = 1;           // tokens of the longest sequence
+  at::Tensor cu_seqlens;         // [N+1]
+  at::Tensor state_indices;      // [N]; kVerify: [N, L]
+  at::Tensor conv_indices;       // [N]   slot of the conv pool; kVerify keeps one per sequence
+  at::Tensor write_indices;      // [N]   kDecode, kPrefill; undefined = state_indices
+  at::Tensor has_initial_state;  // [N]   bool, kPrefill
+  at::Tensor num_accepted;       // [N]   kVerify
+  kernel::ChunkMetadata chunk;   // kPrefill
 };
 
 /// One step. The segments cover the tokens 0..num_tokens-1 in order, without gaps.

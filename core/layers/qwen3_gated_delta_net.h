@@ -58,8 +58,9 @@ class Qwen3GatedDeltaNet {
   struct Projected;
   Projected project_in(const at::Tensor& hidden) const;
   void attend(const Segment& segment, const Projected& in, GdnState& state, at::Tensor& o) const;
-  void attend_decode(const Segment& segment, const Projected& in, const at::Tensor& conv, GdnState& state,
-                     at::Tensor& o) const;
+  at::Tensor convolve(const Segment& segment, const at::Tensor& x, GdnState& state) const;
+  void delta_rule(const Segment& segment, const at::Tensor& mixed_qkv, const at::Tensor& a, const at::Tensor& b,
+                  GdnState& state, const at::Tensor& o) const;
 
   GdnConfig local_;
   Shard shard_;

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
+#include <vector>
 
 #include "core/errors.h"
 
@@ -27,5 +28,16 @@ class WeightSource {
   /// Says that the tensor has been copied elsewhere: its pages may leave memory.
   virtual void release(const std::string& /*name*/) const {}
 };
+
+/// The weight in dtype. Without conversion it still aliases the source.
+at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
+                       at::ScalarType dtype);
+
+/// Concatenates row blocks of several stored weights into one tensor of dtype; the sources are released.
+struct RowBlock {
+  std::string name;
+  at::Tensor rows;
+};
+at::Tensor fuse_rows(const WeightSource& weights, const std::vector<RowBlock>& blocks, at::ScalarType dtype);
 
 }  // namespace xgdn

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops composed from ATen: every device has them, none of them reads the device from the host, loops over sequences
+// or changes shape with the data. Backends override what they fuse.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/argmax.h>
+#include <ATen/TensorIndexing.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/where.h>
+
+#include "core/kernels/backend.h"
+
+namespace xgdn::kernel {
+namespace {
+
+using at::indexing::None;
+using at::indexing::Slice;
+using at::indexing::TensorIndex;
+
+at::Tensor as_index(const at::Tensor& t) {
+  return t.to(at::kLong);
+}
+
+at::Tensor column(const at::Tensor& t) {
+  return t.unsqueeze(-1).unsqueeze(-1);
+}
+
+// Which sequence a token belongs to, and where it stands in it.
+struct TokenPlaces {
+  at::Tensor sequence;  // [T] i64
+  at::Tensor position;  // [T] i64, from the sequence's first token
+};
+
+TokenPlaces token_places(const at::Tensor& cu_seqlens, int64_t num_tokens) {
+  const at::Tensor token = at::arange(num_tokens, cu_seqlens.options().dtype(at::kLong));
+  const at::Tensor cu = as_index(cu_seqlens);
+  const at::Tensor ends = cu.index({Slice(1, None)}).contiguous();
+  const at::Tensor sequence = at::searchsorted(ends, token, /*out_int32=*/false, /*right=*/true);
+  return {sequence, token - cu.index({sequence})};
+}
+
+// Writes rows[n] to pool[slots[n]] where valid[n]. The other rows repeat the first valid one, so that the write has a
+// fixed shape and no duplicate slot gets two values; with nothing valid, slot 0 gets its own bits back.
+void write_slots(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& valid, const at::Tensor& rows) {
+  const at::Tensor first = at::argmax(valid.to(at::kInt)).unsqueeze(0);
+  const at::Tensor safe = slots.clamp_min(0);
+  const at::Tensor fallback_slot = safe.index({first});
+  const at::Tensor fallback_row =
+      at::where(column(valid.index({first})), rows.index({first}), pool.index({fallback_slot}));
+  const at::Tensor target = at::where(valid, safe, fallback_slot);
+  pool.index_put_({target}, at::where(column(valid), rows, fallback_row));
+}
+
+// What both convolutions share: the rows before each sequence, the taps, the activation.
+struct ConvCall {
+  at::Tensor x;           // [T, D]
+  at::Tensor weight;      // [D, W]
+  at::Tensor conv_state;  // [S, R, D]
+  at::Tensor out;         // [T, D]
+  std::optional<at::Tensor> bias;
+  bool silu;
+  at::Tensor read;     // [N] i64
+  at::Tensor write;    // [N] i64
+  at::Tensor starts;   // [N] i64
+  at::Tensor lengths;  // [N] i64
+  at::Tensor history;  // [N, W-1, D] rows before the sequence, zeros where it starts from nothing
+  TokenPlaces places;
+};
+
+template <typename Params>
+ConvCall conv_call(const Params& p, const ConvShape& s, const at::Tensor& history_offset) {
+  ConvCall c{.x = p.x, .weight = p.weight, .conv_state = p.conv_state, .out = p.out, .bias = p.bias, .silu = p.silu};
+  c.read = as_index(p.state_indices);
+  c.write = as_index(p.write_indices.value_or(p.state_indices));
+  const at::Tensor cu = as_index(p.cu_seqlens);
+  c.starts = cu.index({Slice(None, -1)});
+  c.lengths = cu.index({Slice(1, None)}) - c.starts;
+  const at::Tensor tap = at::arange(s.W - 1, cu.options());
+  c.history = p.conv_state.index({c.read.clamp_min(0).unsqueeze(1), history_offset.unsqueeze(1) + tap.unsqueeze(0)});
+  c.places = token_places(p.cu_seqlens, s.T);
+  return c;
+}
+
+void convolve(const ConvCall& c, const ConvShape& s) {
+  const at::Tensor token = at::arange(s.T, c.places.position.options());
+  at::Tensor sum = at::zeros({s.T, s.D}, c.x.options().dtype(at::kFloat));
+  for (int64_t tap = 0; tap < s.W; ++tap) {
+    const int64_t back = s.W - 1 - tap;
+    const at::Tensor position = c.places.position - back;
+    const at::Tensor inside = position.ge(0).unsqueeze(1);
+    const at::Tensor from_x = c.x.index({(token - back).clamp_min(0)});
+    const at::Tensor before = c.history.index({c.places.sequence, (position + (s.W - 1)).clamp(0, s.W - 2)});
+    const at::Tensor input = at::where(inside, from_x.to(at::kFloat), before.to(at::kFloat));
+    sum = sum + input * c.weight.select(1, tap).to(at::kFloat);
+  }
+  if (c.bias) sum = sum + c.bias->to(at::kFloat);
+  if (c.silu) sum = at::silu(sum);
+  const at::Tensor valid = c.read.ge(0).index({c.places.sequence}).unsqueeze(1);
+  c.out.copy_(at::where(valid, sum, at::zeros({}, sum.options())));
+}
+
+// Slot rows r < count[n] become entry first[n] + r of [history | inputs]; the other rows stay.
+void write_history(const ConvCall& c, const ConvShape& s, const at::Tensor& first, const at::Tensor& count,
+                   const at::Tensor& unchanged) {
+  const at::Tensor row = at::arange(s.R, c.starts.options()).unsqueeze(0);
+  const at::Tensor entry = first.unsqueeze(1) + row;  // [N, R]
+  const at::Tensor sequence = at::arange(s.N, c.starts.options()).unsqueeze(1);
+  const at::Tensor from_history = c.history.index({sequence, entry.clamp(0, s.W - 2)});
+  const at::Tensor token = (c.starts.unsqueeze(1) + entry - (s.W - 1)).clamp(0, std::max<int64_t>(s.T - 1, 0));
+  const at::Tensor pool_rows = c.conv_state.index({c.write.clamp_min(0)});
+  at::Tensor rows = from_history;
+  if (s.T > 0) {
+    const at::Tensor is_history = entry.lt(s.W - 1).unsqueeze(-1);
+    rows = at::where(is_history, from_history, c.x.index({token}).to(c.conv_state.scalar_type()));
+  }
+  rows = at::where(row.lt(count.unsqueeze(1)).unsqueeze(-1), rows, pool_rows);
+  rows = at::where(column(unchanged), c.conv_state.index({c.read.clamp_min(0)}), rows);
+  write_slots(c.conv_state, c.write, c.read.ge(0).logical_and(c.write.ge(0)), rows);
+}
+
+at::Tensor l2_normalised(const at::Tensor& x, double eps) {
+  const at::Tensor wide = x.to(at::kFloat);
+  return wide * at::rsqrt(wide.square().sum(-1, /*keepdim=*/true) + eps);
+}
+
+}  // namespace
+
+void Backend::run(const CausalConv1dParams& p, const ConvShape& s) const {
+  if (s.N == 0) return;
+  const at::Tensor no_offset = at::zeros({s.N}, p.state_indices.options().dtype(at::kLong));
+  ConvCall c = conv_call(p, s, no_offset);
+  if (p.has_initial_state) {
+    c.history = at::where(column(*p.has_initial_state), c.history, at::zeros({}, c.history.options()));
+  }
+  convolve(c, s);
+  write_history(c, s, /*first=*/c.lengths, /*count=*/at::full_like(c.lengths, s.W - 1),
+                /*unchanged=*/at::zeros_like(c.read, at::kBool));
+}
+
+void Backend::run(const CausalConv1dUpdateParams& p, const ConvShape& s) const {
+  if (s.N == 0) return;
+  const at::Tensor offset =
+      p.num_accepted ? as_index(*p.num_accepted) - 1 : at::zeros({s.N}, p.state_indices.options().dtype(at::kLong));
+  const ConvCall c = conv_call(p, s, offset);
+  convolve(c, s);
+  write_history(c, s, /*first=*/at::ones_like(c.lengths), /*count=*/c.lengths + (s.W - 2),
+                /*unchanged=*/c.lengths.eq(0));
+}
+
+void Backend::run(const GdnGatingParams& p, const GdnShape&) const {
+  const at::Tensor rate = at::exp(p.A_log.to(at::kFloat)).neg();
+  p.g.copy_(rate * at::softplus(p.a.to(at::kFloat) + p.dt_bias.to(at::kFloat)));
+  p.beta.copy_(at::sigmoid(p.b.to(at::kFloat)));
+}
+
+void Backend::run(const L2NormParams& p, const GdnShape&) const {
+  p.out.copy_(l2_normalised(p.x, p.eps));
+}
+
+void Backend::run(const RmsNormGatedParams& p, const GdnShape&) const {
+  const at::Tensor x = p.x.to(at::kFloat);
+  const at::Tensor normed = x * at::rsqrt(x.square().mean(-1, /*keepdim=*/true) + p.eps);
+  p.out.copy_(normed * p.weight.to(at::kFloat) * at::silu(p.z.to(at::kFloat)));
+}
+
+void Backend::run(const PackedDecodeParams& p, const GdnShape& s) const {
+  const at::Tensor g = at::empty({s.N, s.HV}, p.a.options().dtype(at::kFloat));
+  const at::Tensor beta = at::empty_like(g);
+  run(GdnGatingParams{.a = p.a, .b = p.b, .A_log = p.A_log, .dt_bias = p.dt_bias, .g = g, .beta = beta}, s);
+  const int64_t key_width = s.H * s.K;
+  const auto heads = [&](int64_t begin, int64_t count, int64_t dim) {
+    return p.mixed_qkv.narrow(1, begin, count * dim).unflatten(1, {count, dim});
+  };
+  run(RecurrentGatedDeltaRuleParams{.q = heads(0, s.H, s.K),
+                                    .k = heads(key_width, s.H, s.K),
+                                    .v = heads(2 * key_width, s.HV, s.V),
+                                    .g = g,
+                                    .beta = beta,
+                                    .state = p.state,
+                                    .cu_seqlens = at::arange(s.N + 1, p.state_indices.options()),
+                                    .state_indices = p.state_indices,
+                                    .out = p.out,
+                                    .write_indices = p.write_indices,
+                                    .scale = p.scale,
+                                    .use_qk_l2norm_in_kernel = p.use_qk_l2norm_in_kernel},
+      s);
+}
+
+}  // namespace xgdn::kernel

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/kernels/dims.h"
+
+#include <c10/util/StringUtil.h>
+
+#include <cctype>
+#include <sstream>
+
+namespace xgdn::kernel {
+namespace {
+
+std::vector<std::string> split(std::string_view names) {
+  std::istringstream in{std::string(names)};
+  std::vector<std::string> parts;
+  for (std::string part; in >> part;) parts.push_back(part);
+  return parts;
+}
+
+bool is_number(const std::string& name) {
+  return std::isdigit(static_cast<unsigned char>(name[0])) != 0;
+}
+
+bool same(const c10::SymInt& a, const c10::SymInt& b) {
+  if (auto x = a.maybe_as_int(), y = b.maybe_as_int(); x && y) return *x == *y;
+  return a.sym_eq(b).expect_true(__FILE__, __LINE__);
+}
+
+std::string sizes_of(const at::Tensor& t) {
+  std::ostringstream text;
+  text << t.sym_sizes();
+  return text.str();
+}
+
+}  // namespace
+
+const Dims::Binding* Dims::find(std::string_view name) const {
+  for (const Binding& b : bindings_) {
+    if (b.name == name) return &b;
+  }
+  return nullptr;
+}
+
+const c10::SymInt& Dims::sym(std::string_view name) const {
+  const Binding* b = find(name);
+  if (b == nullptr) fail(name, "a dimension that an earlier argument binds", "none");
+  return b->size;
+}
+
+void Dims::bind(std::string_view name, c10::SymInt size, std::string_view arg) {
+  bindings_.push_back({std::string(name), std::move(size), std::string(arg)});
+}
+
+void Dims::fail(std::string_view arg, const std::string& expected, const std::string& got) const {
+  throw ShapeError(c10::str("[", op_, "] ", arg, ": expected ", expected, ", got ", got));
+}
+
+Dims& Dims::match(std::string_view arg, const at::Tensor& t, std::string_view names) {
+  const std::string shape = c10::str("[", c10::Join(", ", split(names)), "]");
+  if (!t.defined()) fail(arg, shape, "no tensor");
+  const std::vector<std::string> parts = split(names);
+  if (t.dim() != static_cast<int64_t>(parts.size())) fail(arg, shape, sizes_of(t));
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const c10::SymInt size = t.sym_size(static_cast<int64_t>(i));
+    if (is_number(parts[i])) {
+      if (!same(size, std::stoll(parts[i]))) fail(arg, shape, sizes_of(t));
+    } else if (const Binding* b = find(parts[i])) {
+      if (!same(size, b->size)) {
+        fail(arg, c10::str(shape, " with ", b->name, "=", b->size, " (set by ", b->arg, ")"), sizes_of(t));
+      }
+    } else {
+      bind(parts[i], size, arg);
+    }
+  }
+  if (!device_) {
+    device_ = t.device();
+    device_arg_ = arg;
+  } else if (*device_ != t.device()) {
+    throw DeviceError(c10::str("[", op_, "] ", arg, ": expected a tensor on ", device_->str(), " (set by ", device_arg_,
+                               "), got one on ", t.device().str()));
+  }
+  return *this;
+}
+
+Dims& Dims::match(std::string_view arg, const std::optional<at::Tensor>& t, std::string_view names) {
+  return t ? match(arg, *t, names) : *this;
+}
+
+Dims& Dims::dtype(std::string_view arg, const at::Tensor& t, std::initializer_list<at::ScalarType> allowed) {
+  for (at::ScalarType type : allowed) {
+    if (t.scalar_type() == type) return *this;
+  }
+  std::vector<std::string> names;
+  for (at::ScalarType type : allowed) {
+    const std::string name = c10::toString(type);
+    if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+  }
+  throw DtypeError(
+      c10::str("[", op_, "] ", arg, ": expected ", c10::Join(" or ", names), ", got ", c10::toString(t.scalar_type())));
+}
+
+Dims& Dims::dtype(std::string_view arg, const std::optional<at::Tensor>& t,
+                  std::initializer_list<at::ScalarType> allowed) {
+  return t ? dtype(arg, *t, allowed) : *this;
+}
+
+Dims& Dims::last_contiguous(std::string_view arg, const at::Tensor& t) {
+  return contiguous(arg, t, t.dim() - 1);
+}
+
+Dims& Dims::contiguous(std::string_view arg, const at::Tensor& t, int64_t free) {
+  c10::SymInt stride = 1;
+  for (int64_t d = t.dim() - 1; d >= free; --d) {
+    // A dimension of one element has no stride to speak of.
+    const bool counts = !t.sym_size(d).maybe_as_int() || t.sym_size(d) != 1;
+    if (counts && !same(t.sym_stride(d), stride)) {
+      std::ostringstream got;
+      got << "strides " << t.sym_strides() << " for sizes " << t.sym_sizes() << " (call .contiguous() first)";
+      fail(arg, free == 0 ? "a contiguous tensor" : c10::str("contiguous dimensions from ", free, " on"), got.str());
+    }
+    stride = stride * t.sym_size(d);
+  }
+  return *this;
+}
+
+Dims& Dims::contiguous(std::string_view arg, const std::optional<at::Tensor>& t) {
+  return t ? contiguous(arg, *t) : *this;
+}
+
+Dims& Dims::require(bool ok, const std::string& sentence) {
+  if (!ok) throw ShapeError(c10::str("[", op_, "] ", sentence));
+  return *this;
+}
+
+}  // namespace xgdn::kernel

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+// The maths as plain loops on the CPU. Rounding: inputs are widened to double, all arithmetic is double, states and
+// outputs are rounded once when they are written.
+#include <ATen/ops/empty.h>
+#include <c10/util/StringUtil.h>
+
+#include <cmath>
+
+#include "core/kernels/backend.h"
+#include "core/kernels/reference/delta_rule_head.h"
+#include "core/kernels/registry.h"
+
+namespace xgdn::kernel {
+namespace {
+
+using reference::HeadTokens;
+using reference::Matrix;
+
+at::Tensor wide(const at::Tensor& t) {
+  return t.to(at::kDouble).contiguous();
+}
+
+// The inputs of a delta-rule call in double, and how to pick one head of one sequence from them.
+class Inputs {
+ public:
+  template <typename Params>
+  Inputs(const Params& p, const GdnShape& s)
+      : shape_(s),
+        normalise_(p.use_qk_l2norm_in_kernel),
+        q_(wide(p.q)),
+        k_(wide(p.k)),
+        v_(wide(p.v)),
+        g_(wide(p.g)),
+        beta_(wide(p.beta)),
+        out_(at::empty({s.T, s.HV, s.V}, q_.options())) {}
+
+  HeadTokens head(int64_t begin, int64_t end, int64_t h) const {
+    const int64_t key_head = h / (shape_.HV / shape_.H);
+    HeadTokens x(end - begin, shape_.K, shape_.V);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t - begin;
+      copy_key(q_, t, key_head, x.q[i]);
+      copy_key(k_, t, key_head, x.k[i]);
+      std::copy_n(row(v_, t, h, shape_.HV, shape_.V), shape_.V, x.v[i]);
+      x.g[i] = g_.const_data_ptr<double>()[t * shape_.HV + h];
+      x.beta[i] = beta_.const_data_ptr<double>()[t * shape_.HV + h];
+    }
+    return x;
+  }
+
+  void write_outputs(const HeadTokens& x, int64_t begin, int64_t h) {
+    for (int64_t i = 0; i < x.o.rows; ++i) {
+      std::copy_n(x.o[i], shape_.V, out_.mutable_data_ptr<double>() + ((begin + i) * shape_.HV + h) * shape_.V);
+    }
+  }
+
+  const at::Tensor& out() const { return out_; }
+
+ private:
+  static const double* row(const at::Tensor& t, int64_t token, int64_t head, int64_t heads, int64_t dim) {
+    return t.const_data_ptr<double>() + (token * heads + head) * dim;
+  }
+
+  void copy_key(const at::Tensor& t, int64_t token, int64_t head, double* to) const {
+    const double* from = row(t, token, head, shape_.H, shape_.K);
+    const double norm = normalise_ ? std::sqrt(reference::dot(from, from, shape_.K) + kL2NormEps) : 1.0;
+    for (int64_t c = 0; c < shape_.K; ++c) to[c] = from[c] / norm;
+  }
+
+  GdnShape shape_;
+  bool normalise_;
+  at::Tensor q_, k_, v_, g_, beta_, out_;
+};
+
+Matrix read_state(const at::Tensor& pool, int64_t slot, int64_t h) {
+  const at::Tensor head = wide(pool.select(0, slot).select(0, h));
+  Matrix S(head.size(0), head.size(1));
+  std::copy_n(head.const_data_ptr<double>(), head.numel(), S.values.data());
+  return S;
+}
+
+void write_state(const Matrix& S, const at::Tensor& pool, int64_t slot, int64_t h) {
+  if (slot == kPadSlot) return;
+  const at::Tensor head = at::empty({S.rows, S.cols}, at::kDouble);
+  std::copy(S.values.begin(), S.values.end(), head.mutable_data_ptr<double>());
+  pool.select(0, slot).select(0, h).copy_(head);
+}
+
+class ReferenceBackend final : public Backend {
+ public:
+  using Backend::run;
+  using Backend::why_not;
+
+  std::string_view name() const override { return "reference"; }
+
+  std::optional<std::string> why_not_device(c10::Device device) const override {
+    if (device.is_cpu()) return std::nullopt;
+    return c10::str("it runs on the CPU, the tensors are on ", device.str());
+  }
+
+  void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
+    Inputs inputs(p, s);
+    const double scale = p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)));
+    const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
+    const int32_t* table = p.state_indices.const_data_ptr<int32_t>();
+    const int32_t* write = p.write_indices.value_or(p.state_indices).const_data_ptr<int32_t>();
+    for (int64_t n = 0; n < s.N; ++n) {
+      const int64_t column = p.num_accepted ? p.num_accepted->const_data_ptr<int32_t>()[n] - 1 : 0;
+      const int32_t read_slot = table[n * s.L + column];
+      for (int64_t h = 0; h < s.HV; ++h) {
+        HeadTokens x = inputs.head(cu[n], cu[n + 1], h);
+        if (read_slot != kPadSlot) {
+          Matrix S = read_state(p.state, read_slot, h);
+          for (int64_t t = 0; t < x.o.rows; ++t) {
+            reference::step(x, t, scale, S);
+            if (p.num_accepted) write_state(S, p.state, table[n * s.L + t], h);
+          }
+          if (!p.num_accepted) write_state(S, p.state, write[n], h);
+        }
+        inputs.write_outputs(x, cu[n], h);
+      }
+    }
+    p.out.copy_(inputs.out());
+  }
+
+  void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override {
+    Inputs inputs(p, s);
+    const double scale = p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)));
+    const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
+    const int32_t* read = p.state_indices.const_data_ptr<int32_t>();
+    const int32_t* write = p.write_indices.value_or(p.state_indices).const_data_ptr<int32_t>();
+    const int32_t* offsets = p.chunk_offsets.const_data_ptr<int32_t>();
+    const int32_t* chunks = p.chunk_indices.const_data_ptr<int32_t>();
+    for (int64_t n = 0; n < s.N; ++n) {
+      const bool has_initial = !p.has_initial_state || p.has_initial_state->const_data_ptr<bool>()[n];
+      for (int64_t h = 0; h < s.HV; ++h) {
+        HeadTokens x = inputs.head(cu[n], cu[n + 1], h);
+        if (read[n] != kPadSlot) {
+          Matrix S = has_initial ? read_state(p.state, read[n], h) : Matrix(s.V, s.K);
+          for (int64_t row = offsets[n]; row < offsets[n + 1]; ++row) {
+            const int64_t begin = chunks[2 * row + 1] * kChunkSize;
+            reference::chunk(x, begin, std::min(begin + kChunkSize, x.o.rows), scale, S);
+          }
+          write_state(S, p.state, write[n], h);
+        }
+        inputs.write_outputs(x, cu[n], h);
+      }
+    }
+    p.out.copy_(inputs.out());
+  }
+};
+
+}  // namespace
+
+const Backend* reference_backend() {
+  static const ReferenceBackend backend;
+  return &backend;
+}
+
+}  // namespace xgdn::kernel

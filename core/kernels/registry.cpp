@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one place that knows which backends a build has.
+#include "core/kernels/registry.h"
+
+namespace xgdn::kernel {
+
+const std::vector<const Backend*>& backends() {
+  static const std::vector<const Backend*> list = {cpu_backend(), reference_backend()};
+  return list;
+}
+
+const std::vector<AbsentBackend>& absent_backends() {
+  static const std::vector<AbsentBackend> list = {
+      {"cuda", "this version of xgdn has no CUDA backend"},
+      {"npu", "this version of xgdn has no Ascend backend"},
+  };
+  return list;
+}
+
+}  // namespace xgdn::kernel

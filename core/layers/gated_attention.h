@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The full-attention layer of the hybrid decoders: q/k norm, partial rotary, paged KV cache, sigmoid output gate.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "core/layers/attention_batch.h"
+#include "core/layers/rotary.h"
+#include "core/layers/weight_source.h"
+
+namespace xgdn {
+
+struct AttentionConfig {
+  int64_t hidden_size = 0;
+  int64_t num_heads = 0;     // Hq
+  int64_t num_kv_heads = 0;  // Hkv, divides Hq
+  int64_t head_dim = 0;      // D
+  double rms_norm_eps = 1e-6;
+  bool bias = false;
+};
+
+/// hidden [T, hidden_size] -> [T, hidden_size]. Causal; every sequence attends to its own blocks only.
+class GatedAttention {
+ public:
+  GatedAttention(const AttentionConfig& config, const WeightSource& weights, const std::string& prefix,
+                 at::ScalarType dtype);
+
+  /// Writes this step's keys and values into `kv`, then reads each sequence's whole context from it.
+  at::Tensor forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
+                     KvPool& kv) const;
+
+ private:
+  struct Projection {
+    at::Tensor weight;
+    std::optional<at::Tensor> bias;
+  };
+  at::Tensor attend(const at::Tensor& q, const AttentionSequence& sequence, const at::Tensor& block_ids,
+                    const KvPool& kv) const;
+
+  AttentionConfig config_;
+  Projection q_;  // rows of a head: [query | gate]
+  Projection k_;
+  Projection v_;
+  Projection o_;
+  at::Tensor q_norm_;  // [D]
+  at::Tensor k_norm_;  // [D]
+};
+
+}  // namespace xgdn

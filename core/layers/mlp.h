@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// The feed-forward halves of a decoder layer: dense, and sparse with a shared expert.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/layers/weight_source.h"
+
+namespace xgdn {
+
+/// down(silu(gate(x)) * up(x)).
+class Mlp {
+ public:
+  Mlp(at::Tensor gate, at::Tensor up, at::Tensor down);
+  Mlp(const WeightSource& weights, const std::string& prefix, int64_t hidden_size, int64_t intermediate_size,
+      at::ScalarType dtype);
+
+  at::Tensor forward(const at::Tensor& x) const;
+
+ private:
+  at::Tensor gate_;  // [intermediate, hidden]
+  at::Tensor up_;    // [intermediate, hidden]
+  at::Tensor down_;  // [hidden, intermediate]
+};
+
+struct SparseMoeConfig {
+  int64_t hidden_size = 0;
+  int64_t num_experts = 0;
+  int64_t num_experts_per_tok = 0;
+  int64_t intermediate_size = 0;         // of one expert
+  int64_t shared_intermediate_size = 0;  // of the shared expert
+  bool norm_topk_prob = true;
+};
+
+/// Softmax over all experts in fp32, the top k of them weighted (rescaled to sum to one with norm_topk_prob), plus
+/// sigmoid(shared_expert_gate(x)) * shared_expert(x). Expert weights may be stored one by one or as one 3-D tensor.
+class SparseMoe {
+ public:
+  SparseMoe(const SparseMoeConfig& config, const WeightSource& weights, const std::string& prefix,
+            at::ScalarType dtype);
+
+  at::Tensor forward(const at::Tensor& x) const;
+
+ private:
+  SparseMoeConfig config_;
+  at::Tensor router_;       // [E, hidden]
+  at::Tensor shared_gate_;  // [1, hidden]
+  Mlp shared_;
+  std::vector<Mlp> experts_;
+};
+
+}  // namespace xgdn

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/layers/qwen3_gated_delta_net.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <c10/util/StringUtil.h>
+
+namespace xgdn {
+namespace {
+
+// The heads of one rank. With more ranks than key heads, neighbouring ranks share (replicate) a key head.
+struct HeadRange {
+  int64_t key_begin, key_end, value_begin, value_end;
+};
+
+HeadRange local_heads(const GdnConfig& c, const Shard& shard) {
+  const auto refuse = [](const std::string& sentence) { throw ShapeError("[Qwen3GatedDeltaNet] " + sentence); };
+  if (c.num_k_heads < 1 || c.num_v_heads % c.num_k_heads != 0) {
+    refuse(c10::str("num_v_heads: expected a multiple of num_k_heads=", c.num_k_heads, ", got ", c.num_v_heads));
+  }
+  if (shard.world < 1 || shard.rank < 0 || shard.rank >= shard.world) {
+    refuse(c10::str("shard: expected a rank 0..world-1, got rank ", shard.rank, " of ", shard.world));
+  }
+  const bool divides =
+      shard.world <= c.num_k_heads ? c.num_k_heads % shard.world == 0 : shard.world % c.num_k_heads == 0;
+  if (!divides || c.num_v_heads % shard.world != 0) {
+    refuse(c10::str("shard: expected a world that divides num_v_heads=", c.num_v_heads,
+                    " and divides or is a multiple of ", "num_k_heads=", c.num_k_heads, ", got ", shard.world));
+  }
+  const int64_t value_heads = c.num_v_heads / shard.world;
+  const int64_t ratio = c.num_v_heads / c.num_k_heads;
+  const int64_t value_begin = shard.rank * value_heads;
+  return {value_begin / ratio, (value_begin + value_heads - 1) / ratio + 1, value_begin, value_begin + value_heads};
+}
+
+// Row blocks q, k, v, z, b, a of one layer, whatever the checkpoint's layout.
+class ProjectionRows {
+ public:
+  ProjectionRows(const GdnConfig& config, const HeadRange& heads, const WeightSource& weights,
+                 const std::string& prefix)
+      : c_(config), heads_(heads), weights_(weights), prefix_(prefix) {}
+
+  std::vector<RowBlock> blocks() const {
+    return weights_.contains(prefix_ + "in_proj_qkvz.weight") ? interleaved() : separate();
+  }
+
+ private:
+  // Qwen3.5: rows of in_proj_qkv are [q heads | k heads | v heads].
+  std::vector<RowBlock> separate() const {
+    const int64_t key_dim = c_.num_k_heads * c_.head_k_dim;
+    const int64_t value_dim = c_.num_v_heads * c_.head_v_dim;
+    const std::string qkv = prefix_ + "in_proj_qkv.weight";
+    const std::string z = prefix_ + "in_proj_z.weight";
+    const std::string b = prefix_ + "in_proj_b.weight";
+    const std::string a = prefix_ + "in_proj_a.weight";
+    const at::Tensor qkv_rows = weights_.get(qkv, {2 * key_dim + value_dim, c_.hidden_size});
+    return {{qkv, key_heads(qkv_rows.narrow(0, 0, key_dim))},
+            {qkv, key_heads(qkv_rows.narrow(0, key_dim, key_dim))},
+            {qkv, value_heads(qkv_rows.narrow(0, 2 * key_dim, value_dim), c_.head_v_dim)},
+            {z, value_heads(weights_.get(z, {value_dim, c_.hidden_size}), c_.head_v_dim)},
+            {b, value_heads(weights_.get(b, {c_.num_v_heads, c_.hidden_size}), 1)},
+            {a, value_heads(weights_.get(a, {c_.num_v_heads, c_.hidden_size}), 1)}};
+  }
+
+  // Qwen3-Next: for each key head the rows [q | k | its value heads' v | z], and [b | a].
+  std::vector<RowBlock> interleaved() const {
+    const int64_t ratio = c_.num_v_heads / c_.num_k_heads;
+    const int64_t value_rows = ratio * c_.head_v_dim;
+    const int64_t group = 2 * c_.head_k_dim + 2 * value_rows;
+    const std::string qkvz = prefix_ + "in_proj_qkvz.weight";
+    const std::string ba = prefix_ + "in_proj_ba.weight";
+    const at::Tensor heads =
+        weights_.get(qkvz, {c_.num_k_heads * group, c_.hidden_size}).view({c_.num_k_heads, group, c_.hidden_size});
+    const at::Tensor gates =
+        weights_.get(ba, {2 * c_.num_v_heads, c_.hidden_size}).view({c_.num_k_heads, 2 * ratio, c_.hidden_size});
+    const auto rows = [&](const at::Tensor& groups, int64_t begin, int64_t count) {
+      return groups.narrow(1, begin, count).reshape({-1, c_.hidden_size});
+    };
+    return {{qkvz, key_heads(rows(heads, 0, c_.head_k_dim))},
+            {qkvz, key_heads(rows(heads, c_.head_k_dim, c_.head_k_dim))},
+            {qkvz, value_heads(rows(heads, 2 * c_.head_k_dim, value_rows), c_.head_v_dim)},
+            {qkvz, value_heads(rows(heads, 2 * c_.head_k_dim + value_rows, value_rows), c_.head_v_dim)},
+            {ba, value_heads(rows(gates, 0, ratio), 1)},
+            {ba, value_heads(rows(gates, ratio, ratio), 1)}};
+  }
+
+  at::Tensor key_heads(const at::Tensor& rows) const {
+    return rows.narrow(0, heads_.key_begin * c_.head_k_dim, (heads_.key_end - heads_.key_begin) * c_.head_k_dim);
+  }
+  at::Tensor value_heads(const at::Tensor& rows, int64_t dim) const {
+    return rows.narrow(0, heads_.value_begin * dim, (heads_.value_end - heads_.value_begin) * dim);
+  }
+
+  const GdnConfig& c_;
+  const HeadRange& heads_;
+  const WeightSource& weights_;
+  const std::string& prefix_;
+};
+
+// Segments leave absent tensors undefined; the ops want them absent.
+std::optional<at::Tensor> optional(const at::Tensor& t) {
+  return t.defined() ? std::optional(t) : std::nullopt;
+}
+
+// The rank's channels q, k, v of a per-channel weight.
+std::vector<RowBlock> conv_channels(const GdnConfig& c, const HeadRange& heads, const std::string& name,
+                                    const at::Tensor& channels) {
+  const int64_t key_dim = c.num_k_heads * c.head_k_dim;
+  const int64_t keys = (heads.key_end - heads.key_begin) * c.head_k_dim;
+  const int64_t values = (heads.value_end - heads.value_begin) * c.head_v_dim;
+  return {{name, channels.narrow(0, heads.key_begin * c.head_k_dim, keys)},
+          {name, channels.narrow(0, key_dim + heads.key_begin * c.head_k_dim, keys)},
+          {name, channels.narrow(0, 2 * key_dim + heads.value_begin * c.head_v_dim, values)}};
+}
+
+}  // namespace
+
+struct Qwen3GatedDeltaNet::Projected {
+  at::Tensor mixed_qkv;  // [T, 2HK + HVV]
+  at::Tensor z;          // [T, HV, V]
+  at::Tensor b;          // [T, HV]
+  at::Tensor a;          // [T, HV]
+};
+
+Qwen3GatedDeltaNet::Qwen3GatedDeltaNet(const GdnConfig& config, const WeightSource& weights, const std::string& prefix,
+                                       at::ScalarType dtype, Shard shard, BackendSelection backends)
+    : local_(config), shard_(shard), backends_(std::move(backends)) {
+  const HeadRange heads = local_heads(config, shard);
+  local_.num_k_heads = heads.key_end - heads.key_begin;
+  local_.num_v_heads = heads.value_end - heads.value_begin;
+
+  in_proj_ = fuse_rows(weights, ProjectionRows(config, heads, weights, prefix).blocks(), dtype);
+
+  const int64_t channels = 2 * config.num_k_heads * config.head_k_dim + config.num_v_heads * config.head_v_dim;
+  const std::string conv = prefix + "conv1d.weight";
+  const at::Tensor taps = weights.get(conv, {channels, 1, config.conv_kernel_dim}).squeeze(1);
+  conv_weight_ = fuse_rows(weights, conv_channels(config, heads, conv, taps), dtype);
+  const std::string bias = prefix + "conv1d.bias";
+  if (weights.contains(bias)) {
+    conv_bias_ = fuse_rows(weights, conv_channels(config, heads, bias, weights.get(bias, {channels})), dtype);
+  }
+
+  const auto per_value_head = [&](const std::string& name) {
+    return weights.get(prefix + name, {config.num_v_heads})
+        .narrow(0, heads.value_begin, local_.num_v_heads)
+        .to(at::kFloat)
+        .clone();
+  };
+  A_log_ = per_value_head("A_log");
+  dt_bias_ = per_value_head("dt_bias");
+  norm_ = weights.get(prefix + "norm.weight", {config.head_v_dim}).to(at::kFloat);
+
+  const std::string out = prefix + "out_proj.weight";
+  const int64_t value_dim = config.num_v_heads * config.head_v_dim;
+  out_proj_ = load_weight(weights, out, {config.hidden_size, value_dim}, dtype);
+  if (shard.world > 1) {
+    out_proj_ =
+        out_proj_.narrow(1, heads.value_begin * config.head_v_dim, local_.num_v_heads * config.head_v_dim).clone();
+    weights.release(out);
+  }
+}
+
+std::vector<StateSpec> Qwen3GatedDeltaNet::state_specs() const {
+  return {{StateKind::kConv,
+           {local_.conv_kernel_dim - 1 + local_.max_draft_tokens, conv_weight_.size(0)},
+           conv_weight_.scalar_type()},
+          {StateKind::kDelta, {local_.num_v_heads, local_.head_v_dim, local_.head_k_dim}, local_.state_dtype}};
+}
+
+at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
+  const Projected in = project_in(hidden);
+  at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
+  for (const Segment& segment : batch.segments) attend(segment, in, state, o);
+  kernel::rms_norm_gated(
+      {.x = o, .z = in.z, .weight = norm_, .out = o, .eps = local_.rms_norm_eps, .backend = backends_.decode});
+  at::Tensor out = at::linear(o.flatten(1), out_proj_);
+  if (shard_.group != nullptr) shard_.group->sum(out);
+  return out;
+}
+
+Qwen3GatedDeltaNet::Projected Qwen3GatedDeltaNet::project_in(const at::Tensor& hidden) const {
+  const at::Tensor projected = at::linear(hidden, in_proj_);
+  const int64_t qkv = conv_weight_.size(0);
+  const int64_t value_dim = local_.num_v_heads * local_.head_v_dim;
+  return {.mixed_qkv = projected.narrow(1, 0, qkv),
+          .z = projected.narrow(1, qkv, value_dim).unflatten(1, {local_.num_v_heads, local_.head_v_dim}),
+          .b = projected.narrow(1, qkv + value_dim, local_.num_v_heads),
+          .a = projected.narrow(1, qkv + value_dim + local_.num_v_heads, local_.num_v_heads)};
+}
+
+void Qwen3GatedDeltaNet::attend(const Segment& segment, const Projected& in, GdnState& state, at::Tensor& o) const {
+  const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
+  const at::Tensor mixed_qkv = convolve(segment, rows(in.mixed_qkv), state);
+  if (segment.kind == SegmentKind::kDecode) {
+    kernel::packed_decode({.mixed_qkv = mixed_qkv,
+                           .a = rows(in.a),
+                           .b = rows(in.b),
+                           .A_log = A_log_,
+                           .dt_bias = dt_bias_,
+                           .state = state.pool(StateKind::kDelta),
+                           .state_indices = segment.state_indices,
+                           .out = rows(o),
+                           .write_indices = optional(segment.write_indices),
+                           .backend = backends_.decode});
+  } else {
+    delta_rule(segment, mixed_qkv, rows(in.a), rows(in.b), state, rows(o));
+  }
+}
+
+at::Tensor Qwen3GatedDeltaNet::convolve(const Segment& segment, const at::Tensor& x, GdnState& state) const {
+  const at::Tensor mixed_qkv = at::empty({x.size(0), x.size(1)}, x.options());
+  if (segment.kind == SegmentKind::kPrefill) {
+    kernel::causal_conv1d({.x = x,
+                           .weight = conv_weight_,
+                           .conv_state = state.pool(StateKind::kConv),
+                           .cu_seqlens = segment.cu_seqlens,
+                           .state_indices = segment.conv_indices,
+                           .out = mixed_qkv,
+                           .bias = conv_bias_,
+                           .has_initial_state = optional(segment.has_initial_state),
+                           .write_indices = optional(segment.write_indices),
+                           .backend = backends_.prefill});
+  } else {
+    kernel::causal_conv1d_update({.x = x,
+                                  .weight = conv_weight_,
+                                  .conv_state = state.pool(StateKind::kConv),
+                                  .cu_seqlens = segment.cu_seqlens,
+                                  .state_indices = segment.conv_indices,
+                                  .out = mixed_qkv,
+                                  .max_len = segment.max_len,
+                                  .bias = conv_bias_,
+                                  .write_indices = optional(segment.write_indices),
+                                  .num_accepted = optional(segment.num_accepted),
+                                  .backend = backends_.decode});
+  }
+  return mixed_qkv;
+}
+
+// Prefill and verification: gates, then the rule over several tokens of a sequence.
+void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mixed_qkv, const at::Tensor& a,
+                                    const at::Tensor& b, GdnState& state, const at::Tensor& o) const {
+  const bool is_prefill = segment.kind == SegmentKind::kPrefill;
+  const std::string& backend = is_prefill ? backends_.prefill : backends_.decode;
+  const at::Tensor g = at::empty({segment.num_tokens, local_.num_v_heads}, a.options().dtype(at::kFloat));
+  const at::Tensor beta = at::empty_like(g);
+  kernel::gdn_gating({.a = a, .b = b, .A_log = A_log_, .dt_bias = dt_bias_, .g = g, .beta = beta, .backend = backend});
+
+  const int64_t key_dim = local_.num_k_heads * local_.head_k_dim;
+  const auto heads = [&](int64_t begin, int64_t count, int64_t dim) {
+    return mixed_qkv.narrow(1, begin, count * dim).unflatten(1, {count, dim});
+  };
+  const at::Tensor q = heads(0, local_.num_k_heads, local_.head_k_dim);
+  const at::Tensor k = heads(key_dim, local_.num_k_heads, local_.head_k_dim);
+  const at::Tensor v = heads(2 * key_dim, local_.num_v_heads, local_.head_v_dim);
+  if (is_prefill) {
+    kernel::chunk_gated_delta_rule({.q = q,
+                                    .k = k,
+                                    .v = v,
+                                    .g = g,
+                                    .beta = beta,
+                                    .state = state.pool(StateKind::kDelta),
+                                    .cu_seqlens = segment.cu_seqlens,
+                                    .state_indices = segment.state_indices,
+                                    .chunk_indices = segment.chunk.chunk_indices_chunk64,
+                                    .chunk_offsets = segment.chunk.chunk_offsets_chunk64,
+                                    .out = o,
+                                    .has_initial_state = optional(segment.has_initial_state),
+                                    .write_indices = optional(segment.write_indices),
+                                    .backend = backend});
+  } else {
+    kernel::recurrent_gated_delta_rule({.q = q,
+                                        .k = k,
+                                        .v = v,
+                                        .g = g,
+                                        .beta = beta,
+                                        .state = state.pool(StateKind::kDelta),
+                                        .cu_seqlens = segment.cu_seqlens,
+                                        .state_indices = segment.state_indices,
+                                        .out = o,
+                                        .num_accepted = optional(segment.num_accepted),
+                                        .backend = backend});
+  }
+}
+
+}  // namespace xgdn

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rotary position embedding over the first dimensions of a head.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace xgdn {
+
+/// cos and sin of a step's positions, each [T, 1, rotary_dim].
+struct RotaryTable {
+  at::Tensor cos;
+  at::Tensor sin;
+};
+
+class Rotary {
+ public:
+  /// rotary_dim = int(head_dim * partial_rotary_factor); frequencies theta^(-2i / rotary_dim).
+  Rotary(int64_t head_dim, double partial_rotary_factor, double theta);
+
+  /// positions [T] i32; the angles are fp32, the table has dtype.
+  RotaryTable table(const at::Tensor& positions, at::ScalarType dtype) const;
+
+ private:
+  at::Tensor inverse_frequencies_;  // [rotary_dim / 2] f32
+};
+
+/// Rotates the first rotary_dim of x [T, heads, D] (halves, not pairs) and passes the rest through.
+at::Tensor apply_rotary(const at::Tensor& x, const RotaryTable& table);
+
+}  // namespace xgdn

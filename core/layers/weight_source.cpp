@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/layers/weight_source.h"
+
+#include <ATen/ops/empty.h>
+
+namespace xgdn {
+
+at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
+                       at::ScalarType dtype) {
+  const at::Tensor stored = weights.get(name, shape);
+  if (stored.scalar_type() == dtype) return stored;
+  at::Tensor converted = stored.to(dtype);
+  weights.release(name);
+  return converted;
+}
+
+at::Tensor fuse_rows(const WeightSource& weights, const std::vector<RowBlock>& blocks, at::ScalarType dtype) {
+  int64_t rows = 0;
+  for (const RowBlock& block : blocks) rows += block.rows.size(0);
+  std::vector<int64_t> shape = blocks.front().rows.sizes().vec();
+  shape[0] = rows;
+  at::Tensor fused = at::empty(shape, blocks.front().rows.options().dtype(dtype));
+  int64_t begin = 0;
+  for (const RowBlock& block : blocks) {
+    fused.narrow(0, begin, block.rows.size(0)).copy_(block.rows);
+    begin += block.rows.size(0);
+  }
+  for (const RowBlock& block : blocks) weights.release(block.name);
+  return fused;
+}
+
+}  // namespace xgdn

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/models/hybrid_decoder.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/linear.h>
+
+#include <optional>
+#include <variant>
+
+#include "core/layers/gated_attention.h"
+#include "core/layers/mlp.h"
+#include "core/layers/rms_norm.h"
+
+namespace xgdn {
+namespace {
+
+using Mixer = std::variant<Qwen3GatedDeltaNet, GatedAttention>;
+using FeedForward = std::variant<Mlp, SparseMoe>;
+
+Mixer make_mixer(const ModelConfig& c, int64_t layer, const WeightSource& weights, const std::string& prefix,
+                 const DecoderOptions& options) {
+  if (c.layer_types[layer] == LayerType::kFullAttention) {
+    const AttentionConfig attention{.hidden_size = c.hidden_size,
+                                    .num_heads = c.num_attention_heads,
+                                    .num_kv_heads = c.num_key_value_heads,
+                                    .head_dim = c.head_dim,
+                                    .rms_norm_eps = c.rms_norm_eps,
+                                    .bias = c.attention_bias};
+    return GatedAttention(attention, weights, prefix + "self_attn.", options.dtype);
+  }
+  const GdnConfig gdn{.hidden_size = c.hidden_size,
+                      .num_k_heads = c.linear_num_key_heads,
+                      .num_v_heads = c.linear_num_value_heads,
+                      .head_k_dim = c.linear_key_head_dim,
+                      .head_v_dim = c.linear_value_head_dim,
+                      .conv_kernel_dim = c.linear_conv_kernel_dim,
+                      .rms_norm_eps = c.rms_norm_eps,
+                      .state_dtype = options.state_dtype,
+                      .max_draft_tokens = options.max_draft_tokens};
+  return Qwen3GatedDeltaNet(gdn, weights, prefix + "linear_attn.", options.dtype, {}, options.backends);
+}
+
+FeedForward make_feed_forward(const ModelConfig& c, int64_t layer, const WeightSource& weights,
+                              const std::string& prefix, at::ScalarType dtype) {
+  if (!c.is_sparse_layer[layer]) return Mlp(weights, prefix + "mlp.", c.hidden_size, c.intermediate_size, dtype);
+  const SparseMoeConfig moe{.hidden_size = c.hidden_size,
+                            .num_experts = c.num_experts,
+                            .num_experts_per_tok = c.num_experts_per_tok,
+                            .intermediate_size = c.moe_intermediate_size,
+                            .shared_intermediate_size = c.shared_expert_intermediate_size,
+                            .norm_topk_prob = c.norm_topk_prob};
+  return SparseMoe(moe, weights, prefix + "mlp.", dtype);
+}
+
+}  // namespace
+
+struct HybridDecoder::Layer {
+  at::Tensor input_norm;           // [hidden]
+  at::Tensor post_attention_norm;  // [hidden]
+  Mixer mixer;
+  FeedForward feed_forward;
+};
+
+HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& weights, const DecoderOptions& options)
+    : config_(config),
+      dtype_(options.dtype),
+      rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta) {
+  const std::string& root = config.weight_prefix;
+  const std::vector<int64_t> table{config.vocab_size, config.hidden_size};
+  embedding_ = load_weight(weights, root + "embed_tokens.weight", table, dtype_);
+  norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, dtype_);
+  lm_head_ = config.tie_word_embeddings ? embedding_ : load_weight(weights, "lm_head.weight", table, dtype_);
+  for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
+    const std::string prefix = root + "layers." + std::to_string(i) + ".";
+    const auto norm = [&](const char* name) {
+      return load_weight(weights, prefix + name, {config.hidden_size}, dtype_);
+    };
+    layers_.push_back(
+        std::make_unique<Layer>(Layer{.input_norm = norm("input_layernorm.weight"),
+                                      .post_attention_norm = norm("post_attention_layernorm.weight"),
+                                      .mixer = make_mixer(config, i, weights, prefix, options),
+                                      .feed_forward = make_feed_forward(config, i, weights, prefix, dtype_)}));
+    if (options.on_layer_loaded) options.on_layer_loaded(i + 1, config.num_hidden_layers);
+  }
+}
+
+HybridDecoder::~HybridDecoder() = default;
+
+std::vector<std::vector<StateSpec>> HybridDecoder::state_specs() const {
+  std::vector<std::vector<StateSpec>> specs;
+  for (const auto& layer : layers_) {
+    if (const auto* gdn = std::get_if<Qwen3GatedDeltaNet>(&layer->mixer)) specs.push_back(gdn->state_specs());
+  }
+  return specs;
+}
+
+int64_t HybridDecoder::num_attention_layers() const {
+  return static_cast<int64_t>(layers_.size() - state_specs().size());
+}
+
+at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) const {
+  at::Tensor hidden = at::index_select(embedding_, 0, input.token_ids);
+  const RotaryTable rotary = rotary_.table(input.attention.positions, dtype_);
+  size_t gdn_layer = 0;
+  size_t attention_layer = 0;
+  for (const auto& layer : layers_) {
+    const at::Tensor x = rms_norm_zero_centred(hidden, layer->input_norm, config_.rms_norm_eps);
+    if (const auto* gdn = std::get_if<Qwen3GatedDeltaNet>(&layer->mixer)) {
+      hidden = hidden + gdn->forward(x, input.gdn, state.gdn[gdn_layer++]);
+    } else {
+      const auto& attention = std::get<GatedAttention>(layer->mixer);
+      hidden = hidden + attention.forward(x, rotary, input.attention, state.kv[attention_layer++]);
+    }
+    const at::Tensor y = rms_norm_zero_centred(hidden, layer->post_attention_norm, config_.rms_norm_eps);
+    hidden = hidden + std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
+  }
+  const at::Tensor last = at::index_select(hidden, 0, input.logit_rows);
+  return at::linear(rms_norm_zero_centred(last, norm_, config_.rms_norm_eps), lm_head_).to(at::kFloat);
+}
+
+}  // namespace xgdn

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The decoder of Qwen3.5 (dense and MoE) and Qwen3-Next: token embedding, GDN and full-attention layers, norm, head.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "core/layers/attention_batch.h"
+#include "core/layers/gdn_batch.h"
+#include "core/layers/gdn_state.h"
+#include "core/layers/qwen3_gated_delta_net.h"
+#include "core/layers/rotary.h"
+#include "core/layers/weight_source.h"
+#include "core/models/model_config.h"
+
+namespace xgdn {
+
+/// One step of a model. Index tensors are int32 on the model's device.
+struct StepInput {
+  at::Tensor token_ids;   // [T]
+  at::Tensor logit_rows;  // [R]  tokens whose logits are wanted
+  GdnBatch gdn;
+  AttentionBatch attention;
+};
+
+/// The pools of all layers, in layer order. Filled by the runtime.
+struct ModelState {
+  std::vector<GdnState> gdn;
+  std::vector<KvPool> kv;
+};
+
+struct DecoderOptions {
+  at::ScalarType dtype = at::kFloat;        // of weights and activations
+  at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states
+  int64_t max_draft_tokens = 0;
+  BackendSelection backends;
+  std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // may be empty
+};
+
+class HybridDecoder {
+ public:
+  /// Builds every layer from the source. Throws CheckpointError for missing or misshapen weights.
+  HybridDecoder(const ModelConfig& config, const WeightSource& weights, const DecoderOptions& options);
+  ~HybridDecoder();
+
+  /// Logits [R, vocab] in fp32; updates the state in place.
+  at::Tensor forward(const StepInput& input, ModelState& state) const;
+
+  /// Pools of each GDN layer, in order.
+  std::vector<std::vector<StateSpec>> state_specs() const;
+  int64_t num_attention_layers() const;
+  const ModelConfig& config() const { return config_; }
+  at::ScalarType dtype() const { return dtype_; }
+
+ private:
+  struct Layer;
+
+  ModelConfig config_;
+  at::ScalarType dtype_;
+  Rotary rotary_;
+  at::Tensor embedding_;  // [vocab, hidden]
+  at::Tensor norm_;       // [hidden]
+  at::Tensor lm_head_;    // [vocab, hidden]
+  std::vector<std::unique_ptr<Layer>> layers_;
+};
+
+}  // namespace xgdn
