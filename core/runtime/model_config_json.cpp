@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
@@ -191,9 +192,10 @@ void read_rope(const JsonObject& text, ModelConfig& c) {
     rope->read("partial_rotary_factor", c.partial_rotary_factor);
   }
   if (c.rope_theta <= 0) throw text.error("rope_theta", "a positive number", std::to_string(c.rope_theta));
-  const auto rotary_dim = static_cast<int64_t>(static_cast<double>(c.head_dim) * c.partial_rotary_factor);
-  if (c.partial_rotary_factor <= 0 || c.partial_rotary_factor > 1 || rotary_dim < 2 || rotary_dim % 2 != 0) {
-    throw text.error("partial_rotary_factor", "a share of head_dim=" + std::to_string(c.head_dim) + " that is even",
+  const bool is_share = c.partial_rotary_factor > 0 && c.partial_rotary_factor <= 1;
+  const double rotary_dim = is_share ? std::floor(static_cast<double>(c.head_dim) * c.partial_rotary_factor) : 0;
+  if (rotary_dim < 2 || std::fmod(rotary_dim, 2) != 0) {
+    throw text.error("partial_rotary_factor", "an even share of head_dim=" + std::to_string(c.head_dim),
                      std::to_string(c.partial_rotary_factor));
   }
 }
