@@ -305,7 +305,7 @@ TORCH_LIBRARY(xgdn, m) {
   });
   m.def("available_backends() -> str[]", [] { return available_backends(); });
   m.def("last_backend(str op) -> str", [](const std::string& op) { return last_backend(op); });
-  m.def("doctor() -> (str, str, str?, bool)[]", [] { return doctor_op(); });
+  m.def("doctor", [] { return doctor_op(); });
 }
 
 TORCH_LIBRARY_IMPL(xgdn, CPU, m) {

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops compute, in float64, one token at a time. Knows no pool, no chunk and nothing of the C++."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+L2_EPS = 1e-6
+
+
+def l2_norm(x: Tensor, eps: float = L2_EPS) -> Tensor:
+    x = x.double()
+    return x / (x.square().sum(-1, keepdim=True) + eps).sqrt()
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    scale: float | None = None,
+    use_qk_l2norm: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """One sequence: q, k [T, H, K], v [T, HV, V], g, beta [T, HV], state [HV, V, K].
+
+    Returns the outputs [T, HV, V] and the states after each token, [T + 1, HV, V, K], the first being the given one.
+    """
+    q, k, v, g, beta, S = (x.double() for x in (q, k, v, g, beta, state))
+    if use_qk_l2norm:
+        q, k = l2_norm(q), l2_norm(k)
+    group = v.shape[1] // q.shape[1]
+    key_head = [head // group for head in range(v.shape[1])]
+    q, k = q[:, key_head], k[:, key_head]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outputs, states = [], [S]
+    for t in range(q.shape[0]):
+        S = g[t].exp()[:, None, None] * S
+        u = beta[t][:, None] * (v[t] - (S @ k[t][:, :, None])[..., 0])
+        S = S + u[:, :, None] * k[t][:, None, :]
+        outputs.append(scale * (S @ q[t][:, :, None])[..., 0])
+        states.append(S)
+    return torch.stack(outputs) if outputs else v.new_empty(v.shape), torch.stack(states)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor, silu: bool = True) -> Tensor:
+    """One sequence: x [T, D], weight [D, W], history [W - 1, D] oldest first. Returns [T, D]."""
+    x, weight, history = x.double(), weight.double(), history.double()
+    width = weight.shape[1]
+    padded = torch.cat([history, x])
+    rows = [(padded[t : t + width].T * weight).sum(-1) for t in range(x.shape[0])]
+    y = torch.stack(rows) if rows else x
+    if bias is not None:
+        y = y + bias.double()
+    return y * torch.sigmoid(y) if silu else y
+
+
+def gdn_gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    # softplus without PyTorch's threshold, beyond which it returns its argument.
+    x = a.double() + dt_bias.double()
+    softplus = torch.logaddexp(x, torch.zeros_like(x))
+    return -A_log.double().exp() * softplus, torch.sigmoid(b.double())
+
+
+def rms_norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, z = x.double(), z.double()
+    return weight.double() * (x / (x.square().mean(-1, keepdim=True) + eps).sqrt()) * F.silu(z)
