@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+// The cpu backend: tensors become pointers and strides, work items are spread over ATen's threads.
+#include <ATen/Parallel.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "core/kernels/backend.h"
+#include "core/kernels/cpu/causal_conv1d.h"
+#include "core/kernels/cpu/gated_delta_rule.h"
+#include "core/kernels/cpu/gdn_gating.h"
+#include "core/kernels/cpu/rms_norm_gated.h"
+#include "core/kernels/registry.h"
+
+namespace xgdn::kernel {
+namespace {
+
+using cpu::DType;
+using cpu::InRows;
+using cpu::OutRows;
+
+// Below this many elements a thread costs more than it brings.
+constexpr int64_t kElementsPerThread = 16384;
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+// Rows [token, head] or [token] of a tensor whose last dimension is the row.
+InRows in_rows(const at::Tensor& t) {
+  return {.data = t.const_data_ptr(),
+          .dtype = dtype_of(t),
+          .token_stride = t.stride(0),
+          .head_stride = t.dim() > 2 ? t.stride(1) : 0};
+}
+
+OutRows out_rows(const at::Tensor& t) {
+  return {.data = t.mutable_data_ptr(),
+          .dtype = dtype_of(t),
+          .token_stride = t.stride(0),
+          .head_stride = t.dim() > 2 ? t.stride(1) : 0};
+}
+
+// One number for each (token, head).
+InRows in_scalars(const at::Tensor& t) {
+  return {.data = t.const_data_ptr(), .dtype = dtype_of(t), .token_stride = t.stride(0), .head_stride = t.stride(1)};
+}
+
+// One number for each head.
+InRows in_heads(const at::Tensor& t) {
+  return {.data = t.const_data_ptr(), .dtype = dtype_of(t), .token_stride = 0, .head_stride = 1};
+}
+
+template <typename T>
+const T* pointer(const std::optional<at::Tensor>& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
+int64_t threads_for(int64_t elements) {
+  return std::clamp<int64_t>(elements / kElementsPerThread, 1, at::get_num_threads());
+}
+
+// What the three delta rules share.
+template <typename Params>
+cpu::GatedDeltaRuleArgs delta_args(const Params& p, const GdnShape& s) {
+  return {.N = s.N,
+          .H = s.H,
+          .HV = s.HV,
+          .K = s.K,
+          .V = s.V,
+          .L = s.L,
+          .out = out_rows(p.out),
+          .state = p.state.mutable_data_ptr(),
+          .is_state_bfloat16 = p.state.scalar_type() == at::kBFloat16,
+          .slot_stride = p.state.stride(0),
+          .read_slots = p.state_indices.template const_data_ptr<int32_t>(),
+          .write_slots = p.write_indices.value_or(p.state_indices).template const_data_ptr<int32_t>(),
+          .scale = static_cast<float>(p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)))),
+          .normalise_qk = p.use_qk_l2norm_in_kernel,
+          .v_block = s.V};
+}
+
+template <typename Params>
+cpu::GatedDeltaRuleArgs packed_args(const Params& p, const GdnShape& s) {
+  cpu::GatedDeltaRuleArgs args = delta_args(p, s);
+  args.q = in_rows(p.q);
+  args.k = in_rows(p.k);
+  args.v = in_rows(p.v);
+  args.g = in_scalars(p.g);
+  args.beta = in_scalars(p.beta);
+  args.cu_seqlens = p.cu_seqlens.template const_data_ptr<int32_t>();
+  return args;
+}
+
+// Threads take work items one by one: sequences differ in length. Few items are split into blocks of V rows.
+void run_delta_rule(cpu::GatedDeltaRuleArgs args, const GdnShape& s) {
+  const int64_t threads = threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K);
+  const int64_t items = std::max<int64_t>(args.N * args.HV, 1);
+  const int64_t steps = args.V / cpu::kHeadDimStep;
+  const int64_t blocks = threads == 1 ? 1 : std::clamp<int64_t>((2 * threads + items - 1) / items, 1, steps);
+  args.v_block = (steps + blocks - 1) / blocks * cpu::kHeadDimStep;
+
+  const int64_t count = cpu::num_work_items(args);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      cpu::gated_delta_rule(args, item);
+    }
+  });
+}
+
+template <typename Params>
+cpu::CausalConv1dArgs conv_args(const Params& p, const ConvShape& s) {
+  return {.N = s.N,
+          .D = s.D,
+          .W = s.W,
+          .R = s.R,
+          .x = in_rows(p.x),
+          .out = out_rows(p.out),
+          .weight = p.weight.const_data_ptr(),
+          .bias = p.bias ? p.bias->const_data_ptr() : nullptr,
+          .silu = p.silu,
+          .conv_state = p.conv_state.mutable_data_ptr(),
+          .conv_state_dtype = dtype_of(p.conv_state),
+          .slot_stride = p.conv_state.stride(0),
+          .cu_seqlens = p.cu_seqlens.template const_data_ptr<int32_t>(),
+          .read_slots = p.state_indices.template const_data_ptr<int32_t>(),
+          .write_slots = p.write_indices.value_or(p.state_indices).template const_data_ptr<int32_t>()};
+}
+
+// Calls f(begin, end) over `count` items of `elements` each.
+template <class F>
+void parallel_ranges(int64_t count, int64_t elements, const F& f) {
+  const int64_t threads = threads_for(count * elements);
+  at::parallel_for(0, count, std::max<int64_t>((count + threads - 1) / threads, 1), f);
+}
+
+void run_conv(const cpu::CausalConv1dArgs& args, const ConvShape& s) {
+  const int64_t count = cpu::num_work_items(args);
+  const int64_t elements = std::max(s.T, s.N) * s.D / std::max<int64_t>(count, 1);
+  parallel_ranges(count, elements, [&](int64_t begin, int64_t end) { cpu::causal_conv1d(args, begin, end); });
+}
+
+std::optional<std::string> why_not_head_dims(const GdnShape& s) {
+  for (const auto& [letter, size] : {std::pair{'K', s.K}, std::pair{'V', s.V}}) {
+    if (size % cpu::kHeadDimStep != 0 || size < cpu::kHeadDimStep || size > cpu::kMaxHeadDim) {
+      return c10::str("its kernels take ", letter, " in multiples of ", cpu::kHeadDimStep, " up to ", cpu::kMaxHeadDim,
+                      ", got ", size);
+    }
+  }
+  return std::nullopt;
+}
+
+class CpuBackend final : public Backend {
+ public:
+  using Backend::run;
+  using Backend::why_not;
+
+  std::string_view name() const override { return "cpu"; }
+
+  std::optional<std::string> why_not_device(c10::Device device) const override {
+    if (device.is_cpu()) return std::nullopt;
+    return c10::str("it runs on the CPU, the tensors are on ", device.str());
+  }
+
+  std::optional<std::string> why_not(const RecurrentGatedDeltaRuleParams&, const GdnShape& s) const override {
+    return why_not_head_dims(s);
+  }
+  std::optional<std::string> why_not(const ChunkGatedDeltaRuleParams&, const GdnShape& s) const override {
+    return why_not_head_dims(s);
+  }
+  std::optional<std::string> why_not(const PackedDecodeParams&, const GdnShape& s) const override {
+    return why_not_head_dims(s);
+  }
+
+  void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
+    cpu::GatedDeltaRuleArgs args = packed_args(p, s);
+    args.num_accepted = pointer<int32_t>(p.num_accepted);
+    run_delta_rule(args, s);
+  }
+
+  void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override {
+    cpu::GatedDeltaRuleArgs args = packed_args(p, s);
+    args.has_initial_state = pointer<bool>(p.has_initial_state);
+    run_delta_rule(args, s);
+  }
+
+  void run(const PackedDecodeParams& p, const GdnShape& s) const override {
+    const auto heads = [&](int64_t first_channel, int64_t dim) {
+      InRows rows = in_rows(p.mixed_qkv);
+      rows.data = static_cast<const char*>(rows.data) + first_channel * cpu::size_of(rows.dtype);
+      rows.head_stride = dim;
+      return rows;
+    };
+    cpu::GatedDeltaRuleArgs args = delta_args(p, s);
+    args.q = heads(0, s.K);
+    args.k = heads(s.H * s.K, s.K);
+    args.v = heads(2 * s.H * s.K, s.V);
+    args.g = in_scalars(p.a);
+    args.beta = in_scalars(p.b);
+    args.A_log = in_heads(p.A_log);
+    args.dt_bias = in_heads(p.dt_bias);
+    run_delta_rule(args, s);
+  }
+
+  void run(const CausalConv1dParams& p, const ConvShape& s) const override {
+    cpu::CausalConv1dArgs args = conv_args(p, s);
+    args.has_initial_state = pointer<bool>(p.has_initial_state);
+    run_conv(args, s);
+  }
+
+  void run(const CausalConv1dUpdateParams& p, const ConvShape& s) const override {
+    cpu::CausalConv1dArgs args = conv_args(p, s);
+    args.num_accepted = pointer<int32_t>(p.num_accepted);
+    args.is_update = true;
+    run_conv(args, s);
+  }
+
+  void run(const GdnGatingParams& p, const GdnShape& s) const override {
+    const cpu::GdnGatingArgs args = {.HV = s.HV,
+                                     .a = in_rows(p.a),
+                                     .b = in_rows(p.b),
+                                     .A_log = in_heads(p.A_log),
+                                     .dt_bias = in_heads(p.dt_bias),
+                                     .g = out_rows(p.g),
+                                     .beta = out_rows(p.beta)};
+    parallel_ranges(s.T, s.HV, [&](int64_t begin, int64_t end) { cpu::gdn_gating(args, begin, end); });
+  }
+
+  void run(const RmsNormGatedParams& p, const GdnShape& s) const override {
+    const cpu::RmsNormGatedArgs args = {.HV = s.HV,
+                                        .V = s.V,
+                                        .x = in_rows(p.x),
+                                        .z = in_rows(p.z),
+                                        .weight = in_heads(p.weight),
+                                        .out = out_rows(p.out),
+                                        .eps = static_cast<float>(p.eps)};
+    parallel_ranges(s.T * s.HV, s.V, [&](int64_t begin, int64_t end) { cpu::rms_norm_gated(args, begin, end); });
+  }
+};
+
+}  // namespace
+
+const Backend* cpu_backend() {
+  static const CpuBackend backend;
+  return &backend;
+}
+
+}  // namespace xgdn::kernel

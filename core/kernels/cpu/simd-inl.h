@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CPU kernels share inside one instruction set: rows to and from f32, exp, sigmoid, softplus, scratch memory.
+// Rounding: 16-bit types are widened exactly and rounded to nearest even once; NaN stays NaN. The functions of one
+// lane are the same bits in every lane and for every vector width.
+#if defined(XGDN_CORE_KERNELS_CPU_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef XGDN_CORE_KERNELS_CPU_SIMD_INL_H_
+#undef XGDN_CORE_KERNELS_CPU_SIMD_INL_H_
+#else
+#define XGDN_CORE_KERNELS_CPU_SIMD_INL_H_
+#endif
+
+#include <cstring>
+
+#include "core/kernels/cpu/rows.h"
+#include "hwy/aligned_allocator.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace xgdn::kernel::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// At most 16 lanes, so that head dims, which are multiples of 16, have no tail.
+inline constexpr size_t kMaxLanes = 16;
+using F32 = hn::CappedTag<float, kMaxLanes>;
+using I32 = hn::RebindToSigned<F32>;
+using U32 = hn::RebindToUnsigned<F32>;
+using U16 = hn::Rebind<uint16_t, F32>;
+using VF = hn::Vec<F32>;
+
+// A pool of this element type holds bf16.
+using BFloat16Bits = uint16_t;
+
+// ---- one vector to and from f32 -------------------------------------------------------------------------------------
+
+HWY_INLINE VF load(F32 d, const float* p) {
+  return hn::LoadU(d, p);
+}
+
+HWY_INLINE VF load(F32 d, const BFloat16Bits* p) {
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(U32(), hn::LoadU(U16(), p))));
+}
+
+HWY_INLINE void store(F32 d, VF x, float* p) {
+  hn::StoreU(x, d, p);
+}
+
+// A value below 2^16 in every lane.
+HWY_INLINE void store_low_halves(hn::Vec<U32> x, uint16_t* p) {
+  hn::StoreU(hn::DemoteTo(U16(), hn::BitCast(I32(), x)), U16(), p);
+}
+
+HWY_INLINE void store(F32, VF x, BFloat16Bits* p) {
+  const U32 u;
+  const auto bits = hn::BitCast(u, x);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(u, 1));
+  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(u, 0x7FFF)));
+  const auto is_nan = hn::RebindMask(u, hn::IsNaN(x));
+  store_low_halves(hn::ShiftRight<16>(hn::IfThenElse(is_nan, hn::Or(bits, hn::Set(u, 0x400000)), rounded)), p);
+}
+
+HWY_INLINE VF load_float16(F32 d, const uint16_t* p) {
+  const U32 u;
+  const auto half = hn::PromoteTo(u, hn::LoadU(U16(), p));
+  const auto sign = hn::ShiftLeft<16>(hn::And(half, hn::Set(u, 0x8000)));
+  const auto magnitude = hn::And(half, hn::Set(u, 0x7FFF));
+  // Normal numbers: move the fraction, rebias the exponent; infinity and NaN: the largest exponent.
+  const auto is_special = hn::Gt(magnitude, hn::Set(u, 0x7BFF));
+  const auto bias =
+      hn::IfThenElse(is_special, hn::Set(u, uint32_t{255 - 31} << 23), hn::Set(u, uint32_t{127 - 15} << 23));
+  const auto normal = hn::Add(hn::ShiftLeft<13>(magnitude), bias);
+  // Subnormal numbers count units of 2^-24.
+  const VF units = hn::ConvertTo(d, hn::BitCast(I32(), magnitude));
+  const auto subnormal = hn::BitCast(u, hn::Mul(units, hn::Set(d, 0x1p-24f)));
+  const auto is_subnormal = hn::Lt(magnitude, hn::Set(u, 0x0400));
+  return hn::BitCast(d, hn::Or(sign, hn::IfThenElse(is_subnormal, subnormal, normal)));
+}
+
+HWY_INLINE void store_float16(F32 d, VF x, uint16_t* p) {
+  const U32 u;
+  const auto bits = hn::BitCast(u, x);
+  const auto sign = hn::And(hn::ShiftRight<16>(bits), hn::Set(u, 0x8000));
+  const auto magnitude = hn::And(bits, hn::Set(u, 0x7FFFFFFF));
+  const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(u, 1));
+  const auto rebias = hn::Set(u, (uint32_t{127 - 15} << 23) - 0xFFF);
+  const auto normal = hn::ShiftRight<13>(hn::Sub(hn::Add(magnitude, odd), rebias));
+  // Below 2^-14: adding 0.5 leaves units of 2^-24 in the fraction, rounded by the addition.
+  const auto half = hn::Set(u, uint32_t{126} << 23);
+  const auto shifted = hn::Add(hn::BitCast(d, magnitude), hn::BitCast(d, half));
+  const auto subnormal = hn::Sub(hn::BitCast(u, shifted), half);
+  const auto is_nan = hn::Gt(magnitude, hn::Set(u, 0x7F800000));
+  const auto special = hn::IfThenElse(is_nan, hn::Set(u, 0x7E00), hn::Set(u, 0x7C00));
+  const auto is_subnormal = hn::Lt(magnitude, hn::Set(u, uint32_t{127 - 14} << 23));
+  const auto is_special = hn::Gt(magnitude, hn::Set(u, (uint32_t{127 + 16} << 23) - 1));
+  const auto finite = hn::IfThenElse(is_subnormal, subnormal, normal);
+  store_low_halves(hn::Or(sign, hn::IfThenElse(is_special, special, finite)), p);
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+template <typename T, class Load>
+HWY_INLINE void load_row_with(const void* from, size_t n, float* HWY_RESTRICT to, const Load& load_vector) {
+  const F32 d;
+  const size_t lanes = hn::Lanes(d);
+  const T* p = static_cast<const T*>(from);
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) hn::StoreU(load_vector(d, p + i), d, to + i);
+  if (i == n) return;
+  T tail[kMaxLanes] = {};
+  float wide[kMaxLanes];
+  std::memcpy(tail, p + i, (n - i) * sizeof(T));
+  hn::StoreU(load_vector(d, tail), d, wide);
+  std::memcpy(to + i, wide, (n - i) * sizeof(float));
+}
+
+template <typename T, class Store>
+HWY_INLINE void store_row_with(const float* HWY_RESTRICT from, size_t n, void* to, const Store& store_vector) {
+  const F32 d;
+  const size_t lanes = hn::Lanes(d);
+  T* p = static_cast<T*>(to);
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) store_vector(d, hn::LoadU(d, from + i), p + i);
+  if (i == n) return;
+  T tail[kMaxLanes];
+  float wide[kMaxLanes] = {};
+  std::memcpy(wide, from + i, (n - i) * sizeof(float));
+  store_vector(d, hn::LoadU(d, wide), tail);
+  std::memcpy(p + i, tail, (n - i) * sizeof(T));
+}
+
+inline void load_row(DType dtype, const void* from, size_t n, float* HWY_RESTRICT to) {
+  switch (dtype) {
+    case DType::kFloat32:
+      std::memcpy(to, from, n * sizeof(float));
+      return;
+    case DType::kBFloat16:
+      load_row_with<uint16_t>(from, n, to, [](F32 d, const uint16_t* p) HWY_ATTR { return load(d, p); });
+      return;
+    case DType::kFloat16:
+      load_row_with<uint16_t>(from, n, to, [](F32 d, const uint16_t* p) HWY_ATTR { return load_float16(d, p); });
+      return;
+  }
+}
+
+inline void store_row(DType dtype, const float* HWY_RESTRICT from, size_t n, void* to) {
+  switch (dtype) {
+    case DType::kFloat32:
+      std::memcpy(to, from, n * sizeof(float));
+      return;
+    case DType::kBFloat16:
+      store_row_with<uint16_t>(from, n, to, [](F32 d, VF x, uint16_t* p) HWY_ATTR { store(d, x, p); });
+      return;
+    case DType::kFloat16:
+      store_row_with<uint16_t>(from, n, to, [](F32 d, VF x, uint16_t* p) HWY_ATTR { store_float16(d, x, p); });
+      return;
+  }
+}
+
+inline float load_scalar(DType dtype, const void* from) {
+  float x = 0;
+  load_row(dtype, from, 1, &x);
+  return x;
+}
+
+// ---- functions of one lane ------------------------------------------------------------------------------------------
+
+// e^x to about one unit in the last place; 0 and infinity where it leaves f32.
+HWY_INLINE VF exp(F32 d, VF x) {
+  const auto clamped_above = hn::IfThenElse(hn::Gt(x, hn::Set(d, 100.0f)), hn::Set(d, 100.0f), x);
+  const auto clamped = hn::IfThenElse(hn::Lt(clamped_above, hn::Set(d, -120.0f)), hn::Set(d, -120.0f), clamped_above);
+  const VF n = hn::Round(hn::Mul(clamped, hn::Set(d, 1.44269504f)));
+  // ln 2 in two parts: n times the first is exact.
+  const VF high = hn::NegMulAdd(n, hn::Set(d, 0.693145752f), clamped);
+  const VF r = hn::NegMulAdd(n, hn::Set(d, 1.42860677e-6f), high);
+  VF p = hn::Set(d, 1.0f / 5040);
+  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 720));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 120));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 24));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 6));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.5f));
+  p = hn::MulAdd(hn::Mul(p, r), r, r);
+  p = hn::Add(p, hn::Set(d, 1.0f));
+  // 2^n as two factors, each a normal number.
+  const I32 i;
+  const auto whole = hn::ConvertTo(i, n);
+  const auto half = hn::ShiftRight<1>(whole);
+  const auto power = [&](hn::Vec<I32> e)
+                         HWY_ATTR { return hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(e, hn::Set(i, 127)))); };
+  return hn::Mul(hn::Mul(p, power(half)), power(hn::Sub(whole, half)));
+}
+
+HWY_INLINE VF sigmoid(F32 d, VF x) {
+  const VF one = hn::Set(d, 1.0f);
+  return hn::Div(one, hn::Add(one, exp(d, hn::Neg(x))));
+}
+
+// log(1 + e^x) = max(x, 0) + log1p(y), y = e^-|x| <= 1;  log1p(y) = 2 artanh(s), s = y / (2 + y) <= 1/3.
+HWY_INLINE VF softplus(F32 d, VF x) {
+  const VF y = exp(d, hn::Neg(hn::Abs(x)));
+  const VF s = hn::Div(y, hn::Add(y, hn::Set(d, 2.0f)));
+  const VF s2 = hn::Mul(s, s);
+  VF p = hn::Set(d, 1.0f / 15);
+  p = hn::MulAdd(p, s2, hn::Set(d, 1.0f / 13));
+  p = hn::MulAdd(p, s2, hn::Set(d, 1.0f / 11));
+  p = hn::MulAdd(p, s2, hn::Set(d, 1.0f / 9));
+  p = hn::MulAdd(p, s2, hn::Set(d, 1.0f / 7));
+  p = hn::MulAdd(p, s2, hn::Set(d, 1.0f / 5));
+  p = hn::MulAdd(p, s2, hn::Set(d, 1.0f / 3));
+  const VF artanh = hn::MulAdd(hn::Mul(p, s2), s, s);
+  const VF positive = hn::IfThenElse(hn::Gt(x, hn::Zero(d)), x, hn::Zero(d));
+  return hn::MulAdd(hn::Set(d, 2.0f), artanh, positive);
+}
+
+// g = rate softplus(a + dt_bias), rate = -exp(A_log)
+HWY_INLINE VF decay_rate(F32 d, VF A_log) {
+  return hn::Neg(exp(d, A_log));
+}
+
+HWY_INLINE VF log_decay(F32 d, VF a, VF rate, VF dt_bias) {
+  return hn::Mul(rate, softplus(d, hn::Add(a, dt_bias)));
+}
+
+// ---- scratch --------------------------------------------------------------------------------------------------------
+
+inline size_t padded(int64_t n) {
+  return (static_cast<size_t>(n) + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+}
+
+// Memory of this thread, one piece per owner, that lives until the thread ends. Grows to the largest request.
+template <class Owner>
+float* scratch(size_t floats) {
+  thread_local hwy::AlignedFreeUniquePtr<float[]> memory;
+  thread_local size_t capacity = 0;
+  if (capacity < floats) {
+    memory = hwy::AllocateAligned<float>(floats);
+    capacity = floats;
+  }
+  return memory.get();
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace xgdn::kernel::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // XGDN_CORE_KERNELS_CPU_SIMD_INL_H_
