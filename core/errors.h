@@ -63,6 +63,12 @@ class RequestError : public Error {
   using Error::Error;
 };
 
+/// A request's logits are not finite, so no token can be chosen (ArithmeticError).
+class NumericsError : public Error {
+ public:
+  using Error::Error;
+};
+
 /// No state slot is free (RuntimeError).
 class OutOfSlots : public Error {
  public:

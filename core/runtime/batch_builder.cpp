@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/batch_builder.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <functional>
+
+namespace xgdn {
+namespace {
+
+// Rows of int32 that will be views of one tensor. Views are handed out by bind() once the arena has been copied.
+class Arena {
+ public:
+  // Remembers `values` for `*target`, shaped [rows.., columns] where columns > 0.
+  void put(at::Tensor* target, const std::vector<int32_t>& values, int64_t columns = 0) {
+    entries_.push_back({target, begin(), static_cast<int64_t>(values.size()), columns, false});
+    values_.insert(values_.end(), values.begin(), values.end());
+  }
+
+  void put_flags(at::Tensor* target, const std::vector<uint8_t>& flags) {
+    entries_.push_back({target, begin(), static_cast<int64_t>(flags.size()), 0, true});
+    std::vector<int32_t> words((flags.size() + sizeof(int32_t) - 1) / sizeof(int32_t), 0);
+    if (!flags.empty()) std::memcpy(words.data(), flags.data(), flags.size());
+    values_.insert(values_.end(), words.begin(), words.end());
+  }
+
+  // One host-to-device copy, then views.
+  void bind(c10::Device device) const {
+    const at::Tensor host = at::empty({begin()}, at::TensorOptions().dtype(at::kInt).pinned_memory(!device.is_cpu()));
+    std::copy(values_.begin(), values_.end(), host.mutable_data_ptr<int32_t>());
+    const at::Tensor arena = device.is_cpu() ? host : host.to(device, /*non_blocking=*/true);
+    for (const Entry& e : entries_) {
+      if (e.is_flags) {
+        const int64_t words =
+            (e.count + static_cast<int64_t>(sizeof(int32_t)) - 1) / static_cast<int64_t>(sizeof(int32_t));
+        *e.target = arena.narrow(0, e.begin, words).view(at::kBool).narrow(0, 0, e.count);
+      } else {
+        *e.target = arena.narrow(0, e.begin, e.count);
+        if (e.columns > 0) *e.target = e.target->view({e.count / e.columns, e.columns});
+      }
+    }
+  }
+
+ private:
+  struct Entry {
+    at::Tensor* target;
+    int64_t begin, count, columns;
+    bool is_flags;
+  };
+  int64_t begin() const { return static_cast<int64_t>(values_.size()); }
+
+  std::vector<int32_t> values_;
+  std::vector<Entry> entries_;
+};
+
+class Checker {
+ public:
+  explicit Checker(const BatchLimits& limits) : limits_(limits), written_(static_cast<size_t>(limits.num_slots), -1) {}
+
+  void check(const SequenceStep& s, size_t index) {
+    index_ = index;
+    if (s.tokens.empty()) fail_request("tokens", "at least one token", 0);
+    if (s.kind == SegmentKind::kDecode && s.tokens.size() != 1)
+      fail_request("tokens", "one token to decode", s.tokens.size());
+    for (int32_t token : s.tokens) range("tokens", "a token id", token, limits_.vocab_size);
+    const bool is_verify = s.kind == SegmentKind::kVerify;
+    const size_t least = is_verify ? std::max<size_t>(s.tokens.size(), s.num_accepted) : 1;
+    if (s.state_slots.size() < least || (!is_verify && s.state_slots.size() > 1)) {
+      fail_request("state_slots", c10::str(least, " slots"), s.state_slots.size());
+    }
+    for (int32_t slot : s.state_slots) range("state_slots", "a slot", slot, limits_.num_slots);
+    range("conv_slot", "a slot", s.conv_slot, limits_.num_slots);
+    if (is_verify) {
+      for (int32_t slot : s.state_slots) write("state_slots", slot);
+      if (s.num_accepted < 1) fail_request("num_accepted", "at least 1", s.num_accepted);
+    } else {
+      range("write_slot", "a slot", s.write_slot, limits_.num_slots);
+      write("write_slot", s.write_slot);
+    }
+    for (int32_t block : s.kv_blocks) range("kv_blocks", "a block", block, limits_.num_kv_blocks);
+    const int64_t context = s.num_cached + static_cast<int64_t>(s.tokens.size());
+    const int64_t room = static_cast<int64_t>(s.kv_blocks.size()) * limits_.kv_block_size;
+    if (limits_.has_attention && room < context)
+      fail_request("kv_blocks", c10::str("room for ", context, " tokens"), room);
+  }
+
+ private:
+  void range(const char* what, const char* kind, int64_t value, int64_t end) const {
+    if (value >= 0 && value < end) return;
+    throw IndexError(
+        c10::str("[BatchBuilder] sequence ", index_, " ", what, ": expected ", kind, " 0..", end - 1, ", got ", value));
+  }
+
+  void write(const char* what, int32_t slot) {
+    if (written_[slot] >= 0) {
+      throw IndexError(c10::str("[BatchBuilder] sequence ", index_, " ", what,
+                                ": expected each slot to be written once, got slot ", slot, " which sequence ",
+                                written_[slot], " writes too"));
+    }
+    written_[slot] = static_cast<int64_t>(index_);
+  }
+
+  [[noreturn]] void fail_request(const char* what, const std::string& expected, int64_t got) const {
+    throw RequestError(c10::str("[BatchBuilder] sequence ", index_, " ", what, ": expected ", expected, ", got ", got));
+  }
+
+  const BatchLimits& limits_;
+  std::vector<int64_t> written_;  // which sequence writes a slot
+  size_t index_ = 0;
+};
+
+// One segment's index rows, as they are collected.
+struct SegmentRows {
+  std::vector<int32_t> cu_seqlens{0};
+  std::vector<int32_t> state_indices, conv_indices, write_indices, num_accepted;
+  std::vector<uint8_t> has_initial_state;
+  std::vector<int64_t> lengths;
+};
+
+SegmentRows collect(const std::vector<const SequenceStep*>& sequences, int64_t columns) {
+  SegmentRows rows;
+  for (const SequenceStep* s : sequences) {
+    rows.lengths.push_back(static_cast<int64_t>(s->tokens.size()));
+    rows.cu_seqlens.push_back(rows.cu_seqlens.back() + static_cast<int32_t>(s->tokens.size()));
+    rows.state_indices.insert(rows.state_indices.end(), s->state_slots.begin(), s->state_slots.end());
+    rows.state_indices.resize(rows.lengths.size() * static_cast<size_t>(columns), kernel::kPadSlot);
+    rows.conv_indices.push_back(s->conv_slot);
+    rows.write_indices.push_back(s->write_slot);
+    rows.num_accepted.push_back(s->num_accepted);
+    rows.has_initial_state.push_back(s->has_initial_state);
+  }
+  return rows;
+}
+
+void put_segment(Arena& arena, Segment& segment, const SegmentRows& rows, int64_t columns, int64_t num_v_heads) {
+  const bool is_verify = segment.kind == SegmentKind::kVerify;
+  arena.put(&segment.cu_seqlens, rows.cu_seqlens);
+  arena.put(&segment.state_indices, rows.state_indices, is_verify ? columns : 0);
+  arena.put(&segment.conv_indices, rows.conv_indices);
+  if (is_verify) {
+    arena.put(&segment.num_accepted, rows.num_accepted);
+  } else {
+    arena.put(&segment.write_indices, rows.write_indices);
+  }
+  if (segment.kind != SegmentKind::kPrefill) return;
+  arena.put_flags(&segment.has_initial_state, rows.has_initial_state);
+  const kernel::ChunkMetadataHost chunk = kernel::build_chunk_metadata_host(rows.lengths, num_v_heads);
+  arena.put(&segment.chunk.chunk_indices_chunk64, chunk.chunk_indices_chunk64, 2);
+  arena.put(&segment.chunk.chunk_offsets_chunk64, chunk.chunk_offsets_chunk64);
+  arena.put(&segment.chunk.update_chunk_offsets_chunk64, chunk.update_chunk_offsets_chunk64);
+  arena.put(&segment.chunk.final_chunk_indices_chunk64, chunk.final_chunk_indices_chunk64);
+  arena.put(&segment.chunk.chunk_indices_large_block, chunk.chunk_indices_large_block, 2);
+  arena.put(&segment.chunk.block_indices_cumsum, chunk.block_indices_cumsum, 2);
+}
+
+}  // namespace
+
+BatchBuilder::BatchBuilder(const BatchLimits& limits, c10::Device device) : limits_(limits), device_(device) {
+  kernel::cumsum_block(limits.num_v_heads);
+}
+
+BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) const {
+  Checker checker(limits_);
+  for (size_t i = 0; i < sequences.size(); ++i) checker.check(sequences[i], i);
+
+  BuiltStep step;
+  step.logit_rows.assign(sequences.size(), -1);
+  step.input.gdn.segments.reserve(3);  // the arena keeps pointers into the segments
+  AttentionBatch& attention = step.input.attention;
+  std::vector<int32_t> tokens, positions, kv_rows, block_ids, logit_rows;
+  Arena arena;
+
+  for (SegmentKind kind : {SegmentKind::kDecode, SegmentKind::kVerify, SegmentKind::kPrefill}) {
+    std::vector<const SequenceStep*> members;
+    int64_t columns = 1;
+    Segment segment{.kind = kind, .token_begin = static_cast<int64_t>(tokens.size())};
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      const SequenceStep& s = sequences[i];
+      if (s.kind != kind) continue;
+      members.push_back(&s);
+      const auto count = static_cast<int64_t>(s.tokens.size());
+      const auto begin = static_cast<int64_t>(tokens.size());
+      segment.max_len = std::max(segment.max_len, count);
+      columns = std::max(columns, static_cast<int64_t>(s.state_slots.size()));
+      attention.sequences.push_back({.token_begin = begin,
+                                     .num_tokens = count,
+                                     .context_len = s.num_cached + count,
+                                     .block_begin = static_cast<int64_t>(block_ids.size()),
+                                     .num_blocks = static_cast<int64_t>(s.kv_blocks.size())});
+      block_ids.insert(block_ids.end(), s.kv_blocks.begin(), s.kv_blocks.end());
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t position = s.num_cached + t;
+        tokens.push_back(s.tokens[t]);
+        positions.push_back(static_cast<int32_t>(position));
+        if (limits_.has_attention) {
+          const int64_t block = s.kv_blocks[position / limits_.kv_block_size];
+          kv_rows.push_back(static_cast<int32_t>(block * limits_.kv_block_size + position % limits_.kv_block_size));
+        }
+      }
+      if (s.wants_logits) {
+        step.logit_rows[i] = static_cast<int64_t>(logit_rows.size());
+        const int64_t first = kind == SegmentKind::kVerify ? begin : begin + count - 1;
+        for (int64_t row = first; row < begin + count; ++row) logit_rows.push_back(static_cast<int32_t>(row));
+      }
+    }
+    if (members.empty()) continue;
+    segment.num_tokens = static_cast<int64_t>(tokens.size()) - segment.token_begin;
+    step.input.gdn.segments.push_back(segment);
+    put_segment(arena, step.input.gdn.segments.back(), collect(members, columns), columns, limits_.num_v_heads);
+  }
+  step.input.gdn.num_tokens = static_cast<int64_t>(tokens.size());
+  arena.put(&step.input.token_ids, tokens);
+  arena.put(&step.input.logit_rows, logit_rows);
+  arena.put(&attention.positions, positions);
+  arena.put(&attention.kv_rows, kv_rows);
+  arena.put(&attention.block_ids, block_ids);
+  arena.bind(device_);
+  return step;
+}
+
+}  // namespace xgdn

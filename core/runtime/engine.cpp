@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/engine.h"
+
+#include <ATen/ops/arange.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/util/StringUtil.h>
+
+#include "core/runtime/checkpoint.h"
+#include "core/runtime/model_config_json.h"
+
+namespace xgdn {
+namespace {
+
+void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype) {
+  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
+    throw UnsupportedError(
+        c10::str("[Engine] dtype: expected float32, bfloat16 or float16, got ", c10::toString(dtype)));
+  }
+  if (state_dtype != at::kFloat && state_dtype != at::kBFloat16) {
+    throw UnsupportedError(
+        c10::str("[Engine] state_dtype: expected float32 or bfloat16, got ", c10::toString(state_dtype)));
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
+  const c10::InferenceMode inference;
+  const ModelConfig config = read_model_config(dir);
+  const at::ScalarType dtype = options.dtype.value_or(config.dtype);
+  check_dtypes(dtype, options.state_dtype);
+  const Checkpoint checkpoint(dir);
+  auto model = std::make_shared<const HybridDecoder>(config, checkpoint,
+                                                     DecoderOptions{.dtype = dtype,
+                                                                    .state_dtype = options.state_dtype,
+                                                                    .backends = options.backends,
+                                                                    .on_layer_loaded = options.on_layer_loaded});
+  return std::unique_ptr<Engine>(new Engine(std::move(model), options, checkpoint.total_bytes()));
+}
+
+Engine::Engine(std::shared_ptr<const HybridDecoder> model, const EngineOptions& options, int64_t weight_bytes)
+    : model_(std::move(model)), runner_(model_, options.runner), weight_bytes_(weight_bytes) {}
+
+Engine::~Engine() = default;
+
+at::Tensor Engine::prompt_logits(const std::vector<int32_t>& prompt) const {
+  const c10::InferenceMode inference;
+  const auto size = static_cast<int64_t>(prompt.size());
+  StatePool states(model_->state_specs(), /*num_slots=*/1, c10::kCPU);
+  const KvCacheSpec spec = Runner::kv_spec(*model_, {.kv_block_size = std::max<int64_t>(size, 1)});
+  KvCache kv(spec, /*num_blocks=*/1, c10::kCPU);
+  const BatchBuilder builder({.num_slots = 1,
+                              .num_kv_blocks = 1,
+                              .kv_block_size = spec.block_size,
+                              .vocab_size = model_->config().vocab_size,
+                              .num_v_heads = model_->config().linear_num_value_heads},
+                             c10::kCPU);
+  BuiltStep built = builder.build({{.kind = SegmentKind::kPrefill,
+                                    .tokens = prompt,
+                                    .state_slots = {0},
+                                    .write_slot = 0,
+                                    .conv_slot = 0,
+                                    .has_initial_state = false,
+                                    .kv_blocks = {0}}});
+  built.input.logit_rows = at::arange(size, at::kInt);
+  ModelState state{states.layers(), kv.layers()};
+  return model_->forward(built.input, state);
+}
+
+}  // namespace xgdn

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// A model directory, ready to serve: loads a checkpoint, allocates the pools, runs requests.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+
+#include "core/models/hybrid_decoder.h"
+#include "core/runtime/runner.h"
+
+namespace xgdn {
+
+struct EngineOptions {
+  RunnerOptions runner;
+  std::optional<at::ScalarType> dtype;      // of weights and activations; default the checkpoint's
+  at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states: f32 or bf16
+  BackendSelection backends;
+  std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // progress; may be empty
+};
+
+class Engine {
+ public:
+  /// Loads a Hugging Face directory (config.json and safetensors). Weights that need no change stay memory-mapped.
+  /// Throws CheckpointError, UnsupportedError or RequestError.
+  static std::unique_ptr<Engine> load(const std::filesystem::path& dir, const EngineOptions& options = {});
+
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+  ~Engine();
+
+  RequestId submit(Request request) { return runner_.submit(std::move(request)); }
+  std::vector<RequestEvent> step() { return runner_.step(); }
+  bool cancel(RequestId id) { return runner_.cancel(id); }
+  bool is_idle() const { return runner_.is_idle(); }
+  std::vector<GenerationResult> generate(const std::vector<Request>& requests) { return runner_.generate(requests); }
+
+  /// Logits [T, vocab] f32 of one prompt, computed in one piece beside the running requests and kept by nobody.
+  at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;
+
+  const ModelConfig& config() const { return model_->config(); }
+  const Runner& runner() const { return runner_; }
+  int64_t weight_bytes() const { return weight_bytes_; }
+
+ private:
+  Engine(std::shared_ptr<const HybridDecoder> model, const EngineOptions& options, int64_t weight_bytes);
+
+  std::shared_ptr<const HybridDecoder> model_;
+  Runner runner_;
+  int64_t weight_bytes_;  // as stored in the checkpoint
+};
+
+}  // namespace xgdn

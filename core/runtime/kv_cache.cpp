@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/kv_cache.h"
+
+#include <ATen/ops/zeros.h>
+#include <c10/util/StringUtil.h>
+
+namespace xgdn {
+
+int64_t KvCacheSpec::block_bytes() const {
+  return 2 * num_layers * block_size * num_kv_heads * head_dim * static_cast<int64_t>(c10::elementSize(dtype));
+}
+
+KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device)
+    : spec_(spec), ref_counts_(static_cast<size_t>(num_blocks), 0) {
+  const at::TensorOptions options = at::TensorOptions().dtype(spec.dtype).device(device);
+  const std::vector<int64_t> shape{num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim};
+  for (int64_t i = 0; i < spec.num_layers; ++i)
+    layers_.push_back({at::zeros(shape, options), at::zeros(shape, options)});
+  for (int64_t block = num_blocks; block-- > 0;) free_.push_back(static_cast<int32_t>(block));
+}
+
+int64_t KvCache::blocks_for(int64_t tokens) const {
+  return spec_.num_layers == 0 ? 0 : (tokens + spec_.block_size - 1) / spec_.block_size;
+}
+
+std::vector<int32_t> KvCache::allocate(int64_t count) {
+  if (count > num_free()) {
+    throw OutOfBlocks(c10::str("[KvCache] expected ", count, " free blocks, got ", num_free(), " of ", num_blocks()));
+  }
+  std::vector<int32_t> blocks(free_.end() - count, free_.end());
+  free_.resize(free_.size() - static_cast<size_t>(count));
+  for (int32_t block : blocks) ref_counts_[block] = 1;
+  return blocks;
+}
+
+void KvCache::share(const std::vector<int32_t>& blocks) {
+  for (int32_t block : blocks) ++ref_counts_.at(block);
+}
+
+void KvCache::release(const std::vector<int32_t>& blocks) {
+  for (int32_t block : blocks) {
+    if (block < 0 || block >= num_blocks() || ref_counts_[block] == 0) {
+      throw IndexError(c10::str("[KvCache] release: expected a held block, got ", block));
+    }
+    if (--ref_counts_[block] == 0) free_.push_back(block);
+  }
+}
+
+}  // namespace xgdn

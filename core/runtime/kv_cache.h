@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// The paged key and value cache of the full-attention layers. A block holds block_size tokens in every layer.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/errors.h"
+#include "core/layers/attention_batch.h"
+
+namespace xgdn {
+
+struct KvCacheSpec {
+  int64_t num_layers = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t block_size = 16;  // tokens
+  at::ScalarType dtype = at::kFloat;
+
+  /// Bytes of one block over all layers, keys and values.
+  int64_t block_bytes() const;
+};
+
+class KvCache {
+ public:
+  KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device);
+
+  /// `count` blocks with a reference count of one. Throws OutOfBlocks and takes none when fewer are free.
+  std::vector<int32_t> allocate(int64_t count);
+  /// One more holder of each block.
+  void share(const std::vector<int32_t>& blocks);
+  /// One holder less of each block; the last one frees it. Throws IndexError for a block that nobody holds.
+  void release(const std::vector<int32_t>& blocks);
+
+  /// Blocks that `tokens` tokens need; 0 for a model without full attention.
+  int64_t blocks_for(int64_t tokens) const;
+
+  int64_t block_size() const { return spec_.block_size; }
+  int64_t num_blocks() const { return static_cast<int64_t>(ref_counts_.size()); }
+  int64_t num_free() const { return static_cast<int64_t>(free_.size()); }
+  int64_t bytes() const { return num_blocks() * spec_.block_bytes(); }
+  std::vector<KvPool>& layers() { return layers_; }
+
+ private:
+  KvCacheSpec spec_;
+  std::vector<KvPool> layers_;
+  std::vector<int64_t> ref_counts_;
+  std::vector<int32_t> free_;  // the next one is at the back
+};
+
+}  // namespace xgdn

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// What callers hand to the engine and get back from it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/runtime/sampler.h"
+
+namespace xgdn {
+
+using RequestId = int64_t;
+
+struct Request {
+  std::vector<int32_t> prompt;  // token ids, at least one
+  int64_t max_new_tokens = 16;
+  SamplingParams sampling;
+  std::vector<int32_t> stop_token_ids;  // beside the model's own end-of-sequence tokens
+  bool ignore_eos = false;              // true: the model's own do not stop the request
+};
+
+enum class FinishReason {
+  kRunning,    // not finished
+  kStop,       // a stop token was chosen; it is the last token
+  kLength,     // max_new_tokens are there
+  kCancelled,  // by cancel()
+  kError,      // see `error`
+};
+
+/// What one step did for one request.
+struct RequestEvent {
+  RequestId id = 0;
+  std::optional<int32_t> token;  // the new token, if the step chose one
+  int64_t num_prefilled = 0;     // prompt tokens in the state so far
+  int64_t prompt_size = 0;
+  FinishReason finish_reason = FinishReason::kRunning;
+  std::string error;  // with kError
+};
+
+/// A finished request.
+struct GenerationResult {
+  RequestId id = 0;
+  std::vector<int32_t> tokens;  // without the prompt
+  FinishReason finish_reason = FinishReason::kRunning;
+  std::string error;  // with kError
+};
+
+}  // namespace xgdn

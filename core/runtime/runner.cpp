@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/runner.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <map>
+
+namespace xgdn {
+namespace {
+
+BatchLimits limits(const HybridDecoder& model, const StatePool& states, const KvCache& kv) {
+  return {.num_slots = states.num_slots(),
+          .num_kv_blocks = kv.num_blocks(),
+          .kv_block_size = kv.block_size(),
+          .vocab_size = model.config().vocab_size,
+          .num_v_heads = model.config().linear_num_value_heads,
+          .has_attention = model.num_attention_layers() > 0};
+}
+
+RequestEvent event_of(const Sequence& s) {
+  return {.id = s.id, .num_prefilled = std::min(s.num_computed, s.prompt_size()), .prompt_size = s.prompt_size()};
+}
+
+}  // namespace
+
+int64_t Runner::state_slot_bytes(const HybridDecoder& model) {
+  return StatePool::slot_bytes(model.state_specs());
+}
+
+KvCacheSpec Runner::kv_spec(const HybridDecoder& model, const RunnerOptions& options) {
+  return {.num_layers = model.num_attention_layers(),
+          .num_kv_heads = model.config().num_key_value_heads,
+          .head_dim = model.config().head_dim,
+          .block_size = options.kv_block_size,
+          .dtype = model.dtype()};
+}
+
+int64_t Runner::num_kv_blocks(const HybridDecoder& model, const RunnerOptions& options) {
+  const auto refuse = [](const char* name, int64_t got) {
+    throw RequestError(c10::str("[RunnerOptions] ", name, ": expected at least 1, got ", got));
+  };
+  if (options.max_batch_size < 1) refuse("max_batch_size", options.max_batch_size);
+  if (options.max_cached_tokens < 1) refuse("max_cached_tokens", options.max_cached_tokens);
+  if (options.kv_block_size < 1) refuse("kv_block_size", options.kv_block_size);
+  if (model.num_attention_layers() == 0) return 0;
+  return (options.max_cached_tokens + options.kv_block_size - 1) / options.kv_block_size;
+}
+
+Runner::Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, c10::Device device)
+    : model_(std::move(model)),
+      states_(model_->state_specs(), options.max_batch_size, device, options.poison_freed_slots),
+      kv_(kv_spec(*model_, options), num_kv_blocks(*model_, options), device),
+      scheduler_({.max_tokens_per_step = options.max_tokens_per_step}, states_, kv_),
+      builder_(limits(*model_, states_, kv_), device),
+      model_state_{states_.layers(), kv_.layers()} {}
+
+void Runner::check(const Request& request) const {
+  if (request.prompt.empty()) throw RequestError("[submit] prompt: expected at least one token, got none");
+  const int64_t vocab = model_->config().vocab_size;
+  for (size_t i = 0; i < request.prompt.size(); ++i) {
+    if (request.prompt[i] < 0 || request.prompt[i] >= vocab) {
+      throw IndexError(
+          c10::str("[submit] prompt: expected token ids 0..", vocab - 1, ", got ", request.prompt[i], " at index ", i));
+    }
+  }
+  if (request.max_new_tokens < 1) {
+    throw RequestError(c10::str("[submit] max_new_tokens: expected at least 1, got ", request.max_new_tokens));
+  }
+  request.sampling.check();
+  scheduler_.check_fits(request);
+}
+
+RequestId Runner::submit(Request request) {
+  check(request);
+  std::lock_guard lock(mutex_);
+  const RequestId id = next_id_++;
+  submitted_.push_back(std::make_unique<Sequence>(id, std::move(request)));
+  alive_.insert(id);
+  return id;
+}
+
+bool Runner::cancel(RequestId id) {
+  std::lock_guard lock(mutex_);
+  if (!alive_.contains(id)) return false;
+  to_cancel_.insert(id);
+  return true;
+}
+
+bool Runner::is_idle() const {
+  std::lock_guard lock(mutex_);
+  return alive_.empty();
+}
+
+// Hands new sequences to the scheduler and takes cancelled ones out.
+std::vector<RequestEvent> Runner::take_inbox() {
+  std::lock_guard lock(mutex_);
+  for (auto& sequence : submitted_) scheduler_.add(std::move(sequence));
+  submitted_.clear();
+  std::vector<RequestEvent> events;
+  for (RequestId id : to_cancel_) {
+    const std::unique_ptr<Sequence> sequence = scheduler_.remove(id);
+    if (sequence == nullptr) continue;
+    events.push_back(event_of(*sequence));
+    events.back().finish_reason = FinishReason::kCancelled;
+    alive_.erase(id);
+  }
+  to_cancel_.clear();
+  return events;
+}
+
+SequenceStep Runner::describe(const ScheduledPiece& piece) const {
+  const Sequence& s = *piece.sequence;
+  const int32_t slot = states_.slot(*s.slot);
+  SequenceStep step{.num_cached = s.num_computed,
+                    .state_slots = {slot},
+                    .write_slot = slot,
+                    .conv_slot = slot,
+                    .kv_blocks = s.kv_blocks};
+  if (s.is_prefilled()) {
+    step.kind = SegmentKind::kDecode;
+    step.tokens = {s.generated.back()};
+  } else {
+    step.kind = SegmentKind::kPrefill;
+    const auto begin = s.request.prompt.begin() + s.num_computed;
+    step.tokens.assign(begin, begin + piece.count);
+    step.has_initial_state = s.num_computed > 0;
+    step.wants_logits = s.num_computed + piece.count == s.prompt_size();
+  }
+  return step;
+}
+
+bool Runner::is_stop_token(const Request& request, int32_t token) const {
+  const auto& own = request.stop_token_ids;
+  if (std::find(own.begin(), own.end(), token) != own.end()) return true;
+  const auto& eos = model_->config().eos_token_ids;
+  return !request.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end();
+}
+
+// Books a piece that the model has computed; chooses the next token where there are logits.
+RequestEvent Runner::advance(const ScheduledPiece& piece, const at::Tensor& logits, int64_t logit_row) {
+  Sequence& s = *piece.sequence;
+  s.num_computed += piece.count;
+  RequestEvent event = event_of(s);
+  if (logit_row < 0) return event;
+  try {
+    const auto vocab = static_cast<size_t>(logits.size(1));
+    const int32_t token =
+        s.sampler.sample({logits.const_data_ptr<float>() + logit_row * static_cast<int64_t>(vocab), vocab});
+    s.generated.push_back(token);
+    event.token = token;
+    if (is_stop_token(s.request, token)) {
+      event.finish_reason = FinishReason::kStop;
+    } else if (static_cast<int64_t>(s.generated.size()) >= s.request.max_new_tokens) {
+      event.finish_reason = FinishReason::kLength;
+    }
+  } catch (const NumericsError& error) {
+    event.finish_reason = FinishReason::kError;
+    event.error = error.what();
+  }
+  return event;
+}
+
+std::vector<RequestEvent> Runner::step() {
+  const c10::InferenceMode inference;
+  std::vector<RequestEvent> events = take_inbox();
+  const std::vector<ScheduledPiece> pieces = scheduler_.schedule();
+  if (pieces.empty()) return events;
+
+  std::vector<RequestEvent> moved;
+  try {
+    std::vector<SequenceStep> sequences;
+    for (const ScheduledPiece& piece : pieces) sequences.push_back(describe(piece));
+    const BuiltStep built = builder_.build(sequences);
+    const at::Tensor logits = model_->forward(built.input, model_state_).to(at::kCPU).contiguous();
+    for (size_t i = 0; i < pieces.size(); ++i) moved.push_back(advance(pieces[i], logits, built.logit_rows[i]));
+  } catch (const std::exception& error) {
+    // The states of every sequence in the step may be half written.
+    moved.clear();
+    for (const ScheduledPiece& piece : pieces) {
+      moved.push_back(event_of(*piece.sequence));
+      moved.back().finish_reason = FinishReason::kError;
+      moved.back().error = error.what();
+    }
+  }
+  for (const RequestEvent& event : moved) {
+    if (event.finish_reason == FinishReason::kRunning) continue;
+    scheduler_.remove(event.id);
+    std::lock_guard lock(mutex_);
+    alive_.erase(event.id);
+  }
+  events.insert(events.end(), moved.begin(), moved.end());
+  return events;
+}
+
+std::vector<GenerationResult> Runner::generate(const std::vector<Request>& requests) {
+  for (const Request& request : requests) check(request);
+  std::vector<GenerationResult> results;
+  std::map<RequestId, size_t> unfinished;
+  for (const Request& request : requests) {
+    const RequestId id = submit(request);
+    unfinished[id] = results.size();
+    results.push_back({.id = id});
+  }
+  while (!unfinished.empty()) {
+    for (const RequestEvent& event : step()) {
+      const auto it = unfinished.find(event.id);
+      if (it == unfinished.end()) continue;
+      GenerationResult& result = results[it->second];
+      if (event.token) result.tokens.push_back(*event.token);
+      if (event.finish_reason == FinishReason::kRunning) continue;
+      result.finish_reason = event.finish_reason;
+      result.error = event.error;
+      unfinished.erase(it);
+    }
+  }
+  return results;
+}
+
+}  // namespace xgdn

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// Continuous batching over one model: submit, step, cancel.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <vector>
+
+#include "core/models/hybrid_decoder.h"
+#include "core/runtime/batch_builder.h"
+#include "core/runtime/request.h"
+#include "core/runtime/scheduler.h"
+
+namespace xgdn {
+
+struct RunnerOptions {
+  int64_t max_batch_size = 32;         // state slots: sequences that run at once
+  int64_t max_cached_tokens = 16384;   // KV cache, over all sequences, rounded up to blocks
+  int64_t kv_block_size = 16;          // tokens
+  int64_t max_tokens_per_step = 2048;  // decodes and prompt pieces together
+  bool poison_freed_slots = kPoisonFreedByDefault;
+};
+
+/// submit and cancel may be called from any thread at any time; step from one thread at a time.
+class Runner {
+ public:
+  Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, c10::Device device = c10::kCPU);
+
+  /// Queues a request. Throws RequestError or IndexError when it can never be served: empty prompt, token outside the
+  /// vocabulary, more tokens than the pools hold, sampling parameter out of range.
+  RequestId submit(Request request);
+
+  /// One model step. Every request that moved has one event; a request ends with an event whose finish_reason is not
+  /// kRunning. A failing request does not touch the others; a failing step fails the requests that were in it.
+  std::vector<RequestEvent> step();
+
+  /// Ends a request; its last event comes with the next step. False when it is not there (any more).
+  bool cancel(RequestId id);
+
+  /// True when no request waits or runs.
+  bool is_idle() const;
+
+  /// Submits all, steps until they are finished, results in the order given. Nothing is submitted when one is refused.
+  /// For callers that do not step the runner elsewhere: events of other requests are dropped.
+  std::vector<GenerationResult> generate(const std::vector<Request>& requests);
+
+  int64_t num_free_slots() const { return states_.num_free(); }
+  int64_t num_free_kv_blocks() const { return kv_.num_free(); }
+  int64_t state_bytes() const { return states_.bytes(); }
+  int64_t kv_bytes() const { return kv_.bytes(); }
+
+  /// Sizes of the pools that a runner of these options would allocate.
+  static int64_t state_slot_bytes(const HybridDecoder& model);
+  static KvCacheSpec kv_spec(const HybridDecoder& model, const RunnerOptions& options);
+  static int64_t num_kv_blocks(const HybridDecoder& model, const RunnerOptions& options);
+
+ private:
+  void check(const Request& request) const;
+  std::vector<RequestEvent> take_inbox();
+  SequenceStep describe(const ScheduledPiece& piece) const;
+  RequestEvent advance(const ScheduledPiece& piece, const at::Tensor& logits, int64_t logit_row);
+  bool is_stop_token(const Request& request, int32_t token) const;
+
+  std::shared_ptr<const HybridDecoder> model_;
+  StatePool states_;
+  KvCache kv_;
+  Scheduler scheduler_;
+  BatchBuilder builder_;
+  ModelState model_state_;
+
+  mutable std::mutex mutex_;  // guards what follows
+  RequestId next_id_ = 1;
+  std::vector<std::unique_ptr<Sequence>> submitted_;  // not yet with the scheduler
+  std::set<RequestId> alive_;                         // submitted and not finished
+  std::set<RequestId> to_cancel_;
+};
+
+}  // namespace xgdn

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chooses the next token of one sequence from its logits.
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <span>
+
+#include "core/errors.h"
+
+namespace xgdn {
+
+struct SamplingParams {
+  double temperature = 0.0;  // 0: greedy
+  int64_t top_k = 0;         // 0: all tokens
+  double top_p = 1.0;        // smallest set of likeliest tokens that reaches this share, at least one
+  uint64_t seed = 0;
+
+  /// Throws RequestError for a value out of range.
+  void check() const;
+};
+
+class Sampler {
+ public:
+  explicit Sampler(const SamplingParams& params) : params_(params), generator_(params.seed) {}
+
+  /// Greedy takes the first of equal maxima. The same seed and logits give the same tokens, whatever else is in the
+  /// batch. Throws NumericsError when a logit is NaN or none is finite.
+  int32_t sample(std::span<const float> logits);
+
+ private:
+  SamplingParams params_;
+  std::mt19937_64 generator_;
+};
+
+}  // namespace xgdn

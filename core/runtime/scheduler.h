@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Who runs in a step: admission by what fits, decodes first, prompts in pieces of multiples of 64 tokens.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "core/runtime/kv_cache.h"
+#include "core/runtime/request.h"
+#include "core/runtime/state_pool.h"
+
+namespace xgdn {
+
+/// A request on its way. It owns a slot and all the KV blocks it can ever need from admission to the end.
+struct Sequence {
+  Sequence(RequestId request_id, Request r) : id(request_id), request(std::move(r)), sampler(request.sampling) {}
+
+  RequestId id;
+  Request request;
+  Sampler sampler;
+  std::vector<int32_t> generated;
+  int64_t num_computed = 0;  // tokens of prompt + generated that the state holds
+  std::optional<SlotHandle> slot;
+  std::vector<int32_t> kv_blocks;
+
+  int64_t prompt_size() const { return static_cast<int64_t>(request.prompt.size()); }
+  int64_t max_size() const { return prompt_size() + request.max_new_tokens; }
+  bool is_prefilled() const { return num_computed >= prompt_size(); }
+};
+
+struct SchedulerOptions {
+  int64_t max_tokens_per_step = 2048;  // decodes and prompt pieces together; prompts get at least 64 a step
+};
+
+/// The next `count` tokens of a sequence.
+struct ScheduledPiece {
+  Sequence* sequence;
+  int64_t count;
+};
+
+class Scheduler {
+ public:
+  /// The pools must outlive the scheduler.
+  Scheduler(const SchedulerOptions& options, StatePool& states, KvCache& kv);
+
+  /// Throws RequestError when the request could not run even alone.
+  void check_fits(const Request& request) const;
+
+  void add(std::unique_ptr<Sequence> sequence);
+
+  /// Admits waiting sequences in the order of arrival while slots and blocks last, then picks this step's pieces.
+  std::vector<ScheduledPiece> schedule();
+
+  /// Takes a sequence out, wherever it is, and frees what it holds; nullptr when there is none of that id.
+  std::unique_ptr<Sequence> remove(RequestId id);
+
+  int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
+  int64_t num_running() const { return static_cast<int64_t>(running_.size()); }
+
+ private:
+  void admit();
+
+  SchedulerOptions options_;
+  StatePool& states_;
+  KvCache& kv_;
+  std::deque<std::unique_ptr<Sequence>> waiting_;
+  std::vector<std::unique_ptr<Sequence>> running_;  // in the order of admission
+};
+
+}  // namespace xgdn

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/state_pool.h"
+
+#include <c10/util/StringUtil.h>
+
+#include <limits>
+
+namespace xgdn {
+
+StatePool::StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
+                     bool poison_freed)
+    : slots_(static_cast<size_t>(num_slots)), bytes_(num_slots * slot_bytes(layers)), poison_freed_(poison_freed) {
+  for (const auto& specs : layers) layers_.push_back(GdnState::allocate(specs, num_slots, device));
+  for (int64_t slot = num_slots; slot-- > 0;) free_.push_back(static_cast<int32_t>(slot));
+}
+
+int64_t StatePool::slot_bytes(const std::vector<std::vector<StateSpec>>& layers) {
+  int64_t bytes = 0;
+  for (const auto& specs : layers) {
+    for (const StateSpec& spec : specs) bytes += spec.slot_bytes();
+  }
+  return bytes;
+}
+
+SlotHandle StatePool::allocate() {
+  if (free_.empty()) throw OutOfSlots(c10::str("[StatePool] expected a free slot, got 0 of ", num_slots()));
+  const int32_t index = free_.back();
+  free_.pop_back();
+  slots_[index].ref_count = 1;
+  return {index, slots_[index].generation};
+}
+
+const StatePool::Slot& StatePool::held(SlotHandle handle) const {
+  const bool exists = handle.slot >= 0 && handle.slot < num_slots();
+  if (exists && slots_[handle.slot].generation == handle.generation && slots_[handle.slot].ref_count > 0) {
+    return slots_[handle.slot];
+  }
+  throw StaleHandleError(c10::str("[StatePool] handle: expected one that is held, got slot ", handle.slot,
+                                  " generation ", handle.generation,
+                                  exists ? c10::str(" (now generation ", slots_[handle.slot].generation, ")") : ""));
+}
+
+SlotHandle StatePool::share(SlotHandle handle) {
+  held(handle);
+  ++slots_[handle.slot].ref_count;
+  return handle;
+}
+
+void StatePool::release(SlotHandle handle) {
+  held(handle);
+  Slot& slot = slots_[handle.slot];
+  if (--slot.ref_count > 0) return;
+  ++slot.generation;
+  free_.push_back(handle.slot);
+  if (!poison_freed_) return;
+  for (const GdnState& layer : layers_) {
+    for (const GdnState::Component& component : layer.components()) {
+      component.pool.select(0, handle.slot).fill_(std::numeric_limits<double>::quiet_NaN());
+    }
+  }
+}
+
+int32_t StatePool::slot(SlotHandle handle) const {
+  held(handle);
+  return handle.slot;
+}
+
+int64_t StatePool::ref_count(SlotHandle handle) const {
+  return held(handle).ref_count;
+}
+
+}  // namespace xgdn

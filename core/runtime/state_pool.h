@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// The recurrent states of all GDN layers. A slot holds one sequence's state in every layer.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/errors.h"
+#include "core/layers/gdn_state.h"
+
+namespace xgdn {
+
+/// Names a slot for as long as it is held; a handle kept after the last release is stale.
+struct SlotHandle {
+  int32_t slot = -1;
+  uint32_t generation = 0;
+};
+
+#ifdef NDEBUG
+inline constexpr bool kPoisonFreedByDefault = false;
+#else
+inline constexpr bool kPoisonFreedByDefault = true;
+#endif
+
+class StatePool {
+ public:
+  /// Allocates num_slots slots for layers with these components. poison_freed fills freed slots with NaN.
+  StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
+            bool poison_freed = kPoisonFreedByDefault);
+
+  /// Bytes of one slot over all layers, known before anything is allocated.
+  static int64_t slot_bytes(const std::vector<std::vector<StateSpec>>& layers);
+
+  /// A slot with a reference count of one. Its contents are whatever its last owner left: a new sequence starts with
+  /// has_initial_state = false. Throws OutOfSlots.
+  SlotHandle allocate();
+  /// One more holder of the same slot. Throws StaleHandleError.
+  SlotHandle share(SlotHandle handle);
+  /// One holder less; the last one frees the slot. Throws StaleHandleError.
+  void release(SlotHandle handle);
+  /// The slot's index. Throws StaleHandleError.
+  int32_t slot(SlotHandle handle) const;
+  int64_t ref_count(SlotHandle handle) const;
+
+  int64_t num_slots() const { return static_cast<int64_t>(slots_.size()); }
+  int64_t num_free() const { return static_cast<int64_t>(free_.size()); }
+  int64_t bytes() const { return bytes_; }
+  std::vector<GdnState>& layers() { return layers_; }
+
+ private:
+  struct Slot {
+    uint32_t generation = 0;
+    int64_t ref_count = 0;
+  };
+  const Slot& held(SlotHandle handle) const;
+
+  std::vector<GdnState> layers_;
+  std::vector<Slot> slots_;
+  std::vector<int32_t> free_;  // the next one is at the back
+  int64_t bytes_ = 0;
+  bool poison_freed_;
+};
+
+}  // namespace xgdn
