@@ -14,6 +14,9 @@ readonly work
 trap 'rm -rf "$work"' EXIT
 torch_dir="$(python -c 'import torch; print(torch.__path__[0])')"
 readonly torch_dir
+readonly prompt=(5 6 7 8 9)
+expected="$(python tests/install/tiny_model.py "$work/model" "${prompt[@]}" 2>"$work/model.log")" || { cat "$work/model.log"; exit 1; }
+readonly expected
 passed=0
 
 fail() {
@@ -37,7 +40,9 @@ consumer() {
   grep -qF "=> $library " <<<"$linked" || fail "$name: loads another libxgdn than $library: $linked"
   ! grep -qi libpython <<<"$linked" || fail "$name: libpython is loaded: $linked"
   ! grep -q 'not found' <<<"$linked" || fail "$name: unresolved libraries: $linked"
-  pass "$name: a C++ program finds, links and runs xgdn without Python"
+  [[ "$(xargs <<<"$("$work/$name/consumer" "$work/model" "${prompt[@]}")")" == "$expected" ]] ||
+    fail "$name: the engine generates other tokens than transformers ($expected)"
+  pass "$name: a C++ program finds, links and runs xgdn without Python, and generates what transformers does"
 }
 
 # package_is_clean NAME CMAKE_DIR: the CMake package names targets, not files of this machine or private dependencies.
