@@ -16,8 +16,8 @@ using RequestId = int64_t;
 struct Request {
   std::vector<int32_t> prompt;  // token ids, at least one
   int64_t max_new_tokens = 16;
-  SamplingParams sampling;
-  std::vector<int32_t> stop_token_ids;  // beside the model's own end-of-sequence tokens
+  SamplingParams sampling = {};
+  std::vector<int32_t> stop_token_ids = {};  // beside the model's own end-of-sequence tokens
   bool ignore_eos = false;              // true: the model's own do not stop the request
 };
 
