@@ -18,7 +18,7 @@ struct Request {
   int64_t max_new_tokens = 16;
   SamplingParams sampling = {};
   std::vector<int32_t> stop_token_ids = {};  // beside the model's own end-of-sequence tokens
-  bool ignore_eos = false;              // true: the model's own do not stop the request
+  bool ignore_eos = false;                   // true: the model's own do not stop the request
 };
 
 enum class FinishReason {
