@@ -304,7 +304,8 @@ TORCH_LIBRARY(xgdn, m) {
     return with_torch_errors([&] { return default_backend(phase_named(phase)); });
   });
   m.def("available_backends() -> str[]", [] { return available_backends(); });
-  m.def("last_backend(str op) -> str", [](const std::string& op) { return last_backend(op); });
+  m.def("last_backend(str op) -> str",
+        [](const std::string& op) { return with_torch_errors([&] { return last_backend(op); }); });
   m.def("doctor", [] { return doctor_op(); });
 }
 

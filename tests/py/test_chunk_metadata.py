@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The six tables of a prefill step, against values worked by hand and against their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xgdn import ops
+
+
+def test_worked_values() -> None:
+    m = ops.build_chunk_metadata([130, 64, 1, 1300], 8)
+    assert m.chunk_indices_chunk64.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0], *([3, j] for j in range(21))]
+    assert m.chunk_offsets_chunk64.tolist() == [0, 3, 4, 5, 26]
+    assert m.update_chunk_offsets_chunk64.tolist() == [0, 4, 6, 8, 30]
+    assert m.final_chunk_indices_chunk64.tolist() == [3, 5, 7, 29]
+    assert m.chunk_indices_large_block.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [3, 1]]
+    # 2^18 / (8 * 64) = 512
+    assert m.block_indices_cumsum.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [3, 1], [3, 2]]
+    assert all(table.dtype == torch.int32 and table.is_contiguous() for table in m)
+
+
+@pytest.mark.parametrize(
+    ("heads", "block"),
+    [(1, 4096), (2, 2048), (3, 2048), (5, 1024), (8, 512), (31, 256), (32, 128), (33, 128), (63, 128), (64, 64)],
+)
+def test_cumsum_block_is_the_next_power_of_two(heads: int, block: int) -> None:
+    for length, rows in ((block, 1), (block + 1, 2)):
+        assert ops.build_chunk_metadata([length], heads).block_indices_cumsum.shape == (rows, 2)
+
+
+def test_empty_sequences_keep_their_number() -> None:
+    m = ops.build_chunk_metadata([0, 65, 0, 0, 1, 0], 4)
+    assert m.chunk_indices_chunk64.tolist() == [[1, 0], [1, 1], [4, 0]]
+    assert m.chunk_offsets_chunk64.tolist() == [0, 0, 2, 2, 2, 3, 3]
+    assert m.update_chunk_offsets_chunk64.tolist() == [0, 1, 4, 5, 6, 8, 9]
+    assert m.final_chunk_indices_chunk64.tolist() == [0, 3, 4, 5, 7, 8]
+    assert m.chunk_indices_large_block.tolist() == [[1, 0], [4, 0]]
+    assert m.block_indices_cumsum.tolist() == [[1, 0], [4, 0]]
+
+
+def test_compact_ranks_count_the_others() -> None:
+    lengths = [0, 65, 0, 0, 1, 0]
+    m = ops.build_chunk_metadata(lengths, 4, sequence_ids="compact_ranks")
+    true = ops.build_chunk_metadata(lengths, 4)
+    assert m.chunk_indices_chunk64.tolist() == [[0, 0], [0, 1], [1, 0]]
+    assert m.chunk_indices_large_block.tolist() == [[0, 0], [1, 0]]
+    assert m.block_indices_cumsum.tolist() == [[0, 0], [1, 0]]
+    for name in ("chunk_offsets_chunk64", "update_chunk_offsets_chunk64", "final_chunk_indices_chunk64"):
+        assert getattr(m, name).equal(getattr(true, name))
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
+def test_nothing_to_do(lengths: list[int]) -> None:
+    m = ops.build_chunk_metadata(lengths, 1)
+    assert m.chunk_indices_chunk64.shape == (0, 2)
+    assert m.chunk_offsets_chunk64.tolist() == [0] * (len(lengths) + 1)
+    assert m.final_chunk_indices_chunk64.tolist() == list(range(len(lengths)))
+
+
+def test_random_lengths_against_the_definition() -> None:
+    lengths = torch.randint(0, 3000, (50,)).tolist()
+    lengths[7] = lengths[8] = 0
+    m = ops.build_chunk_metadata(lengths, 16)
+    for table, size in (
+        (m.chunk_indices_chunk64, 64),
+        (m.chunk_indices_large_block, 1216),
+        (m.block_indices_cumsum, 256),
+    ):
+        assert table.tolist() == [[i, j] for i, length in enumerate(lengths) for j in range(-(-length // size))]
+
+
+def test_tables_own_their_memory() -> None:
+    tables = list(ops.build_chunk_metadata([130, 64], 8))
+    assert len({table.untyped_storage().data_ptr() for table in tables}) == len(tables)
+
+
+@pytest.mark.parametrize("heads", [0, 65, -1])
+def test_head_counts_that_the_cumsum_block_cannot_have(heads: int) -> None:
+    with pytest.raises(NotImplementedError, match=rf"num_v_heads_local: expected 1\.\.64, got {heads}"):
+        ops.build_chunk_metadata([5], heads)
+
+
+def test_a_negative_length() -> None:
+    with pytest.raises(IndexError, match=r"\[build_chunk_metadata\] lengths: expected values >= 0, got -1 at 1"):
+        ops.build_chunk_metadata([5, -1], 8)
+
+
+def test_an_unknown_kind_of_ids() -> None:
+    with pytest.raises(ValueError, match="sequence_ids: expected 'true' or 'compact_ranks', got 'ranks'"):
+        ops.build_chunk_metadata([5], 8, sequence_ids="ranks")  # type: ignore[arg-type]

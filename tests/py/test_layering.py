@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Includes point down only, backends do not know each other, and one file knows what a build has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LEVELS = ("core/kernels", "core/layers", "core/models", "core/runtime", "bindings")  # from the bottom up
+FREE_FOR_ALL = {"core/errors.h"}
+# What other levels may include of the kernels: ops_api.h, and what it is made of.
+KERNEL_API = {"core/kernels/ops_api.h", "core/kernels/chunk_metadata.h"}
+BACKENDS = ("reference", "cpu", "cuda", "npu")
+
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("core", "bindings")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".h", ".cpp", ".cu", ".cuh"}
+)
+
+
+def includes(source: str) -> list[str]:
+    """The project's files that `source` includes, as paths from the root."""
+    return re.findall(r'^\s*#\s*include\s+"((?:core|bindings)/[^"]+)"', (ROOT / source).read_text(), re.MULTILINE)
+
+
+def level(path: str) -> int | None:
+    return next((i for i, folder in enumerate(LEVELS) if path.startswith(folder + "/")), None)
+
+
+def backend_of(path: str) -> str | None:
+    return next((name for name in BACKENDS if path.startswith(f"core/kernels/{name}/")), None)
+
+
+def violations(source: str, included: list[str]) -> list[str]:
+    found = []
+    own_level, own_backend = level(source), backend_of(source)
+    for path in included:
+        if path in FREE_FOR_ALL:
+            continue
+        other = level(path)
+        if own_level is None or other is None:
+            found.append(f"{source} includes {path}, which belongs to no level")
+            continue
+        if other > own_level:
+            found.append(f"{source} includes {path}, which is above it")
+        if other == 0 and own_level > 0 and path not in KERNEL_API:
+            found.append(f"{source} includes {path}; of the kernels only ops_api.h is for others")
+        other_backend = backend_of(path)
+        if other_backend is not None and other_backend != own_backend:
+            found.append(f"{source} includes {path}, which belongs to the {other_backend} backend")
+    return found
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"core/kernels/ops_api.h", "core/kernels/registry.cpp"} <= set(SOURCES)
+    assert any(includes(source) for source in SOURCES)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_includes(source: str) -> None:
+    assert violations(source, includes(source)) == []
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_own_files_are_included_by_their_path_from_the_root(source: str) -> None:
+    quoted = re.findall(r'^\s*#\s*include\s+"([^"]+)"', (ROOT / source).read_text(), re.MULTILINE)
+    assert [path for path in quoted if not (ROOT / path).is_file() and not path.startswith("hwy/")] == []
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_only_the_registry_asks_what_is_built(source: str) -> None:
+    asks = re.findall(r"^\s*#\s*(?:if|ifdef|ifndef|elif).*XGDN_WITH_.*$", (ROOT / source).read_text(), re.MULTILINE)
+    assert source == "core/kernels/registry.cpp" or asks == []
+
+
+@pytest.mark.parametrize("source", [s for s in SOURCES if s.startswith("core/")])
+def test_the_core_knows_no_python(source: str) -> None:
+    text = (ROOT / source).read_text()
+    python = r'#\s*include\s*[<"](?:Python\.h|nanobind/|pybind11/|torch/csrc/|torch/extension|torch/all)'
+    assert not re.search(python, text)
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "word"),
+    [
+        ("core/kernels/ops_api.cpp", "core/layers/gdn_batch.h", "above"),
+        ("core/layers/linear.cpp", "core/kernels/backend.h", "only ops_api.h"),
+        ("core/kernels/cpu/cpu_backend.cpp", "core/kernels/reference/delta_rule_head.h", "reference backend"),
+        ("core/kernels/registry.cpp", "core/kernels/cpu/rows.h", "cpu backend"),
+        ("core/runtime/engine.cpp", "bindings/module.h", "above"),
+        ("core/kernels/ops_api.cpp", "core/strange.h", "no level"),
+    ],
+)
+def test_a_violation_would_be_found(source: str, path: str, word: str) -> None:
+    assert any(word in sentence for sentence in violations(source, [path]))

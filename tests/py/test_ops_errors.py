@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: the error's type, and that its message names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import xgdn
+from cases import assert_bits_equal, i32
+from xgdn import ops
+
+Arguments = dict[str, Any]
+OPS: dict[str, Callable[..., Any]] = {
+    name: getattr(ops, name)
+    for name in (
+        "recurrent_gated_delta_rule",
+        "chunk_gated_delta_rule",
+        "packed_decode",
+        "causal_conv1d",
+        "causal_conv1d_update",
+        "gdn_gating",
+        "l2_norm",
+        "rms_norm_gated",
+    )
+}
+
+
+def good_arguments(op: str) -> Arguments:
+    """Five tokens of two sequences (packed_decode: two tokens) that the op accepts."""
+    T, N, S, H, HV, K, V, D, W = 5, 2, 4, 2, 4, 16, 32, 24, 4
+    batch = {"cu_seqlens": i32([0, 3, 5]), "state_indices": i32([0, 2])}
+    delta = {
+        "q": torch.randn(T, H, K),
+        "k": torch.randn(T, H, K),
+        "v": torch.randn(T, HV, V),
+        "g": -torch.rand(T, HV),
+        "beta": torch.rand(T, HV),
+        "state": torch.randn(S, HV, V, K),
+        **batch,
+    }
+    conv = {"x": torch.randn(T, D), "weight": torch.randn(D, W), "conv_state": torch.randn(S, W + 1, D), **batch}
+    gates = {"A_log": torch.randn(HV), "dt_bias": torch.randn(HV)}
+    return {
+        "recurrent_gated_delta_rule": delta,
+        "chunk_gated_delta_rule": {**delta, "chunk": ops.build_chunk_metadata([3, 2], HV)},
+        "packed_decode": {
+            "mixed_qkv": torch.randn(N, 2 * H * K + HV * V),
+            "a": torch.randn(N, HV),
+            "b": torch.randn(N, HV),
+            **gates,
+            "state": torch.randn(S, HV, V, K),
+            "state_indices": i32([0, 2]),
+        },
+        "causal_conv1d": conv,
+        "causal_conv1d_update": {**conv, "max_len": 3},
+        "gdn_gating": {"a": torch.randn(T, HV), "b": torch.randn(T, HV), **gates},
+        "l2_norm": {"x": torch.randn(T, H, K)},
+        "rms_norm_gated": {"x": torch.randn(T, HV, V), "z": torch.randn(T, HV, V), "weight": torch.randn(V)},
+    }[op]
+
+
+RECURRENT = "recurrent_gated_delta_rule"
+VERIFY = {"state_indices": i32([[0, 1, 2], [3, 4, 5]]), "num_accepted": i32([1, 3]), "state": torch.randn(6, 4, 32, 16)}
+
+# (op, changed arguments, exception, words of the message)
+BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
+    # dtype
+    (RECURRENT, {"q": torch.randn(5, 2, 16).double()}, TypeError, ("q", "Float", "Double")),
+    (RECURRENT, {"k": torch.randn(5, 2, 16).bfloat16()}, TypeError, ("k", "Float", "BFloat16")),
+    (RECURRENT, {"g": torch.randn(5, 4).half()}, TypeError, ("g", "Float", "Half")),
+    (RECURRENT, {"state": torch.randn(4, 4, 32, 16).half()}, TypeError, ("state", "Half")),
+    (
+        "recurrent_gated_delta_rule",
+        {"state_indices": torch.tensor([0, 2])},
+        TypeError,
+        ("state_indices", "Long"),
+    ),
+    (RECURRENT, {"cu_seqlens": torch.tensor([0, 3, 5])}, TypeError, ("cu_seqlens", "Long")),
+    ("chunk_gated_delta_rule", {"has_initial_state": i32([1, 0])}, TypeError, ("has_initial_state", "Bool", "Int")),
+    ("packed_decode", {"a": torch.randn(2, 4).bfloat16()}, TypeError, ("a", "Float", "BFloat16")),
+    ("causal_conv1d", {"weight": torch.randn(24, 4).half()}, TypeError, ("weight", "Float", "Half")),
+    ("causal_conv1d_update", {"x": torch.randn(5, 24).int()}, TypeError, ("x", "Int")),
+    ("gdn_gating", {"b": torch.randn(5, 4).half()}, TypeError, ("b", "Float", "Half")),
+    ("l2_norm", {"out": torch.empty(5, 2, 16).half()}, TypeError, ("out", "Float", "Half")),
+    ("rms_norm_gated", {"weight": torch.randn(32).double()}, TypeError, ("weight", "Float", "Double")),
+    # shape
+    (RECURRENT, {"k": torch.randn(5, 2, 9)}, ValueError, ("k", "T, H, K", "K=16 (set by q)", "9")),
+    (RECURRENT, {"k": torch.randn(4, 2, 16)}, ValueError, ("k", "T=5 (set by q)", "[4, 2, 16]")),
+    (RECURRENT, {"q": torch.randn(5, 32)}, ValueError, ("q", "T, H, K", "[5, 32]")),
+    (RECURRENT, {"v": torch.randn(5, 3, 32)}, ValueError, ("HV", "multiple of H=2", "3")),
+    (RECURRENT, {"state": torch.randn(4, 4, 16, 32)}, ValueError, ("state", "V=32 (set by v)")),
+    (RECURRENT, {"state_indices": i32([0])}, ValueError, ("state_indices", "N=2", "[1]")),
+    (RECURRENT, {"cu_seqlens": i32([])}, ValueError, ("cu_seqlens", "at least one entry")),
+    (RECURRENT, {"out": torch.empty(5, 4, 16)}, ValueError, ("out", "V=32", "[5, 4, 16]")),
+    (RECURRENT, {**VERIFY, "write_indices": i32([0, 1])}, ValueError, ("write_indices", "table")),
+    ("chunk_gated_delta_rule", {"beta": torch.rand(5, 2)}, ValueError, ("beta", "HV=4 (set by v)", "[5, 2]")),
+    ("packed_decode", {"mixed_qkv": torch.randn(2, 200)}, ValueError, ("mixed_qkv", "2 H K + HV V", "200")),
+    ("packed_decode", {"mixed_qkv": torch.randn(2, 96 + 128)}, ValueError, ("mixed_qkv", "multiple of H", "H=3")),
+    ("causal_conv1d", {"weight": torch.randn(24, 5)}, ValueError, ("weight", "2 to 4", "5")),
+    ("causal_conv1d", {"conv_state": torch.randn(4, 2, 24)}, ValueError, ("conv_state", "R >= 3", "2")),
+    ("causal_conv1d", {"bias": torch.randn(23)}, ValueError, ("bias", "D=24 (set by x)", "[23]")),
+    ("causal_conv1d_update", {"max_len": 4}, ValueError, ("conv_state", "R >= 6", "5")),
+    ("causal_conv1d_update", {"max_len": 0}, ValueError, ("max_len", "at least 1", "0")),
+    ("gdn_gating", {"A_log": torch.randn(3)}, ValueError, ("A_log", "HV=4 (set by a)", "[3]")),
+    ("l2_norm", {"x": torch.randn(5, 16)}, ValueError, ("x", "T, H, K", "[5, 16]")),
+    ("rms_norm_gated", {"weight": torch.randn(16)}, ValueError, ("weight", "V=32 (set by x)", "[16]")),
+    # strides
+    (RECURRENT, {"q": torch.randn(5, 16, 2).mT}, ValueError, ("q", "contiguous", "strides")),
+    ("chunk_gated_delta_rule", {"state": torch.randn(4, 4, 16, 32).mT}, ValueError, ("state", "contiguous")),
+    ("causal_conv1d", {"x": torch.randn(24, 5).T}, ValueError, ("x", "contiguous")),
+    # device
+    (RECURRENT, {"v": torch.empty(5, 4, 32, device="meta")}, ValueError, ("v", "cpu", "meta")),
+    ("l2_norm", {"out": torch.empty(5, 2, 16, device="meta")}, ValueError, ("out", "cpu", "meta")),
+    # cu_seqlens
+    (RECURRENT, {"cu_seqlens": i32([1, 3, 5])}, IndexError, ("cu_seqlens", "start at 0", "1")),
+    (RECURRENT, {"cu_seqlens": i32([0, 6, 5])}, IndexError, ("cu_seqlens", "never fall", "5")),
+    (RECURRENT, {"cu_seqlens": i32([0, 3, 4])}, IndexError, ("cu_seqlens", "end at T=5", "4")),
+    ("chunk_gated_delta_rule", {"cu_seqlens": i32([0, 3, 6])}, IndexError, ("cu_seqlens", "end at T=5", "6")),
+    ("causal_conv1d", {"cu_seqlens": i32([0, -1, 5])}, IndexError, ("cu_seqlens", "never fall", "-1")),
+    ("causal_conv1d_update", {"cu_seqlens": i32([2, 3, 5])}, IndexError, ("cu_seqlens", "start at 0", "2")),
+    ("causal_conv1d_update", {"max_len": 2}, IndexError, ("cu_seqlens", "max_len=2", "3")),
+    # slots
+    (RECURRENT, {"state_indices": i32([0, 4])}, IndexError, ("state_indices", "0..3", "4")),
+    (RECURRENT, {"state_indices": i32([-2, 0])}, IndexError, ("state_indices", "-1", "got -2")),
+    (RECURRENT, {"state_indices": i32([1, 1])}, IndexError, ("state_indices", "once", "got 1")),
+    (RECURRENT, {"write_indices": i32([3, 3])}, IndexError, ("write_indices", "once", "got 3")),
+    (RECURRENT, {"write_indices": i32([1, 9])}, IndexError, ("write_indices", "0..3", "9")),
+    (RECURRENT, {"write_indices": i32([2, 3])}, IndexError, ("state_indices", "no other row", "2")),
+    ("chunk_gated_delta_rule", {"state_indices": i32([0, 4])}, IndexError, ("state_indices", "0..3", "4")),
+    ("chunk_gated_delta_rule", {"write_indices": i32([3, 3])}, IndexError, ("write_indices", "once", "3")),
+    ("packed_decode", {"state_indices": i32([-7, 0])}, IndexError, ("state_indices", "got -7")),
+    ("packed_decode", {"state_indices": i32([2, 2])}, IndexError, ("state_indices", "once")),
+    ("causal_conv1d", {"state_indices": i32([0, 4])}, IndexError, ("state_indices", "0..3", "4")),
+    ("causal_conv1d_update", {"write_indices": i32([1, 1])}, IndexError, ("write_indices", "once", "1")),
+    # verification
+    (
+        RECURRENT,
+        {**VERIFY, "num_accepted": i32([0, 1])},
+        IndexError,
+        ("num_accepted", "1..L=3", "got 0"),
+    ),
+    (
+        RECURRENT,
+        {**VERIFY, "num_accepted": i32([1, 4])},
+        IndexError,
+        ("num_accepted", "1..L=3", "got 4"),
+    ),
+    (
+        RECURRENT,
+        {**VERIFY, "state_indices": i32([[0, 1], [2, 3]]), "num_accepted": i32([1, 1])},
+        IndexError,
+        ("cu_seqlens", "L=2", "3"),
+    ),
+    (
+        RECURRENT,
+        {**VERIFY, "state_indices": i32([[0, 1, 2], [3, 1, 5]])},
+        IndexError,
+        ("state_indices", "once", "1"),
+    ),
+    ("causal_conv1d_update", {"num_accepted": i32([1, 4])}, IndexError, ("num_accepted", "1..3", "4")),
+    ("causal_conv1d_update", {"num_accepted": i32([0, 1])}, IndexError, ("num_accepted", "1..3", "0")),
+    # chunk metadata
+    ("chunk_gated_delta_rule", {"chunk": None}, ValueError, ("chunk_indices", "chunk metadata", "never recomputed")),
+    (
+        "chunk_gated_delta_rule",
+        {"chunk": ops.build_chunk_metadata([5], 4)},
+        ValueError,
+        ("chunk_offsets", "N+1=3 (set by cu_seqlens)", "[2]"),
+    ),
+    (
+        "chunk_gated_delta_rule",
+        {"chunk": ops.build_chunk_metadata([3, 70], 4)},
+        IndexError,
+        ("chunk_offsets", "1 chunk", "2 tokens"),
+    ),
+]
+
+
+def _id(row: object) -> str:
+    if isinstance(row, dict):
+        return "+".join(row)
+    return row.__name__ if isinstance(row, type) else ("" if isinstance(row, tuple) else str(row))
+
+
+@pytest.mark.parametrize(("op", "changes", "error", "words"), BAD, ids=_id)
+def test_bad_input(op: str, changes: Arguments, error: type[Exception], words: tuple[str, ...]) -> None:
+    arguments = {**good_arguments(op), **changes}
+    pools = {name: arguments[name].clone() for name in ("state", "conv_state") if name in arguments}
+    with pytest.raises(error) as caught:
+        OPS[op](**arguments)
+    message = str(caught.value)
+    assert message.startswith(f"[{op}] "), message
+    assert "\n" not in message, message
+    for word in (*words, "expected"):
+        assert word in message, f"{word!r} is missing in: {message}"
+    for name, before in pools.items():
+        assert_bits_equal(name, arguments[name], before)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_good_arguments_are_good(op: str, backend: str) -> None:
+    OPS[op](**good_arguments(op), backend=backend)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_are_refused_by_name(op: str) -> None:
+    arguments = good_arguments(op)
+    first = next(iter(arguments))
+    arguments[first].requires_grad_()
+    with pytest.raises(NotImplementedError, match=rf"\[xgdn::{op}\] {first}: requires grad"):
+        OPS[op](**arguments)
+    with torch.no_grad():
+        OPS[op](**arguments)
+
+
+def test_out_of_the_convolution_may_not_be_its_input() -> None:
+    arguments = good_arguments("causal_conv1d")
+    with pytest.raises(ValueError, match=r"\[causal_conv1d\] out: expected memory of its own"):
+        ops.causal_conv1d(**arguments, out=arguments["x"])
+
+
+@pytest.mark.parametrize("op", ["recurrent_gated_delta_rule", "chunk_gated_delta_rule", "packed_decode"])
+@pytest.mark.parametrize(("K", "V"), [(24, 32), (32, 24), (272, 32)])
+def test_cpu_says_which_head_dims_it_serves(op: str, K: int, V: int) -> None:
+    if "cpu" not in xgdn.available_backends():
+        pytest.skip("this build has no cpu backend")
+    arguments = good_arguments(op)
+    resized = {
+        "q": torch.randn(5, 2, K),
+        "k": torch.randn(5, 2, K),
+        "v": torch.randn(5, 4, V),
+        "mixed_qkv": torch.randn(2, 4 * K + 4 * V),
+        "state": torch.randn(4, 4, V, K),
+    }
+    arguments |= {name: value for name, value in resized.items() if name in arguments}
+    with pytest.raises(NotImplementedError, match=rf"\[{op}\] backend cpu cannot serve this call: .*16"):
+        OPS[op](**arguments, backend="cpu")
+    # Left to itself the choice falls on the next backend, and that can be asked for.
+    OPS[op](**arguments)
+    assert xgdn.last_backend(op) != "cpu"

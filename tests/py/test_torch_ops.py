@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops as PyTorch operators: opcheck, export, and compilation without graph breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.export import Dim
+
+from cases import assert_bits_equal, i32
+from xgdn import ops
+
+Sample = tuple[tuple[Any, ...], dict[str, Any]]
+H, HV, K, V, D, W, S = 2, 4, 16, 32, 24, 4, 9
+
+
+def delta(T: int, N: int, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[Any, ...]:
+    """q, k, v, g, beta, state of a call."""
+    return (
+        torch.randn(T, H, K).to(dtype),
+        torch.randn(T, H, K).to(dtype),
+        torch.randn(T, HV, V).to(dtype),
+        -torch.rand(T, HV),
+        torch.rand(T, HV),
+        torch.randn(S, HV, V, K).to(state_dtype),
+    )
+
+
+def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sample]:
+    """Arguments as the schema has them; without and with the optional ones."""
+    T, cu, slots, out = 7, i32([0, 3, 3, 7]), i32([4, 1, 0]), torch.zeros(7, HV, V, dtype=dtype)
+    x = delta(T, 3, dtype, state_dtype)
+    chunk = ops.build_chunk_metadata([3, 0, 4], HV)
+    heads = (torch.randn(HV), torch.randn(HV))
+    conv = (torch.randn(T, D).to(dtype), torch.randn(D, W).to(dtype), torch.randn(S, W + 2, D).to(dtype), cu, slots)
+    conv_out = torch.zeros(T, D, dtype=dtype)
+    more = {"write_indices": i32([4, 3, 8]), "scale": 0.5, "backend": "reference"}
+    bias, flags = torch.randn(D).to(dtype), torch.tensor([True, False, True])
+    packed = (torch.randn(3, 2 * H * K + HV * V).to(dtype), *(torch.randn(3, HV).to(dtype) for _ in range(2)), *heads)
+    table = torch.arange(9, dtype=torch.int32).flip(0).view(3, 3)
+    verify = (*x, i32([0, 3, 3, 6]), table, out[:6])
+    verify = (*(t[:6] for t in verify[:5]), *verify[5:])
+    return {
+        "recurrent_gated_delta_rule": [
+            ((*x, cu, slots, out), {}),
+            ((*x, cu, slots, out), {**more, "use_qk_l2norm_in_kernel": False}),
+            (verify, {"num_accepted": i32([1, 3, 2])}),
+        ],
+        "chunk_gated_delta_rule": [
+            ((*x, cu, slots, chunk[0], chunk[1], out), {}),
+            ((*x, cu, slots, chunk[0], chunk[1], out), {**more, "has_initial_state": flags}),
+        ],
+        "packed_decode": [((*packed, x[5], slots, out[:3]), {}), ((*packed, x[5], slots, out[:3]), more)],
+        "causal_conv1d": [
+            ((*conv, conv_out), {}),
+            ((*conv, conv_out), {"bias": bias, "has_initial_state": flags, "silu": False}),
+        ],
+        "causal_conv1d_update": [
+            ((*conv, conv_out), {"max_len": 4}),
+            ((*conv, conv_out), {"max_len": 4, "bias": bias, "num_accepted": i32([1, 3, 2])}),
+        ],
+        "gdn_gating": [((packed[1], packed[2], *heads, torch.zeros(3, HV), torch.zeros(3, HV)), {})],
+        "l2_norm": [((x[0], torch.zeros_like(x[0])), {}), ((x[0], torch.zeros_like(x[0])), {"eps": 0.1})],
+        "rms_norm_gated": [((x[2], x[2].flip(0), torch.randn(V), out), {"eps": 1e-5})],
+    }[op]
+
+
+OPS = [
+    "recurrent_gated_delta_rule",
+    "chunk_gated_delta_rule",
+    "packed_decode",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gdn_gating",
+    "l2_norm",
+    "rms_norm_gated",
+]
+
+
+def packet(op: str) -> Callable[..., None]:
+    return getattr(torch.ops.xgdn, op).default
+
+
+def copied(sample: Sample) -> Sample:
+    args, kwargs = sample
+    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args), kwargs
+
+
+class Call(torch.nn.Module):
+    """Calls an op and returns what it wrote."""
+
+    def __init__(self, op: str, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.op, self.kwargs = packet(op), kwargs
+        written = [i for i, a in enumerate(self.op._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        self.written = written
+
+    def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        self.op(*args, **self.kwargs)
+        return tuple(args[i] * 1 for i in self.written)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=["f32", "bf16", "bf16_state"],
+)
+def test_opcheck(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    for args, kwargs in samples(op, dtype, state_dtype):
+        torch.library.opcheck(packet(op), args, kwargs)
+
+
+def test_opcheck_of_the_chunk_metadata() -> None:
+    op = torch.ops.xgdn.build_chunk_metadata.default
+    for heads in (1, 3, 8, 31, 64):
+        torch.library.opcheck(op, ([130, 0, 64, 4000], heads), {})
+    torch.library.opcheck(op, ([0, 5], 8, True), {})
+
+
+def test_opcheck_where_a_gradient_is_wanted() -> None:
+    (args, kwargs), *_ = samples("l2_norm", torch.float32, torch.float32)
+    torch.library.opcheck(
+        packet("l2_norm"), (args[0].requires_grad_(), args[1]), kwargs, test_utils="test_autograd_registration"
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_schema_names_what_is_written(op: str) -> None:
+    written = {a.name for a in packet(op)._schema.arguments if a.alias_info and a.alias_info.is_write}
+    pools = {"state", "conv_state"} & {a.name for a in packet(op)._schema.arguments}
+    assert written == ({"g", "beta"} if op == "gdn_gating" else {"out"} | pools)
+    assert not packet(op)._schema.returns
+    assert torch.Tag.pt2_compliant_tag in packet(op).tags
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_written_arguments_count_as_changed(op: str) -> None:
+    args, kwargs = copied(samples(op, torch.float32, torch.float32)[0])
+    versions = [a._version for a in args]
+    packet(op)(*args, **kwargs)
+    written = Call(op, kwargs).written
+    for i, (arg, version) in enumerate(zip(args, versions, strict=True)):
+        assert arg._version == version + (i in written)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_meta_checks_as_the_others_do(op: str) -> None:
+    args, kwargs = samples(op, torch.float32, torch.float32)[0]
+    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    packet(op)(*on_meta, **kwargs)
+    with pytest.raises(ValueError, match=rf"\[{op}\] .*: expected"):
+        packet(op)(on_meta[0][:-1], *on_meta[1:-1], on_meta[-1][:, :1], **kwargs)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_export(op: str) -> None:
+    for sample in samples(op, torch.float32, torch.float32):
+        args, kwargs = copied(sample)
+        program = torch.export.export(Call(op, kwargs), copied(sample)[0])
+        for got, want in zip(program.module()(*copied(sample)[0]), Call(op, kwargs)(*args), strict=True):
+            assert_bits_equal(op, got, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_into_one_graph(op: str) -> None:
+    for sample in samples(op, torch.float32, torch.float32):
+        args, kwargs = copied(sample)
+        torch._dynamo.reset()
+        compiled = torch.compile(Call(op, kwargs), fullgraph=True, backend="aot_eager")
+        got_args = copied(sample)[0]
+        got = compiled(*got_args)
+        want = Call(op, kwargs)(*args)
+        for a, b in zip((*got, *got_args), (*want, *args), strict=True):
+            if isinstance(a, torch.Tensor) and a.is_floating_point():
+                assert_bits_equal(op, a, b)
+
+
+def decode_step(
+    mixed_qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor, heads: torch.Tensor, state: torch.Tensor, slots: Any
+) -> torch.Tensor:
+    """Ops alone, so that inductor has nothing to compile in C++ and the test stays quick."""
+    o = ops.packed_decode(mixed_qkv, a, b, heads, heads, state, state_indices=slots)
+    return ops.l2_norm(o)
+
+
+def decode_arguments(N: int) -> tuple[Any, ...]:
+    mixed_qkv, a, b = torch.randn(N, 2 * H * K + HV * V), torch.randn(N, HV), torch.randn(N, HV)
+    return mixed_qkv, a, b, torch.randn(HV), torch.randn(40, HV, V, K), torch.randperm(40)[:N].int()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_one_compilation_serves_every_batch(compiler: str) -> None:
+    torch._dynamo.reset()
+    with (
+        torch.compiler.set_stance("default", skip_guard_eval_unsafe=False),
+        torch._dynamo.config.patch(error_on_recompile=True),
+    ):
+        compiled = torch.compile(decode_step, fullgraph=True, backend=compiler)
+        for N in (5, 2, 17, 33):
+            args = decode_arguments(N)
+            for i in (0, 1, 2, 5):
+                torch._dynamo.mark_dynamic(args[i], 0)
+            want_state = args[4].clone()
+            want = decode_step(*args[:4], want_state, args[5])
+            got = compiled(*args)
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(args[4], want_state)
+
+
+def test_export_with_a_dynamic_batch() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return decode_step(*args)
+
+    batch = {0: Dim("N", min=2, max=40)}
+    program = torch.export.export(
+        Step(), decode_arguments(5), dynamic_shapes=((batch, batch, batch, None, None, batch),)
+    )
+    for N in (2, 5, 31):
+        args = decode_arguments(N)
+        want = decode_step(*args[:4], args[4].clone(), args[5])
+        torch.testing.assert_close(program.module()(*args), want)
+
+
+def test_recurrent_rule_with_a_dynamic_number_of_tokens_and_sequences() -> None:
+    def step(*args: torch.Tensor) -> torch.Tensor:
+        *tokens, state, cu, slots = args
+        return ops.recurrent_gated_delta_rule(*tokens, state, cu_seqlens=cu, state_indices=slots)
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for cu in ([0, 3, 7], [0, 5, 6, 6, 11]):
+            args = [*delta(cu[-1], len(cu) - 1, torch.float32, torch.float32), i32(cu), torch.arange(len(cu) - 1).int()]
+            for i in (0, 1, 2, 3, 4, 6, 7):
+                torch._dynamo.mark_dynamic(args[i], 0)
+            state = args[5].clone()
+            want = step(*args[:5], state, *args[6:])
+            assert_bits_equal("out", compiled(*args), want)
+            assert_bits_equal("pool", args[5], state)
