@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 
 namespace xgdn {
 
@@ -22,7 +23,7 @@ class AllReduce {
 struct Shard {
   int64_t rank = 0;
   int64_t world = 1;
-  AllReduce* group = nullptr;
+  std::shared_ptr<AllReduce> group = nullptr;
 };
 
 }  // namespace xgdn

@@ -2,8 +2,18 @@
 #include "core/layers/weight_source.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/util/StringUtil.h>
 
 namespace xgdn {
+
+at::Tensor TensorMap::get(const std::string& name, at::IntArrayRef shape) const {
+  const auto it = tensors_.find(name);
+  if (it == tensors_.end()) throw CheckpointError(c10::str("[TensorMap] ", name, ": expected a tensor, got none"));
+  if (it->second.sizes() != shape) {
+    throw CheckpointError(c10::str("[TensorMap] ", name, ": expected ", shape, ", got ", it->second.sizes()));
+  }
+  return it->second;
+}
 
 at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
                        at::ScalarType dtype) {

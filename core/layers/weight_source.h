@@ -4,7 +4,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/errors.h"
@@ -27,6 +29,18 @@ class WeightSource {
 
   /// Says that the tensor has been copied elsewhere: its pages may leave memory.
   virtual void release(const std::string& /*name*/) const {}
+};
+
+/// Weights that are in memory already.
+class TensorMap : public WeightSource {
+ public:
+  explicit TensorMap(std::map<std::string, at::Tensor> tensors) : tensors_(std::move(tensors)) {}
+
+  bool contains(const std::string& name) const override { return tensors_.contains(name); }
+  at::Tensor get(const std::string& name, at::IntArrayRef shape) const override;
+
+ private:
+  std::map<std::string, at::Tensor> tensors_;
 };
 
 /// The weight in dtype. Without conversion it still aliases the source.

@@ -45,6 +45,8 @@ class HybridDecoder {
  public:
   /// Builds every layer from the source. Throws CheckpointError for missing or misshapen weights.
   HybridDecoder(const ModelConfig& config, const WeightSource& weights, const DecoderOptions& options);
+  HybridDecoder(const HybridDecoder&) = delete;
+  HybridDecoder& operator=(const HybridDecoder&) = delete;
   ~HybridDecoder();
 
   /// Logits [R, vocab] in fp32; updates the state in place.

@@ -42,6 +42,9 @@ class Runner {
   /// True when no request waits or runs.
   bool is_idle() const;
 
+  Runner(const Runner&) = delete;
+  Runner& operator=(const Runner&) = delete;
+
   /// Submits all, steps until they are finished, results in the order given. Nothing is submitted when one is refused.
   /// For callers that do not step the runner elsewhere: events of other requests are dropped.
   std::vector<GenerationResult> generate(const std::vector<Request>& requests);

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// The layer and what it is called with.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <functional>
+
+#include "bindings/bind.h"
+#include "bindings/torch_casters.h"
+#include "core/layers/qwen3_gated_delta_net.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace xgdn {
+namespace {
+
+using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
+
+class CallableAllReduce : public AllReduce {
+ public:
+  explicit CallableAllReduce(std::function<void(const at::Tensor&)> sum) : sum_(std::move(sum)) {}
+  void sum(at::Tensor& tensor) override { sum_(tensor); }
+
+ private:
+  std::function<void(const at::Tensor&)> sum_;
+};
+
+}  // namespace
+
+void bind_layers(nb::module_& m) {
+  nb::enum_<SegmentKind>(m, "SegmentKind", "What a segment's tokens are.")
+      .value("DECODE", SegmentKind::kDecode)
+      .value("VERIFY", SegmentKind::kVerify)
+      .value("PREFILL", SegmentKind::kPrefill);
+  nb::enum_<StateKind>(m, "StateKind", "A component of a layer's state.")
+      .value("CONV", StateKind::kConv)
+      .value("DELTA", StateKind::kDelta);
+
+  nb::class_<kernel::ChunkMetadata>(m, "ChunkMetadata", "Chunk metadata of a prefill segment; six int32 tensors.")
+      .def_ro("chunk_indices_chunk64", &kernel::ChunkMetadata::chunk_indices_chunk64)
+      .def_ro("chunk_offsets_chunk64", &kernel::ChunkMetadata::chunk_offsets_chunk64)
+      .def_ro("update_chunk_offsets_chunk64", &kernel::ChunkMetadata::update_chunk_offsets_chunk64)
+      .def_ro("final_chunk_indices_chunk64", &kernel::ChunkMetadata::final_chunk_indices_chunk64)
+      .def_ro("chunk_indices_large_block", &kernel::ChunkMetadata::chunk_indices_large_block)
+      .def_ro("block_indices_cumsum", &kernel::ChunkMetadata::block_indices_cumsum);
+
+  nb::class_<Segment>(m, "Segment", "A run of tokens that one op call serves.")
+      .def_ro("kind", &Segment::kind)
+      .def_ro("token_begin", &Segment::token_begin)
+      .def_ro("num_tokens", &Segment::num_tokens)
+      .def_ro("max_len", &Segment::max_len)
+      .def_ro("cu_seqlens", &Segment::cu_seqlens)
+      .def_ro("state_indices", &Segment::state_indices)
+      .def_ro("conv_indices", &Segment::conv_indices)
+      .def_ro("write_indices", &Segment::write_indices)
+      .def_ro("has_initial_state", &Segment::has_initial_state)
+      .def_ro("num_accepted", &Segment::num_accepted)
+      .def_ro("chunk", &Segment::chunk);
+
+  nb::class_<GdnBatch>(m, "GdnBatch", "One step, as a GDN layer sees it.")
+      .def_ro("num_tokens", &GdnBatch::num_tokens)
+      .def_ro("segments", &GdnBatch::segments);
+
+  nb::class_<StateSpec>(m, "StateSpec", "Shape of one component of one slot.")
+      .def_ro("kind", &StateSpec::kind)
+      .def_ro("slot_shape", &StateSpec::slot_shape)
+      .def_ro("dtype", &StateSpec::dtype)
+      .def_prop_ro("slot_bytes", &StateSpec::slot_bytes);
+
+  nb::class_<GdnState>(m, "GdnState", "The pools of one layer, each [S, ...].")
+      .def_static(
+          "allocate",
+          [](const std::vector<StateSpec>& specs, int64_t num_slots) {
+            return GdnState::allocate(specs, num_slots, c10::kCPU);
+          },
+          "specs"_a, "num_slots"_a, "Zeroed pools of num_slots slots, on the CPU.")
+      .def("pool", &GdnState::pool, "kind"_a, "The pool itself, not a copy.");
+
+  nb::class_<GdnConfig>(m, "GdnConfig", "Sizes of a GDN layer.")
+      .def(
+          "__init__",
+          [](GdnConfig* self, int64_t hidden_size, int64_t num_k_heads, int64_t num_v_heads, int64_t head_k_dim,
+             int64_t head_v_dim, int64_t conv_kernel_dim, double rms_norm_eps, at::ScalarType state_dtype,
+             int64_t max_draft_tokens) {
+            new (self) GdnConfig{hidden_size,     num_k_heads,  num_v_heads, head_k_dim,      head_v_dim,
+                                 conv_kernel_dim, rms_norm_eps, state_dtype, max_draft_tokens};
+          },
+          nb::kw_only(), "hidden_size"_a, "num_k_heads"_a, "num_v_heads"_a, "head_k_dim"_a, "head_v_dim"_a,
+          "conv_kernel_dim"_a = 4, "rms_norm_eps"_a = 1e-6, "state_dtype"_a, "max_draft_tokens"_a = 0)
+      .def_ro("hidden_size", &GdnConfig::hidden_size)
+      .def_ro("num_k_heads", &GdnConfig::num_k_heads)
+      .def_ro("num_v_heads", &GdnConfig::num_v_heads)
+      .def_ro("head_k_dim", &GdnConfig::head_k_dim)
+      .def_ro("head_v_dim", &GdnConfig::head_v_dim)
+      .def_ro("conv_kernel_dim", &GdnConfig::conv_kernel_dim)
+      .def_ro("rms_norm_eps", &GdnConfig::rms_norm_eps)
+      .def_ro("state_dtype", &GdnConfig::state_dtype)
+      .def_ro("max_draft_tokens", &GdnConfig::max_draft_tokens);
+
+  nb::class_<Qwen3GatedDeltaNet>(m, "Qwen3GatedDeltaNet",
+                                 "The gated delta rule layer of Qwen3-Next and Qwen3.5: hidden [T, D] -> [T, D].")
+      .def(
+          "__init__",
+          [](Qwen3GatedDeltaNet* self, const GdnConfig& config, std::map<std::string, at::Tensor> weights,
+             const std::string& prefix, at::ScalarType dtype, int64_t rank, int64_t world,
+             std::optional<std::function<void(const at::Tensor&)>> all_reduce, std::string prefill_backend,
+             std::string decode_backend) {
+            Shard shard{.rank = rank, .world = world};
+            if (all_reduce) shard.group = std::make_shared<CallableAllReduce>(std::move(*all_reduce));
+            new (self) Qwen3GatedDeltaNet(config, TensorMap(std::move(weights)), prefix, dtype, shard,
+                                          {std::move(prefill_backend), std::move(decode_backend)});
+          },
+          "config"_a, "weights"_a, nb::kw_only(), "prefix"_a = "", "dtype"_a, "rank"_a = 0, "world"_a = 1,
+          "all_reduce"_a = nb::none(), "prefill_backend"_a = "auto", "decode_backend"_a = "auto",
+          "weights: a state dict of either checkpoint layout. all_reduce sums a tensor over the ranks in place; "
+          "without "
+          "it forward returns this rank's partial sum.")
+      .def("forward", &Qwen3GatedDeltaNet::forward, "hidden"_a, "batch"_a, "state"_a, WithoutGil(),
+           "Computes the step; updates state in place.")
+      .def("state_specs", &Qwen3GatedDeltaNet::state_specs)
+      .def_prop_ro("local_config", &Qwen3GatedDeltaNet::local_config);
+}
+
+}  // namespace xgdn

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pools, batch builder, requests, runner and engine.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/bind.h"
+#include "bindings/torch_casters.h"
+#include "core/runtime/batch_builder.h"
+#include "core/runtime/checkpoint.h"
+#include "core/runtime/engine.h"
+#include "core/runtime/model_config_json.h"
+#include "core/runtime/runner.h"
+#include "core/runtime/state_pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace xgdn {
+namespace {
+
+using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
+using Progress = std::function<void(int64_t, int64_t)>;
+
+void bind_pools(nb::module_& m) {
+  nb::class_<SlotHandle>(m, "SlotHandle", "Names a slot for as long as it is held.")
+      .def_ro("slot", &SlotHandle::slot)
+      .def_ro("generation", &SlotHandle::generation);
+
+  nb::class_<StatePool>(m, "StatePool", "Slots of recurrent state over all GDN layers.")
+      .def(
+          "__init__",
+          [](StatePool* self, const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, bool poison_freed) {
+            new (self) StatePool(layers, num_slots, c10::kCPU, poison_freed);
+          },
+          "layers"_a, nb::kw_only(), "num_slots"_a, "poison_freed"_a = kPoisonFreedByDefault)
+      .def("allocate", &StatePool::allocate, "A free slot; raises OutOfSlots.")
+      .def("share", &StatePool::share, "handle"_a, "One more holder of the slot.")
+      .def("release", &StatePool::release, "handle"_a, "One holder less; the last one frees the slot.")
+      .def("slot", &StatePool::slot, "handle"_a, "The slot's index; raises StaleHandleError.")
+      .def("ref_count", &StatePool::ref_count, "handle"_a)
+      .def(
+          "layer", [](StatePool& self, size_t i) { return self.layers().at(i); }, "index"_a,
+          "The pools of one layer; they share the memory.")
+      .def_prop_ro("num_slots", &StatePool::num_slots)
+      .def_prop_ro("num_free", &StatePool::num_free)
+      .def_prop_ro("bytes", &StatePool::bytes)
+      .def_static("slot_bytes", &StatePool::slot_bytes, "layers"_a, "Bytes of one slot over all layers.");
+}
+
+void bind_batch(nb::module_& m) {
+  nb::class_<SequenceStep>(m, "SequenceStep", "What one sequence does in a step.")
+      .def(
+          "__init__",
+          [](SequenceStep* self, SegmentKind kind, std::vector<int32_t> tokens, int64_t num_cached,
+             std::vector<int32_t> state_slots, std::optional<int32_t> write_slot, std::optional<int32_t> conv_slot,
+             int32_t num_accepted, bool has_initial_state, std::vector<int32_t> kv_blocks, bool wants_logits) {
+            const int32_t first = state_slots.empty() ? -1 : state_slots.front();
+            new (self) SequenceStep{kind,
+                                    std::move(tokens),
+                                    num_cached,
+                                    std::move(state_slots),
+                                    write_slot.value_or(first),
+                                    conv_slot.value_or(first),
+                                    num_accepted,
+                                    has_initial_state,
+                                    std::move(kv_blocks),
+                                    wants_logits};
+          },
+          nb::kw_only(), "kind"_a, "tokens"_a, "num_cached"_a = 0, "state_slots"_a, "write_slot"_a = nb::none(),
+          "conv_slot"_a = nb::none(), "num_accepted"_a = 1, "has_initial_state"_a = true,
+          "kv_blocks"_a = std::vector<int32_t>{}, "wants_logits"_a = true);
+
+  nb::class_<AttentionBatch>(m, "AttentionBatch", "One step, as a full-attention layer sees it.")
+      .def_ro("positions", &AttentionBatch::positions)
+      .def_ro("kv_rows", &AttentionBatch::kv_rows)
+      .def_ro("block_ids", &AttentionBatch::block_ids);
+
+  nb::class_<StepInput>(m, "StepInput", "One step of a model.")
+      .def_ro("token_ids", &StepInput::token_ids)
+      .def_ro("logit_rows", &StepInput::logit_rows)
+      .def_ro("gdn", &StepInput::gdn)
+      .def_ro("attention", &StepInput::attention);
+
+  nb::class_<BuiltStep>(m, "BuiltStep", "A step's tensors, and each sequence's first row of the logits (-1: none).")
+      .def_ro("input", &BuiltStep::input)
+      .def_ro("logit_rows", &BuiltStep::logit_rows);
+
+  nb::class_<BatchBuilder>(m, "BatchBuilder", "Packs a step: decode, then verification, then prefill.")
+      .def(
+          "__init__",
+          [](BatchBuilder* self, int64_t num_slots, int64_t num_kv_blocks, int64_t kv_block_size, int64_t vocab_size,
+             int64_t num_v_heads, bool has_attention) {
+            new (self) BatchBuilder({num_slots, num_kv_blocks, kv_block_size, vocab_size, num_v_heads, has_attention},
+                                    c10::kCPU);
+          },
+          nb::kw_only(), "num_slots"_a, "num_kv_blocks"_a = 0, "kv_block_size"_a = 16, "vocab_size"_a, "num_v_heads"_a,
+          "has_attention"_a = false)
+      .def("build", &BatchBuilder::build, "sequences"_a);
+}
+
+void bind_requests(nb::module_& m) {
+  nb::enum_<FinishReason>(m, "FinishReason", "How a request ended.")
+      .value("RUNNING", FinishReason::kRunning)
+      .value("STOP", FinishReason::kStop)
+      .value("LENGTH", FinishReason::kLength)
+      .value("CANCELLED", FinishReason::kCancelled)
+      .value("ERROR", FinishReason::kError);
+
+  nb::class_<SamplingParams>(m, "SamplingParams", "How the next token is chosen; temperature 0 is greedy.")
+      .def(
+          "__init__",
+          [](SamplingParams* self, double temperature, int64_t top_k, double top_p, uint64_t seed) {
+            new (self) SamplingParams{temperature, top_k, top_p, seed};
+          },
+          nb::kw_only(), "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "seed"_a = 0)
+      .def_ro("temperature", &SamplingParams::temperature)
+      .def_ro("top_k", &SamplingParams::top_k)
+      .def_ro("top_p", &SamplingParams::top_p)
+      .def_ro("seed", &SamplingParams::seed);
+
+  nb::class_<Request>(m, "Request", "A prompt and what is wanted of it.")
+      .def(
+          "__init__",
+          [](Request* self, std::vector<int32_t> prompt, int64_t max_new_tokens, const SamplingParams& sampling,
+             std::vector<int32_t> stop_token_ids, bool ignore_eos) {
+            new (self) Request{std::move(prompt), max_new_tokens, sampling, std::move(stop_token_ids), ignore_eos};
+          },
+          "prompt"_a, nb::kw_only(), "max_new_tokens"_a = 16, "sampling"_a = SamplingParams{},
+          "stop_token_ids"_a = std::vector<int32_t>{}, "ignore_eos"_a = false)
+      .def_ro("prompt", &Request::prompt)
+      .def_ro("max_new_tokens", &Request::max_new_tokens)
+      .def_ro("sampling", &Request::sampling)
+      .def_ro("stop_token_ids", &Request::stop_token_ids)
+      .def_ro("ignore_eos", &Request::ignore_eos);
+
+  nb::class_<RequestEvent>(m, "RequestEvent", "What one step did for one request.")
+      .def_ro("id", &RequestEvent::id)
+      .def_ro("token", &RequestEvent::token)
+      .def_ro("num_prefilled", &RequestEvent::num_prefilled)
+      .def_ro("prompt_size", &RequestEvent::prompt_size)
+      .def_ro("finish_reason", &RequestEvent::finish_reason)
+      .def_ro("error", &RequestEvent::error);
+
+  nb::class_<GenerationResult>(m, "GenerationResult", "A finished request.")
+      .def_ro("id", &GenerationResult::id)
+      .def_ro("tokens", &GenerationResult::tokens)
+      .def_ro("finish_reason", &GenerationResult::finish_reason)
+      .def_ro("error", &GenerationResult::error);
+}
+
+void bind_engine(nb::module_& m) {
+  nb::class_<RunnerOptions>(m, "RunnerOptions", "Sizes of the pools and of a step.")
+      .def(
+          "__init__",
+          [](RunnerOptions* self, int64_t max_batch_size, int64_t max_cached_tokens, int64_t kv_block_size,
+             int64_t max_tokens_per_step, bool poison_freed_slots) {
+            new (self) RunnerOptions{max_batch_size, max_cached_tokens, kv_block_size, max_tokens_per_step,
+                                     poison_freed_slots};
+          },
+          nb::kw_only(), "max_batch_size"_a = 32, "max_cached_tokens"_a = 16384, "kv_block_size"_a = 16,
+          "max_tokens_per_step"_a = 2048, "poison_freed_slots"_a = kPoisonFreedByDefault);
+
+  nb::class_<HybridDecoder>(m, "HybridDecoder", "The decoder of Qwen3.5 and Qwen3-Next.")
+      .def("state_specs", &HybridDecoder::state_specs, "Pools of each GDN layer.")
+      .def_prop_ro("num_attention_layers", &HybridDecoder::num_attention_layers)
+      .def_prop_ro("dtype", &HybridDecoder::dtype);
+  m.def(
+      "load_decoder",
+      [](const std::filesystem::path& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype) {
+        const ModelConfig config = read_model_config(dir);
+        return std::make_shared<HybridDecoder>(
+            config, Checkpoint(dir), DecoderOptions{.dtype = dtype.value_or(config.dtype), .state_dtype = state_dtype});
+      },
+      "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, WithoutGil(),
+      "The decoder of a Hugging Face directory, for a Runner.");
+
+  nb::class_<Runner>(m, "Runner", "Continuous batching over one decoder: submit, step, cancel.")
+      .def(
+          "__init__",
+          [](Runner* self, std::shared_ptr<HybridDecoder> model, const RunnerOptions& options) {
+            new (self) Runner(std::move(model), options);
+          },
+          "model"_a, "options"_a = RunnerOptions{})
+      .def("submit", &Runner::submit, "request"_a, WithoutGil())
+      .def("step", &Runner::step, WithoutGil())
+      .def("cancel", &Runner::cancel, "request_id"_a, WithoutGil())
+      .def("is_idle", &Runner::is_idle, WithoutGil())
+      .def("generate", &Runner::generate, "requests"_a, WithoutGil())
+      .def_prop_ro("num_free_slots", &Runner::num_free_slots)
+      .def_prop_ro("num_free_kv_blocks", &Runner::num_free_kv_blocks)
+      .def_prop_ro("state_bytes", &Runner::state_bytes)
+      .def_prop_ro("kv_bytes", &Runner::kv_bytes);
+
+  nb::class_<Engine>(m, "Engine", "A model directory, ready to serve.")
+      .def_static(
+          "load",
+          [](const std::filesystem::path& dir, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
+             at::ScalarType state_dtype, std::string prefill_backend, std::string decode_backend,
+             std::optional<Progress> on_layer_loaded) {
+            return Engine::load(dir, {.runner = runner,
+                                      .dtype = dtype,
+                                      .state_dtype = state_dtype,
+                                      .backends = {std::move(prefill_backend), std::move(decode_backend)},
+                                      .on_layer_loaded = on_layer_loaded.value_or(Progress())});
+          },
+          "model_dir"_a, nb::kw_only(), "runner"_a = RunnerOptions{}, "dtype"_a = nb::none(), "state_dtype"_a,
+          "prefill_backend"_a = "auto", "decode_backend"_a = "auto", "on_layer_loaded"_a = nb::none(), WithoutGil())
+      .def("submit", &Engine::submit, "request"_a, WithoutGil())
+      .def("step", &Engine::step, WithoutGil())
+      .def("cancel", &Engine::cancel, "request_id"_a, WithoutGil())
+      .def("is_idle", &Engine::is_idle, WithoutGil())
+      .def("generate", &Engine::generate, "requests"_a, WithoutGil())
+      .def("prompt_logits", &Engine::prompt_logits, "prompt"_a, WithoutGil(), "Logits [T, vocab] f32 of one prompt.")
+      .def_prop_ro("vocab_size", [](const Engine& self) { return self.config().vocab_size; })
+      .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
+      .def_prop_ro("num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); })
+      .def_prop_ro("num_free_kv_blocks", [](const Engine& self) { return self.runner().num_free_kv_blocks(); })
+      .def_prop_ro("weight_bytes", &Engine::weight_bytes)
+      .def_prop_ro("state_bytes", [](const Engine& self) { return self.runner().state_bytes(); })
+      .def_prop_ro("kv_bytes", [](const Engine& self) { return self.runner().kv_bytes(); });
+}
+
+}  // namespace
+
+void bind_runtime(nb::module_& m) {
+  bind_pools(m);
+  bind_batch(m);
+  bind_requests(m);
+  bind_engine(m);
+}
+
+}  // namespace xgdn
