@@ -2,6 +2,7 @@
 """xgdn: serving the gated delta rule (Qwen3-Next, Qwen3.5) from Python.
 
 - `xgdn.chunk_gated_delta_rule`, `xgdn.fused_recurrent_gated_delta_rule`: FLA's functions, names, order and defaults.
+- `xgdn.Engine`: loads a checkpoint and generates, with continuous batching.
 - `xgdn.ops`: the serving functions, which update state pools in place.
 - `xgdn.available_backends`, `use_backend`, `last_backend`, `doctor`: what runs the ops here, and why.
 """
@@ -11,6 +12,7 @@ import torch  # noqa: F401  (libxgdn needs torch's libraries in the process)
 import xgdn._C  # noqa: F401  (loads libxgdn, which registers torch.ops.xgdn)
 from xgdn import errors, ops
 from xgdn.backends import BackendReport, available_backends, doctor, last_backend, use_backend
+from xgdn.engine import Engine, FinishReason, GenerationResult, Request, RequestEvent, RunnerOptions, SamplingParams
 from xgdn.fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from xgdn.ops import PAD_SLOT_ID, ChunkMetadata
 
@@ -18,6 +20,13 @@ __all__ = [
     "PAD_SLOT_ID",
     "BackendReport",
     "ChunkMetadata",
+    "Engine",
+    "FinishReason",
+    "GenerationResult",
+    "Request",
+    "RequestEvent",
+    "RunnerOptions",
+    "SamplingParams",
     "available_backends",
     "chunk_gated_delta_rule",
     "doctor",

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The serving engine: load a checkpoint, submit token ids, step, read events."""
+
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from xgdn import _C
+from xgdn._C import FinishReason, GenerationResult, Request, RequestEvent, RunnerOptions, SamplingParams
+
+__all__ = [
+    "Engine",
+    "FinishReason",
+    "GenerationResult",
+    "Request",
+    "RequestEvent",
+    "RunnerOptions",
+    "SamplingParams",
+]
+
+
+class Engine:
+    """A Hugging Face directory of Qwen3.5 or Qwen3-Next, ready to serve.
+
+    Args:
+        model_dir: directory with config.json and safetensors.
+        dtype: of weights and activations; default the checkpoint's.
+        state_dtype: of the delta-rule states, `torch.float32` or `torch.bfloat16`.
+        runner: sizes of the pools and of a step.
+        prefill_backend, decode_backend: a name of `xgdn.available_backends()`, or "auto".
+        on_layer_loaded: called with (loaded, total) while loading.
+
+    Raises:
+        xgdn.errors.CheckpointError, UnsupportedError, RequestError.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        runner: RunnerOptions | None = None,
+        prefill_backend: str = "auto",
+        decode_backend: str = "auto",
+        on_layer_loaded: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._engine = _C.Engine.load(
+            Path(model_dir),
+            runner=runner or RunnerOptions(),
+            dtype=dtype,
+            state_dtype=state_dtype,
+            prefill_backend=prefill_backend,
+            decode_backend=decode_backend,
+            on_layer_loaded=on_layer_loaded,
+        )
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its id; any thread may call it. Raises RequestError or IndexError."""
+        return self._engine.submit(request)
+
+    def step(self) -> list[RequestEvent]:
+        """Run one model step: an event for every request that moved."""
+        return self._engine.step()
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request with the next step; False when it is not there."""
+        return self._engine.cancel(request_id)
+
+    def is_idle(self) -> bool:
+        """True when no request waits or runs."""
+        return self._engine.is_idle()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 16,
+        sampling: SamplingParams | None = None,
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+    ) -> list[GenerationResult]:
+        """Run all prompts to their end, in one batch as far as the pools allow; results in the order given."""
+        return self._engine.generate(
+            [
+                Request(
+                    list(prompt),
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling or SamplingParams(),
+                    stop_token_ids=list(stop_token_ids),
+                    ignore_eos=ignore_eos,
+                )
+                for prompt in prompts
+            ]
+        )
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[RequestEvent]:
+        """Submit requests and yield their events until all are finished.
+
+        Events of other requests are dropped: to mix streams, use `submit` and `step`.
+        """
+        unfinished = {self.submit(request) for request in requests}
+        while unfinished:
+            for event in self.step():
+                if event.id in unfinished:
+                    if event.finish_reason != FinishReason.RUNNING:
+                        unfinished.discard(event.id)
+                    yield event
+
+    def prompt_logits(self, prompt: Sequence[int]) -> torch.Tensor:
+        """Logits `[T, vocab]` in float32 of one prompt, beside the running requests."""
+        return self._engine.prompt_logits(list(prompt))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._engine.vocab_size
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        return self._engine.eos_token_ids
+
+    @property
+    def num_free_slots(self) -> int:
+        return self._engine.num_free_slots
+
+    @property
+    def num_free_kv_blocks(self) -> int:
+        return self._engine.num_free_kv_blocks
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of the checkpoint's weights and of the two pools."""
+        return {
+            "weights": self._engine.weight_bytes,
+            "states": self._engine.state_bytes,
+            "kv_cache": self._engine.kv_bytes,
+        }
