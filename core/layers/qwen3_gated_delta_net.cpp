@@ -16,7 +16,7 @@ struct HeadRange {
 
 HeadRange local_heads(const GdnConfig& c, const Shard& shard) {
   const auto refuse = [](const std::string& sentence) { throw ShapeError("[Qwen3GatedDeltaNet] " + sentence); };
-  if (c.num_k_heads < 1 || c.num_v_heads % c.num_k_heads != 0) {
+  if (c.num_k_heads < 1 || c.num_v_heads < 1 || c.num_v_heads % c.num_k_heads != 0) {
     refuse(c10::str("num_v_heads: expected a multiple of num_k_heads=", c.num_k_heads, ", got ", c.num_v_heads));
   }
   if (shard.world < 1 || shard.rank < 0 || shard.rank >= shard.world) {
@@ -114,6 +114,22 @@ std::vector<RowBlock> conv_channels(const GdnConfig& c, const HeadRange& heads, 
           {name, channels.narrow(0, 2 * key_dim + heads.value_begin * c.head_v_dim, values)}};
 }
 
+// Tokens that no segment names would come out as uninitialised memory.
+void check_covers(const GdnBatch& batch, const at::Tensor& hidden) {
+  int64_t covered = 0;
+  for (const Segment& segment : batch.segments) {
+    if (segment.token_begin != covered) {
+      throw ShapeError(c10::str("[Qwen3GatedDeltaNet] segments: expected the next to begin at token ", covered,
+                                ", got ", segment.token_begin));
+    }
+    covered += segment.num_tokens;
+  }
+  if (hidden.dim() != 2 || hidden.size(0) != covered) {
+    throw ShapeError(c10::str("[Qwen3GatedDeltaNet] hidden: expected [T, hidden_size] with T=", covered,
+                              " (set by the segments), got ", hidden.sizes()));
+  }
+}
+
 }  // namespace
 
 struct Qwen3GatedDeltaNet::Projected {
@@ -169,6 +185,7 @@ std::vector<StateSpec> Qwen3GatedDeltaNet::state_specs() const {
 }
 
 at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
+  check_covers(batch, hidden);
   const Projected in = project_in(hidden);
   at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
   for (const Segment& segment : batch.segments) attend(segment, in, state, o);

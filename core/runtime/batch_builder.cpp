@@ -59,28 +59,22 @@ class Arena {
 
 class Checker {
  public:
-  explicit Checker(const BatchLimits& limits) : limits_(limits), written_(static_cast<size_t>(limits.num_slots), -1) {}
+  explicit Checker(const BatchLimits& limits)
+      : limits_(limits), state_writer_(limits.num_slots, -1), conv_writer_(limits.num_slots, -1) {}
 
-  void check(const SequenceStep& s, size_t index) {
-    index_ = index;
+  void check(const std::vector<SequenceStep>& sequences) {
+    for (index_ = 0; index_ < std::ssize(sequences); ++index_) check_one(sequences[index_]);
+    for (index_ = 0; index_ < std::ssize(sequences); ++index_) check_reads(sequences[index_]);
+  }
+
+ private:
+  void check_one(const SequenceStep& s) {
     if (s.tokens.empty()) fail_request("tokens", "at least one token", 0);
     if (s.kind == SegmentKind::kDecode && s.tokens.size() != 1)
       fail_request("tokens", "one token to decode", s.tokens.size());
     for (int32_t token : s.tokens) range("tokens", "a token id", token, limits_.vocab_size);
-    const bool is_verify = s.kind == SegmentKind::kVerify;
-    const size_t least = is_verify ? std::max<size_t>(s.tokens.size(), s.num_accepted) : 1;
-    if (s.state_slots.size() < least || (!is_verify && s.state_slots.size() > 1)) {
-      fail_request("state_slots", c10::str(least, " slots"), s.state_slots.size());
-    }
-    for (int32_t slot : s.state_slots) range("state_slots", "a slot", slot, limits_.num_slots);
-    range("conv_slot", "a slot", s.conv_slot, limits_.num_slots);
-    if (is_verify) {
-      for (int32_t slot : s.state_slots) write("state_slots", slot);
-      if (s.num_accepted < 1) fail_request("num_accepted", "at least 1", s.num_accepted);
-    } else {
-      range("write_slot", "a slot", s.write_slot, limits_.num_slots);
-      write("write_slot", s.write_slot);
-    }
+    if (s.num_cached < 0) fail_request("num_cached", "at least 0", s.num_cached);
+    check_slots(s);
     for (int32_t block : s.kv_blocks) range("kv_blocks", "a block", block, limits_.num_kv_blocks);
     const int64_t context = s.num_cached + static_cast<int64_t>(s.tokens.size());
     const int64_t room = static_cast<int64_t>(s.kv_blocks.size()) * limits_.kv_block_size;
@@ -88,20 +82,52 @@ class Checker {
       fail_request("kv_blocks", c10::str("room for ", context, " tokens"), room);
   }
 
- private:
+  void check_slots(const SequenceStep& s) {
+    const int64_t num_slots = std::ssize(s.state_slots);
+    for (int32_t slot : s.state_slots) range("state_slots", "a slot", slot, limits_.num_slots);
+    range("conv_slot", "a slot", s.conv_slot, limits_.num_slots);
+    if (s.kind == SegmentKind::kVerify) {
+      if (s.num_accepted < 1) fail_request("num_accepted", "at least 1", s.num_accepted);
+      const int64_t least = std::max<int64_t>(std::ssize(s.tokens), s.num_accepted);
+      if (num_slots < least) fail_request("state_slots", c10::str("at least ", least, " slots"), num_slots);
+      for (int32_t slot : s.state_slots) write(state_writer_, "state_slots", slot);
+      write(conv_writer_, "conv_slot", s.conv_slot);
+    } else {
+      if (num_slots != 1) fail_request("state_slots", "1 slot", num_slots);
+      range("write_slot", "a slot", s.write_slot, limits_.num_slots);
+      write(state_writer_, "write_slot", s.write_slot);
+      write(conv_writer_, "write_slot", s.write_slot);
+    }
+  }
+
+  // Sequences run side by side: what one reads must not be what another writes.
+  void check_reads(const SequenceStep& s) const {
+    if (s.kind == SegmentKind::kPrefill && !s.has_initial_state) return;
+    const size_t column = s.kind == SegmentKind::kVerify ? s.num_accepted - 1 : 0;
+    read(state_writer_, "state_slots", s.state_slots[column]);
+    read(conv_writer_, "conv_slot", s.conv_slot);
+  }
+
   void range(const char* what, const char* kind, int64_t value, int64_t end) const {
     if (value >= 0 && value < end) return;
     throw IndexError(
         c10::str("[BatchBuilder] sequence ", index_, " ", what, ": expected ", kind, " 0..", end - 1, ", got ", value));
   }
 
-  void write(const char* what, int32_t slot) {
-    if (written_[slot] >= 0) {
+  void write(std::vector<int64_t>& writers, const char* what, int32_t slot) const {
+    if (writers[slot] >= 0) {
       throw IndexError(c10::str("[BatchBuilder] sequence ", index_, " ", what,
                                 ": expected each slot to be written once, got slot ", slot, " which sequence ",
-                                written_[slot], " writes too"));
+                                writers[slot], " writes too"));
     }
-    written_[slot] = static_cast<int64_t>(index_);
+    writers[slot] = index_;
+  }
+
+  void read(const std::vector<int64_t>& writers, const char* what, int32_t slot) const {
+    if (writers[slot] < 0 || writers[slot] == index_) return;
+    throw IndexError(c10::str("[BatchBuilder] sequence ", index_, " ", what,
+                              ": expected a slot that no other sequence writes, got slot ", slot, " which sequence ",
+                              writers[slot], " writes"));
   }
 
   [[noreturn]] void fail_request(const char* what, const std::string& expected, int64_t got) const {
@@ -109,8 +135,8 @@ class Checker {
   }
 
   const BatchLimits& limits_;
-  std::vector<int64_t> written_;  // which sequence writes a slot
-  size_t index_ = 0;
+  std::vector<int64_t> state_writer_, conv_writer_;  // which sequence writes a slot, -1 for none
+  int64_t index_ = 0;
 };
 
 // One segment's index rows, as they are collected.
@@ -164,8 +190,7 @@ BatchBuilder::BatchBuilder(const BatchLimits& limits, c10::Device device) : limi
 }
 
 BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) const {
-  Checker checker(limits_);
-  for (size_t i = 0; i < sequences.size(); ++i) checker.check(sequences[i], i);
+  Checker(limits_).check(sequences);
 
   BuiltStep step;
   step.logit_rows.assign(sequences.size(), -1);

@@ -46,7 +46,7 @@ class BatchBuilder {
 
   /// Packs decode first, then verification, then prefill, each in the given order. Throws IndexError or RequestError
   /// naming the sequence and the value: empty or overlong pieces, tokens outside the vocabulary, slots or blocks out of
-  /// range, a slot written twice, too few blocks.
+  /// range, a slot written twice or read by one sequence and written by another, too few blocks.
   BuiltStep build(const std::vector<SequenceStep>& sequences) const;
 
  private:

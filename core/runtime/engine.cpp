@@ -26,6 +26,7 @@ void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype) {
 
 std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
   const c10::InferenceMode inference;
+  options.runner.check();  // before the long part
   const ModelConfig config = read_model_config(dir);
   const at::ScalarType dtype = options.dtype.value_or(config.dtype);
   check_dtypes(dtype, options.state_dtype);

@@ -5,13 +5,26 @@
 #include <c10/util/StringUtil.h>
 
 namespace xgdn {
+namespace {
+
+void check_at_least(const char* name, int64_t least, int64_t got) {
+  if (got < least) throw RequestError(c10::str("[KvCache] ", name, ": expected at least ", least, ", got ", got));
+}
+
+size_t checked_count(int64_t num_blocks) {
+  check_at_least("num_blocks", 0, num_blocks);
+  return static_cast<size_t>(num_blocks);
+}
+
+}  // namespace
 
 int64_t KvCacheSpec::block_bytes() const {
   return 2 * num_layers * block_size * num_kv_heads * head_dim * static_cast<int64_t>(c10::elementSize(dtype));
 }
 
 KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device)
-    : spec_(spec), ref_counts_(static_cast<size_t>(num_blocks), 0) {
+    : spec_(spec), ref_counts_(checked_count(num_blocks), 0) {
+  check_at_least("block_size", 1, spec.block_size);
   const at::TensorOptions options = at::TensorOptions().dtype(spec.dtype).device(device);
   const std::vector<int64_t> shape{num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim};
   for (int64_t i = 0; i < spec.num_layers; ++i)
@@ -24,6 +37,7 @@ int64_t KvCache::blocks_for(int64_t tokens) const {
 }
 
 std::vector<int32_t> KvCache::allocate(int64_t count) {
+  check_at_least("count", 0, count);
   if (count > num_free()) {
     throw OutOfBlocks(c10::str("[KvCache] expected ", count, " free blocks, got ", num_free(), " of ", num_blocks()));
   }
@@ -33,16 +47,18 @@ std::vector<int32_t> KvCache::allocate(int64_t count) {
   return blocks;
 }
 
+int64_t& KvCache::held(const char* what, int32_t block) {
+  if (block >= 0 && block < num_blocks() && ref_counts_[block] > 0) return ref_counts_[block];
+  throw IndexError(c10::str("[KvCache] ", what, ": expected a held block, got ", block));
+}
+
 void KvCache::share(const std::vector<int32_t>& blocks) {
-  for (int32_t block : blocks) ++ref_counts_.at(block);
+  for (int32_t block : blocks) ++held("share", block);
 }
 
 void KvCache::release(const std::vector<int32_t>& blocks) {
   for (int32_t block : blocks) {
-    if (block < 0 || block >= num_blocks() || ref_counts_[block] == 0) {
-      throw IndexError(c10::str("[KvCache] release: expected a held block, got ", block));
-    }
-    if (--ref_counts_[block] == 0) free_.push_back(block);
+    if (--held("release", block) == 0) free_.push_back(block);
   }
 }
 

@@ -23,11 +23,12 @@ struct KvCacheSpec {
 
 class KvCache {
  public:
+  /// Throws RequestError for a negative number of blocks or an empty block.
   KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device);
 
   /// `count` blocks with a reference count of one. Throws OutOfBlocks and takes none when fewer are free.
   std::vector<int32_t> allocate(int64_t count);
-  /// One more holder of each block.
+  /// One more holder of each block. Throws IndexError for a block that nobody holds.
   void share(const std::vector<int32_t>& blocks);
   /// One holder less of each block; the last one frees it. Throws IndexError for a block that nobody holds.
   void release(const std::vector<int32_t>& blocks);
@@ -42,6 +43,8 @@ class KvCache {
   std::vector<KvPool>& layers() { return layers_; }
 
  private:
+  int64_t& held(const char* what, int32_t block);  // the reference count of a block that somebody holds
+
   KvCacheSpec spec_;
   std::vector<KvPool> layers_;
   std::vector<int64_t> ref_counts_;

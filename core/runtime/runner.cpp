@@ -25,7 +25,22 @@ RequestEvent event_of(const Sequence& s) {
   return {.id = s.id, .num_prefilled = std::min(s.num_computed, s.prompt_size()), .prompt_size = s.prompt_size()};
 }
 
+const RunnerOptions& checked(const RunnerOptions& options) {
+  options.check();
+  return options;
+}
+
 }  // namespace
+
+void RunnerOptions::check() const {
+  const auto at_least = [](const char* name, int64_t least, int64_t got) {
+    if (got < least)
+      throw RequestError(c10::str("[RunnerOptions] ", name, ": expected at least ", least, ", got ", got));
+  };
+  at_least("max_batch_size", 1, max_batch_size);
+  at_least("max_cached_tokens", 1, max_cached_tokens);
+  at_least("kv_block_size", 1, kv_block_size);
+}
 
 int64_t Runner::state_slot_bytes(const HybridDecoder& model) {
   return StatePool::slot_bytes(model.state_specs());
@@ -40,19 +55,14 @@ KvCacheSpec Runner::kv_spec(const HybridDecoder& model, const RunnerOptions& opt
 }
 
 int64_t Runner::num_kv_blocks(const HybridDecoder& model, const RunnerOptions& options) {
-  const auto refuse = [](const char* name, int64_t got) {
-    throw RequestError(c10::str("[RunnerOptions] ", name, ": expected at least 1, got ", got));
-  };
-  if (options.max_batch_size < 1) refuse("max_batch_size", options.max_batch_size);
-  if (options.max_cached_tokens < 1) refuse("max_cached_tokens", options.max_cached_tokens);
-  if (options.kv_block_size < 1) refuse("kv_block_size", options.kv_block_size);
+  options.check();
   if (model.num_attention_layers() == 0) return 0;
   return (options.max_cached_tokens + options.kv_block_size - 1) / options.kv_block_size;
 }
 
 Runner::Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, c10::Device device)
     : model_(std::move(model)),
-      states_(model_->state_specs(), options.max_batch_size, device, options.poison_freed_slots),
+      states_(model_->state_specs(), checked(options).max_batch_size, device, options.poison_freed_slots),
       kv_(kv_spec(*model_, options), num_kv_blocks(*model_, options), device),
       scheduler_({.max_tokens_per_step = options.max_tokens_per_step}, states_, kv_),
       builder_(limits(*model_, states_, kv_), device),

@@ -21,6 +21,9 @@ struct RunnerOptions {
   int64_t kv_block_size = 16;          // tokens
   int64_t max_tokens_per_step = 2048;  // decodes and prompt pieces together
   bool poison_freed_slots = kPoisonFreedByDefault;
+
+  /// Throws RequestError for a size that no runner can have.
+  void check() const;
 };
 
 /// submit and cancel may be called from any thread at any time; step from one thread at a time.

@@ -25,7 +25,7 @@ class Sampler {
   explicit Sampler(const SamplingParams& params) : params_(params), generator_(params.seed) {}
 
   /// Greedy takes the first of equal maxima. The same seed and logits give the same tokens, whatever else is in the
-  /// batch. Throws NumericsError when a logit is NaN or none is finite.
+  /// batch. Throws NumericsError when a logit is NaN or the largest is not finite.
   int32_t sample(std::span<const float> logits);
 
  private:

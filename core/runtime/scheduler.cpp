@@ -18,12 +18,12 @@ Scheduler::Scheduler(const SchedulerOptions& options, StatePool& states, KvCache
 }
 
 void Scheduler::check_fits(const Request& request) const {
-  const int64_t tokens = static_cast<int64_t>(request.prompt.size()) + request.max_new_tokens;
-  const int64_t blocks = kv_.blocks_for(tokens);
-  if (blocks > kv_.num_blocks()) {
-    throw RequestError(c10::str("[submit] prompt: expected prompt + max_new_tokens to fit into ",
-                                kv_.num_blocks() * kv_.block_size(), " KV cache tokens, got ", request.prompt.size(),
-                                " + ", request.max_new_tokens));
+  const auto prompt = static_cast<int64_t>(request.prompt.size());
+  const int64_t capacity = kv_.num_blocks() * kv_.block_size();
+  const bool is_cached = kv_.blocks_for(1) > 0;
+  if (is_cached && request.max_new_tokens > capacity - prompt) {  // the sum could overflow
+    throw RequestError(c10::str("[submit] prompt: expected prompt + max_new_tokens to fit into ", capacity,
+                                " KV cache tokens, got ", prompt, " + ", request.max_new_tokens));
   }
   if (states_.num_slots() == 0) throw RequestError("[submit] expected at least one state slot, got 0");
 }

@@ -6,10 +6,18 @@
 #include <limits>
 
 namespace xgdn {
+namespace {
+
+size_t checked_count(int64_t num_slots) {
+  if (num_slots >= 0) return static_cast<size_t>(num_slots);
+  throw RequestError(c10::str("[StatePool] num_slots: expected at least 0, got ", num_slots));
+}
+
+}  // namespace
 
 StatePool::StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
                      bool poison_freed)
-    : slots_(static_cast<size_t>(num_slots)), bytes_(num_slots * slot_bytes(layers)), poison_freed_(poison_freed) {
+    : slots_(checked_count(num_slots)), bytes_(num_slots * slot_bytes(layers)), poison_freed_(poison_freed) {
   for (const auto& specs : layers) layers_.push_back(GdnState::allocate(specs, num_slots, device));
   for (int64_t slot = num_slots; slot-- > 0;) free_.push_back(static_cast<int32_t>(slot));
 }

@@ -24,7 +24,8 @@ inline constexpr bool kPoisonFreedByDefault = true;
 
 class StatePool {
  public:
-  /// Allocates num_slots slots for layers with these components. poison_freed fills freed slots with NaN.
+  /// Allocates num_slots slots for layers with these components. poison_freed fills freed slots with NaN. Throws
+  /// RequestError for a negative number.
   StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
             bool poison_freed = kPoisonFreedByDefault);
 
