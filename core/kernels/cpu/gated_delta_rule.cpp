@@ -39,13 +39,13 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr size_t kChunk = 32;  // tokens staged at once: with K = 128 their k and q fill 32 KiB
+constexpr size_t kChunk = 64;  // tokens staged at once: with K = 128 their k and q fill 64 KiB
 constexpr size_t kTile = 16;   // rows of S per tile: 8 KiB
 constexpr size_t kRows = 4;    // rows per sweep: they share each load of k and q
 constexpr float kNearOne = -0.5f;
 constexpr float kNormEps = 1e-6f;
 constexpr size_t kCacheLine = 64;
-constexpr size_t kPrefetchedBytes = 2048;
+constexpr size_t kPrefetchBytes = 4096;  // how far reads run ahead of a single token
 
 using F4 = hn::CappedTag<float, kRows>;
 
@@ -297,12 +297,18 @@ void write_outputs(const GatedDeltaRuleArgs& args, const Item& item, int64_t tok
   }
 }
 
-// One token, from the slot that is read straight to the slot that is written (null: none).
+HWY_INLINE void prefetch(const void* from, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += kCacheLine) hwy::Prefetch(static_cast<const char*>(from) + i);
+}
+
+// One token, from the slot that is read straight to the slot that is written (null: none). The prefetch runs past the
+// block's last row into the next head, which is usually the next work item.
 template <bool kIsNear, typename State>
 void step(const GatedDeltaRuleArgs& args, const Item& item, const State* src, State* dst, Chunk& c) {
   const size_t K = args.K;
   const size_t num_rows = item.num_rows;
   for (size_t row = 0; row < num_rows; row += kRows) {
+    prefetch(reinterpret_cast<const char*>(src + row * K) + kPrefetchBytes, kRows * K * sizeof(State));
     HWY_ALIGN float u[kRows];
     Products products;
     multiply(src + row * K, K, c.k, c.q, products);
@@ -408,8 +414,7 @@ void run_item(const GatedDeltaRuleArgs& args, const Item& item) {
     step_sequence<State>(args, item, src, c);
     return;
   }
-  // The rows' way from memory overlaps with the staging of the token.
-  for (size_t i = 0; i < kPrefetchedBytes; i += kCacheLine) hwy::Prefetch(reinterpret_cast<const char*>(src) + i);
+  prefetch(src, kPrefetchBytes);  // while the token is staged
   stage(args, item, item.begin, c);
   const int32_t write_slot = is_verification ? args.read_slots[item.n * args.L] : args.write_slots[item.n];
   State* dst = write_slot >= 0 ? state_rows<State>(args, item, write_slot) : nullptr;

@@ -51,13 +51,14 @@ HWY_INLINE void store_low_halves(hn::Vec<U32> x, uint16_t* p) {
   hn::StoreU(hn::DemoteTo(U16(), hn::BitCast(I32(), x)), U16(), p);
 }
 
+// A NaN keeps its upper half, which holds the quiet bit: x comes from arithmetic or was widened from 16 bits.
 HWY_INLINE void store(F32, VF x, BFloat16Bits* p) {
   const U32 u;
   const auto bits = hn::BitCast(u, x);
   const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(u, 1));
-  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(u, 0x7FFF)));
   const auto is_nan = hn::RebindMask(u, hn::IsNaN(x));
-  store_low_halves(hn::ShiftRight<16>(hn::IfThenElse(is_nan, hn::Or(bits, hn::Set(u, 0x400000)), rounded)), p);
+  const auto rounding = hn::IfThenZeroElse(is_nan, hn::Add(odd, hn::Set(u, 0x7FFF)));
+  store_low_halves(hn::ShiftRight<16>(hn::Add(bits, rounding)), p);
 }
 
 HWY_INLINE VF load_float16(F32 d, const uint16_t* p) {
@@ -159,7 +160,11 @@ inline void store_row(DType dtype, const float* HWY_RESTRICT from, size_t n, voi
 
 inline float load_scalar(DType dtype, const void* from) {
   float x = 0;
-  load_row(dtype, from, 1, &x);
+  if (dtype == DType::kFloat32) {
+    std::memcpy(&x, from, sizeof(float));
+  } else {
+    load_row(dtype, from, 1, &x);
+  }
   return x;
 }
 
