@@ -70,7 +70,7 @@ package-with-tests: .venv/.test
 	$(PIP_INSTALL) --config-settings=cmake.define.XGDN_BUILD_TESTS=ON .
 
 cpp-test: package-with-tests
-	ctest --test-dir $(BUILD) --output-on-failure
+	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
 
 py-test: package-with-tests
 	python -m pytest tests/py
