@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine as a service: bad requests, cancelling, seeds, isolation, damaged checkpoints, memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import xgdn
+from checkpoints import CHECKPOINTS, make
+from xgdn import errors
+
+PROMPTS = [[5, 17, 3], list(range(70)), [9] * 130, [1]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(CHECKPOINTS[0], tmp_path_factory.mktemp("engine"))[0]
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> xgdn.Engine:
+    return xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_batch_size=4, max_cached_tokens=1024))
+
+
+def request(prompt: list[int], **options: object) -> xgdn.Request:
+    return xgdn.Request(prompt, **options)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        (request([]), errors.RequestError, ["prompt", "at least one token"]),
+        (request([3, 128]), errors.IndexError, ["prompt", "0..127", "128", "index 1"]),
+        (request([-1]), errors.IndexError, ["0..127", "-1"]),
+        (request([1], max_new_tokens=0), errors.RequestError, ["max_new_tokens", "0"]),
+        (request([1] * 1020, max_new_tokens=8), errors.RequestError, ["1024", "1020", "8"]),
+        (request([1], sampling=xgdn.SamplingParams(temperature=-1.0)), errors.RequestError, ["temperature", "-1"]),
+        (request([1], sampling=xgdn.SamplingParams(temperature=float("nan"))), errors.RequestError, ["temperature"]),
+        (request([1], sampling=xgdn.SamplingParams(top_p=0.0)), errors.RequestError, ["top_p", "0"]),
+        (request([1], sampling=xgdn.SamplingParams(top_k=-2)), errors.RequestError, ["top_k", "-2"]),
+    ],
+)
+def test_bad_requests_are_refused_with_a_sentence(
+    engine: xgdn.Engine, bad: xgdn.Request, error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        engine.submit(bad)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert engine.is_idle()
+
+
+def test_a_refused_prompt_refuses_the_whole_call(engine: xgdn.Engine) -> None:
+    with pytest.raises(errors.RequestError):
+        engine.generate([[1, 2], []])
+    assert engine.is_idle()
+
+
+def test_cancel_frees_everything_and_leaves_the_others_alone(engine: xgdn.Engine) -> None:
+    alone = [r.tokens for r in engine.generate(PROMPTS, max_new_tokens=12, ignore_eos=True)]
+    ids = [engine.submit(request(p, max_new_tokens=12, ignore_eos=True)) for p in PROMPTS]
+    tokens: dict[int, list[int]] = {i: [] for i in ids}
+    ended: dict[int, xgdn.FinishReason] = {}
+    steps = 0
+    while not engine.is_idle():
+        for event in engine.step():
+            if event.token is not None:
+                tokens[event.id].append(event.token)
+            if event.finish_reason != xgdn.FinishReason.RUNNING:
+                ended[event.id] = event.finish_reason
+        steps += 1
+        if steps == 3:
+            assert engine.cancel(ids[1])
+    assert not engine.cancel(ids[1])
+    assert ended.pop(ids[1]) == xgdn.FinishReason.CANCELLED
+    assert set(ended.values()) == {xgdn.FinishReason.LENGTH}
+    for i in (0, 2, 3):
+        assert tokens[ids[i]] == alone[i]
+    assert tokens[ids[1]] == alone[1][:3]
+    assert (engine.num_free_slots, engine.num_free_kv_blocks) == (4, 64)
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(engine: xgdn.Engine) -> None:
+    sampling = xgdn.SamplingParams(temperature=1.2, top_k=40, top_p=0.95, seed=5)
+    alone = engine.generate([PROMPTS[1]], max_new_tokens=20, sampling=sampling, ignore_eos=True)[0].tokens
+    together = engine.generate(PROMPTS, max_new_tokens=20, sampling=sampling, ignore_eos=True)[1].tokens
+    other = xgdn.SamplingParams(temperature=1.2, top_k=40, top_p=0.95, seed=6)
+    assert together == alone
+    assert engine.generate([PROMPTS[1]], max_new_tokens=20, sampling=other, ignore_eos=True)[0].tokens != alone
+
+
+def test_stop_tokens_end_a_request(engine: xgdn.Engine) -> None:
+    free = engine.generate([PROMPTS[0]], max_new_tokens=12, ignore_eos=True)[0].tokens
+    stop = free[4]
+    first = free.index(stop)
+    result = engine.generate([PROMPTS[0]], max_new_tokens=12, stop_token_ids=[stop])[0]
+    assert result.tokens == free[: first + 1]
+    assert result.finish_reason == xgdn.FinishReason.STOP
+
+
+def test_stream_reports_prefill_and_every_token(checkpoint: Path) -> None:
+    engine = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_tokens_per_step=64))
+    events = list(engine.stream([request([9] * 130, max_new_tokens=3, ignore_eos=True)]))
+    assert [e.num_prefilled for e in events] == [64, 128, 130, 130, 130]
+    assert [e.token is None for e in events] == [True, True, False, False, False]
+    assert events[-1].finish_reason == xgdn.FinishReason.LENGTH
+
+
+def test_nan_in_one_request_never_reaches_another(checkpoint: Path, tmp_path: Path) -> None:
+    """A token whose embedding is NaN poisons the state, the cache and the slot of its own request only."""
+    directory = tmp_path / "poisoned"
+    shutil.copytree(checkpoint, directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.embed_tokens.weight"][100] = float("nan")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    clean = xgdn.Engine(directory, runner=xgdn.RunnerOptions(max_batch_size=8))
+    want = [r.tokens for r in clean.generate(PROMPTS, max_new_tokens=10, ignore_eos=True)]
+
+    engine = xgdn.Engine(directory, runner=xgdn.RunnerOptions(max_batch_size=3, max_cached_tokens=512))
+    bad = [[7, 100, 8], [100] * 80]
+    for _ in range(3):
+        results = engine.generate([bad[0], *PROMPTS[:2], bad[1], *PROMPTS[2:]], max_new_tokens=10, ignore_eos=True)
+        for i in (0, 3):
+            assert results[i].finish_reason == xgdn.FinishReason.ERROR
+            assert "NaN" in results[i].error
+        assert [results[i].tokens for i in (1, 2, 4, 5)] == want
+    assert engine.num_free_slots == 3
+
+
+# ---- damaged checkpoints --------------------------------------------------------------------------------------------
+
+
+def write_header(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+
+
+def damaged_truncated(d: Path) -> None:
+    path = d / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damaged_huge_header(d: Path) -> None:
+    write_header(d / "model.safetensors", b"{}", length=2 << 30)
+
+
+def damaged_beyond_the_file(d: Path) -> None:
+    write_header(
+        d / "model.safetensors", b'{"model.norm.weight":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}', b"0" * 8
+    )
+
+
+def damaged_wrong_size(d: Path) -> None:
+    write_header(
+        d / "model.safetensors",
+        b'{"model.norm.weight":{"dtype":"F32","shape":[63],"data_offsets":[0,256]}}',
+        b"0" * 256,
+    )
+
+
+def damaged_overlap(d: Path) -> None:
+    entry = '{"dtype":"F32","shape":[2],"data_offsets":[%d,%d]}'
+    header = '{"a":' + entry % (0, 8) + ',"b":' + entry % (4, 12) + "}"
+    write_header(d / "model.safetensors", header.encode(), b"0" * 12)
+
+
+def damaged_missing_tensor(d: Path) -> None:
+    weights = load_file(d / "model.safetensors")
+    del weights["model.layers.1.linear_attn.A_log"]
+    save_file(weights, d / "model.safetensors")
+
+
+def damaged_shape(d: Path) -> None:
+    weights = load_file(d / "model.safetensors")
+    weights["model.layers.1.linear_attn.in_proj_z.weight"] = torch.zeros(32, 64)
+    save_file(weights, d / "model.safetensors")
+
+
+def damaged_index_escape(d: Path) -> None:
+    (d / "model.safetensors").rename(d / "model-00001.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../model-00001.safetensors"}}
+    (d / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def damaged_no_weights(d: Path) -> None:
+    (d / "model.safetensors").unlink()
+
+
+def damaged_architecture(d: Path) -> None:
+    config = json.loads((d / "config.json").read_text())
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (d / "config.json").write_text(json.dumps(config))
+
+
+def damaged_config(d: Path) -> None:
+    (d / "config.json").write_text('{"model_type": "qwen3_5_text"')
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damaged_truncated, ["model.safetensors"]),
+        (damaged_huge_header, ["header", str(2 << 30)]),
+        (damaged_beyond_the_file, ["model.norm.weight", "256"]),
+        (damaged_wrong_size, ["model.norm.weight"]),
+        (damaged_overlap, ["overlap"]),
+        (damaged_missing_tensor, ["model.layers.1.linear_attn.A_log"]),
+        (damaged_shape, ["in_proj_z.weight", "[64, 64]", "[32, 64]"]),
+        (damaged_index_escape, ["../model-00001.safetensors"]),
+        (damaged_no_weights, ["model.safetensors"]),
+        (damaged_architecture, ["architectures", "LlamaForCausalLM"]),
+        (damaged_config, ["config.json"]),
+    ],
+    ids=lambda value: value.__name__.removeprefix("damaged_") if callable(value) else "",
+)
+def test_damaged_checkpoints_are_refused_with_a_sentence(
+    checkpoint: Path, tmp_path: Path, damage: object, words: list[str]
+) -> None:
+    directory = tmp_path / "damaged"
+    shutil.copytree(checkpoint, directory)
+    damage(directory)
+    with pytest.raises((errors.CheckpointError, errors.UnsupportedError)) as caught:
+        xgdn.Engine(directory)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.CheckpointError, match="nowhere"):
+        xgdn.Engine(tmp_path / "nowhere")
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+PEAK_SCRIPT = """
+import sys, threading, time, torch, xgdn
+
+def resident(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+before = resident("VmRSS")
+engine = xgdn.Engine(sys.argv[1], runner=xgdn.RunnerOptions(max_batch_size=2, max_cached_tokens=256))
+engine.prompt_logits([1, 2, 3])  # touches every weight
+engine.generate([[1, 2, 3], [4]], max_new_tokens=2)
+print(resident("VmHWM") - before, *engine.memory_bytes.values())
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
+def test_peak_memory_of_loading(tmp_path: Path, family: str) -> None:
+    """Weights stay memory-mapped or are copied once with their source pages dropped: at most 1.15 x weights + pools."""
+    import checkpoints
+
+    sizes = {"vocab_size": 20000, "hidden_size": 1024, "intermediate_size": 3072, "linear_num_key_heads": 8}
+    sizes |= {"linear_num_value_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    sizes |= {"moe_intermediate_size": 1024} if family == "qwen3_next" else {}
+    model = getattr(checkpoints, family)(**sizes)
+    model.save_pretrained(tmp_path)
+    del model
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK_SCRIPT, str(tmp_path)], check=True, capture_output=True, text=True
+    ).stdout
+    peak, *parts = map(int, out.split())
+    assert sum(parts) > 200e6
+    assert peak <= 1.15 * sum(parts), f"peak {peak / 1e6:.0f} MB over {sum(parts) / 1e6:.0f} MB of weights and pools"
