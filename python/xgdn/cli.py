@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `xgdn generate` and `xgdn doctor`."""
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tokenizers import Tokenizer
+
+import xgdn
+from xgdn.detokenize import Detokenizer
+from xgdn.progress import Bar
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Serves models with the gated delta rule (Qwen3-Next, Qwen3.5)."
+)
+
+_MAX = 2**31 - 1  # of ids and counts
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class StateDtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Reply:
+    """What has been generated for one prompt: ids, and text where there is a tokenizer."""
+
+    def __init__(self, index: int, prompt: Sequence[int], tokenizer: Tokenizer | None) -> None:
+        self.index = index
+        self.prompt = list(prompt)
+        self.tokens: list[int] = []
+        self.text = ""
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt)
+        self._begin = time.perf_counter()
+        self._token_times: list[float] = []
+
+    def apply(self, event: xgdn.RequestEvent) -> str:
+        """Book an event and return what it adds to the output."""
+        piece = ""
+        if event.token is not None:
+            self._token_times.append(time.perf_counter())
+            self.tokens.append(event.token)
+            if self._detokenizer is None:
+                piece = f" {event.token}" if self.text else str(event.token)
+            else:
+                piece = self._detokenizer.push(event.token)
+        if event.finish_reason != xgdn.FinishReason.RUNNING and self._detokenizer is not None:
+            piece += self._detokenizer.finish()
+        self.text += piece
+        return piece
+
+    def document(self, event: xgdn.RequestEvent) -> dict[str, object]:
+        """The reply as a JSON object, with the event that ended it."""
+        times = self._token_times
+        return {
+            "index": self.index,
+            "prompt_ids": self.prompt,
+            "ids": self.tokens,
+            "text": None if self._detokenizer is None else self.text,
+            "finish_reason": event.finish_reason.name.lower(),
+            "error": event.error or None,
+            "seconds_to_first_token": times[0] - self._begin if times else None,
+            "tokens_per_second": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
+        }
+
+
+def _fail(message: object) -> NoReturn:
+    typer.echo(f"xgdn: {message}", err=True)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (xgdn.errors.Error, RuntimeError) as error:  # RuntimeError: torch's own, such as an allocation that fails
+        _fail(error)
+    except MemoryError as error:
+        _fail(f"out of memory ({error}); --max-batch-size and --max-cached-tokens size the pools")
+
+
+def _parse_ids(text: str, option: str) -> list[int]:
+    try:
+        ids = [int(word) for word in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise typer.BadParameter(f"expected ids like 1,2,3, got {text!r}", param_hint=option) from None
+    if any(abs(token) > _MAX for token in ids):
+        raise typer.BadParameter(f"expected 32-bit ids, got {text!r}", param_hint=option)
+    return ids
+
+
+def _load_tokenizer(model: Path) -> Tokenizer:
+    path = model / "tokenizer.json"
+    if not path.is_file():
+        _fail(f"{path} is missing, so text cannot be read: give token ids with --prompt-ids instead of --prompt")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower type
+        _fail(f"{path}: {error}")
+
+
+def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Tokenizer | None, as_json: bool) -> bool:
+    """Print the replies as they come; False when one of them ended with an error."""
+    is_single = len(requests) == 1 and not as_json
+    replies = {
+        engine.submit(request): Reply(index, request.prompt, tokenizer) for index, request in enumerate(requests)
+    }
+    bar = Bar("reading prompts")
+    num_prefilled = dict.fromkeys(replies, 0)
+    num_prompt_tokens = sum(len(request.prompt) for request in requests)
+    bar.update(0, num_prompt_tokens)
+    succeeded = True
+    try:
+        while not engine.is_idle():
+            events = engine.step()
+            num_prefilled.update((event.id, event.num_prefilled) for event in events)
+            bar.update(sum(num_prefilled.values()), num_prompt_tokens)
+            for event in events:
+                reply = replies[event.id]
+                piece = reply.apply(event)
+                is_finished = event.finish_reason != xgdn.FinishReason.RUNNING
+                if is_single or is_finished:
+                    bar.hide()
+                if is_single:
+                    typer.echo(piece, nl=is_finished and bool(reply.text))
+                elif is_finished:
+                    typer.echo(json.dumps(reply.document(event)) if as_json else f"[{reply.index}] {reply.text}")
+                if event.error:
+                    succeeded = False
+                    typer.echo(f"xgdn: prompt {reply.index}: {event.error}", err=True)
+    finally:
+        bar.hide()
+    return succeeded
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Directory with config.json and safetensors.")
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt, taken as it is; repeatable.")] = None,
+    prompt_ids: Annotated[list[str] | None, typer.Option(help="A prompt as token ids: 1,2,3; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest reply.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Sample among the k likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Of the random choice.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations; default the checkpoint's.")] = None,
+    state_dtype: Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")] = StateDtype.float32,
+    prefill_backend: Annotated[str, typer.Option(help="Runs prompts; see `xgdn doctor`.")] = "auto",
+    decode_backend: Annotated[str, typer.Option(help="Runs single tokens; see `xgdn doctor`.")] = "auto",
+    max_batch_size: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that run at once.")] = 32,
+    max_cached_tokens: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")] = 16384,
+    max_tokens_per_step: Annotated[
+        int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")
+    ] = 512,
+    stop_token_ids: Annotated[str, typer.Option(help="Further token ids that end a reply: 1,2,3.")] = "",
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document per prompt.")] = False,
+) -> None:
+    """Continue prompts. Text comes out for text, token ids for token ids.
+
+    The reply to a single prompt appears as it is generated, replies to several with their number as they are finished.
+    """
+    if bool(prompt) == bool(prompt_ids):
+        raise typer.BadParameter("give prompts either as --prompt or as --prompt-ids")
+    stop_ids = _parse_ids(stop_token_ids, "--stop-token-ids")
+    tokenizer: Tokenizer | None = None
+    if prompt or (as_json and (model / "tokenizer.json").is_file()):
+        tokenizer = _load_tokenizer(model)
+    if prompt and tokenizer is not None:
+        prompts = [tokenizer.encode(text).ids for text in prompt]
+    else:
+        prompts = [_parse_ids(text, "--prompt-ids") for text in prompt_ids or []]
+
+    with _errors_in_one_line():
+        loading = Bar("loading layers")
+        try:
+            engine = xgdn.Engine(
+                model,
+                dtype=None if dtype is None else getattr(torch, dtype.value),
+                state_dtype=getattr(torch, state_dtype.value),
+                runner=xgdn.RunnerOptions(
+                    max_batch_size=max_batch_size,
+                    max_cached_tokens=max_cached_tokens,
+                    max_tokens_per_step=max_tokens_per_step,
+                ),
+                prefill_backend=prefill_backend,
+                decode_backend=decode_backend,
+                on_layer_loaded=loading.update,
+            )
+        finally:
+            loading.hide()
+        requests = [
+            xgdn.Request(
+                ids,
+                max_new_tokens=max_new_tokens,
+                sampling=xgdn.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+                stop_token_ids=stop_ids,
+                ignore_eos=ignore_eos,
+            )
+            for ids in prompts
+        ]
+        if not _run(engine, requests, tokenizer, as_json):
+            raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
+    """Show which backend serves which op here, and why the others do not."""
+    versions = {
+        "xgdn": importlib.metadata.version("xgdn"),
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    reports = xgdn.doctor()
+    if as_json:
+        typer.echo(json.dumps({**versions, "backends": [report._asdict() for report in reports]}))
+        return
+
+    backends = list(dict.fromkeys(report.backend for report in reports))
+    ops = list(dict.fromkeys(report.op for report in reports))
+    by_cell = {(report.op, report.backend): report for report in reports}
+    table = Table("op", *backends)
+    for op in ops:
+        cells = [by_cell[op, backend] for backend in backends]
+        words = ["selected" if c.is_selected else "-" if c.why_not else "yes" for c in cells]
+        table.add_row(op, *(Text(word, style="bold green" if word == "selected" else "") for word in words))
+    console = Console()
+    console.print(Text("  ".join(f"{name} {value}" for name, value in versions.items())))
+    console.print(table)
+    for backend in backends:
+        for why in dict.fromkeys(r.why_not for r in reports if r.backend == backend and r.why_not):
+            names = [op for op in ops if by_cell[op, backend].why_not == why]
+            about = "" if len(names) == len(ops) else f" ({', '.join(names)})"
+            console.print(Text(f"{backend}: {why}{about}"))
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"xgdn {importlib.metadata.version('xgdn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
