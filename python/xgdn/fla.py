@@ -59,7 +59,7 @@ def chunk_gated_delta_rule(
     g, beta = _gates(name, g, beta, use_gate_in_kernel, use_beta_sigmoid_in_kernel, A_log, dt_bias)
     state = _pool(name, v, k, len(lengths), initial_state, state_v_first)
     o = ops.chunk_gated_delta_rule(
-        *(x.flatten(0, 1) for x in (q, k, v, g, beta)),
+        *_packed(q, k, v, g, beta),
         state,
         cu_seqlens=_cu_seqlens(q, cu_seqlens),
         state_indices=torch.arange(len(lengths), dtype=torch.int32, device=q.device),
@@ -103,7 +103,7 @@ def fused_recurrent_gated_delta_rule(
     num_sequences = _num_sequences(name, q, cu_seqlens)
     state = _pool(name, v, k, num_sequences, initial_state, state_v_first)
     o = ops.recurrent_gated_delta_rule(
-        *(x.flatten(0, 1) for x in (q, k, v, g, beta)),
+        *_packed(q, k, v, g, beta),
         state,
         cu_seqlens=_cu_seqlens(q, cu_seqlens),
         state_indices=torch.arange(num_sequences, dtype=torch.int32, device=q.device),
@@ -141,6 +141,11 @@ def _num_sequences(name: str, q: Tensor, cu_seqlens: Tensor | None) -> int:
 def _lengths(name: str, q: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     num_sequences = _num_sequences(name, q, cu_seqlens)
     return [q.shape[1]] * num_sequences if cu_seqlens is None else cu_seqlens.diff().tolist()
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`[B, T, ...]` as `[B T, ...]`."""
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), g.flatten(0, 1), beta.flatten(0, 1)
 
 
 def _cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -74,7 +74,7 @@ def build_chunk_metadata(
     return ChunkMetadata(*torch.ops.xgdn.build_chunk_metadata(list(lengths), num_v_heads_local, compact_ranks))
 
 
-@torch.library.register_fake("xgdn::build_chunk_metadata")
+@torch.library.register_fake("xgdn::build_chunk_metadata")  # type: ignore[untyped-decorator]
 def _(lengths: Sequence[int], num_v_heads_local: int, compact_ranks: bool = False) -> list[Tensor]:
     def rows(chunk: int) -> int:
         return sum((length + chunk - 1) // chunk for length in lengths)

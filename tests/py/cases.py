@@ -324,7 +324,7 @@ def tolerance(case: Case, result: torch.dtype) -> float:
 
 # A wrong head or a lost row may be a small part of the whole. Parts are held to a multiple of the bound, because their
 # own norm can be small by chance (q nearly orthogonal to k); a wrong part is off by about its own size.
-_PART_SLACK = 25
+_PART_SLACK = 10
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

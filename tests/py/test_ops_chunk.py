@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -72,6 +74,18 @@ def test_pieces_at_multiples_of_64_equal_the_whole(pieces: tuple[int, ...], back
     bound = tolerance(case, case.dtype)
     assert_close("out", x.out, want, bound)
     assert_close("state", x.state[x.state_indices], whole.state[x.state_indices], bound)
+
+
+def test_threads_do_not_change_bits(num_threads: Callable[[int], None], backend: str) -> None:
+    case = Case((130, 5), H=1, HV=2)
+    results = []
+    for count in (1, 2, 5):
+        num_threads(count)
+        x = make_inputs(case, prefill=True)
+        results.append((run(x, backend), x.state))
+    for out, state in results[1:]:
+        assert_bits_equal("out", out, results[0][0])
+        assert_bits_equal("pool", state, results[0][1])
 
 
 def test_one_sequences_nan_stays_its_own(backend: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -103,6 +104,18 @@ def test_2000_steps_with_almost_no_decay(in_one_call: bool, backend: str) -> Non
                 backend=backend,
             )
     assert_call(x, x.out, prefill=False)
+
+
+def test_threads_do_not_change_bits(num_threads: Callable[[int], None], backend: str) -> None:
+    case = Case((1,) * 3, H=1, HV=2, K=128, V=128)
+    results = []
+    for count in (1, 2, 5):
+        num_threads(count)
+        x = make_inputs(case, prefill=False)
+        results.append((run(x, backend), x.state))
+    for out, state in results[1:]:
+        assert_bits_equal("out", out, results[0][0])
+        assert_bits_equal("pool", state, results[0][1])
 
 
 # ---- verification ---------------------------------------------------------------------------------------------------
