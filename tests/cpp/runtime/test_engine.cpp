@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engine on a model directory written by hand: it is the runner on the same weights.
+#include "core/runtime/engine.h"
+
+#include <ATen/ops/argmax.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "tests/cpp/runtime/checkpoint_files.h"
+#include "tests/cpp/support/compare.h"
+#include "tests/cpp/support/expect_error.h"
+#include "tests/cpp/support/tiny_model.h"
+
+namespace xgdn::testing {
+namespace {
+
+std::string config_json(const ModelConfig& c) {
+  return nlohmann::json{
+      {"architectures", {"Qwen3_5ForCausalLM"}},
+      {"model_type", "qwen3_5_text"},
+      {"vocab_size", c.vocab_size},
+      {"hidden_size", c.hidden_size},
+      {"intermediate_size", c.intermediate_size},
+      {"num_hidden_layers", c.num_hidden_layers},
+      {"num_attention_heads", c.num_attention_heads},
+      {"num_key_value_heads", c.num_key_value_heads},
+      {"head_dim", c.head_dim},
+      {"hidden_act", "silu"},
+      {"rms_norm_eps", c.rms_norm_eps},
+      {"attention_bias", false},
+      {"tie_word_embeddings", false},
+      {"rope_parameters",
+       {{"rope_type", "default"}, {"rope_theta", c.rope_theta}, {"partial_rotary_factor", c.partial_rotary_factor}}},
+      {"max_position_embeddings", c.max_position_embeddings},
+      {"linear_conv_kernel_dim", c.linear_conv_kernel_dim},
+      {"linear_key_head_dim", c.linear_key_head_dim},
+      {"linear_value_head_dim", c.linear_value_head_dim},
+      {"linear_num_key_heads", c.linear_num_key_heads},
+      {"linear_num_value_heads", c.linear_num_value_heads},
+      {"layer_types", {"linear_attention", "linear_attention", "full_attention"}},
+      {"torch_dtype", "float32"}}
+      .dump();
+}
+
+std::string safetensors(const Weights& weights) {
+  nlohmann::json header;
+  std::string bytes;
+  for (const auto& [name, tensor] : weights) {
+    const size_t begin = bytes.size();
+    bytes.append(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
+    header[name] = {{"dtype", "F32"}, {"shape", tensor.sizes().vec()}, {"data_offsets", {begin, bytes.size()}}};
+  }
+  return safetensors_bytes(header.dump(), bytes);
+}
+
+class EngineTest : public ::testing::Test {
+ protected:
+  EngineTest() : config_(tiny_config()), weights_(tiny_weights(config_)) {
+    dir_.write("config.json", config_json(config_));
+    dir_.write("model.safetensors", safetensors(weights_));
+    for (int32_t i = 0; i < 70; ++i) prompt_.push_back(i * 37 % 64);
+  }
+
+  ModelConfig config_;
+  Weights weights_;
+  TemporaryDirectory dir_;
+  std::vector<int32_t> prompt_;
+};
+
+TEST_F(EngineTest, GeneratesWhatTheRunnerGenerates) {
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
+  int64_t layers_loaded = 0;
+  const std::unique_ptr<Engine> engine =
+      Engine::load(dir_.path(), {.runner = options, .on_layer_loaded = [&](int64_t loaded, int64_t total) {
+                                   EXPECT_EQ(loaded, ++layers_loaded);
+                                   EXPECT_EQ(total, 3);
+                                 }});
+  EXPECT_EQ(layers_loaded, 3);
+  int64_t weight_bytes = 0;
+  for (const auto& [name, tensor] : weights_) weight_bytes += static_cast<int64_t>(tensor.nbytes());
+  EXPECT_EQ(engine->weight_bytes(), weight_bytes);
+
+  const std::vector<Request> requests{{.prompt = prompt_, .max_new_tokens = 10},
+                                      {.prompt = {5}, .max_new_tokens = 10},
+                                      {.prompt = {6, 7}, .max_new_tokens = 3}};
+  Runner runner(tiny_model(config_, weights_), options);
+  const std::vector<GenerationResult> want = runner.generate(requests);
+  const std::vector<GenerationResult> got = engine->generate(requests);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    EXPECT_EQ(got[i].tokens, want[i].tokens);
+    EXPECT_EQ(got[i].finish_reason, FinishReason::kLength) << got[i].error;
+  }
+  EXPECT_TRUE(engine->is_idle());
+  EXPECT_EQ(engine->runner().num_free_slots(), 2);
+  EXPECT_EQ(engine->runner().num_free_kv_blocks(), 32);
+}
+
+TEST_F(EngineTest, PromptLogitsDisturbNobody) {
+  const std::unique_ptr<Engine> engine = Engine::load(dir_.path());
+  const Request request{.prompt = prompt_, .max_new_tokens = 8};
+  const std::vector<int32_t> want = engine->generate({request}).at(0).tokens;
+
+  const RequestId id = engine->submit(request);
+  std::vector<int32_t> got;
+  at::Tensor logits;
+  while (!engine->is_idle()) {
+    const at::Tensor now = engine->prompt_logits(prompt_);
+    EXPECT_EQ(now.sizes(), (std::vector<int64_t>{70, 64}));
+    EXPECT_EQ(now.scalar_type(), at::kFloat);
+    if (logits.defined()) {
+      EXPECT_TRUE(same_bits(now, logits));
+    }
+    logits = now;
+    for (const RequestEvent& event : engine->step()) {
+      EXPECT_EQ(event.id, id);
+      if (event.token) got.push_back(*event.token);
+    }
+  }
+  EXPECT_EQ(got, want);
+  EXPECT_EQ(at::argmax(logits[69]).item<int64_t>(), want[0]);
+  const at::Tensor shorter = engine->prompt_logits({prompt_.begin(), prompt_.begin() + 40});
+  EXPECT_LE(relative_error(shorter, logits.narrow(0, 0, 40)), 1e-5) << "later tokens reach earlier rows";
+}
+
+TEST_F(EngineTest, RefusesPromptsWithoutLogits) {
+  const std::unique_ptr<Engine> engine = Engine::load(dir_.path());
+  expect_error<RequestError>([&] { engine->prompt_logits({}); }, {"tokens", "at least one"});
+  expect_error<IndexError>([&] { engine->prompt_logits({1, 64}); }, {"tokens", "0..63", "64"});
+}
+
+TEST_F(EngineTest, ConvertsToTheAskedDtypes) {
+  const std::unique_ptr<Engine> engine =
+      Engine::load(dir_.path(), {.runner = {.max_batch_size = 2, .max_cached_tokens = 256},
+                                 .dtype = at::kBFloat16,
+                                 .state_dtype = at::kBFloat16});
+  EXPECT_EQ(engine->runner().state_bytes(), 2 * 2 * (3 * 64 + 2 * 16 * 16) * 2);
+  EXPECT_EQ(engine->generate({{.prompt = prompt_, .max_new_tokens = 5}}).at(0).tokens.size(), 5u);
+  const at::Tensor wide = Engine::load(dir_.path())->prompt_logits(prompt_);
+  const double error = relative_error(engine->prompt_logits(prompt_), wide);
+  EXPECT_LE(error, 5e-2);
+  EXPECT_GT(error, 1e-4) << "nothing was rounded";
+}
+
+TEST_F(EngineTest, RefusesBadOptionsBeforeItLoads) {
+  const auto load = [&](const EngineOptions& options) { return [&, options] { Engine::load(dir_.path(), options); }; };
+  const auto never = [](int64_t, int64_t) { ADD_FAILURE() << "a layer was loaded"; };
+  expect_error<UnsupportedError>(load({.dtype = at::kDouble, .on_layer_loaded = never}), {"[Engine] dtype", "Double"});
+  expect_error<UnsupportedError>(load({.state_dtype = at::kHalf, .on_layer_loaded = never}),
+                                 {"[Engine] state_dtype", "Half"});
+  expect_error<RequestError>(load({.runner = {.max_batch_size = -1}, .on_layer_loaded = never}),
+                             {"max_batch_size", "-1"});
+  expect_error<CheckpointError>([&] { Engine::load(dir_.path() / "nothing"); }, {"nothing"});
+}
+
+TEST_F(EngineTest, SaysWhichWeightIsMissing) {
+  Weights weights = weights_;
+  weights.erase("model.layers.1.linear_attn.A_log");
+  dir_.write("model.safetensors", safetensors(weights));
+  expect_error<CheckpointError>([&] { Engine::load(dir_.path()); }, {"model.layers.1.linear_attn.A_log"});
+}
+
+}  // namespace
+}  // namespace xgdn::testing

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Blocks of the KV cache: who holds them and what they weigh.
+#include "core/runtime/kv_cache.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <vector>
+
+#include "tests/cpp/support/expect_error.h"
+
+namespace xgdn::testing {
+namespace {
+
+const KvCacheSpec kSpec{.num_layers = 3, .num_kv_heads = 2, .head_dim = 8, .block_size = 16, .dtype = at::kBFloat16};
+
+TEST(KvCache, GivesEveryBlockOnce) {
+  KvCache cache(kSpec, 6, c10::kCPU);
+  std::set<int32_t> blocks;
+  for (int64_t count : {2, 0, 3, 1}) {
+    const std::vector<int32_t> got = cache.allocate(count);
+    EXPECT_EQ(static_cast<int64_t>(got.size()), count);
+    blocks.insert(got.begin(), got.end());
+  }
+  EXPECT_EQ(blocks, (std::set<int32_t>{0, 1, 2, 3, 4, 5}));
+  EXPECT_EQ(cache.num_free(), 0);
+}
+
+TEST(KvCache, TakesAllOrNothing) {
+  KvCache cache(kSpec, 5, c10::kCPU);
+  const std::vector<int32_t> held = cache.allocate(2);
+  expect_error<OutOfBlocks>([&] { cache.allocate(4); }, {"[KvCache]", "4 free blocks", "3 of 5"});
+  EXPECT_EQ(cache.num_free(), 3);
+  EXPECT_EQ(cache.allocate(3).size(), 3u);
+  cache.release(held);
+  EXPECT_EQ(cache.num_free(), 2);
+}
+
+TEST(KvCache, ASharedBlockIsFreedByItsLastHolder) {
+  KvCache cache(kSpec, 4, c10::kCPU);
+  const std::vector<int32_t> blocks = cache.allocate(3);
+  cache.share({blocks[0], blocks[2]});
+  cache.release(blocks);
+  EXPECT_EQ(cache.num_free(), 2);  // blocks[1] and the one never taken
+  const std::vector<int32_t> others = cache.allocate(2);
+  for (int32_t block : others) {
+    EXPECT_NE(block, blocks[0]);
+    EXPECT_NE(block, blocks[2]);
+  }
+  cache.release({blocks[0], blocks[2]});
+  EXPECT_EQ(cache.num_free(), 2);
+}
+
+TEST(KvCache, ABlockThatNobodyHoldsCannotBeReleasedOrShared) {
+  KvCache cache(kSpec, 3, c10::kCPU);
+  const std::vector<int32_t> blocks = cache.allocate(1);
+  cache.release(blocks);
+  for (int32_t block : {blocks[0], -1, 3}) {
+    const std::string name = std::to_string(block);
+    expect_error<IndexError>([&] { cache.release({block}); }, {"[KvCache] release", "held block", name});
+    expect_error<IndexError>([&] { cache.share({block}); }, {"[KvCache] share", "held block", name});
+  }
+  EXPECT_EQ(cache.num_free(), 3);
+  const std::vector<int32_t> all = cache.allocate(3);
+  EXPECT_EQ(std::set<int32_t>(all.begin(), all.end()).size(), 3u);
+}
+
+TEST(KvCache, RoundsTokensUpToBlocks) {
+  KvCache cache(kSpec, 1, c10::kCPU);
+  EXPECT_EQ(cache.blocks_for(0), 0);
+  EXPECT_EQ(cache.blocks_for(1), 1);
+  EXPECT_EQ(cache.blocks_for(16), 1);
+  EXPECT_EQ(cache.blocks_for(17), 2);
+  KvCacheSpec without_attention = kSpec;
+  without_attention.num_layers = 0;
+  EXPECT_EQ(KvCache(without_attention, 0, c10::kCPU).blocks_for(1000), 0);
+}
+
+TEST(KvCache, CountsItsBytesExactly) {
+  KvCache cache(kSpec, 5, c10::kCPU);
+  ASSERT_EQ(cache.layers().size(), 3u);
+  int64_t bytes = 0;
+  for (const KvPool& layer : cache.layers()) {
+    EXPECT_EQ(layer.k.sizes(), (std::vector<int64_t>{5, 16, 2, 8}));
+    bytes += static_cast<int64_t>(layer.k.nbytes() + layer.v.nbytes());
+  }
+  EXPECT_EQ(cache.bytes(), bytes);
+  EXPECT_EQ(kSpec.block_bytes(), bytes / 5);
+}
+
+TEST(KvCache, ImpossibleSizesAreRefused) {
+  expect_error<RequestError>([] { KvCache(kSpec, -1, c10::kCPU); }, {"[KvCache] num_blocks", "-1"});
+  KvCacheSpec spec = kSpec;
+  spec.block_size = 0;
+  expect_error<RequestError>([&] { KvCache(spec, 1, c10::kCPU); }, {"[KvCache] block_size", "got 0"});
+  KvCache cache(kSpec, 2, c10::kCPU);
+  expect_error<RequestError>([&] { cache.allocate(-1); }, {"[KvCache] count", "-1"});
+  EXPECT_EQ(cache.num_free(), 2);
+}
+
+}  // namespace
+}  // namespace xgdn::testing

@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: Apache-2.0
+// Continuous batching over a tiny decoder: a request's tokens depend on nothing but the request.
+#include "core/runtime/runner.h"
+
+#include <ATen/ops/argmax.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/cpp/support/compare.h"
+#include "tests/cpp/support/expect_error.h"
+#include "tests/cpp/support/tiny_model.h"
+
+namespace xgdn::testing {
+namespace {
+
+constexpr int32_t kNaNToken = 63;
+
+std::vector<int32_t> random_prompt(uint64_t seed, int64_t size) {
+  std::mt19937_64 generator(seed);
+  std::vector<int32_t> prompt(static_cast<size_t>(size));
+  for (int32_t& token : prompt) token = static_cast<int32_t>(generator() % kNaNToken);
+  return prompt;
+}
+
+std::vector<Request> twelve_requests() {
+  const std::vector<int64_t> sizes{1, 2, 3, 5, 63, 64, 65, 100, 128, 129, 200, 300};
+  std::vector<Request> requests;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    requests.push_back({.prompt = random_prompt(i, sizes[i]), .max_new_tokens = 6 + static_cast<int64_t>(i % 5)});
+  }
+  return requests;
+}
+
+void expect_all_free(const Runner& runner, const RunnerOptions& options) {
+  EXPECT_TRUE(runner.is_idle());
+  EXPECT_EQ(runner.num_free_slots(), options.max_batch_size);
+  EXPECT_EQ(runner.num_free_kv_blocks(),
+            (options.max_cached_tokens + options.kv_block_size - 1) / options.kv_block_size);
+}
+
+/// Steps until idle and books every event.
+std::map<RequestId, GenerationResult> drain(Runner& runner) {
+  std::map<RequestId, GenerationResult> results;
+  while (!runner.is_idle()) {
+    for (const RequestEvent& event : runner.step()) {
+      GenerationResult& result = results[event.id];
+      EXPECT_EQ(result.finish_reason, FinishReason::kRunning) << "an event after the last one";
+      if (event.token) result.tokens.push_back(*event.token);
+      result.finish_reason = event.finish_reason;
+      result.error = event.error;
+    }
+  }
+  return results;
+}
+
+class RunnerTest : public ::testing::Test {
+ protected:
+  RunnerTest() : config_(tiny_config()), weights_(tiny_weights(config_)) {}
+
+  std::shared_ptr<const HybridDecoder> model() const { return tiny_model(config_, weights_); }
+
+  /// The prompt's continuation with the pools of a runner that serves nothing else.
+  std::vector<int32_t> alone(const Request& request) const {
+    Runner runner(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
+    return runner.generate({request}).at(0).tokens;
+  }
+
+  ModelConfig config_;
+  Weights weights_;
+};
+
+TEST_F(RunnerTest, GreedyTokensAreThoseOfTheWholePromptAtOnce) {
+  // The truth: feed everything so far as one prompt, take the best token, append it, start again.
+  const std::shared_ptr<const HybridDecoder> decoder = model();
+  const Request request{.prompt = random_prompt(77, 70), .max_new_tokens = 12};
+  std::vector<int32_t> tokens = request.prompt;
+  for (int64_t i = 0; i < request.max_new_tokens; ++i) {
+    StatePool states(decoder->state_specs(), 1, c10::kCPU);
+    KvCache kv(Runner::kv_spec(*decoder, {.kv_block_size = 128}), 1, c10::kCPU);
+    const BatchBuilder builder({.num_slots = 1,
+                                .num_kv_blocks = 1,
+                                .kv_block_size = 128,
+                                .vocab_size = config_.vocab_size,
+                                .num_v_heads = config_.linear_num_value_heads},
+                               c10::kCPU);
+    const BuiltStep built = builder.build({{.kind = SegmentKind::kPrefill,
+                                            .tokens = tokens,
+                                            .state_slots = {0},
+                                            .write_slot = 0,
+                                            .conv_slot = 0,
+                                            .has_initial_state = false,
+                                            .kv_blocks = {0}}});
+    ModelState state{states.layers(), kv.layers()};
+    tokens.push_back(static_cast<int32_t>(at::argmax(decoder->forward(built.input, state)).item<int64_t>()));
+  }
+  EXPECT_EQ(alone(request), std::vector<int32_t>(tokens.begin() + 70, tokens.end()));
+}
+
+TEST_F(RunnerTest, GreedyTokensDependOnTheRequestAlone) {
+  const std::vector<Request> requests = twelve_requests();
+  std::vector<std::vector<int32_t>> want;
+  for (const Request& request : requests) {
+    want.push_back(alone(request));
+    ASSERT_EQ(static_cast<int64_t>(want.back().size()), request.max_new_tokens);
+  }
+  const RunnerOptions all_options[] = {
+      {.max_batch_size = 12, .max_cached_tokens = 4096, .max_tokens_per_step = 2048},
+      {.max_batch_size = 12, .max_cached_tokens = 4096, .max_tokens_per_step = 64},
+      {.max_batch_size = 3, .max_cached_tokens = 4096, .kv_block_size = 7, .max_tokens_per_step = 200},
+      {.max_batch_size = 5, .max_cached_tokens = 330, .kv_block_size = 16, .max_tokens_per_step = 128},
+      {.max_batch_size = 2, .max_cached_tokens = 1000, .kv_block_size = 1, .poison_freed_slots = true}};
+  std::vector<size_t> order(requests.size());
+  std::iota(order.begin(), order.end(), 0u);
+  std::mt19937_64 generator(5);
+  for (const RunnerOptions& options : all_options) {
+    Runner runner(model(), options);
+    std::vector<Request> ordered;
+    for (size_t i : order) ordered.push_back(requests[i]);
+    for (int run = 0; run < 2; ++run) {  // the second run meets used slots and blocks
+      const std::vector<GenerationResult> results = runner.generate(ordered);
+      ASSERT_EQ(results.size(), ordered.size());
+      for (size_t i = 0; i < order.size(); ++i) {
+        EXPECT_EQ(results[i].finish_reason, FinishReason::kLength) << results[i].error;
+        EXPECT_EQ(results[i].tokens, want[order[i]]) << "prompt of " << ordered[i].prompt.size() << " tokens, batch of "
+                                                     << options.max_batch_size << ", run " << run;
+      }
+      expect_all_free(runner, options);
+    }
+    std::shuffle(order.begin(), order.end(), generator);
+  }
+}
+
+TEST_F(RunnerTest, SampledTokensDependOnTheSeedNotOnTheBatch) {
+  std::vector<Request> requests = twelve_requests();
+  for (size_t i = 0; i < requests.size(); ++i) {
+    requests[i].sampling = {.temperature = 1.0, .top_k = 20, .top_p = 0.9, .seed = i};
+  }
+  std::vector<std::vector<int32_t>> want;
+  for (const Request& request : requests) want.push_back(alone(request));
+  Runner runner(model(), {.max_batch_size = 5, .max_cached_tokens = 1024, .max_tokens_per_step = 128});
+  const std::vector<GenerationResult> results = runner.generate(requests);
+  for (size_t i = 0; i < requests.size(); ++i) EXPECT_EQ(results[i].tokens, want[i]) << "request " << i;
+}
+
+TEST_F(RunnerTest, EventsTellHowFarAPromptIs) {
+  Runner runner(model(), {.max_batch_size = 2, .max_cached_tokens = 512, .max_tokens_per_step = 64});
+  const RequestId id = runner.submit({.prompt = random_prompt(1, 150), .max_new_tokens = 2});
+  for (int64_t prefilled : {64, 128, 150, 150}) {
+    const std::vector<RequestEvent> events = runner.step();
+    ASSERT_EQ(events.size(), 1u);
+    EXPECT_EQ(events[0].id, id);
+    EXPECT_EQ(events[0].prompt_size, 150);
+    EXPECT_EQ(events[0].num_prefilled, prefilled);
+    EXPECT_EQ(events[0].token.has_value(), prefilled == 150);
+  }
+  EXPECT_TRUE(runner.is_idle());
+  EXPECT_TRUE(runner.step().empty());
+}
+
+TEST_F(RunnerTest, StopTokensEndARequest) {
+  const Request plain{.prompt = random_prompt(3, 20), .max_new_tokens = 10};
+  const std::vector<int32_t> tokens = alone(plain);
+  const int32_t stop = tokens[4];
+  const auto first = static_cast<size_t>(std::find(tokens.begin(), tokens.end(), stop) - tokens.begin());
+  const std::vector<int32_t> until_stop(tokens.begin(), tokens.begin() + static_cast<int64_t>(first) + 1);
+
+  Request own = plain;
+  own.stop_token_ids = {stop};
+  config_.eos_token_ids = {};
+  Runner without_eos(model(), {.max_batch_size = 1, .max_cached_tokens = 64});
+  const GenerationResult by_own = without_eos.generate({own}).at(0);
+  EXPECT_EQ(by_own.tokens, until_stop);
+  EXPECT_EQ(by_own.finish_reason, FinishReason::kStop);
+
+  config_.eos_token_ids = {stop};
+  Runner with_eos(model(), {.max_batch_size = 2, .max_cached_tokens = 64});
+  Request ignoring = plain;
+  ignoring.ignore_eos = true;
+  const std::vector<GenerationResult> results = with_eos.generate({plain, ignoring});
+  EXPECT_EQ(results[0].tokens, until_stop);
+  EXPECT_EQ(results[0].finish_reason, FinishReason::kStop);
+  EXPECT_EQ(results[1].tokens, tokens);
+  EXPECT_EQ(results[1].finish_reason, FinishReason::kLength);
+}
+
+TEST_F(RunnerTest, CancelsWaitingRunningAndFreshRequests) {
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
+  const Request request{.prompt = random_prompt(9, 30), .max_new_tokens = 8};
+  const Request survivor{.prompt = random_prompt(10, 30), .max_new_tokens = 8};
+  Runner runner(model(), options);
+  const RequestId running = runner.submit(request);
+  const RequestId kept = runner.submit(survivor);
+  const RequestId waiting = runner.submit(request);
+  std::vector<int32_t> kept_tokens;
+  const auto book = [&](const std::vector<RequestEvent>& events) {
+    for (const RequestEvent& event : events) {
+      if (event.id == kept && event.token) kept_tokens.push_back(*event.token);
+    }
+  };
+  book(runner.step());
+  book(runner.step());
+  EXPECT_EQ(runner.num_free_slots(), 0);
+  EXPECT_TRUE(runner.cancel(running));
+  EXPECT_TRUE(runner.cancel(waiting));
+  const RequestId fresh = runner.submit(request);
+  EXPECT_TRUE(runner.cancel(fresh));
+  EXPECT_FALSE(runner.cancel(12345));
+
+  const std::vector<RequestEvent> events = runner.step();
+  book(events);
+  std::map<RequestId, FinishReason> reasons;
+  for (const RequestEvent& event : events) reasons[event.id] = event.finish_reason;
+  EXPECT_EQ(reasons, (std::map<RequestId, FinishReason>{{running, FinishReason::kCancelled},
+                                                        {kept, FinishReason::kRunning},
+                                                        {waiting, FinishReason::kCancelled},
+                                                        {fresh, FinishReason::kCancelled}}));
+  EXPECT_EQ(runner.num_free_slots(), 1);
+  EXPECT_FALSE(runner.cancel(running));
+  while (!runner.is_idle()) book(runner.step());
+  EXPECT_EQ(kept_tokens, alone(survivor));
+  expect_all_free(runner, options);
+}
+
+// NaN reaches a request through the embedding of one token: in a prompt, or as a token that was drawn.
+class NaNToken : public RunnerTest {
+ protected:
+  NaNToken() {
+    weights_.at("lm_head.weight")[kNaNToken].zero_();  // never the best choice
+    Weights sound = weights_;
+    at::Tensor& embedding = weights_.at("model.embed_tokens.weight");
+    embedding = embedding.clone();
+    embedding[kNaNToken].fill_(kNaN);
+    benign_ = tiny_model(config_, sound);
+  }
+
+  std::shared_ptr<const HybridDecoder> benign_;  // the same model with a number there
+};
+
+TEST_F(NaNToken, EndsItsRequestAndLeavesTheOthersAlone) {
+  std::vector<Request> requests = twelve_requests();
+  requests[2].prompt[1] = kNaNToken;
+  requests[8].prompt[10] = kNaNToken;    // in the first of two pieces
+  requests[11].prompt[299] = kNaNToken;  // the last token
+  for (const RunnerOptions& options :
+       {RunnerOptions{.max_batch_size = 12, .max_cached_tokens = 4096},
+        RunnerOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64},
+        RunnerOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .poison_freed_slots = true}}) {
+    Runner sound(benign_, options);
+    Runner runner(model(), options);
+    const std::vector<GenerationResult> want = sound.generate(requests);
+    for (int run = 0; run < 2; ++run) {  // the second run reuses what the failed requests left
+      const std::vector<GenerationResult> got = runner.generate(requests);
+      for (size_t i = 0; i < requests.size(); ++i) {
+        if (i == 2 || i == 8 || i == 11) {
+          EXPECT_EQ(got[i].finish_reason, FinishReason::kError) << "request " << i;
+          EXPECT_NE(got[i].error.find("NaN"), std::string::npos) << got[i].error;
+          EXPECT_TRUE(got[i].tokens.empty());
+        } else {
+          EXPECT_EQ(got[i].finish_reason, FinishReason::kLength) << got[i].error;
+          EXPECT_EQ(got[i].tokens, want[i].tokens) << "request " << i << " run " << run;
+        }
+      }
+      expect_all_free(runner, options);
+    }
+  }
+}
+
+TEST_F(NaNToken, DrawnInTheMiddleOfARequestEndsIt) {
+  const RunnerOptions options{.max_batch_size = 8, .max_cached_tokens = 4096};
+  std::vector<Request> requests;
+  for (uint64_t seed = 0; seed < 8; ++seed) {
+    requests.push_back({.prompt = random_prompt(seed, 20),
+                        .max_new_tokens = 100,
+                        .sampling = {.temperature = seed % 2 == 0 ? 50.0 : 0.0, .seed = seed}});
+  }
+  Runner runner(model(), options);
+  const std::vector<GenerationResult> results = runner.generate(requests);
+  int num_failed = 0;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (results[i].finish_reason == FinishReason::kError) {
+      ++num_failed;
+      ASSERT_GE(results[i].tokens.size(), 1u);
+      EXPECT_EQ(results[i].tokens.back(), kNaNToken);
+    } else {
+      EXPECT_EQ(results[i].finish_reason, FinishReason::kLength);
+      EXPECT_EQ(results[i].tokens, alone(requests[i])) << "request " << i;
+    }
+  }
+  EXPECT_GE(num_failed, 1) << "no request drew the token";
+  EXPECT_LT(num_failed, 8);
+  expect_all_free(runner, options);
+}
+
+TEST_F(RunnerTest, AFailingStepFailsTheRequestsThatWereInIt) {
+  // A weight that changes its shape under the model makes forward throw.
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 256};
+  const at::Tensor norm = weights_.at("model.norm.weight");
+  const at::Tensor sound = norm.clone();
+  Runner runner(model(), options);
+  const Request request{.prompt = random_prompt(1, 10), .max_new_tokens = 5};
+  const RequestId first = runner.submit(request);
+  const RequestId second = runner.submit(request);
+  const RequestId waiting = runner.submit(request);
+  runner.step();
+  norm.resize_({3});
+  const std::vector<RequestEvent> events = runner.step();
+  ASSERT_EQ(events.size(), 2u);
+  EXPECT_EQ(events[0].id, first);
+  EXPECT_EQ(events[1].id, second);
+  for (const RequestEvent& event : events) {
+    EXPECT_EQ(event.finish_reason, FinishReason::kError);
+    EXPECT_FALSE(event.error.empty());
+    EXPECT_FALSE(event.token.has_value());
+  }
+  EXPECT_EQ(runner.num_free_slots(), 2);
+  norm.resize_({config_.hidden_size}).copy_(sound);
+  const std::map<RequestId, GenerationResult> rest = drain(runner);
+  ASSERT_EQ(rest.size(), 1u);
+  EXPECT_EQ(rest.at(waiting).finish_reason, FinishReason::kLength);
+  EXPECT_EQ(rest.at(waiting).tokens, alone(request));
+  expect_all_free(runner, options);
+}
+
+TEST_F(RunnerTest, SubmitsAndCancelsFromOtherThreads) {
+  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 512, .max_tokens_per_step = 64};
+  Runner runner(model(), options);
+  const std::vector<Request> requests = twelve_requests();
+  constexpr int kThreads = 3;
+  std::vector<std::vector<RequestId>> ids(kThreads);
+  std::vector<std::thread> threads;
+  std::atomic<int> num_done = 0;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (const Request& request : requests) {
+        ids[t].push_back(runner.submit(request));
+        runner.cancel(runner.submit(request));
+      }
+      ++num_done;
+    });
+  }
+  std::map<RequestId, GenerationResult> results;
+  while (num_done < kThreads || !runner.is_idle()) {
+    for (auto& [id, result] : drain(runner)) results[id] = result;
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(results.size(), kThreads * requests.size() * 2);
+  std::vector<std::vector<int32_t>> want;
+  for (const Request& request : requests) want.push_back(alone(request));
+  for (const std::vector<RequestId>& of_thread : ids) {
+    for (size_t i = 0; i < requests.size(); ++i) {
+      EXPECT_EQ(results.at(of_thread[i]).finish_reason, FinishReason::kLength);
+      EXPECT_EQ(results.at(of_thread[i]).tokens, want[i]) << "request " << i;
+    }
+  }
+  expect_all_free(runner, options);
+}
+
+TEST_F(RunnerTest, RefusesWhatCanNeverBeServed) {
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 64, .kv_block_size = 16};
+  Runner runner(model(), options);
+  const Request good{.prompt = {1, 2, 3}, .max_new_tokens = 4};
+  const auto with = [&](const std::function<void(Request&)>& change) {
+    Request request = good;
+    change(request);
+    return request;
+  };
+  const auto refused = [&]<typename E>(const Request& request, std::initializer_list<std::string_view> words) {
+    expect_error<E>([&] { runner.submit(request); }, words);
+    expect_error<E>([&] { runner.generate({good, request}); }, words);
+    EXPECT_TRUE(runner.is_idle()) << "something was submitted";
+  };
+  refused.operator()<RequestError>(with([](Request& r) { r.prompt = {}; }), {"prompt", "at least one"});
+  refused.operator()<IndexError>(with([](Request& r) { r.prompt = {1, 64}; }), {"prompt", "0..63", "64 at index 1"});
+  refused.operator()<IndexError>(with([](Request& r) { r.prompt = {-1}; }), {"prompt", "-1 at index 0"});
+  refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = 0; }), {"max_new_tokens", "got 0"});
+  refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = 62; }), {"64 KV cache tokens", "3 + 62"});
+  refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = std::numeric_limits<int64_t>::max(); }),
+                                   {"64 KV cache tokens"});
+  refused.operator()<RequestError>(with([](Request& r) { r.prompt.assign(65, 1); }), {"65 + 4"});
+  refused.operator()<RequestError>(with([](Request& r) { r.sampling.temperature = -1; }), {"temperature"});
+  EXPECT_EQ(runner.generate({with([](Request& r) { r.max_new_tokens = 61; })}).at(0).tokens.size(), 61u);
+  expect_all_free(runner, options);
+}
+
+TEST_F(RunnerTest, RefusesImpossibleSizes) {
+  const auto refused = [&](const RunnerOptions& options, std::string_view name) {
+    expect_error<RequestError>([&] { Runner(model(), options); }, {name, "expected at least"});
+  };
+  for (int64_t size : {0, -3}) {
+    refused({.max_batch_size = size}, "max_batch_size");
+    refused({.max_cached_tokens = size}, "max_cached_tokens");
+    refused({.kv_block_size = size}, "kv_block_size");
+  }
+  refused({.max_tokens_per_step = 63}, "max_tokens_per_step");
+}
+
+TEST_F(RunnerTest, CountsItsBytesExactly) {
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 50, .kv_block_size = 16};
+  Runner runner(model(), options);
+  const int64_t slot = 2 * (3 * (2 * 16 + 32) * 4 + 2 * 16 * 16 * 4);  // two layers of conv and delta state
+  EXPECT_EQ(Runner::state_slot_bytes(*model()), slot);
+  EXPECT_EQ(runner.state_bytes(), 3 * slot);
+  EXPECT_EQ(runner.kv_bytes(), 4 * 16 * 2 * 16 * 4);  // 4 blocks of 16 tokens, keys and values of one head
+}
+
+TEST_F(RunnerTest, AModelWithoutAttentionNeedsNoBlocks) {
+  config_.layer_types.back() = LayerType::kLinearAttention;
+  weights_ = tiny_weights(config_);
+  const std::vector<Request> requests = twelve_requests();
+  Runner runner(model(), {.max_batch_size = 4, .max_cached_tokens = 1});
+  EXPECT_EQ(runner.kv_bytes(), 0);
+  const std::vector<GenerationResult> results = runner.generate(requests);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    EXPECT_EQ(results[i].finish_reason, FinishReason::kLength) << results[i].error;
+    EXPECT_EQ(results[i].tokens, Runner(model(), {.max_batch_size = 1}).generate({requests[i]}).at(0).tokens);
+  }
+}
+
+}  // namespace
+}  // namespace xgdn::testing

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// The choice of a token: greedy, filtered, drawn; and what is refused.
+#include "core/runtime/sampler.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "tests/cpp/support/expect_error.h"
+
+namespace xgdn::testing {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+std::vector<float> random_logits(uint64_t seed, size_t size) {
+  std::mt19937_64 generator(seed);
+  std::normal_distribution<float> distribution(0.0f, 2.0f);
+  std::vector<float> logits(size);
+  for (float& logit : logits) logit = distribution(generator);
+  return logits;
+}
+
+std::vector<int32_t> draw(const SamplingParams& params, const std::vector<float>& logits, int count) {
+  Sampler sampler(params);
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < count; ++i) tokens.push_back(sampler.sample(logits));
+  return tokens;
+}
+
+// Every observed frequency lies within five standard deviations of its probability; impossible tokens never occur.
+void expect_frequencies(const SamplingParams& params, const std::vector<float>& logits,
+                        const std::vector<double>& probabilities) {
+  constexpr int kDraws = 40000;
+  std::vector<int> counts(logits.size(), 0);
+  for (int32_t token : draw(params, logits, kDraws)) ++counts.at(static_cast<size_t>(token));
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const double p = probabilities[i];
+    EXPECT_LE(std::abs(counts[i] - p * kDraws), 5 * std::sqrt(p * (1 - p) * kDraws)) << "token " << i;
+  }
+}
+
+std::vector<double> softmax(const std::vector<float>& logits, double temperature, const std::vector<size_t>& kept) {
+  std::vector<double> p(logits.size(), 0.0);
+  for (size_t i : kept) p[i] = std::exp(logits[i] / temperature);
+  const double total = std::accumulate(p.begin(), p.end(), 0.0);
+  for (double& value : p) value /= total;
+  return p;
+}
+
+TEST(Sampler, GreedyTakesTheFirstOfEqualMaxima) {
+  EXPECT_EQ(draw({}, {0.0f, 3.0f, -1.0f, 3.0f, 3.0f}, 2), (std::vector<int32_t>{1, 1}));
+  EXPECT_EQ(draw({}, {-kInfinity, -5.0f, -kInfinity}, 1), std::vector<int32_t>{1});
+  EXPECT_EQ(draw({.temperature = 0.0, .top_k = 3, .top_p = 0.5}, {1.0f, 2.0f, 2.0f}, 1), std::vector<int32_t>{1});
+}
+
+TEST(Sampler, OneCandidateIsGreedy) {
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    std::vector<float> logits = random_logits(seed, 97);
+    logits[50] = logits[20] = *std::max_element(logits.begin(), logits.end());
+    const std::vector<int32_t> greedy = draw({}, logits, 10);
+    EXPECT_EQ(draw({.temperature = 5.0, .top_k = 1, .seed = seed}, logits, 10), greedy);
+    EXPECT_EQ(draw({.temperature = 5.0, .top_p = 1e-9, .seed = seed}, logits, 10), greedy);
+  }
+}
+
+TEST(Sampler, DrawsTheSoftmaxOfTheTemperature) {
+  const std::vector<float> logits{1.0f, -kInfinity, 0.0f, 2.5f, -1.0f};
+  for (double temperature : {0.5, 1.0, 3.0}) {
+    expect_frequencies({.temperature = temperature, .seed = 11}, logits, softmax(logits, temperature, {0, 2, 3, 4}));
+  }
+}
+
+TEST(Sampler, TopKKeepsTheLikeliest) {
+  const std::vector<float> logits{1.0f, 0.0f, 2.0f, 1.0f, -1.0f};
+  expect_frequencies({.temperature = 1.0, .top_k = 2, .seed = 5}, logits, softmax(logits, 1.0, {0, 2}));
+  expect_frequencies({.temperature = 2.0, .top_k = 3, .seed = 6}, logits, softmax(logits, 2.0, {0, 2, 3}));
+  expect_frequencies({.temperature = 1.0, .top_k = 100, .seed = 7}, logits, softmax(logits, 1.0, {0, 1, 2, 3, 4}));
+}
+
+TEST(Sampler, TopPKeepsTheSmallestSetThatReachesTheShare) {
+  // Probabilities 0.1, 0.5, 0.15, 0.25.
+  const std::vector<float> logits{std::log(0.1f), std::log(0.5f), std::log(0.15f), std::log(0.25f)};
+  expect_frequencies({.temperature = 1.0, .top_p = 0.45, .seed = 1}, logits, softmax(logits, 1.0, {1}));
+  expect_frequencies({.temperature = 1.0, .top_p = 0.7, .seed = 2}, logits, softmax(logits, 1.0, {1, 3}));
+  expect_frequencies({.temperature = 1.0, .top_p = 0.8, .seed = 3}, logits, softmax(logits, 1.0, {1, 2, 3}));
+  expect_frequencies({.temperature = 1.0, .top_p = 1.0, .seed = 4}, logits, softmax(logits, 1.0, {0, 1, 2, 3}));
+  // The share is of what top_k left: 0.5 of 0.75.
+  expect_frequencies({.temperature = 1.0, .top_k = 2, .top_p = 0.6, .seed = 5}, logits, softmax(logits, 1.0, {1}));
+}
+
+TEST(Sampler, TheSeedDecidesTheDraws) {
+  const std::vector<float> logits = random_logits(3, 64);
+  const SamplingParams params{.temperature = 2.0, .top_k = 40, .top_p = 0.95, .seed = 123};
+  EXPECT_EQ(draw(params, logits, 100), draw(params, logits, 100));
+  SamplingParams other = params;
+  other.seed = 124;
+  EXPECT_NE(draw(params, logits, 100), draw(other, logits, 100));
+}
+
+TEST(Sampler, LogitsWithoutAChoiceAreANumericsError) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  for (double temperature : {0.0, 1.0}) {
+    Sampler sampler({.temperature = temperature});
+    const auto refused = [&](std::vector<float> logits, std::string_view word) {
+      expect_error<NumericsError>([&] { sampler.sample(logits); }, {"[Sampler] logits", word});
+    };
+    refused({0.0f, 1.0f, kNaN}, "NaN for token 2");
+    refused({kNaN, 1.0f}, "NaN for token 0");
+    refused({-kInfinity, -kInfinity}, "-inf");
+    refused({0.0f, kInfinity}, "inf");
+    EXPECT_EQ(sampler.sample(std::vector<float>{-100.0f, 100.0f}), 1) << "the sampler still works";
+  }
+}
+
+TEST(SamplingParams, AreRefusedOutOfRange) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  for (double value : {-0.1, kInf, kNaN}) {
+    expect_error<RequestError>([&] { SamplingParams{.temperature = value}.check(); }, {"temperature", "expected"});
+  }
+  for (double value : {0.0, -0.5, 1.0001, kNaN}) {
+    expect_error<RequestError>([&] { SamplingParams{.top_p = value}.check(); }, {"top_p", "(0, 1]"});
+  }
+  expect_error<RequestError>([&] { SamplingParams{.top_k = -1}.check(); }, {"top_k", "-1"});
+  EXPECT_NO_THROW((SamplingParams{.temperature = 1.5, .top_k = 5, .top_p = 1.0}.check()));
+}
+
+}  // namespace
+}  // namespace xgdn::testing

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// Who runs in a step: admission, pieces of prompts, what is freed.
+#include "core/runtime/scheduler.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "tests/cpp/support/expect_error.h"
+
+namespace xgdn::testing {
+namespace {
+
+using Piece = std::pair<RequestId, int64_t>;
+
+class SchedulerTest : public ::testing::Test {
+ protected:
+  void make(int64_t max_tokens_per_step, int64_t num_slots, int64_t num_blocks, int64_t num_attention_layers = 1) {
+    states_ = std::make_unique<StatePool>(kLayers, num_slots, c10::kCPU);
+    kv_ = std::make_unique<KvCache>(
+        KvCacheSpec{.num_layers = num_attention_layers, .num_kv_heads = 1, .head_dim = 1, .block_size = 16}, num_blocks,
+        c10::kCPU);
+    scheduler_ =
+        std::make_unique<Scheduler>(SchedulerOptions{.max_tokens_per_step = max_tokens_per_step}, *states_, *kv_);
+  }
+
+  void add(RequestId id, int64_t prompt_size, int64_t max_new_tokens = 1) {
+    scheduler_->add(
+        std::make_unique<Sequence>(id, Request{.prompt = std::vector<int32_t>(static_cast<size_t>(prompt_size), 1),
+                                               .max_new_tokens = max_new_tokens}));
+  }
+
+  /// Schedules a step and books it as computed.
+  std::vector<Piece> step() {
+    std::vector<Piece> pieces;
+    for (const ScheduledPiece& piece : scheduler_->schedule()) {
+      EXPECT_TRUE(piece.sequence->slot.has_value());
+      piece.sequence->num_computed += piece.count;
+      pieces.emplace_back(piece.sequence->id, piece.count);
+    }
+    return pieces;
+  }
+
+  const std::vector<std::vector<StateSpec>> kLayers{{{StateKind::kDelta, {1, 1, 1}, at::kFloat}}};
+  std::unique_ptr<StatePool> states_;
+  std::unique_ptr<KvCache> kv_;
+  std::unique_ptr<Scheduler> scheduler_;
+};
+
+TEST_F(SchedulerTest, SplitsPromptsOnlyAtMultiplesOfTheChunk) {
+  make(/*max_tokens_per_step=*/200, /*num_slots=*/4, /*num_blocks=*/1000);
+  add(1, 500);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 192}}));
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 192}}));
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 116}}));
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}}));
+}
+
+TEST_F(SchedulerTest, EveryPieceButTheLastIsAMultipleOfTheChunk) {
+  make(/*max_tokens_per_step=*/150, /*num_slots=*/8, /*num_blocks=*/1000);
+  const std::vector<int64_t> sizes{1, 63, 64, 65, 300, 129, 128, 7};
+  for (size_t i = 0; i < sizes.size(); ++i) add(static_cast<RequestId>(i), sizes[i], 100);
+  std::vector<int64_t> done(sizes.size(), 0);
+  for (int i = 0; i < 20; ++i) {
+    int64_t num_tokens = 0;
+    for (const auto& [id, count] : step()) {
+      const int64_t left = sizes[id] - done[id];
+      if (left > 0) {
+        EXPECT_TRUE(count == left || (count < left && count % 64 == 0)) << "request " << id << " piece " << count;
+        EXPECT_GT(count, 0);
+      } else {
+        EXPECT_EQ(count, 1);
+      }
+      done[id] += count;
+      num_tokens += count;
+    }
+    EXPECT_LE(num_tokens, 150);
+  }
+  for (size_t i = 0; i < sizes.size(); ++i) EXPECT_GT(done[i], sizes[i]) << "request " << i;
+}
+
+TEST_F(SchedulerTest, DecodesComeFirstAndTakeFromTheBudget) {
+  make(/*max_tokens_per_step=*/130, /*num_slots=*/4, /*num_blocks=*/1000);
+  add(1, 3, 10);
+  add(2, 5, 10);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 3}, {2, 5}}));
+  add(3, 300, 10);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {2, 1}, {3, 128}}));
+  add(4, 40, 10);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {2, 1}, {3, 128}}));
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {2, 1}, {3, 44}, {4, 40}}));
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {2, 1}, {3, 1}, {4, 1}}));
+}
+
+TEST_F(SchedulerTest, DecodesNeverStarveAPrompt) {
+  make(/*max_tokens_per_step=*/64, /*num_slots=*/4, /*num_blocks=*/1000);
+  for (RequestId id : {1, 2, 3}) add(id, 2, 50);
+  step();
+  add(4, 130, 1);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {2, 1}, {3, 1}, {4, 64}}));
+}
+
+TEST_F(SchedulerTest, AdmitsByFreeSlotsInTheOrderOfArrival) {
+  make(/*max_tokens_per_step=*/2048, /*num_slots=*/2, /*num_blocks=*/1000);
+  for (RequestId id : {1, 2, 3, 4}) add(id, 10, 5);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 10}, {2, 10}}));
+  EXPECT_EQ(scheduler_->num_running(), 2);
+  EXPECT_EQ(scheduler_->num_waiting(), 2);
+  EXPECT_EQ(states_->num_free(), 0);
+  EXPECT_NE(scheduler_->remove(2), nullptr);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {3, 10}}));
+  EXPECT_EQ(scheduler_->num_waiting(), 1);
+}
+
+TEST_F(SchedulerTest, AdmitsByFreeBlocksAndNobodyOvertakes) {
+  make(/*max_tokens_per_step=*/2048, /*num_slots=*/8, /*num_blocks=*/10);
+  add(1, 60, 20);  // 5 blocks
+  add(2, 80, 16);  // 6 blocks: waits
+  add(3, 1, 1);    // 1 block: would fit, but 2 is older
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 60}}));
+  EXPECT_EQ(kv_->num_free(), 5);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}}));
+  scheduler_->remove(1);
+  EXPECT_EQ(step(), (std::vector<Piece>{{2, 80}, {3, 1}}));
+  EXPECT_EQ(kv_->num_free(), 3);
+}
+
+TEST_F(SchedulerTest, AnAdmittedSequenceHoldsAllTheBlocksItCanNeed) {
+  make(/*max_tokens_per_step=*/64, /*num_slots=*/2, /*num_blocks=*/20);
+  add(1, 100, 29);  // 129 tokens
+  const std::vector<ScheduledPiece> pieces = scheduler_->schedule();
+  ASSERT_EQ(pieces.size(), 1u);
+  EXPECT_EQ(pieces[0].sequence->kv_blocks.size(), 9u);
+  EXPECT_EQ(kv_->num_free(), 11);
+}
+
+TEST_F(SchedulerTest, RemoveFreesWaitingAndRunning) {
+  make(/*max_tokens_per_step=*/2048, /*num_slots=*/2, /*num_blocks=*/10);
+  for (RequestId id : {1, 2, 3, 4}) add(id, 20, 5);
+  step();
+  EXPECT_EQ(scheduler_->remove(99), nullptr);
+  for (RequestId id : {3, 1, 4, 2}) {
+    const std::unique_ptr<Sequence> removed = scheduler_->remove(id);
+    ASSERT_NE(removed, nullptr);
+    EXPECT_EQ(removed->id, id);
+    EXPECT_EQ(scheduler_->remove(id), nullptr);
+  }
+  EXPECT_EQ(scheduler_->num_running() + scheduler_->num_waiting(), 0);
+  EXPECT_EQ(states_->num_free(), 2);
+  EXPECT_EQ(kv_->num_free(), 10);
+  EXPECT_TRUE(scheduler_->schedule().empty());
+}
+
+TEST_F(SchedulerTest, RefusesWhatCouldNotRunAlone) {
+  make(/*max_tokens_per_step=*/64, /*num_slots=*/2, /*num_blocks=*/4);
+  const auto request = [](size_t prompt, int64_t max_new_tokens) {
+    return Request{.prompt = std::vector<int32_t>(prompt, 1), .max_new_tokens = max_new_tokens};
+  };
+  EXPECT_NO_THROW(scheduler_->check_fits(request(60, 4)));
+  expect_error<RequestError>([&] { scheduler_->check_fits(request(60, 5)); }, {"64 KV cache tokens", "60 + 5"});
+  expect_error<RequestError>([&] { scheduler_->check_fits(request(65, 1)); }, {"65 + 1"});
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  expect_error<RequestError>([&] { scheduler_->check_fits(request(60, kMost)); }, {"64 KV cache tokens"});
+
+  make(/*max_tokens_per_step=*/64, /*num_slots=*/2, /*num_blocks=*/0, /*num_attention_layers=*/0);
+  EXPECT_NO_THROW(scheduler_->check_fits(request(60, 1000)));
+  make(/*max_tokens_per_step=*/64, /*num_slots=*/0, /*num_blocks=*/4);
+  expect_error<RequestError>([&] { scheduler_->check_fits(request(1, 1)); }, {"state slot"});
+}
+
+TEST_F(SchedulerTest, AStepHoldsAtLeastOneChunk) {
+  expect_error<RequestError>([&] { make(63, 1, 1); }, {"max_tokens_per_step", "at least 64", "63"});
+}
+
+}  // namespace
+}  // namespace xgdn::testing

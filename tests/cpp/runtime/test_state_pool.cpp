@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Slots of recurrent state: who holds them, what they weigh, what a freed one holds.
+#include "core/runtime/state_pool.h"
+
+#include <ATen/ops/isnan.h>
+#include <gtest/gtest.h>
+
+#include <set>
+#include <vector>
+
+#include "tests/cpp/support/compare.h"
+#include "tests/cpp/support/expect_error.h"
+
+namespace xgdn::testing {
+namespace {
+
+std::vector<std::vector<StateSpec>> two_layers() {
+  return {{{StateKind::kConv, {3, 10}, at::kBFloat16}, {StateKind::kDelta, {2, 4, 6}, at::kFloat}},
+          {{StateKind::kConv, {5, 10}, at::kFloat}, {StateKind::kDelta, {2, 4, 6}, at::kBFloat16}}};
+}
+
+TEST(StatePool, GivesEverySlotOnce) {
+  StatePool pool(two_layers(), 5, c10::kCPU);
+  EXPECT_EQ(pool.num_slots(), 5);
+  EXPECT_EQ(pool.num_free(), 5);
+  std::set<int32_t> slots;
+  for (int64_t i = 0; i < 5; ++i) {
+    const SlotHandle handle = pool.allocate();
+    EXPECT_EQ(pool.slot(handle), handle.slot);
+    EXPECT_EQ(pool.ref_count(handle), 1);
+    slots.insert(handle.slot);
+    EXPECT_EQ(pool.num_free(), 4 - i);
+  }
+  EXPECT_EQ(slots, (std::set<int32_t>{0, 1, 2, 3, 4}));
+}
+
+TEST(StatePool, OutOfSlotsSaysHowMany) {
+  StatePool pool(two_layers(), 2, c10::kCPU);
+  const SlotHandle first = pool.allocate();
+  pool.allocate();
+  expect_error<OutOfSlots>([&] { pool.allocate(); }, {"[StatePool]", "free slot", "0 of 2"});
+  pool.release(first);
+  EXPECT_EQ(pool.allocate().slot, first.slot);
+}
+
+TEST(StatePool, ASharedSlotIsFreedByItsLastHolder) {
+  StatePool pool(two_layers(), 2, c10::kCPU);
+  const SlotHandle handle = pool.allocate();
+  const SlotHandle second = pool.share(handle);
+  EXPECT_EQ(second.slot, handle.slot);
+  EXPECT_EQ(pool.ref_count(handle), 2);
+  pool.release(handle);
+  EXPECT_EQ(pool.num_free(), 1);
+  EXPECT_EQ(pool.ref_count(second), 1);
+  pool.release(second);
+  EXPECT_EQ(pool.num_free(), 2);
+  expect_error<StaleHandleError>([&] { pool.release(second); }, {"[StatePool]", "handle"});
+}
+
+TEST(StatePool, AHandleKeptAfterTheLastReleaseIsStale) {
+  StatePool pool(two_layers(), 1, c10::kCPU);
+  const SlotHandle old = pool.allocate();
+  pool.release(old);
+  const auto expect_stale = [&] {
+    expect_error<StaleHandleError>([&] { pool.slot(old); }, {"slot 0", "generation 0", "now generation 1"});
+    expect_error<StaleHandleError>([&] { pool.ref_count(old); }, {"handle"});
+    expect_error<StaleHandleError>([&] { pool.share(old); }, {"handle"});
+    expect_error<StaleHandleError>([&] { pool.release(old); }, {"handle"});
+  };
+  expect_stale();
+  const SlotHandle reused = pool.allocate();
+  EXPECT_EQ(reused.slot, old.slot);
+  EXPECT_NE(reused.generation, old.generation);
+  expect_stale();
+  EXPECT_EQ(pool.ref_count(reused), 1) << "a stale handle changed the count of the slot's new owner";
+  EXPECT_EQ(pool.num_free(), 0);
+}
+
+TEST(StatePool, AHandleThatWasNeverGivenIsStale) {
+  StatePool pool(two_layers(), 2, c10::kCPU);
+  for (const SlotHandle handle : {SlotHandle{}, SlotHandle{0, 0}, SlotHandle{2, 0}, SlotHandle{1, 7}}) {
+    expect_error<StaleHandleError>([&] { pool.slot(handle); }, {"[StatePool]", "slot " + std::to_string(handle.slot)});
+    expect_error<StaleHandleError>([&] { pool.release(handle); }, {"[StatePool]"});
+  }
+  EXPECT_EQ(pool.num_free(), 2);
+}
+
+TEST(StatePool, CountsItsBytesExactly) {
+  EXPECT_EQ(StatePool::slot_bytes(two_layers()), 30 * 2 + 48 * 4 + 50 * 4 + 48 * 2);
+  StatePool pool(two_layers(), 7, c10::kCPU);
+  int64_t bytes = 0;
+  for (const GdnState& layer : pool.layers()) {
+    for (const GdnState::Component& component : layer.components()) {
+      EXPECT_EQ(component.pool.size(0), 7);
+      bytes += static_cast<int64_t>(component.pool.nbytes());
+    }
+  }
+  EXPECT_EQ(pool.bytes(), bytes);
+  EXPECT_EQ(pool.bytes(), 7 * StatePool::slot_bytes(two_layers()));
+}
+
+TEST(StatePool, ANegativeNumberOfSlotsIsRefused) {
+  expect_error<RequestError>([] { StatePool(two_layers(), -1, c10::kCPU); }, {"num_slots", "-1"});
+}
+
+class Poison : public ::testing::TestWithParam<bool> {};
+INSTANTIATE_TEST_SUITE_P(StatePool, Poison, ::testing::Bool());
+
+TEST_P(Poison, FillsTheFreedSlotAndNoOther) {
+  const bool poison_freed = GetParam();
+  StatePool pool(two_layers(), 4, c10::kCPU, poison_freed);
+  std::vector<SlotHandle> handles;
+  for (int i = 0; i < 4; ++i) handles.push_back(pool.allocate());
+  std::vector<at::Tensor> before;
+  for (const GdnState& layer : pool.layers()) {
+    for (const GdnState::Component& component : layer.components()) {
+      component.pool.normal_();
+      before.push_back(component.pool.clone());
+    }
+  }
+  pool.share(handles[2]);
+  const auto expect_slots = [&](bool is_freed) {
+    size_t i = 0;
+    for (const GdnState& layer : pool.layers()) {
+      for (const GdnState::Component& component : layer.components()) {
+        for (int64_t slot = 0; slot < 4; ++slot) {
+          if (is_freed && poison_freed && slot == handles[2].slot) {
+            EXPECT_TRUE(at::isnan(component.pool[slot]).all().item<bool>()) << "component " << i;
+          } else {
+            EXPECT_TRUE(same_bits(component.pool[slot], before[i][slot])) << "component " << i << " slot " << slot;
+          }
+        }
+        ++i;
+      }
+    }
+  };
+  pool.release(handles[2]);
+  expect_slots(/*is_freed=*/false);  // one holder is left
+  pool.release(handles[2]);
+  expect_slots(/*is_freed=*/true);
+}
+
+}  // namespace
+}  // namespace xgdn::testing
