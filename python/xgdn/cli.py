@@ -218,8 +218,9 @@ def generate(
             )
             for ids in prompts
         ]
-        if not _run(engine, requests, tokenizer, as_json):
-            raise typer.Exit(1)
+        succeeded = _run(engine, requests, tokenizer, as_json)
+    if not succeeded:
+        raise typer.Exit(1)
 
 
 @app.command()
