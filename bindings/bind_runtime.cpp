@@ -167,9 +167,31 @@ void bind_engine(nb::module_& m) {
           "max_tokens_per_step"_a = 2048, "poison_freed_slots"_a = kPoisonFreedByDefault);
 
   nb::class_<HybridDecoder>(m, "HybridDecoder", "The decoder of Qwen3.5 and Qwen3-Next.")
+      .def(
+          "forward",
+          [](const HybridDecoder& self, const StepInput& input, StatePool& states, KvCache& kv) {
+            ModelState state{states.layers(), kv.layers()};
+            return self.forward(input, state);
+          },
+          "input"_a, "states"_a, "kv"_a, WithoutGil(), "Logits [R, vocab] f32 of one step; updates the pools in place.")
       .def("state_specs", &HybridDecoder::state_specs, "Pools of each GDN layer.")
       .def_prop_ro("num_attention_layers", &HybridDecoder::num_attention_layers)
       .def_prop_ro("dtype", &HybridDecoder::dtype);
+  nb::class_<KvCache>(m, "KvCache", "Paged keys and values of a decoder's full-attention layers.")
+      .def(
+          "__init__",
+          [](KvCache* self, const HybridDecoder& model, int64_t num_blocks, int64_t block_size) {
+            new (self) KvCache(Runner::kv_spec(model, {.kv_block_size = block_size}), num_blocks, c10::kCPU);
+          },
+          "model"_a, nb::kw_only(), "num_blocks"_a, "block_size"_a = 16)
+      .def("allocate", &KvCache::allocate, "count"_a,
+           "Block ids; raises OutOfBlocks and takes none when fewer are free.")
+      .def("share", &KvCache::share, "blocks"_a, "One more holder of each block.")
+      .def("release", &KvCache::release, "blocks"_a, "One holder less of each block.")
+      .def("blocks_for", &KvCache::blocks_for, "tokens"_a)
+      .def_prop_ro("num_blocks", &KvCache::num_blocks)
+      .def_prop_ro("num_free", &KvCache::num_free)
+      .def_prop_ro("bytes", &KvCache::bytes);
   m.def(
       "load_decoder",
       [](const std::filesystem::path& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype) {
