@@ -136,7 +136,7 @@ def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Token
                 reply = replies[event.id]
                 piece = reply.apply(event)
                 is_finished = event.finish_reason != xgdn.FinishReason.RUNNING
-                if is_single or is_finished:
+                if is_finished or (is_single and piece):
                     bar.hide()
                 if is_single:
                     typer.echo(piece, nl=is_finished and bool(reply.text))

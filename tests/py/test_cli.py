@@ -276,3 +276,25 @@ def test_detokenizer_keeps_the_space_that_a_decoder_drops_at_the_beginning() -> 
     tokenizer.decoder = decoders.Metaspace()
     detokenizer = Detokenizer(tokenizer, [0])
     assert [detokenizer.push(token) for token in [1, 2, 0]] == [" two", "s", " one"]
+
+
+def test_detokenizer_with_bytes_that_are_decoded_in_runs() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<0xC3>": 0, "<0xA9>": 1, "a": 2}))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    detokenizer = Detokenizer(tokenizer, [])
+    assert [detokenizer.push(token) for token in [0, 1, 0, 1, 2]] == ["", "é", "", "é", "a"]
+
+
+def test_detokenizer_decodes_a_few_tokens_at_a_time() -> None:
+    class Spy:
+        num_tokens = 0
+
+        def decode(self, ids: list[int], **options: bool) -> str:
+            self.num_tokens = max(self.num_tokens, len(ids))
+            return tokenizer.decode(ids, **options)
+
+    tokenizer, spy = byte_tokenizer(), Spy()
+    detokenizer = Detokenizer(spy, [])
+    for token in tokenizer.encode("aé😀" * 20).ids:
+        detokenizer.push(token)
+    assert spy.num_tokens <= 8  # two characters of four bytes
