@@ -246,13 +246,13 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON docume
         words = ["selected" if c.is_selected else "-" if c.why_not else "yes" for c in cells]
         table.add_row(op, *(Text(word, style="bold green" if word == "selected" else "") for word in words))
     console = Console()
-    console.print(Text("  ".join(f"{name} {value}" for name, value in versions.items())))
+    console.print(Text("  ".join(f"{name} {value}" for name, value in versions.items())), soft_wrap=True)
     console.print(table)
     for backend in backends:
         for why in dict.fromkeys(r.why_not for r in reports if r.backend == backend and r.why_not):
             names = [op for op in ops if by_cell[op, backend].why_not == why]
             about = "" if len(names) == len(ops) else f" ({', '.join(names)})"
-            console.print(Text(f"{backend}: {why}{about}"))
+            console.print(Text(f"{backend}: {why}{about}"), soft_wrap=True)
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -51,7 +51,7 @@ def model_with_tokenizer(model: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
+    return CliRunner(env={"FORCE_COLOR": None}).invoke(app, [str(arg) for arg in args])
 
 
 def expect_success(*args: object) -> Result:
