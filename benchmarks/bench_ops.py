@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode and prefill of the delta rule beside their roofs and beside transformers, measured in one run.
+
+    python benchmarks/bench_ops.py [--decode 1 8 32 128] [--prefill 512 2048 8192] [--threads 1 2] [--backend cpu]
+
+Every line is preceded by a check against the float64 recurrence. The contestants take turns, call by call; times are
+the minimum and the median. Decode's states rotate over at least --rotate-mib of memory, so that they come from DRAM.
+
+The roofs: for decode an in-place `x.mul_(c)` over as many bytes as the states have; for prefill the least number of
+flops of the chunk form (122,880 per token and value head at K = V = 128, C = 64) at the rate of a bf16 matmul.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import xgdn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "py"))
+import reference  # noqa: E402  (the tests' float64 recurrence)
+
+H, HV, K, V = 16, 32, 128, 128  # Qwen3-Next-80B, Qwen3.5-35B
+PREFILL_FLOPS_PER_TOKEN = HV * 122_880
+TOLERANCE = 4e-3  # bf16 inputs and outputs
+STATE_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Times:
+    """Microseconds of one contestant's calls."""
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+
+    @property
+    def min(self) -> float:
+        return min(self.samples)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+
+def take_turns(contestants: dict[str, tuple[Callable[[int], object], int]]) -> dict[str, Times]:
+    """Calls f(i) of each (f, how often) in turn, i = 0, 1, ..., after one call to warm up."""
+    times = {name: Times() for name in contestants}
+    for call, _ in contestants.values():
+        call(0)
+    for i in range(max(often for _, often in contestants.values())):
+        for name, (call, often) in contestants.items():
+            if i >= often:
+                continue
+            start = time.perf_counter()
+            call(i + 1)
+            times[name].samples.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def matmul_flops_per_second(size: int = 2048) -> float:
+    x, y = (torch.randn(size, size).bfloat16() for _ in range(2))
+    times = take_turns({"matmul": (lambda _: x @ y, 10)})
+    return 2 * size**3 / (times["matmul"].min * 1e-6)
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+class Tokens:
+    """`count` tokens as a layer hands them over: bf16, f32 gates."""
+
+    def __init__(self, count: int) -> None:
+        self.q = torch.randn(count, H, K).bfloat16()
+        self.k = torch.randn(count, H, K).bfloat16()
+        self.v = torch.randn(count, HV, V).bfloat16()
+        self.g = -torch.rand(count, HV)
+        self.beta = torch.rand(count, HV)
+
+    def packed(self) -> tuple[Tensor, ...]:
+        return self.q, self.k, self.v, self.g, self.beta
+
+    def batched(self, batch: int) -> tuple[Tensor, ...]:
+        """transformers' layout: [B, T / B, ...]."""
+        return tuple(x.unflatten(0, (batch, -1)) for x in self.packed())
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def check_against_recurrence(name: str, tokens: Tokens, lengths: list[int], before: Tensor, out: Tensor, after: Tensor):
+    """Leaves the program when one sequence's outputs or state are off."""
+    begin = 0
+    for n, length in enumerate(lengths):
+        rows = slice(begin, begin + length)
+        want_out, want_states = reference.gated_delta_rule(*(x[rows] for x in tokens.packed()), before[n])
+        errors = relative_error(out[rows], want_out), relative_error(after[n], want_states[-1])
+        if not (errors[0] <= TOLERANCE and errors[1] <= STATE_TOLERANCE[after.dtype]):
+            sys.exit(
+                f"{name}: sequence {n} differs from the float64 recurrence: out {errors[0]:.1e}, S {errors[1]:.1e}"
+            )
+        begin += length
+
+
+# ---- decode ----------------------------------------------------------------------------------------------------------
+
+
+def bench_decode(batch: int, state_dtype: torch.dtype, threads: int, args: argparse.Namespace) -> None:
+    torch.set_num_threads(threads)
+    slot_bytes = HV * V * K * state_dtype.itemsize
+    batches = max(2, -(-args.rotate_mib * 2**20 // (batch * slot_bytes)))
+    state = torch.randn(batches * batch, HV, V, K).to(state_dtype)
+    stream = torch.ones(batches, batch * slot_bytes // 4)
+    slots = torch.arange(batches * batch, dtype=torch.int32).unflatten(0, (batches, batch)).unbind()
+    tokens = Tokens(batch)
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32)
+    out = torch.empty_like(tokens.v)
+
+    def ours(i: int) -> None:
+        xgdn.ops.recurrent_gated_delta_rule(
+            *tokens.packed(),
+            state,
+            cu_seqlens=cu_seqlens,
+            state_indices=slots[i % batches],
+            out=out,
+            backend=args.backend,
+        )
+
+    before = state[:batch].clone()
+    ours(0)
+    check_against_recurrence("decode", tokens, [1] * batch, before, out, state[:batch])
+
+    often = max(8, int(args.seconds * 1e6 / (150 * batch)))
+    contestants: dict[str, tuple[Callable[[int], object], int]] = {
+        "ours": (ours, often),
+        "roof": (lambda i: stream[i % batches].mul_(1.0001), often),
+    }
+    if state_dtype == torch.float32 and args.transformers:
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
+
+        theirs = tokens.batched(batch)
+        contestants["transformers"] = (
+            # Its state is [K, V]; the times do not depend on what is in it.
+            lambda i: torch_recurrent_gated_delta_rule(
+                *theirs,
+                initial_state=state[(i % batches) * batch :][:batch],
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            ),
+            min(often, 3 if batch >= 32 else 20),
+        )
+    times = take_turns(contestants)
+    print_row(
+        op=("recurrent_gated_delta_rule", f"B={batch}", short(state_dtype), threads),
+        times=times,
+        rate=f"{2 * batch * slot_bytes / times['ours'].median / 1e3:.1f} GB/s",
+        roof=(times["roof"].min, times["roof"].median),
+    )
+
+
+# ---- prefill ---------------------------------------------------------------------------------------------------------
+
+
+def bench_prefill(length: int, threads: int, args: argparse.Namespace) -> None:
+    torch.set_num_threads(threads)
+    tokens = Tokens(length)
+    state = torch.zeros(1, HV, V, K)
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+    slot = torch.zeros(1, dtype=torch.int32)
+    chunk = xgdn.ops.build_chunk_metadata([length], HV)
+    starts_fresh = torch.tensor([False])
+    out = torch.empty_like(tokens.v)
+
+    def ours(_: int) -> None:
+        xgdn.ops.chunk_gated_delta_rule(
+            *tokens.packed(),
+            state,
+            cu_seqlens=cu_seqlens,
+            state_indices=slot,
+            chunk=chunk,
+            has_initial_state=starts_fresh,
+            out=out,
+            backend=args.backend,
+        )
+
+    ours(0)
+    check_against_recurrence("prefill", tokens, [length], torch.zeros_like(state), out, state)
+
+    often = max(3, int(args.seconds * 1e6 / (60 * length)))
+    contestants: dict[str, tuple[Callable[[int], object], int]] = {"ours": (ours, often)}
+    if args.transformers:
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+        theirs = tokens.batched(1)
+        contestants["transformers"] = (
+            lambda _: torch_chunk_gated_delta_rule(*theirs, output_final_state=True, use_qk_l2norm_in_kernel=True),
+            3,
+        )
+    times = take_turns(contestants)
+    flops = length * PREFILL_FLOPS_PER_TOKEN
+    roof = flops / matmul_flops_per_second() * 1e6
+    print_row(
+        op=("chunk_gated_delta_rule", f"T={length}", "f32", threads),
+        times=times,
+        rate=f"{flops / times['ours'].median / 1e3:.0f} GFLOP/s",
+        roof=(roof, roof),
+    )
+
+
+# ---- printing --------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    ("op", 27),
+    ("backend", 10),
+    ("case", 7),
+    ("state", 6),
+    ("threads", 8),
+    ("min us", 10),
+    ("median us", 10),
+    ("rate", 14),
+    ("roof min", 10),
+    ("roof median", 12),
+    ("x roof", 7),
+    ("transformers", 13),
+    ("faster", 7),
+)
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+
+
+def print_cells(cells: tuple[str, ...]) -> None:
+    padded = (c.ljust(w) if i < 4 else c.rjust(w) for i, (c, (_, w)) in enumerate(zip(cells, COLUMNS, strict=True)))
+    print(" ".join(padded), flush=True)
+
+
+def print_row(op: tuple[str, str, str, int], times: dict[str, Times], rate: str, roof: tuple[float, float]) -> None:
+    name, case, state, threads = op
+    ours = times["ours"]
+    peer = times.get("transformers")
+    print_cells(
+        (
+            name,
+            xgdn.last_backend(name),
+            case,
+            state,
+            str(threads),
+            f"{ours.min:,.0f}",
+            f"{ours.median:,.0f}",
+            rate,
+            f"{roof[0]:,.0f}",
+            f"{roof[1]:,.0f}",
+            f"{ours.median / roof[1]:.2f}",
+            f"{peer.median:,.0f}" if peer else "-",
+            f"{peer.median / ours.median:.1f}x" if peer else "-",
+        )
+    )
+
+
+def machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    try:
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 8, 32, 128], metavar="B", help="batch sizes")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048, 8192], metavar="T", help="prompt lengths")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, min(2, os.cpu_count() or 1)}))
+    parser.add_argument("--backend", default="auto", help="auto or a name of xgdn.available_backends()")
+    parser.add_argument("--seconds", type=float, default=1.0, help="rough time per line and contestant")
+    parser.add_argument("--rotate-mib", type=int, default=256, help="memory that decode's states rotate over")
+    args = parser.parse_args()
+    args.transformers = importlib.util.find_spec("transformers") is not None
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    print(f"{machine()} | torch {torch.__version__} | xgdn {commit()} | {date}")
+    print(f"H={H} HV={HV} K={K} V={V}, q k v out bf16; times in us; x roof and faster compare medians")
+    print_cells(tuple(name for name, _ in COLUMNS))
+    for threads in args.threads:
+        for state_dtype in (torch.float32, torch.bfloat16):
+            for batch in args.decode:
+                bench_decode(batch, state_dtype, threads, args)
+        for length in args.prefill:
+            bench_prefill(length, threads, args)
+
+
+if __name__ == "__main__":
+    main()
