@@ -58,7 +58,10 @@ void bind_layers(nb::module_& m) {
       .def_ro("cu_seqlens", &Segment::cu_seqlens)
       .def_ro("state_indices", &Segment::state_indices)
       .def_ro("conv_indices", &Segment::conv_indices)
-      .def_ro("write_indices", &Segment::write_indices)
+      .def_prop_ro("write_indices",
+                   [](const Segment& self) {
+                     return self.write_indices.defined() ? std::optional(self.write_indices) : std::nullopt;
+                   })
       .def_ro("has_initial_state", &Segment::has_initial_state)
       .def_ro("num_accepted", &Segment::num_accepted)
       .def_ro("chunk", &Segment::chunk);

@@ -1,26 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops composed from ATen: every device has them, none of them reads the device from the host, loops over sequences
 // or changes shape with the data. Backends override what they fuse.
+#include <ATen/TensorIndexing.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/argmax.h>
-#include <ATen/TensorIndexing.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full_like.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <ATen/ops/exp.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/rsqrt.h>
-#include <ATen/ops/searchsorted.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/softplus.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "core/kernels/backend.h"
+#include "core/kernels/device_slots.h"
 
 namespace xgdn::kernel {
 namespace {
@@ -31,36 +30,6 @@ using at::indexing::TensorIndex;
 
 at::Tensor as_index(const at::Tensor& t) {
   return t.to(at::kLong);
-}
-
-at::Tensor column(const at::Tensor& t) {
-  return t.unsqueeze(-1).unsqueeze(-1);
-}
-
-// Which sequence a token belongs to, and where it stands in it.
-struct TokenPlaces {
-  at::Tensor sequence;  // [T] i64
-  at::Tensor position;  // [T] i64, from the sequence's first token
-};
-
-TokenPlaces token_places(const at::Tensor& cu_seqlens, int64_t num_tokens) {
-  const at::Tensor token = at::arange(num_tokens, cu_seqlens.options().dtype(at::kLong));
-  const at::Tensor cu = as_index(cu_seqlens);
-  const at::Tensor ends = cu.index({Slice(1, None)}).contiguous();
-  const at::Tensor sequence = at::searchsorted(ends, token, /*out_int32=*/false, /*right=*/true);
-  return {sequence, token - cu.index({sequence})};
-}
-
-// Writes rows[n] to pool[slots[n]] where valid[n]. The other rows repeat the first valid one, so that the write has a
-// fixed shape and no duplicate slot gets two values; with nothing valid, slot 0 gets its own bits back.
-void write_slots(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& valid, const at::Tensor& rows) {
-  const at::Tensor first = at::argmax(valid.to(at::kInt)).unsqueeze(0);
-  const at::Tensor safe = slots.clamp_min(0);
-  const at::Tensor fallback_slot = safe.index({first});
-  const at::Tensor fallback_row =
-      at::where(column(valid.index({first})), rows.index({first}), pool.index({fallback_slot}));
-  const at::Tensor target = at::where(valid, safe, fallback_slot);
-  pool.index_put_({target}, at::where(column(valid), rows, fallback_row));
 }
 
 // What both convolutions share: the rows before each sequence, the taps, the activation.
@@ -126,7 +95,7 @@ void write_history(const ConvCall& c, const ConvShape& s, const at::Tensor& firs
     rows = at::where(is_history, from_history, c.x.index({token}).to(c.conv_state.scalar_type()));
   }
   rows = at::where(row.lt(count.unsqueeze(1)).unsqueeze(-1), rows, pool_rows);
-  rows = at::where(column(unchanged), c.conv_state.index({c.read.clamp_min(0)}), rows);
+  rows = at::where(along(unchanged, rows), c.conv_state.index({c.read.clamp_min(0)}), rows);
   write_slots(c.conv_state, c.write, c.read.ge(0).logical_and(c.write.ge(0)), rows);
 }
 
@@ -142,7 +111,7 @@ void Backend::run(const CausalConv1dParams& p, const ConvShape& s) const {
   const at::Tensor no_offset = at::zeros({s.N}, p.state_indices.options().dtype(at::kLong));
   ConvCall c = conv_call(p, s, no_offset);
   if (p.has_initial_state) {
-    c.history = at::where(column(*p.has_initial_state), c.history, at::zeros({}, c.history.options()));
+    c.history = at::where(along(*p.has_initial_state, c.history), c.history, at::zeros({}, c.history.options()));
   }
   convolve(c, s);
   write_history(c, s, /*first=*/c.lengths, /*count=*/at::full_like(c.lengths, s.W - 1),

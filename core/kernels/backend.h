@@ -43,6 +43,9 @@ class Backend {
 
   virtual std::string_view name() const = 0;  // "reference" "cpu" "cuda" "npu"
 
+  // Why it can serve nothing at all in this process; nullopt: it can.
+  virtual std::optional<std::string> why_unavailable() const { return {}; }
+
   // nullopt: the call can be served; else one sentence for the user. The device test is every backend's first answer.
   virtual std::optional<std::string> why_not_device(c10::Device device) const = 0;
   virtual std::optional<std::string> why_not(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const { return {}; }

@@ -3,21 +3,41 @@
 
 #include <c10/util/StringUtil.h>
 
+#include <algorithm>
 #include <cctype>
+#include <charconv>
 #include <sstream>
 
 namespace xgdn::kernel {
 namespace {
 
-std::vector<std::string> split(std::string_view names) {
-  std::istringstream in{std::string(names)};
-  std::vector<std::string> parts;
-  for (std::string part; in >> part;) parts.push_back(part);
-  return parts;
+// Calls f with each name of "T H K". Every op call comes through here, so nothing is allocated.
+template <class F>
+void for_each_name(std::string_view names, const F& f) {
+  while (!names.empty()) {
+    const size_t end = std::min(names.find(' '), names.size());
+    f(names.substr(0, end));
+    names.remove_prefix(std::min(end + 1, names.size()));
+  }
 }
 
-bool is_number(const std::string& name) {
+std::string shape_of(std::string_view names) {
+  std::string text;
+  for_each_name(names, [&](std::string_view name) {
+    if (!text.empty()) text += ", ";
+    text += name;
+  });
+  return "[" + text + "]";
+}
+
+bool is_number(std::string_view name) {
   return std::isdigit(static_cast<unsigned char>(name[0])) != 0;
+}
+
+int64_t to_number(std::string_view name) {
+  int64_t number = 0;
+  std::from_chars(name.data(), name.data() + name.size(), number);
+  return number;
 }
 
 bool same(const c10::SymInt& a, const c10::SymInt& b) {
@@ -55,22 +75,23 @@ void Dims::fail(std::string_view arg, const std::string& expected, const std::st
 }
 
 Dims& Dims::match(std::string_view arg, const at::Tensor& t, std::string_view names) {
-  const std::string shape = c10::str("[", c10::Join(", ", split(names)), "]");
-  if (!t.defined()) fail(arg, shape, "no tensor");
-  const std::vector<std::string> parts = split(names);
-  if (t.dim() != static_cast<int64_t>(parts.size())) fail(arg, shape, sizes_of(t));
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const c10::SymInt size = t.sym_size(static_cast<int64_t>(i));
-    if (is_number(parts[i])) {
-      if (!same(size, std::stoll(parts[i]))) fail(arg, shape, sizes_of(t));
-    } else if (const Binding* b = find(parts[i])) {
+  if (!t.defined()) fail(arg, shape_of(names), "no tensor");
+  int64_t rank = 0;
+  for_each_name(names, [&](std::string_view) { ++rank; });
+  if (t.dim() != rank) fail(arg, shape_of(names), sizes_of(t));
+  int64_t i = 0;
+  for_each_name(names, [&](std::string_view name) {
+    const c10::SymInt size = t.sym_size(i++);
+    if (is_number(name)) {
+      if (!same(size, to_number(name))) fail(arg, shape_of(names), sizes_of(t));
+    } else if (const Binding* b = find(name)) {
       if (!same(size, b->size)) {
-        fail(arg, c10::str(shape, " with ", b->name, "=", b->size, " (set by ", b->arg, ")"), sizes_of(t));
+        fail(arg, c10::str(shape_of(names), " with ", b->name, "=", b->size, " (set by ", b->arg, ")"), sizes_of(t));
       }
     } else {
-      bind(parts[i], size, arg);
+      bind(name, size, arg);
     }
-  }
+  });
   if (!device_) {
     device_ = t.device();
     device_arg_ = arg;

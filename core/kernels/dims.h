@@ -42,6 +42,8 @@ class Dims {
   /// Binds a size that no tensor has as a dimension of its own.
   void bind(std::string_view name, c10::SymInt size, std::string_view arg);
 
+  const std::string& op() const { return op_; }
+
   /// The size bound to `name`; operator[] as an integer, for real tensors.
   const c10::SymInt& sym(std::string_view name) const;
   int64_t operator[](std::string_view name) const { return sym(name).guard_int(__FILE__, __LINE__); }

@@ -62,6 +62,18 @@ void match_indices(Dims& d, std::string_view arg, const std::optional<at::Tensor
   d.match(arg, indices, names).dtype(arg, indices, {at::kInt}).contiguous(arg, indices);
 }
 
+// A second copy of cu_seqlens, on the host whatever the device of the rest.
+void match_host_copy(const Dims& d, const std::optional<at::Tensor>& cu_seqlens_cpu) {
+  if (!cu_seqlens_cpu) return;
+  const at::Tensor& t = *cu_seqlens_cpu;
+  if (!t.device().is_cpu() || t.scalar_type() != at::kInt || t.dim() != 1 || t.sym_size(0) != d.sym("N+1") ||
+      !t.is_contiguous()) {
+    throw ShapeError(c10::str("[", d.op(), "] cu_seqlens_cpu: expected a contiguous Int tensor [N+1] with N+1=",
+                              d.sym("N+1"), " (set by cu_seqlens) on cpu, got ", c10::toString(t.scalar_type()), " ",
+                              t.sym_sizes(), " on ", t.device().str()));
+  }
+}
+
 void match_flags(Dims& d, const std::optional<at::Tensor>& has_initial_state) {
   d.match("has_initial_state", has_initial_state, "N")
       .dtype("has_initial_state", has_initial_state, {at::kBool})
@@ -91,6 +103,7 @@ Dims match_delta_rule(const Params& p) {
   match_strided(d, "beta", p.beta, "T HV", {at::kFloat, in});
   match_delta_state(d, p.state);
   bind_sequences(d, p.cu_seqlens);
+  match_host_copy(d, p.cu_seqlens_cpu);
   match_strided(d, "out", p.out, "T HV V", {at::kFloat, in});
   return d;
 }
@@ -567,7 +580,9 @@ std::string default_backend(Phase phase) {
 
 std::vector<std::string> available_backends() {
   std::vector<std::string> names;
-  for (const Backend* b : backends()) names.emplace_back(b->name());
+  for (const Backend* b : backends()) {
+    if (!b->why_unavailable()) names.emplace_back(b->name());
+  }
   return names;
 }
 

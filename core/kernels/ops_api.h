@@ -51,9 +51,11 @@ struct RecurrentGatedDeltaRuleParams {
   at::Tensor cu_seqlens;     // [N+1]          i32
   at::Tensor state_indices;  // [N] | [N, L]   i32
   at::Tensor out;            // [T, HV, V]     f32 | as q, strided, written
-  std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices; not with num_accepted
-  std::optional<at::Tensor> num_accepted = {};   // [N]  i32, 1..L; makes the call a verification
-  std::optional<double> scale = {};              // default K^-0.5
+  std::optional<at::Tensor> write_indices = {};   // [N]  i32; default state_indices; not with num_accepted
+  std::optional<at::Tensor> num_accepted = {};    // [N]  i32, 1..L; makes the call a verification
+  std::optional<at::Tensor> cu_seqlens_cpu = {};  // [N+1] i32 on the host, for backends whose kernels limit lengths
+  bool may_have_padding = true;                   // false: the caller promises that no slot is kPadSlot
+  std::optional<double> scale = {};               // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
   std::string backend = "auto";
 };
@@ -75,6 +77,7 @@ struct ChunkGatedDeltaRuleParams {
   at::Tensor out;            // [T, HV, V]     f32 | as q, strided, written
   std::optional<at::Tensor> has_initial_state = {};  // [N] bool; false: start from zero; default all true
   std::optional<at::Tensor> write_indices = {};      // [N]  i32; default state_indices
+  std::optional<at::Tensor> cu_seqlens_cpu = {};     // [N+1] i32 on the host, for backends whose kernels limit lengths
   std::optional<double> scale = {};                  // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
   std::string backend = "auto";
@@ -93,6 +96,7 @@ struct PackedDecodeParams {
   at::Tensor state_indices;  // [N]            i32
   at::Tensor out;            // [N, HV, V]     f32 | as mixed_qkv, strided, written
   std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices
+  bool may_have_padding = true;                  // false: the caller promises that no slot is kPadSlot
   std::optional<double> scale = {};              // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
   std::string backend = "auto";
@@ -131,6 +135,7 @@ struct CausalConv1dUpdateParams {
   std::optional<at::Tensor> bias = {};  // [D]  as x
   std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices
   std::optional<at::Tensor> num_accepted = {};   // [N]  i32, tokens accepted of the sequence's previous step
+  bool may_have_padding = true;                  // false: the caller promises that no slot is kPadSlot
   bool silu = true;
   std::string backend = "auto";
 };
@@ -199,7 +204,7 @@ enum class Phase { kPrefill, kDecode };
 void set_default_backend(Phase phase, const std::string& name);
 std::string default_backend(Phase phase);
 
-/// Names of the backends in this build, in order of preference.
+/// Names of the backends that can run in this process, in order of preference.
 std::vector<std::string> available_backends();
 
 /// The backend that served the last call of `op` in this process, or "" before the first.

@@ -5,14 +5,13 @@
 namespace xgdn::kernel {
 
 const std::vector<const Backend*>& backends() {
-  static const std::vector<const Backend*> list = {cpu_backend(), reference_backend()};
+  static const std::vector<const Backend*> list = {cpu_backend(), npu_backend(), reference_backend()};
   return list;
 }
 
 const std::vector<AbsentBackend>& absent_backends() {
   static const std::vector<AbsentBackend> list = {
       {"cuda", "this version of xgdn has no CUDA backend"},
-      {"npu", "this version of xgdn has no Ascend backend"},
   };
   return list;
 }

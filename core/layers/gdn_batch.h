@@ -23,10 +23,12 @@ struct Segment {
   at::Tensor cu_seqlens;         // [N+1]
   at::Tensor state_indices;      // [N]; kVerify: [N, L]
   at::Tensor conv_indices;       // [N]   slot of the conv pool; kVerify keeps one per sequence
-  at::Tensor write_indices;      // [N]   kDecode, kPrefill; undefined = state_indices
+  at::Tensor write_indices;      // [N]   kDecode, kPrefill; undefined = state_indices, which are conv_indices too
   at::Tensor has_initial_state;  // [N]   bool, kPrefill
   at::Tensor num_accepted;       // [N]   kVerify
   kernel::ChunkMetadata chunk;   // kPrefill
+  at::Tensor cu_seqlens_cpu;     // [N+1] cu_seqlens on the host
+  bool may_have_padding = true;  // false: no sequence has kPadSlot
 };
 
 /// One step. The segments cover the tokens 0..num_tokens-1 in order, without gaps.

@@ -219,6 +219,7 @@ void Qwen3GatedDeltaNet::attend(const Segment& segment, const Projected& in, Gdn
                            .state_indices = segment.state_indices,
                            .out = rows(o),
                            .write_indices = optional(segment.write_indices),
+                           .may_have_padding = segment.may_have_padding,
                            .backend = backends_.decode});
   } else {
     delta_rule(segment, mixed_qkv, rows(in.a), rows(in.b), state, rows(o));
@@ -249,6 +250,7 @@ at::Tensor Qwen3GatedDeltaNet::convolve(const Segment& segment, const at::Tensor
                                   .bias = conv_bias_,
                                   .write_indices = optional(segment.write_indices),
                                   .num_accepted = optional(segment.num_accepted),
+                                  .may_have_padding = segment.may_have_padding,
                                   .backend = backends_.decode});
   }
   return mixed_qkv;
@@ -284,6 +286,7 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                     .out = o,
                                     .has_initial_state = optional(segment.has_initial_state),
                                     .write_indices = optional(segment.write_indices),
+                                    .cu_seqlens_cpu = optional(segment.cu_seqlens_cpu),
                                     .backend = backend});
   } else {
     kernel::recurrent_gated_delta_rule({.q = q,
@@ -296,6 +299,8 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                         .state_indices = segment.state_indices,
                                         .out = o,
                                         .num_accepted = optional(segment.num_accepted),
+                                        .cu_seqlens_cpu = optional(segment.cu_seqlens_cpu),
+                                        .may_have_padding = segment.may_have_padding,
                                         .backend = backend});
   }
 }

@@ -167,10 +167,14 @@ void put_segment(Arena& arena, Segment& segment, const SegmentRows& rows, int64_
   arena.put(&segment.cu_seqlens, rows.cu_seqlens);
   arena.put(&segment.state_indices, rows.state_indices, is_verify ? columns : 0);
   arena.put(&segment.conv_indices, rows.conv_indices);
+  segment.may_have_padding = false;  // every slot has been checked
+  segment.cu_seqlens_cpu = at::empty({static_cast<int64_t>(rows.cu_seqlens.size())}, at::kInt);
+  std::copy(rows.cu_seqlens.begin(), rows.cu_seqlens.end(), segment.cu_seqlens_cpu.mutable_data_ptr<int32_t>());
   if (is_verify) {
     arena.put(&segment.num_accepted, rows.num_accepted);
   } else {
-    arena.put(&segment.write_indices, rows.write_indices);
+    const bool is_in_place = rows.write_indices == rows.state_indices && rows.write_indices == rows.conv_indices;
+    if (!is_in_place) arena.put(&segment.write_indices, rows.write_indices);
   }
   if (segment.kind != SegmentKind::kPrefill) return;
   arena.put_flags(&segment.has_initial_state, rows.has_initial_state);

@@ -11,6 +11,8 @@
 namespace xgdn {
 namespace {
 
+constexpr size_t kFirstSorted = 1024;
+
 int32_t argmax(std::span<const float> logits) {
   for (size_t i = 0; i < logits.size(); ++i) {
     if (std::isnan(logits[i]))
@@ -19,6 +21,53 @@ int32_t argmax(std::span<const float> logits) {
   const auto best = std::max_element(logits.begin(), logits.end());
   if (!std::isfinite(*best)) throw NumericsError(c10::str("[Sampler] logits: expected a finite maximum, got ", *best));
   return static_cast<int32_t>(best - logits.begin());
+}
+
+// The tokens to draw from, and the running sum of their weights.
+struct Candidates {
+  std::vector<int32_t> tokens;
+  std::vector<double> cumulative;
+};
+
+Candidates likeliest(std::span<const float> logits, int32_t best, const SamplingParams& params) {
+  std::vector<int32_t> tokens(logits.size());
+  std::iota(tokens.begin(), tokens.end(), 0);
+  std::vector<double> cumulative;
+  double sum = 0.0;
+  const auto weight = [&](int32_t token) {
+    return std::exp((static_cast<double>(logits[token]) - logits[best]) / params.temperature);
+  };
+  const auto add_up_to = [&](size_t end) {
+    while (cumulative.size() < end) cumulative.push_back(sum += weight(tokens[cumulative.size()]));
+  };
+  // Equal logits by token id, so that the order does not depend on the sorting algorithm.
+  const auto likelier = [&](int32_t x, int32_t y) { return logits[x] != logits[y] ? logits[x] > logits[y] : x < y; };
+  const auto sort_up_to = [&](size_t end) {
+    const auto sorted = tokens.begin() + static_cast<int64_t>(cumulative.size());
+    std::partial_sort(sorted, tokens.begin() + static_cast<int64_t>(end), tokens.end(), likelier);
+    add_up_to(end);
+  };
+
+  const size_t all = tokens.size();
+  double total = 0.0;
+  if (params.top_k > 0 && static_cast<size_t>(params.top_k) < all) {
+    sort_up_to(static_cast<size_t>(params.top_k));
+    total = sum;
+  } else if (params.top_p == 1.0) {
+    add_up_to(all);
+    return {std::move(tokens), std::move(cumulative)};
+  } else {
+    for (int32_t token : tokens) total += weight(token);
+    // A nucleus is far smaller than a vocabulary: sorting all of it took 50 times as long.
+    for (size_t end = kFirstSorted; sum < params.top_p * total && cumulative.size() < all; end *= 4) {
+      sort_up_to(std::min(end, all));
+    }
+  }
+  const auto nucleus = std::lower_bound(cumulative.begin(), cumulative.end(), params.top_p * total);
+  const size_t kept = std::min(cumulative.size(), static_cast<size_t>(nucleus - cumulative.begin()) + 1);
+  tokens.resize(kept);
+  cumulative.resize(kept);
+  return {std::move(tokens), std::move(cumulative)};
 }
 
 }  // namespace
@@ -36,27 +85,11 @@ int32_t Sampler::sample(std::span<const float> logits) {
   const int32_t best = argmax(logits);
   if (params_.temperature == 0.0) return best;
 
-  // Likeliest first; equal logits by token id, so that the order does not depend on the sorting algorithm.
-  std::vector<int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  size_t kept = order.size();
-  if (params_.top_k > 0) kept = std::min(kept, static_cast<size_t>(params_.top_k));
-  const auto likelier = [&](int32_t x, int32_t y) { return logits[x] != logits[y] ? logits[x] > logits[y] : x < y; };
-  std::partial_sort(order.begin(), order.begin() + static_cast<int64_t>(kept), order.end(), likelier);
-
-  std::vector<double> cumulative(kept);
-  double total = 0.0;
-  for (size_t i = 0; i < kept; ++i) {
-    total += std::exp((static_cast<double>(logits[order[i]]) - logits[best]) / params_.temperature);
-    cumulative[i] = total;
-  }
-  const auto nucleus = std::lower_bound(cumulative.begin(), cumulative.end(), params_.top_p * total);
-  kept = std::min(kept, static_cast<size_t>(nucleus - cumulative.begin()) + 1);
-
+  const Candidates candidates = likeliest(logits, best, params_);
+  const std::vector<double>& cumulative = candidates.cumulative;
   const double uniform = static_cast<double>(generator_() >> 11) * 0x1.0p-53;  // [0, 1)
-  const auto chosen = std::upper_bound(cumulative.begin(), cumulative.begin() + static_cast<int64_t>(kept),
-                                       uniform * cumulative[kept - 1]);
-  return order[std::min(static_cast<size_t>(chosen - cumulative.begin()), kept - 1)];
+  const auto chosen = std::upper_bound(cumulative.begin(), cumulative.end() - 1, uniform * cumulative.back());
+  return candidates.tokens[static_cast<size_t>(chosen - cumulative.begin())];
 }
 
 }  // namespace xgdn

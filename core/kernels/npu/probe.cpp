@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/kernels/npu/probe.h"
+
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceType.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Logging.h>
+#include <c10/util/StringUtil.h>
+
+#include <array>
+#include <cmath>
+#include <functional>
+
+#include "core/kernels/npu/torch_npu_ops.h"
+
+namespace xgdn::kernel::npu {
+namespace {
+
+const c10::Device kDevice(c10::DeviceType::PrivateUse1, 0);
+
+at::TensorOptions on_device(at::ScalarType dtype) {
+  return at::TensorOptions().dtype(dtype).device(kDevice);
+}
+
+// Runs `trial`; its sentence, or the first line of the error that it threw.
+std::string sentence_of(const std::function<std::string()>& trial) {
+  try {
+    return trial();
+  } catch (const c10::Error& error) {
+    const std::string text = error.what_without_backtrace();
+    return c10::str("it failed: ", text.substr(0, text.find('\n')));
+  } catch (const std::exception& error) {
+    return c10::str("it failed: ", error.what());
+  }
+}
+
+bool is_near(const at::Tensor& t, std::initializer_list<int64_t> place, double want) {
+  at::Tensor element = t;
+  for (int64_t i : place) element = element.select(0, i);
+  return std::abs(element.to(at::kDouble).item<double>() - want) < 1e-2;
+}
+
+// Two tokens of value 1 with the same key e0 = (1, 0, ..), beta 1, no decay, two slots: [1, 1] reads as two sequences
+// of one token (both slots are written), or as one sequence that starts at token 1 (only the second is). In bounds both
+// ways.
+struct TwoTokens {
+  explicit TwoTokens(at::ScalarType state_dtype, int64_t dim = 16)
+      : qk(at::zeros({2, 1, dim}, on_device(at::kBFloat16))),
+        v(at::ones({2, 1, dim}, on_device(at::kBFloat16))),
+        beta(at::ones({2, 1}, on_device(at::kBFloat16))),
+        g(at::zeros({2, 1}, on_device(at::kFloat))),
+        state(at::zeros({2, 1, dim, dim}, on_device(state_dtype))),
+        ones(at::ones({2}, on_device(at::kInt))) {
+    qk.select(2, 0).fill_(1.0);
+  }
+  at::Tensor qk, v, beta, g, state, ones;
+};
+
+std::array<bool, 2> written_slots(const char* op, at::ScalarType state_dtype) {
+  TwoTokens x(state_dtype);
+  const at::Tensor slots = at::ones({2}, on_device(at::kInt));
+  slots.select(0, 0).fill_(0);
+  recurrent(op, {.q = x.qk,
+                 .k = x.qk,
+                 .v = x.v,
+                 .state = x.state,
+                 .beta = x.beta,
+                 .scale = 1.0,
+                 .lengths = x.ones,
+                 .state_indices = slots,
+                 .num_accepted = x.ones,
+                 .g = x.g});
+  const at::Tensor state = x.state.cpu();
+  return {is_near(state, {0, 0, 3, 0}, 1.0), is_near(state, {1, 0, 3, 0}, 1.0)};
+}
+
+// Empty when the op works, with its convention in `lengths`.
+std::string try_recurrent(const char* op, at::ScalarType state_dtype, Lengths& lengths) {
+  return sentence_of([&]() -> std::string {
+    const auto [first, second] = written_slots(op, state_dtype);
+    if (!second) return c10::str(op, " left the states unwritten");
+    lengths = first ? Lengths::kPerSequence : Lengths::kWithStart;
+    return "";
+  });
+}
+
+// One sequence of two tokens that starts from a state of 0.5 k0: u0 = 1 - 0.5, u1 = 0, final state 1 at column 0.
+std::string try_chunk(at::ScalarType state_dtype, int64_t dim) {
+  return sentence_of([&]() -> std::string {
+    TwoTokens x(state_dtype, dim);
+    const at::Tensor initial = at::zeros({1, 1, dim, dim}, on_device(state_dtype));
+    initial.select(3, 0).fill_(0.5);
+    const auto [o, final_state] = chunk({.q = x.qk,
+                                         .k = x.qk,
+                                         .v = x.v,
+                                         .beta = x.beta,
+                                         .initial_state = initial,
+                                         .lengths = at::full({1}, 2, on_device(at::kInt)),
+                                         .scale = 1.0,
+                                         .g = x.g});
+    const bool is_right = is_near(o.cpu(), {1, 0, 3}, 1.0) && is_near(final_state.cpu(), {0, 0, 3, 0}, 1.0) &&
+                          is_near(final_state.cpu(), {0, 0, 3, 1}, 0.0) && is_near(initial.cpu(), {0, 0, 3, 0}, 0.5);
+    return is_right ? "" : c10::str(kChunkOp, " returned other numbers than the rule gives");
+  });
+}
+
+// What is known of ops that xgdn recognises and does not call.
+std::string look_alikes() {
+  if (is_registered(kVllmAscend310Op)) {
+    return c10::str("; found ", kVllmAscend310Op, ", which takes fp16 states and is not routed");
+  }
+  if (is_registered(kSglangOp)) {
+    return c10::str("; found ", kSglangOp, ", which takes packed inputs with beta logits and is not routed");
+  }
+  return "";
+}
+
+Capabilities probe() {
+  Capabilities c;
+  const std::string no_device = sentence_of([] {
+    at::zeros({1}, on_device(at::kFloat));
+    return "";
+  });
+  if (!no_device.empty()) {
+    c.why_not_recurrent = c.why_not_chunk = c10::str("torch_npu has no device: ", no_device);
+    return c;
+  }
+  c.why_not_recurrent = c10::str("torch_npu has no op ", kRecurrentOp, look_alikes());
+  for (const char* op : {kRecurrentOp, kVllmAscendOp}) {
+    if (!is_registered(op)) continue;
+    c.why_not_recurrent = try_recurrent(op, at::kBFloat16, c.lengths);
+    if (!c.why_not_recurrent.empty()) continue;
+    c.recurrent_op = op;
+    Lengths lengths = c.lengths;
+    c.why_not_f32_state = try_recurrent(op, at::kFloat, lengths);
+    break;
+  }
+  if (!is_registered(kChunkOp)) {
+    c.why_not_chunk = c10::str("torch_npu has no op ", kChunkOp);
+  } else {
+    c.why_not_chunk = try_chunk(at::kBFloat16, 128);
+    if (c.why_not_chunk.empty()) {
+      c.why_not_chunk_f32_state = try_chunk(at::kFloat, 128);
+      c.why_not_chunk_head_dims = try_chunk(at::kBFloat16, 64);
+    }
+  }
+  LOG(INFO) << "[xgdn] npu: " << c.describe();
+  return c;
+}
+
+}  // namespace
+
+std::string Capabilities::describe() const {
+  const auto works = [](const std::string& why_not) {
+    return why_not.empty() ? std::string("yes") : "no (" + why_not + ")";
+  };
+  const char* convention = lengths == Lengths::kPerSequence ? "L1..LB" : "start, L1..LB";
+  return c10::str(
+      "recurrent: ", recurrent_op != nullptr ? c10::str(recurrent_op, ", lengths ", convention) : why_not_recurrent,
+      "; f32 state: ", recurrent_op != nullptr ? works(why_not_f32_state) : "no", "; chunk: ", works(why_not_chunk),
+      why_not_chunk.empty() ? c10::str(", f32 state: ", works(why_not_chunk_f32_state),
+                                       ", head dims below 128: ", works(why_not_chunk_head_dims))
+                            : "");
+}
+
+std::optional<std::string> why_no_device() {
+  if (!c10::is_privateuse1_backend_registered()) return "no PrivateUse1 backend is loaded (import torch_npu)";
+  const std::string name = c10::get_privateuse1_backend();
+  if (name != "npu") return c10::str("the PrivateUse1 backend of this process is '", name, "', expected 'npu'");
+  return std::nullopt;
+}
+
+const Capabilities& capabilities() {
+  static const Capabilities instance = probe();
+  return instance;
+}
+
+}  // namespace xgdn::kernel::npu

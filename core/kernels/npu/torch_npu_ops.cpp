@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/kernels/npu/torch_npu_ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/StringUtil.h>
+
+#include <map>
+
+#include "core/errors.h"
+
+namespace xgdn::kernel::npu {
+namespace {
+
+std::optional<c10::OperatorHandle> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchema({name, ""});
+}
+
+// Calls an op with arguments by name, in whatever order this version of its schema has them.
+torch::jit::Stack call(const char* name, const std::map<std::string, c10::IValue>& arguments) {
+  const std::optional<c10::OperatorHandle> op = find(name);
+  if (!op) throw UnsupportedError(c10::str("[npu] expected the op ", name, ", got none: is torch_npu imported?"));
+  torch::jit::Stack stack;
+  size_t used = 0;
+  for (const c10::Argument& argument : op->schema().arguments()) {
+    const auto it = arguments.find(argument.name());
+    if (it != arguments.end()) {
+      stack.push_back(it->second);
+      ++used;
+    } else if (argument.default_value()) {
+      stack.push_back(*argument.default_value());
+    } else {
+      throw UnsupportedError(c10::str("[npu] ", name, ": its schema needs an argument '", argument.name(),
+                                      "' that xgdn does not know: ", toString(op->schema())));
+    }
+  }
+  if (used != arguments.size()) {
+    throw UnsupportedError(
+        c10::str("[npu] ", name, ": its schema lacks an argument that xgdn gives: ", toString(op->schema())));
+  }
+  op->callBoxed(stack);
+  return stack;
+}
+
+}  // namespace
+
+bool is_registered(const char* name) {
+  return find(name).has_value();
+}
+
+at::Tensor recurrent(const char* name, const RecurrentCall& c) {
+  return call(name, {{"query", c.q},
+                     {"key", c.k},
+                     {"value", c.v},
+                     {"state", c.state},
+                     {"beta", c.beta},
+                     {"scale", c.scale},
+                     {"actual_seq_lengths", c.lengths},
+                     {"ssm_state_indices", c.state_indices},
+                     {"num_accepted_tokens", c.num_accepted},
+                     {"g", c.g}})[0]
+      .toTensor();
+}
+
+std::pair<at::Tensor, at::Tensor> chunk(const ChunkCall& c) {
+  const torch::jit::Stack results = call(kChunkOp, {{"query", c.q},
+                                                    {"key", c.k},
+                                                    {"value", c.v},
+                                                    {"beta", c.beta},
+                                                    {"initial_state", c.initial_state},
+                                                    {"actual_seq_lengths", c.lengths},
+                                                    {"scale", c.scale},
+                                                    {"g", c.g}});
+  return {results[0].toTensor(), results[1].toTensor()};
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gamma, double eps) {
+  return call(kRmsNormOp, {{"self", x}, {"gamma", gamma}, {"epsilon", eps}})[0].toTensor();
+}
+
+}  // namespace xgdn::kernel::npu
