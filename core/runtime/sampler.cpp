@@ -58,7 +58,7 @@ Candidates likeliest(std::span<const float> logits, int32_t best, const Sampling
     return {std::move(tokens), std::move(cumulative)};
   } else {
     for (int32_t token : tokens) total += weight(token);
-    // A nucleus is far smaller than a vocabulary: sorting all of it took 50 times as long.
+    // A nucleus is far smaller than a vocabulary: sorting all of it took 20 times as long.
     for (size_t end = kFirstSorted; sum < params.top_p * total && cumulative.size() < all; end *= 4) {
       sort_up_to(std::min(end, all));
     }

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -91,6 +92,31 @@ TEST(Sampler, TopPKeepsTheSmallestSetThatReachesTheShare) {
   expect_frequencies({.temperature = 1.0, .top_p = 1.0, .seed = 4}, logits, softmax(logits, 1.0, {0, 1, 2, 3}));
   // The share is of what top_k left: 0.5 of 0.75.
   expect_frequencies({.temperature = 1.0, .top_k = 2, .top_p = 0.6, .seed = 5}, logits, softmax(logits, 1.0, {1}));
+}
+
+TEST(Sampler, TheNucleusMayHoldMostOfALargeVocabulary) {
+  std::vector<float> logits = random_logits(8, 9000);
+  for (float& logit : logits) logit *= 0.3f;
+  std::vector<int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  std::vector<double> cumulative;
+  double sum = 0;
+  for (int32_t token : order) cumulative.push_back(sum += std::exp(static_cast<double>(logits[token])));
+  const auto size = std::lower_bound(cumulative.begin(), cumulative.end(), 0.8 * sum) - cumulative.begin() + 1;
+  ASSERT_GT(size, 4096) << "the case is too easy";
+  ASSERT_LT(size, 9000);
+  std::vector<int64_t> rank(logits.size());
+  for (size_t i = 0; i < order.size(); ++i) rank[order[i]] = static_cast<int64_t>(i);
+
+  constexpr int kDraws = 300;
+  int num_first = 0;
+  for (int32_t token : draw({.temperature = 1.0, .top_p = 0.8, .seed = 4}, logits, kDraws)) {
+    EXPECT_LT(rank[token], size);
+    num_first += rank[token] < 1024;
+  }
+  const double p = cumulative[1023] / cumulative[size - 1];
+  EXPECT_LE(std::abs(num_first - p * kDraws), 5 * std::sqrt(p * (1 - p) * kDraws));
 }
 
 TEST(Sampler, TheSeedDecidesTheDraws) {
