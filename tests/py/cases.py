@@ -165,6 +165,12 @@ DECODE_CASES = [
 ]
 
 
+def backends_for_cpu_tensors() -> list[str]:
+    """Backends of this build that serve every op on CPU tensors, in order of preference."""
+    unable = {row.backend for row in xgdn.doctor() if row.why_not is not None}
+    return [name for name in xgdn.available_backends() if name not in unable]
+
+
 @dataclass
 class Inputs:
     """Tensors of a delta-rule call. The pool has slots that nobody names; they and `out` are NaN."""

@@ -12,12 +12,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-import xgdn
+from cases import backends_for_cpu_tensors
 
 
-@pytest.fixture(params=xgdn.available_backends())
+@pytest.fixture(params=backends_for_cpu_tensors())
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of this build, by name."""
+    """Every backend of this build that serves CPU tensors, by name."""
     return str(request.param)
 
 
