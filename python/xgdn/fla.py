@@ -48,6 +48,7 @@ def chunk_gated_delta_rule(
     use_gate_in_kernel, A_log, dt_bias = (kwargs.pop(key, None) for key in ("use_gate_in_kernel", "A_log", "dt_bias"))
     _refuse_unknown(name, kwargs)
 
+    cu_seqlens = cu_seqlens_cpu if cu_seqlens is None else cu_seqlens
     lengths = _lengths(name, q, cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
     # One head: the tables of these functions' kernels do not depend on the heads, and large head counts stay legal.
     chunk = ops.build_chunk_metadata(lengths, 1)

@@ -42,6 +42,7 @@ class Case:
     gates: str = "typical"
     beta: float | None = None  # None: uniform in (0, 1)
     identical_keys: bool = False
+    key_size: float = 1.0  # of a component of q and k; where it is small the norm's eps counts
     initial: str = "some"  # all | none | some: which sequences start from their slot (prefill)
     strided: bool = False  # inputs are views of one packed projection, a state slot is a view of a wider one
     padded: tuple[int, ...] = ()  # sequences with a padding slot; their input rows are NaN
@@ -59,6 +60,7 @@ class Case:
         parts += [self.gates] if self.gates != "typical" else []
         parts += [f"beta{self.beta:g}"] if self.beta is not None else []
         parts += ["samekeys"] if self.identical_keys else []
+        parts += [f"keysize{self.key_size:g}"] if self.key_size != 1 else []
         parts += [f"init_{self.initial}"] if self.initial != "some" else []
         parts += ["strided"] if self.strided else []
         parts += ["pad" + "_".join(map(str, self.padded))] if self.padded else []
@@ -118,6 +120,7 @@ SHAPE_CASES = [
     Case((130,), beta=1.0),
     Case((130,), identical_keys=True),
     Case((130,), identical_keys=True, beta=1.0, gates="near0"),
+    *(Case((70,), key_size=size) for size in (1e-3, 0.0)),
     Case((70, 65), use_qk_l2norm=False),
     Case((70,), scale=0.3),
     Case((66, 0, 65, 1), initial="all"),
@@ -154,6 +157,7 @@ DECODE_CASES = [
     Case((1, 3), beta=1.0),
     Case((40,), identical_keys=True),
     Case((70, 20)),
+    *(Case((1, 3), key_size=size) for size in (1e-3, 0.0)),
     Case((1, 3), use_qk_l2norm=False),
     Case((1, 3), scale=0.3),
     Case((1,) * 5, H=2, HV=4, K=48, strided=True),
@@ -225,7 +229,7 @@ def make_inputs(case: Case, seed: int = 0, *, prefill: bool) -> Inputs:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=gen)
 
-    q, k, v = randn(T, H, K), randn(T, H, K), randn(T, HV, V)
+    q, k, v = case.key_size * randn(T, H, K), case.key_size * randn(T, H, K), randn(T, HV, V)
     if not case.use_qk_l2norm:
         q, k = (reference.l2_norm(x).float() for x in (q, k))
     if case.identical_keys:

@@ -144,6 +144,8 @@ def test_chunk_takes_flas_extra_index_arguments() -> None:
     want, _ = chunk_gated_delta_rule(*x, cu_seqlens=ends)
     got, _ = chunk_gated_delta_rule(*x, cu_seqlens=ends, cu_seqlens_cpu=ends.clone(), chunk_indices=chunk_indices)
     assert_bits_equal("o", got, want)
+    got, _ = chunk_gated_delta_rule(*x, cu_seqlens_cpu=ends)
+    assert_bits_equal("o", got, want)
     with pytest.raises(ValueError, match=r"chunk_indices: expected \[M, 2\] with M=3.*got \[2, 2\]"):
         chunk_gated_delta_rule(*x, cu_seqlens=ends, chunk_indices=chunk_indices[:2])
 
