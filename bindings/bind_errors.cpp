@@ -43,7 +43,7 @@ void bind_errors(nb::module_& m) {
   add<ShapeError>(m, "ShapeError", base, PyExc_ValueError);
   add<DtypeError>(m, "DtypeError", base, PyExc_TypeError);
   add<DeviceError>(m, "DeviceError", base, PyExc_ValueError);
-  add<IndexError>(m, "IndexError", base, PyExc_IndexError);
+  add<RangeError>(m, "RangeError", base, PyExc_IndexError);
   add<MissingMetadataError>(m, "MissingMetadataError", base, PyExc_ValueError);
   add<UnsupportedError>(m, "UnsupportedError", base, PyExc_NotImplementedError);
   add<CheckpointError>(m, "CheckpointError", base, PyExc_ValueError);

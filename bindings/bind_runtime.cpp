@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pools, batch builder, requests, runner and engine.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -194,7 +193,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("bytes", &KvCache::bytes);
   m.def(
       "load_decoder",
-      [](const std::filesystem::path& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype) {
+      [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype) {
         const ModelConfig config = read_model_config(dir);
         return std::make_shared<HybridDecoder>(
             config, Checkpoint(dir), DecoderOptions{.dtype = dtype.value_or(config.dtype), .state_dtype = state_dtype});
@@ -222,17 +221,19 @@ void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine", "A model directory, ready to serve.")
       .def_static(
           "load",
-          [](const std::filesystem::path& dir, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
-             at::ScalarType state_dtype, std::string prefill_backend, std::string decode_backend,
-             std::optional<Progress> on_layer_loaded) {
+          [](const std::string& dir, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
+             at::ScalarType state_dtype, const std::string& device, std::string prefill_backend,
+             std::string decode_backend, std::optional<Progress> on_layer_loaded) {
             return Engine::load(dir, {.runner = runner,
                                       .dtype = dtype,
                                       .state_dtype = state_dtype,
+                                      .device = c10::Device(device),
                                       .backends = {std::move(prefill_backend), std::move(decode_backend)},
                                       .on_layer_loaded = on_layer_loaded.value_or(Progress())});
           },
           "model_dir"_a, nb::kw_only(), "runner"_a = RunnerOptions{}, "dtype"_a = nb::none(), "state_dtype"_a,
-          "prefill_backend"_a = "auto", "decode_backend"_a = "auto", "on_layer_loaded"_a = nb::none(), WithoutGil())
+          "device"_a = "cpu", "prefill_backend"_a = "auto", "decode_backend"_a = "auto",
+          "on_layer_loaded"_a = nb::none(), WithoutGil())
       .def("submit", &Engine::submit, "request"_a, WithoutGil())
       .def("step", &Engine::step, WithoutGil())
       .def("cancel", &Engine::cancel, "request_id"_a, WithoutGil())

@@ -33,7 +33,7 @@ class DeviceError : public Error {
 };
 
 /// A value inside an index argument is out of range: a slot, a cu_seqlens entry, a token id (IndexError).
-class IndexError : public Error {
+class RangeError : public Error {
  public:
   using Error::Error;
 };

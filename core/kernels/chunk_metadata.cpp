@@ -52,7 +52,7 @@ ChunkMetadataHost build_chunk_metadata_host(const std::vector<int64_t>& lengths,
                                             SequenceIds ids) {
   for (size_t i = 0; i < lengths.size(); ++i) {
     if (lengths[i] < 0) {
-      throw IndexError(c10::str("[build_chunk_metadata] lengths: expected values >= 0, got ", lengths[i], " at ", i));
+      throw RangeError(c10::str("[build_chunk_metadata] lengths: expected values >= 0, got ", lengths[i], " at ", i));
     }
   }
   ChunkMetadataHost host;

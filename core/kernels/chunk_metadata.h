@@ -45,7 +45,7 @@ struct ChunkMetadataHost {
   std::vector<int32_t> block_indices_cumsum;
 };
 
-/// Builds the tables from sequence lengths (each >= 0, else IndexError).
+/// Builds the tables from sequence lengths (each >= 0, else RangeError).
 ChunkMetadataHost build_chunk_metadata_host(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
                                             SequenceIds ids = SequenceIds::kTrue);
 

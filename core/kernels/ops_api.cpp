@@ -415,7 +415,7 @@ class IndexChecker {
   }
 
   [[noreturn]] void fail(std::string_view arg, const std::string& expected, int64_t got, int64_t index) const {
-    throw IndexError(c10::str("[", op_, "] ", arg, ": expected ", expected, ", got ", got, " at index ", index));
+    throw RangeError(c10::str("[", op_, "] ", arg, ": expected ", expected, ", got ", got, " at index ", index));
   }
 
  private:
@@ -564,11 +564,13 @@ void check_indices(const CausalConv1dUpdateParams& p) {
   }
 }
 
+void check_backend_name(const std::string& name) {
+  if (name == "auto" || find_backend(name) != nullptr) return;
+  throw UnsupportedError(c10::str("backend ", name, ": ", absence("backend", name)));
+}
+
 void set_default_backend(Phase phase, const std::string& name) {
-  if (name != "auto" && find_backend(name) == nullptr) {
-    throw UnsupportedError(
-        c10::str("[set_default_backend] backend ", name, ": ", absence("set_default_backend", name)));
-  }
+  check_backend_name(name);
   std::lock_guard lock(defaults().mutex);
   defaults().name[static_cast<size_t>(phase)] = name;
 }

@@ -187,7 +187,7 @@ void check(const L2NormParams& p);
 void check(const RmsNormGatedParams& p);
 
 /// Checks the values inside the index tensors, which must be on the CPU: cu_seqlens starts at 0, never falls and ends
-/// at T; slots are kPadSlot or 0..S-1; num_accepted is 1..L; no slot is written twice. Throws IndexError. For callers
+/// at T; slots are kPadSlot or 0..S-1; num_accepted is 1..L; no slot is written twice. Throws RangeError. For callers
 /// that did not make the indices themselves.
 void check_indices(const RecurrentGatedDeltaRuleParams& p);
 void check_indices(const ChunkGatedDeltaRuleParams& p);
@@ -198,6 +198,9 @@ void check_indices(const CausalConv1dUpdateParams& p);
 /// The two phases for which a backend is chosen. chunk_gated_delta_rule and causal_conv1d belong to prefill, all other
 /// ops to decode.
 enum class Phase { kPrefill, kDecode };
+
+/// Throws UnsupportedError unless `name` is "auto" or a backend of this build, with its sentence where it is absent.
+void check_backend_name(const std::string& name);
 
 /// Process-wide choice behind backend = "auto": a backend's name, or "auto" for the order of preference. Starts from
 /// the environment: XGDN_PREFILL_BACKEND, XGDN_DECODE_BACKEND. Throws UnsupportedError for an unknown name.

@@ -33,7 +33,7 @@ auto with_torch_errors(const Body& body) {
     return body();
   } catch (const DtypeError& e) {
     TORCH_CHECK_TYPE(false, e.what());
-  } catch (const IndexError& e) {
+  } catch (const RangeError& e) {
     TORCH_CHECK_INDEX(false, e.what());
   } catch (const UnsupportedError& e) {
     TORCH_CHECK_NOT_IMPLEMENTED(false, e.what());

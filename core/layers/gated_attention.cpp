@@ -13,19 +13,19 @@
 namespace xgdn {
 
 GatedAttention::GatedAttention(const AttentionConfig& config, const WeightSource& weights, const std::string& prefix,
-                               at::ScalarType dtype)
+                               const at::TensorOptions& options)
     : config_(config) {
   const auto projection = [&](const std::string& name, int64_t out, int64_t in) {
-    Projection p{.weight = load_weight(weights, prefix + name + ".weight", {out, in}, dtype), .bias = {}};
-    if (config.bias) p.bias = load_weight(weights, prefix + name + ".bias", {out}, dtype);
+    Projection p{.weight = load_weight(weights, prefix + name + ".weight", {out, in}, options), .bias = {}};
+    if (config.bias) p.bias = load_weight(weights, prefix + name + ".bias", {out}, options);
     return p;
   };
   q_ = projection("q_proj", 2 * config.num_heads * config.head_dim, config.hidden_size);
   k_ = projection("k_proj", config.num_kv_heads * config.head_dim, config.hidden_size);
   v_ = projection("v_proj", config.num_kv_heads * config.head_dim, config.hidden_size);
   o_ = projection("o_proj", config.hidden_size, config.num_heads * config.head_dim);
-  q_norm_ = load_weight(weights, prefix + "q_norm.weight", {config.head_dim}, dtype);
-  k_norm_ = load_weight(weights, prefix + "k_norm.weight", {config.head_dim}, dtype);
+  q_norm_ = load_weight(weights, prefix + "q_norm.weight", {config.head_dim}, options);
+  k_norm_ = load_weight(weights, prefix + "k_norm.weight", {config.head_dim}, options);
 }
 
 at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,

@@ -27,7 +27,7 @@ struct AttentionConfig {
 class GatedAttention {
  public:
   GatedAttention(const AttentionConfig& config, const WeightSource& weights, const std::string& prefix,
-                 at::ScalarType dtype);
+                 const at::TensorOptions& options);
 
   /// Writes this step's keys and values into `kv`, then reads each sequence's whole context from it.
   at::Tensor forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,

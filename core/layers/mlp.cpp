@@ -14,14 +14,14 @@ namespace xgdn {
 namespace {
 
 std::vector<Mlp> load_experts(const SparseMoeConfig& c, const WeightSource& weights, const std::string& prefix,
-                              at::ScalarType dtype) {
+                              const at::TensorOptions& options) {
   std::vector<Mlp> experts;
   const std::string fused = prefix + "gate_up_proj";
   if (weights.contains(fused)) {
     const at::Tensor gate_up =
-        load_weight(weights, fused, {c.num_experts, 2 * c.intermediate_size, c.hidden_size}, dtype);
+        load_weight(weights, fused, {c.num_experts, 2 * c.intermediate_size, c.hidden_size}, options);
     const at::Tensor down =
-        load_weight(weights, prefix + "down_proj", {c.num_experts, c.hidden_size, c.intermediate_size}, dtype);
+        load_weight(weights, prefix + "down_proj", {c.num_experts, c.hidden_size, c.intermediate_size}, options);
     for (int64_t e = 0; e < c.num_experts; ++e) {
       experts.emplace_back(gate_up[e].narrow(0, 0, c.intermediate_size),
                            gate_up[e].narrow(0, c.intermediate_size, c.intermediate_size), down[e]);
@@ -29,7 +29,7 @@ std::vector<Mlp> load_experts(const SparseMoeConfig& c, const WeightSource& weig
     return experts;
   }
   for (int64_t e = 0; e < c.num_experts; ++e) {
-    experts.emplace_back(weights, prefix + std::to_string(e) + ".", c.hidden_size, c.intermediate_size, dtype);
+    experts.emplace_back(weights, prefix + std::to_string(e) + ".", c.hidden_size, c.intermediate_size, options);
   }
   return experts;
 }
@@ -40,22 +40,22 @@ Mlp::Mlp(at::Tensor gate, at::Tensor up, at::Tensor down)
     : gate_(std::move(gate)), up_(std::move(up)), down_(std::move(down)) {}
 
 Mlp::Mlp(const WeightSource& weights, const std::string& prefix, int64_t hidden_size, int64_t intermediate_size,
-         at::ScalarType dtype)
-    : Mlp(load_weight(weights, prefix + "gate_proj.weight", {intermediate_size, hidden_size}, dtype),
-          load_weight(weights, prefix + "up_proj.weight", {intermediate_size, hidden_size}, dtype),
-          load_weight(weights, prefix + "down_proj.weight", {hidden_size, intermediate_size}, dtype)) {}
+         const at::TensorOptions& options)
+    : Mlp(load_weight(weights, prefix + "gate_proj.weight", {intermediate_size, hidden_size}, options),
+          load_weight(weights, prefix + "up_proj.weight", {intermediate_size, hidden_size}, options),
+          load_weight(weights, prefix + "down_proj.weight", {hidden_size, intermediate_size}, options)) {}
 
 at::Tensor Mlp::forward(const at::Tensor& x) const {
   return at::linear(at::silu(at::linear(x, gate_)) * at::linear(x, up_), down_);
 }
 
 SparseMoe::SparseMoe(const SparseMoeConfig& config, const WeightSource& weights, const std::string& prefix,
-                     at::ScalarType dtype)
+                     const at::TensorOptions& options)
     : config_(config),
-      router_(load_weight(weights, prefix + "gate.weight", {config.num_experts, config.hidden_size}, dtype)),
-      shared_gate_(load_weight(weights, prefix + "shared_expert_gate.weight", {1, config.hidden_size}, dtype)),
-      shared_(weights, prefix + "shared_expert.", config.hidden_size, config.shared_intermediate_size, dtype),
-      experts_(load_experts(config, weights, prefix + "experts.", dtype)) {}
+      router_(load_weight(weights, prefix + "gate.weight", {config.num_experts, config.hidden_size}, options)),
+      shared_gate_(load_weight(weights, prefix + "shared_expert_gate.weight", {1, config.hidden_size}, options)),
+      shared_(weights, prefix + "shared_expert.", config.hidden_size, config.shared_intermediate_size, options),
+      experts_(load_experts(config, weights, prefix + "experts.", options)) {}
 
 at::Tensor SparseMoe::forward(const at::Tensor& x) const {
   const at::Tensor probabilities = at::softmax(at::linear(x, router_), -1, at::kFloat);

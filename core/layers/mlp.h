@@ -17,7 +17,7 @@ class Mlp {
  public:
   Mlp(at::Tensor gate, at::Tensor up, at::Tensor down);
   Mlp(const WeightSource& weights, const std::string& prefix, int64_t hidden_size, int64_t intermediate_size,
-      at::ScalarType dtype);
+      const at::TensorOptions& options);
 
   at::Tensor forward(const at::Tensor& x) const;
 
@@ -41,7 +41,7 @@ struct SparseMoeConfig {
 class SparseMoe {
  public:
   SparseMoe(const SparseMoeConfig& config, const WeightSource& weights, const std::string& prefix,
-            at::ScalarType dtype);
+            const at::TensorOptions& options);
 
   at::Tensor forward(const at::Tensor& x) const;
 

@@ -140,36 +140,35 @@ struct Qwen3GatedDeltaNet::Projected {
 };
 
 Qwen3GatedDeltaNet::Qwen3GatedDeltaNet(const GdnConfig& config, const WeightSource& weights, const std::string& prefix,
-                                       at::ScalarType dtype, Shard shard, BackendSelection backends)
+                                       const at::TensorOptions& options, Shard shard, BackendSelection backends)
     : local_(config), shard_(shard), backends_(std::move(backends)) {
   const HeadRange heads = local_heads(config, shard);
   local_.num_k_heads = heads.key_end - heads.key_begin;
   local_.num_v_heads = heads.value_end - heads.value_begin;
 
-  in_proj_ = fuse_rows(weights, ProjectionRows(config, heads, weights, prefix).blocks(), dtype);
+  in_proj_ = fuse_rows(weights, ProjectionRows(config, heads, weights, prefix).blocks(), options);
 
   const int64_t channels = 2 * config.num_k_heads * config.head_k_dim + config.num_v_heads * config.head_v_dim;
   const std::string conv = prefix + "conv1d.weight";
   const at::Tensor taps = weights.get(conv, {channels, 1, config.conv_kernel_dim}).squeeze(1);
-  conv_weight_ = fuse_rows(weights, conv_channels(config, heads, conv, taps), dtype);
+  conv_weight_ = fuse_rows(weights, conv_channels(config, heads, conv, taps), options);
   const std::string bias = prefix + "conv1d.bias";
   if (weights.contains(bias)) {
-    conv_bias_ = fuse_rows(weights, conv_channels(config, heads, bias, weights.get(bias, {channels})), dtype);
+    conv_bias_ = fuse_rows(weights, conv_channels(config, heads, bias, weights.get(bias, {channels})), options);
   }
 
   const auto per_value_head = [&](const std::string& name) {
     return weights.get(prefix + name, {config.num_v_heads})
         .narrow(0, heads.value_begin, local_.num_v_heads)
-        .to(at::kFloat)
-        .clone();
+        .to(options.dtype(at::kFloat), /*non_blocking=*/false, /*copy=*/true);
   };
   A_log_ = per_value_head("A_log");
   dt_bias_ = per_value_head("dt_bias");
-  norm_ = weights.get(prefix + "norm.weight", {config.head_v_dim}).to(at::kFloat);
+  norm_ = load_weight(weights, prefix + "norm.weight", {config.head_v_dim}, options.dtype(at::kFloat));
 
   const std::string out = prefix + "out_proj.weight";
   const int64_t value_dim = config.num_v_heads * config.head_v_dim;
-  out_proj_ = load_weight(weights, out, {config.hidden_size, value_dim}, dtype);
+  out_proj_ = load_weight(weights, out, {config.hidden_size, value_dim}, options);
   if (shard.world > 1) {
     out_proj_ =
         out_proj_.narrow(1, heads.value_begin * config.head_v_dim, local_.num_v_heads * config.head_v_dim).clone();

@@ -40,10 +40,10 @@ struct GdnConfig {
 /// [q | k | v | z | b | a] when the layer is built; forward knows neither.
 class Qwen3GatedDeltaNet {
  public:
-  /// Reads `prefix`-named weights (prefix ends with '.'), slices the rank's heads, converts to dtype. Throws
-  /// CheckpointError for missing or misshapen weights, ShapeError for sizes that do not divide.
+  /// Reads `prefix`-named weights (prefix ends with '.'), slices the rank's heads, converts and moves them to
+  /// `options`. Throws CheckpointError for missing or misshapen weights, ShapeError for sizes that do not divide.
   Qwen3GatedDeltaNet(const GdnConfig& config, const WeightSource& weights, const std::string& prefix,
-                     at::ScalarType dtype, Shard shard = {}, BackendSelection backends = {});
+                     const at::TensorOptions& options, Shard shard = {}, BackendSelection backends = {});
 
   /// Computes the step and updates `state` in place. Throws ShapeError when the segments do not cover the tokens.
   at::Tensor forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const;

@@ -15,7 +15,7 @@ struct RotaryTable {
 class Rotary {
  public:
   /// rotary_dim = int(head_dim * partial_rotary_factor); frequencies theta^(-2i / rotary_dim).
-  Rotary(int64_t head_dim, double partial_rotary_factor, double theta);
+  Rotary(int64_t head_dim, double partial_rotary_factor, double theta, c10::Device device = c10::kCPU);
 
   /// positions [T] i32; the angles are fp32, the table has dtype.
   RotaryTable table(const at::Tensor& positions, at::ScalarType dtype) const;

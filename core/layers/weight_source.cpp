@@ -16,20 +16,20 @@ at::Tensor TensorMap::get(const std::string& name, at::IntArrayRef shape) const 
 }
 
 at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
-                       at::ScalarType dtype) {
+                       const at::TensorOptions& options) {
   const at::Tensor stored = weights.get(name, shape);
-  if (stored.scalar_type() == dtype) return stored;
-  at::Tensor converted = stored.to(dtype);
-  weights.release(name);
+  at::Tensor converted = stored.to(options);
+  if (!converted.is_same(stored)) weights.release(name);
   return converted;
 }
 
-at::Tensor fuse_rows(const WeightSource& weights, const std::vector<RowBlock>& blocks, at::ScalarType dtype) {
+at::Tensor fuse_rows(const WeightSource& weights, const std::vector<RowBlock>& blocks,
+                     const at::TensorOptions& options) {
   int64_t rows = 0;
   for (const RowBlock& block : blocks) rows += block.rows.size(0);
   std::vector<int64_t> shape = blocks.front().rows.sizes().vec();
   shape[0] = rows;
-  at::Tensor fused = at::empty(shape, blocks.front().rows.options().dtype(dtype));
+  at::Tensor fused = at::empty(shape, options);
   int64_t begin = 0;
   for (const RowBlock& block : blocks) {
     fused.narrow(0, begin, block.rows.size(0)).copy_(block.rows);

@@ -43,15 +43,16 @@ class TensorMap : public WeightSource {
   std::map<std::string, at::Tensor> tensors_;
 };
 
-/// The weight in dtype. Without conversion it still aliases the source.
+/// The weight with the dtype and on the device of `options`. Without conversion it still aliases the source.
 at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
-                       at::ScalarType dtype);
+                       const at::TensorOptions& options);
 
-/// Concatenates row blocks of several stored weights into one tensor of dtype; the sources are released.
+/// Concatenates row blocks of several stored weights into one tensor of `options`; the sources are released.
 struct RowBlock {
   std::string name;
   at::Tensor rows;
 };
-at::Tensor fuse_rows(const WeightSource& weights, const std::vector<RowBlock>& blocks, at::ScalarType dtype);
+at::Tensor fuse_rows(const WeightSource& weights, const std::vector<RowBlock>& blocks,
+                     const at::TensorOptions& options);
 
 }  // namespace xgdn

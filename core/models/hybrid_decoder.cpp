@@ -18,6 +18,10 @@ namespace {
 using Mixer = std::variant<Qwen3GatedDeltaNet, GatedAttention>;
 using FeedForward = std::variant<Mlp, SparseMoe>;
 
+at::TensorOptions weight_options(const DecoderOptions& options) {
+  return at::TensorOptions().dtype(options.dtype).device(options.device);
+}
+
 Mixer make_mixer(const ModelConfig& c, int64_t layer, const WeightSource& weights, const std::string& prefix,
                  const DecoderOptions& options) {
   if (c.layer_types[layer] == LayerType::kFullAttention) {
@@ -27,7 +31,7 @@ Mixer make_mixer(const ModelConfig& c, int64_t layer, const WeightSource& weight
                                     .head_dim = c.head_dim,
                                     .rms_norm_eps = c.rms_norm_eps,
                                     .bias = c.attention_bias};
-    return GatedAttention(attention, weights, prefix + "self_attn.", options.dtype);
+    return GatedAttention(attention, weights, prefix + "self_attn.", weight_options(options));
   }
   const GdnConfig gdn{.hidden_size = c.hidden_size,
                       .num_k_heads = c.linear_num_key_heads,
@@ -38,19 +42,19 @@ Mixer make_mixer(const ModelConfig& c, int64_t layer, const WeightSource& weight
                       .rms_norm_eps = c.rms_norm_eps,
                       .state_dtype = options.state_dtype,
                       .max_draft_tokens = options.max_draft_tokens};
-  return Qwen3GatedDeltaNet(gdn, weights, prefix + "linear_attn.", options.dtype, {}, options.backends);
+  return Qwen3GatedDeltaNet(gdn, weights, prefix + "linear_attn.", weight_options(options), {}, options.backends);
 }
 
 FeedForward make_feed_forward(const ModelConfig& c, int64_t layer, const WeightSource& weights,
-                              const std::string& prefix, at::ScalarType dtype) {
-  if (!c.is_sparse_layer[layer]) return Mlp(weights, prefix + "mlp.", c.hidden_size, c.intermediate_size, dtype);
+                              const std::string& prefix, const at::TensorOptions& options) {
+  if (!c.is_sparse_layer[layer]) return Mlp(weights, prefix + "mlp.", c.hidden_size, c.intermediate_size, options);
   const SparseMoeConfig moe{.hidden_size = c.hidden_size,
                             .num_experts = c.num_experts,
                             .num_experts_per_tok = c.num_experts_per_tok,
                             .intermediate_size = c.moe_intermediate_size,
                             .shared_intermediate_size = c.shared_expert_intermediate_size,
                             .norm_topk_prob = c.norm_topk_prob};
-  return SparseMoe(moe, weights, prefix + "mlp.", dtype);
+  return SparseMoe(moe, weights, prefix + "mlp.", options);
 }
 
 }  // namespace
@@ -65,22 +69,24 @@ struct HybridDecoder::Layer {
 HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& weights, const DecoderOptions& options)
     : config_(config),
       dtype_(options.dtype),
-      rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta) {
+      device_(options.device),
+      rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta, options.device) {
   const std::string& root = config.weight_prefix;
+  const at::TensorOptions tensor = weight_options(options);
   const std::vector<int64_t> table{config.vocab_size, config.hidden_size};
-  embedding_ = load_weight(weights, root + "embed_tokens.weight", table, dtype_);
-  norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, dtype_);
-  lm_head_ = config.tie_word_embeddings ? embedding_ : load_weight(weights, "lm_head.weight", table, dtype_);
+  embedding_ = load_weight(weights, root + "embed_tokens.weight", table, tensor);
+  norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
+  lm_head_ = config.tie_word_embeddings ? embedding_ : load_weight(weights, "lm_head.weight", table, tensor);
   for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
     const std::string prefix = root + "layers." + std::to_string(i) + ".";
     const auto norm = [&](const char* name) {
-      return load_weight(weights, prefix + name, {config.hidden_size}, dtype_);
+      return load_weight(weights, prefix + name, {config.hidden_size}, tensor);
     };
     layers_.push_back(
         std::make_unique<Layer>(Layer{.input_norm = norm("input_layernorm.weight"),
                                       .post_attention_norm = norm("post_attention_layernorm.weight"),
                                       .mixer = make_mixer(config, i, weights, prefix, options),
-                                      .feed_forward = make_feed_forward(config, i, weights, prefix, dtype_)}));
+                                      .feed_forward = make_feed_forward(config, i, weights, prefix, tensor)}));
     if (options.on_layer_loaded) options.on_layer_loaded(i + 1, config.num_hidden_layers);
   }
 }

@@ -35,6 +35,7 @@ struct ModelState {
 
 struct DecoderOptions {
   at::ScalarType dtype = at::kFloat;        // of weights and activations
+  c10::Device device = c10::kCPU;           // of weights, activations and pools
   at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states
   int64_t max_draft_tokens = 0;
   BackendSelection backends;
@@ -57,12 +58,14 @@ class HybridDecoder {
   int64_t num_attention_layers() const;
   const ModelConfig& config() const { return config_; }
   at::ScalarType dtype() const { return dtype_; }
+  c10::Device device() const { return device_; }
 
  private:
   struct Layer;
 
   ModelConfig config_;
   at::ScalarType dtype_;
+  c10::Device device_;
   Rotary rotary_;
   at::Tensor embedding_;  // [vocab, hidden]
   at::Tensor norm_;       // [hidden]

@@ -110,13 +110,13 @@ class Checker {
 
   void range(const char* what, const char* kind, int64_t value, int64_t end) const {
     if (value >= 0 && value < end) return;
-    throw IndexError(
+    throw RangeError(
         c10::str("[BatchBuilder] sequence ", index_, " ", what, ": expected ", kind, " 0..", end - 1, ", got ", value));
   }
 
   void write(std::vector<int64_t>& writers, const char* what, int32_t slot) const {
     if (writers[slot] >= 0) {
-      throw IndexError(c10::str("[BatchBuilder] sequence ", index_, " ", what,
+      throw RangeError(c10::str("[BatchBuilder] sequence ", index_, " ", what,
                                 ": expected each slot to be written once, got slot ", slot, " which sequence ",
                                 writers[slot], " writes too"));
     }
@@ -125,7 +125,7 @@ class Checker {
 
   void read(const std::vector<int64_t>& writers, const char* what, int32_t slot) const {
     if (writers[slot] < 0 || writers[slot] == index_) return;
-    throw IndexError(c10::str("[BatchBuilder] sequence ", index_, " ", what,
+    throw RangeError(c10::str("[BatchBuilder] sequence ", index_, " ", what,
                               ": expected a slot that no other sequence writes, got slot ", slot, " which sequence ",
                               writers[slot], " writes"));
   }

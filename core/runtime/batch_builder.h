@@ -44,7 +44,7 @@ class BatchBuilder {
   /// Throws UnsupportedError when the model's value heads exceed what the chunk metadata can describe.
   BatchBuilder(const BatchLimits& limits, c10::Device device);
 
-  /// Packs decode first, then verification, then prefill, each in the given order. Throws IndexError or RequestError
+  /// Packs decode first, then verification, then prefill, each in the given order. Throws RangeError or RequestError
   /// naming the sequence and the value: empty or overlong pieces, tokens outside the vocabulary, slots or blocks out of
   /// range, a slot written twice or read by one sequence and written by another, too few blocks.
   BuiltStep build(const std::vector<SequenceStep>& sequences) const;

@@ -30,9 +30,12 @@ std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const Eng
   const ModelConfig config = read_model_config(dir);
   const at::ScalarType dtype = options.dtype.value_or(config.dtype);
   check_dtypes(dtype, options.state_dtype);
+  kernel::check_backend_name(options.backends.prefill);
+  kernel::check_backend_name(options.backends.decode);
   const Checkpoint checkpoint(dir);
   auto model = std::make_shared<const HybridDecoder>(config, checkpoint,
                                                      DecoderOptions{.dtype = dtype,
+                                                                    .device = options.device,
                                                                     .state_dtype = options.state_dtype,
                                                                     .backends = options.backends,
                                                                     .on_layer_loaded = options.on_layer_loaded});
@@ -47,15 +50,15 @@ Engine::~Engine() = default;
 at::Tensor Engine::prompt_logits(const std::vector<int32_t>& prompt) const {
   const c10::InferenceMode inference;
   const auto size = static_cast<int64_t>(prompt.size());
-  StatePool states(model_->state_specs(), /*num_slots=*/1, c10::kCPU);
+  StatePool states(model_->state_specs(), /*num_slots=*/1, model_->device());
   const KvCacheSpec spec = Runner::kv_spec(*model_, {.kv_block_size = std::max<int64_t>(size, 1)});
-  KvCache kv(spec, /*num_blocks=*/1, c10::kCPU);
+  KvCache kv(spec, /*num_blocks=*/1, model_->device());
   const BatchBuilder builder({.num_slots = 1,
                               .num_kv_blocks = 1,
                               .kv_block_size = spec.block_size,
                               .vocab_size = model_->config().vocab_size,
                               .num_v_heads = model_->config().linear_num_value_heads},
-                             c10::kCPU);
+                             model_->device());
   BuiltStep built = builder.build({{.kind = SegmentKind::kPrefill,
                                     .tokens = prompt,
                                     .state_slots = {0},
@@ -63,7 +66,7 @@ at::Tensor Engine::prompt_logits(const std::vector<int32_t>& prompt) const {
                                     .conv_slot = 0,
                                     .has_initial_state = false,
                                     .kv_blocks = {0}}});
-  built.input.logit_rows = at::arange(size, at::kInt);
+  built.input.logit_rows = at::arange(size, built.input.logit_rows.options());
   ModelState state{states.layers(), kv.layers()};
   return model_->forward(built.input, state);
 }

@@ -17,6 +17,7 @@ struct EngineOptions {
   RunnerOptions runner;
   std::optional<at::ScalarType> dtype;      // of weights and activations; default the checkpoint's
   at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states: f32 or bf16
+  c10::Device device = c10::kCPU;           // of weights, activations and pools
   BackendSelection backends;
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // progress; may be empty
 };

@@ -49,7 +49,7 @@ std::vector<int32_t> KvCache::allocate(int64_t count) {
 
 int64_t& KvCache::held(const char* what, int32_t block) {
   if (block >= 0 && block < num_blocks() && ref_counts_[block] > 0) return ref_counts_[block];
-  throw IndexError(c10::str("[KvCache] ", what, ": expected a held block, got ", block));
+  throw RangeError(c10::str("[KvCache] ", what, ": expected a held block, got ", block));
 }
 
 void KvCache::share(const std::vector<int32_t>& blocks) {

@@ -28,9 +28,9 @@ class KvCache {
 
   /// `count` blocks with a reference count of one. Throws OutOfBlocks and takes none when fewer are free.
   std::vector<int32_t> allocate(int64_t count);
-  /// One more holder of each block. Throws IndexError for a block that nobody holds.
+  /// One more holder of each block. Throws RangeError for a block that nobody holds.
   void share(const std::vector<int32_t>& blocks);
-  /// One holder less of each block; the last one frees it. Throws IndexError for a block that nobody holds.
+  /// One holder less of each block; the last one frees it. Throws RangeError for a block that nobody holds.
   void release(const std::vector<int32_t>& blocks);
 
   /// Blocks that `tokens` tokens need; 0 for a model without full attention.

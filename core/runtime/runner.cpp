@@ -60,12 +60,12 @@ int64_t Runner::num_kv_blocks(const HybridDecoder& model, const RunnerOptions& o
   return (options.max_cached_tokens + options.kv_block_size - 1) / options.kv_block_size;
 }
 
-Runner::Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, c10::Device device)
+Runner::Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options)
     : model_(std::move(model)),
-      states_(model_->state_specs(), checked(options).max_batch_size, device, options.poison_freed_slots),
-      kv_(kv_spec(*model_, options), num_kv_blocks(*model_, options), device),
+      states_(model_->state_specs(), checked(options).max_batch_size, model_->device(), options.poison_freed_slots),
+      kv_(kv_spec(*model_, options), num_kv_blocks(*model_, options), model_->device()),
       scheduler_({.max_tokens_per_step = options.max_tokens_per_step}, states_, kv_),
-      builder_(limits(*model_, states_, kv_), device),
+      builder_(limits(*model_, states_, kv_), model_->device()),
       model_state_{states_.layers(), kv_.layers()} {}
 
 void Runner::check(const Request& request) const {
@@ -73,7 +73,7 @@ void Runner::check(const Request& request) const {
   const int64_t vocab = model_->config().vocab_size;
   for (size_t i = 0; i < request.prompt.size(); ++i) {
     if (request.prompt[i] < 0 || request.prompt[i] >= vocab) {
-      throw IndexError(
+      throw RangeError(
           c10::str("[submit] prompt: expected token ids 0..", vocab - 1, ", got ", request.prompt[i], " at index ", i));
     }
   }

@@ -29,9 +29,9 @@ struct RunnerOptions {
 /// submit and cancel may be called from any thread at any time; step from one thread at a time.
 class Runner {
  public:
-  Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, c10::Device device = c10::kCPU);
+  Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);
 
-  /// Queues a request. Throws RequestError or IndexError when it can never be served: empty prompt, token outside the
+  /// Queues a request. Throws RequestError or RangeError when it can never be served: empty prompt, token outside the
   /// vocabulary, more tokens than the pools hold, sampling parameter out of range.
   RequestId submit(Request request);
 

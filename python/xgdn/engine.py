@@ -2,8 +2,7 @@
 """The serving engine: load a checkpoint, submit token ids, step, read events."""
 
 from collections.abc import Callable, Iterator, Sequence
-from os import PathLike
-from pathlib import Path
+from os import PathLike, fspath
 
 import torch
 
@@ -28,6 +27,7 @@ class Engine:
         model_dir: directory with config.json and safetensors.
         dtype: of weights and activations; default the checkpoint's.
         state_dtype: of the delta-rule states, `torch.float32` or `torch.bfloat16`.
+        device: of weights, activations and pools, such as "cpu" or "npu:0".
         runner: sizes of the pools and of a step.
         prefill_backend, decode_backend: a name of `xgdn.available_backends()`, or "auto".
         on_layer_loaded: called with (loaded, total) while loading.
@@ -42,23 +42,25 @@ class Engine:
         *,
         dtype: torch.dtype | None = None,
         state_dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
         runner: RunnerOptions | None = None,
         prefill_backend: str = "auto",
         decode_backend: str = "auto",
         on_layer_loaded: Callable[[int, int], None] | None = None,
     ) -> None:
         self._engine = _C.Engine.load(
-            Path(model_dir),
+            fspath(model_dir),
             runner=runner or RunnerOptions(),
             dtype=dtype,
             state_dtype=state_dtype,
+            device=device,
             prefill_backend=prefill_backend,
             decode_backend=decode_backend,
             on_layer_loaded=on_layer_loaded,
         )
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id; any thread may call it. Raises RequestError or IndexError."""
+        """Queue a request and return its id; any thread may call it. Raises RequestError or RangeError."""
         return self._engine.submit(request)
 
     def step(self) -> list[RequestEvent]:

@@ -38,8 +38,8 @@ def request(prompt: list[int], **options: object) -> xgdn.Request:
     ("bad", "error", "words"),
     [
         (request([]), errors.RequestError, ["prompt", "at least one token"]),
-        (request([3, 128]), errors.IndexError, ["prompt", "0..127", "128", "index 1"]),
-        (request([-1]), errors.IndexError, ["0..127", "-1"]),
+        (request([3, 128]), errors.RangeError, ["prompt", "0..127", "128", "index 1"]),
+        (request([-1]), errors.RangeError, ["0..127", "-1"]),
         (request([1], max_new_tokens=0), errors.RequestError, ["max_new_tokens", "0"]),
         (request([1] * 1020, max_new_tokens=8), errors.RequestError, ["1024", "1020", "8"]),
         (request([1], sampling=xgdn.SamplingParams(temperature=-1.0)), errors.RequestError, ["temperature", "-1"]),
@@ -228,6 +228,12 @@ def test_damaged_checkpoints_are_refused_with_a_sentence(
     with pytest.raises((errors.CheckpointError, errors.UnsupportedError)) as caught:
         xgdn.Engine(directory)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("phase", ["prefill_backend", "decode_backend"])
+def test_an_unknown_backend_is_refused_before_loading(checkpoint: Path, phase: str) -> None:
+    with pytest.raises(errors.UnsupportedError, match="gpu"):
+        xgdn.Engine(checkpoint, **{phase: "gpu"})
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def pieces_logits(decoder: _C.HybridDecoder, prompt: list[int], sizes: list[int]
 def test_prefill_in_one_piece_in_pieces_and_token_by_token_agree(loaded: Loaded) -> None:
     prompt = loaded.prompts[-1]
     want = reference_logits(loaded.reference, prompt)
-    decoder = _C.load_decoder(loaded.directory, dtype=torch.float32, state_dtype=torch.float32)
+    decoder = _C.load_decoder(str(loaded.directory), dtype=torch.float32, state_dtype=torch.float32)
     ends = torch.tensor([64, 192, 200]) - 1
     assert_logits_close(pieces_logits(decoder, prompt, [64, 128, 8], _C.SegmentKind.PREFILL), want[ends])
     assert_logits_close(pieces_logits(decoder, prompt, [1] * 200, _C.SegmentKind.DECODE), want)
@@ -129,7 +129,7 @@ def test_prefill_in_one_piece_in_pieces_and_token_by_token_agree(loaded: Loaded)
 def test_bf16_states_stay_close(loaded: Loaded) -> None:
     """bf16 states round once a step; the tokens of a short continuation survive it in most checkpoints, the logits
     stay within bf16 rounding carried through the layers."""
-    decoder = _C.load_decoder(loaded.directory, dtype=torch.float32, state_dtype=torch.bfloat16)
+    decoder = _C.load_decoder(str(loaded.directory), dtype=torch.float32, state_dtype=torch.bfloat16)
     prompt = loaded.prompts[LENGTHS.index(65)]
     got = pieces_logits(decoder, prompt, [64, 1], _C.SegmentKind.DECODE)
     want = reference_logits(loaded.reference, prompt)[[63, 64]]

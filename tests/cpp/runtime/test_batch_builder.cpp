@@ -252,8 +252,8 @@ TEST(BatchBuilderRefusals, Tokens) {
                                           s.tokens = {1, 2};
                                         })},
                                {"tokens", "one token to decode", "got 2"});
-  expect_refused<IndexError>({decode(100, 0, 0, {0})}, {"sequence 0 tokens", "0..99", "got 100"});
-  expect_refused<IndexError>({decode(-1, 0, 0, {0})}, {"tokens", "got -1"});
+  expect_refused<RangeError>({decode(100, 0, 0, {0})}, {"sequence 0 tokens", "0..99", "got 100"});
+  expect_refused<RangeError>({decode(-1, 0, 0, {0})}, {"tokens", "got -1"});
   expect_refused<RequestError>({decode(1, -1, 0, {0})}, {"num_cached", "at least 0", "got -1"});
 }
 
@@ -261,11 +261,11 @@ TEST(BatchBuilderRefusals, Slots) {
   const SequenceStep good = decode(1, 0, 0, {0});
   for (int32_t slot : {-1, 20}) {
     const std::string got = "got " + std::to_string(slot);
-    expect_refused<IndexError>({changed(good, [&](auto& s) { s.state_slots = {slot}; })},
+    expect_refused<RangeError>({changed(good, [&](auto& s) { s.state_slots = {slot}; })},
                                {"state_slots", "0..19", got});
-    expect_refused<IndexError>({changed(good, [&](auto& s) { s.write_slot = slot; })}, {"write_slot", "0..19", got});
-    expect_refused<IndexError>({changed(good, [&](auto& s) { s.conv_slot = slot; })}, {"conv_slot", "0..19", got});
-    expect_refused<IndexError>({verify({1, 2}, 0, {3, slot}, 1, {0})}, {"state_slots", got});
+    expect_refused<RangeError>({changed(good, [&](auto& s) { s.write_slot = slot; })}, {"write_slot", "0..19", got});
+    expect_refused<RangeError>({changed(good, [&](auto& s) { s.conv_slot = slot; })}, {"conv_slot", "0..19", got});
+    expect_refused<RangeError>({verify({1, 2}, 0, {3, slot}, 1, {0})}, {"state_slots", got});
   }
   expect_refused<RequestError>({changed(good, [](auto& s) { s.state_slots = {}; })},
                                {"state_slots", "1 slot", "got 0"});
@@ -287,12 +287,12 @@ TEST(BatchBuilderRefusals, NumAccepted) {
 
 TEST(BatchBuilderRefusals, ASlotWrittenTwice) {
   const SequenceStep one = decode(1, 0, 3, {0});
-  expect_refused<IndexError>({one, decode(1, 0, 3, {1})}, {"sequence 1", "written once", "slot 3", "sequence 0"});
-  expect_refused<IndexError>({one, prefill(2, 0, 3, 1)}, {"written once", "slot 3"});
-  expect_refused<IndexError>({one, verify({1, 2}, 0, {4, 3}, 1, {1})}, {"state_slots", "written once", "slot 3"});
-  expect_refused<IndexError>({verify({1, 2}, 0, {4, 4}, 1, {1})}, {"written once", "slot 4"});
+  expect_refused<RangeError>({one, decode(1, 0, 3, {1})}, {"sequence 1", "written once", "slot 3", "sequence 0"});
+  expect_refused<RangeError>({one, prefill(2, 0, 3, 1)}, {"written once", "slot 3"});
+  expect_refused<RangeError>({one, verify({1, 2}, 0, {4, 3}, 1, {1})}, {"state_slots", "written once", "slot 3"});
+  expect_refused<RangeError>({verify({1, 2}, 0, {4, 4}, 1, {1})}, {"written once", "slot 4"});
   // The rows of the conv pool.
-  expect_refused<IndexError>({one, changed(verify({1, 2}, 0, {4, 5}, 1, {1}), [](auto& s) { s.conv_slot = 3; })},
+  expect_refused<RangeError>({one, changed(verify({1, 2}, 0, {4, 5}, 1, {1}), [](auto& s) { s.conv_slot = 3; })},
                              {"sequence 1 conv_slot", "written once", "slot 3"});
 }
 
@@ -309,8 +309,8 @@ TEST(BatchBuilderRefusals, ASlotReadByOneAndWrittenByAnother) {
     const auto both = [&](const SequenceStep& r) {
       return reader_first ? std::vector<SequenceStep>{r, one} : std::vector<SequenceStep>{one, r};
     };
-    expect_refused<IndexError>(both(reader(3, 7)), {"state_slots", "no other sequence writes", "slot 3"});
-    expect_refused<IndexError>(both(reader(7, 3)), {"conv_slot", "no other sequence writes", "slot 3"});
+    expect_refused<RangeError>(both(reader(3, 7)), {"state_slots", "no other sequence writes", "slot 3"});
+    expect_refused<RangeError>(both(reader(7, 3)), {"conv_slot", "no other sequence writes", "slot 3"});
   }
   // Two that read a third slot, and a prompt's first piece, which reads nothing, are fine.
   SequenceStep other = reader(5, 5);
@@ -323,8 +323,8 @@ TEST(BatchBuilderRefusals, ASlotReadByOneAndWrittenByAnother) {
 TEST(BatchBuilderRefusals, Blocks) {
   expect_refused<RequestError>({decode(1, 4, 0, {0})}, {"kv_blocks", "room for 5 tokens", "got 4"});
   expect_refused<RequestError>({decode(1, 0, 0, {})}, {"kv_blocks", "room for 1 tokens", "got 0"});
-  expect_refused<IndexError>({decode(1, 4, 0, {0, 50})}, {"kv_blocks", "0..49", "got 50"});
-  expect_refused<IndexError>({decode(1, 4, 0, {-1, 5})}, {"kv_blocks", "got -1"});
+  expect_refused<RangeError>({decode(1, 4, 0, {0, 50})}, {"kv_blocks", "0..49", "got 50"});
+  expect_refused<RangeError>({decode(1, 4, 0, {-1, 5})}, {"kv_blocks", "got -1"});
 }
 
 }  // namespace

@@ -129,7 +129,7 @@ TEST_F(EngineTest, PromptLogitsDisturbNobody) {
 TEST_F(EngineTest, RefusesPromptsWithoutLogits) {
   const std::unique_ptr<Engine> engine = Engine::load(dir_.path());
   expect_error<RequestError>([&] { engine->prompt_logits({}); }, {"tokens", "at least one"});
-  expect_error<IndexError>([&] { engine->prompt_logits({1, 64}); }, {"tokens", "0..63", "64"});
+  expect_error<RangeError>([&] { engine->prompt_logits({1, 64}); }, {"tokens", "0..63", "64"});
 }
 
 TEST_F(EngineTest, ConvertsToTheAskedDtypes) {

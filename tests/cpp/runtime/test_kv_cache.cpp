@@ -57,8 +57,8 @@ TEST(KvCache, ABlockThatNobodyHoldsCannotBeReleasedOrShared) {
   cache.release(blocks);
   for (int32_t block : {blocks[0], -1, 3}) {
     const std::string name = std::to_string(block);
-    expect_error<IndexError>([&] { cache.release({block}); }, {"[KvCache] release", "held block", name});
-    expect_error<IndexError>([&] { cache.share({block}); }, {"[KvCache] share", "held block", name});
+    expect_error<RangeError>([&] { cache.release({block}); }, {"[KvCache] release", "held block", name});
+    expect_error<RangeError>([&] { cache.share({block}); }, {"[KvCache] share", "held block", name});
   }
   EXPECT_EQ(cache.num_free(), 3);
   const std::vector<int32_t> all = cache.allocate(3);

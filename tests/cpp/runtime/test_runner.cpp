@@ -378,8 +378,8 @@ TEST_F(RunnerTest, RefusesWhatCanNeverBeServed) {
     EXPECT_TRUE(runner.is_idle()) << "something was submitted";
   };
   refused.operator()<RequestError>(with([](Request& r) { r.prompt = {}; }), {"prompt", "at least one"});
-  refused.operator()<IndexError>(with([](Request& r) { r.prompt = {1, 64}; }), {"prompt", "0..63", "64 at index 1"});
-  refused.operator()<IndexError>(with([](Request& r) { r.prompt = {-1}; }), {"prompt", "-1 at index 0"});
+  refused.operator()<RangeError>(with([](Request& r) { r.prompt = {1, 64}; }), {"prompt", "0..63", "64 at index 1"});
+  refused.operator()<RangeError>(with([](Request& r) { r.prompt = {-1}; }), {"prompt", "-1 at index 0"});
   refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = 0; }), {"max_new_tokens", "got 0"});
   refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = 62; }), {"64 KV cache tokens", "3 + 62"});
   refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = std::numeric_limits<int64_t>::max(); }),
