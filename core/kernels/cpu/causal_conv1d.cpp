@@ -52,17 +52,34 @@ char* state_row(const CausalConv1dArgs& args, const ConvBlock& b, int32_t slot, 
          (slot * args.slot_stride + r * args.D + b.first) * size_of(args.conv_state_dtype);
 }
 
+// [channels, W] to [W, channels].
+void transpose_taps(const float* HWY_RESTRICT by_channel, int64_t W, ConvBlock& b) {
+  const F32 d;
+  for (size_t i = 0; i < padded(b.count); i += hn::Lanes(d)) {
+    const float* taps = by_channel + i * W;
+    VF t0, t1, t2, t3;
+    if (W == 2) {
+      hn::LoadInterleaved2(d, taps, t0, t1);
+    } else if (W == 3) {
+      hn::LoadInterleaved3(d, taps, t0, t1, t2);
+      hn::Store(t2, d, row(b.taps, 2) + i);
+    } else {
+      hn::LoadInterleaved4(d, taps, t0, t1, t2, t3);
+      hn::Store(t2, d, row(b.taps, 2) + i);
+      hn::Store(t3, d, row(b.taps, 3) + i);
+    }
+    hn::Store(t0, d, row(b.taps, 0) + i);
+    hn::Store(t1, d, row(b.taps, 1) + i);
+  }
+}
+
 void load_block(const CausalConv1dArgs& args, int64_t index, ConvBlock& b) {
   b.index = index;
   b.first = index * kConvBlock;
   b.count = std::min(kConvBlock, args.D - b.first);
-  // Lanes past the last channel are computed and dropped.
-  std::fill_n(b.taps, kConvScratch, 0.0f);
   float* by_channel = b.window;
   load_row(args.x.dtype, channel(args.weight, args.x.dtype, b.first * args.W), b.count * args.W, by_channel);
-  for (int64_t c = 0; c < b.count; ++c) {
-    for (int64_t w = 0; w < args.W; ++w) row(b.taps, w)[c] = by_channel[c * args.W + w];
-  }
+  transpose_taps(by_channel, args.W, b);
   if (args.bias != nullptr) load_row(args.x.dtype, channel(args.bias, args.x.dtype, b.first), b.count, b.bias);
 }
 
@@ -160,6 +177,8 @@ void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
 void causal_conv1d(const CausalConv1dArgs& args, int64_t begin, int64_t end) {
   ConvBlock b;
   b.taps = scratch<ConvBlock>(kConvScratch);
+  // Lanes past the last channel are computed and dropped.
+  std::fill_n(b.taps, kConvScratch, 0.0f);
   b.bias = row(b.taps, 4);
   b.history = row(b.bias, 1);
   b.window = row(b.history, kMaxHistory);
