@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+
+import pytest
+
+if os.environ.get("TASK_QUEUE_ENABLE") != "0":
+    raise pytest.UsageError("tests/ascend needs the emulated CANN: run tests/ascend/run.sh BUILD_DIR")
+
+# Read when torch's OpenMP starts: threads that wait for each other then sleep instead of spinning.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch_npu  # noqa: F401  registers the device and its ops
+
+import ledger as launch_ledger
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def empty_ledger() -> None:
+    """Keeps the ledger from growing over the whole run."""
+    launch_ledger.reset()
