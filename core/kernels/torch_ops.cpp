@@ -67,8 +67,9 @@ template <Key key>
 void recurrent_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                                    const Tensor& beta, const Tensor& state, const Tensor& cu_seqlens,
                                    const Tensor& state_indices, const Tensor& out, const MaybeTensor& write_indices,
-                                   const MaybeTensor& num_accepted, std::optional<double> scale,
-                                   bool use_qk_l2norm_in_kernel, std::string backend) {
+                                   const MaybeTensor& num_accepted, const MaybeTensor& cu_seqlens_cpu,
+                                   bool may_have_padding, std::optional<double> scale, bool use_qk_l2norm_in_kernel,
+                                   std::string backend) {
   serve<key>(RecurrentGatedDeltaRuleParams{.q = q,
                                            .k = k,
                                            .v = v,
@@ -80,6 +81,8 @@ void recurrent_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tenso
                                            .out = out,
                                            .write_indices = write_indices,
                                            .num_accepted = num_accepted,
+                                           .cu_seqlens_cpu = cu_seqlens_cpu,
+                                           .may_have_padding = may_have_padding,
                                            .scale = scale,
                                            .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
                                            .backend = std::move(backend)},
@@ -91,7 +94,8 @@ void chunk_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v
                                const Tensor& state, const Tensor& cu_seqlens, const Tensor& state_indices,
                                const MaybeTensor& chunk_indices, const MaybeTensor& chunk_offsets, const Tensor& out,
                                const MaybeTensor& has_initial_state, const MaybeTensor& write_indices,
-                               std::optional<double> scale, bool use_qk_l2norm_in_kernel, std::string backend) {
+                               const MaybeTensor& cu_seqlens_cpu, std::optional<double> scale,
+                               bool use_qk_l2norm_in_kernel, std::string backend) {
   serve<key>(ChunkGatedDeltaRuleParams{.q = q,
                                        .k = k,
                                        .v = v,
@@ -105,6 +109,7 @@ void chunk_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v
                                        .out = out,
                                        .has_initial_state = has_initial_state,
                                        .write_indices = write_indices,
+                                       .cu_seqlens_cpu = cu_seqlens_cpu,
                                        .scale = scale,
                                        .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
                                        .backend = std::move(backend)},
@@ -114,8 +119,8 @@ void chunk_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v
 template <Key key>
 void packed_decode_op(const Tensor& mixed_qkv, const Tensor& a, const Tensor& b, const Tensor& A_log,
                       const Tensor& dt_bias, const Tensor& state, const Tensor& state_indices, const Tensor& out,
-                      const MaybeTensor& write_indices, std::optional<double> scale, bool use_qk_l2norm_in_kernel,
-                      std::string backend) {
+                      const MaybeTensor& write_indices, bool may_have_padding, std::optional<double> scale,
+                      bool use_qk_l2norm_in_kernel, std::string backend) {
   serve<key>(PackedDecodeParams{.mixed_qkv = mixed_qkv,
                                 .a = a,
                                 .b = b,
@@ -125,6 +130,7 @@ void packed_decode_op(const Tensor& mixed_qkv, const Tensor& a, const Tensor& b,
                                 .state_indices = state_indices,
                                 .out = out,
                                 .write_indices = write_indices,
+                                .may_have_padding = may_have_padding,
                                 .scale = scale,
                                 .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
                                 .backend = std::move(backend)},
@@ -153,8 +159,8 @@ void causal_conv1d_op(const Tensor& x, const Tensor& weight, const Tensor& conv_
 template <Key key>
 void causal_conv1d_update_op(const Tensor& x, const Tensor& weight, const Tensor& conv_state, const Tensor& cu_seqlens,
                              const Tensor& state_indices, const Tensor& out, int64_t max_len, const MaybeTensor& bias,
-                             const MaybeTensor& write_indices, const MaybeTensor& num_accepted, bool silu,
-                             std::string backend) {
+                             const MaybeTensor& write_indices, const MaybeTensor& num_accepted, bool may_have_padding,
+                             bool silu, std::string backend) {
   serve<key>(CausalConv1dUpdateParams{.x = x,
                                       .weight = weight,
                                       .conv_state = conv_state,
@@ -165,6 +171,7 @@ void causal_conv1d_update_op(const Tensor& x, const Tensor& weight, const Tensor
                                       .bias = bias,
                                       .write_indices = write_indices,
                                       .num_accepted = num_accepted,
+                                      .may_have_padding = may_have_padding,
                                       .silu = silu,
                                       .backend = std::move(backend)},
              x, causal_conv1d_update);
@@ -260,18 +267,19 @@ TORCH_LIBRARY(xgdn, m) {
   m.def(
       "recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
       "Tensor cu_seqlens, Tensor state_indices, Tensor(b!) out, *, Tensor? write_indices=None, "
-      "Tensor? num_accepted=None, float? scale=None, bool use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()",
+      "Tensor? num_accepted=None, Tensor? cu_seqlens_cpu=None, bool may_have_padding=True, float? scale=None, bool "
+      "use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()",
       tags);
   m.def(
       "chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
       "Tensor cu_seqlens, Tensor state_indices, Tensor? chunk_indices, Tensor? chunk_offsets, Tensor(b!) out, *, "
-      "Tensor? has_initial_state=None, Tensor? write_indices=None, float? scale=None, "
+      "Tensor? has_initial_state=None, Tensor? write_indices=None, Tensor? cu_seqlens_cpu=None, float? scale=None, "
       "bool use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()",
       tags);
   m.def(
       "packed_decode(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
-      "Tensor state_indices, Tensor(b!) out, *, Tensor? write_indices=None, float? scale=None, "
-      "bool use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()",
+      "Tensor state_indices, Tensor(b!) out, *, Tensor? write_indices=None, bool may_have_padding=True, "
+      "float? scale=None, bool use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()",
       tags);
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor(a!) conv_state, Tensor cu_seqlens, Tensor state_indices, "
@@ -281,7 +289,7 @@ TORCH_LIBRARY(xgdn, m) {
   m.def(
       "causal_conv1d_update(Tensor x, Tensor weight, Tensor(a!) conv_state, Tensor cu_seqlens, Tensor state_indices, "
       "Tensor(b!) out, *, int max_len=1, Tensor? bias=None, Tensor? write_indices=None, Tensor? num_accepted=None, "
-      "bool silu=True, str backend=\"auto\") -> ()",
+      "bool may_have_padding=True, bool silu=True, str backend=\"auto\") -> ()",
       tags);
   m.def(
       "gdn_gating(Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) g, Tensor(b!) beta, *, "

@@ -98,6 +98,8 @@ def recurrent_gated_delta_rule(
     state_indices: Tensor,
     write_indices: Tensor | None = None,
     num_accepted: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    may_have_padding: bool = True,
     out: Tensor | None = None,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = True,
@@ -106,7 +108,8 @@ def recurrent_gated_delta_rule(
     """Decode, and with `num_accepted` draft verification: advance `state` token by token, return `[T, HV, V]`.
 
     Verification: `state_indices` is a table `[N, L]`; sequence `n` reads `table[n, num_accepted[n] - 1]` and writes
-    `table[n, t]` after its token `t`.
+    `table[n, t]` after its token `t`. `cu_seqlens_cpu`: the same lengths on the host, for backends whose kernels limit
+    them (npu). `may_have_padding=False` promises that no slot is `PAD_SLOT_ID`.
     """
     out = v.new_empty(v.shape) if out is None else out
     torch.ops.xgdn.recurrent_gated_delta_rule(
@@ -121,6 +124,8 @@ def recurrent_gated_delta_rule(
         out,
         write_indices=write_indices,
         num_accepted=num_accepted,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        may_have_padding=may_have_padding,
         scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         backend=backend,
@@ -141,6 +146,7 @@ def chunk_gated_delta_rule(
     chunk: ChunkMetadata | None = None,
     has_initial_state: Tensor | None = None,
     write_indices: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     out: Tensor | None = None,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = True,
@@ -150,6 +156,7 @@ def chunk_gated_delta_rule(
 
     `chunk` comes from `build_chunk_metadata`, on the device of `q`; without it the op raises, it never rebuilds the
     tables. `has_initial_state` `[N]` bool: where false the sequence starts from zero, whatever its slot holds.
+    `cu_seqlens_cpu`: as in `recurrent_gated_delta_rule`.
     """
     out = v.new_empty(v.shape) if out is None else out
     torch.ops.xgdn.chunk_gated_delta_rule(
@@ -166,6 +173,7 @@ def chunk_gated_delta_rule(
         out,
         has_initial_state=has_initial_state,
         write_indices=write_indices,
+        cu_seqlens_cpu=cu_seqlens_cpu,
         scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         backend=backend,
@@ -183,6 +191,7 @@ def packed_decode(
     *,
     state_indices: Tensor,
     write_indices: Tensor | None = None,
+    may_have_padding: bool = True,
     out: Tensor | None = None,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = True,
@@ -202,6 +211,7 @@ def packed_decode(
         state_indices,
         out,
         write_indices=write_indices,
+        may_have_padding=may_have_padding,
         scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         backend=backend,
@@ -254,6 +264,7 @@ def causal_conv1d_update(
     bias: Tensor | None = None,
     write_indices: Tensor | None = None,
     num_accepted: Tensor | None = None,
+    may_have_padding: bool = True,
     silu: bool = True,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -275,6 +286,7 @@ def causal_conv1d_update(
         bias=bias,
         write_indices=write_indices,
         num_accepted=num_accepted,
+        may_have_padding=may_have_padding,
         silu=silu,
         backend=backend,
     )

@@ -29,8 +29,11 @@ std::string sentence_of(const std::function<std::string()>& trial) {
   try {
     return trial();
   } catch (const c10::Error& error) {
-    const std::string text = error.what_without_backtrace();
-    return c10::str("it failed: ", text.substr(0, text.find('\n')));
+    // torch_npu puts its own source position in front.
+    std::string text = error.what_without_backtrace();
+    text = text.substr(0, text.find('\n'));
+    const size_t call = text.find("error: call ");
+    return c10::str("it failed: ", call == std::string::npos ? text : text.substr(call + 7));
   } catch (const std::exception& error) {
     return c10::str("it failed: ", error.what());
   }

@@ -74,7 +74,7 @@ std::pair<at::Tensor, at::Tensor> chunk(const ChunkCall& c) {
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gamma, double eps) {
-  return call(kRmsNormOp, {{"self", x}, {"gamma", gamma}, {"epsilon", eps}})[0].toTensor();
+  return call(kRmsNormOp, {{"input", x}, {"gamma", gamma}, {"epsilon", eps}})[0].toTensor();
 }
 
 }  // namespace xgdn::kernel::npu
