@@ -100,6 +100,10 @@ TEST_F(MixedStep, PacksDecodeThenVerificationThenPrefill) {
   expect_rows(segment(0).cu_seqlens, {0, 1, 2});
   expect_rows(segment(1).cu_seqlens, {0, 2, 6});
   expect_rows(segment(2).cu_seqlens, {0, 5, 8});
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_TRUE(same_bits(segment(i).cu_seqlens_cpu, segment(i).cu_seqlens));
+    EXPECT_FALSE(segment(i).may_have_padding);
+  }
 }
 
 TEST_F(MixedStep, DecodeReadsAndWritesTheGivenSlots) {
@@ -122,7 +126,7 @@ TEST_F(MixedStep, TheVerificationTableIsPaddedToItsLongestRow) {
 TEST_F(MixedStep, PrefillSaysWhoHasAnInitialState) {
   expect_rows(segment(2).state_indices, {9, 8});
   expect_rows(segment(2).conv_indices, {9, 8});
-  expect_rows(segment(2).write_indices, {9, 8});
+  EXPECT_FALSE(segment(2).write_indices.defined()) << "every sequence writes the slot that it reads";
   const at::Tensor& flags = segment(2).has_initial_state;
   ASSERT_EQ(flags.scalar_type(), at::kBool);
   ASSERT_EQ(flags.sizes(), (std::vector<int64_t>{2}));
@@ -176,7 +180,7 @@ TEST_F(MixedStep, EveryIndexIsAViewOfOneArena) {
       if (t.defined()) tensors.push_back(t);
     }
   }
-  EXPECT_EQ(tensors.size(), 5u + 4 + 4 + 5 + 6);
+  EXPECT_EQ(tensors.size(), 5u + 4 + 4 + 4 + 6);
   for (const at::Tensor& t : tensors) EXPECT_TRUE(t.storage().is_alias_of(in.token_ids.storage()));
 }
 
@@ -209,6 +213,18 @@ TEST(BatchBuilder, OneKindMakesOneSegment) {
   EXPECT_EQ(built.input.gdn.segments[0].token_begin, 0);
   EXPECT_EQ(built.logit_rows, std::vector<int64_t>{0});
   expect_rows(built.input.logit_rows, {64});
+}
+
+TEST(BatchBuilder, WriteSlotsAreSaidWhereAnySlotDiffers) {
+  const BatchBuilder builder(kLimits, c10::kCPU);
+  const SequenceStep in_place = prefill(3, 0, 2, 0);
+  SequenceStep other_state = prefill(3, 4, 3, 1);
+  other_state.state_slots = {5};
+  SequenceStep other_conv = prefill(3, 4, 3, 1);
+  other_conv.conv_slot = 6;
+  EXPECT_FALSE(builder.build({in_place}).input.gdn.segments[0].write_indices.defined());
+  expect_rows(builder.build({in_place, other_state}).input.gdn.segments[0].write_indices, {2, 3});
+  expect_rows(builder.build({in_place, other_conv}).input.gdn.segments[0].write_indices, {2, 3});
 }
 
 TEST(BatchBuilder, AStepWithoutLogitsHasNoLogitRows) {
