@@ -78,6 +78,7 @@ struct ChunkGatedDeltaRuleParams {
   std::optional<at::Tensor> has_initial_state = {};  // [N] bool; false: start from zero; default all true
   std::optional<at::Tensor> write_indices = {};      // [N]  i32; default state_indices
   std::optional<at::Tensor> cu_seqlens_cpu = {};     // [N+1] i32 on the host, for backends whose kernels limit lengths
+  bool may_have_padding = true;                      // false: the caller promises that no slot is kPadSlot
   std::optional<double> scale = {};                  // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
   std::string backend = "auto";

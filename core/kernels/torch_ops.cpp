@@ -94,7 +94,7 @@ void chunk_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v
                                const Tensor& state, const Tensor& cu_seqlens, const Tensor& state_indices,
                                const MaybeTensor& chunk_indices, const MaybeTensor& chunk_offsets, const Tensor& out,
                                const MaybeTensor& has_initial_state, const MaybeTensor& write_indices,
-                               const MaybeTensor& cu_seqlens_cpu, std::optional<double> scale,
+                               const MaybeTensor& cu_seqlens_cpu, bool may_have_padding, std::optional<double> scale,
                                bool use_qk_l2norm_in_kernel, std::string backend) {
   serve<key>(ChunkGatedDeltaRuleParams{.q = q,
                                        .k = k,
@@ -110,6 +110,7 @@ void chunk_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v
                                        .has_initial_state = has_initial_state,
                                        .write_indices = write_indices,
                                        .cu_seqlens_cpu = cu_seqlens_cpu,
+                                       .may_have_padding = may_have_padding,
                                        .scale = scale,
                                        .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
                                        .backend = std::move(backend)},
@@ -273,7 +274,8 @@ TORCH_LIBRARY(xgdn, m) {
   m.def(
       "chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
       "Tensor cu_seqlens, Tensor state_indices, Tensor? chunk_indices, Tensor? chunk_offsets, Tensor(b!) out, *, "
-      "Tensor? has_initial_state=None, Tensor? write_indices=None, Tensor? cu_seqlens_cpu=None, float? scale=None, "
+      "Tensor? has_initial_state=None, Tensor? write_indices=None, Tensor? cu_seqlens_cpu=None, bool "
+      "may_have_padding=True, float? scale=None, "
       "bool use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()",
       tags);
   m.def(

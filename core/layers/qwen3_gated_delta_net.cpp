@@ -286,6 +286,7 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                     .has_initial_state = optional(segment.has_initial_state),
                                     .write_indices = optional(segment.write_indices),
                                     .cu_seqlens_cpu = optional(segment.cu_seqlens_cpu),
+                                    .may_have_padding = segment.may_have_padding,
                                     .backend = backend});
   } else {
     kernel::recurrent_gated_delta_rule({.q = q,

@@ -147,6 +147,7 @@ def chunk_gated_delta_rule(
     has_initial_state: Tensor | None = None,
     write_indices: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    may_have_padding: bool = True,
     out: Tensor | None = None,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = True,
@@ -156,7 +157,7 @@ def chunk_gated_delta_rule(
 
     `chunk` comes from `build_chunk_metadata`, on the device of `q`; without it the op raises, it never rebuilds the
     tables. `has_initial_state` `[N]` bool: where false the sequence starts from zero, whatever its slot holds.
-    `cu_seqlens_cpu`: as in `recurrent_gated_delta_rule`.
+    `cu_seqlens_cpu`, `may_have_padding`: as in `recurrent_gated_delta_rule`.
     """
     out = v.new_empty(v.shape) if out is None else out
     torch.ops.xgdn.chunk_gated_delta_rule(
@@ -174,6 +175,7 @@ def chunk_gated_delta_rule(
         has_initial_state=has_initial_state,
         write_indices=write_indices,
         cu_seqlens_cpu=cu_seqlens_cpu,
+        may_have_padding=may_have_padding,
         scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         backend=backend,

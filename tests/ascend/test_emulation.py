@@ -404,20 +404,20 @@ def test_two_tokens_tell_the_conventions_apart(convention: str, written: list[bo
     call = Call((1, 1)).make()
     arguments = call.recurrent_arguments()
     with switched(LENGTHS=convention):
-        if convention:
-            arguments["num_accepted_tokens"] = None
         recurrent(**arguments)
     state, before = arguments["state"].cpu(), call.tensors["state"]
     assert [not torch.equal(state[slot], before[slot]) for slot in call.tensors["indices"]] == written
 
 
-def test_a_custom_package_returns_in_silence_on_bad_lengths() -> None:
+@pytest.mark.parametrize("length", [17, 4])
+def test_a_custom_package_returns_in_silence_at_a_bad_length(length: int) -> None:
     call = Call((2, 3)).make()
-    arguments = call.recurrent_arguments(lengths=(0, 2, 9))
+    arguments = call.recurrent_arguments(lengths=(0, 2, length))
     with switched(LENGTHS="bplus1"):
         out = recurrent(**arguments)
-    assert (out.cpu().view(torch.uint8) == 0xFB).all()
-    assert_only_written(call.tensors["state"], arguments["state"], set())
+    assert_close("out", out[:2], call.expected()[0][:2], BF16_ROUNDING)
+    assert (out[2:].cpu().view(torch.uint8) == 0xFB).all()
+    assert_only_written(call.tensors["state"], arguments["state"], set(call.tensors["indices"][:2].tolist()))
 
 
 # What the vendor documents as refused.

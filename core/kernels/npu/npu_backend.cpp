@@ -80,6 +80,11 @@ at::Tensor l2_normalised(const at::Tensor& x) {
   return npu::rms_norm(x, constant(inverse_root, K, x.options()), kL2NormEps / static_cast<double>(K));
 }
 
+// x where valid [T], else zeros, whatever x holds there.
+at::Tensor masked(const at::Tensor& x, const at::Tensor& valid) {
+  return at::where(along(valid, x), x, at::zeros({}, x.options()));
+}
+
 // The tokens of a call as the device's ops take them.
 struct Tokens {
   at::Tensor q, k, v, g, beta;
@@ -87,6 +92,11 @@ struct Tokens {
   Tokens rows(const at::Tensor& index) const {
     return {q.index_select(0, index), k.index_select(0, index), v.index_select(0, index), g.index_select(0, index),
             beta.index_select(0, index)};
+  }
+
+  // Padding may hold anything; the device's ops want numbers.
+  Tokens without_padding(const at::Tensor& valid) const {
+    return {masked(q, valid), masked(k, valid), masked(v, valid), masked(g, valid), masked(beta, valid)};
   }
 };
 
@@ -288,13 +298,11 @@ class NpuBackend final : public Backend {
     // The op takes no more tokens than slots; the rows past N are never named.
     const at::Tensor rows = at::arange(std::max(s.N, s.T), read.options()).clamp_max(s.N - 1);
     const at::Tensor staged = p.state.index({read.clamp_min(0).index_select(0, rows)});
-    const at::Tensor out = advance(x, staged, sequence.to(at::kInt), p.cu_seqlens, lengths, false, scale);
+    const at::Tensor valid = read.ge(0).index_select(0, sequence);
+    const at::Tensor out =
+        advance(x.without_padding(valid), staged, sequence.to(at::kInt), p.cu_seqlens, lengths, false, scale);
     write_slots(p.state, write, read.ge(0).logical_and(write.ge(0)), staged.narrow(0, 0, s.N));
-    p.out.copy_(masked(out, read.ge(0).index_select(0, sequence)));
-  }
-
-  static at::Tensor masked(const at::Tensor& out, const at::Tensor& valid) {
-    return at::where(along(valid, out), out, at::zeros({}, out.options()));
+    p.out.copy_(masked(out, valid));
   }
 
   static void verify(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s, const Tokens& x,
@@ -314,9 +322,10 @@ class NpuBackend final : public Backend {
     const TokenPlaces places = token_places(p.cu_seqlens, s.T);
     const at::Tensor staged_slots = places.sequence * s.L + places.position;  // slot n L + t of the staged pool
     const at::Tensor staged = p.state.index({read.clamp_min(0)}).repeat_interleave(s.L, 0);
-    const at::Tensor out = advance(x, staged, staged_slots.to(at::kInt), p.cu_seqlens, lengths, true, scale);
-    const at::Tensor target = table.index({places.sequence, places.position});
     const at::Tensor is_read = read.ge(0).index_select(0, places.sequence);
+    const at::Tensor out =
+        advance(x.without_padding(is_read), staged, staged_slots.to(at::kInt), p.cu_seqlens, lengths, true, scale);
+    const at::Tensor target = table.index({places.sequence, places.position});
     write_slots(p.state, target, target.ge(0).logical_and(is_read), staged.index({staged_slots}));
     p.out.copy_(masked(out, is_read));
   }
@@ -332,6 +341,7 @@ void NpuBackend::run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) cons
     states = at::where(along(*p.has_initial_state, states), states, at::zeros({}, states.options()));
   }
   const at::Tensor is_read = read.ge(0);
+  const bool is_all_in_place = !p.may_have_padding && !p.write_indices;
   std::vector<int64_t> present;
   for (size_t n = 0; n < lengths.size(); ++n) {
     if (lengths[n] > 0) present.push_back(static_cast<int64_t>(n));
@@ -340,7 +350,10 @@ void NpuBackend::run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) cons
     const bool is_all = present.size() == lengths.size();
     const at::Tensor counts = p.cu_seqlens.slice(0, 1) - p.cu_seqlens.slice(0, 0, -1);
     const at::Tensor index = is_all ? at::Tensor() : device_indices(present, p.q);
-    const Tokens x = tokens_of(p);
+    const Tokens given = tokens_of(p);
+    const at::Tensor valid =
+        p.may_have_padding ? is_read.index_select(0, token_places(p.cu_seqlens, s.T).sequence) : at::Tensor();
+    const Tokens x = p.may_have_padding ? given.without_padding(valid) : given;
     const auto [out, final_states] = npu::chunk({.q = x.q,
                                                  .k = x.k,
                                                  .v = x.v,
@@ -350,8 +363,11 @@ void NpuBackend::run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) cons
                                                  .scale = scale_of(p.scale, s.K),
                                                  .g = x.g});
     states = is_all ? final_states : states.index_copy(0, index, final_states);
-    const at::Tensor sequence = token_places(p.cu_seqlens, s.T).sequence;
-    p.out.copy_(masked(out, is_read.index_select(0, sequence)));
+    p.out.copy_(p.may_have_padding ? masked(out, valid) : out);
+  }
+  if (is_all_in_place) {
+    p.state.index_copy_(0, write, states);
+    return;
   }
   write_slots(p.state, write, is_read.logical_and(write.ge(0)), states);
 }

@@ -9,7 +9,7 @@
 //
 // Switches: STRICT=0 lifts the documented limits; FP32_STATE=1 is a newer CANN (fp32 state and head dims up to 512 in
 // the recurrent op, any up to 128 in the chunk op); LENGTHS=bplus1 is a custom op package in the recurrent op's place,
-// whose lengths are [first token, L1..LB] and which returns in silence on bad values; CHUNK_BROKEN=1 is a CANN whose
+// with other lengths, types and limits (run_custom_package); CHUNK_BROKEN=1 is a CANN whose
 // chunk op refuses every call; SOC=Ascend950.. takes an fp32 state in the chunk op.
 #include <ATen/ops/from_blob.h>
 #include <c10/util/StringUtil.h>
@@ -221,7 +221,7 @@ void check_recurrent(const Tensor& query, const Tensor& key, const Tensor& value
   require(batch > 0, kInvalidParameter, "B should greater than 0, but B is ", batch, ".");
   check("ssm_state_indices", indices, {s.T});
   check("gk", gk, {s.T, s.Nv, s.Dk});
-  check("num_accepted_tokens", accepted, {batch});
+  if (!custom_package()) check("num_accepted_tokens", accepted, {batch});
   if (newer_cann() || custom_package()) {
     check_type("state", state, {at::kBFloat16, at::kFloat});
   } else {
@@ -234,17 +234,18 @@ void check_recurrent(const Tensor& query, const Tensor& key, const Tensor& value
   require(state.stride(3) == 1 && state.stride(2) == s.Dk, kInvalidParameter,
           "state: only dimensions 0 and 1 may be non-contiguous, got strides ", state.strides());
   if (!strict()) return;
-  require(accepted.has_value() || custom_package(), kNullPointer, "expected a tensor num_accepted_tokens, got nullptr");
   check_limit("Nk", s.Nk, 256, kInvalidParameter);
   check_limit("Nv", s.Nv, 256, kInvalidParameter);
-  const int64_t most = newer_cann() ? 512 : 256;
+  const int64_t most = newer_cann() || custom_package() ? 512 : 256;
   check_limit("Dk", s.Dk, most, kInvalidParameter);
   check_limit("Dv", s.Dv, most, kInvalidParameter);
+  if (custom_package()) return;
+  require(accepted.has_value(), kNullPointer, "expected a tensor num_accepted_tokens, got nullptr");
   require(state.size(0) >= s.T, kInvalidParameter,
           "BlockNum should be greater than or equal to T, Current values: BlockNum=", state.size(0), ", T=", s.T, ".");
 }
 
-// A sequence's slots, or a sentence on why they are none.
+// The slots that a sequence reads and writes.
 class SlotTable {
  public:
   SlotTable(const Tensor& indices, const OptionalTensor& accepted, int64_t num_blocks)
@@ -259,8 +260,10 @@ class SlotTable {
     return slot;
   }
 
+  int64_t accepted(int64_t n) const { return accepted_.defined() ? accepted_.const_data_ptr<int32_t>()[n] : 1; }
+
   int64_t read(int64_t n, const Piece& piece) const {
-    const int64_t count = accepted_.defined() ? accepted_.const_data_ptr<int32_t>()[n] : 1;
+    const int64_t count = accepted(n);
     require_value(count >= 1 && count <= piece.length,
                   c10::str("num_accepted_tokens[", n, "]: expected 1..", piece.length, ", got ", count));
     return written(piece.first + count - 1);
@@ -287,22 +290,22 @@ void advance(const Operands& operands, const Tensor& state, const SlotTable& slo
   }
 }
 
-// The custom package's meaning of lengths: [first token, L1..LB]. Bad values make it return before it computes.
+// The custom package's meaning of lengths: [first token, L1..LB]. It skips empty sequences, and returns in silence at
+// the first whose length or accepted tokens it cannot take.
 void run_custom_package(const Operands& operands, const Tensor& state, const SlotTable& slots, const Tensor& lengths) {
   constexpr int64_t kMostTokens = 16;
   const Tensor host = lengths.contiguous();
   std::vector<Piece> pieces;
   int64_t first = host.const_data_ptr<int32_t>()[0];
-  for (int64_t n = 1; n < host.numel(); ++n) {
-    const int64_t length = host.const_data_ptr<int32_t>()[n];
-    if (first < 0 || length < 0 || length > kMostTokens || first + length > operands.s.T) return;
+  for (int64_t n = 0; n + 1 < host.numel(); ++n) {
+    const int64_t length = std::max(host.const_data_ptr<int32_t>()[n + 1], 0);
+    const bool is_inside = first >= 0 && first + length <= operands.s.T;
+    const bool is_accepted = slots.accepted(n) >= 1 && slots.accepted(n) <= length;
+    if (length > kMostTokens || (length > 0 && !(is_inside && is_accepted))) break;
     pieces.push_back({first, length});
     first += length;
   }
-  try {
-    advance(operands, state, slots, pieces);
-  } catch (const Refusal&) {  // in silence, as that package's kernel
-  }
+  advance(operands, state, slots, pieces);
 }
 
 void run_recurrent(Tensor query, Tensor key, Tensor value, Tensor beta, Tensor state, Tensor lengths, Tensor indices,
