@@ -298,6 +298,10 @@ def main() -> None:
     parser.add_argument("--rotate-mib", type=int, default=256, help="memory that decode's states rotate over")
     args = parser.parse_args()
     args.transformers = importlib.util.find_spec("transformers") is not None
+    if args.transformers:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # it warns that its optional kernels are absent, which is what is compared here
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
 
