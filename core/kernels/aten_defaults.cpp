@@ -64,7 +64,7 @@ ConvCall conv_call(const Params& p, const ConvShape& s, const at::Tensor& histor
 
 void convolve(const ConvCall& c, const ConvShape& s) {
   const at::Tensor token = at::arange(s.T, c.places.position.options());
-  at::Tensor sum = at::zeros({s.T, s.D}, c.x.options().dtype(at::kFloat));
+  at::Tensor sum;
   for (int64_t tap = 0; tap < s.W; ++tap) {
     const int64_t back = s.W - 1 - tap;
     const at::Tensor position = c.places.position - back;
@@ -72,7 +72,8 @@ void convolve(const ConvCall& c, const ConvShape& s) {
     const at::Tensor from_x = c.x.index({(token - back).clamp_min(0)});
     const at::Tensor before = c.history.index({c.places.sequence, (position + (s.W - 1)).clamp(0, s.W - 2)});
     const at::Tensor input = at::where(inside, from_x.to(at::kFloat), before.to(at::kFloat));
-    sum = sum + input * c.weight.select(1, tap).to(at::kFloat);
+    const at::Tensor product = input * c.weight.select(1, tap).to(at::kFloat);
+    sum = sum.defined() ? sum + product : product;
   }
   if (c.bias) sum = sum + c.bias->to(at::kFloat);
   if (c.silu) sum = at::silu(sum);

@@ -111,13 +111,14 @@ std::string try_chunk(at::ScalarType state_dtype, int64_t dim) {
 
 // What is known of ops that xgdn recognises and does not call.
 std::string look_alikes() {
+  std::string found;
   if (is_registered(kVllmAscend310Op)) {
-    return c10::str("; found ", kVllmAscend310Op, ", which takes fp16 states and is not routed");
+    found += c10::str("; found ", kVllmAscend310Op, ", which takes fp16 states and is not routed");
   }
   if (is_registered(kSglangOp)) {
-    return c10::str("; found ", kSglangOp, ", which takes packed inputs with beta logits and is not routed");
+    found += c10::str("; found ", kSglangOp, ", which takes packed inputs with beta logits and is not routed");
   }
-  return "";
+  return found;
 }
 
 Capabilities probe() {
@@ -130,7 +131,7 @@ Capabilities probe() {
     c.why_not_recurrent = c.why_not_chunk = c10::str("torch_npu has no device: ", no_device);
     return c;
   }
-  c.why_not_recurrent = c10::str("torch_npu has no op ", kRecurrentOp, look_alikes());
+  c.why_not_recurrent = c10::str("torch_npu has no op ", kRecurrentOp);
   for (const char* op : {kRecurrentOp, kVllmAscendOp}) {
     if (!is_registered(op)) continue;
     c.why_not_recurrent = try_recurrent(op, at::kBFloat16, c.lengths);
@@ -140,6 +141,7 @@ Capabilities probe() {
     c.why_not_f32_state = try_recurrent(op, at::kFloat, lengths);
     break;
   }
+  if (c.recurrent_op == nullptr) c.why_not_recurrent += look_alikes();
   if (!is_registered(kChunkOp)) {
     c.why_not_chunk = c10::str("torch_npu has no op ", kChunkOp);
   } else {

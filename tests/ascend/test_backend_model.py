@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole tiny models on npu:0 against the same models on the CPU, in bfloat16 on both.
+
+The two round at different places, so each differs from the model in float32 by noise of the same size. What the CPU's
+bf16 engine differs from float32 by is measured, and stated here as the unit: the npu engine may differ from float32 by
+twice that (another order of roundings, and q, k, beta and the read-out rounded once more), and its token may differ from the
+CPU's where the CPU's own margin between its two best tokens is within twice that on both logits, so four times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import checkpoints
+import xgdn
+
+HEAD_DIMS = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+DENSE, NEXT = checkpoints.CHECKPOINTS[0], checkpoints.CHECKPOINTS[4]
+MODELS = {
+    "qwen3_5": replace(DENSE, changes=HEAD_DIMS),
+    "qwen3_5-1_to_3_heads": replace(DENSE, changes=HEAD_DIMS | {"linear_num_value_heads": 6}),
+    "qwen3_next": replace(NEXT, changes=NEXT.changes | HEAD_DIMS),
+}
+PROMPT_LENGTHS = (3, 65, 7, 130)
+NEW_TOKENS = 6
+
+
+@dataclass
+class Engines:
+    npu: xgdn.Engine
+    cpu: xgdn.Engine
+    exact: xgdn.Engine  # float32 on the CPU
+
+    def noise(self, prompt: list[int], engine: xgdn.Engine) -> Tensor:
+        return engine.prompt_logits(prompt).cpu() - self.exact.prompt_logits(prompt)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    directory, _ = checkpoints.make(MODELS[request.param], tmp_path_factory.mktemp("checkpoint"))
+    runner = xgdn.RunnerOptions(max_batch_size=64, max_cached_tokens=4096)
+    bf16 = {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16, "runner": runner}
+    return Engines(
+        npu=xgdn.Engine(directory, device="npu:0", **bf16),
+        cpu=xgdn.Engine(directory, **bf16),
+        exact=xgdn.Engine(directory, dtype=torch.float32),
+    )
+
+
+def make_prompts() -> list[list[int]]:
+    return [torch.randint(0, 128, (length,)).tolist() for length in PROMPT_LENGTHS]
+
+
+def test_logits_are_within_the_rounding_of_bf16(engines: Engines) -> None:
+    for prompt in make_prompts():
+        got, unit = (engines.noise(prompt, engine) for engine in (engines.npu, engines.cpu))
+        # Of a token in the middle: one whose experts flip on a near tie may be anywhere, on either device.
+        npu, cpu = (noise.norm(dim=-1).median() for noise in (got, unit))
+        assert npu <= 2 * cpu, f"{len(prompt)} tokens: off by {npu:.4g}, the CPU by {cpu:.4g}"
+        assert npu <= 0.1 * engines.exact.prompt_logits(prompt).norm(dim=-1).median()
+
+
+def compared_tokens(engines: Engines, prompt: list[int], got: list[int], want: list[int]) -> int:
+    """How many tokens are equal; where they part, the CPU's choice must have been a near tie."""
+    equal = next((i for i, (x, y) in enumerate(zip(got, want, strict=True)) if x != y), len(want))
+    if equal < len(want):
+        so_far = prompt + want[:equal]
+        logits = engines.cpu.prompt_logits(so_far)[-1]
+        bound = 4 * engines.noise(so_far, engines.cpu)[-1].abs().max()
+        margin = logits[want[equal]] - logits[got[equal]]
+        assert margin <= bound, f"token {equal}: got {got[equal]}, want {want[equal]}, margin {margin} > {bound}"
+    return equal
+
+
+def test_greedy_tokens_of_a_batch_and_again_in_its_slots(engines: Engines) -> None:
+    prompts = make_prompts()
+    want = [r.tokens for r in engines.cpu.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)]
+    free = engines.npu.num_free_slots
+    first, again = (engines.npu.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True) for _ in range(2))
+    assert all(result.error == "" for result in first + again)
+    assert [r.tokens for r in first] == [r.tokens for r in again]
+    assert engines.npu.num_free_slots == free
+    equal = [compared_tokens(engines, *each) for each in zip(prompts, [r.tokens for r in first], want, strict=True)]
+    assert sum(equal) >= len(prompts) * NEW_TOKENS // 2, equal
+
+
+def test_a_prompt_in_pieces_and_alone(engines: Engines) -> None:
+    """Beside others that decode, so that one step has both segments."""
+    prompts = make_prompts()
+    together = engines.npu.generate(prompts, max_new_tokens=2, ignore_eos=True)
+    for prompt, result in zip(prompts, together, strict=True):
+        (alone,) = engines.npu.generate([prompt], max_new_tokens=2, ignore_eos=True)
+        assert alone.tokens[0] == result.tokens[0]
