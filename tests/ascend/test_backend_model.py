@@ -3,8 +3,9 @@
 
 The two round at different places, so each differs from the model in float32 by noise of the same size. What the CPU's
 bf16 engine differs from float32 by is measured, and stated here as the unit: the npu engine may differ from float32 by
-twice that (another order of roundings, and q, k, beta and the read-out rounded once more), and its token may differ from the
-CPU's where the CPU's own margin between its two best tokens is within twice that on both logits, so four times.
+twice that (another order of roundings, and q, k, beta and the read-out rounded once more), and its token may differ
+from the CPU's where the CPU's own margin between its two best tokens is within twice that on both logits, so four
+times.
 """
 
 from __future__ import annotations

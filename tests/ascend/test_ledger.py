@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +32,7 @@ DECODE_LAYER = [
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[xgdn.Engine]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> xgdn.Engine:
     """A dense model whose constants are cached and whose probe has run."""
     tiny = replace(checkpoints.CHECKPOINTS[0], changes=HEAD_DIMS)
     directory, _ = checkpoints.make(tiny, tmp_path_factory.mktemp("checkpoint"))
@@ -47,7 +45,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[xgdn.Engine]:
     )
     for batch in (1, 2, 4, 8):
         engine.generate([[1, 2, 3]] * batch, max_new_tokens=3, ignore_eos=True)
-    yield engine
+    return engine
 
 
 def steps(engine: xgdn.Engine, lengths: tuple[int, ...]) -> tuple[Ledger, Ledger]:
