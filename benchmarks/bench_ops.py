@@ -3,8 +3,9 @@
 
     python benchmarks/bench_ops.py [--decode 1 8 32 128] [--prefill 512 2048 8192] [--threads 1 2] [--backend cpu]
 
-Every line is preceded by a check against the float64 recurrence. The contestants take turns, call by call; times are
-the minimum and the median. Decode's states rotate over at least --rotate-mib of memory, so that they come from DRAM.
+Every line is preceded by a check against the float64 recurrence (of longer prompts: a prompt of 1024 tokens). The
+contestants take turns, call by call; times are the minimum and the median. Decode's states rotate over at least
+--rotate-mib of memory, so that they come from DRAM.
 
 The roofs: for decode an in-place `x.mul_(c)` over as many bytes as the states have; for prefill the least number of
 flops of the chunk form (122,880 per token and value head at K = V = 128, C = 64) at the rate of a bf16 matmul.
@@ -35,6 +36,8 @@ import reference  # noqa: E402  (the tests' float64 recurrence)
 
 H, HV, K, V = 16, 32, 128, 128  # Qwen3-Next-80B, Qwen3.5-35B
 PREFILL_FLOPS_PER_TOKEN = HV * 122_880
+LONGEST_CHECK = 1024  # tokens of a prompt that are compared with the float64 recurrence
+CHECK_PIECE = 64
 TOLERANCE = 4e-3  # bf16 inputs and outputs
 STATE_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -103,13 +106,24 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
+def recurrence(tokens: Tokens, rows: range, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and last state in float64, in pieces: the reference keeps the state of every token."""
+    outs = []
+    for begin in range(rows.start, rows.stop, CHECK_PIECE):
+        piece = slice(begin, min(begin + CHECK_PIECE, rows.stop))
+        out, states = reference.gated_delta_rule(*(x[piece] for x in tokens.packed()), state)
+        outs.append(out)
+        state = states[-1]
+    return torch.cat(outs), state
+
+
 def check_against_recurrence(name: str, tokens: Tokens, lengths: list[int], before: Tensor, out: Tensor, after: Tensor):
     """Leaves the program when one sequence's outputs or state are off."""
     begin = 0
     for n, length in enumerate(lengths):
-        rows = slice(begin, begin + length)
-        want_out, want_states = reference.gated_delta_rule(*(x[rows] for x in tokens.packed()), before[n])
-        errors = relative_error(out[rows], want_out), relative_error(after[n], want_states[-1])
+        rows = range(begin, begin + length)
+        want_out, want_state = recurrence(tokens, rows, before[n])
+        errors = relative_error(out[rows.start : rows.stop], want_out), relative_error(after[n], want_state)
         if not (errors[0] <= TOLERANCE and errors[1] <= STATE_TOLERANCE[after.dtype]):
             sys.exit(
                 f"{name}: sequence {n} differs from the float64 recurrence: out {errors[0]:.1e}, S {errors[1]:.1e}"
@@ -176,37 +190,40 @@ def bench_decode(batch: int, state_dtype: torch.dtype, threads: int, args: argpa
 # ---- prefill ---------------------------------------------------------------------------------------------------------
 
 
+class Prefill:
+    """A prompt that starts from nothing, called as a layer calls it."""
+
+    def __init__(self, length: int, backend: str) -> None:
+        self.tokens = Tokens(length)
+        self.state = torch.full((1, HV, V, K), torch.nan)
+        self.out = torch.empty_like(self.tokens.v)
+        self.arguments = {
+            "cu_seqlens": torch.tensor([0, length], dtype=torch.int32),
+            "state_indices": torch.zeros(1, dtype=torch.int32),
+            "chunk": xgdn.ops.build_chunk_metadata([length], HV),
+            "has_initial_state": torch.tensor([False]),
+            "out": self.out,
+            "backend": backend,
+        }
+
+    def run(self) -> None:
+        xgdn.ops.chunk_gated_delta_rule(*self.tokens.packed(), self.state, **self.arguments)
+
+
 def bench_prefill(length: int, threads: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(threads)
-    tokens = Tokens(length)
-    state = torch.zeros(1, HV, V, K)
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-    slot = torch.zeros(1, dtype=torch.int32)
-    chunk = xgdn.ops.build_chunk_metadata([length], HV)
-    starts_fresh = torch.tensor([False])
-    out = torch.empty_like(tokens.v)
+    checked = Prefill(min(length, LONGEST_CHECK), args.backend)
+    checked.run()
+    zeros = torch.zeros_like(checked.state)
+    check_against_recurrence("prefill", checked.tokens, [len(checked.tokens.q)], zeros, checked.out, checked.state)
 
-    def ours(_: int) -> None:
-        xgdn.ops.chunk_gated_delta_rule(
-            *tokens.packed(),
-            state,
-            cu_seqlens=cu_seqlens,
-            state_indices=slot,
-            chunk=chunk,
-            has_initial_state=starts_fresh,
-            out=out,
-            backend=args.backend,
-        )
-
-    ours(0)
-    check_against_recurrence("prefill", tokens, [length], torch.zeros_like(state), out, state)
-
+    ours = Prefill(length, args.backend)
     often = max(3, int(args.seconds * 1e6 / (60 * length)))
-    contestants: dict[str, tuple[Callable[[int], object], int]] = {"ours": (ours, often)}
+    contestants: dict[str, tuple[Callable[[int], object], int]] = {"ours": (lambda _: ours.run(), often)}
     if args.transformers:
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-        theirs = tokens.batched(1)
+        theirs = ours.tokens.batched(1)
         contestants["transformers"] = (
             lambda _: torch_chunk_gated_delta_rule(*theirs, output_final_state=True, use_qk_l2norm_in_kernel=True),
             3,
