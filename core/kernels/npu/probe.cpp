@@ -61,8 +61,10 @@ struct TwoTokens {
   at::Tensor qk, v, beta, g, state, ones;
 };
 
-std::array<bool, 2> written_slots(const char* op, at::ScalarType state_dtype) {
+std::array<bool, 2> written_slots(const char* op, at::ScalarType state_dtype, bool has_start) {
   TwoTokens x(state_dtype);
+  const at::Tensor lengths = has_start ? at::ones({3}, on_device(at::kInt)) : x.ones;
+  if (has_start) lengths.select(0, 0).fill_(0);
   const at::Tensor slots = at::ones({2}, on_device(at::kInt));
   slots.select(0, 0).fill_(0);
   recurrent(op, {.q = x.qk,
@@ -71,7 +73,7 @@ std::array<bool, 2> written_slots(const char* op, at::ScalarType state_dtype) {
                  .state = x.state,
                  .beta = x.beta,
                  .scale = 1.0,
-                 .lengths = x.ones,
+                 .lengths = lengths,
                  .state_indices = slots,
                  .num_accepted = x.ones,
                  .g = x.g});
@@ -81,12 +83,20 @@ std::array<bool, 2> written_slots(const char* op, at::ScalarType state_dtype) {
 
 // Empty when the op works, with its convention in `lengths`.
 std::string try_recurrent(const char* op, at::ScalarType state_dtype, Lengths& lengths) {
-  return sentence_of([&]() -> std::string {
-    const auto [first, second] = written_slots(op, state_dtype);
+  const std::string sentence = sentence_of([&]() -> std::string {
+    const auto [first, second] = written_slots(op, state_dtype, /*has_start=*/false);
     if (!second) return c10::str(op, " left the states unwritten");
     lengths = first ? Lengths::kPerSequence : Lengths::kWithStart;
     return "";
   });
+  if (sentence.empty()) return "";
+  // A kernel that reads a start may refuse num_accepted for two sequences where it sees one.
+  const std::string with_start = sentence_of([&]() -> std::string {
+    const auto [first, second] = written_slots(op, state_dtype, /*has_start=*/true);
+    return first && second ? "" : c10::str(op, " left the states unwritten");
+  });
+  if (with_start.empty()) lengths = Lengths::kWithStart;
+  return with_start.empty() ? "" : sentence;
 }
 
 // One sequence of two tokens that starts from a state of 0.5 k0: u0 = 1 - 0.5, u1 = 0, final state 1 at column 0.
