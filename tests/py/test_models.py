@@ -60,11 +60,12 @@ def test_prompt_logits_equal_transformers(loaded: Loaded, length: int) -> None:
 
 
 def test_reference_choices_have_a_margin(loaded: Loaded) -> None:
-    """The greedy comparison means something only where transformers' own choice is no tie in float32."""
+    """The greedy comparison means something only where transformers' own choice is no tie in float32: the two sides
+    agree within 1e-6, a choice here is decided by at least twenty times that."""
     for prompt, continuation in zip(loaded.prompts, loaded.continuations, strict=True):
         logits = reference_logits(loaded.reference, prompt + continuation)[len(prompt) - 1 : -1]
         best, second = logits.topk(2, dim=-1).values.unbind(-1)
-        assert (best - second).min() > 1e-4 * logits.abs().max()
+        assert (best - second).min() > 2e-5 * logits.abs().max()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 12])
