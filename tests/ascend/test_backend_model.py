@@ -89,8 +89,8 @@ def test_greedy_tokens_of_a_batch_and_again_in_its_slots(engines: Engines) -> No
     assert sum(equal) >= len(prompts) * NEW_TOKENS // 2, equal
 
 
-def test_a_prompt_in_pieces_and_alone(engines: Engines) -> None:
-    """Beside others that decode, so that one step has both segments."""
+def test_first_tokens_are_those_of_a_prompt_alone(engines: Engines) -> None:
+    """Ragged prompts in one prefill, against each prompt by itself."""
     prompts = make_prompts()
     together = engines.npu.generate(prompts, max_new_tokens=2, ignore_eos=True)
     for prompt, result in zip(prompts, together, strict=True):
