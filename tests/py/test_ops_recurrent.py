@@ -88,8 +88,9 @@ def test_order_of_the_batch_does_not_change_bits(backend: str) -> None:
 
 
 @pytest.mark.parametrize("in_one_call", [True, False], ids=["one_call", "2000_calls"])
-def test_2000_steps_with_almost_no_decay(in_one_call: bool, backend: str) -> None:
-    case = Case((2000,), H=1, HV=1, K=64, V=32, gates="near0")
+@pytest.mark.parametrize(("gates", "beta"), [("near0", None), ("halfulp", 0.1)])  # a small beta remembers for longer
+def test_2000_steps_with_almost_no_decay(gates: str, beta: float | None, in_one_call: bool, backend: str) -> None:
+    case = Case((2000,), H=1, HV=1, K=64, V=32, gates=gates, beta=beta)
     x = make_inputs(case, prefill=False)
     if in_one_call:
         run(x, backend)
