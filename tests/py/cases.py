@@ -325,16 +325,11 @@ def expected(x: Inputs, *, prefill: bool) -> tuple[Tensor, dict[int, Tensor]]:
 #   f16:  11 significant bits: an eighth of that
 _TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 _TOLERANCE_EXTREME = 1e-5
-#   halfulp: where the decay is below the rounding of the state, a state that is rounded after the decay and again after
-#         the write loses up to half a unit of f32, 3e-8, a step in one direction; a beta of 0.1 remembers 640 steps
-_TOLERANCE_HALF_ULP = 2e-5
 
 
 def tolerance(case: Case, result: torch.dtype) -> float:
     """Bound for a result of dtype `result`: that of the coarsest format on the way from the inputs to it."""
     worst = max(_TOLERANCE[dtype] for dtype in (case.dtype, case.state_dtype, result))
-    if case.gates == "halfulp":
-        return max(worst, _TOLERANCE_HALF_ULP)
     return max(worst, _TOLERANCE_EXTREME) if case.is_extreme else worst
 
 

@@ -17,8 +17,8 @@
 //
 // Rounding: everything is f32 inside. S is rounded to its own type where it is written: after the call's last token, or
 // after each token of a verification. q, k, v are widened exactly; the norms, k.q and the gates are f32; o is rounded
-// to its type once. Where alpha > 0.6 the decay is x + x expm1(g): rounding alpha itself would bias every step of a
-// slow decay the same way. Order of sums: lane i of a row's product adds k = i, i + lanes, ... ascending; then lanes 4
+// to its type once. Where alpha > 0.6 the step is S + (S expm1(g) + u k), rounded once: rounding alpha, or S
+// after the decay, would bias every step of a slow decay the same way. Order of sums: lane i of a row's product adds k = i, i + lanes, ... ascending; then lanes 4
 // apart in steps of two (fold_rows). It depends on the instruction set alone, so a call's bits do not depend on
 // threads, batch or split.
 #include "core/kernels/cpu/gated_delta_rule.h"
@@ -66,6 +66,17 @@ HWY_INLINE V decayed(V x, V factor) {
     return hn::MulAdd(factor, x, x);
   } else {
     return hn::Mul(factor, x);
+  }
+}
+
+// alpha s + u k. Near one, what changes is summed first and s is rounded once: a decay below its rounding still counts.
+template <bool kIsNear, class V>
+HWY_INLINE V advanced(V s, V factor, V u, V k) {
+  const V change = hn::MulAdd(u, k, hn::Mul(factor, s));
+  if constexpr (kIsNear) {
+    return hn::Add(s, change);
+  } else {
+    return change;
   }
 }
 
@@ -137,10 +148,10 @@ HWY_INLINE void update(const Src* src, Dst* dst, size_t K, float decay, const fl
   const VF u0 = hn::Set(d, u[0]), u1 = hn::Set(d, u[1]), u2 = hn::Set(d, u[2]), u3 = hn::Set(d, u[3]);
   for (size_t i = 0; i < K; i += hn::Lanes(d)) {
     const VF ki = hn::LoadU(d, k + i);
-    store(d, hn::MulAdd(u0, ki, decayed<kIsNear>(load(d, src + i), factor)), dst + i);
-    store(d, hn::MulAdd(u1, ki, decayed<kIsNear>(load(d, src + K + i), factor)), dst + K + i);
-    store(d, hn::MulAdd(u2, ki, decayed<kIsNear>(load(d, src + 2 * K + i), factor)), dst + 2 * K + i);
-    store(d, hn::MulAdd(u3, ki, decayed<kIsNear>(load(d, src + 3 * K + i), factor)), dst + 3 * K + i);
+    store(d, advanced<kIsNear>(load(d, src + i), factor, u0, ki), dst + i);
+    store(d, advanced<kIsNear>(load(d, src + K + i), factor, u1, ki), dst + K + i);
+    store(d, advanced<kIsNear>(load(d, src + 2 * K + i), factor, u2, ki), dst + 2 * K + i);
+    store(d, advanced<kIsNear>(load(d, src + 3 * K + i), factor, u3, ki), dst + 3 * K + i);
   }
 }
 
@@ -156,10 +167,10 @@ HWY_INLINE void update_and_multiply(float* HWY_RESTRICT rows, size_t K, float de
   VF q0 = k0, q1 = k0, q2 = k0, q3 = k0;
   for (size_t i = 0; i < K; i += hn::Lanes(d)) {
     const VF ki = hn::LoadU(d, k + i);
-    const VF s0 = hn::MulAdd(u0, ki, decayed<kIsNear>(hn::LoadU(d, rows + i), factor));
-    const VF s1 = hn::MulAdd(u1, ki, decayed<kIsNear>(hn::LoadU(d, rows + K + i), factor));
-    const VF s2 = hn::MulAdd(u2, ki, decayed<kIsNear>(hn::LoadU(d, rows + 2 * K + i), factor));
-    const VF s3 = hn::MulAdd(u3, ki, decayed<kIsNear>(hn::LoadU(d, rows + 3 * K + i), factor));
+    const VF s0 = advanced<kIsNear>(hn::LoadU(d, rows + i), factor, u0, ki);
+    const VF s1 = advanced<kIsNear>(hn::LoadU(d, rows + K + i), factor, u1, ki);
+    const VF s2 = advanced<kIsNear>(hn::LoadU(d, rows + 2 * K + i), factor, u2, ki);
+    const VF s3 = advanced<kIsNear>(hn::LoadU(d, rows + 3 * K + i), factor, u3, ki);
     hn::StoreU(s0, d, rows + i);
     hn::StoreU(s1, d, rows + K + i);
     hn::StoreU(s2, d, rows + 2 * K + i);
