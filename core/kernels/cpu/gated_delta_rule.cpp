@@ -17,10 +17,10 @@
 //
 // Rounding: everything is f32 inside. S is rounded to its own type where it is written: after the call's last token, or
 // after each token of a verification. q, k, v are widened exactly; the norms, k.q and the gates are f32; o is rounded
-// to its type once. Where alpha > 0.6 the step is S + (S expm1(g) + u k), rounded once: rounding alpha, or S
-// after the decay, would bias every step of a slow decay the same way. Order of sums: lane i of a row's product adds k = i, i + lanes, ... ascending; then lanes 4
-// apart in steps of two (fold_rows). It depends on the instruction set alone, so a call's bits do not depend on
-// threads, batch or split.
+// to its type once. Where alpha > 0.6 the step is S + (S expm1(g) + u k), rounded once: rounding alpha, or S after the
+// decay, would bias every step of a slow decay the same way. Order of sums: lane i of a row's product adds
+// k = i, i + lanes, ... ascending; then lanes 4 apart in steps of two (fold_rows). It depends on the instruction set
+// alone, so a call's bits do not depend on threads, batch or split.
 #include "core/kernels/cpu/gated_delta_rule.h"
 
 #include <algorithm>
