@@ -91,7 +91,6 @@ def make_model(end_of_text: int) -> transformers.Qwen3_5ForCausalLM:
         bos_token_id=None,
         eos_token_id=end_of_text,
         pad_token_id=None,
-        use_cache=False,
     )
     return transformers.Qwen3_5ForCausalLM(config)
 
@@ -128,7 +127,7 @@ def train(model: torch.nn.Module, tokens: Tensor, steps: int) -> list[tuple[int,
         begins = torch.randint(len(tokens) - WINDOW, (BATCH, 1), generator=generator, device=device)
         ids = tokens[begins + offsets]
         with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -147,7 +146,7 @@ def perplexity(model: torch.nn.Module, tokens: Tensor) -> float:
     device = next(model.parameters()).device
     count = len(tokens) // WINDOW
     windows = tokens[: count * WINDOW].view(count, WINDOW).to(device)
-    losses = [model(input_ids=ids, labels=ids).loss.double() for ids in windows.split(1)]
+    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.double() for ids in windows.split(1)]
     return torch.stack(losses).mean().exp().item()
 
 
