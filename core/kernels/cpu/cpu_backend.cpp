@@ -10,6 +10,7 @@
 #include "core/kernels/backend.h"
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/gated_delta_rule.h"
+#include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/registry.h"
@@ -101,7 +102,21 @@ cpu::GatedDeltaRuleArgs packed_args(const Params& p, const GdnShape& s) {
   return args;
 }
 
-// Threads take work items one by one: sequences differ in length. Few items are split into blocks of V rows.
+// Calls f(begin, end) over `count` items. Threads take ranges as they come: items differ in length, threads are
+// disturbed. Ranges of several items let a thread read ahead from one item to the next.
+template <class F>
+void parallel_dynamic(int64_t threads, int64_t count, const F& f) {
+  constexpr int64_t kRangesPerThread = 16;
+  const int64_t range = std::max<int64_t>(count / (threads * kRangesPerThread), 1);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(range, std::memory_order_relaxed)) < count;) {
+      f(begin, std::min(begin + range, count));
+    }
+  });
+}
+
+// Few items are split into blocks of V rows.
 void run_delta_rule(cpu::GatedDeltaRuleArgs args, const GdnShape& s) {
   const int64_t threads = threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K);
   const int64_t items = std::max<int64_t>(args.N * args.HV, 1);
@@ -109,13 +124,8 @@ void run_delta_rule(cpu::GatedDeltaRuleArgs args, const GdnShape& s) {
   const int64_t blocks = threads == 1 ? 1 : std::clamp<int64_t>((2 * threads + items - 1) / items, 1, steps);
   args.v_block = (steps + blocks - 1) / blocks * cpu::kHeadDimStep;
 
-  const int64_t count = cpu::num_work_items(args);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      cpu::gated_delta_rule(args, item);
-    }
-  });
+  parallel_dynamic(threads, cpu::num_work_items(args),
+                   [&](int64_t begin, int64_t end) { cpu::gated_delta_rule(args, begin, end); });
 }
 
 template <typename Params>

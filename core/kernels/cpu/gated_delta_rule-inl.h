@@ -267,13 +267,20 @@ HWY_INLINE void prefetch(const void* from, size_t bytes) {
   for (size_t i = 0; i < bytes; i += kCacheLine) hwy::Prefetch(static_cast<const char*>(from) + i);
 }
 
-// One token on num_rows rows, from the slot that is read straight to the slot that is written (null: none). The
-// prefetch runs past the last row into the next head, which is usually the next to be worked on.
+// One token on num_rows rows, from the slot that is read straight to the slot that is written (null: none). Reads run
+// kPrefetchBytes ahead, past the last row into `next`, what is worked on next (null: unknown).
 template <typename State>
-void step(const Token& token, const State* src, State* dst, size_t num_rows, size_t K) {
+void step(const Token& token, const State* src, State* dst, size_t num_rows, size_t K, const void* next) {
+  const size_t bytes = kRows * K * sizeof(State);
+  const size_t size = num_rows * K * sizeof(State);
   for (size_t row = 0; row < num_rows; row += kRows) {
     const State* rows = src + row * K;
-    prefetch(reinterpret_cast<const char*>(rows) + kPrefetchBytes, kRows * K * sizeof(State));
+    const size_t ahead = row * K * sizeof(State) + kPrefetchBytes;
+    if (ahead < size) {
+      prefetch(reinterpret_cast<const char*>(src) + ahead, bytes);
+    } else if (next != nullptr) {
+      prefetch(static_cast<const char*>(next) + (ahead - size), bytes);
+    }
     HWY_ALIGN float u[kRows];
     Products products;
     multiply(StoredRows<State>{rows, K}, K, token.k, token.q, products);
@@ -303,6 +310,14 @@ void to_pool_order(float* x, size_t K) {
 inline void multiply_by(float* HWY_RESTRICT x, size_t K, float factor) {
   const F32 d;
   for (size_t i = 0; i < K; i += hn::Lanes(d)) hn::StoreU(hn::Mul(hn::LoadU(d, x + i), hn::Set(d, factor)), d, x + i);
+}
+
+// The gates of a token from its logits.
+inline void stage_logits(float a, float b, float A_log, float dt_bias, Token& token) {
+  const F32 d;
+  const VF rate = decay_rate(d, hn::Set(d, A_log));
+  token.decay = make_decay(hn::GetLane(log_decay(d, hn::Set(d, a), rate, hn::Set(d, dt_bias))));
+  token.beta = hn::GetLane(sigmoid(d, hn::Set(d, b)));
 }
 
 // Normalises the widened k and q of a key head where asked for, brings them into the pool's order, returns k.q.

@@ -54,17 +54,16 @@ State* state_rows(const GatedDeltaRuleArgs& args, const Item& item, int32_t slot
 }
 
 void stage_gates(const GatedDeltaRuleArgs& args, const Item& item, int64_t index, Token& token) {
-  float g = load_scalar(args.g.dtype, args.g.at(index, item.h));
-  float beta = load_scalar(args.beta.dtype, args.beta.at(index, item.h));
-  if (args.A_log.data != nullptr) {
-    const F32 d;
-    const float A_log = load_scalar(args.A_log.dtype, args.A_log.at(0, item.h));
-    const float dt_bias = load_scalar(args.dt_bias.dtype, args.dt_bias.at(0, item.h));
-    g = hn::GetLane(log_decay(d, hn::Set(d, g), decay_rate(d, hn::Set(d, A_log)), hn::Set(d, dt_bias)));
-    beta = hn::GetLane(sigmoid(d, hn::Set(d, beta)));
+  const float g = load_scalar(args.g.dtype, args.g.at(index, item.h));
+  const float beta = load_scalar(args.beta.dtype, args.beta.at(index, item.h));
+  if (args.A_log.data == nullptr) {
+    token.decay = make_decay(g);
+    token.beta = beta;
+    return;
   }
-  token.decay = make_decay(g);
-  token.beta = beta;
+  const float A_log = load_scalar(args.A_log.dtype, args.A_log.at(0, item.h));
+  const float dt_bias = load_scalar(args.dt_bias.dtype, args.dt_bias.at(0, item.h));
+  stage_logits(/*a=*/g, /*b=*/beta, A_log, dt_bias, token);
 }
 
 // Stages up to kChunk tokens from `first`; returns how many.
@@ -179,47 +178,16 @@ void verify_sequence(const GatedDeltaRuleArgs& args, const Item& item, const Sta
 }
 
 template <typename State>
-void step_token(const GatedDeltaRuleArgs& args, const Item& item, const State* src, Chunk& c) {
+void step_token(const GatedDeltaRuleArgs& args, const Item& item, const State* src, const void* next, Chunk& c) {
   prefetch(src, kPrefetchBytes);  // while the token is staged
   stage<State>(args, item, item.begin, c);
   const int32_t slot = args.num_accepted != nullptr ? args.read_slots[item.n * args.L] : args.write_slots[item.n];
   State* dst = slot >= 0 ? state_rows<State>(args, item, slot) : nullptr;
-  step(c.tokens[0], src, dst, item.num_rows, args.K);
+  step(c.tokens[0], src, dst, item.num_rows, args.K, next);
   write_outputs(args, item, item.begin, 1, c);
 }
 
-template <typename State>
-void run_item(const GatedDeltaRuleArgs& args, const Item& item) {
-  const bool is_verification = args.num_accepted != nullptr;
-  const int64_t column = is_verification ? args.num_accepted[item.n] - 1 : 0;
-  const int32_t read_slot = args.read_slots[item.n * args.L + column];
-  if (read_slot < 0) {
-    for (int64_t t = item.begin; t < item.end; ++t) {
-      std::memset(out_rows(args, item, t), 0, item.num_rows * size_of(args.out.dtype));
-    }
-    return;
-  }
-  const bool has_initial_state = args.has_initial_state == nullptr || args.has_initial_state[item.n];
-  const State* src = has_initial_state ? state_rows<State>(args, item, read_slot) : nullptr;
-
-  const size_t keys = kChunk * args.K;
-  const size_t values = kChunk * args.v_block;
-  Chunk c;
-  c.k = scratch<Chunk>(2 * keys + 2 * values + args.v_block * args.K);
-  c.q = c.k + keys;
-  c.v = c.q + keys;
-  c.o = c.v + values;
-  c.S = c.o + values;
-  if (item.end - item.begin == 1 && src != nullptr) {
-    step_token(args, item, src, c);
-  } else if (is_verification) {
-    verify_sequence(args, item, src, c);
-  } else {
-    step_sequence(args, item, src, c);
-  }
-}
-
-void gated_delta_rule(const GatedDeltaRuleArgs& args, int64_t index) {
+Item make_item(const GatedDeltaRuleArgs& args, int64_t index) {
   const int64_t blocks = (args.V + args.v_block - 1) / args.v_block;
   Item item;
   item.n = index / (blocks * args.HV);
@@ -228,14 +196,58 @@ void gated_delta_rule(const GatedDeltaRuleArgs& args, int64_t index) {
   item.num_rows = std::min(args.v_block, args.V - item.v_begin);
   item.begin = args.cu_seqlens != nullptr ? args.cu_seqlens[item.n] : item.n;
   item.end = args.cu_seqlens != nullptr ? args.cu_seqlens[item.n + 1] : item.n + 1;
-  if (args.is_state_bfloat16) {
-#ifdef XGDN_HARDWARE_BFLOAT16
-  if (__builtin_cpu_supports("avx512bf16")) run_item<HardwareBFloat16>(args, item); else
-#endif
-    run_item<BFloat16Bits>(args, item);
-  } else {
-    run_item<float>(args, item);
+  return item;
+}
+
+int32_t read_slot(const GatedDeltaRuleArgs& args, const Item& item) {
+  const int64_t column = args.num_accepted != nullptr ? args.num_accepted[item.n] - 1 : 0;
+  return args.read_slots[item.n * args.L + column];
+}
+
+// The rows that an item reads; null: none.
+template <typename State>
+const State* source_rows(const GatedDeltaRuleArgs& args, const Item& item) {
+  const int32_t slot = read_slot(args, item);
+  const bool has_initial_state = args.has_initial_state == nullptr || args.has_initial_state[item.n];
+  return slot >= 0 && has_initial_state ? state_rows<State>(args, item, slot) : nullptr;
+}
+
+template <typename State>
+void run_item(const GatedDeltaRuleArgs& args, const Item& item, const void* next, Chunk& c) {
+  if (read_slot(args, item) < 0) {
+    for (int64_t t = item.begin; t < item.end; ++t) {
+      std::memset(out_rows(args, item, t), 0, item.num_rows * size_of(args.out.dtype));
+    }
+    return;
   }
+  const State* src = source_rows<State>(args, item);
+  if (item.end - item.begin == 1 && src != nullptr) {
+    step_token(args, item, src, next, c);
+  } else if (args.num_accepted != nullptr) {
+    verify_sequence(args, item, src, c);
+  } else {
+    step_sequence(args, item, src, c);
+  }
+}
+
+template <typename State>
+void run_items(const GatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
+  const size_t keys = kChunk * args.K;
+  const size_t values = kChunk * args.v_block;
+  Chunk c;
+  c.k = scratch<Chunk>(2 * keys + 2 * values + args.v_block * args.K);
+  c.q = c.k + keys;
+  c.v = c.q + keys;
+  c.o = c.v + values;
+  c.S = c.o + values;
+  for (int64_t index = begin; index < end; ++index) {
+    const State* next = index + 1 < end ? source_rows<State>(args, make_item(args, index + 1)) : nullptr;
+    run_item<State>(args, make_item(args, index), next, c);
+  }
+}
+
+void gated_delta_rule(const GatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
+  with_state_type(args.is_state_bfloat16, [&](auto element) { run_items<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace HWY_NAMESPACE
@@ -247,8 +259,8 @@ namespace xgdn::kernel::cpu {
 
 HWY_EXPORT(gated_delta_rule);
 
-void gated_delta_rule(const GatedDeltaRuleArgs& args, int64_t item) {
-  HWY_DYNAMIC_DISPATCH(gated_delta_rule)(args, item);
+void gated_delta_rule(const GatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
+  HWY_DYNAMIC_DISPATCH(gated_delta_rule)(args, begin, end);
 }
 
 }  // namespace xgdn::kernel::cpu
