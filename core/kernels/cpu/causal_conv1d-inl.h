@@ -116,7 +116,7 @@ inline void convolve(const CausalConv1dArgs& args, const ConvBlock& b, const flo
 
 // The slot's rows become entries first, first + 1, ... of [history | inputs].
 inline void write_history(const CausalConv1dArgs& args, const ConvBlock& b, int32_t slot, int64_t begin, int64_t first,
-                   int64_t count) {
+                          int64_t count) {
   const int64_t history = args.W - 1;
   for (int64_t r = 0; r < count; ++r) {
     const int64_t entry = first + r;

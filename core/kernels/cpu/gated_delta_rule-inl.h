@@ -12,9 +12,9 @@
 // Rounding: everything is f32 inside. Where alpha > 0.6 the step is S + (S expm1(g) + u k), rounded once: rounding
 // alpha, or S after the decay, would bias every step of a slow decay the same way.
 // Order of sums: a row is read in pairs of vectors (load_pair), k and q lie in the same order. Of an f32 pool lane i
-// adds k = i, i + lanes, i + 2 lanes, ...; of a bf16 pool k = 2 i, 2 i + 1, 2 (i + lanes), ...; an odd last vector of 16
-// lanes is read in place. Then lanes 4 apart in steps of two (fold_rows). The order depends on the instruction set and
-// the pool's type alone, so a call's bits do not depend on threads, batch or split.
+// adds k = i, i + lanes, i + 2 lanes, ...; of a bf16 pool k = 2 i, 2 i + 1, 2 (i + lanes), ...; an odd last vector of
+// 16 lanes is read in place. Then lanes 4 apart in steps of two (fold_rows). The order depends on the instruction set
+// and the pool's type alone, so a call's bits do not depend on threads, batch or split.
 #if defined(XGDN_CORE_KERNELS_CPU_GATED_DELTA_RULE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef XGDN_CORE_KERNELS_CPU_GATED_DELTA_RULE_INL_H_
 #undef XGDN_CORE_KERNELS_CPU_GATED_DELTA_RULE_INL_H_

@@ -45,7 +45,8 @@ struct GatedDeltaRuleArgs {
 inline constexpr int64_t kHeadDimStep = 16;
 inline constexpr int64_t kMaxHeadDim = 256;
 
-/// Work items are (sequence, value head, block of V rows), blocks fastest; any thread may take any of them in any order.
+/// Work items are (sequence, value head, block of V rows), blocks fastest; any thread may take any of them in any
+/// order.
 inline int64_t num_work_items(const GatedDeltaRuleArgs& args) {
   return args.N * args.HV * ((args.V + args.v_block - 1) / args.v_block);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row of the gated RMS norm, inside one instruction set: shared by the op and the fused decode step, so that they give
-// the same bits.
+// A row of the gated RMS norm, inside one instruction set: shared by the op and the fused decode step, so that they
+// give the same bits.
 //
 // Rounding: all is f32. Order of the sum: lane i adds elements i, i + lanes, ... ascending, then the lanes.
 #if defined(XGDN_CORE_KERNELS_CPU_RMS_NORM_GATED_INL_H_) == defined(HWY_TARGET_TOGGLE)

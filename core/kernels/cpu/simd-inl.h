@@ -69,8 +69,8 @@ HWY_INLINE void store(F32, VF x, BFloat16Bits* p) {
 }
 
 // ---- two vectors to and from f32 ------------------------------------------------------------------------------------
-// Of f32 the first and the second half of 2 * lanes elements; of bf16 the even and the odd ones, which takes no shuffle.
-// A pool's rows are always worked on in its own order.
+// Of f32 the first and the second half of 2 * lanes elements; of bf16 the even and the odd ones, which takes no
+// shuffle. A pool's rows are always worked on in its own order.
 
 HWY_INLINE void load_pair(F32 d, const float* p, VF& first, VF& second) {
   first = hn::LoadU(d, p);
@@ -127,8 +127,8 @@ HWY_INLINE void store_pair(F32 d, VF& first, VF& second, BFloat16Bits* p) {
 
 #endif
 
-// Highway 1.0.3 has no target for AVX-512-BF16. Rounding by integers takes 12 instructions a pair of vectors, this 2; in
-// cache, a decode step of bf16 states takes 57 us instead of 78 (one sequence, H = 16, HV = 32, K = V = 128).
+// Highway 1.0.3 has no target for AVX-512-BF16. Rounding by integers takes 12 instructions a pair of vectors, this 2;
+// in cache, a decode step of bf16 states takes 57 us instead of 78 (one sequence, H = 16, HV = 32, K = V = 128).
 #undef XGDN_HARDWARE_BFLOAT16
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
 #define XGDN_HARDWARE_BFLOAT16
@@ -147,9 +147,8 @@ HWY_INLINE void store_rounded(F32 d, VF& x, HardwareBFloat16* p) {
 
 // As with integers, but numbers below 2^-126 become zero.
 HWY_INLINE void store_pair(F32 d, VF& first, VF& second, HardwareBFloat16* p) {
-  alignas(64) static constexpr uint16_t kInterleaved[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                          21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                          11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kInterleaved[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   __m512i halves;  // all of first, then all of second
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(halves) : "v"(second.raw), "v"(first.raw));
   const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), halves);
