@@ -35,6 +35,8 @@ sys.path.insert(0, str(ROOT / "tests" / "py"))
 import reference  # noqa: E402  (the tests' float64 recurrence)
 
 H, HV, K, V = 16, 32, 128, 128  # Qwen3-Next-80B, Qwen3.5-35B
+CONV_WIDTH = 4
+VERIFIED = 4  # tokens that a sequence verifies
 PREFILL_FLOPS_PER_TOKEN = HV * 122_880
 LONGEST_CHECK = 1024  # tokens of a prompt that are compared with the float64 recurrence
 CHECK_PIECE = 64
@@ -187,6 +189,129 @@ def bench_decode(batch: int, state_dtype: torch.dtype, threads: int, args: argpa
     )
 
 
+class Layer:
+    """What a layer hands to its decode step, with pools that rotate through the memory of --rotate-mib."""
+
+    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int) -> None:
+        slot_bytes = HV * V * K * state_dtype.itemsize
+        self.batches = max(2, -(-rotate_mib * 2**20 // (batch * slot_bytes)))
+        slots = torch.arange(self.batches * batch, dtype=torch.int32)
+        self.slots = slots.unflatten(0, (self.batches, batch)).unbind()
+        self.stream = torch.ones(self.batches, batch * slot_bytes // 4)
+        self.state = torch.randn(len(slots), HV, V, K).to(state_dtype)
+        channels = 2 * H * K + HV * V
+        self.conv_state = torch.randn(len(slots), CONV_WIDTH - 1, channels).bfloat16()
+        self.conv_weight = (0.5 * torch.randn(channels, CONV_WIDTH)).bfloat16()
+        self.projected = torch.randn(batch, channels + HV * V + 2 * HV).bfloat16()
+        self.mixed_qkv, self.z, self.b, self.a = self.projected.split([channels, HV * V, HV, HV], 1)
+        self.A_log, self.dt_bias = torch.randn(HV), torch.randn(HV)
+        self.norm_weight = torch.randn(V)
+        self.out = torch.empty(batch, HV, V, dtype=torch.bfloat16)
+        self.cu_seqlens = torch.arange(batch + 1, dtype=torch.int32)
+
+    def step(self, i: int, backend: str) -> Tensor:
+        return xgdn.ops.gdn_decode_step(
+            self.projected,
+            self.conv_weight,
+            self.conv_state,
+            self.A_log,
+            self.dt_bias,
+            self.state,
+            self.norm_weight,
+            state_indices=self.slots[i % self.batches],
+            cu_seqlens=self.cu_seqlens,
+            out=self.out,
+            backend=backend,
+        )
+
+    def rule(self, i: int, mixed_qkv: Tensor, backend: str) -> Tensor:
+        return xgdn.ops.packed_decode(
+            mixed_qkv,
+            self.a,
+            self.b,
+            self.A_log,
+            self.dt_bias,
+            self.state,
+            state_indices=self.slots[i % self.batches],
+            out=self.out,
+            backend=backend,
+        )
+
+    def op_by_op(self, i: int, backend: str) -> Tensor:
+        mixed_qkv = xgdn.ops.causal_conv1d_update(
+            self.mixed_qkv,
+            self.conv_weight,
+            self.conv_state,
+            cu_seqlens=self.cu_seqlens,
+            state_indices=self.slots[i % self.batches],
+            backend=backend,
+        )
+        o, z = self.rule(i, mixed_qkv, backend), self.z.unflatten(1, (HV, V))
+        return xgdn.ops.rms_norm_gated(o, z, self.norm_weight, out=self.out, backend=backend)
+
+
+def bench_decode_step(batch: int, state_dtype: torch.dtype, threads: int, args: argparse.Namespace) -> None:
+    """Between the projections of a layer; the roof is the stream over the states, as for the rule alone."""
+    torch.set_num_threads(threads)
+    layer = Layer(batch, state_dtype, args.rotate_mib)
+    often = max(8, int(args.seconds * 1e6 / (150 * batch)))
+    contestants: dict[str, tuple[Callable[[int], object], int]] = {
+        "ours": (lambda i: layer.step(i, args.backend), often),
+        "rule": (lambda i: layer.rule(i, layer.mixed_qkv, args.backend), often),
+        "op by op": (lambda i: layer.op_by_op(i, args.backend), often),
+        "roof": (lambda i: layer.stream[i % layer.batches].mul_(1.0001), often),
+    }
+    times = take_turns(contestants)
+    for name, op in (("ours", "gdn_decode_step"), ("rule", "packed_decode"), ("op by op", "conv + rule + norm")):
+        print_row(
+            op=(op, f"B={batch}", short(state_dtype), threads),
+            times={"ours": times[name]},
+            rate=f"{times[name].median / times['rule'].median:.2f}x rule",
+            roof=(times["roof"].min, times["roof"].median),
+        )
+
+
+def bench_verify(batch: int, state_dtype: torch.dtype, threads: int, args: argparse.Namespace) -> None:
+    """Every sequence verifies VERIFIED tokens and writes all their states; the roof reads one and writes them all."""
+    torch.set_num_threads(threads)
+    slot_bytes = HV * V * K * state_dtype.itemsize
+    batches = max(2, -(-args.rotate_mib * 2**20 // (batch * VERIFIED * slot_bytes)))
+    state = torch.randn(batches * batch * VERIFIED, HV, V, K).to(state_dtype)
+    pool = torch.ones(batches, batch, VERIFIED, slot_bytes // 4)
+    tables = torch.arange(len(state), dtype=torch.int32).view(batches, batch, VERIFIED).unbind()
+    tokens = Tokens(batch * VERIFIED)
+    arguments = {
+        "cu_seqlens": VERIFIED * torch.arange(batch + 1, dtype=torch.int32),
+        "num_accepted": torch.ones(batch, dtype=torch.int32),
+        "out": torch.empty_like(tokens.v),
+        "backend": args.backend,
+    }
+
+    def ours(i: int) -> None:
+        table = tables[i % batches]
+        xgdn.ops.recurrent_gated_delta_rule(*tokens.packed(), state, state_indices=table, **arguments)
+
+    def roof(i: int) -> None:
+        written = pool[i % batches]
+        for sequence in written:
+            torch.mul(sequence[0], 1.0001, out=sequence[0])
+            for slot in sequence[1:]:
+                slot.copy_(sequence[0])
+
+    before = state[0 : batch * VERIFIED : VERIFIED].clone()
+    ours(0)
+    after = state[VERIFIED - 1 : batch * VERIFIED : VERIFIED]
+    check_against_recurrence("verify", tokens, [VERIFIED] * batch, before, arguments["out"], after)
+    often = max(8, int(args.seconds * 1e6 / (600 * batch)))
+    times = take_turns({"ours": (ours, often), "roof": (roof, often)})
+    print_row(
+        op=("recurrent_gated_delta_rule", f"B={batch} T={VERIFIED}", short(state_dtype), threads),
+        times=times,
+        rate=f"{(1 + VERIFIED) * batch * slot_bytes / times['ours'].median / 1e3:.1f} GB/s",
+        roof=(times["roof"].min, times["roof"].median),
+    )
+
+
 # ---- prefill ---------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +369,7 @@ def bench_prefill(length: int, threads: int, args: argparse.Namespace) -> None:
 COLUMNS = (
     ("op", 27),
     ("backend", 10),
-    ("case", 7),
+    ("case", 10),
     ("state", 6),
     ("threads", 8),
     ("min us", 10),
@@ -274,7 +399,7 @@ def print_row(op: tuple[str, str, str, int], times: dict[str, Times], rate: str,
     print_cells(
         (
             name,
-            xgdn.last_backend(name),
+            xgdn.last_backend(name) if name in xgdn.ops.__all__ else "",
             case,
             state,
             str(threads),
@@ -308,6 +433,7 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 8, 32, 128], metavar="B", help="batch sizes")
+    parser.add_argument("--verify", type=int, nargs="*", default=[8], metavar="B", help="batch sizes of verification")
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048, 8192], metavar="T", help="prompt lengths")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, min(2, os.cpu_count() or 1)}))
     parser.add_argument("--backend", default="auto", help="auto or a name of xgdn.available_backends()")
@@ -330,6 +456,9 @@ def main() -> None:
         for state_dtype in (torch.float32, torch.bfloat16):
             for batch in args.decode:
                 bench_decode(batch, state_dtype, threads, args)
+                bench_decode_step(batch, state_dtype, threads, args)
+            for batch in args.verify:
+                bench_verify(batch, state_dtype, threads, args)
         for length in args.prefill:
             bench_prefill(length, threads, args)
 
