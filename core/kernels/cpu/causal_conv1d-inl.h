@@ -14,6 +14,7 @@
 #endif
 
 #include <algorithm>
+#include <cstring>
 
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/simd-inl.h"
@@ -84,10 +85,10 @@ inline void load_input(const CausalConv1dArgs& args, const ConvBlock& b, int64_t
   load_row(args.x.dtype, channel(args.x.at(token, 0), args.x.dtype, b.first), b.count, to);
 }
 
-// History from rows first_row, first_row + 1, ... of a slot.
-inline void load_history(const CausalConv1dArgs& args, const ConvBlock& b, int32_t slot, int64_t first_row) {
+// Rows first_row, first_row + 1, ... of a slot.
+inline void load_history(const CausalConv1dArgs& args, const ConvBlock& b, int32_t slot, int64_t first_row, float* to) {
   for (int64_t r = 0; r < args.W - 1; ++r) {
-    load_row(args.conv_state_dtype, state_row(args, b, slot, first_row + r), b.count, row(b.history, r));
+    load_row(args.conv_state_dtype, state_row(args, b, slot, first_row + r), b.count, row(to, r));
   }
 }
 
@@ -114,30 +115,21 @@ inline void convolve(const CausalConv1dArgs& args, const ConvBlock& b, const flo
   }
 }
 
-// The slot's rows become entries first, first + 1, ... of [history | inputs].
-inline void write_history(const CausalConv1dArgs& args, const ConvBlock& b, int32_t slot, int64_t begin, int64_t first,
-                          int64_t count) {
+// A sequence of one token: b.out is its result, the slot that is written keeps the history without its oldest row.
+inline void convolve_decode(const CausalConv1dArgs& args, int64_t n, int64_t token, int64_t first_row,
+                            const ConvBlock& b) {
   const int64_t history = args.W - 1;
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t entry = first + r;
-    const float* values = row(b.history, entry);
-    if (entry >= history) {
-      load_input(args, b, begin + entry - history, b.out);
-      values = b.out;
-    }
-    store_row(args.conv_state_dtype, values, b.count, state_row(args, b, slot, r));
-  }
-}
-
-// One token of a sequence: the slot that is written gets the history without its oldest row, b.out the result.
-inline void convolve_decode(const CausalConv1dArgs& args, int64_t n, const ConvBlock& b) {
-  const int64_t history = args.W - 1;
-  load_history(args, b, args.read_slots[n], /*first_row=*/0);
-  std::copy_n(b.history, history * kConvBlock, b.window);
-  load_input(args, b, n, row(b.window, history));
-  const int32_t slot = args.write_slots[n];
-  if (slot >= 0) write_history(args, b, slot, /*begin=*/n, /*first=*/1, /*count=*/history);
+  const int32_t from = args.read_slots[n];
+  load_history(args, b, from, first_row, b.window);
+  load_input(args, b, token, row(b.window, history));
   convolve(args, b, b.window);
+  const int32_t to = args.write_slots[n];
+  if (to < 0) return;
+  for (int64_t r = 0; r < history - 1; ++r) {
+    std::memcpy(state_row(args, b, to, r), state_row(args, b, from, first_row + r + 1),
+                b.count * size_of(args.conv_state_dtype));
+  }
+  store_row(args.conv_state_dtype, row(b.window, history), b.count, state_row(args, b, to, history - 1));
 }
 
 }  // namespace HWY_NAMESPACE

@@ -21,6 +21,21 @@ namespace HWY_NAMESPACE {
 constexpr int64_t kTokens = 32;  // tokens widened at once: 32 KiB of a block
 constexpr size_t kConvScratch = kConvBlock * (kMaxTaps + 1 + kMaxHistory + kMaxHistory + kTokens + 1);
 
+// The slot's rows become entries first, first + 1, ... of [history | inputs].
+void write_history(const CausalConv1dArgs& args, ConvBlock& b, int32_t slot, int64_t begin, int64_t first,
+                   int64_t count) {
+  const int64_t history = args.W - 1;
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t entry = first + r;
+    const float* values = row(b.history, entry);
+    if (entry >= history) {
+      load_input(args, b, begin + entry - history, b.out);
+      values = b.out;
+    }
+    store_row(args.conv_state_dtype, values, b.count, state_row(args, b, slot, r));
+  }
+}
+
 void copy_slot(const CausalConv1dArgs& args, const ConvBlock& b, int32_t from, int32_t to) {
   if (from == to) return;
   for (int64_t r = 0; r < args.R; ++r) {
@@ -48,8 +63,13 @@ void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
   const int64_t history = args.W - 1;
   const int64_t first_row = args.num_accepted != nullptr ? args.num_accepted[n] - 1 : 0;
   const bool has_initial_state = args.has_initial_state == nullptr || args.has_initial_state[n];
+  if (args.is_update && len == 1) {
+    convolve_decode(args, n, begin, first_row, b);
+    store_row(args.out.dtype, b.out, b.count, out_channels(begin));
+    return;
+  }
   if (has_initial_state) {
-    load_history(args, b, read_slot, first_row);
+    load_history(args, b, read_slot, first_row, b.history);
   } else {
     std::fill_n(b.history, history * kConvBlock, 0.0f);
   }

@@ -30,12 +30,11 @@ struct DecodeScratch {
   float* o;
   float* z;
   float* norm_weight;
-  float* history;  // [kMaxHistory]
-  float* window;   // [kMaxTaps]
-  float* blocks;   // of q, of k, of each value head's v: [kMaxTaps + 1]
+  float* window;  // [kMaxTaps]
+  float* blocks;  // of q, of k, of each value head's v: [kMaxTaps + 1]
 };
 
-inline constexpr size_t kDecodeRows = 6 + kMaxHistory + kMaxTaps;
+inline constexpr size_t kDecodeRows = 6 + kMaxTaps;
 inline constexpr size_t kRowsPerBlock = kMaxTaps + 1;
 static_assert(kMaxHeadDim <= kConvBlock);
 
@@ -48,7 +47,7 @@ class DecodeStep {
       next += rows * kConvBlock;
       return taken;
     };
-    s_ = {take(1), take(1), take(1), take(1), take(1), take(1), take(kMaxHistory), take(kMaxTaps), next};
+    s_ = {take(1), take(1), take(1), take(1), take(1), take(1), take(kMaxTaps), next};
     load_row(args.norm.weight.dtype, args.norm.weight.data, args.rule.V, s_.norm_weight);
   }
 
@@ -58,7 +57,10 @@ class DecodeStep {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t key_head = item / N;
       const State* next = nullptr;
-      if (item + 1 < end) next = source<State>((item + 1) / N * ratio_, (item + 1) % N);
+      if (item + 1 < end) {
+        next = source<State>((item + 1) / N * ratio_, (item + 1) % N);
+        prefetch_token((item + 1) / N, (item + 1) % N);
+      }
       if (args_.rule.read_slots[item % N] < 0) {
         write_zeros(key_head, item % N);
         continue;
@@ -79,7 +81,7 @@ class DecodeStep {
     ConvBlock b;
     b.taps = taps;
     b.bias = taps + kMaxTaps * kConvBlock;
-    b.history = s_.history;
+    b.history = nullptr;  // the window holds it
     b.window = s_.window;
     b.out = out;
     return b;
@@ -96,11 +98,13 @@ class DecodeStep {
     }
   }
 
-  void convolve_channels(int64_t n, int64_t index, int64_t first, int64_t count, float* out) const {
+  // Meanwhile the memory delivers what lies `ahead`: kPrefetchBytes of the state.
+  void convolve_channels(int64_t n, int64_t index, int64_t first, int64_t count, float* out, const void* ahead) const {
+    prefetch(ahead, kPrefetchBytes);
     ConvBlock b = block(index, out);
     b.first = first;
     b.count = count;
-    convolve_decode(args_.conv, n, b);
+    convolve_decode(args_.conv, n, /*token=*/n, /*first_row=*/0, b);
     round_row(args_.conv.x.dtype, count, out);
   }
 
@@ -114,6 +118,26 @@ class DecodeStep {
     return rows<State>(head, args_.rule.read_slots[n]);
   }
 
+  // The channels of a key head in the token and in the convolution's history.
+  void prefetch_token(int64_t key_head, int64_t n) const {
+    const int64_t values = ratio_ * args_.rule.V;
+    prefetch_channels(n, q_channel(key_head), args_.rule.K);
+    prefetch_channels(n, k_channel(key_head), args_.rule.K);
+    prefetch_channels(n, v_channel(key_head * ratio_), values);
+    prefetch(args_.norm.z.at(n, key_head * ratio_), values * size_of(args_.norm.z.dtype));
+  }
+
+  void prefetch_channels(int64_t n, int64_t first, int64_t count) const {
+    const CausalConv1dArgs& conv = args_.conv;
+    prefetch(channel(conv.x.at(n, 0), conv.x.dtype, first), count * size_of(conv.x.dtype));
+    if (conv.read_slots[n] < 0) return;
+    ConvBlock b;
+    b.first = first;
+    for (int64_t r = 0; r < conv.W - 1; ++r) {
+      prefetch(state_row(conv, b, conv.read_slots[n], r), count * size_of(conv.conv_state_dtype));
+    }
+  }
+
   void write_zeros(int64_t key_head, int64_t n) const {
     for (int64_t h = key_head * ratio_; h < (key_head + 1) * ratio_; ++h) {
       std::memset(args_.norm.out.at(n, h), 0, args_.rule.V * size_of(args_.norm.out.dtype));
@@ -124,9 +148,10 @@ class DecodeStep {
   void step_head(int64_t n, const void* next) const {
     const GatedDeltaRuleArgs& rule = args_.rule;
     const int64_t first = key_head_ * ratio_;
-    prefetch(source<State>(first, n), kPrefetchBytes);  // while the token is staged
-    convolve_channels(n, 0, q_channel(key_head_), rule.K, s_.q);
-    convolve_channels(n, 1, k_channel(key_head_), rule.K, s_.k);
+    const char* state = reinterpret_cast<const char*>(source<State>(first, n));
+    prefetch(state, kPrefetchBytes);
+    convolve_channels(n, 0, q_channel(key_head_), rule.K, s_.q, state + kPrefetchBytes);
+    convolve_channels(n, 1, k_channel(key_head_), rule.K, s_.k, state + 2 * kPrefetchBytes);
     Token token;
     token.k = s_.k;
     token.q = s_.q;
@@ -135,11 +160,12 @@ class DecodeStep {
     token.scale = rule.scale;
     token.kq = stage_keys<State>(s_.k, s_.q, rule.K, rule.normalise_qk);
     for (int64_t h = first; h < first + ratio_; ++h) {
-      convolve_channels(n, 2 + h - first, v_channel(h), rule.V, s_.v);
+      const State* src = source<State>(h, n);
+      const char* ahead = reinterpret_cast<const char*>(src) + kPrefetchBytes;
+      convolve_channels(n, 2 + h - first, v_channel(h), rule.V, s_.v, h == first ? ahead + 2 * kPrefetchBytes : ahead);
       stage_logits(load_scalar(rule.g.dtype, rule.g.at(n, h)), load_scalar(rule.beta.dtype, rule.beta.at(n, h)),
                    load_scalar(rule.A_log.dtype, rule.A_log.at(0, h)),
                    load_scalar(rule.dt_bias.dtype, rule.dt_bias.at(0, h)), token);
-      const State* src = source<State>(h, n);
       const void* following = h + 1 < first + ratio_ ? src + rule.V * rule.K : next;
       step(token, src, rows<State>(h, rule.write_slots[n]), rule.V, rule.K, following);
       round_row(rule.out.dtype, rule.V, s_.o);
