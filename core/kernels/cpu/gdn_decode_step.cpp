@@ -98,9 +98,7 @@ class DecodeStep {
     }
   }
 
-  // Meanwhile the memory delivers what lies `ahead`: kPrefetchBytes of the state.
-  void convolve_channels(int64_t n, int64_t index, int64_t first, int64_t count, float* out, const void* ahead) const {
-    prefetch(ahead, kPrefetchBytes);
+  void convolve_channels(int64_t n, int64_t index, int64_t first, int64_t count, float* out) const {
     ConvBlock b = block(index, out);
     b.first = first;
     b.count = count;
@@ -148,10 +146,9 @@ class DecodeStep {
   void step_head(int64_t n, const void* next) const {
     const GatedDeltaRuleArgs& rule = args_.rule;
     const int64_t first = key_head_ * ratio_;
-    const char* state = reinterpret_cast<const char*>(source<State>(first, n));
-    prefetch(state, kPrefetchBytes);
-    convolve_channels(n, 0, q_channel(key_head_), rule.K, s_.q, state + kPrefetchBytes);
-    convolve_channels(n, 1, k_channel(key_head_), rule.K, s_.k, state + 2 * kPrefetchBytes);
+    prefetch(source<State>(first, n), kPrefetchBytes);  // while the token is staged
+    convolve_channels(n, 0, q_channel(key_head_), rule.K, s_.q);
+    convolve_channels(n, 1, k_channel(key_head_), rule.K, s_.k);
     Token token;
     token.k = s_.k;
     token.q = s_.q;
@@ -161,8 +158,7 @@ class DecodeStep {
     token.kq = stage_keys<State>(s_.k, s_.q, rule.K, rule.normalise_qk);
     for (int64_t h = first; h < first + ratio_; ++h) {
       const State* src = source<State>(h, n);
-      const char* ahead = reinterpret_cast<const char*>(src) + kPrefetchBytes;
-      convolve_channels(n, 2 + h - first, v_channel(h), rule.V, s_.v, h == first ? ahead + 2 * kPrefetchBytes : ahead);
+      convolve_channels(n, 2 + h - first, v_channel(h), rule.V, s_.v);
       stage_logits(load_scalar(rule.g.dtype, rule.g.at(n, h)), load_scalar(rule.beta.dtype, rule.beta.at(n, h)),
                    load_scalar(rule.A_log.dtype, rule.A_log.at(0, h)),
                    load_scalar(rule.dt_bias.dtype, rule.dt_bias.at(0, h)), token);

@@ -10,8 +10,8 @@
 
 namespace xgdn::kernel::cpu {
 
-/// The ops that the step consists of, with the intermediate tensors left out: conv.out, rule.q, rule.k, rule.v and
-/// norm.x stay in the cache of the thread, rule.out has no data but the type that o is rounded to.
+/// The ops that the step consists of. What one hands to the next is not in memory: conv.out, rule.q, rule.k, rule.v and
+/// norm.x are absent, of rule.out only the type counts, to which o is rounded.
 struct GdnDecodeStepArgs {
   CausalConv1dArgs conv;    // one token a sequence
   GatedDeltaRuleArgs rule;  // with A_log: g and beta are logits

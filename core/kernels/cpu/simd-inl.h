@@ -276,15 +276,20 @@ inline void store_row(DType dtype, const float* HWY_RESTRICT from, size_t n, voi
   }
 }
 
-// What is left of x after a store and a load.
+// Rounds a row of padded(n) elements as a store and a load would.
 inline void round_row(DType dtype, size_t n, float* HWY_RESTRICT x) {
-  constexpr size_t kPiece = 64;
-  uint16_t stored[kPiece];
+  const F32 d;
+  uint16_t half[kMaxLanes];
   if (dtype == DType::kFloat32) return;
-  for (size_t i = 0; i < n; i += kPiece) {
-    const size_t count = HWY_MIN(kPiece, n - i);
-    store_row(dtype, x + i, count, stored);
-    load_row(dtype, stored, count, x + i);
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+    const VF xi = hn::LoadU(d, x + i);
+    if (dtype == DType::kBFloat16) {
+      const U32 u;
+      hn::StoreU(hn::BitCast(d, hn::And(round_to_upper_half(xi), hn::Set(u, 0xFFFF0000))), d, x + i);
+    } else {
+      store_float16(d, xi, half);
+      hn::StoreU(load_float16(d, half), d, x + i);
+    }
   }
 }
 
