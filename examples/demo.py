@@ -172,7 +172,7 @@ def main() -> int:
         run_engine(engine, prompts, "warm-up", num_new=2)
         ours = run_engine(engine, prompts, "xgdn, all in one batch")
         ours_single = one_by_one(engine, prompts, "xgdn, one at a time")
-        backends = {op: xgdn.last_backend(op) for op in ("chunk_gated_delta_rule", "packed_decode")}
+        backends = {op: xgdn.last_backend(op) for op in ("chunk_gated_delta_rule", "gdn_decode_step")}
         our_perplexity = perplexity(engine.prompt_logits, windows)
     with console.status("generating with transformers"), torch.no_grad():
         run_transformers(model, prompts[:1], "warm-up", num_new=2)

@@ -32,6 +32,12 @@ struct ConvShape {
   int64_t R = 0;  // rows of a conv slot
 };
 
+/// Sizes of a decode step: of the delta rule and of the convolution before it.
+struct DecodeStepShape {
+  GdnShape rule;
+  ConvShape conv;
+};
+
 /// A backend serves every op. The two delta rules have no default; the other ops have one, composed from ATen
 /// (aten_defaults.cpp), which runs on every device without reading it from the host.
 class Backend {
@@ -56,6 +62,7 @@ class Backend {
   virtual std::optional<std::string> why_not(const GdnGatingParams&, const GdnShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const L2NormParams&, const GdnShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const RmsNormGatedParams&, const GdnShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const GdnDecodeStepParams& p, const DecodeStepShape& s) const;
 
   virtual void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const = 0;
   virtual void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const = 0;
@@ -65,6 +72,7 @@ class Backend {
   virtual void run(const GdnGatingParams& p, const GdnShape& s) const;
   virtual void run(const L2NormParams& p, const GdnShape& s) const;
   virtual void run(const RmsNormGatedParams& p, const GdnShape& s) const;
+  virtual void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const;
 };
 
 }  // namespace xgdn::kernel

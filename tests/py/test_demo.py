@@ -35,7 +35,7 @@ def test_demo_agrees_with_transformers(demo: ModuleType, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert out.count(": identical") == 2
     assert "2 of 2 continuations of at most 4 tokens are identical" in out
-    assert "packed_decode: cpu" in out
+    assert "gdn_decode_step: cpu" in out
 
 
 def test_demo_fails_when_one_token_differs(
