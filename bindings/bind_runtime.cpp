@@ -37,7 +37,7 @@ void bind_pools(nb::module_& m) {
           [](StatePool* self, const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, bool poison_freed) {
             new (self) StatePool(layers, num_slots, c10::kCPU, poison_freed);
           },
-          "layers"_a, nb::kw_only(), "num_slots"_a, "poison_freed"_a = kPoisonFreedByDefault)
+          "layers"_a, nb::kw_only(), "num_slots"_a, "poison_freed"_a = poison_freed_by_default())
       .def("allocate", &StatePool::allocate, "A free slot; raises OutOfSlots.")
       .def("share", &StatePool::share, "handle"_a, "One more holder of the slot.")
       .def("release", &StatePool::release, "handle"_a, "One holder less; the last one frees the slot.")
@@ -163,7 +163,7 @@ void bind_engine(nb::module_& m) {
                                      poison_freed_slots};
           },
           nb::kw_only(), "max_batch_size"_a = 32, "max_cached_tokens"_a = 16384, "kv_block_size"_a = 16,
-          "max_tokens_per_step"_a = 2048, "poison_freed_slots"_a = kPoisonFreedByDefault);
+          "max_tokens_per_step"_a = 2048, "poison_freed_slots"_a = poison_freed_by_default());
 
   nb::class_<HybridDecoder>(m, "HybridDecoder", "The decoder of Qwen3.5 and Qwen3-Next.")
       .def(

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/kernels/dims.h"
 
-#include <c10/util/StringUtil.h>
-
 #include <algorithm>
 #include <cctype>
 #include <charconv>
@@ -67,7 +65,7 @@ const c10::SymInt& Dims::sym(std::string_view name) const {
 }
 
 void Dims::bind(std::string_view name, c10::SymInt size, std::string_view arg) {
-  bindings_.push_back({std::string(name), std::move(size), std::string(arg)});
+  bindings_.push_back({name, std::move(size), arg});
 }
 
 void Dims::fail(std::string_view arg, const std::string& expected, const std::string& got) const {
@@ -145,11 +143,6 @@ Dims& Dims::contiguous(std::string_view arg, const at::Tensor& t, int64_t free) 
 
 Dims& Dims::contiguous(std::string_view arg, const std::optional<at::Tensor>& t) {
   return t ? contiguous(arg, *t) : *this;
-}
-
-Dims& Dims::require(bool ok, const std::string& sentence) {
-  if (!ok) throw ShapeError(c10::str("[", op_, "] ", sentence));
-  return *this;
 }
 
 }  // namespace xgdn::kernel

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
+#include <c10/util/StringUtil.h>
 
 #include <initializer_list>
 #include <optional>
@@ -18,7 +19,8 @@ namespace xgdn::kernel {
 /// Works on symbolic sizes, so that the same check serves real, meta and fake tensors.
 class Dims {
  public:
-  explicit Dims(std::string_view op) : op_(op) {}
+  /// The names of the op, of arguments and of dimensions must outlive the checks: they are literals.
+  explicit Dims(std::string_view op) : op_(op) { bindings_.reserve(kTypicalBindings); }
 
   /// `names` is the expected shape, e.g. "T H K"; a name may be a number. Binds unknown letters; throws ShapeError
   /// where a bound letter disagrees, DeviceError where the device differs from that of the first tensor. An absent
@@ -36,13 +38,17 @@ class Dims {
   Dims& contiguous(std::string_view arg, const at::Tensor& t, int64_t free = 0);
   Dims& contiguous(std::string_view arg, const std::optional<at::Tensor>& t);
 
-  /// Throws ShapeError with the op's name and `sentence` unless `ok`.
-  Dims& require(bool ok, const std::string& sentence);
+  /// Throws ShapeError with the op's name and the sentence made of `parts` unless `ok`.
+  template <class... Parts>
+  Dims& require(bool ok, const Parts&... parts) {
+    if (!ok) throw ShapeError(c10::str("[", op_, "] ", parts...));
+    return *this;
+  }
 
   /// Binds a size that no tensor has as a dimension of its own.
   void bind(std::string_view name, c10::SymInt size, std::string_view arg);
 
-  const std::string& op() const { return op_; }
+  std::string_view op() const { return op_; }
 
   /// The size bound to `name`; operator[] as an integer, for real tensors.
   const c10::SymInt& sym(std::string_view name) const;
@@ -50,17 +56,19 @@ class Dims {
 
  private:
   struct Binding {
-    std::string name;
+    std::string_view name;
     c10::SymInt size;
-    std::string arg;  // which argument bound it
+    std::string_view arg;  // which argument bound it
   };
   const Binding* find(std::string_view name) const;
   [[noreturn]] void fail(std::string_view arg, const std::string& expected, const std::string& got) const;
 
-  std::string op_;
+  static constexpr size_t kTypicalBindings = 16;
+
+  std::string_view op_;
   std::vector<Binding> bindings_;
   std::optional<c10::Device> device_;
-  std::string device_arg_;
+  std::string_view device_arg_;
 };
 
 }  // namespace xgdn::kernel

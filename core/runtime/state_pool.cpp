@@ -15,6 +15,14 @@ size_t checked_count(int64_t num_slots) {
 
 }  // namespace
 
+bool poison_freed_by_default() {
+#ifdef NDEBUG
+  return false;
+#else
+  return true;
+#endif
+}
+
 StatePool::StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
                      bool poison_freed)
     : slots_(checked_count(num_slots)), bytes_(num_slots * slot_bytes(layers)), poison_freed_(poison_freed) {

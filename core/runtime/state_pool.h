@@ -16,18 +16,15 @@ struct SlotHandle {
   uint32_t generation = 0;
 };
 
-#ifdef NDEBUG
-inline constexpr bool kPoisonFreedByDefault = false;
-#else
-inline constexpr bool kPoisonFreedByDefault = true;
-#endif
+/// Whether freed slots are poisoned unless the caller says otherwise: true where libxgdn is a debug build.
+bool poison_freed_by_default();
 
 class StatePool {
  public:
   /// Allocates num_slots slots for layers with these components. poison_freed fills freed slots with NaN. Throws
   /// RequestError for a negative number.
   StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
-            bool poison_freed = kPoisonFreedByDefault);
+            bool poison_freed = poison_freed_by_default());
 
   /// Bytes of one slot over all layers, known before anything is allocated.
   static int64_t slot_bytes(const std::vector<std::vector<StateSpec>>& layers);

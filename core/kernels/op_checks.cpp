@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/kernels/op_checks.h"
+
+#include <c10/util/StringUtil.h>
+
+#include "core/kernels/dims.h"
+#include "core/kernels/op_traits.h"
+
+namespace xgdn::kernel {
+namespace {
+
+void bind_sequences(Dims& d, const at::Tensor& cu_seqlens) {
+  d.match("cu_seqlens", cu_seqlens, "N+1")
+      .dtype("cu_seqlens", cu_seqlens, {at::kInt})
+      .contiguous("cu_seqlens", cu_seqlens);
+  d.require(d.sym("N+1") >= 1, "cu_seqlens: expected at least one entry, got [0]");
+  d.bind("N", d.sym("N+1") - 1, "cu_seqlens");
+}
+
+void match_indices(Dims& d, std::string_view arg, const std::optional<at::Tensor>& indices, std::string_view names) {
+  d.match(arg, indices, names).dtype(arg, indices, {at::kInt}).contiguous(arg, indices);
+}
+
+// A second copy of cu_seqlens, on the host whatever the device of the rest.
+void match_host_copy(const Dims& d, const std::optional<at::Tensor>& cu_seqlens_cpu) {
+  if (!cu_seqlens_cpu) return;
+  const at::Tensor& t = *cu_seqlens_cpu;
+  if (!t.device().is_cpu() || t.scalar_type() != at::kInt || t.dim() != 1 || t.sym_size(0) != d.sym("N+1") ||
+      !t.is_contiguous()) {
+    throw ShapeError(c10::str("[", d.op(), "] cu_seqlens_cpu: expected a contiguous Int tensor [N+1] with N+1=",
+                              d.sym("N+1"), " (set by cu_seqlens) on cpu, got ", c10::toString(t.scalar_type()), " ",
+                              t.sym_sizes(), " on ", t.device().str()));
+  }
+}
+
+void match_flags(Dims& d, const std::optional<at::Tensor>& has_initial_state) {
+  d.match("has_initial_state", has_initial_state, "N")
+      .dtype("has_initial_state", has_initial_state, {at::kBool})
+      .contiguous("has_initial_state", has_initial_state);
+}
+
+void match_strided(Dims& d, std::string_view arg, const at::Tensor& t, std::string_view names,
+                   std::initializer_list<at::ScalarType> allowed) {
+  d.match(arg, t, names).dtype(arg, t, allowed).last_contiguous(arg, t);
+}
+
+void match_delta_state(Dims& d, const at::Tensor& state) {
+  d.match("state", state, "S HV V K").dtype("state", state, {at::kFloat, at::kBFloat16}).contiguous("state", state, 1);
+}
+
+// The arguments that both delta rules share.
+template <typename Params>
+Dims match_delta_rule(const Params& p) {
+  Dims d(Op<Params>::name);
+  match_strided(d, "q", p.q, "T H K", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.q.scalar_type();
+  match_strided(d, "k", p.k, "T H K", {in});
+  match_strided(d, "v", p.v, "T HV V", {in});
+  d.require(d.sym("H") > 0 && d.sym("HV") % d.sym("H") == 0, "v: expected HV to be a multiple of H=", d.sym("H"),
+            " (set by q), got HV=", d.sym("HV"));
+  match_strided(d, "g", p.g, "T HV", {at::kFloat});
+  match_strided(d, "beta", p.beta, "T HV", {at::kFloat, in});
+  match_delta_state(d, p.state);
+  bind_sequences(d, p.cu_seqlens);
+  match_host_copy(d, p.cu_seqlens_cpu);
+  match_strided(d, "out", p.out, "T HV V", {at::kFloat, in});
+  return d;
+}
+
+Dims match(const RecurrentGatedDeltaRuleParams& p) {
+  Dims d = match_delta_rule(p);
+  if (p.num_accepted) {
+    d.require(!p.write_indices, "write_indices: expected none beside num_accepted (the table names the write slots)");
+    match_indices(d, "state_indices", p.state_indices, "N L");
+    match_indices(d, "num_accepted", p.num_accepted, "N");
+  } else {
+    match_indices(d, "state_indices", p.state_indices, "N");
+    match_indices(d, "write_indices", p.write_indices, "N");
+    d.bind("L", 1, "state_indices");
+  }
+  return d;
+}
+
+void require_metadata(const Dims& d, std::string_view arg, const at::Tensor& t) {
+  if (t.defined()) return;
+  throw MissingMetadataError(
+      c10::str("[chunk_gated_delta_rule] ", arg, ": expected the step's chunk metadata (N=", d.sym("N"),
+               " sequences, see build_chunk_metadata), got none; ", "it is never recomputed inside an op"));
+}
+
+Dims match(const ChunkGatedDeltaRuleParams& p) {
+  Dims d = match_delta_rule(p);
+  match_indices(d, "state_indices", p.state_indices, "N");
+  match_indices(d, "write_indices", p.write_indices, "N");
+  match_flags(d, p.has_initial_state);
+  require_metadata(d, "chunk_indices", p.chunk_indices);
+  require_metadata(d, "chunk_offsets", p.chunk_offsets);
+  match_indices(d, "chunk_indices", p.chunk_indices, "M 2");
+  match_indices(d, "chunk_offsets", p.chunk_offsets, "N+1");
+  return d;
+}
+
+Dims match(const PackedDecodeParams& p) {
+  Dims d(Op<PackedDecodeParams>::name);
+  match_strided(d, "mixed_qkv", p.mixed_qkv, "N D", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.mixed_qkv.scalar_type();
+  match_strided(d, "a", p.a, "N HV", {in});
+  match_strided(d, "b", p.b, "N HV", {in});
+  d.match("A_log", p.A_log, "HV").dtype("A_log", p.A_log, {at::kFloat, in}).contiguous("A_log", p.A_log);
+  d.match("dt_bias", p.dt_bias, "HV").dtype("dt_bias", p.dt_bias, {at::kFloat, in}).contiguous("dt_bias", p.dt_bias);
+  match_delta_state(d, p.state);
+  match_indices(d, "state_indices", p.state_indices, "N");
+  match_indices(d, "write_indices", p.write_indices, "N");
+  match_strided(d, "out", p.out, "N HV V", {at::kFloat, in});
+  const c10::SymInt qk = d.sym("D") - d.sym("HV") * d.sym("V");
+  d.require(qk > 0 && qk % (d.sym("K") * 2) == 0, "mixed_qkv: expected a width of 2 H K + HV V with K=", d.sym("K"),
+            ", HV=", d.sym("HV"), ", V=", d.sym("V"), " (set by state), got ", d.sym("D"));
+  d.bind("H", qk / (d.sym("K") * 2), "mixed_qkv");
+  d.require(d.sym("HV") % d.sym("H") == 0, "mixed_qkv: expected HV=", d.sym("HV"),
+            " to be a multiple of H, got H=", d.sym("H"), " from its width");
+  d.bind("T", d.sym("N"), "mixed_qkv");
+  d.bind("L", 1, "state_indices");
+  return d;
+}
+
+template <typename Params>
+Dims match_conv(const Params& p) {
+  Dims d(Op<Params>::name);
+  match_strided(d, "x", p.x, "T D", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.x.scalar_type();
+  d.match("weight", p.weight, "D W").dtype("weight", p.weight, {in}).contiguous("weight", p.weight);
+  d.require(d.sym("W") >= 2 && d.sym("W") <= 4, "weight: expected a width W of 2 to 4, got ", d.sym("W"));
+  d.match("bias", p.bias, "D").dtype("bias", p.bias, {in}).contiguous("bias", p.bias);
+  d.match("conv_state", p.conv_state, "S R D")
+      .dtype("conv_state", p.conv_state, {in, at::kFloat})
+      .contiguous("conv_state", p.conv_state, 1);
+  bind_sequences(d, p.cu_seqlens);
+  match_indices(d, "state_indices", p.state_indices, "N");
+  match_indices(d, "write_indices", p.write_indices, "N");
+  match_strided(d, "out", p.out, "T D", {in});
+  d.require(!p.out.is_alias_of(p.x) || p.out.storage_offset() != p.x.storage_offset(),
+            "out: expected memory of its own, got x's");
+  return d;
+}
+
+void require_rows(Dims& d, int64_t new_rows) {
+  d.require(d.sym("R") >= d.sym("W") - 2 + new_rows, "conv_state: expected R >= ", d.sym("W") - 2 + new_rows,
+            " rows for W=", d.sym("W"), " and ", new_rows, " tokens a sequence, got ", d.sym("R"));
+}
+
+Dims match(const CausalConv1dParams& p) {
+  Dims d = match_conv(p);
+  match_flags(d, p.has_initial_state);
+  require_rows(d, 1);
+  return d;
+}
+
+Dims match(const CausalConv1dUpdateParams& p) {
+  Dims d = match_conv(p);
+  match_indices(d, "num_accepted", p.num_accepted, "N");
+  d.require(p.max_len >= 1, "max_len: expected at least 1, got ", p.max_len);
+  require_rows(d, p.max_len);
+  return d;
+}
+
+Dims match(const GdnGatingParams& p) {
+  Dims d(Op<GdnGatingParams>::name);
+  match_strided(d, "a", p.a, "T HV", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.a.scalar_type();
+  match_strided(d, "b", p.b, "T HV", {in});
+  d.match("A_log", p.A_log, "HV").dtype("A_log", p.A_log, {at::kFloat, in}).contiguous("A_log", p.A_log);
+  d.match("dt_bias", p.dt_bias, "HV").dtype("dt_bias", p.dt_bias, {at::kFloat, in}).contiguous("dt_bias", p.dt_bias);
+  d.match("g", p.g, "T HV").dtype("g", p.g, {at::kFloat}).contiguous("g", p.g);
+  d.match("beta", p.beta, "T HV").dtype("beta", p.beta, {at::kFloat}).contiguous("beta", p.beta);
+  return d;
+}
+
+Dims match(const L2NormParams& p) {
+  Dims d(Op<L2NormParams>::name);
+  match_strided(d, "x", p.x, "T H K", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "out", p.out, "T H K", {p.x.scalar_type()});
+  return d;
+}
+
+Dims match(const RmsNormGatedParams& p) {
+  Dims d(Op<RmsNormGatedParams>::name);
+  match_strided(d, "x", p.x, "T HV V", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "z", p.z, "T HV V", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.z.scalar_type();
+  d.match("weight", p.weight, "V").dtype("weight", p.weight, {at::kFloat, in}).contiguous("weight", p.weight);
+  match_strided(d, "out", p.out, "T HV V", {in});
+  return d;
+}
+
+GdnShape delta_shape(const Dims& d) {
+  return {.T = d["T"], .N = d["N"], .S = d["S"], .H = d["H"], .HV = d["HV"], .K = d["K"], .V = d["V"], .L = d["L"]};
+}
+GdnShape shape(const RecurrentGatedDeltaRuleParams&, const Dims& d) {
+  return delta_shape(d);
+}
+GdnShape shape(const ChunkGatedDeltaRuleParams&, Dims d) {
+  d.bind("L", 1, "state_indices");
+  return delta_shape(d);
+}
+GdnShape shape(const PackedDecodeParams&, const Dims& d) {
+  return delta_shape(d);
+}
+ConvShape conv_shape(const Dims& d) {
+  return {.T = d["T"], .N = d["N"], .S = d["S"], .D = d["D"], .W = d["W"], .R = d["R"]};
+}
+ConvShape shape(const CausalConv1dParams&, const Dims& d) {
+  return conv_shape(d);
+}
+ConvShape shape(const CausalConv1dUpdateParams&, const Dims& d) {
+  return conv_shape(d);
+}
+GdnShape shape(const GdnGatingParams&, const Dims& d) {
+  return {.T = d["T"], .HV = d["HV"]};
+}
+GdnShape shape(const L2NormParams&, const Dims& d) {
+  return {.T = d["T"], .H = d["H"], .K = d["K"]};
+}
+GdnShape shape(const RmsNormGatedParams&, const Dims& d) {
+  return {.T = d["T"], .HV = d["HV"], .V = d["V"]};
+}
+
+}  // namespace
+
+GdnShape checked_shape(const RecurrentGatedDeltaRuleParams& p) {
+  return shape(p, match(p));
+}
+GdnShape checked_shape(const ChunkGatedDeltaRuleParams& p) {
+  return shape(p, match(p));
+}
+GdnShape checked_shape(const PackedDecodeParams& p) {
+  return shape(p, match(p));
+}
+ConvShape checked_shape(const CausalConv1dParams& p) {
+  return shape(p, match(p));
+}
+ConvShape checked_shape(const CausalConv1dUpdateParams& p) {
+  return shape(p, match(p));
+}
+GdnShape checked_shape(const GdnGatingParams& p) {
+  return shape(p, match(p));
+}
+GdnShape checked_shape(const L2NormParams& p) {
+  return shape(p, match(p));
+}
+GdnShape checked_shape(const RmsNormGatedParams& p) {
+  return shape(p, match(p));
+}
+
+void check(const RecurrentGatedDeltaRuleParams& p) {
+  match(p);
+}
+void check(const ChunkGatedDeltaRuleParams& p) {
+  match(p);
+}
+void check(const PackedDecodeParams& p) {
+  match(p);
+}
+void check(const CausalConv1dParams& p) {
+  match(p);
+}
+void check(const CausalConv1dUpdateParams& p) {
+  match(p);
+}
+void check(const GdnGatingParams& p) {
+  match(p);
+}
+void check(const L2NormParams& p) {
+  match(p);
+}
+void check(const RmsNormGatedParams& p) {
+  match(p);
+}
+
+}  // namespace xgdn::kernel

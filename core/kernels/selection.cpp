@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/kernels/selection.h"
+
+#include <array>
+#include <cstdlib>
+#include <mutex>
+
+namespace xgdn::kernel {
+namespace {
+
+struct DefaultBackends {
+  std::mutex mutex;
+  std::array<std::string, 2> name;
+
+  DefaultBackends() {
+    const auto from_environment = [](const char* variable) {
+      const char* value = std::getenv(variable);
+      return std::string(value != nullptr && *value != '\0' ? value : "auto");
+    };
+    name = {from_environment("XGDN_PREFILL_BACKEND"), from_environment("XGDN_DECODE_BACKEND")};
+  }
+};
+
+DefaultBackends& defaults() {
+  static DefaultBackends instance;
+  return instance;
+}
+
+template <class... Params>
+std::optional<const Backend*> last_of(std::string_view op, OpList<Params...>) {
+  std::optional<const Backend*> found;
+  ((Op<Params>::name == op ? void(found = last_used<Params>.load(std::memory_order_relaxed)) : void()), ...);
+  return found;
+}
+
+template <class... Params>
+std::string op_names(OpList<Params...>) {
+  return c10::Join(", ", std::array{Op<Params>::name...});
+}
+
+}  // namespace
+
+const Backend* find_backend(std::string_view name) {
+  for (const Backend* b : backends()) {
+    if (b->name() == name) return b;
+  }
+  return nullptr;
+}
+
+std::string absence(std::string_view context, std::string_view name) {
+  for (const AbsentBackend& absent : absent_backends()) {
+    if (absent.name == name) return absent.why;
+  }
+  throw UnsupportedError(c10::str("[", context, "] backend: expected auto or one of ",
+                                  c10::Join(", ", available_backends()), ", got '", name, "'"));
+}
+
+void check_backend_name(const std::string& name) {
+  if (name == "auto" || find_backend(name) != nullptr) return;
+  throw UnsupportedError(c10::str("backend ", name, ": ", absence("backend", name)));
+}
+
+void set_default_backend(Phase phase, const std::string& name) {
+  check_backend_name(name);
+  std::lock_guard lock(defaults().mutex);
+  defaults().name[static_cast<size_t>(phase)] = name;
+}
+
+std::string default_backend(Phase phase) {
+  std::lock_guard lock(defaults().mutex);
+  return defaults().name[static_cast<size_t>(phase)];
+}
+
+std::vector<std::string> available_backends() {
+  std::vector<std::string> names;
+  for (const Backend* b : backends()) {
+    if (!b->why_unavailable()) names.emplace_back(b->name());
+  }
+  return names;
+}
+
+std::string last_backend(std::string_view op) {
+  const std::optional<const Backend*> backend = last_of(op, AllOps{});
+  if (!backend) {
+    throw UnsupportedError(c10::str("[last_backend] op: expected one of ", op_names(AllOps{}), ", got '", op, "'"));
+  }
+  return *backend != nullptr ? std::string((*backend)->name()) : "";
+}
+
+}  // namespace xgdn::kernel
