@@ -246,8 +246,8 @@ Dims match(const MoeExpertsParams& p) {
   match_strided(d, "experts.gate", e.gate.front(), "I D", {in});
   match_strided(d, "experts.up", e.up.front(), "I D", {in});
   match_strided(d, "experts.down", e.down.front(), "D I", {in});
-  d.bind("2I", d.sym("I") * 2, "experts.gate");
-  d.match("experts.stacked_gate_up", e.stacked_gate_up, "E 2I D")
+  d.bind("G", d.sym("I") * 2, "experts.gate");
+  d.match("experts.stacked_gate_up", e.stacked_gate_up, "E G D")
       .dtype("experts.stacked_gate_up", e.stacked_gate_up, {in})
       .contiguous("experts.stacked_gate_up", e.stacked_gate_up);
   d.match("experts.stacked_down", e.stacked_down, "E D I")
