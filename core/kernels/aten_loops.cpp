@@ -40,6 +40,17 @@ at::Tensor expert(const ExpertWeights& experts, size_t e, const at::Tensor& x) {
 
 }  // namespace
 
+ExpertWeights stacked_experts(const at::Tensor& gate_up, const at::Tensor& down) {
+  ExpertWeights experts{.stacked_gate_up = gate_up, .stacked_down = down};
+  const int64_t I = down.size(2);
+  for (int64_t e = 0; e < down.size(0); ++e) {
+    experts.gate.push_back(gate_up[e].narrow(0, 0, I));
+    experts.up.push_back(gate_up[e].narrow(0, I, I));
+    experts.down.push_back(down[e]);
+  }
+  return experts;
+}
+
 void Backend::run(const PagedAttentionParams& p, const AttentionShape&) const {
   for (const AttentionSequence& sequence : p.sequences) {
     if (sequence.num_tokens == 0) continue;

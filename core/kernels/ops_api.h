@@ -211,6 +211,9 @@ struct ExpertWeights {
   std::optional<at::Tensor> stacked_down;     // [E, D, I]
 };
 
+/// Experts that are stacked already: gate_up [E, 2I, D], down [E, D, I].
+ExpertWeights stacked_experts(const at::Tensor& gate_up, const at::Tensor& down);
+
 /// out[t] = sum over the A experts that token t has chosen of weights[t, a] * expert(x[t]).
 struct MoeExpertsParams {
   at::Tensor x;                  // [T, D]  f32 | bf16 | f16, strided
@@ -238,13 +241,15 @@ void check(const PagedAttentionParams& p);
 void check(const MoeExpertsParams& p);
 
 /// Checks the values inside the index tensors, which must be on the CPU: cu_seqlens starts at 0, never falls and ends
-/// at T; slots are kPadSlot or 0..S-1; num_accepted is 1..L; no slot is written twice. Throws RangeError. For callers
-/// that did not make the indices themselves.
+/// at T; slots are kPadSlot or 0..S-1; num_accepted is 1..L; no slot is written twice; blocks, rows and experts exist.
+/// Throws RangeError. For callers that did not make the indices themselves.
 void check_indices(const RecurrentGatedDeltaRuleParams& p);
 void check_indices(const ChunkGatedDeltaRuleParams& p);
 void check_indices(const PackedDecodeParams& p);
 void check_indices(const CausalConv1dParams& p);
 void check_indices(const CausalConv1dUpdateParams& p);
+void check_indices(const PagedAttentionParams& p);
+void check_indices(const MoeExpertsParams& p);
 
 /// The two phases for which a backend is chosen. chunk_gated_delta_rule and causal_conv1d belong to prefill, all other
 /// ops to decode.

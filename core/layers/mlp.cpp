@@ -14,17 +14,6 @@
 namespace xgdn {
 namespace {
 
-kernel::ExpertWeights slices(const at::Tensor& gate_up, const at::Tensor& down) {
-  kernel::ExpertWeights experts{.stacked_gate_up = gate_up, .stacked_down = down};
-  const int64_t intermediate_size = down.size(2);
-  for (int64_t e = 0; e < down.size(0); ++e) {
-    experts.gate.push_back(gate_up[e].narrow(0, 0, intermediate_size));
-    experts.up.push_back(gate_up[e].narrow(0, intermediate_size, intermediate_size));
-    experts.down.push_back(down[e]);
-  }
-  return experts;
-}
-
 // Experts that are stored one by one, as one tensor of `options`.
 kernel::ExpertWeights stack_experts(const SparseMoeConfig& c, const WeightSource& weights, const std::string& prefix,
                                     const at::TensorOptions& options) {
@@ -38,15 +27,15 @@ kernel::ExpertWeights stack_experts(const SparseMoeConfig& c, const WeightSource
     gate_up.push_back(block("up_proj", c.intermediate_size, c.hidden_size));
     down.push_back(block("down_proj", c.hidden_size, c.intermediate_size));
   }
-  return slices(fuse_rows(weights, gate_up, options).view({c.num_experts, -1, c.hidden_size}),
-                fuse_rows(weights, down, options).view({c.num_experts, c.hidden_size, -1}));
+  return kernel::stacked_experts(fuse_rows(weights, gate_up, options).view({c.num_experts, -1, c.hidden_size}),
+                                 fuse_rows(weights, down, options).view({c.num_experts, c.hidden_size, -1}));
 }
 
 kernel::ExpertWeights load_experts(const SparseMoeConfig& c, const WeightSource& weights, const std::string& prefix,
                                    const at::TensorOptions& options) {
   const std::string fused = prefix + "gate_up_proj";
   if (weights.contains(fused)) {
-    return slices(
+    return kernel::stacked_experts(
         load_weight(weights, fused, {c.num_experts, 2 * c.intermediate_size, c.hidden_size}, options),
         load_weight(weights, prefix + "down_proj", {c.num_experts, c.hidden_size, c.intermediate_size}, options));
   }

@@ -22,6 +22,8 @@ OPS = {
     "gdn_gating",
     "l2_norm",
     "rms_norm_gated",
+    "paged_attention",
+    "moe_experts",
 }
 
 
