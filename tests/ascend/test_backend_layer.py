@@ -2,8 +2,8 @@
 """The layer alone on npu:0 against the same layer on the CPU, both in bfloat16, step by step from NaN pools.
 
 Each is held to the layer in float32 with the same weights. Ten roundings of up to 2^-9 lie between hidden states and
-output, and the gated norm magnifies them where a read-out happens to be small: hence more room for one sequence than for
-a step. The states have fewer.
+output, and the gated norm magnifies them where a read-out happens to be small: hence more room for one sequence than
+for a step. The states have fewer.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ from torch import Tensor
 import reference
 import xgdn
 from cases import Case, Inputs, assert_bits_equal, assert_call, assert_close, cu_seqlens_of, i32, make_inputs
-from xgdn import ops
+from ledger import recorded
+from test_chunk_metadata import STEPS, assert_written_is_built
+from xgdn import _C, ops
 
 BF16 = {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16}
 
@@ -282,3 +284,13 @@ def test_mixed_devices_are_refused() -> None:
             cu_seqlens_cpu=x.cu_seqlens,
             state_indices=t["state_indices"],
         )
+
+
+@pytest.mark.parametrize("lengths", STEPS, ids=str)
+def test_chunk_metadata_is_written_on_the_device(lengths: tuple[int, ...]) -> None:
+    pooled = _C.ChunkMetadata.allocate(max_sequences=7, max_tokens=4000, num_v_heads_local=8, device="npu:0")
+    cu_seqlens = cu_seqlens_of(lengths).npu()
+    with recorded() as ledger:
+        pooled.write(cu_seqlens, 8)
+    assert (ledger.copies, ledger.syncs) == ([], [])
+    assert_written_is_built(lengths, 8, pooled)
