@@ -16,6 +16,7 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <sstream>
 
 #include "core/kernels/npu/paged_attention.h"
 #include "core/kernels/npu/torch_npu_ops.h"
@@ -29,16 +30,28 @@ at::TensorOptions on_device(at::ScalarType dtype) {
   return at::TensorOptions().dtype(dtype).device(kDevice);
 }
 
-// Runs `trial`; its sentence, or the first line of the error that it threw.
+// What torch_npu and CANN have to say in their error: which call failed, from the first line, behind torch_npu's own
+// source position; and why, from the first line with words behind torch_npu's mark of time and process.
+std::string useful_lines(const std::string& text) {
+  std::istringstream lines(text);
+  std::string call, line, why;
+  std::getline(lines, call);
+  if (const size_t position = call.find("error: call "); position != std::string::npos) call.erase(0, position + 7);
+  bool is_behind_the_mark = false;
+  while (why.empty() && std::getline(lines, line)) {
+    const size_t begin = line.find_first_not_of(" \t");
+    if (is_behind_the_mark && begin != std::string::npos && !line.ends_with("Inner Error!")) why = line.substr(begin);
+    is_behind_the_mark = is_behind_the_mark || line.starts_with("[ERROR]");
+  }
+  return why.empty() ? call : c10::str(call, ": ", why);
+}
+
+// Runs `trial`; its sentence, or what the error that it threw says.
 std::string sentence_of(const std::function<std::string()>& trial) {
   try {
     return trial();
   } catch (const c10::Error& error) {
-    // torch_npu puts its own source position in front.
-    std::string text = error.what_without_backtrace();
-    text = text.substr(0, text.find('\n'));
-    const size_t call = text.find("error: call ");
-    return c10::str("it failed: ", call == std::string::npos ? text : text.substr(call + 7));
+    return c10::str("it failed: ", useful_lines(error.what_without_backtrace()));
   } catch (const std::exception& error) {
     return c10::str("it failed: ", error.what());
   }
