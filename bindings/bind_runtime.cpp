@@ -78,7 +78,10 @@ void bind_batch(nb::module_& m) {
   nb::class_<AttentionBatch>(m, "AttentionBatch", "One step, as a full-attention layer sees it.")
       .def_ro("positions", &AttentionBatch::positions)
       .def_ro("kv_rows", &AttentionBatch::kv_rows)
-      .def_ro("block_ids", &AttentionBatch::block_ids);
+      .def_ro("block_ids", &AttentionBatch::block_ids)
+      .def_prop_ro("context_rows", [](const AttentionBatch& self) {
+        return self.context_rows.defined() ? std::optional(self.context_rows) : std::nullopt;
+      });
 
   nb::class_<StepInput>(m, "StepInput", "One step of a model.")
       .def_ro("token_ids", &StepInput::token_ids)

@@ -11,6 +11,7 @@ import xgdn
 from attention_calls import ATTENTION, EXPERTS, ROUNDING, AttentionCall, ExpertsCall
 from cases import assert_close
 from ledger import Ledger, recorded
+from xgdn import _C
 
 ATTENTION_LAUNCHES = ["IndexSelect", "IndexSelect", "FlashAttentionVarLenScore", "InplaceCopy"]
 EXPERTS_LAUNCHES = [
@@ -68,6 +69,29 @@ def test_experts_launch_the_same_for_any_number_of_tokens_and_chosen_experts() -
             call.run("npu:0")
         assert ledger.launches == EXPERTS_LAUNCHES
         assert_only_the_arguments_are_copied(ledger)
+
+
+def test_the_builder_names_every_row_of_the_contexts_in_the_order_of_the_tokens() -> None:
+    sizes = {"num_slots": 4, "num_kv_blocks": 20, "kv_block_size": 4, "vocab_size": 9, "num_v_heads": 1}
+
+    def build(device: str) -> _C.AttentionBatch:
+        def step(kind: _C.SegmentKind, slot: int, tokens: int, cached: int, blocks: list[int]) -> _C.SequenceStep:
+            return _C.SequenceStep(
+                kind=kind, tokens=[1] * tokens, num_cached=cached, state_slots=[slot], kv_blocks=blocks
+            )
+
+        builder = _C.BatchBuilder(**sizes, has_attention=True, device=device)
+        prompts = step(_C.SegmentKind.PREFILL, 0, 3, 4, [7, 2]), step(_C.SegmentKind.PREFILL, 1, 2, 0, [5])
+        return builder.build([*prompts, step(_C.SegmentKind.DECODE, 2, 1, 8, [9, 11, 3])]).input.attention
+
+    with recorded() as ledger:
+        attention = build("npu:0")
+    assert ledger.copies == ["H2D"]
+    decode = [36, 37, 38, 39, 44, 45, 46, 47, 12]
+    prompts = [28, 29, 30, 31, 8, 9, 10, 20, 21]
+    assert attention.context_rows.cpu().tolist() == decode + prompts
+    assert attention.kv_rows.cpu().tolist() == [12, 8, 9, 10, 20, 21]
+    assert build("cpu").context_rows is None
 
 
 def test_many_sequences_are_grouped() -> None:
