@@ -7,6 +7,7 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/tensor.h>
+#include <c10/util/StringUtil.h>
 
 #include "core/kernels/backend.h"
 
@@ -41,6 +42,10 @@ at::Tensor expert(const ExpertWeights& experts, size_t e, const at::Tensor& x) {
 }  // namespace
 
 ExpertWeights stacked_experts(const at::Tensor& gate_up, const at::Tensor& down) {
+  if (gate_up.dim() != 3 || down.dim() != 3 || gate_up.sym_size(0) != down.sym_size(0)) {
+    throw ShapeError(c10::str("[stacked_experts] gate_up and down: expected [E, 2I, D] and [E, D, I], got ",
+                              gate_up.sym_sizes(), " and ", down.sym_sizes()));
+  }
   ExpertWeights experts{.stacked_gate_up = gate_up, .stacked_down = down};
   const int64_t I = down.size(2);
   for (int64_t e = 0; e < down.size(0); ++e) {

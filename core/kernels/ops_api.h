@@ -204,11 +204,11 @@ void paged_attention(const PagedAttentionParams& p);
 /// E experts of I channels, each down(silu(gate(x)) * up(x)). One by one they may lie in a memory-mapped file; stacked
 /// they are the same memory as one tensor, for backends that multiply by all experts at once.
 struct ExpertWeights {
-  std::vector<at::Tensor> gate;               // E of [I, D]
-  std::vector<at::Tensor> up;                 // E of [I, D]
-  std::vector<at::Tensor> down;               // E of [D, I]
-  std::optional<at::Tensor> stacked_gate_up;  // [E, 2I, D]
-  std::optional<at::Tensor> stacked_down;     // [E, D, I]
+  std::vector<at::Tensor> gate;                    // E of [I, D]
+  std::vector<at::Tensor> up;                      // E of [I, D]
+  std::vector<at::Tensor> down;                    // E of [D, I]
+  std::optional<at::Tensor> stacked_gate_up = {};  // [E, 2I, D]
+  std::optional<at::Tensor> stacked_down = {};     // [E, D, I]
 };
 
 /// Experts that are stacked already: gate_up [E, 2I, D], down [E, D, I].

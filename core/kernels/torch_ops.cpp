@@ -244,7 +244,7 @@ void paged_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const
 template <Key key>
 void moe_experts_op(const Tensor& x, const Tensor& weights, const Tensor& chosen, const Tensor& gate_up,
                     const Tensor& down, const Tensor& out, std::string backend) {
-  const ExpertWeights experts = stacked_experts(gate_up, down);
+  const ExpertWeights experts = with_torch_errors([&] { return stacked_experts(gate_up, down); });
   serve<key>(
       MoeExpertsParams{
           .x = x, .weights = weights, .chosen = chosen, .experts = experts, .out = out, .backend = std::move(backend)},

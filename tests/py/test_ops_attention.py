@@ -81,5 +81,9 @@ def test_experts_that_are_not_there_are_refused() -> None:
 def test_misshapen_experts_are_refused() -> None:
     call = ExpertsCall(3).make()
     call.down = call.down[:5]
-    with pytest.raises(ValueError, match="experts"):
+    with pytest.raises(ValueError, match=r"expected \[E, 2I, D\] and \[E, D, I\], got \[6, 64, 64\] and \[5, 64, 32\]"):
+        call.run()
+    call = ExpertsCall(3).make()
+    call.gate_up = call.gate_up[:, :60]
+    with pytest.raises(ValueError, match=r"experts\.stacked_gate_up: expected \[E, G, D\] with G=64"):
         call.run()
