@@ -42,7 +42,9 @@ at::Tensor expert(const ExpertWeights& experts, size_t e, const at::Tensor& x) {
 }  // namespace
 
 ExpertWeights stacked_experts(const at::Tensor& gate_up, const at::Tensor& down) {
-  if (gate_up.dim() != 3 || down.dim() != 3 || gate_up.sym_size(0) != down.sym_size(0)) {
+  const bool is_stacked = gate_up.dim() == 3 && down.dim() == 3 && gate_up.sym_size(0) == down.sym_size(0) &&
+                          gate_up.sym_size(1) == down.sym_size(2) * 2;
+  if (!is_stacked) {
     throw ShapeError(c10::str("[stacked_experts] gate_up and down: expected [E, 2I, D] and [E, D, I], got ",
                               gate_up.sym_sizes(), " and ", down.sym_sizes()));
   }
