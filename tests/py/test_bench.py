@@ -72,3 +72,12 @@ def test_bench_ops_refuses_counts_that_are_none() -> None:
     result = CliRunner().invoke(app, ["bench", "ops", "--decode", "1,0"])
     assert result.exit_code == 2
     assert "expected counts like 1,8,32" in result.output
+
+
+def test_bench_layer_prints_one_document() -> None:
+    result = CliRunner().invoke(app, "bench layer --batch 1 --threads 1 --seconds 0 --json".split())
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["state_dtype"] for row in rows] == ["f32", "bf16"]
+    for row in rows:
+        assert row["between"] == pytest.approx(row["layer"] - row["in_proj"] - row["out_proj"])
