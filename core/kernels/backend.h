@@ -32,6 +32,12 @@ struct ConvShape {
   int64_t R = 0;  // rows of a conv slot
 };
 
+/// Sizes of a decode step: of the delta rule and of the convolution before it.
+struct DecodeStepShape {
+  GdnShape rule;
+  ConvShape conv;
+};
+
 /// Sizes of an attention call.
 struct AttentionShape {
   int64_t T = 0;    // tokens
@@ -75,6 +81,7 @@ class Backend {
   virtual std::optional<std::string> why_not(const GdnGatingParams&, const GdnShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const L2NormParams&, const GdnShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const RmsNormGatedParams&, const GdnShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const GdnDecodeStepParams& p, const DecodeStepShape& s) const;
   virtual std::optional<std::string> why_not(const PagedAttentionParams&, const AttentionShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const MoeExpertsParams&, const ExpertsShape&) const { return {}; }
 
@@ -86,6 +93,7 @@ class Backend {
   virtual void run(const GdnGatingParams& p, const GdnShape& s) const;
   virtual void run(const L2NormParams& p, const GdnShape& s) const;
   virtual void run(const RmsNormGatedParams& p, const GdnShape& s) const;
+  virtual void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const;
   virtual void run(const PagedAttentionParams& p, const AttentionShape& s) const;
   virtual void run(const MoeExpertsParams& p, const ExpertsShape& s) const;
 };

@@ -31,6 +31,13 @@ class IndexChecker {
     range_of<int32_t>(arg, t, low, high, what);
   }
 
+  void range_of_ones(std::string_view arg, const at::Tensor& t) const {
+    const int32_t* v = t.data_ptr<int32_t>();
+    for (int64_t i = 0; i < t.numel(); ++i) {
+      if (v[i] != i) fail(arg, "0, 1, ..., N: one token a sequence", v[i], i);
+    }
+  }
+
   // No slot may be written twice, nor written by one sequence and read by another.
   void writes(std::string_view arg, const at::Tensor& reads, const at::Tensor& writes, int64_t num_slots) const {
     const int32_t* r = reads.data_ptr<int32_t>();
@@ -130,6 +137,24 @@ void check_indices(const ChunkGatedDeltaRuleParams& p) {
 
 void check_indices(const PackedDecodeParams& p) {
   check_pool_indices(IndexChecker(Op<PackedDecodeParams>::name), p, checked_shape(p).S);
+}
+
+void check_indices(const GdnDecodeStepParams& p) {
+  const DecodeStepShape s = checked_shape(p);
+  const IndexChecker c(Op<GdnDecodeStepParams>::name);
+  check_pool_indices(c, p, s.rule.S);
+  const at::Tensor reads = p.conv_indices.value_or(p.state_indices);
+  const at::Tensor writes = p.write_indices.value_or(reads);
+  c.slots("conv_indices", reads, s.conv.S);
+  c.slots("write_indices", writes, s.conv.S);
+  c.writes("conv_indices", reads, writes, s.conv.S);
+  for (int64_t n = 0; n < s.rule.N; ++n) {
+    const int32_t slot = reads.data_ptr<int32_t>()[n];
+    if ((slot == kPadSlot) != (p.state_indices.data_ptr<int32_t>()[n] == kPadSlot)) {
+      c.fail("conv_indices", "a slot exactly where state_indices has one", slot, n);
+    }
+  }
+  if (p.cu_seqlens) c.range_of_ones("cu_seqlens", *p.cu_seqlens);
 }
 
 void check_indices(const CausalConv1dParams& p) {

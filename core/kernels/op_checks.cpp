@@ -100,6 +100,16 @@ Dims match(const ChunkGatedDeltaRuleParams& p) {
   return d;
 }
 
+// H follows from the D channels [q | k | v] of `arg`.
+void bind_key_heads(Dims& d, std::string_view arg) {
+  const c10::SymInt qk = d.sym("D") - d.sym("HV") * d.sym("V");
+  d.require(qk > 0 && qk % (d.sym("K") * 2) == 0, arg, ": expected a width of 2 H K + HV V with K=", d.sym("K"),
+            ", HV=", d.sym("HV"), ", V=", d.sym("V"), " (set by state), got ", d.sym("D"));
+  d.bind("H", qk / (d.sym("K") * 2), arg);
+  d.require(d.sym("HV") % d.sym("H") == 0, arg, ": expected HV=", d.sym("HV"),
+            " to be a multiple of H, got H=", d.sym("H"), " from its width");
+}
+
 Dims match(const PackedDecodeParams& p) {
   Dims d(Op<PackedDecodeParams>::name);
   match_strided(d, "mixed_qkv", p.mixed_qkv, "N D", {at::kFloat, at::kBFloat16, at::kHalf});
@@ -112,12 +122,7 @@ Dims match(const PackedDecodeParams& p) {
   match_indices(d, "state_indices", p.state_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
   match_strided(d, "out", p.out, "N HV V", {at::kFloat, in});
-  const c10::SymInt qk = d.sym("D") - d.sym("HV") * d.sym("V");
-  d.require(qk > 0 && qk % (d.sym("K") * 2) == 0, "mixed_qkv: expected a width of 2 H K + HV V with K=", d.sym("K"),
-            ", HV=", d.sym("HV"), ", V=", d.sym("V"), " (set by state), got ", d.sym("D"));
-  d.bind("H", qk / (d.sym("K") * 2), "mixed_qkv");
-  d.require(d.sym("HV") % d.sym("H") == 0, "mixed_qkv: expected HV=", d.sym("HV"),
-            " to be a multiple of H, got H=", d.sym("H"), " from its width");
+  bind_key_heads(d, "mixed_qkv");
   d.bind("T", d.sym("N"), "mixed_qkv");
   d.bind("L", 1, "state_indices");
   return d;
@@ -189,6 +194,39 @@ Dims match(const RmsNormGatedParams& p) {
   const at::ScalarType in = p.z.scalar_type();
   d.match("weight", p.weight, "V").dtype("weight", p.weight, {at::kFloat, in}).contiguous("weight", p.weight);
   match_strided(d, "out", p.out, "T HV V", {in});
+  return d;
+}
+
+Dims match(const GdnDecodeStepParams& p) {
+  Dims d(Op<GdnDecodeStepParams>::name);
+  match_strided(d, "projected", p.projected, "N P", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.projected.scalar_type();
+  d.match("conv_weight", p.conv_weight, "D W").dtype("conv_weight", p.conv_weight, {in});
+  d.contiguous("conv_weight", p.conv_weight);
+  d.require(d.sym("W") >= 2 && d.sym("W") <= 4, "conv_weight: expected a width W of 2 to 4, got ", d.sym("W"));
+  d.match("conv_bias", p.conv_bias, "D").dtype("conv_bias", p.conv_bias, {in}).contiguous("conv_bias", p.conv_bias);
+  d.match("conv_state", p.conv_state, "conv_S R D").dtype("conv_state", p.conv_state, {in, at::kFloat});
+  d.contiguous("conv_state", p.conv_state, 1);
+  d.require(d.sym("R") >= d.sym("W") - 1, "conv_state: expected R >= ", d.sym("W") - 1, " rows for W=", d.sym("W"),
+            ", got ", d.sym("R"));
+  d.match("A_log", p.A_log, "HV").dtype("A_log", p.A_log, {at::kFloat, in}).contiguous("A_log", p.A_log);
+  d.match("dt_bias", p.dt_bias, "HV").dtype("dt_bias", p.dt_bias, {at::kFloat, in}).contiguous("dt_bias", p.dt_bias);
+  match_delta_state(d, p.state);
+  d.match("norm_weight", p.norm_weight, "V").dtype("norm_weight", p.norm_weight, {at::kFloat, in});
+  d.contiguous("norm_weight", p.norm_weight);
+  match_indices(d, "state_indices", p.state_indices, "N");
+  match_indices(d, "conv_indices", p.conv_indices, "N");
+  match_indices(d, "write_indices", p.write_indices, "N");
+  match_indices(d, "cu_seqlens", p.cu_seqlens, "N+1");
+  if (p.cu_seqlens) {
+    d.require(d.sym("N+1") == d.sym("N") + 1, "cu_seqlens: expected [N+1] with N=", d.sym("N"),
+              " (set by projected), got [", d.sym("N+1"), "]");
+  }
+  match_strided(d, "out", p.out, "N HV V", {in});
+  bind_key_heads(d, "conv_weight");
+  const c10::SymInt width = d.sym("D") + d.sym("HV") * d.sym("V") + d.sym("HV") * 2;
+  d.require(d.sym("P") == width, "projected: expected a width of D + HV V + 2 HV = ", width, " with D=", d.sym("D"),
+            " (set by conv_weight), HV=", d.sym("HV"), ", V=", d.sym("V"), ", got ", d.sym("P"));
   return d;
 }
 
@@ -288,6 +326,11 @@ GdnShape shape(const L2NormParams&, const Dims& d) {
 GdnShape shape(const RmsNormGatedParams&, const Dims& d) {
   return {.T = d["T"], .HV = d["HV"], .V = d["V"]};
 }
+DecodeStepShape shape(const GdnDecodeStepParams&, const Dims& d) {
+  const int64_t N = d["N"];
+  return {.rule = {.T = N, .N = N, .S = d["S"], .H = d["H"], .HV = d["HV"], .K = d["K"], .V = d["V"]},
+          .conv = {.T = N, .N = N, .S = d["conv_S"], .D = d["D"], .W = d["W"], .R = d["R"]}};
+}
 AttentionShape shape(const PagedAttentionParams& p, const Dims& d) {
   return {.T = d["T"], .N = static_cast<int64_t>(p.sequences.size()), .HQ = d["HQ"], .HKV = d["HKV"], .D = d["D"]};
 }
@@ -321,6 +364,9 @@ GdnShape checked_shape(const L2NormParams& p) {
 GdnShape checked_shape(const RmsNormGatedParams& p) {
   return shape(p, match(p));
 }
+DecodeStepShape checked_shape(const GdnDecodeStepParams& p) {
+  return shape(p, match(p));
+}
 AttentionShape checked_shape(const PagedAttentionParams& p) {
   return shape(p, match(p));
 }
@@ -350,6 +396,9 @@ void check(const L2NormParams& p) {
   match(p);
 }
 void check(const RmsNormGatedParams& p) {
+  match(p);
+}
+void check(const GdnDecodeStepParams& p) {
   match(p);
 }
 void check(const PagedAttentionParams& p) {

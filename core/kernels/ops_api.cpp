@@ -42,6 +42,9 @@ void l2_norm(const L2NormParams& p) {
 void rms_norm_gated(const RmsNormGatedParams& p) {
   dispatch(p);
 }
+void gdn_decode_step(const GdnDecodeStepParams& p) {
+  dispatch(p);
+}
 void paged_attention(const PagedAttentionParams& p) {
   dispatch(p);
 }

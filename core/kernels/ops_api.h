@@ -174,6 +174,28 @@ struct RmsNormGatedParams {
 };
 void rms_norm_gated(const RmsNormGatedParams& p);
 
+/// A layer's decode step between its two projections: causal_conv1d_update, packed_decode and rms_norm_gated, one token
+/// per sequence. Row of projected = [q: H K | k: H K | v: HV V | z: HV V | b: HV | a: HV]; D = 2HK+HVV.
+struct GdnDecodeStepParams {
+  at::Tensor projected;      // [N, D+HVV+2HV]  f32 | bf16 | f16, strided
+  at::Tensor conv_weight;    // [D, W]          as projected, W = 2..4, tap W-1 is the current token
+  at::Tensor conv_state;     // [S, R, D]       as projected | f32, R >= W-1, oldest row first, updated in place
+  at::Tensor A_log;          // [HV]            f32 | as projected
+  at::Tensor dt_bias;        // [HV]            f32 | as projected
+  at::Tensor state;          // [S, HV, V, K]   f32 | bf16, updated in place; a slot is contiguous, the slot stride free
+  at::Tensor norm_weight;    // [V]             f32 | as projected
+  at::Tensor state_indices;  // [N]             i32
+  at::Tensor out;            // [N, HV, V]      as projected, strided, written
+  std::optional<at::Tensor> conv_bias = {};      // [D]    as projected
+  std::optional<at::Tensor> conv_indices = {};   // [N]    i32, slots of the conv pool; default state_indices
+  std::optional<at::Tensor> write_indices = {};  // [N]    i32, of both pools; default state_indices and conv_indices
+  std::optional<at::Tensor> cu_seqlens = {};     // [N+1]  i32, 0, 1, ..., N; spares other backends than cpu to make it
+  bool may_have_padding = true;                  // false: the caller promises that no slot is kPadSlot
+  double norm_eps = 1e-6;
+  std::optional<double> scale = {};  // default K^-0.5
+  std::string backend = "auto";
+};
+void gdn_decode_step(const GdnDecodeStepParams& p);
 /// One sequence of an attention call, known on the host. Its blocks are block_ids[block_begin, block_begin +
 /// num_blocks).
 struct AttentionSequence {
@@ -237,6 +259,7 @@ void check(const CausalConv1dUpdateParams& p);
 void check(const GdnGatingParams& p);
 void check(const L2NormParams& p);
 void check(const RmsNormGatedParams& p);
+void check(const GdnDecodeStepParams& p);
 void check(const PagedAttentionParams& p);
 void check(const MoeExpertsParams& p);
 
@@ -248,6 +271,7 @@ void check_indices(const ChunkGatedDeltaRuleParams& p);
 void check_indices(const PackedDecodeParams& p);
 void check_indices(const CausalConv1dParams& p);
 void check_indices(const CausalConv1dUpdateParams& p);
+void check_indices(const GdnDecodeStepParams& p);
 void check_indices(const PagedAttentionParams& p);
 void check_indices(const MoeExpertsParams& p);
 

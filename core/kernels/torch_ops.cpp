@@ -252,6 +252,33 @@ void moe_experts_op(const Tensor& x, const Tensor& weights, const Tensor& chosen
 }
 
 template <Key key>
+void gdn_decode_step_op(const Tensor& projected, const Tensor& conv_weight, const Tensor& conv_state,
+                        const Tensor& A_log, const Tensor& dt_bias, const Tensor& state, const Tensor& norm_weight,
+                        const Tensor& state_indices, const Tensor& out, const MaybeTensor& conv_bias,
+                        const MaybeTensor& conv_indices, const MaybeTensor& write_indices,
+                        const MaybeTensor& cu_seqlens, bool may_have_padding, double norm_eps,
+                        std::optional<double> scale, std::string backend) {
+  serve<key>(GdnDecodeStepParams{.projected = projected,
+                                 .conv_weight = conv_weight,
+                                 .conv_state = conv_state,
+                                 .A_log = A_log,
+                                 .dt_bias = dt_bias,
+                                 .state = state,
+                                 .norm_weight = norm_weight,
+                                 .state_indices = state_indices,
+                                 .out = out,
+                                 .conv_bias = conv_bias,
+                                 .conv_indices = conv_indices,
+                                 .write_indices = write_indices,
+                                 .cu_seqlens = cu_seqlens,
+                                 .may_have_padding = may_have_padding,
+                                 .norm_eps = norm_eps,
+                                 .scale = scale,
+                                 .backend = std::move(backend)},
+             projected, gdn_decode_step);
+}
+
+template <Key key>
 void implement(torch::Library& m) {
   m.impl("recurrent_gated_delta_rule", recurrent_gated_delta_rule_op<key>);
   m.impl("chunk_gated_delta_rule", chunk_gated_delta_rule_op<key>);
@@ -261,6 +288,7 @@ void implement(torch::Library& m) {
   m.impl("gdn_gating", gdn_gating_op<key>);
   m.impl("l2_norm", l2_norm_op<key>);
   m.impl("rms_norm_gated", rms_norm_gated_op<key>);
+  m.impl("gdn_decode_step", gdn_decode_step_op<key>);
   m.impl("paged_attention", paged_attention_op<key>);
   m.impl("moe_experts", moe_experts_op<key>);
 }
@@ -364,6 +392,13 @@ TORCH_LIBRARY(xgdn, m) {
       "str backend=\"auto\") -> ()",
       tags);
 
+  m.def(
+      "gdn_decode_step(Tensor projected, Tensor conv_weight, Tensor(a!) conv_state, Tensor A_log, Tensor dt_bias, "
+      "Tensor(b!) state, Tensor norm_weight, Tensor state_indices, Tensor(c!) out, *, Tensor? conv_bias=None, "
+      "Tensor? conv_indices=None, Tensor? write_indices=None, Tensor? cu_seqlens=None, bool may_have_padding=True, "
+      "float norm_eps=1e-6, float? scale=None, str backend=\"auto\") -> ()",
+      tags);
+
   // Without tensor arguments there is no key to choose by: one implementation serves all. The fake implementation of
   // build_chunk_metadata is in python/xgdn/ops.py.
   m.def("build_chunk_metadata(int[] lengths, int num_v_heads_local, bool compact_ranks=False) -> Tensor[]", tags);
@@ -394,9 +429,9 @@ TORCH_LIBRARY_IMPL(xgdn, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(xgdn, Autograd, m) {
-  for (const char* op :
-       {"recurrent_gated_delta_rule", "chunk_gated_delta_rule", "packed_decode", "causal_conv1d",
-        "causal_conv1d_update", "gdn_gating", "l2_norm", "rms_norm_gated", "paged_attention", "moe_experts"}) {
+  for (const char* op : {"recurrent_gated_delta_rule", "chunk_gated_delta_rule", "packed_decode", "causal_conv1d",
+                         "causal_conv1d_update", "gdn_gating", "l2_norm", "rms_norm_gated", "gdn_decode_step",
+                         "paged_attention", "moe_experts"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
   }
 }

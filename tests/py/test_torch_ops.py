@@ -40,6 +40,16 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
     more = {"write_indices": i32([4, 3, 8]), "scale": 0.5, "backend": "reference"}
     bias, flags = torch.randn(D).to(dtype), torch.tensor([True, False, True])
     packed = (torch.randn(3, 2 * H * K + HV * V).to(dtype), *(torch.randn(3, HV).to(dtype) for _ in range(2)), *heads)
+    channels = 2 * H * K + HV * V
+    step = (
+        torch.randn(3, channels + HV * V + 2 * HV).to(dtype),
+        torch.randn(channels, W).to(dtype),
+        torch.randn(S, W, channels).to(dtype),
+        *heads,
+        x[5],
+        torch.randn(V),
+    )
+    step_options = {**more, "conv_bias": torch.randn(channels).to(dtype), "cu_seqlens": i32([0, 1, 2, 3])}
     table = torch.arange(9, dtype=torch.int32).flip(0).view(3, 3)
     verify = (*x, i32([0, 3, 3, 6]), table, out[:6])
     verify = (*(t[:6] for t in verify[:5]), *verify[5:])
@@ -67,6 +77,7 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
             ((*conv, conv_out), {"max_len": 4}),
             ((*conv, conv_out), {"max_len": 4, "bias": bias, "num_accepted": i32([1, 3, 2])}),
         ],
+        "gdn_decode_step": [((*step, slots, out[:3]), {}), ((*step, slots, out[:3]), step_options)],
         "gdn_gating": [((packed[1], packed[2], *heads, torch.zeros(3, HV), torch.zeros(3, HV)), {})],
         "l2_norm": [((x[0], torch.zeros_like(x[0])), {}), ((x[0], torch.zeros_like(x[0])), {"eps": 0.1})],
         "rms_norm_gated": [((x[2], x[2].flip(0), torch.randn(V), out), {"eps": 1e-5})],
@@ -87,6 +98,7 @@ OPS = [
     "gdn_gating",
     "l2_norm",
     "rms_norm_gated",
+    "gdn_decode_step",
     "paged_attention",
     "moe_experts",
 ]
