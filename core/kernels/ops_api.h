@@ -196,6 +196,7 @@ struct GdnDecodeStepParams {
   std::string backend = "auto";
 };
 void gdn_decode_step(const GdnDecodeStepParams& p);
+
 /// One sequence of an attention call, known on the host. Its blocks are block_ids[block_begin, block_begin +
 /// num_blocks).
 struct AttentionSequence {
