@@ -153,22 +153,25 @@ std::string try_attention() {
   });
 }
 
-// Token 0 visits expert 1 and token 1 expert 0, with gate and up the identity and down 2 e + 2 times it.
+// Token 0 visits experts 1 and 0, token 1 visits 0 and 1, with weights 1 and 0.5. Expert e gives 2 e + 2 times
+// silu(x) x, and the tokens differ, so that a place or a weight of another visit shows.
 std::string try_experts() {
   return sentence_of([&]() -> std::string {
     constexpr int64_t kDim = 16;
     const at::Tensor x = at::ones({2, kDim}, on_device(at::kBFloat16));
-    const at::Tensor chosen = at::zeros({2, 1}, on_device(at::kInt));
-    chosen.select(0, 0).fill_(1);
-    const at::Tensor eye = at::eye(kDim).to(at::kBFloat16);
+    x.select(0, 0).fill_(0.5);
+    const at::Tensor chosen = at::eye(2, at::kInt).to(kDevice);
+    const at::Tensor weights = at::ones({2, 2}, on_device(at::kBFloat16));
+    weights.select(1, 1).fill_(0.5);
+    const at::Tensor eye = at::eye(kDim, at::kBFloat16);
     const at::Tensor gate_up = at::stack({at::cat({eye, eye}), at::cat({eye, eye})}).to(kDevice);
     const at::Tensor down = at::stack({eye * 2.0, eye * 4.0}).to(kDevice);
     const Routed routed = route(x, chosen, 2);
     const at::Tensor between = swiglu(grouped_matmul(routed.rows, gate_up.transpose(1, 2), routed.counts));
     const at::Tensor rows = grouped_matmul(between, down.transpose(1, 2), routed.counts);
-    const at::Tensor out = finalize_routing(rows, at::ones({2, 1}, on_device(at::kBFloat16)), routed.places).cpu();
-    const double silu_of_one = 1.0 / (1.0 + std::exp(-1.0));
-    const bool is_right = is_near(out, {0, 3}, 4.0 * silu_of_one) && is_near(out, {1, 3}, 2.0 * silu_of_one);
+    const at::Tensor out = finalize_routing(rows, weights, routed.places).cpu();
+    const auto expert = [](double value) { return value * value / (1.0 + std::exp(-value)); };
+    const bool is_right = is_near(out, {0, 3}, 5.0 * expert(0.5)) && is_near(out, {1, 3}, 4.0 * expert(1.0));
     return is_right ? "" : "the routing ops returned other numbers than the mixture gives";
   });
 }
