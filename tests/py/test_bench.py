@@ -78,7 +78,7 @@ def test_bench_ops_refuses_counts_that_are_none() -> None:
 
 
 def test_bench_layer_prints_one_document() -> None:
-    result = CliRunner().invoke(app, "bench layer --batch 1 --threads 1 --seconds 0 --json".split())
+    result = CliRunner().invoke(app, ["bench", "layer", "--batch", "1", "--threads", "1", "--seconds", "0", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     assert [row["state_dtype"] for row in rows] == ["f32", "bf16"]
