@@ -51,7 +51,7 @@ fmt: .venv/.dev
 	ruff check --fix .
 
 bench: package
-	python benchmarks/bench_ops.py
+	xgdn bench ops
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache

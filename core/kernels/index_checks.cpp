@@ -27,10 +27,8 @@ class IndexChecker {
   }
 
   void range(std::string_view arg, const at::Tensor& t, int64_t low, int64_t high, const std::string& what) const {
-    const int32_t* v = t.data_ptr<int32_t>();
-    for (int64_t i = 0; i < t.numel(); ++i) {
-      if (v[i] < low || v[i] > high) fail(arg, what, v[i], i);
-    }
+    if (t.scalar_type() == at::kLong) return range_of<int64_t>(arg, t, low, high, what);
+    range_of<int32_t>(arg, t, low, high, what);
   }
 
   void range_of_ones(std::string_view arg, const at::Tensor& t) const {
@@ -65,6 +63,14 @@ class IndexChecker {
   }
 
  private:
+  template <typename Index>
+  void range_of(std::string_view arg, const at::Tensor& t, int64_t low, int64_t high, const std::string& what) const {
+    const Index* v = t.const_data_ptr<Index>();
+    for (int64_t i = 0; i < t.numel(); ++i) {
+      if (v[i] < low || v[i] > high) fail(arg, what, v[i], i);
+    }
+  }
+
   std::string_view op_;
 };
 
@@ -170,6 +176,21 @@ void check_indices(const CausalConv1dUpdateParams& p) {
     const int64_t len = cu[n + 1] - cu[n];
     if (len > p.max_len) c.fail("cu_seqlens", c10::str("sequences of at most max_len=", p.max_len, " tokens"), len, n);
   }
+}
+
+void check_indices(const PagedAttentionParams& p) {
+  checked_shape(p);
+  const IndexChecker c(Op<PagedAttentionParams>::name);
+  const int64_t blocks = p.k.size(0);
+  const int64_t rows = blocks * p.k.size(1);
+  c.range("block_ids", p.block_ids, 0, blocks - 1, c10::str("0..", blocks - 1));
+  if (p.context_rows) c.range("context_rows", *p.context_rows, 0, rows - 1, c10::str("0..", rows - 1));
+}
+
+void check_indices(const MoeExpertsParams& p) {
+  const ExpertsShape s = checked_shape(p);
+  const IndexChecker c(Op<MoeExpertsParams>::name);
+  c.range("chosen", p.chosen, 0, s.E - 1, c10::str("an expert 0..", s.E - 1));
 }
 
 }  // namespace xgdn::kernel

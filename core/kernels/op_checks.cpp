@@ -230,6 +230,71 @@ Dims match(const GdnDecodeStepParams& p) {
   return d;
 }
 
+// Where the sequences lie; every number is on the host.
+void require_sequences(Dims& d, const PagedAttentionParams& p) {
+  int64_t tokens = 0;
+  int64_t context = 0;
+  for (size_t n = 0; n < p.sequences.size(); ++n) {
+    const AttentionSequence& s = p.sequences[n];
+    const auto require = [&](bool ok, const auto&... expected) {
+      if (ok) return;
+      throw RangeError(c10::str("[", d.op(), "] sequences: expected ", expected..., ", got token_begin=", s.token_begin,
+                                " num_tokens=", s.num_tokens, " context_len=", s.context_len,
+                                " block_begin=", s.block_begin, " num_blocks=", s.num_blocks, " at ", n));
+    };
+    require(s.token_begin == tokens && s.num_tokens >= 0, "one that begins at token ", tokens);
+    require(s.num_tokens <= s.context_len, "a context that holds the tokens");
+    require(s.block_begin >= 0 && s.num_blocks >= 0 && s.block_begin + s.num_blocks <= d["M"],
+            "blocks among the M=", d["M"], " of block_ids");
+    require(s.context_len <= s.num_blocks * d["B"], "blocks of B=", d["B"], " rows that hold the context");
+    tokens += s.num_tokens;
+    context += s.context_len;
+  }
+  d.require(tokens == d["T"], "sequences: expected T=", d["T"], " tokens (set by q), got ", tokens);
+  d.require(!p.context_rows || context == d["C"], "context_rows: expected C=", context, " (set by sequences), got ",
+            p.context_rows ? d["C"] : 0);
+}
+
+Dims match(const PagedAttentionParams& p) {
+  Dims d(Op<PagedAttentionParams>::name);
+  match_strided(d, "q", p.q, "T HQ D", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.q.scalar_type();
+  d.match("k", p.k, "P B HKV D").dtype("k", p.k, {in}).contiguous("k", p.k);
+  d.match("v", p.v, "P B HKV D").dtype("v", p.v, {in}).contiguous("v", p.v);
+  d.require(d.sym("HKV") > 0 && d.sym("HQ") % d.sym("HKV") == 0, "k: expected HQ=", d.sym("HQ"),
+            " (set by q) to be a multiple of HKV, got HKV=", d.sym("HKV"));
+  match_indices(d, "block_ids", p.block_ids, "M");
+  match_indices(d, "context_rows", p.context_rows, "C");
+  match_strided(d, "out", p.out, "T HQ D", {in});
+  require_sequences(d, p);
+  return d;
+}
+
+Dims match(const MoeExpertsParams& p) {
+  const ExpertWeights& e = p.experts;
+  Dims d(Op<MoeExpertsParams>::name);
+  match_strided(d, "x", p.x, "T D", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.x.scalar_type();
+  d.match("weights", p.weights, "T A").dtype("weights", p.weights, {in}).contiguous("weights", p.weights);
+  d.match("chosen", p.chosen, "T A").dtype("chosen", p.chosen, {at::kLong}).contiguous("chosen", p.chosen);
+  d.require(!e.gate.empty() && e.up.size() == e.gate.size() && e.down.size() == e.gate.size(),
+            "experts: expected as many gate, up and down, at least one, got ", e.gate.size(), ", ", e.up.size(),
+            " and ", e.down.size());
+  d.bind("E", static_cast<int64_t>(e.gate.size()), "experts");
+  match_strided(d, "experts.gate", e.gate.front(), "I D", {in});
+  match_strided(d, "experts.up", e.up.front(), "I D", {in});
+  match_strided(d, "experts.down", e.down.front(), "D I", {in});
+  d.bind("G", d.sym("I") * 2, "experts.gate");
+  d.match("experts.stacked_gate_up", e.stacked_gate_up, "E G D")
+      .dtype("experts.stacked_gate_up", e.stacked_gate_up, {in})
+      .contiguous("experts.stacked_gate_up", e.stacked_gate_up);
+  d.match("experts.stacked_down", e.stacked_down, "E D I")
+      .dtype("experts.stacked_down", e.stacked_down, {in})
+      .contiguous("experts.stacked_down", e.stacked_down);
+  d.match("out", p.out, "T D").dtype("out", p.out, {in}).contiguous("out", p.out);
+  return d;
+}
+
 GdnShape delta_shape(const Dims& d) {
   return {.T = d["T"], .N = d["N"], .S = d["S"], .H = d["H"], .HV = d["HV"], .K = d["K"], .V = d["V"], .L = d["L"]};
 }
@@ -266,6 +331,12 @@ DecodeStepShape shape(const GdnDecodeStepParams&, const Dims& d) {
   return {.rule = {.T = N, .N = N, .S = d["S"], .H = d["H"], .HV = d["HV"], .K = d["K"], .V = d["V"]},
           .conv = {.T = N, .N = N, .S = d["conv_S"], .D = d["D"], .W = d["W"], .R = d["R"]}};
 }
+AttentionShape shape(const PagedAttentionParams& p, const Dims& d) {
+  return {.T = d["T"], .N = static_cast<int64_t>(p.sequences.size()), .HQ = d["HQ"], .HKV = d["HKV"], .D = d["D"]};
+}
+ExpertsShape shape(const MoeExpertsParams&, const Dims& d) {
+  return {.T = d["T"], .A = d["A"], .E = d["E"], .D = d["D"], .I = d["I"]};
+}
 
 }  // namespace
 
@@ -296,6 +367,12 @@ GdnShape checked_shape(const RmsNormGatedParams& p) {
 DecodeStepShape checked_shape(const GdnDecodeStepParams& p) {
   return shape(p, match(p));
 }
+AttentionShape checked_shape(const PagedAttentionParams& p) {
+  return shape(p, match(p));
+}
+ExpertsShape checked_shape(const MoeExpertsParams& p) {
+  return shape(p, match(p));
+}
 
 void check(const RecurrentGatedDeltaRuleParams& p) {
   match(p);
@@ -322,6 +399,12 @@ void check(const RmsNormGatedParams& p) {
   match(p);
 }
 void check(const GdnDecodeStepParams& p) {
+  match(p);
+}
+void check(const PagedAttentionParams& p) {
+  match(p);
+}
+void check(const MoeExpertsParams& p) {
   match(p);
 }
 

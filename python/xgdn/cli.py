@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `xgdn generate` and `xgdn doctor`."""
+"""The command line: `xgdn generate`, `xgdn bench` and `xgdn doctor`."""
 
 import importlib.metadata
 import json
@@ -24,6 +24,9 @@ from xgdn.progress import Bar
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Serves models with the gated delta rule (Qwen3-Next, Qwen3.5)."
 )
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measures beside the machine's limit, after a check of the results.")
+app.add_typer(bench_app, name="bench")
 
 _MAX = 2**31 - 1  # of ids and counts
 
@@ -253,6 +256,46 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON docume
             names = [op for op in ops if by_cell[op, backend].why_not == why]
             about = "" if len(names) == len(ops) else f" ({', '.join(names)})"
             console.print(Text(f"{backend}: {why}{about}"), soft_wrap=True)
+
+
+def _parse_counts(text: str, option: str) -> list[int]:
+    counts = _parse_ids(text, option)
+    if any(count < 1 for count in counts):
+        raise typer.BadParameter(f"expected counts like 1,8,32, got {text!r}", param_hint=option)
+    return counts
+
+
+@bench_app.command("ops")
+def bench_ops(
+    decode: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes of decode.")] = "1,8,32",
+    verify: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes of verification, 4 drafts each.")] = "8",
+    prefill: Annotated[str, typer.Option(metavar="T,..", help="Prompt lengths.")] = "512,2048,8192",
+    threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
+    seconds: Annotated[float, typer.Option(min=0, help="Per contestant and problem.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """The ops in the shape of Qwen3-Next-80B and Qwen3.5-35B: 16 key heads, 32 value heads, head dims of 128."""
+    from xgdn.bench.ops import OpsBenchmark, Plan
+    from xgdn.bench.report import machine, print_rows
+
+    plan = Plan(
+        decode=_parse_counts(decode, "--decode"),
+        verify=_parse_counts(verify, "--verify"),
+        prefill=_parse_counts(prefill, "--prefill"),
+        threads=_parse_counts(threads, "--threads"),
+    )
+    torch.manual_seed(0)
+    bar = Bar("measuring")
+    with torch.no_grad(), _errors_in_one_line():
+        try:
+            rows = OpsBenchmark(seconds=seconds).run(plan, bar.update)
+        finally:
+            bar.hide()
+    if as_json:
+        typer.echo(json.dumps({"machine": machine(), "rows": [row.document() for row in rows]}))
+        return
+    typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
+    print_rows(rows)
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -23,6 +23,8 @@ OPS = {
     "l2_norm",
     "rms_norm_gated",
     "gdn_decode_step",
+    "paged_attention",
+    "moe_experts",
 }
 
 

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other people's kernels as contestants. Each module has `load(folder)`, which returns what it loaded, and `decode`,
+`verify` and `prefill`, which return contestants for a problem (none where the peer has no such op).
+
+Their tolerances are wide: what a peer's rounding costs is shown in the table, a wrong result is not.
+"""
+
+OUT_TOLERANCE = 2e-2
+STATE_TOLERANCE = 2e-2

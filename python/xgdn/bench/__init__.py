@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of the ops beside the machine's limit: `xgdn bench ops`.
+
+A `Problem` holds inputs, the float64 truth and a limit; a `Contestant` solves it. Every contestant is checked against
+the truth before its time counts, and contestants take turns, call by call, so that noise meets all of them.
+"""
+
+from xgdn.bench import ours
+from xgdn.bench.measure import Contestant, Problem, Row, WrongResult, check, compare
+from xgdn.bench.problems import DecodeProblem, PrefillProblem, VerifyProblem
+
+__all__ = [
+    "Contestant",
+    "DecodeProblem",
+    "PrefillProblem",
+    "Problem",
+    "Row",
+    "VerifyProblem",
+    "WrongResult",
+    "check",
+    "compare",
+    "ours",
+]

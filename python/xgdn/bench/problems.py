@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs as a layer of Qwen3-Next-80B or Qwen3.5-35B has them, their truth and their limit."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import xgdn
+
+H, HV, K, V = 16, 32, 128, 128
+CONV_WIDTH = 4
+NORM_EPS = 1e-6
+# The chunk form with C = 64 needs at least 6KV + 2CV + 2CK H/HV per token and value head: triangular parts counted as
+# triangles, products of keys shared by the value heads of a key head.
+FLOPS_PER_TOKEN = HV * (6 * K * V + 2 * 64 * V + 2 * 64 * K * H // HV)
+LONGEST_CHECK = 512  # tokens of a prompt that are compared with the truth
+GEMM_SIZE = 1024
+
+SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class Gates:
+    """Raw gates of `count` tokens. The heads forget at rates from a token to a thousand tokens."""
+
+    def __init__(self, count: int) -> None:
+        self.a = torch.randn(count, HV).bfloat16()
+        self.b = torch.randn(count, HV).bfloat16()
+        self.A_log = torch.linspace(-7, 0, HV)
+        self.dt_bias = torch.rand(HV).bfloat16().float()
+        self.g = torch.empty(count, HV)
+        self.beta = torch.empty(count, HV)
+        xgdn.ops.gdn_gating(self.a, self.b, self.A_log, self.dt_bias, g=self.g, beta=self.beta)
+
+
+def _split_qkv(mixed_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.split(mixed_qkv, [H * K, H * K, HV * V], dim=1)
+    return q.view(-1, H, K), k.view(-1, H, K), v.view(-1, HV, V)
+
+
+class StatePool:
+    """States of `batch` sequences, so many times over that they come from memory and not from a cache."""
+
+    def __init__(self, batch: int, dtype: torch.dtype, rotate_mib: int) -> None:
+        self.dtype = dtype
+        self.batch_bytes = batch * HV * V * K * dtype.itemsize
+        self.parts = max(1, -(-rotate_mib * 2**20 // self.batch_bytes))
+        self.first = torch.randn(batch, HV, V, K).to(dtype)
+        slots = torch.arange(self.parts * batch, dtype=torch.int32)
+        self._slots: tuple[Tensor, ...] = slots.view(self.parts, batch).unbind()
+        self._stream = torch.ones(self.parts, self.batch_bytes // 4)
+
+    def make(self) -> Tensor:
+        """A contestant's own pool `[S, HV, V, K]`."""
+        return self.first.repeat(self.parts, 1, 1, 1)
+
+    def slots(self, i: int) -> Tensor:
+        return self._slots[i % self.parts]
+
+    def stream(self, i: int) -> object:
+        """Reads and writes as many bytes as one call's states have."""
+        return self._stream[i % self.parts].mul_(1.0001)
+
+
+class DecodeProblem:
+    """One token for each of `batch` sequences, after the convolution."""
+
+    unit = "GB/s"
+    limit_scale = 1.0
+
+    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
+        self.title = f"decode B={batch} {SHORT[state_dtype]}"
+        self.batch = batch
+        self.mixed_qkv = torch.randn(batch, 2 * H * K + HV * V).bfloat16()
+        self.q, self.k, self.v = _split_qkv(self.mixed_qkv)
+        self.gates = Gates(batch)
+        self.cu_seqlens = torch.arange(batch + 1, dtype=torch.int32)
+        self.pool = StatePool(batch, state_dtype, rotate_mib)
+        self.work = 2.0 * self.pool.batch_bytes
+        self.limit: Callable[[int], object] = self.pool.stream
+
+    def truth(self) -> tuple[Tensor, Tensor]:
+        state = self.pool.first.to(torch.float32, copy=True)
+        out = torch.empty(self.v.shape)
+        xgdn.ops.recurrent_gated_delta_rule(
+            self.q.float(),
+            self.k.float(),
+            self.v.float(),
+            self.gates.g,
+            self.gates.beta,
+            state,
+            cu_seqlens=self.cu_seqlens,
+            state_indices=self.pool.slots(0),
+            out=out,
+            backend="reference",
+        )
+        return out, state
+
+
+class VerifyProblem:
+    """`drafts` tokens for each of `batch` sequences, the state after each of them kept."""
+
+    unit = "GB/s"
+    limit_scale = 1.0
+
+    def __init__(self, batch: int, drafts: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
+        self.title = f"verify B={batch} T={drafts} {SHORT[state_dtype]}"
+        count = batch * drafts
+        self.q, self.k, self.v = _split_qkv(torch.randn(count, 2 * H * K + HV * V).bfloat16())
+        self.gates = Gates(count)
+        self.cu_seqlens = torch.arange(0, count + 1, drafts, dtype=torch.int32)
+        self.num_accepted = torch.ones(batch, dtype=torch.int32)
+        self.pool = StatePool(count, state_dtype, rotate_mib)
+        self.work = 2.0 * self.pool.batch_bytes
+        self.limit: Callable[[int], object] = self.pool.stream
+        self._table = (batch, drafts)
+
+    def table(self, i: int) -> Tensor:
+        return self.pool.slots(i).view(self._table)
+
+    def truth(self) -> tuple[Tensor, Tensor]:
+        state = self.pool.first.to(torch.float32, copy=True)
+        out = torch.empty(self.v.shape)
+        xgdn.ops.recurrent_gated_delta_rule(
+            self.q.float(),
+            self.k.float(),
+            self.v.float(),
+            self.gates.g,
+            self.gates.beta,
+            state,
+            cu_seqlens=self.cu_seqlens,
+            state_indices=self.table(0),
+            num_accepted=self.num_accepted,
+            out=out,
+            backend="reference",
+        )
+        return out, state
+
+
+class PrefillProblem:
+    """Prompts of these lengths, packed, that start from nothing. q, k, v and out have `dtype`, the states are f32."""
+
+    unit = "GFLOP/s"
+
+    def __init__(self, lengths: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> None:
+        self.lengths = list(lengths)
+        self.dtype = dtype
+        count = sum(self.lengths)
+        name = f"T={count}" if len(self.lengths) == 1 else f"T={count} N={len(self.lengths)}"
+        self.title = f"prefill {name} {SHORT[dtype]}"
+        self.q, self.k, self.v = _split_qkv(torch.randn(count, 2 * H * K + HV * V).to(dtype))
+        self.gates = Gates(count)
+        self.cu_seqlens = torch.tensor([0, *self.lengths]).cumsum(0).int()
+        self.state_indices = torch.arange(len(self.lengths), dtype=torch.int32)
+        self.chunk = xgdn.ops.build_chunk_metadata(self.lengths, HV)
+        self.work = float(count * FLOPS_PER_TOKEN)
+        self.limit_scale = self.work / (2.0 * GEMM_SIZE**3)
+        self._factors = torch.randn(2, GEMM_SIZE, GEMM_SIZE).to(dtype).unbind()
+
+    def limit(self, _: int) -> object:
+        return self._factors[0] @ self._factors[1]
+
+    def short(self) -> "PrefillProblem":
+        """Of the same kind, short enough for truth()."""
+        left = LONGEST_CHECK
+        lengths = []
+        for length in self.lengths:
+            lengths.append(min(length, left))
+            left -= lengths[-1]
+        return PrefillProblem(lengths, self.dtype)
+
+    def make_pool(self) -> Tensor:
+        return torch.full((len(self.lengths), HV, V, K), torch.nan)
+
+    def truth(self) -> tuple[Tensor, Tensor]:
+        state = self.make_pool()
+        out = torch.empty(self.v.shape)
+        xgdn.ops.chunk_gated_delta_rule(
+            self.q.float(),
+            self.k.float(),
+            self.v.float(),
+            self.gates.g,
+            self.gates.beta,
+            state,
+            cu_seqlens=self.cu_seqlens,
+            state_indices=self.state_indices,
+            chunk=self.chunk,
+            has_initial_state=torch.zeros(len(self.lengths), dtype=torch.bool),
+            out=out,
+            backend="reference",
+        )
+        return out, state

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks refuse wrong results and print what they measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from xgdn.bench import DecodeProblem, PrefillProblem, VerifyProblem, WrongResult, check, ours
+from xgdn.bench.measure import take_turns
+from xgdn.cli import app
+
+PROBLEMS = {
+    "decode": lambda: DecodeProblem(2, torch.float32, rotate_mib=1),
+    "verify": lambda: VerifyProblem(1, 3, torch.bfloat16, rotate_mib=1),
+    "prefill": lambda: PrefillProblem([65, 3]),
+}
+
+
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_own_contestants_are_right_and_a_wrong_one_is_found(kind: str) -> None:
+    problem = PROBLEMS[kind]()
+    truth = problem.truth()
+    for contestant in getattr(ours, kind)(problem):
+        check(contestant, truth)
+        out, states = contestant.result()
+        for wrong in ((out.roll(1, dims=1), states), (out, states.transpose(2, 3)), (out * torch.nan, states)):
+            broken = dataclasses.replace(contestant, call=lambda _: None, result=lambda wrong=wrong: wrong)
+            with pytest.raises(WrongResult, match="differs from the float64 recurrence"):
+                check(broken, truth)
+
+
+def test_truth_leaves_the_inputs_alone() -> None:
+    problem = DecodeProblem(1, torch.float32, rotate_mib=1)
+    before = problem.pool.first.clone()
+    problem.truth()
+    assert torch.equal(problem.pool.first, before)
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+    times = take_turns([lambda _: order.append("a"), lambda _: order.append("b")], seconds=0)
+    assert "".join(order[2:]) == "ab" * 5  # after one call each that estimates the time
+    assert [len(taken) for taken in times] == [5, 5]
+
+
+def test_bench_ops_prints_one_document() -> None:
+    arguments = "bench ops --decode 1 --verify 1 --prefill 64 --threads 1 --seconds 0 --json"
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["machine"]["torch"] == torch.__version__
+    problems = [row["problem"] for row in document["rows"]]
+    assert set(problems) == {
+        "decode B=1 f32",
+        "decode B=1 bf16",
+        "verify B=1 T=4 f32",
+        "verify B=1 T=4 bf16",
+        "prefill T=64 bf16",
+        "prefill T=64 f32",
+    }
+    for row in document["rows"]:
+        assert 0 < row["min"] <= row["median"]
+        assert row["share"] == pytest.approx(row["limit"] / row["median"])
+
+
+def test_bench_ops_refuses_counts_that_are_none() -> None:
+    result = CliRunner().invoke(app, ["bench", "ops", "--decode", "1,0"])
+    assert result.exit_code == 2
+    assert "expected counts like 1,8,32" in result.output
