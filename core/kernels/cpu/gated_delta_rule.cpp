@@ -125,14 +125,19 @@ void step_tile(const Chunk& c, size_t count, size_t first_row, size_t K, const S
   }
 }
 
+// Between a pool and f32 rows in the pool's order.
 template <typename Src, typename Dst>
-void copy_rows(const Src* src, Dst* dst, size_t count) {
+void copy_rows(const Src* src, Dst* dst, size_t num_rows, size_t K) {
   const F32 d;
   const size_t lanes = hn::Lanes(d);
   VF s, t;
-  for (size_t i = 0; i < count; i += 2 * lanes) {  // 16 rows at least: no odd vector
-    load_pair(d, src + i, s, t);
-    store_pair(d, s, t, dst + i);
+  for (size_t row = 0; row < num_rows; ++row, src += K, dst += K) {
+    size_t i = 0;
+    for (; i + 2 * lanes <= K; i += 2 * lanes) {
+      load_pair(d, src + i, s, t);
+      store_pair(d, s, t, dst + i);
+    }
+    if (i < K) store(d, load(d, src + i), dst + i);
   }
 }
 
@@ -140,11 +145,10 @@ void copy_rows(const Src* src, Dst* dst, size_t count) {
 template <typename State>
 void step_sequence(const GatedDeltaRuleArgs& args, const Item& item, const State* src, Chunk& c) {
   const size_t K = args.K;
-  const size_t size = item.num_rows * K;
   if (src != nullptr) {
-    copy_rows(src, c.S, size);
+    copy_rows(src, c.S, item.num_rows, K);
   } else {
-    std::fill_n(c.S, size, 0.0f);
+    std::fill_n(c.S, item.num_rows * K, 0.0f);
   }
   for (int64_t token = item.begin; token < item.end; token += kChunk) {
     const size_t count = stage<State>(args, item, token, c);
@@ -155,7 +159,7 @@ void step_sequence(const GatedDeltaRuleArgs& args, const Item& item, const State
     write_outputs(args, item, token, count, c);
   }
   const int32_t slot = args.write_slots[item.n];
-  if (slot >= 0) copy_rows(c.S, state_rows<State>(args, item, slot), size);
+  if (slot >= 0) copy_rows(c.S, state_rows<State>(args, item, slot), item.num_rows, K);
 }
 
 // Each token's state goes straight to its slot; one without a slot goes to c.S, from where the next token reads it.

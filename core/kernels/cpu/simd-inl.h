@@ -10,9 +10,10 @@
 #endif
 
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "core/kernels/cpu/rows.h"
-#include "hwy/aligned_allocator.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -139,6 +140,10 @@ HWY_INLINE VF load(F32 d, const HardwareBFloat16* p) {
 
 HWY_INLINE void load_pair(F32 d, const HardwareBFloat16* p, VF& first, VF& second) {
   load_pair(d, reinterpret_cast<const BFloat16Bits*>(p), first, second);
+}
+
+HWY_INLINE void store(F32 d, VF x, HardwareBFloat16* p) {
+  store(d, x, reinterpret_cast<BFloat16Bits*>(p));
 }
 
 HWY_INLINE void store_rounded(F32 d, VF& x, HardwareBFloat16* p) {
@@ -363,17 +368,23 @@ HWY_INLINE VF log_decay(F32 d, VF a, VF rate, VF dt_bias) {
 
 // ---- scratch --------------------------------------------------------------------------------------------------------
 
+inline constexpr size_t kScratchAlignment = 128;  // a pair of cache lines, and any vector
+
 inline size_t padded(int64_t n) {
   return (static_cast<size_t>(n) + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
 }
 
+struct AlignedDelete {
+  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{kScratchAlignment}); }
+};
+
 // Memory of this thread, one piece per owner, that lives until the thread ends. Grows to the largest request.
 template <class Owner>
 float* scratch(size_t floats) {
-  thread_local hwy::AlignedFreeUniquePtr<float[]> memory;
+  thread_local std::unique_ptr<float[], AlignedDelete> memory;
   thread_local size_t capacity = 0;
   if (capacity < floats) {
-    memory = hwy::AllocateAligned<float>(floats);
+    memory.reset(new (std::align_val_t{kScratchAlignment}) float[floats]);
     capacity = floats;
   }
   return memory.get();
