@@ -32,6 +32,9 @@ namespace xgdn::kernel {
 /// A slot index that means "no slot": the sequence's output is zero and no state is touched.
 inline constexpr int32_t kPadSlot = -1;
 
+/// A zeroed pool, in memory that suits the ops.
+at::Tensor allocate_pool(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 /// Added to the squared norm under the root, as in FLA and the checkpoints.
 inline constexpr double kL2NormEps = 1e-6;
 
