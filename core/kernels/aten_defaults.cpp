@@ -222,6 +222,8 @@ void Backend::run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const 
   run(ops.conv, s.conv);
   run(ops.rule, s.rule);
   run(ops.norm, s.rule);
+  // z of a padded row may be anything; zero times it need not be zero.
+  if (p.may_have_padding) p.out.masked_fill_(along(p.state_indices.lt(0), p.out), 0);
 }
 
 }  // namespace xgdn::kernel

@@ -143,11 +143,13 @@ class Inputs:
             backend=backend,
         )
         z = z.unflatten(1, (self.case.HV, self.case.V))
-        return ops.rms_norm_gated(o, z, self.norm_weight, eps=EPS, out=self.out, backend=backend)
+        out = ops.rms_norm_gated(o, z, self.norm_weight, eps=EPS, out=self.out, backend=backend)
+        out[self.state_indices == xgdn.PAD_SLOT_ID] = 0  # the norm knows nothing of padding
+        return out
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Slots that nobody reads, and `out`, are NaN; so are the inputs of padded sequences but for z."""
+    """Slots that nobody reads, and `out`, are NaN; so are the inputs of padded sequences."""
     gen = torch.Generator().manual_seed(1)
 
     def randn(*shape: int) -> Tensor:
@@ -158,8 +160,7 @@ def make_inputs(case: Case) -> Inputs:
     projected = randn(N, width)
     projected[:, width - 2 * HV :] *= case.logit_size
     for n in case.padded:
-        projected[n, :D] = torch.nan
-        projected[n, D + HV * V :] = torch.nan
+        projected[n] = torch.nan
     wide = torch.full((N, width + (24 if case.strided else 0)), torch.nan, dtype=case.dtype)
     wide[:, :width] = projected
 
