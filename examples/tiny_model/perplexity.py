@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of the small model's held-out text: every backend and type of state beside transformers.
+
+    python examples/tiny_model/perplexity.py [--windows 8]
+
+Prefill reads a window at once; decode reads the same window token by token, all windows in one batch. Everything but
+the states is float32.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import xgdn
+from xgdn.runtime import BatchBuilder, HybridDecoder, KvCache, SegmentKind, SequenceStep, StatePool, load_decoder
+
+MODEL = Path(__file__).parent / "checkpoint"
+WINDOW = 512  # tokens; each window starts from nothing
+
+
+def held_out_windows(count: int) -> Tensor:
+    """[count, WINDOW]"""
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    ids = tokenizer.encode((MODEL / "held_out.txt").read_text(encoding="utf-8")).ids
+    return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
+
+
+def perplexity(logits: Tensor, windows: Tensor) -> float:
+    """`logits` [count, WINDOW, vocab]; what a window's first token costs is not counted."""
+    predictions = logits[:, :-1].double().flatten(0, 1)
+    return torch.nn.functional.cross_entropy(predictions, windows[:, 1:].flatten()).exp().item()
+
+
+def by_transformers(windows: Tensor) -> float:
+    model = transformers.Qwen3_5ForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    return perplexity(torch.stack([model(input_ids=window[None]).logits[0] for window in windows]), windows)
+
+
+class Reader:
+    """A model with its pools, one slot for each window."""
+
+    def __init__(self, num_windows: int, state_dtype: torch.dtype) -> None:
+        self.decoder: HybridDecoder = load_decoder(str(MODEL), dtype=torch.float32, state_dtype=state_dtype)
+        self.states = StatePool(self.decoder.state_specs(), num_slots=num_windows, poison_freed=True)
+        self.kv = KvCache(self.decoder, num_blocks=num_windows * WINDOW // 16, block_size=16)
+        self.slots = [self.states.slot(self.states.allocate()) for _ in range(num_windows)]
+        self.blocks = [self.kv.allocate(WINDOW // 16) for _ in range(num_windows)]
+        self.builder = BatchBuilder(
+            num_slots=num_windows,
+            num_kv_blocks=num_windows * WINDOW // 16,
+            kv_block_size=16,
+            vocab_size=2048,
+            num_v_heads=4,
+            has_attention=True,
+        )
+
+    def step(self, kind: SegmentKind, tokens: Tensor, num_cached: int) -> Tensor:
+        """`tokens` [windows, any number]; logits [windows, vocab] after the last of each."""
+        steps = [
+            SequenceStep(
+                kind=kind,
+                tokens=row.tolist(),
+                num_cached=num_cached,
+                state_slots=[slot],
+                has_initial_state=num_cached > 0,
+                kv_blocks=blocks,
+            )
+            for row, slot, blocks in zip(tokens, self.slots, self.blocks, strict=True)
+        ]
+        return self.decoder.forward(self.builder.build(steps).input, self.states, self.kv)
+
+    def decode(self, windows: Tensor) -> Tensor:
+        logits = [self.step(SegmentKind.PREFILL, windows[:, :1], 0)]
+        logits += [self.step(SegmentKind.DECODE, windows[:, i : i + 1], i) for i in range(1, WINDOW)]
+        return torch.stack(logits, dim=1)
+
+
+def by_prefill(windows: Tensor) -> float:
+    engine = xgdn.Engine(MODEL, dtype=torch.float32)
+    return perplexity(torch.stack([engine.prompt_logits(window.tolist()) for window in windows]), windows)
+
+
+def by_decode(windows: Tensor, state_dtype: torch.dtype) -> float:
+    return perplexity(Reader(len(windows), state_dtype).decode(windows), windows)
+
+
+def figures(windows: Tensor, backends: tuple[str, ...] = ("cpu", "reference")) -> dict[tuple[str, str, str], float]:
+    """(who, phase, type of the states) -> perplexity."""
+    measures: dict[tuple[str, str], Callable[[], float]] = {
+        ("prefill", "f32"): lambda: by_prefill(windows),
+        ("decode", "f32"): lambda: by_decode(windows, torch.float32),
+        ("decode", "bf16"): lambda: by_decode(windows, torch.bfloat16),
+    }
+    found = {("transformers", "prefill", "f32"): by_transformers(windows)}
+    for backend in backends:
+        with xgdn.use_backend(prefill=backend, decode=backend):
+            for (phase, state), measure in measures.items():
+                found[backend, phase, state] = measure()
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, default=8, help=f"of {WINDOW} tokens")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    windows = held_out_windows(args.windows)
+    table = Table("backend", "phase", "state", "perplexity")
+    for (backend, phase, state), value in figures(windows).items():
+        table.add_row(backend, phase, state, f"{value:.4f}")
+    console = Console()
+    console.print(f"{windows.numel()} held-out tokens")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

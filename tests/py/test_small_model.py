@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accuracy gate: held-out perplexity of the trained model, for every backend and type of state."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import xgdn
+
+FOLDER = Path(__file__).parents[2] / "examples" / "tiny_model"
+FOUR_DIGITS = 5e-5
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("perplexity", FOLDER / "perplexity.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["perplexity"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.no_grad()
+def test_perplexity_equals_transformers(program: ModuleType) -> None:
+    windows = program.held_out_windows(2)
+    figures = program.figures(windows)
+    want = figures.pop(("transformers", "prefill", "f32"))
+    assert 2 < want < 20  # the model has learned something
+    assert {(backend, state) for backend, _, state in figures} == {
+        (backend, state) for backend in ("cpu", "reference") for state in ("f32", "bf16")
+    }
+    for (backend, phase, state), got in figures.items():
+        tolerance = FOUR_DIGITS if state == "f32" else 1e-3
+        assert abs(got / want - 1) < tolerance, (backend, phase, state)
+
+
+def test_a_model_that_is_slightly_off_is_seen(program: ModuleType, tmp_path: Path) -> None:
+    """A decay one per cent too strong in one layer of eight is more than the gate lets pass."""
+    off = tmp_path / "off"
+    shutil.copytree(program.MODEL, off)
+    weights = load_file(off / "model.safetensors")
+    weights["model.layers.0.linear_attn.A_log"] += 1e-2
+    save_file(weights, off / "model.safetensors", metadata={"format": "pt"})
+    windows = program.held_out_windows(1)
+    logits = [
+        xgdn.Engine(model, dtype=torch.float32).prompt_logits(windows[0].tolist()) for model in (program.MODEL, off)
+    ]
+    right, wrong = (program.perplexity(x[None], windows) for x in logits)
+    assert abs(wrong / right - 1) > FOUR_DIGITS
+
+
+def test_checkpoint_is_small_and_complete() -> None:
+    checkpoint = FOLDER / "checkpoint"
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 16 * 2**20
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["linear_num_value_heads"] >= 2 * config["linear_num_key_heads"]
+    engine = xgdn.Engine(checkpoint)
+    [result] = engine.generate([[1, 2, 3]], max_new_tokens=3, ignore_eos=True)
+    assert len(result.tokens) == 3
