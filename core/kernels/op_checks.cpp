@@ -97,6 +97,9 @@ Dims match(const ChunkGatedDeltaRuleParams& p) {
   require_metadata(d, "chunk_offsets", p.chunk_offsets);
   match_indices(d, "chunk_indices", p.chunk_indices, "M 2");
   match_indices(d, "chunk_offsets", p.chunk_offsets, "N+1");
+  if (p.accuracy != "auto" && p.accuracy != "fast" && p.accuracy != "exact") {
+    throw UnsupportedError(c10::str("[", d.op(), "] accuracy: expected auto, fast or exact, got '", p.accuracy, "'"));
+  }
   return d;
 }
 

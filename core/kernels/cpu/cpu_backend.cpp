@@ -9,6 +9,7 @@
 
 #include "core/kernels/backend.h"
 #include "core/kernels/cpu/causal_conv1d.h"
+#include "core/kernels/cpu/chunk_gated_delta_rule.h"
 #include "core/kernels/cpu/gated_delta_rule.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
@@ -101,7 +102,16 @@ cpu::GatedDeltaRuleArgs packed_args(const Params& p, const GdnShape& s) {
   return args;
 }
 
-// Threads take work items one by one: sequences differ in length. Few items are split into blocks of V rows.
+// Threads take work items one by one: sequences differ in length.
+template <class F>
+void parallel_items(int64_t threads, int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(item);
+  });
+}
+
+// Few items are split into blocks of V rows.
 void run_delta_rule(cpu::GatedDeltaRuleArgs args, const GdnShape& s) {
   const int64_t threads = threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K);
   const int64_t items = std::max<int64_t>(args.N * args.HV, 1);
@@ -109,13 +119,57 @@ void run_delta_rule(cpu::GatedDeltaRuleArgs args, const GdnShape& s) {
   const int64_t blocks = threads == 1 ? 1 : std::clamp<int64_t>((2 * threads + items - 1) / items, 1, steps);
   args.v_block = (steps + blocks - 1) / blocks * cpu::kHeadDimStep;
 
-  const int64_t count = cpu::num_work_items(args);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      cpu::gated_delta_rule(args, item);
-    }
-  });
+  parallel_items(threads, cpu::num_work_items(args), [&](int64_t item) { cpu::gated_delta_rule(args, item); });
+}
+
+// "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
+bool is_fast(const ChunkGatedDeltaRuleParams& p) {
+  return p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
+}
+
+cpu::ChunkGatedDeltaRuleArgs chunk_args(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
+  return {.N = s.N,
+          .H = s.H,
+          .HV = s.HV,
+          .K = s.K,
+          .V = s.V,
+          .q = in_rows(p.q),
+          .k = in_rows(p.k),
+          .v = in_rows(p.v),
+          .g = in_scalars(p.g),
+          .beta = in_scalars(p.beta),
+          .out = out_rows(p.out),
+          .state = p.state.mutable_data_ptr(),
+          .is_state_bfloat16 = p.state.scalar_type() == at::kBFloat16,
+          .slot_stride = p.state.stride(0),
+          .cu_seqlens = p.cu_seqlens.const_data_ptr<int32_t>(),
+          .read_slots = p.state_indices.const_data_ptr<int32_t>(),
+          .write_slots = p.write_indices.value_or(p.state_indices).const_data_ptr<int32_t>(),
+          .has_initial_state = pointer<bool>(p.has_initial_state),
+          .scale = static_cast<float>(p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)))),
+          .normalise_qk = p.use_qk_l2norm_in_kernel,
+          .products = is_fast(p) ? cpu::bfloat16_products() : nullptr,
+          .heads_per_item = s.HV / s.H,
+          .v_block = s.V};
+}
+
+// The value heads of a key head share an item unless their states outgrow the cache or threads would have nothing to
+// do; then V is split as well.
+void run_chunks(cpu::ChunkGatedDeltaRuleArgs args, const GdnShape& s) {
+  constexpr int64_t kItemState = 1 << 18;  // elements
+  const int64_t threads = threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K);
+  const int64_t wanted = threads == 1 ? 1 : 2 * threads;
+  const int64_t group = s.HV / s.H;
+  while (args.heads_per_item > 1 &&
+         (args.heads_per_item * s.K * s.V > kItemState || cpu::num_work_items(args) < wanted)) {
+    do --args.heads_per_item;
+    while (group % args.heads_per_item != 0);
+  }
+  const int64_t blocks = (wanted + cpu::num_work_items(args) - 1) / std::max<int64_t>(cpu::num_work_items(args), 1);
+  const int64_t step = 2 * cpu::kHeadDimStep;  // what a product takes at once
+  const int64_t steps = (s.V + step - 1) / step;
+  args.v_block = (steps + blocks - 1) / std::clamp<int64_t>(blocks, 1, steps) * step;
+  parallel_items(threads, cpu::num_work_items(args), [&](int64_t item) { cpu::chunk_gated_delta_rule(args, item); });
 }
 
 template <typename Params>
@@ -188,11 +242,7 @@ class CpuBackend final : public Backend {
     run_delta_rule(args, s);
   }
 
-  void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override {
-    cpu::GatedDeltaRuleArgs args = packed_args(p, s);
-    args.has_initial_state = pointer<bool>(p.has_initial_state);
-    run_delta_rule(args, s);
-  }
+  void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override { run_chunks(chunk_args(p, s), s); }
 
   void run(const PackedDecodeParams& p, const GdnShape& s) const override {
     const auto heads = [&](int64_t first_channel, int64_t dim) {
