@@ -206,6 +206,9 @@ enum class Phase { kPrefill, kDecode };
 /// Throws UnsupportedError unless `name` is "auto" or a backend of this build, with its sentence where it is absent.
 void check_backend_name(const std::string& name);
 
+/// Throws UnsupportedError unless `accuracy` is one of ChunkGatedDeltaRuleParams.
+void check_accuracy_name(const std::string& accuracy);
+
 /// Process-wide choice behind backend = "auto": a backend's name, or "auto" for the order of preference. Starts from
 /// the environment: XGDN_PREFILL_BACKEND, XGDN_DECODE_BACKEND. Throws UnsupportedError for an unknown name.
 void set_default_backend(Phase phase, const std::string& name);

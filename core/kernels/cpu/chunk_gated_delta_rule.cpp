@@ -18,8 +18,9 @@
 // Rounding, f32 (exact): everything is f32, the state too, which is rounded to its own type after the last token. Where
 // exp(b_C) > 0.6 the state's step is S + (S expm1(b_C) + U^T K), rounded once.
 // Rounding, bf16 products (fast): sums, gates, norms, the inverse and the state are f32 as above. Rounded to bf16 are k
-// and q (exact if they are bf16), S for K S^T and Q S^T, the inverse below its diagonal, R where the inverse meets it,
-// and U for O. D Q K^T and exp(b_C - b) U are sums of two bf16 numbers, which hold 16 bits: one would cost 1.7e-3 each.
+// and q (exact if they are bf16), S for K S^T and Q S^T, and R where it meets the inverse below its diagonal. The other
+// operands, that inverse, tril(D Q K^T), U and exp(b_C - b) U, are sums of two bf16 numbers, which hold 16 bits:
+// rounded to one, the last alone would put an error of 1.7e-3 into S.
 //
 // Order of sums: each element of a product is summed in ascending depth by one accumulator (packed_product.h), whatever
 // is computed beside it. So a call's bits depend on the instruction set and the accuracy alone: not on threads, on
@@ -33,7 +34,6 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "core/kernels/cpu/chunk_gated_delta_rule.cpp"
-#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
@@ -54,16 +54,16 @@ constexpr float kNormEps = 1e-6f;
 constexpr float kSmallestLog = -86.0f;     // below it a decay is zero: nothing here is subnormal
 constexpr float kSmallestGate = -1000.0f;  // of one token; its exp is zero many times over
 
-// How many bf16 parts stand for a value in each operand.
+// How many bf16 parts stand for a value in each operand (see "Rounding").
 struct BFloat16Mode {
   using Element = uint16_t;
   static constexpr size_t kDepthStep = 32;
   static constexpr size_t kKeys = 1;
   static constexpr size_t kState = 1;
-  static constexpr size_t kInverse = 1;
+  static constexpr size_t kInverse = 2;
   static constexpr size_t kErrors = 1;
   static constexpr size_t kScores = 2;
-  static constexpr size_t kWrites = 1;
+  static constexpr size_t kWrites = 2;
   static constexpr size_t kUpdates = 2;
 };
 
@@ -153,13 +153,14 @@ HWY_INLINE void set_terms(Product<Element>& p, size_t depth, const Element* a, s
 
 // ---- products in f32 ------------------------------------------------------------------------------------------------
 
-// 8 rows of one vector of columns: eight sums in flight.
+// 8 rows of one vector of columns, or of the same vector of two panels: eight or sixteen sums in flight.
+template <bool kTwoPanels>
 HWY_INLINE void multiply_rows(const Product<float>& p, size_t row, size_t column) {
   const F32 d;
-  constexpr size_t kRows = 8;
-  const size_t lane = column % kPanel;
-  float* HWY_RESTRICT c = p.c + column / kPanel * p.c_stride + row * kPanel + lane;
+  float* HWY_RESTRICT c = p.c + column / kPanel * p.c_stride + row * kPanel + column % kPanel;
+  float* HWY_RESTRICT e = c + p.c_stride;
   VF c0 = hn::Zero(d), c1 = c0, c2 = c0, c3 = c0, c4 = c0, c5 = c0, c6 = c0, c7 = c0;
+  VF e0 = c0, e1 = c0, e2 = c0, e3 = c0, e4 = c0, e5 = c0, e6 = c0, e7 = c0;
   if (p.accumulate) {
     c0 = hn::LoadU(d, c);
     c1 = hn::LoadU(d, c + kPanel);
@@ -169,22 +170,45 @@ HWY_INLINE void multiply_rows(const Product<float>& p, size_t row, size_t column
     c5 = hn::LoadU(d, c + 5 * kPanel);
     c6 = hn::LoadU(d, c + 6 * kPanel);
     c7 = hn::LoadU(d, c + 7 * kPanel);
+    if constexpr (kTwoPanels) {
+      e0 = hn::LoadU(d, e);
+      e1 = hn::LoadU(d, e + kPanel);
+      e2 = hn::LoadU(d, e + 2 * kPanel);
+      e3 = hn::LoadU(d, e + 3 * kPanel);
+      e4 = hn::LoadU(d, e + 4 * kPanel);
+      e5 = hn::LoadU(d, e + 5 * kPanel);
+      e6 = hn::LoadU(d, e + 6 * kPanel);
+      e7 = hn::LoadU(d, e + 7 * kPanel);
+    }
   }
-  static_assert(kBlock % kRows == 0);
   for (size_t t = 0; t < p.num_terms; ++t) {
     const size_t s = p.a_stride;
     const float* HWY_RESTRICT a = p.terms[t].a + row * s;
-    const float* HWY_RESTRICT b = p.terms[t].b + column / kPanel * p.b_stride + lane;
-    for (size_t i = 0; i < p.terms[t].depth; ++i, ++a) {
-      const VF bi = hn::LoadU(d, b + i * kPanel);
-      c0 = hn::MulAdd(hn::Set(d, a[0]), bi, c0);
-      c1 = hn::MulAdd(hn::Set(d, a[s]), bi, c1);
-      c2 = hn::MulAdd(hn::Set(d, a[2 * s]), bi, c2);
-      c3 = hn::MulAdd(hn::Set(d, a[3 * s]), bi, c3);
-      c4 = hn::MulAdd(hn::Set(d, a[4 * s]), bi, c4);
-      c5 = hn::MulAdd(hn::Set(d, a[5 * s]), bi, c5);
-      c6 = hn::MulAdd(hn::Set(d, a[6 * s]), bi, c6);
-      c7 = hn::MulAdd(hn::Set(d, a[7 * s]), bi, c7);
+    const float* HWY_RESTRICT b = p.terms[t].b + column / kPanel * p.b_stride + column % kPanel;
+    for (size_t i = 0; i < p.terms[t].depth; ++i, ++a, b += kPanel) {
+      const VF bi = hn::LoadU(d, b);
+      const VF a0 = hn::Set(d, a[0]), a1 = hn::Set(d, a[s]), a2 = hn::Set(d, a[2 * s]), a3 = hn::Set(d, a[3 * s]);
+      const VF a4 = hn::Set(d, a[4 * s]), a5 = hn::Set(d, a[5 * s]), a6 = hn::Set(d, a[6 * s]),
+               a7 = hn::Set(d, a[7 * s]);
+      c0 = hn::MulAdd(a0, bi, c0);
+      c1 = hn::MulAdd(a1, bi, c1);
+      c2 = hn::MulAdd(a2, bi, c2);
+      c3 = hn::MulAdd(a3, bi, c3);
+      c4 = hn::MulAdd(a4, bi, c4);
+      c5 = hn::MulAdd(a5, bi, c5);
+      c6 = hn::MulAdd(a6, bi, c6);
+      c7 = hn::MulAdd(a7, bi, c7);
+      if constexpr (kTwoPanels) {
+        const VF di = hn::LoadU(d, b + p.b_stride);
+        e0 = hn::MulAdd(a0, di, e0);
+        e1 = hn::MulAdd(a1, di, e1);
+        e2 = hn::MulAdd(a2, di, e2);
+        e3 = hn::MulAdd(a3, di, e3);
+        e4 = hn::MulAdd(a4, di, e4);
+        e5 = hn::MulAdd(a5, di, e5);
+        e6 = hn::MulAdd(a6, di, e6);
+        e7 = hn::MulAdd(a7, di, e7);
+      }
     }
   }
   hn::StoreU(c0, d, c);
@@ -195,12 +219,30 @@ HWY_INLINE void multiply_rows(const Product<float>& p, size_t row, size_t column
   hn::StoreU(c5, d, c + 5 * kPanel);
   hn::StoreU(c6, d, c + 6 * kPanel);
   hn::StoreU(c7, d, c + 7 * kPanel);
+  if constexpr (kTwoPanels) {
+    hn::StoreU(e0, d, e);
+    hn::StoreU(e1, d, e + kPanel);
+    hn::StoreU(e2, d, e + 2 * kPanel);
+    hn::StoreU(e3, d, e + 3 * kPanel);
+    hn::StoreU(e4, d, e + 4 * kPanel);
+    hn::StoreU(e5, d, e + 5 * kPanel);
+    hn::StoreU(e6, d, e + 6 * kPanel);
+    hn::StoreU(e7, d, e + 7 * kPanel);
+  }
 }
 
 void multiply(const Product<float>& p) {
+  constexpr size_t kRows = 8;
+  static_assert(kBlock % kRows == 0);
   const size_t lanes = hn::Lanes(F32());
-  for (size_t column = 0; column < p.panels * kPanel; column += lanes) {
-    for (size_t row = 0; row < p.rows; row += 8) multiply_rows(p, row, column);
+  size_t panel = 0;
+  if (lanes == kPanel) {  // vectors of 16 come with 32 registers
+    for (; panel + 2 <= p.panels; panel += 2) {
+      for (size_t row = 0; row < p.rows; row += kRows) multiply_rows<true>(p, row, panel * kPanel);
+    }
+  }
+  for (size_t column = panel * kPanel; column < p.panels * kPanel; column += lanes) {
+    for (size_t row = 0; row < p.rows; row += kRows) multiply_rows<false>(p, row, column);
   }
 }
 
@@ -658,21 +700,22 @@ template <class M, class V>
 void form_errors(const Group& group, size_t row, ValueRows<V> v, float* HWY_RESTRICT x, const Work<M>& w) {
   const F32 d;
   const Gates& gates = w.gates;
-  for (size_t panel = 0; panel < group.panels; ++panel) {
-    for (size_t t = 0; t < kStrip; t += 2) {
-      const size_t token = row + t;
-      const VF beta0 = hn::Set(d, gates.beta[token]), beta1 = hn::Set(d, gates.beta[token + 1]);
-      const VF decay0 = hn::Set(d, gates.k_from_state[token]), decay1 = hn::Set(d, gates.k_from_state[token + 1]);
+  for (size_t t = 0; t < kStrip; t += 2) {
+    const size_t token = row + t;
+    const VF beta0 = hn::Set(d, gates.beta[token]), beta1 = hn::Set(d, gates.beta[token + 1]);
+    const VF decay0 = hn::Set(d, gates.k_from_state[token]), decay1 = hn::Set(d, gates.k_from_state[token + 1]);
+    const V* from = v.first + token * v.stride;
+    for (size_t panel = 0; panel < group.panels; ++panel, from += kPanel) {
+      float* c = x + (panel * kStrip + t) * kPanel;
+      auto* to = w.errors + panel * kChunk * kPanel;
       for (size_t lane = 0; lane < kPanel; lane += hn::Lanes(d)) {
-        const V* at = v.first + token * v.stride + panel * kPanel + lane;
-        const VF v0 = token < group.count ? load(d, at) : hn::Zero(d);
-        const VF v1 = token + 1 < group.count ? load(d, at + v.stride) : hn::Zero(d);
-        float* c = x + (panel * kStrip + t) * kPanel + lane;
-        const VF x0 = hn::Mul(beta0, hn::NegMulAdd(decay0, hn::Load(d, c), v0));
-        const VF x1 = hn::Mul(beta1, hn::NegMulAdd(decay1, hn::Load(d, c + kPanel), v1));
-        hn::Store(x0, d, c);
-        hn::Store(x1, d, c + kPanel);
-        store_pair<M::kErrors>(d, x0, x1, pair_at(w.errors + panel * kChunk * kPanel, token / 2, lane), kGroupSize);
+        const VF v0 = token < group.count ? load(d, from + lane) : hn::Zero(d);
+        const VF v1 = token + 1 < group.count ? load(d, from + v.stride + lane) : hn::Zero(d);
+        const VF x0 = hn::Mul(beta0, hn::NegMulAdd(decay0, hn::Load(d, c + lane), v0));
+        const VF x1 = hn::Mul(beta1, hn::NegMulAdd(decay1, hn::Load(d, c + kPanel + lane), v1));
+        hn::Store(x0, d, c + lane);
+        hn::Store(x1, d, c + kPanel + lane);
+        store_pair<M::kErrors>(d, x0, x1, pair_at(to, token / 2, lane), kGroupSize);
       }
     }
   }
@@ -895,48 +938,6 @@ void pack_states(const Item& item, const Work<BFloat16Mode>& w) {
 }
 void pack_states(const Item&, const Work<Float32Mode>&) {}
 
-// ---- prefetch -------------------------------------------------------------------------------------------------------
-
-HWY_INLINE void prefetch(const void* from, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) hwy::Prefetch(static_cast<const char*>(from) + i);
-}
-
-// The rows of v and out that a group of panels needs.
-void prefetch_values(const ChunkGatedDeltaRuleArgs& args, const Item& item, int64_t head, int64_t v_begin,
-                     int64_t token) {
-  const int64_t last = std::min<int64_t>(token + kChunk, item.end);
-  for (int64_t t = token; t < last; ++t) {
-    const char* v = static_cast<const char*>(args.v.at(t, head));
-    const char* out = static_cast<const char*>(args.out.at(t, head));
-    prefetch(v + v_begin * size_of(args.v.dtype), kGroup * kPanel * size_of(args.v.dtype));
-    prefetch(out + v_begin * size_of(args.out.dtype), kGroup * kPanel * size_of(args.out.dtype));
-  }
-}
-
-// One of num_shares shares of a chunk's rows of q and k.
-void prefetch_keys(const ChunkGatedDeltaRuleArgs& args, const Item& item, int64_t token, size_t share,
-                   size_t num_shares) {
-  const int64_t last = std::min<int64_t>(token + (share + 1) * kChunk / num_shares, item.end);
-  for (int64_t t = token + share * kChunk / num_shares; t < last; ++t) {
-    prefetch(args.k.at(t, item.key_head), args.K * size_of(args.k.dtype));
-    prefetch(args.q.at(t, item.key_head), args.K * size_of(args.q.dtype));
-  }
-}
-
-// While a group is computed, what the next one and the next chunk read comes closer.
-void prefetch_next(const ChunkGatedDeltaRuleArgs& args, const Item& item, int64_t head, int64_t token, int64_t panel) {
-  const int64_t next_panel = panel + kGroup;
-  if (next_panel < item.num_panels) {
-    prefetch_values(args, item, head, item.v_begin + next_panel * kPanel, token);
-  } else if (head + 1 < item.head + item.num_heads) {
-    prefetch_values(args, item, head + 1, item.v_begin, token);
-  } else {
-    prefetch_values(args, item, item.head, item.v_begin, token + kChunk);
-  }
-  const int64_t groups = (item.num_panels + kGroup - 1) / kGroup;
-  prefetch_keys(args, item, token + kChunk, (head - item.head) * groups + panel / kGroup, item.num_heads * groups);
-}
-
 // ---- the item -------------------------------------------------------------------------------------------------------
 
 // Places the arrays of a work item in this thread's scratch memory. What stays zero in them is zeroed.
@@ -1010,7 +1011,6 @@ void run_sequence(const ChunkGatedDeltaRuleArgs& args, const Item& item) {
       const int64_t head = item.head + i;
       stage_head(args, head, token, count, rows, w);
       for (size_t panel = 0; panel < panels; panel += kGroup) {
-        prefetch_next(args, item, head, token, panel);
         const Group group = {head,  item.v_begin + static_cast<int64_t>(panel * kPanel),
                              token, count,
                              rows,  std::min(kGroup, panels - panel)};

@@ -12,6 +12,7 @@
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
 #include "core/kernels/cpu/gated_delta_rule.h"
 #include "core/kernels/cpu/gdn_gating.h"
+#include "core/kernels/cpu/instruction_sets.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/registry.h"
 
@@ -216,6 +217,8 @@ std::optional<std::string> why_not_head_dims(const GdnShape& s) {
 
 class CpuBackend final : public Backend {
  public:
+  CpuBackend() { cpu::limit_highway_targets(); }
+
   using Backend::run;
   using Backend::why_not;
 

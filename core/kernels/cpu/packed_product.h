@@ -39,14 +39,12 @@ struct Product {
 
 /// bf16 products of one instruction set. A thread brackets its calls of multiply with begin and end.
 struct BFloat16Products {
-  const char* name;
   void (*begin)();
   void (*end)();
   void (*multiply)(const Product<uint16_t>&);
 };
 
-/// The fastest bf16 products of this machine; null: it has no instruction for them. XGDN_CPU_BF16 = amx | avx512 | none
-/// allows at most that one.
+/// The fastest bf16 products that this machine has and instruction_sets.h allows; null: there are none.
 const BFloat16Products* bfloat16_products();
 
 }  // namespace xgdn::kernel::cpu

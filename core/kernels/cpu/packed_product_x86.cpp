@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // bf16 products with the tiles of AMX and with AVX512-BF16, chosen by what the machine has. Intrinsics, because Highway
 // has neither: on one Sapphire Rapids core the tiles give ten times the rate of f32 vectors.
-#include <cstdlib>
-#include <stdexcept>
-#include <string_view>
-
+#include "core/kernels/cpu/instruction_sets.h"
 #include "core/kernels/cpu/packed_product.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -172,8 +169,8 @@ XGDN_AVX512_BF16 void multiply_avx512(const Product<uint16_t>& p) {
 // ---- what the machine has
 // --------------------------------------------------------------------------------------------
 
-constexpr BFloat16Products kAmx = {"amx", begin_tiles, end_tiles, multiply_amx};
-constexpr BFloat16Products kAvx512 = {"avx512", [] {}, [] {}, multiply_avx512};
+constexpr BFloat16Products kAmx = {begin_tiles, end_tiles, multiply_amx};
+constexpr BFloat16Products kAvx512 = {[] {}, [] {}, multiply_avx512};
 
 bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -183,10 +180,9 @@ bool has_amx() {
 }
 
 const BFloat16Products* find_products() {
-  const char* value = std::getenv("XGDN_CPU_BF16");
-  const std::string_view most = value == nullptr ? kAmx.name : value;
-  if (most == kAmx.name && has_amx()) return &kAmx;
-  if (most != "none" && __builtin_cpu_supports("avx512bf16")) return &kAvx512;
+  const InstructionSet best = best_allowed_instruction_set();
+  if (best >= InstructionSet::kAmx && has_amx()) return &kAmx;
+  if (best >= InstructionSet::kAvx512BFloat16 && __builtin_cpu_supports("avx512bf16")) return &kAvx512;
   return nullptr;
 }
 
