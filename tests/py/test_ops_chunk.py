@@ -205,6 +205,14 @@ def test_exact_keeps_states_that_hardly_decay(g: float, backend: str) -> None:
     assert max(errors(x)) <= EXACT
 
 
+def test_exact_decays_without_bias(backend: str) -> None:
+    """exp of a whole chunk's decay lies halfway between two f32, so rounding it would err to one side 128 times."""
+    x = make_inputs(Case((8192,), HV=1, K=16, V=16, beta=0.0, initial="all"), prefill=True)
+    x.g.fill_(-118.5 * 2**-24 / 64)
+    run(x, backend)
+    assert max(errors(x)) <= EXACT
+
+
 def test_auto_is_fast_for_bf16_and_exact_for_more_bits(backend: str) -> None:
     for dtype, accuracy in ((torch.bfloat16, "fast"), (torch.float16, "exact"), (torch.float32, "exact")):
         case = Case((130, 5), dtype=dtype)
