@@ -20,10 +20,12 @@ BUILD := build/python
 PIP_INSTALL := python -m pip install -v --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp')
 
-.PHONY: help demo test check fmt bench clean package package-with-tests cpp-test py-test ascend-test install-test
+.PHONY: help demo test check fmt bench clean package package-with-tests cpp-test py-test ascend-test install-test \
+	arm-test
 help:
 	@echo "make demo   a small random Qwen3.5 model generates here and in transformers, side by side"
 	@echo "make test   C++ tests, Python tests, the Ascend route, installation tests"
+	@echo "make arm-test  the CPU kernels on Arm, cross-compiled and emulated"
 	@echo "make check  format, lint, types, layering, then make test: the gate of every change"
 	@echo "make fmt    format C++ and Python"
 	@echo "make bench  measure the ops"
@@ -78,6 +80,10 @@ py-test: package-with-tests
 # The real torch_npu wheel above an emulated CANN; skipped with a reason where there is no wheel.
 ascend-test: package-with-tests
 	tests/ascend/run.sh $(BUILD)
+
+# Skipped with a reason where there is no cross-compiler or no emulator.
+arm-test:
+	tests/arm/run.sh
 
 install-test: package-with-tests
 	tests/install/run.sh $(BUILD)

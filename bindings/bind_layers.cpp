@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <functional>
 
 #include "bindings/bind.h"
@@ -48,9 +49,66 @@ void bind_layers(nb::module_& m) {
       .def_ro("update_chunk_offsets_chunk64", &kernel::ChunkMetadata::update_chunk_offsets_chunk64)
       .def_ro("final_chunk_indices_chunk64", &kernel::ChunkMetadata::final_chunk_indices_chunk64)
       .def_ro("chunk_indices_large_block", &kernel::ChunkMetadata::chunk_indices_large_block)
-      .def_ro("block_indices_cumsum", &kernel::ChunkMetadata::block_indices_cumsum);
+      .def_ro("block_indices_cumsum", &kernel::ChunkMetadata::block_indices_cumsum)
+      .def_static(
+          "build",
+          [](const std::vector<int64_t>& lengths, int64_t num_v_heads_local, const std::string& device) {
+            kernel::ChunkMetadata tables = kernel::build_chunk_metadata(lengths, num_v_heads_local);
+            for (at::Tensor* table : {&tables.chunk_indices_chunk64, &tables.chunk_offsets_chunk64,
+                                      &tables.update_chunk_offsets_chunk64, &tables.final_chunk_indices_chunk64,
+                                      &tables.chunk_indices_large_block, &tables.block_indices_cumsum}) {
+              *table = table->to(c10::Device(device));
+            }
+            return tables;
+          },
+          "lengths"_a, "num_v_heads_local"_a, nb::kw_only(), "device"_a = "cpu")
+      .def_static(
+          "allocate",
+          [](int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local, const std::string& device) {
+            return kernel::allocate_chunk_metadata(max_sequences, max_tokens, num_v_heads_local, c10::Device(device));
+          },
+          nb::kw_only(), "max_sequences"_a, "max_tokens"_a, "num_v_heads_local"_a, "device"_a = "cpu",
+          "Pooled tables, uninitialised.")
+      .def(
+          "write",
+          [](const kernel::ChunkMetadata& self, const at::Tensor& cu_seqlens, int64_t num_v_heads_local) {
+            kernel::write_chunk_metadata(cu_seqlens, num_v_heads_local, self);
+          },
+          "cu_seqlens"_a, "num_v_heads_local"_a, WithoutGil(),
+          "Writes a step's tables to the front, on the device; behind them are (-1, -1), -1, and the last offset.");
 
   nb::class_<Segment>(m, "Segment", "A run of tokens that one op call serves.")
+      .def(
+          "__init__",
+          [](Segment* self, SegmentKind kind, int64_t token_begin, const at::Tensor& cu_seqlens_cpu,
+             const at::Tensor& state_indices, const at::Tensor& conv_indices,
+             const std::optional<at::Tensor>& write_indices, const std::optional<at::Tensor>& has_initial_state,
+             const std::optional<at::Tensor>& num_accepted, const std::optional<kernel::ChunkMetadata>& chunk,
+             bool may_have_padding) {
+            const int32_t* cu = cu_seqlens_cpu.const_data_ptr<int32_t>();
+            const int64_t N = cu_seqlens_cpu.numel() - 1;
+            int64_t max_len = 1;
+            for (int64_t n = 0; n < N; ++n) max_len = std::max<int64_t>(max_len, cu[n + 1] - cu[n]);
+            new (self) Segment{.kind = kind,
+                               .token_begin = token_begin,
+                               .num_tokens = cu[N],
+                               .max_len = max_len,
+                               .cu_seqlens = cu_seqlens_cpu.to(state_indices.device()),
+                               .state_indices = state_indices,
+                               .conv_indices = conv_indices,
+                               .write_indices = write_indices.value_or(at::Tensor()),
+                               .has_initial_state = has_initial_state.value_or(at::Tensor()),
+                               .num_accepted = num_accepted.value_or(at::Tensor()),
+                               .chunk = chunk.value_or(kernel::ChunkMetadata{}),
+                               .cu_seqlens_cpu = cu_seqlens_cpu,
+                               .may_have_padding = may_have_padding};
+          },
+          nb::kw_only(), "kind"_a, "token_begin"_a = 0, "cu_seqlens_cpu"_a, "state_indices"_a, "conv_indices"_a,
+          "write_indices"_a = nb::none(), "has_initial_state"_a = nb::none(), "num_accepted"_a = nb::none(),
+          "chunk"_a = nb::none(), "may_have_padding"_a = true,
+          "For hosts with a batch of their own. Index tensors are int32 on the layer's device; cu_seqlens_cpu is on "
+          "the "
+          "CPU.")
       .def_ro("kind", &Segment::kind)
       .def_ro("token_begin", &Segment::token_begin)
       .def_ro("num_tokens", &Segment::num_tokens)
@@ -67,6 +125,14 @@ void bind_layers(nb::module_& m) {
       .def_ro("chunk", &Segment::chunk);
 
   nb::class_<GdnBatch>(m, "GdnBatch", "One step, as a GDN layer sees it.")
+      .def(
+          "__init__",
+          [](GdnBatch* self, std::vector<Segment> segments) {
+            int64_t num_tokens = 0;
+            for (const Segment& segment : segments) num_tokens += segment.num_tokens;
+            new (self) GdnBatch{num_tokens, std::move(segments)};
+          },
+          "segments"_a)
       .def_ro("num_tokens", &GdnBatch::num_tokens)
       .def_ro("segments", &GdnBatch::segments);
 
@@ -79,10 +145,10 @@ void bind_layers(nb::module_& m) {
   nb::class_<GdnState>(m, "GdnState", "The pools of one layer, each [S, ...].")
       .def_static(
           "allocate",
-          [](const std::vector<StateSpec>& specs, int64_t num_slots) {
-            return GdnState::allocate(specs, num_slots, c10::kCPU);
+          [](const std::vector<StateSpec>& specs, int64_t num_slots, const std::string& device) {
+            return GdnState::allocate(specs, num_slots, c10::Device(device));
           },
-          "specs"_a, "num_slots"_a, "Zeroed pools of num_slots slots, on the CPU.")
+          "specs"_a, "num_slots"_a, nb::kw_only(), "device"_a = "cpu", "Zeroed pools of num_slots slots.")
       .def("pool", &GdnState::pool, "kind"_a, "The pool itself, not a copy.");
 
   nb::class_<GdnConfig>(m, "GdnConfig", "Sizes of a GDN layer.")
@@ -111,17 +177,18 @@ void bind_layers(nb::module_& m) {
       .def(
           "__init__",
           [](Qwen3GatedDeltaNet* self, const GdnConfig& config, std::map<std::string, at::Tensor> weights,
-             const std::string& prefix, at::ScalarType dtype, int64_t rank, int64_t world,
+             const std::string& prefix, at::ScalarType dtype, const std::string& device, int64_t rank, int64_t world,
              std::optional<std::function<void(const at::Tensor&)>> all_reduce, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy) {
             Shard shard{.rank = rank, .world = world};
             if (all_reduce) shard.group = std::make_shared<CallableAllReduce>(std::move(*all_reduce));
             new (self) Qwen3GatedDeltaNet(
-                config, TensorMap(std::move(weights)), prefix, dtype, shard,
+                config, TensorMap(std::move(weights)), prefix,
+                at::TensorOptions().dtype(dtype).device(c10::Device(device)), shard,
                 {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)});
           },
-          "config"_a, "weights"_a, nb::kw_only(), "prefix"_a = "", "dtype"_a, "rank"_a = 0, "world"_a = 1,
-          "all_reduce"_a = nb::none(), "prefill_backend"_a = "auto", "decode_backend"_a = "auto",
+          "config"_a, "weights"_a, nb::kw_only(), "prefix"_a = "", "dtype"_a, "device"_a = "cpu", "rank"_a = 0,
+          "world"_a = 1, "all_reduce"_a = nb::none(), "prefill_backend"_a = "auto", "decode_backend"_a = "auto",
           "prefill_accuracy"_a = "auto",
           "weights: a state dict of either checkpoint layout. all_reduce sums a tensor over the ranks in place; "
           "without "

@@ -78,7 +78,10 @@ void bind_batch(nb::module_& m) {
   nb::class_<AttentionBatch>(m, "AttentionBatch", "One step, as a full-attention layer sees it.")
       .def_ro("positions", &AttentionBatch::positions)
       .def_ro("kv_rows", &AttentionBatch::kv_rows)
-      .def_ro("block_ids", &AttentionBatch::block_ids);
+      .def_ro("block_ids", &AttentionBatch::block_ids)
+      .def_prop_ro("context_rows", [](const AttentionBatch& self) {
+        return self.context_rows.defined() ? std::optional(self.context_rows) : std::nullopt;
+      });
 
   nb::class_<StepInput>(m, "StepInput", "One step of a model.")
       .def_ro("token_ids", &StepInput::token_ids)
@@ -94,12 +97,12 @@ void bind_batch(nb::module_& m) {
       .def(
           "__init__",
           [](BatchBuilder* self, int64_t num_slots, int64_t num_kv_blocks, int64_t kv_block_size, int64_t vocab_size,
-             int64_t num_v_heads, bool has_attention) {
+             int64_t num_v_heads, bool has_attention, const std::string& device) {
             new (self) BatchBuilder({num_slots, num_kv_blocks, kv_block_size, vocab_size, num_v_heads, has_attention},
-                                    c10::kCPU);
+                                    c10::Device(device));
           },
           nb::kw_only(), "num_slots"_a, "num_kv_blocks"_a = 0, "kv_block_size"_a = 16, "vocab_size"_a, "num_v_heads"_a,
-          "has_attention"_a = false)
+          "has_attention"_a = false, "device"_a = "cpu")
       .def("build", &BatchBuilder::build, "sequences"_a);
 }
 

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small random Qwen3.5 model continues the same prompts here and in transformers, side by side.
+"""A small Qwen3.5 trained on Python's standard library continues the same prompts here and in transformers.
 
-Exits with 1 when a single token differs.
+Exits with 1 when a single token differs, or when the perplexity of a held-out text does in its first four digits.
 """
 
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +19,17 @@ from rich.text import Text
 
 import xgdn
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is made here; nothing is downloaded
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is here; nothing is downloaded
 import transformers
+from tokenizers import Tokenizer
 
+MODEL = Path(__file__).parent / "tiny_model" / "checkpoint"
 PROMPT_SIZES = (5, 17, 64, 130, 300)  # chunks are 64 tokens long: less than one, exactly one, several
-NEW_TOKENS = 24
-VOCAB_SIZE = 512
+NEW_TOKENS = 32
+WRITING_PROMPT = 'def read_file(path):\n    """'
+WRITING_TOKENS = 120
+WINDOW = 512  # tokens of the held-out text that are read at once
+NUM_WINDOWS = 8
 
 
 @dataclass
@@ -42,32 +46,10 @@ class Run:
         return sum(len(tokens) for tokens in self.tokens) / self.seconds
 
 
-def make_model(folder: Path) -> transformers.Qwen3_5ForCausalLM:
-    torch.manual_seed(1)
-    config = transformers.Qwen3_5TextConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        initializer_range=0.1,  # large enough for decided choices: the default leaves the logits almost equal
-        dtype="float32",
-    )
-    model = transformers.Qwen3_5ForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    return model
-
-
 def run_engine(engine: xgdn.Engine, prompts: Sequence[Sequence[int]], name: str, num_new: int = NEW_TOKENS) -> Run:
     """All prompts at once, as a server would run them."""
     begin = time.perf_counter()
-    ids = [engine.submit(xgdn.Request(list(prompt), max_new_tokens=num_new, ignore_eos=True)) for prompt in prompts]
+    ids = [engine.submit(xgdn.Request(list(prompt), max_new_tokens=num_new)) for prompt in prompts]
     tokens: dict[int, list[int]] = {request_id: [] for request_id in ids}
     first: dict[int, float] = {}
     while not engine.is_idle():
@@ -107,7 +89,6 @@ def run_transformers(
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=num_new,
-            min_new_tokens=num_new,
             streamer=watch,
         )
         tokens.append(output[0, len(prompt) :].tolist())
@@ -126,7 +107,9 @@ def one_by_one(engine: xgdn.Engine, prompts: Sequence[Sequence[int]], name: str)
     )
 
 
-def print_continuations(console: Console, prompts: Sequence[Sequence[int]], ours: Run, theirs: Run) -> bool:
+def print_continuations(
+    console: Console, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], ours: Run, theirs: Run
+) -> bool:
     """True when all are identical."""
     num_identical = 0
     for prompt, mine, other in zip(prompts, ours.tokens, theirs.tokens, strict=True):
@@ -134,12 +117,29 @@ def print_continuations(console: Console, prompts: Sequence[Sequence[int]], ours
         num_identical += is_identical
         verdict = Text("identical", "bold green") if is_identical else Text("DIFFERENT", "bold red")
         console.print(Rule(Text.assemble(f"prompt of {len(prompt)} tokens: ", verdict), align="left", style="dim"))
-        grid = Table.grid(padding=(0, 2))
-        grid.add_row("xgdn", " ".join(map(str, mine)))
-        grid.add_row("transformers", " ".join(map(str, other)))
-        console.print(grid)
-    console.print(f"\n{num_identical} of {len(prompts)} continuations of {NEW_TOKENS} tokens are identical.\n")
+        last_line = tokenizer.decode(prompt).rsplit("\n", 1)[-1]
+        console.print(Text.assemble((last_line, "dim"), tokenizer.decode(mine)))
+        if not is_identical:
+            console.print(Text.assemble("transformers: ", tokenizer.decode(other)))
+    console.print(f"\n{num_identical} of {len(prompts)} continuations of at most {NEW_TOKENS} tokens are identical.\n")
     return num_identical == len(prompts)
+
+
+def perplexity(logits_of: Callable[[list[int]], torch.Tensor], windows: Sequence[list[int]]) -> float:
+    """`logits_of` maps T tokens to logits [T, vocab]."""
+    losses = [
+        torch.nn.functional.cross_entropy(logits_of(window)[:-1].double(), torch.tensor(window[1:]))
+        for window in windows
+    ]
+    return torch.stack(losses).mean().exp().item()
+
+
+def write(engine: xgdn.Engine, tokenizer: Tokenizer) -> str:
+    """A sampled text: greedy ones of so small a model repeat themselves."""
+    prompt = tokenizer.encode(WRITING_PROMPT).ids
+    sampling = xgdn.SamplingParams(temperature=0.7, top_p=0.95, seed=5)
+    [result] = engine.generate([prompt], max_new_tokens=WRITING_TOKENS, sampling=sampling)
+    return WRITING_PROMPT + tokenizer.decode(result.tokens)
 
 
 def print_times(console: Console, runs: Sequence[Run]) -> None:
@@ -157,31 +157,40 @@ def main() -> int:
     console = Console()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(VOCAB_SIZE, (size,), generator=generator).tolist() for size in PROMPT_SIZES]
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    held_out = tokenizer.encode((MODEL / "held_out.txt").read_text(encoding="utf-8")).ids
+    prompts = [held_out[i * 1000 : i * 1000 + size] for i, size in enumerate(PROMPT_SIZES)]
+    windows = [held_out[i * WINDOW : (i + 1) * WINDOW] for i in range(NUM_WINDOWS)]
 
-    with tempfile.TemporaryDirectory() as folder:
-        with console.status("building a random Qwen3.5 checkpoint"):
-            model = make_model(Path(folder))
-        engine = xgdn.Engine(folder)
-        num_weights = sum(weight.numel() for weight in model.parameters())
-        console.print(
-            f"A random Qwen3.5 of {num_weights / 1e6:.1f} million weights in float32, {len(prompts)} prompts, greedy, "
-            f"{torch.get_num_threads()} threads"
-        )
-        with console.status("generating here"):
-            run_engine(engine, prompts, "warm-up", num_new=2)
-            ours = run_engine(engine, prompts, "xgdn, all in one batch")
-            ours_single = one_by_one(engine, prompts, "xgdn, one at a time")
-        backends = {op: xgdn.last_backend(op) for op in ("chunk_gated_delta_rule", "packed_decode")}
-        with console.status("generating with transformers"):
-            run_transformers(model, prompts[:1], "warm-up", num_new=2)
-            theirs = run_transformers(model, prompts, f"transformers {transformers.__version__}, one at a time")
+    engine = xgdn.Engine(MODEL, dtype=torch.float32)
+    model = transformers.Qwen3_5ForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    console.print(
+        f"A Qwen3.5 of {model.num_parameters() / 1e6:.1f} million weights, trained on Python's standard library, in "
+        f"float32; {len(prompts)} prompts from files that it has not seen, greedy, {torch.get_num_threads()} threads"
+    )
+    with console.status("generating here"):
+        run_engine(engine, prompts, "warm-up", num_new=2)
+        ours = run_engine(engine, prompts, "xgdn, all in one batch")
+        ours_single = one_by_one(engine, prompts, "xgdn, one at a time")
+        backends = {op: xgdn.last_backend(op) for op in ("chunk_gated_delta_rule", "gdn_decode_step")}
+        our_perplexity = perplexity(engine.prompt_logits, windows)
+    with console.status("generating with transformers"), torch.no_grad():
+        run_transformers(model, prompts[:1], "warm-up", num_new=2)
+        theirs = run_transformers(model, prompts, f"transformers {transformers.__version__}, one at a time")
+        their_perplexity = perplexity(lambda ids: model(input_ids=torch.tensor([ids])).logits[0], windows)
 
-    are_identical = print_continuations(console, prompts, ours, theirs)
+    are_identical = print_continuations(console, tokenizer, prompts, ours, theirs)
+    console.print(Rule("xgdn writes, at temperature 0.7", align="left", style="dim"))
+    console.print(Text(write(engine, tokenizer)))
+    console.print(Rule(style="dim"))
     print_times(console, [ours, ours_single, theirs])
     console.print("Backends that ran here: " + ", ".join(f"{op}: {backend}" for op, backend in backends.items()))
-    return 0 if are_identical and ours_single.tokens == theirs.tokens else 1
+    console.print(
+        f"Perplexity of {NUM_WINDOWS * WINDOW} held-out tokens: xgdn {our_perplexity:.4f}, "
+        f"transformers {their_perplexity:.4f}"
+    )
+    is_equal = abs(our_perplexity / their_perplexity - 1) < 5e-5
+    return 0 if are_identical and ours_single.tokens == theirs.tokens and is_equal else 1
 
 
 if __name__ == "__main__":

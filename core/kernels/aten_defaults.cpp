@@ -100,6 +100,45 @@ void write_history(const ConvCall& c, const ConvShape& s, const at::Tensor& firs
   write_slots(c.conv_state, c.write, c.read.ge(0).logical_and(c.write.ge(0)), rows);
 }
 
+// The ops that a decode step consists of. They hand over `mixed_qkv` [N, D] and, in place, p.out.
+struct DecodeStepOps {
+  CausalConv1dUpdateParams conv;
+  PackedDecodeParams rule;
+  RmsNormGatedParams norm;
+};
+
+DecodeStepOps decode_step_ops(const GdnDecodeStepParams& p, const DecodeStepShape& s, const at::Tensor& cu_seqlens,
+                              const at::Tensor& mixed_qkv) {
+  const int64_t value_dim = s.rule.HV * s.rule.V;
+  const auto columns = [&](int64_t begin, int64_t count) { return p.projected.narrow(1, begin, count); };
+  const int64_t logits = s.conv.D + value_dim;
+  return {.conv = {.x = columns(0, s.conv.D),
+                   .weight = p.conv_weight,
+                   .conv_state = p.conv_state,
+                   .cu_seqlens = cu_seqlens,
+                   .state_indices = p.conv_indices.value_or(p.state_indices),
+                   .out = mixed_qkv,
+                   .bias = p.conv_bias,
+                   .write_indices = p.write_indices,
+                   .may_have_padding = p.may_have_padding},
+          .rule = {.mixed_qkv = mixed_qkv,
+                   .a = columns(logits + s.rule.HV, s.rule.HV),
+                   .b = columns(logits, s.rule.HV),
+                   .A_log = p.A_log,
+                   .dt_bias = p.dt_bias,
+                   .state = p.state,
+                   .state_indices = p.state_indices,
+                   .out = p.out,
+                   .write_indices = p.write_indices,
+                   .may_have_padding = p.may_have_padding,
+                   .scale = p.scale},
+          .norm = {.x = p.out,
+                   .z = columns(s.conv.D, value_dim).unflatten(1, {s.rule.HV, s.rule.V}),
+                   .weight = p.norm_weight,
+                   .out = p.out,
+                   .eps = p.norm_eps}};
+}
+
 at::Tensor l2_normalised(const at::Tensor& x, double eps) {
   const at::Tensor wide = x.to(at::kFloat);
   return wide * at::rsqrt(wide.square().sum(-1, /*keepdim=*/true) + eps);
@@ -166,6 +205,23 @@ void Backend::run(const PackedDecodeParams& p, const GdnShape& s) const {
                                     .scale = p.scale,
                                     .use_qk_l2norm_in_kernel = p.use_qk_l2norm_in_kernel},
       s);
+}
+
+std::optional<std::string> Backend::why_not(const GdnDecodeStepParams& p, const DecodeStepShape& s) const {
+  // Of what matters here the convolution's input is like its output.
+  const DecodeStepOps ops = decode_step_ops(p, s, p.state_indices, p.projected.narrow(1, 0, s.conv.D));
+  if (auto sentence = why_not(ops.conv, s.conv)) return sentence;
+  if (auto sentence = why_not(ops.rule, s.rule)) return sentence;
+  return why_not(ops.norm, s.rule);
+}
+
+void Backend::run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const {
+  const at::Tensor cu_seqlens = p.cu_seqlens ? *p.cu_seqlens : at::arange(s.rule.N + 1, p.state_indices.options());
+  const at::Tensor mixed_qkv = at::empty({s.conv.T, s.conv.D}, p.projected.options());
+  const DecodeStepOps ops = decode_step_ops(p, s, cu_seqlens, mixed_qkv);
+  run(ops.conv, s.conv);
+  run(ops.rule, s.rule);
+  run(ops.norm, s.rule);
 }
 
 }  // namespace xgdn::kernel

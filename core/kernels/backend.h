@@ -32,8 +32,33 @@ struct ConvShape {
   int64_t R = 0;  // rows of a conv slot
 };
 
-/// A backend serves every op. The two delta rules have no default; the other ops have one, composed from ATen
-/// (aten_defaults.cpp), which runs on every device without reading it from the host.
+/// Sizes of a decode step: of the delta rule and of the convolution before it.
+struct DecodeStepShape {
+  GdnShape rule;
+  ConvShape conv;
+};
+
+/// Sizes of an attention call.
+struct AttentionShape {
+  int64_t T = 0;    // tokens
+  int64_t N = 0;    // sequences
+  int64_t HQ = 0;   // query heads
+  int64_t HKV = 0;  // key heads
+  int64_t D = 0;    // head dim
+};
+
+/// Sizes of a call of a mixture of experts.
+struct ExpertsShape {
+  int64_t T = 0;  // tokens
+  int64_t A = 0;  // experts of a token
+  int64_t E = 0;  // experts
+  int64_t D = 0;  // width of a token
+  int64_t I = 0;  // width of an expert
+};
+
+/// A backend serves every op. The two delta rules have no default; the other ops have one, composed from ATen:
+/// aten_defaults.cpp runs on every device without reading it from the host, aten_loops.cpp goes through sequences and
+/// experts one by one.
 class Backend {
  public:
   Backend() = default;
@@ -56,6 +81,9 @@ class Backend {
   virtual std::optional<std::string> why_not(const GdnGatingParams&, const GdnShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const L2NormParams&, const GdnShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const RmsNormGatedParams&, const GdnShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const GdnDecodeStepParams& p, const DecodeStepShape& s) const;
+  virtual std::optional<std::string> why_not(const PagedAttentionParams&, const AttentionShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const MoeExpertsParams&, const ExpertsShape&) const { return {}; }
 
   virtual void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const = 0;
   virtual void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const = 0;
@@ -65,6 +93,9 @@ class Backend {
   virtual void run(const GdnGatingParams& p, const GdnShape& s) const;
   virtual void run(const L2NormParams& p, const GdnShape& s) const;
   virtual void run(const RmsNormGatedParams& p, const GdnShape& s) const;
+  virtual void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const;
+  virtual void run(const PagedAttentionParams& p, const AttentionShape& s) const;
+  virtual void run(const MoeExpertsParams& p, const ExpertsShape& s) const;
 };
 
 }  // namespace xgdn::kernel

@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/kernels/chunk_metadata.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
@@ -35,6 +41,36 @@ std::vector<int32_t> offsets(const std::vector<int64_t>& lengths, int32_t extra)
   for (int64_t length : lengths)
     sums.push_back(sums.back() + static_cast<int32_t>(num_chunks(length, kChunkSize)) + extra);
   return sums;
+}
+
+// The most rows that an index table of `chunk` can have.
+int64_t max_rows(int64_t max_sequences, int64_t max_tokens, int64_t chunk) {
+  return max_sequences + max_tokens / chunk;
+}
+
+at::Tensor num_chunks(const at::Tensor& lengths, int64_t chunk) {
+  return (lengths + (chunk - 1)).floor_divide(chunk);
+}
+
+// Row r belongs to the first sequence whose chunks end behind it.
+void write_index_rows(const at::Tensor& lengths, int64_t chunk, const at::Tensor& table) {
+  const at::Tensor counts = num_chunks(lengths, chunk);
+  const at::Tensor ends = counts.cumsum(0);
+  const at::Tensor row = at::arange(table.size(0), ends.options());
+  const at::Tensor sequence = at::searchsorted(ends, row, /*out_int32=*/false, /*right=*/true);
+  const at::Tensor known = sequence.clamp_max(lengths.size(0) - 1);
+  const at::Tensor chunk_of_sequence = row - (ends - counts).index_select(0, known);
+  const at::Tensor is_row = sequence.lt(lengths.size(0)).unsqueeze(1);
+  table.copy_(at::where(is_row, at::stack({known, chunk_of_sequence}, 1), at::full({}, -1, ends.options())));
+}
+
+// 0, then the running sum of n_i(64) + extra.
+void write_offsets(const at::Tensor& lengths, int64_t extra, const at::Tensor& table) {
+  const at::Tensor sums = (num_chunks(lengths, kChunkSize) + extra).cumsum(0);
+  const int64_t N = lengths.size(0);
+  table.narrow(0, 0, 1).zero_();
+  table.narrow(0, 1, N).copy_(sums);
+  table.slice(0, N + 1).copy_(sums.narrow(0, N - 1, 1).expand({table.size(0) - N - 1}));
 }
 
 }  // namespace
@@ -88,6 +124,38 @@ ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t 
           .final_chunk_indices_chunk64 = place(host.final_chunk_indices_chunk64),
           .chunk_indices_large_block = place(host.chunk_indices_large_block).view({-1, 2}),
           .block_indices_cumsum = place(host.block_indices_cumsum).view({-1, 2})};
+}
+
+ChunkMetadata allocate_chunk_metadata(int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local,
+                                      c10::Device device) {
+  const at::TensorOptions options = at::TensorOptions().dtype(at::kInt).device(device);
+  const auto index_table = [&](int64_t chunk) {
+    return at::empty({max_rows(max_sequences, max_tokens, chunk), 2}, options);
+  };
+  return {.chunk_indices_chunk64 = index_table(kChunkSize),
+          .chunk_offsets_chunk64 = at::empty({max_sequences + 1}, options),
+          .update_chunk_offsets_chunk64 = at::empty({max_sequences + 1}, options),
+          .final_chunk_indices_chunk64 = at::empty({max_sequences}, options),
+          .chunk_indices_large_block = index_table(kLargeBlock),
+          .block_indices_cumsum = index_table(cumsum_block(num_v_heads_local))};
+}
+
+void write_chunk_metadata(const at::Tensor& cu_seqlens, int64_t num_v_heads_local, const ChunkMetadata& tables) {
+  const int64_t N = cu_seqlens.size(0) - 1;
+  const int64_t max_sequences = tables.final_chunk_indices_chunk64.size(0);
+  if (N < 1 || N > max_sequences) {
+    throw ShapeError(c10::str("[write_chunk_metadata] cu_seqlens: expected 1..", max_sequences,
+                              " sequences (set by the tables), got ", N));
+  }
+  const at::Tensor cu = cu_seqlens.to(at::kLong);
+  const at::Tensor lengths = cu.slice(0, 1) - cu.slice(0, 0, -1);
+  write_index_rows(lengths, kChunkSize, tables.chunk_indices_chunk64);
+  write_index_rows(lengths, kLargeBlock, tables.chunk_indices_large_block);
+  write_index_rows(lengths, cumsum_block(num_v_heads_local), tables.block_indices_cumsum);
+  write_offsets(lengths, 0, tables.chunk_offsets_chunk64);
+  write_offsets(lengths, 1, tables.update_chunk_offsets_chunk64);
+  tables.final_chunk_indices_chunk64.narrow(0, 0, N).copy_(tables.update_chunk_offsets_chunk64.narrow(0, 1, N) - 1);
+  tables.final_chunk_indices_chunk64.slice(0, N).fill_(-1);
 }
 
 }  // namespace xgdn::kernel

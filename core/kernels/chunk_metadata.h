@@ -53,4 +53,15 @@ ChunkMetadataHost build_chunk_metadata_host(const std::vector<int64_t>& lengths,
 ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
                                    SequenceIds ids = SequenceIds::kTrue);
 
+/// Tables with room for every step of at most max_sequences sequences and max_tokens tokens, uninitialised: pooled
+/// memory, so that a captured step finds its tables where they were.
+ChunkMetadata allocate_chunk_metadata(int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local,
+                                      c10::Device device);
+
+/// Writes the tables of the sequences in cu_seqlens [N+1] (true ids) to the front of `tables`, by work on their device
+/// alone: nothing is read on the host and every shape is that of the pool. Behind the step's rows the index tables hold
+/// (-1, -1), final_chunk_indices -1, and the offsets repeat their last value: no chunks. Throws ShapeError when N
+/// sequences do not fit; that their chunks fit is the caller's promise.
+void write_chunk_metadata(const at::Tensor& cu_seqlens, int64_t num_v_heads_local, const ChunkMetadata& tables);
+
 }  // namespace xgdn::kernel

@@ -89,6 +89,29 @@ std::vector<BackendReport> doctor() {
                           {.a = logit, .b = logit, .A_log = per_head, .dt_bias = per_head, .g = gate, .beta = gate});
   report<L2NormParams>(rows, {.x = head, .out = head});
   report<RmsNormGatedParams>(rows, {.x = head, .z = head, .weight = at::zeros({kDim}, at::kFloat), .out = head});
+  report<GdnDecodeStepParams>(rows, {.projected = at::zeros({1, 4 * kDim + 2}, at::kBFloat16),
+                                     .conv_weight = taps,
+                                     .conv_state = conv_state,
+                                     .A_log = per_head,
+                                     .dt_bias = per_head,
+                                     .state = state,
+                                     .norm_weight = at::zeros({kDim}, at::kFloat),
+                                     .state_indices = slot,
+                                     .out = head});
+
+  const at::Tensor block = at::zeros({1, 1, kHeads, kDim}, at::kBFloat16);
+  report<PagedAttentionParams>(rows, {.q = head,
+                                      .k = block,
+                                      .v = block,
+                                      .block_ids = slot,
+                                      .sequences = {{.num_tokens = 1, .context_len = 1, .num_blocks = 1}},
+                                      .out = head,
+                                      .context_rows = slot});
+  const at::Tensor token = at::zeros({1, kDim}, at::kBFloat16);
+  const at::Tensor square = at::zeros({kDim, kDim}, at::kBFloat16);
+  const ExpertWeights experts{.gate = {square}, .up = {square}, .down = {square}};
+  report<MoeExpertsParams>(
+      rows, {.x = token, .weights = logit, .chosen = at::zeros({1, 1}, at::kLong), .experts = experts, .out = token});
   return rows;
 }
 

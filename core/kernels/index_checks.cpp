@@ -27,9 +27,14 @@ class IndexChecker {
   }
 
   void range(std::string_view arg, const at::Tensor& t, int64_t low, int64_t high, const std::string& what) const {
+    if (t.scalar_type() == at::kLong) return range_of<int64_t>(arg, t, low, high, what);
+    range_of<int32_t>(arg, t, low, high, what);
+  }
+
+  void range_of_ones(std::string_view arg, const at::Tensor& t) const {
     const int32_t* v = t.data_ptr<int32_t>();
     for (int64_t i = 0; i < t.numel(); ++i) {
-      if (v[i] < low || v[i] > high) fail(arg, what, v[i], i);
+      if (v[i] != i) fail(arg, "0, 1, ..., N: one token a sequence", v[i], i);
     }
   }
 
@@ -58,6 +63,14 @@ class IndexChecker {
   }
 
  private:
+  template <typename Index>
+  void range_of(std::string_view arg, const at::Tensor& t, int64_t low, int64_t high, const std::string& what) const {
+    const Index* v = t.const_data_ptr<Index>();
+    for (int64_t i = 0; i < t.numel(); ++i) {
+      if (v[i] < low || v[i] > high) fail(arg, what, v[i], i);
+    }
+  }
+
   std::string_view op_;
 };
 
@@ -126,6 +139,24 @@ void check_indices(const PackedDecodeParams& p) {
   check_pool_indices(IndexChecker(Op<PackedDecodeParams>::name), p, checked_shape(p).S);
 }
 
+void check_indices(const GdnDecodeStepParams& p) {
+  const DecodeStepShape s = checked_shape(p);
+  const IndexChecker c(Op<GdnDecodeStepParams>::name);
+  check_pool_indices(c, p, s.rule.S);
+  const at::Tensor reads = p.conv_indices.value_or(p.state_indices);
+  const at::Tensor writes = p.write_indices.value_or(reads);
+  c.slots("conv_indices", reads, s.conv.S);
+  c.slots("write_indices", writes, s.conv.S);
+  c.writes("conv_indices", reads, writes, s.conv.S);
+  for (int64_t n = 0; n < s.rule.N; ++n) {
+    const int32_t slot = reads.data_ptr<int32_t>()[n];
+    if ((slot == kPadSlot) != (p.state_indices.data_ptr<int32_t>()[n] == kPadSlot)) {
+      c.fail("conv_indices", "a slot exactly where state_indices has one", slot, n);
+    }
+  }
+  if (p.cu_seqlens) c.range_of_ones("cu_seqlens", *p.cu_seqlens);
+}
+
 void check_indices(const CausalConv1dParams& p) {
   const ConvShape s = checked_shape(p);
   const IndexChecker c(Op<CausalConv1dParams>::name);
@@ -145,6 +176,21 @@ void check_indices(const CausalConv1dUpdateParams& p) {
     const int64_t len = cu[n + 1] - cu[n];
     if (len > p.max_len) c.fail("cu_seqlens", c10::str("sequences of at most max_len=", p.max_len, " tokens"), len, n);
   }
+}
+
+void check_indices(const PagedAttentionParams& p) {
+  checked_shape(p);
+  const IndexChecker c(Op<PagedAttentionParams>::name);
+  const int64_t blocks = p.k.size(0);
+  const int64_t rows = blocks * p.k.size(1);
+  c.range("block_ids", p.block_ids, 0, blocks - 1, c10::str("0..", blocks - 1));
+  if (p.context_rows) c.range("context_rows", *p.context_rows, 0, rows - 1, c10::str("0..", rows - 1));
+}
+
+void check_indices(const MoeExpertsParams& p) {
+  const ExpertsShape s = checked_shape(p);
+  const IndexChecker c(Op<MoeExpertsParams>::name);
+  c.range("chosen", p.chosen, 0, s.E - 1, c10::str("an expert 0..", s.E - 1));
 }
 
 }  // namespace xgdn::kernel

@@ -101,6 +101,16 @@ Dims match(const ChunkGatedDeltaRuleParams& p) {
   return d;
 }
 
+// H follows from the D channels [q | k | v] of `arg`.
+void bind_key_heads(Dims& d, std::string_view arg) {
+  const c10::SymInt qk = d.sym("D") - d.sym("HV") * d.sym("V");
+  d.require(qk > 0 && qk % (d.sym("K") * 2) == 0, arg, ": expected a width of 2 H K + HV V with K=", d.sym("K"),
+            ", HV=", d.sym("HV"), ", V=", d.sym("V"), " (set by state), got ", d.sym("D"));
+  d.bind("H", qk / (d.sym("K") * 2), arg);
+  d.require(d.sym("HV") % d.sym("H") == 0, arg, ": expected HV=", d.sym("HV"),
+            " to be a multiple of H, got H=", d.sym("H"), " from its width");
+}
+
 Dims match(const PackedDecodeParams& p) {
   Dims d(Op<PackedDecodeParams>::name);
   match_strided(d, "mixed_qkv", p.mixed_qkv, "N D", {at::kFloat, at::kBFloat16, at::kHalf});
@@ -113,12 +123,7 @@ Dims match(const PackedDecodeParams& p) {
   match_indices(d, "state_indices", p.state_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
   match_strided(d, "out", p.out, "N HV V", {at::kFloat, in});
-  const c10::SymInt qk = d.sym("D") - d.sym("HV") * d.sym("V");
-  d.require(qk > 0 && qk % (d.sym("K") * 2) == 0, "mixed_qkv: expected a width of 2 H K + HV V with K=", d.sym("K"),
-            ", HV=", d.sym("HV"), ", V=", d.sym("V"), " (set by state), got ", d.sym("D"));
-  d.bind("H", qk / (d.sym("K") * 2), "mixed_qkv");
-  d.require(d.sym("HV") % d.sym("H") == 0, "mixed_qkv: expected HV=", d.sym("HV"),
-            " to be a multiple of H, got H=", d.sym("H"), " from its width");
+  bind_key_heads(d, "mixed_qkv");
   d.bind("T", d.sym("N"), "mixed_qkv");
   d.bind("L", 1, "state_indices");
   return d;
@@ -193,6 +198,104 @@ Dims match(const RmsNormGatedParams& p) {
   return d;
 }
 
+Dims match(const GdnDecodeStepParams& p) {
+  Dims d(Op<GdnDecodeStepParams>::name);
+  match_strided(d, "projected", p.projected, "N P", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.projected.scalar_type();
+  d.match("conv_weight", p.conv_weight, "D W").dtype("conv_weight", p.conv_weight, {in});
+  d.contiguous("conv_weight", p.conv_weight);
+  d.require(d.sym("W") >= 2 && d.sym("W") <= 4, "conv_weight: expected a width W of 2 to 4, got ", d.sym("W"));
+  d.match("conv_bias", p.conv_bias, "D").dtype("conv_bias", p.conv_bias, {in}).contiguous("conv_bias", p.conv_bias);
+  d.match("conv_state", p.conv_state, "conv_S R D").dtype("conv_state", p.conv_state, {in, at::kFloat});
+  d.contiguous("conv_state", p.conv_state, 1);
+  d.require(d.sym("R") >= d.sym("W") - 1, "conv_state: expected R >= ", d.sym("W") - 1, " rows for W=", d.sym("W"),
+            ", got ", d.sym("R"));
+  d.match("A_log", p.A_log, "HV").dtype("A_log", p.A_log, {at::kFloat, in}).contiguous("A_log", p.A_log);
+  d.match("dt_bias", p.dt_bias, "HV").dtype("dt_bias", p.dt_bias, {at::kFloat, in}).contiguous("dt_bias", p.dt_bias);
+  match_delta_state(d, p.state);
+  d.match("norm_weight", p.norm_weight, "V").dtype("norm_weight", p.norm_weight, {at::kFloat, in});
+  d.contiguous("norm_weight", p.norm_weight);
+  match_indices(d, "state_indices", p.state_indices, "N");
+  match_indices(d, "conv_indices", p.conv_indices, "N");
+  match_indices(d, "write_indices", p.write_indices, "N");
+  match_indices(d, "cu_seqlens", p.cu_seqlens, "N+1");
+  if (p.cu_seqlens) {
+    d.require(d.sym("N+1") == d.sym("N") + 1, "cu_seqlens: expected [N+1] with N=", d.sym("N"),
+              " (set by projected), got [", d.sym("N+1"), "]");
+  }
+  match_strided(d, "out", p.out, "N HV V", {in});
+  bind_key_heads(d, "conv_weight");
+  const c10::SymInt width = d.sym("D") + d.sym("HV") * d.sym("V") + d.sym("HV") * 2;
+  d.require(d.sym("P") == width, "projected: expected a width of D + HV V + 2 HV = ", width, " with D=", d.sym("D"),
+            " (set by conv_weight), HV=", d.sym("HV"), ", V=", d.sym("V"), ", got ", d.sym("P"));
+  return d;
+}
+
+// Where the sequences lie; every number is on the host.
+void require_sequences(Dims& d, const PagedAttentionParams& p) {
+  int64_t tokens = 0;
+  int64_t context = 0;
+  for (size_t n = 0; n < p.sequences.size(); ++n) {
+    const AttentionSequence& s = p.sequences[n];
+    const auto require = [&](bool ok, const auto&... expected) {
+      if (ok) return;
+      throw RangeError(c10::str("[", d.op(), "] sequences: expected ", expected..., ", got token_begin=", s.token_begin,
+                                " num_tokens=", s.num_tokens, " context_len=", s.context_len,
+                                " block_begin=", s.block_begin, " num_blocks=", s.num_blocks, " at ", n));
+    };
+    require(s.token_begin == tokens && s.num_tokens >= 0, "one that begins at token ", tokens);
+    require(s.num_tokens <= s.context_len, "a context that holds the tokens");
+    require(s.block_begin >= 0 && s.num_blocks >= 0 && s.block_begin + s.num_blocks <= d["M"],
+            "blocks among the M=", d["M"], " of block_ids");
+    require(s.context_len <= s.num_blocks * d["B"], "blocks of B=", d["B"], " rows that hold the context");
+    tokens += s.num_tokens;
+    context += s.context_len;
+  }
+  d.require(tokens == d["T"], "sequences: expected T=", d["T"], " tokens (set by q), got ", tokens);
+  d.require(!p.context_rows || context == d["C"], "context_rows: expected C=", context, " (set by sequences), got ",
+            p.context_rows ? d["C"] : 0);
+}
+
+Dims match(const PagedAttentionParams& p) {
+  Dims d(Op<PagedAttentionParams>::name);
+  match_strided(d, "q", p.q, "T HQ D", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.q.scalar_type();
+  d.match("k", p.k, "P B HKV D").dtype("k", p.k, {in}).contiguous("k", p.k);
+  d.match("v", p.v, "P B HKV D").dtype("v", p.v, {in}).contiguous("v", p.v);
+  d.require(d.sym("HKV") > 0 && d.sym("HQ") % d.sym("HKV") == 0, "k: expected HQ=", d.sym("HQ"),
+            " (set by q) to be a multiple of HKV, got HKV=", d.sym("HKV"));
+  match_indices(d, "block_ids", p.block_ids, "M");
+  match_indices(d, "context_rows", p.context_rows, "C");
+  match_strided(d, "out", p.out, "T HQ D", {in});
+  require_sequences(d, p);
+  return d;
+}
+
+Dims match(const MoeExpertsParams& p) {
+  const ExpertWeights& e = p.experts;
+  Dims d(Op<MoeExpertsParams>::name);
+  match_strided(d, "x", p.x, "T D", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.x.scalar_type();
+  d.match("weights", p.weights, "T A").dtype("weights", p.weights, {in}).contiguous("weights", p.weights);
+  d.match("chosen", p.chosen, "T A").dtype("chosen", p.chosen, {at::kLong}).contiguous("chosen", p.chosen);
+  d.require(!e.gate.empty() && e.up.size() == e.gate.size() && e.down.size() == e.gate.size(),
+            "experts: expected as many gate, up and down, at least one, got ", e.gate.size(), ", ", e.up.size(),
+            " and ", e.down.size());
+  d.bind("E", static_cast<int64_t>(e.gate.size()), "experts");
+  match_strided(d, "experts.gate", e.gate.front(), "I D", {in});
+  match_strided(d, "experts.up", e.up.front(), "I D", {in});
+  match_strided(d, "experts.down", e.down.front(), "D I", {in});
+  d.bind("G", d.sym("I") * 2, "experts.gate");
+  d.match("experts.stacked_gate_up", e.stacked_gate_up, "E G D")
+      .dtype("experts.stacked_gate_up", e.stacked_gate_up, {in})
+      .contiguous("experts.stacked_gate_up", e.stacked_gate_up);
+  d.match("experts.stacked_down", e.stacked_down, "E D I")
+      .dtype("experts.stacked_down", e.stacked_down, {in})
+      .contiguous("experts.stacked_down", e.stacked_down);
+  d.match("out", p.out, "T D").dtype("out", p.out, {in}).contiguous("out", p.out);
+  return d;
+}
+
 GdnShape delta_shape(const Dims& d) {
   return {.T = d["T"], .N = d["N"], .S = d["S"], .H = d["H"], .HV = d["HV"], .K = d["K"], .V = d["V"], .L = d["L"]};
 }
@@ -223,6 +326,17 @@ GdnShape shape(const L2NormParams&, const Dims& d) {
 }
 GdnShape shape(const RmsNormGatedParams&, const Dims& d) {
   return {.T = d["T"], .HV = d["HV"], .V = d["V"]};
+}
+DecodeStepShape shape(const GdnDecodeStepParams&, const Dims& d) {
+  const int64_t N = d["N"];
+  return {.rule = {.T = N, .N = N, .S = d["S"], .H = d["H"], .HV = d["HV"], .K = d["K"], .V = d["V"]},
+          .conv = {.T = N, .N = N, .S = d["conv_S"], .D = d["D"], .W = d["W"], .R = d["R"]}};
+}
+AttentionShape shape(const PagedAttentionParams& p, const Dims& d) {
+  return {.T = d["T"], .N = static_cast<int64_t>(p.sequences.size()), .HQ = d["HQ"], .HKV = d["HKV"], .D = d["D"]};
+}
+ExpertsShape shape(const MoeExpertsParams&, const Dims& d) {
+  return {.T = d["T"], .A = d["A"], .E = d["E"], .D = d["D"], .I = d["I"]};
 }
 
 }  // namespace
@@ -257,6 +371,15 @@ GdnShape checked_shape(const L2NormParams& p) {
 GdnShape checked_shape(const RmsNormGatedParams& p) {
   return shape(p, match(p));
 }
+DecodeStepShape checked_shape(const GdnDecodeStepParams& p) {
+  return shape(p, match(p));
+}
+AttentionShape checked_shape(const PagedAttentionParams& p) {
+  return shape(p, match(p));
+}
+ExpertsShape checked_shape(const MoeExpertsParams& p) {
+  return shape(p, match(p));
+}
 
 void check(const RecurrentGatedDeltaRuleParams& p) {
   match(p);
@@ -280,6 +403,15 @@ void check(const L2NormParams& p) {
   match(p);
 }
 void check(const RmsNormGatedParams& p) {
+  match(p);
+}
+void check(const GdnDecodeStepParams& p) {
+  match(p);
+}
+void check(const PagedAttentionParams& p) {
+  match(p);
+}
+void check(const MoeExpertsParams& p) {
   match(p);
 }
 

@@ -15,5 +15,8 @@ ConvShape checked_shape(const CausalConv1dUpdateParams& p);
 GdnShape checked_shape(const GdnGatingParams& p);
 GdnShape checked_shape(const L2NormParams& p);
 GdnShape checked_shape(const RmsNormGatedParams& p);
+DecodeStepShape checked_shape(const GdnDecodeStepParams& p);
+AttentionShape checked_shape(const PagedAttentionParams& p);
+ExpertsShape checked_shape(const MoeExpertsParams& p);
 
 }  // namespace xgdn::kernel

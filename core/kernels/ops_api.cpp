@@ -42,6 +42,15 @@ void l2_norm(const L2NormParams& p) {
 void rms_norm_gated(const RmsNormGatedParams& p) {
   dispatch(p);
 }
+void gdn_decode_step(const GdnDecodeStepParams& p) {
+  dispatch(p);
+}
+void paged_attention(const PagedAttentionParams& p) {
+  dispatch(p);
+}
+void moe_experts(const MoeExpertsParams& p) {
+  dispatch(p);
+}
 
 void npu_recurrent_gated_delta_rule(const RecurrentGatedDeltaRuleParams& p) {
   RecurrentGatedDeltaRuleParams on_npu = p;

@@ -32,6 +32,9 @@ namespace xgdn::kernel {
 /// A slot index that means "no slot": the sequence's output is zero and no state is touched.
 inline constexpr int32_t kPadSlot = -1;
 
+/// A zeroed pool, in memory that suits the ops.
+at::Tensor allocate_pool(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 /// Added to the squared norm under the root, as in FLA and the checkpoints.
 inline constexpr double kL2NormEps = 1e-6;
 
@@ -177,6 +180,80 @@ struct RmsNormGatedParams {
 };
 void rms_norm_gated(const RmsNormGatedParams& p);
 
+/// A layer's decode step between its two projections: causal_conv1d_update, packed_decode and rms_norm_gated, one token
+/// per sequence. Row of projected = [q: H K | k: H K | v: HV V | z: HV V | b: HV | a: HV]; D = 2HK+HVV.
+struct GdnDecodeStepParams {
+  at::Tensor projected;      // [N, D+HVV+2HV]  f32 | bf16 | f16, strided
+  at::Tensor conv_weight;    // [D, W]          as projected, W = 2..4, tap W-1 is the current token
+  at::Tensor conv_state;     // [S, R, D]       as projected | f32, R >= W-1, oldest row first, updated in place
+  at::Tensor A_log;          // [HV]            f32 | as projected
+  at::Tensor dt_bias;        // [HV]            f32 | as projected
+  at::Tensor state;          // [S, HV, V, K]   f32 | bf16, updated in place; a slot is contiguous, the slot stride free
+  at::Tensor norm_weight;    // [V]             f32 | as projected
+  at::Tensor state_indices;  // [N]             i32
+  at::Tensor out;            // [N, HV, V]      as projected, strided, written
+  std::optional<at::Tensor> conv_bias = {};      // [D]    as projected
+  std::optional<at::Tensor> conv_indices = {};   // [N]    i32, slots of the conv pool; default state_indices
+  std::optional<at::Tensor> write_indices = {};  // [N]    i32, of both pools; default state_indices and conv_indices
+  std::optional<at::Tensor> cu_seqlens = {};     // [N+1]  i32, 0, 1, ..., N; spares other backends than cpu to make it
+  bool may_have_padding = true;                  // false: the caller promises that no slot is kPadSlot
+  double norm_eps = 1e-6;
+  std::optional<double> scale = {};  // default K^-0.5
+  std::string backend = "auto";
+};
+void gdn_decode_step(const GdnDecodeStepParams& p);
+
+/// One sequence of an attention call, known on the host. Its blocks are block_ids[block_begin, block_begin +
+/// num_blocks).
+struct AttentionSequence {
+  int64_t token_begin = 0;
+  int64_t num_tokens = 0;
+  int64_t context_len = 0;  // tokens in the cache, these included
+  int64_t block_begin = 0;
+  int64_t num_blocks = 0;
+};
+
+/// Softmax attention over a paged cache: HQ query heads read HKV key heads (head h reads h / (HQ/HKV)), P blocks of B
+/// rows. The last token of a sequence sees its whole context, the one before it all but one row. Rows outside the
+/// sequences' contexts are never read, whatever they hold. The sequences cover the tokens 0..T-1 in order.
+struct PagedAttentionParams {
+  at::Tensor q;                                 // [T, HQ, D]      f32 | bf16 | f16, strided
+  at::Tensor k;                                 // [P, B, HKV, D]  as q
+  at::Tensor v;                                 // [P, B, HKV, D]  as q
+  at::Tensor block_ids;                         // [M]             i32, the sequences' blocks, one after another
+  std::vector<AttentionSequence> sequences;     // on the host
+  at::Tensor out;                               // [T, HQ, D]      as q, strided, written
+  std::optional<at::Tensor> context_rows = {};  // [C]  i32, block * B + offset of every row of the contexts, for
+                                                // backends that read all sequences at once
+  std::optional<double> scale = {};             // default D^-0.5
+  std::string backend = "auto";
+};
+void paged_attention(const PagedAttentionParams& p);
+
+/// E experts of I channels, each down(silu(gate(x)) * up(x)). One by one they may lie in a memory-mapped file; stacked
+/// they are the same memory as one tensor, for backends that multiply by all experts at once.
+struct ExpertWeights {
+  std::vector<at::Tensor> gate;                    // E of [I, D]
+  std::vector<at::Tensor> up;                      // E of [I, D]
+  std::vector<at::Tensor> down;                    // E of [D, I]
+  std::optional<at::Tensor> stacked_gate_up = {};  // [E, 2I, D]
+  std::optional<at::Tensor> stacked_down = {};     // [E, D, I]
+};
+
+/// Experts that are stacked already: gate_up [E, 2I, D], down [E, D, I].
+ExpertWeights stacked_experts(const at::Tensor& gate_up, const at::Tensor& down);
+
+/// out[t] = sum over the A experts that token t has chosen of weights[t, a] * expert(x[t]).
+struct MoeExpertsParams {
+  at::Tensor x;                  // [T, D]  f32 | bf16 | f16, strided
+  at::Tensor weights;            // [T, A]  as x
+  at::Tensor chosen;             // [T, A]  i64, 0..E-1
+  const ExpertWeights& experts;  // as x; all alike, of the lists only the first tensor is checked
+  at::Tensor out;                // [T, D]  as x, written
+  std::string backend = "auto";
+};
+void moe_experts(const MoeExpertsParams& p);
+
 /// recurrent_gated_delta_rule on the Ascend backend by name; throws UnsupportedError where it cannot run.
 void npu_recurrent_gated_delta_rule(const RecurrentGatedDeltaRuleParams& p);
 
@@ -189,15 +266,21 @@ void check(const CausalConv1dUpdateParams& p);
 void check(const GdnGatingParams& p);
 void check(const L2NormParams& p);
 void check(const RmsNormGatedParams& p);
+void check(const GdnDecodeStepParams& p);
+void check(const PagedAttentionParams& p);
+void check(const MoeExpertsParams& p);
 
 /// Checks the values inside the index tensors, which must be on the CPU: cu_seqlens starts at 0, never falls and ends
-/// at T; slots are kPadSlot or 0..S-1; num_accepted is 1..L; no slot is written twice. Throws RangeError. For callers
-/// that did not make the indices themselves.
+/// at T; slots are kPadSlot or 0..S-1; num_accepted is 1..L; no slot is written twice; blocks, rows and experts exist.
+/// Throws RangeError. For callers that did not make the indices themselves.
 void check_indices(const RecurrentGatedDeltaRuleParams& p);
 void check_indices(const ChunkGatedDeltaRuleParams& p);
 void check_indices(const PackedDecodeParams& p);
 void check_indices(const CausalConv1dParams& p);
 void check_indices(const CausalConv1dUpdateParams& p);
+void check_indices(const GdnDecodeStepParams& p);
+void check_indices(const PagedAttentionParams& p);
+void check_indices(const MoeExpertsParams& p);
 
 /// The two phases for which a backend is chosen. chunk_gated_delta_rule and causal_conv1d belong to prefill, all other
 /// ops to decode.

@@ -201,6 +201,84 @@ void rms_norm_gated_op(const Tensor& x, const Tensor& z, const Tensor& weight, c
       rms_norm_gated);
 }
 
+// The sequences' numbers come as lists; tokens and blocks follow one another.
+std::vector<AttentionSequence> attention_sequences(at::IntArrayRef num_tokens, at::IntArrayRef context_lens,
+                                                   at::IntArrayRef num_blocks) {
+  if (context_lens.size() != num_tokens.size() || num_blocks.size() != num_tokens.size()) {
+    throw ShapeError(c10::str("[paged_attention] context_lens and num_blocks: expected N=", num_tokens.size(),
+                              " (set by num_tokens), got ", context_lens.size(), " and ", num_blocks.size()));
+  }
+  std::vector<AttentionSequence> sequences;
+  int64_t token_begin = 0;
+  int64_t block_begin = 0;
+  for (size_t n = 0; n < num_tokens.size(); ++n) {
+    sequences.push_back({.token_begin = token_begin,
+                         .num_tokens = num_tokens[n],
+                         .context_len = context_lens[n],
+                         .block_begin = block_begin,
+                         .num_blocks = num_blocks[n]});
+    token_begin += num_tokens[n];
+    block_begin += num_blocks[n];
+  }
+  return sequences;
+}
+
+template <Key key>
+void paged_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_ids,
+                        at::IntArrayRef num_tokens, at::IntArrayRef context_lens, at::IntArrayRef num_blocks,
+                        const Tensor& out, const MaybeTensor& context_rows, std::optional<double> scale,
+                        std::string backend) {
+  const std::vector<AttentionSequence> sequences =
+      with_torch_errors([&] { return attention_sequences(num_tokens, context_lens, num_blocks); });
+  serve<key>(PagedAttentionParams{.q = q,
+                                  .k = k,
+                                  .v = v,
+                                  .block_ids = block_ids,
+                                  .sequences = sequences,
+                                  .out = out,
+                                  .context_rows = context_rows,
+                                  .scale = scale,
+                                  .backend = std::move(backend)},
+             q, paged_attention);
+}
+
+template <Key key>
+void moe_experts_op(const Tensor& x, const Tensor& weights, const Tensor& chosen, const Tensor& gate_up,
+                    const Tensor& down, const Tensor& out, std::string backend) {
+  const ExpertWeights experts = with_torch_errors([&] { return stacked_experts(gate_up, down); });
+  serve<key>(
+      MoeExpertsParams{
+          .x = x, .weights = weights, .chosen = chosen, .experts = experts, .out = out, .backend = std::move(backend)},
+      x, moe_experts);
+}
+
+template <Key key>
+void gdn_decode_step_op(const Tensor& projected, const Tensor& conv_weight, const Tensor& conv_state,
+                        const Tensor& A_log, const Tensor& dt_bias, const Tensor& state, const Tensor& norm_weight,
+                        const Tensor& state_indices, const Tensor& out, const MaybeTensor& conv_bias,
+                        const MaybeTensor& conv_indices, const MaybeTensor& write_indices,
+                        const MaybeTensor& cu_seqlens, bool may_have_padding, double norm_eps,
+                        std::optional<double> scale, std::string backend) {
+  serve<key>(GdnDecodeStepParams{.projected = projected,
+                                 .conv_weight = conv_weight,
+                                 .conv_state = conv_state,
+                                 .A_log = A_log,
+                                 .dt_bias = dt_bias,
+                                 .state = state,
+                                 .norm_weight = norm_weight,
+                                 .state_indices = state_indices,
+                                 .out = out,
+                                 .conv_bias = conv_bias,
+                                 .conv_indices = conv_indices,
+                                 .write_indices = write_indices,
+                                 .cu_seqlens = cu_seqlens,
+                                 .may_have_padding = may_have_padding,
+                                 .norm_eps = norm_eps,
+                                 .scale = scale,
+                                 .backend = std::move(backend)},
+             projected, gdn_decode_step);
+}
+
 template <Key key>
 void implement(torch::Library& m) {
   m.impl("recurrent_gated_delta_rule", recurrent_gated_delta_rule_op<key>);
@@ -211,6 +289,9 @@ void implement(torch::Library& m) {
   m.impl("gdn_gating", gdn_gating_op<key>);
   m.impl("l2_norm", l2_norm_op<key>);
   m.impl("rms_norm_gated", rms_norm_gated_op<key>);
+  m.impl("gdn_decode_step", gdn_decode_step_op<key>);
+  m.impl("paged_attention", paged_attention_op<key>);
+  m.impl("moe_experts", moe_experts_op<key>);
 }
 
 // The ops have no derivative: an input that wants one is an error, never a silent detach. Otherwise marks the written
@@ -303,6 +384,21 @@ TORCH_LIBRARY(xgdn, m) {
       "rms_norm_gated(Tensor x, Tensor z, Tensor weight, Tensor(a!) out, *, float eps=1e-6, str backend=\"auto\") "
       "-> ()",
       tags);
+  m.def(
+      "paged_attention(Tensor q, Tensor k, Tensor v, Tensor block_ids, int[] num_tokens, int[] context_lens, "
+      "int[] num_blocks, Tensor(a!) out, *, Tensor? context_rows=None, float? scale=None, str backend=\"auto\") -> ()",
+      tags);
+  m.def(
+      "moe_experts(Tensor x, Tensor weights, Tensor chosen, Tensor gate_up, Tensor down, Tensor(a!) out, *, "
+      "str backend=\"auto\") -> ()",
+      tags);
+
+  m.def(
+      "gdn_decode_step(Tensor projected, Tensor conv_weight, Tensor(a!) conv_state, Tensor A_log, Tensor dt_bias, "
+      "Tensor(b!) state, Tensor norm_weight, Tensor state_indices, Tensor(c!) out, *, Tensor? conv_bias=None, "
+      "Tensor? conv_indices=None, Tensor? write_indices=None, Tensor? cu_seqlens=None, bool may_have_padding=True, "
+      "float norm_eps=1e-6, float? scale=None, str backend=\"auto\") -> ()",
+      tags);
 
   // Without tensor arguments there is no key to choose by: one implementation serves all. The fake implementation of
   // build_chunk_metadata is in python/xgdn/ops.py.
@@ -335,7 +431,8 @@ TORCH_LIBRARY_IMPL(xgdn, Meta, m) {
 
 TORCH_LIBRARY_IMPL(xgdn, Autograd, m) {
   for (const char* op : {"recurrent_gated_delta_rule", "chunk_gated_delta_rule", "packed_decode", "causal_conv1d",
-                         "causal_conv1d_update", "gdn_gating", "l2_norm", "rms_norm_gated"}) {
+                         "causal_conv1d_update", "gdn_gating", "l2_norm", "rms_norm_gated", "gdn_decode_step",
+                         "paged_attention", "moe_experts"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
   }
 }

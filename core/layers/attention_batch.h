@@ -7,22 +7,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/kernels/ops_api.h"
+
 namespace xgdn {
 
-/// One sequence of the step. Its blocks are block_ids[block_begin, block_begin + num_blocks).
-struct AttentionSequence {
-  int64_t token_begin = 0;
-  int64_t num_tokens = 0;
-  int64_t context_len = 0;  // tokens in the cache after this step's are written
-  int64_t block_begin = 0;
-  int64_t num_blocks = 0;
-};
+using kernel::AttentionSequence;
 
 /// Index tensors are int32 on the layer's device.
 struct AttentionBatch {
-  at::Tensor positions;  // [T]  place of each token in its sequence
-  at::Tensor kv_rows;    // [T]  block * block_size + offset: where each token's key and value go
-  at::Tensor block_ids;  // [B]  the sequences' blocks, one after another
+  at::Tensor positions;     // [T]  place of each token in its sequence
+  at::Tensor kv_rows;       // [T]  block * block_size + offset: where each token's key and value go
+  at::Tensor block_ids;     // [M]  the sequences' blocks, one after another
+  at::Tensor context_rows;  // [C]  rows of the sequences' contexts, one after another; undefined on the CPU, which
+                            //      reads whole blocks
   std::vector<AttentionSequence> sequences;
 };
 

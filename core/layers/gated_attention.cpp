@@ -4,8 +4,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/sigmoid.h>
 
 #include "core/layers/rms_norm.h"
@@ -44,32 +42,15 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
   kv.v.flatten(0, 1).index_copy_(0, rows, v);
 
   at::Tensor o = at::empty({hidden.size(0), config_.num_heads, dim}, hidden.options());
-  for (const AttentionSequence& sequence : batch.sequences) {
-    o.narrow(0, sequence.token_begin, sequence.num_tokens)
-        .copy_(attend(q.narrow(0, sequence.token_begin, sequence.num_tokens), sequence, batch.block_ids, kv));
-  }
+  kernel::paged_attention(
+      {.q = q,
+       .k = kv.k,
+       .v = kv.v,
+       .block_ids = batch.block_ids,
+       .sequences = batch.sequences,
+       .out = o,
+       .context_rows = batch.context_rows.defined() ? std::optional(batch.context_rows) : std::nullopt});
   return at::linear((o * at::sigmoid(gate)).flatten(1), o_.weight, o_.bias);
-}
-
-// q [t, Hq, D] -> [t, Hq, D]. Only the rows that hold the sequence's context are read: what other requests left in a
-// block cannot leak.
-at::Tensor GatedAttention::attend(const at::Tensor& q, const AttentionSequence& sequence, const at::Tensor& block_ids,
-                                  const KvPool& kv) const {
-  const int64_t t = sequence.num_tokens;
-  const int64_t context = sequence.context_len;
-  const at::Tensor blocks = block_ids.narrow(0, sequence.block_begin, sequence.num_blocks);
-  const auto context_rows = [&](const at::Tensor& pool) {  // [1, Hkv, context, D]
-    return pool.index_select(0, blocks).flatten(0, 1).narrow(0, 0, context).transpose(0, 1).unsqueeze(0);
-  };
-  std::optional<at::Tensor> mask;
-  if (t > 1 && t < context) {
-    mask = at::ones({t, context}, q.options().dtype(at::kBool)).tril(context - t);
-  }
-  const bool is_causal = t > 1 && t == context;
-  return at::scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), context_rows(kv.k), context_rows(kv.v), mask,
-                                          /*dropout_p=*/0.0, is_causal, /*scale=*/std::nullopt, /*enable_gqa=*/true)
-      .squeeze(0)
-      .transpose(0, 1);
 }
 
 }  // namespace xgdn

@@ -38,8 +38,6 @@ class GatedAttention {
     at::Tensor weight;
     std::optional<at::Tensor> bias;
   };
-  at::Tensor attend(const at::Tensor& q, const AttentionSequence& sequence, const at::Tensor& block_ids,
-                    const KvPool& kv) const;
 
   AttentionConfig config_;
   Projection q_;  // rows of a head: [query | gate]

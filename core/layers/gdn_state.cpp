@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/gdn_state.h"
 
-#include <ATen/ops/zeros.h>
-
 #include "core/errors.h"
+#include "core/kernels/ops_api.h"
 
 namespace xgdn {
 
@@ -20,7 +19,8 @@ GdnState GdnState::allocate(const std::vector<StateSpec>& specs, int64_t num_slo
   for (const StateSpec& spec : specs) {
     std::vector<int64_t> shape{num_slots};
     shape.insert(shape.end(), spec.slot_shape.begin(), spec.slot_shape.end());
-    components.push_back({spec.kind, at::zeros(shape, at::TensorOptions().dtype(spec.dtype).device(device))});
+    components.push_back(
+        {spec.kind, kernel::allocate_pool(shape, at::TensorOptions().dtype(spec.dtype).device(device))});
   }
   return GdnState(std::move(components));
 }

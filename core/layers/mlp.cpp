@@ -2,34 +2,52 @@
 #include "core/layers/mlp.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/softmax.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/topk.h>
-#include <ATen/ops/zeros_like.h>
+
+#include <vector>
 
 namespace xgdn {
 namespace {
 
-std::vector<Mlp> load_experts(const SparseMoeConfig& c, const WeightSource& weights, const std::string& prefix,
-                              const at::TensorOptions& options) {
-  std::vector<Mlp> experts;
+// Experts that are stored one by one, as one tensor of `options`.
+kernel::ExpertWeights stack_experts(const SparseMoeConfig& c, const WeightSource& weights, const std::string& prefix,
+                                    const at::TensorOptions& options) {
+  std::vector<RowBlock> gate_up, down;
+  for (int64_t e = 0; e < c.num_experts; ++e) {
+    const auto block = [&](const char* name, int64_t rows, int64_t columns) {
+      const std::string full = prefix + std::to_string(e) + "." + name + ".weight";
+      return RowBlock{full, weights.get(full, {rows, columns})};
+    };
+    gate_up.push_back(block("gate_proj", c.intermediate_size, c.hidden_size));
+    gate_up.push_back(block("up_proj", c.intermediate_size, c.hidden_size));
+    down.push_back(block("down_proj", c.hidden_size, c.intermediate_size));
+  }
+  return kernel::stacked_experts(fuse_rows(weights, gate_up, options).view({c.num_experts, -1, c.hidden_size}),
+                                 fuse_rows(weights, down, options).view({c.num_experts, c.hidden_size, -1}));
+}
+
+kernel::ExpertWeights load_experts(const SparseMoeConfig& c, const WeightSource& weights, const std::string& prefix,
+                                   const at::TensorOptions& options) {
   const std::string fused = prefix + "gate_up_proj";
   if (weights.contains(fused)) {
-    const at::Tensor gate_up =
-        load_weight(weights, fused, {c.num_experts, 2 * c.intermediate_size, c.hidden_size}, options);
-    const at::Tensor down =
-        load_weight(weights, prefix + "down_proj", {c.num_experts, c.hidden_size, c.intermediate_size}, options);
-    for (int64_t e = 0; e < c.num_experts; ++e) {
-      experts.emplace_back(gate_up[e].narrow(0, 0, c.intermediate_size),
-                           gate_up[e].narrow(0, c.intermediate_size, c.intermediate_size), down[e]);
-    }
-    return experts;
+    return kernel::stacked_experts(
+        load_weight(weights, fused, {c.num_experts, 2 * c.intermediate_size, c.hidden_size}, options),
+        load_weight(weights, prefix + "down_proj", {c.num_experts, c.hidden_size, c.intermediate_size}, options));
   }
+  if (!options.device().is_cpu()) return stack_experts(c, weights, prefix, options);
+  kernel::ExpertWeights experts;
   for (int64_t e = 0; e < c.num_experts; ++e) {
-    experts.emplace_back(weights, prefix + std::to_string(e) + ".", c.hidden_size, c.intermediate_size, options);
+    const auto load = [&](const char* name, int64_t rows, int64_t columns) {
+      return load_weight(weights, prefix + std::to_string(e) + "." + name + ".weight", {rows, columns}, options);
+    };
+    experts.gate.push_back(load("gate_proj", c.intermediate_size, c.hidden_size));
+    experts.up.push_back(load("up_proj", c.intermediate_size, c.hidden_size));
+    experts.down.push_back(load("down_proj", c.hidden_size, c.intermediate_size));
   }
   return experts;
 }
@@ -63,19 +81,8 @@ at::Tensor SparseMoe::forward(const at::Tensor& x) const {
   if (config_.norm_topk_prob) weights = weights / weights.sum(-1, /*keepdim=*/true);
   weights = weights.to(x.scalar_type());
 
-  // Which tokens visit which expert decides the shapes of the products, so it is read on the host.
-  const at::Tensor chosen_host = chosen.to(at::kCPU).contiguous();
-  std::vector<std::vector<int64_t>> visits(experts_.size());  // flat indices into chosen
-  for (int64_t i = 0; i < chosen_host.numel(); ++i) visits[chosen_host.const_data_ptr<int64_t>()[i]].push_back(i);
-
-  at::Tensor out = at::zeros_like(x);
-  for (size_t e = 0; e < experts_.size(); ++e) {
-    if (visits[e].empty()) continue;
-    const at::Tensor visit = at::tensor(visits[e], x.options().dtype(at::kLong));
-    const at::Tensor token = visit.floor_divide(config_.num_experts_per_tok);
-    const at::Tensor weight = weights.flatten().index_select(0, visit).unsqueeze(1);
-    out.index_add_(0, token, experts_[e].forward(x.index_select(0, token)) * weight);
-  }
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  kernel::moe_experts({.x = x, .weights = weights, .chosen = chosen, .experts = experts_, .out = out});
   return out + at::sigmoid(at::linear(x, shared_gate_)) * shared_.forward(x);
 }
 

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
+#include "core/kernels/ops_api.h"
 #include "core/layers/weight_source.h"
 
 namespace xgdn {
@@ -37,7 +37,8 @@ struct SparseMoeConfig {
 };
 
 /// Softmax over all experts in fp32, the top k of them weighted (rescaled to sum to one with norm_topk_prob), plus
-/// sigmoid(shared_expert_gate(x)) * shared_expert(x). Expert weights may be stored one by one or as one 3-D tensor.
+/// sigmoid(shared_expert_gate(x)) * shared_expert(x). Expert weights may be stored one by one or as one 3-D tensor; on
+/// the CPU they stay as they are stored, on a device they become one tensor.
 class SparseMoe {
  public:
   SparseMoe(const SparseMoeConfig& config, const WeightSource& weights, const std::string& prefix,
@@ -50,7 +51,7 @@ class SparseMoe {
   at::Tensor router_;       // [E, hidden]
   at::Tensor shared_gate_;  // [1, hidden]
   Mlp shared_;
-  std::vector<Mlp> experts_;
+  kernel::ExpertWeights experts_;
 };
 
 }  // namespace xgdn

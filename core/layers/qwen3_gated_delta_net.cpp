@@ -185,18 +185,22 @@ std::vector<StateSpec> Qwen3GatedDeltaNet::state_specs() const {
 
 at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
   check_covers(batch, hidden);
-  const Projected in = project_in(hidden);
-  at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
-  for (const Segment& segment : batch.segments) attend(segment, in, state, o);
-  kernel::rms_norm_gated(
-      {.x = o, .z = in.z, .weight = norm_, .out = o, .eps = local_.rms_norm_eps, .backend = backends_.decode});
+  const at::Tensor projected = at::linear(hidden, in_proj_);
+  const at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
+  for (const Segment& segment : batch.segments) {
+    const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
+    if (segment.kind == SegmentKind::kDecode) {
+      decode(segment, rows(projected), state, rows(o));
+    } else {
+      attend(segment, rows(projected), state, rows(o));
+    }
+  }
   at::Tensor out = at::linear(o.flatten(1), out_proj_);
   if (shard_.group != nullptr) shard_.group->sum(out);
   return out;
 }
 
-Qwen3GatedDeltaNet::Projected Qwen3GatedDeltaNet::project_in(const at::Tensor& hidden) const {
-  const at::Tensor projected = at::linear(hidden, in_proj_);
+Qwen3GatedDeltaNet::Projected Qwen3GatedDeltaNet::split(const at::Tensor& projected) const {
   const int64_t qkv = conv_weight_.size(0);
   const int64_t value_dim = local_.num_v_heads * local_.head_v_dim;
   return {.mixed_qkv = projected.narrow(1, 0, qkv),
@@ -205,24 +209,33 @@ Qwen3GatedDeltaNet::Projected Qwen3GatedDeltaNet::project_in(const at::Tensor& h
           .a = projected.narrow(1, qkv + value_dim + local_.num_v_heads, local_.num_v_heads)};
 }
 
-void Qwen3GatedDeltaNet::attend(const Segment& segment, const Projected& in, GdnState& state, at::Tensor& o) const {
-  const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
-  const at::Tensor mixed_qkv = convolve(segment, rows(in.mixed_qkv), state);
-  if (segment.kind == SegmentKind::kDecode) {
-    kernel::packed_decode({.mixed_qkv = mixed_qkv,
-                           .a = rows(in.a),
-                           .b = rows(in.b),
+void Qwen3GatedDeltaNet::decode(const Segment& segment, const at::Tensor& projected, GdnState& state,
+                                const at::Tensor& o) const {
+  kernel::gdn_decode_step({.projected = projected,
+                           .conv_weight = conv_weight_,
+                           .conv_state = state.pool(StateKind::kConv),
                            .A_log = A_log_,
                            .dt_bias = dt_bias_,
                            .state = state.pool(StateKind::kDelta),
+                           .norm_weight = norm_,
                            .state_indices = segment.state_indices,
-                           .out = rows(o),
+                           .out = o,
+                           .conv_bias = conv_bias_,
+                           .conv_indices = segment.conv_indices,
                            .write_indices = optional(segment.write_indices),
+                           .cu_seqlens = segment.cu_seqlens,
                            .may_have_padding = segment.may_have_padding,
+                           .norm_eps = local_.rms_norm_eps,
                            .backend = backends_.decode});
-  } else {
-    delta_rule(segment, mixed_qkv, rows(in.a), rows(in.b), state, rows(o));
-  }
+}
+
+// Prefill and verification, op by op.
+void Qwen3GatedDeltaNet::attend(const Segment& segment, const at::Tensor& projected, GdnState& state,
+                                const at::Tensor& o) const {
+  const Projected in = split(projected);
+  delta_rule(segment, convolve(segment, in.mixed_qkv, state), in.a, in.b, state, o);
+  kernel::rms_norm_gated(
+      {.x = o, .z = in.z, .weight = norm_, .out = o, .eps = local_.rms_norm_eps, .backend = backends_.decode});
 }
 
 at::Tensor Qwen3GatedDeltaNet::convolve(const Segment& segment, const at::Tensor& x, GdnState& state) const {
@@ -255,7 +268,7 @@ at::Tensor Qwen3GatedDeltaNet::convolve(const Segment& segment, const at::Tensor
   return mixed_qkv;
 }
 
-// Prefill and verification: gates, then the rule over several tokens of a sequence.
+// Gates, then the rule over several tokens of a sequence.
 void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mixed_qkv, const at::Tensor& a,
                                     const at::Tensor& b, GdnState& state, const at::Tensor& o) const {
   const bool is_prefill = segment.kind == SegmentKind::kPrefill;

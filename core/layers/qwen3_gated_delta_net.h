@@ -57,8 +57,9 @@ class Qwen3GatedDeltaNet {
 
  private:
   struct Projected;
-  Projected project_in(const at::Tensor& hidden) const;
-  void attend(const Segment& segment, const Projected& in, GdnState& state, at::Tensor& o) const;
+  Projected split(const at::Tensor& projected) const;
+  void attend(const Segment& segment, const at::Tensor& projected, GdnState& state, const at::Tensor& o) const;
+  void decode(const Segment& segment, const at::Tensor& projected, GdnState& state, const at::Tensor& o) const;
   at::Tensor convolve(const Segment& segment, const at::Tensor& x, GdnState& state) const;
   void delta_rule(const Segment& segment, const at::Tensor& mixed_qkv, const at::Tensor& a, const at::Tensor& b,
                   GdnState& state, const at::Tensor& o) const;

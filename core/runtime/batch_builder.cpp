@@ -200,7 +200,7 @@ BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) const 
   step.logit_rows.assign(sequences.size(), -1);
   step.input.gdn.segments.reserve(3);  // the arena keeps pointers into the segments
   AttentionBatch& attention = step.input.attention;
-  std::vector<int32_t> tokens, positions, kv_rows, block_ids, logit_rows;
+  std::vector<int32_t> tokens, positions, kv_rows, block_ids, context_rows, logit_rows;
   Arena arena;
 
   for (SegmentKind kind : {SegmentKind::kDecode, SegmentKind::kVerify, SegmentKind::kPrefill}) {
@@ -221,15 +221,16 @@ BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) const 
                                      .block_begin = static_cast<int64_t>(block_ids.size()),
                                      .num_blocks = static_cast<int64_t>(s.kv_blocks.size())});
       block_ids.insert(block_ids.end(), s.kv_blocks.begin(), s.kv_blocks.end());
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t position = s.num_cached + t;
-        tokens.push_back(s.tokens[t]);
-        positions.push_back(static_cast<int32_t>(position));
-        if (limits_.has_attention) {
+      const auto append_rows = [&](std::vector<int32_t>& rows, int64_t first) {
+        for (int64_t position = first; position < s.num_cached + count; ++position) {
           const int64_t block = s.kv_blocks[position / limits_.kv_block_size];
-          kv_rows.push_back(static_cast<int32_t>(block * limits_.kv_block_size + position % limits_.kv_block_size));
+          rows.push_back(static_cast<int32_t>(block * limits_.kv_block_size + position % limits_.kv_block_size));
         }
-      }
+      };
+      tokens.insert(tokens.end(), s.tokens.begin(), s.tokens.end());
+      for (int64_t t = 0; t < count; ++t) positions.push_back(static_cast<int32_t>(s.num_cached + t));
+      if (limits_.has_attention) append_rows(kv_rows, s.num_cached);
+      if (limits_.has_attention && !device_.is_cpu()) append_rows(context_rows, 0);
       if (s.wants_logits) {
         step.logit_rows[i] = static_cast<int64_t>(logit_rows.size());
         const int64_t first = kind == SegmentKind::kVerify ? begin : begin + count - 1;
@@ -247,6 +248,7 @@ BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) const 
   arena.put(&attention.positions, positions);
   arena.put(&attention.kv_rows, kv_rows);
   arena.put(&attention.block_ids, block_ids);
+  if (!device_.is_cpu()) arena.put(&attention.context_rows, context_rows);
   arena.bind(device_);
   return step;
 }

@@ -298,6 +298,34 @@ def bench_ops(
     print_rows(rows)
 
 
+@bench_app.command("layer")
+def bench_layer(
+    batch: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes.")] = "1,8,32",
+    threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
+    seconds: Annotated[float, typer.Option(min=0, help="Per contestant and batch size.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """A layer's decode step in bf16, of the same shape, hidden size 2048: what it takes beside its projections."""
+    from xgdn.bench.layer import LayerBenchmark
+    from xgdn.bench.report import machine, print_layer_rows
+
+    batches, counts = _parse_counts(batch, "--batch"), _parse_counts(threads, "--threads")
+    torch.manual_seed(0)
+    with torch.no_grad(), _errors_in_one_line():
+        benchmark = LayerBenchmark(seconds=seconds)
+        rows = [
+            benchmark.decode(size, dtype, count)
+            for count in counts
+            for dtype in (torch.float32, torch.bfloat16)
+            for size in batches
+        ]
+    if as_json:
+        typer.echo(json.dumps({"machine": machine(), "rows": [row.document() for row in rows]}))
+        return
+    typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
+    print_layer_rows(rows)
+
+
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
         typer.echo(f"xgdn {importlib.metadata.version('xgdn')}")

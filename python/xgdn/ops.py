@@ -31,6 +31,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "chunk_gated_delta_rule",
+    "gdn_decode_step",
     "gdn_gating",
     "l2_norm",
     "packed_decode",
@@ -335,4 +336,53 @@ def rms_norm_gated(
     """`weight * (x / rms(x)) * silu(z)` over the last dimension of `[T, HV, V]`, in the dtype of `z`."""
     out = z.new_empty(z.shape) if out is None else out
     torch.ops.xgdn.rms_norm_gated(x, z, weight, out, eps=eps, backend=backend)
+    return out
+
+
+def gdn_decode_step(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    norm_weight: Tensor,
+    *,
+    state_indices: Tensor,
+    conv_bias: Tensor | None = None,
+    conv_indices: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    may_have_padding: bool = True,
+    norm_eps: float = 1e-6,
+    out: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A layer's decode step between its two projections, one token per sequence: `causal_conv1d_update`,
+    `packed_decode` and `rms_norm_gated` in one kernel where the backend has one; returns `[N, HV, V]`.
+
+    A row of `projected` is `[q | k | v | z | b | a]`. `conv_indices` names the slots of `conv_state` where they differ
+    from `state_indices`; `write_indices` holds for both pools.
+    """
+    out = projected.new_empty((projected.shape[0], state.shape[1], state.shape[2])) if out is None else out
+    torch.ops.xgdn.gdn_decode_step(
+        projected,
+        conv_weight,
+        conv_state,
+        A_log,
+        dt_bias,
+        state,
+        norm_weight,
+        state_indices,
+        out,
+        conv_bias=conv_bias,
+        conv_indices=conv_indices,
+        write_indices=write_indices,
+        cu_seqlens=cu_seqlens,
+        may_have_padding=may_have_padding,
+        norm_eps=norm_eps,
+        scale=scale,
+        backend=backend,
+    )
     return out

@@ -20,10 +20,11 @@ import checkpoints
 import xgdn
 
 HEAD_DIMS = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
-DENSE, NEXT = checkpoints.CHECKPOINTS[0], checkpoints.CHECKPOINTS[4]
+DENSE, MOE, NEXT = (checkpoints.CHECKPOINTS[i] for i in (0, 2, 4))
 MODELS = {
     "qwen3_5": replace(DENSE, changes=HEAD_DIMS),
     "qwen3_5-1_to_3_heads": replace(DENSE, changes=HEAD_DIMS | {"linear_num_value_heads": 6}),
+    "qwen3_5_moe": replace(MOE, changes=MOE.changes | HEAD_DIMS),
     "qwen3_next": replace(NEXT, changes=NEXT.changes | HEAD_DIMS),
 }
 PROMPT_LENGTHS = (3, 65, 7, 130)

@@ -12,7 +12,9 @@ from torch import Tensor
 import reference
 import xgdn
 from cases import Case, Inputs, assert_bits_equal, assert_call, assert_close, cu_seqlens_of, i32, make_inputs
-from xgdn import ops
+from ledger import recorded
+from test_chunk_metadata import STEPS, assert_written_is_built
+from xgdn import _C, ops
 
 BF16 = {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16}
 
@@ -281,4 +283,70 @@ def test_mixed_devices_are_refused() -> None:
             cu_seqlens=t["cu_seqlens"],
             cu_seqlens_cpu=x.cu_seqlens,
             state_indices=t["state_indices"],
+        )
+
+
+@pytest.mark.parametrize("lengths", STEPS, ids=str)
+def test_chunk_metadata_is_written_on_the_device(lengths: tuple[int, ...]) -> None:
+    pooled = _C.ChunkMetadata.allocate(max_sequences=7, max_tokens=4000, num_v_heads_local=8, device="npu:0")
+    cu_seqlens = cu_seqlens_of(lengths).npu()
+    with recorded() as ledger:
+        pooled.write(cu_seqlens, 8)
+    assert (ledger.copies, ledger.syncs) == ([], [])
+    assert_written_is_built(lengths, 8, pooled)
+
+
+def delta_tensors(T: int, H: int, HV: int, K: int, V: int, S: int, state_dtype: torch.dtype) -> dict[str, Tensor]:
+    tokens = {"q": (T, H, K), "k": (T, H, K), "v": (T, HV, V)}
+    return {
+        **{name: torch.zeros(*shape, dtype=torch.bfloat16).npu() for name, shape in tokens.items()},
+        **{name: torch.zeros(T, HV).npu() for name in ("g", "beta")},
+        "state": torch.zeros(S, HV, V, K, dtype=state_dtype).npu(),
+    }
+
+
+RECURRENT_LIMITS = {
+    "HV": ({"HV": 257}, "at most 256 heads of at most 256, got H=1 HV=257 K=16 V=16"),
+    "K": ({"K": 257}, "at most 256 heads of at most 256, got H=1 HV=1 K=257 V=16"),
+    "V": ({"V": 272}, "at most 256 heads of at most 256, got H=1 HV=1 K=16 V=272"),
+    "slots": ({"T": 3, "S": 2}, "at most as many tokens as slots, got T=3 S=2"),
+    "state": ({"state_dtype": torch.float32}, "takes bf16 states, got a Float pool, which is never downcast"),
+}
+CHUNK_LIMITS = {
+    "HV": ({"HV": 65}, "at most 64 heads, got H=1 HV=65"),
+    "H": ({"H": 66, "HV": 66}, "at most 64 heads, got H=66 HV=66"),
+    "below": ({"K": 64, "V": 64}, "head dims K = V = 128, got K=64 V=64"),
+    "above": ({"K": 256, "V": 256}, "head dims K = V = 128, got K=256 V=256"),
+    "state": ({"state_dtype": torch.float32}, "takes bf16 states, got a Float pool, which is never downcast"),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT_LIMITS)
+def test_limits_of_the_recurrent_op(name: str) -> None:
+    changes, sentence = RECURRENT_LIMITS[name]
+    sizes = {"T": 1, "H": 1, "HV": 1, "K": 16, "V": 16, "S": 4, "state_dtype": torch.bfloat16} | changes
+    slots, cu_seqlens = i32([0]), i32([0, sizes["T"]])
+    with pytest.raises(NotImplementedError, match=f"backend npu cannot serve this call: .*{sentence}"):
+        ops.recurrent_gated_delta_rule(
+            **delta_tensors(**sizes),
+            cu_seqlens=cu_seqlens.npu(),
+            cu_seqlens_cpu=cu_seqlens,
+            state_indices=slots.npu(),
+            backend="npu",
+        )
+
+
+@pytest.mark.parametrize("name", [*CHUNK_LIMITS, "lengths"])
+def test_limits_of_the_chunk_op(name: str) -> None:
+    changes, sentence = CHUNK_LIMITS.get(name, ({}, "the lengths must be known on the host: pass cu_seqlens_cpu"))
+    sizes = {"T": 1, "H": 1, "HV": 1, "K": 128, "V": 128, "S": 1, "state_dtype": torch.bfloat16} | changes
+    chunk = xgdn.ChunkMetadata(*(table.npu() for table in ops.build_chunk_metadata([1], 1)))
+    with pytest.raises(NotImplementedError, match=f"backend npu cannot serve this call: .*{sentence}"):
+        ops.chunk_gated_delta_rule(
+            **delta_tensors(**sizes),
+            cu_seqlens=i32([0, 1]).npu(),
+            cu_seqlens_cpu=None if name == "lengths" else i32([0, 1]),
+            state_indices=i32([0]).npu(),
+            chunk=chunk,
+            backend="npu",
         )

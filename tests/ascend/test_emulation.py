@@ -521,6 +521,154 @@ def test_limits_can_be_lifted() -> None:
     assert_close("out", out, call.expected()[0], BF16_ROUNDING)
 
 
+# Ragged attention and the ops of a mixture of experts: what the vendor documents, and refusals.
+
+
+def attention_arguments() -> dict[str, object]:
+    """Sequences of 2 and 3 queries that see 4 and 3 keys."""
+    q, k, v = (torch.randn(rows, heads, 16).bfloat16().npu() for rows, heads in ((5, 4), (7, 2), (7, 2)))
+    return {
+        "query": q,
+        "key": k,
+        "value": v,
+        "head_num": 4,
+        "input_layout": "TND",
+        "atten_mask": torch.ones(2048, 2048, dtype=torch.bool).triu(1).npu(),
+        "scale": 0.25,
+        "actual_seq_qlen": [2, 5],
+        "actual_seq_kvlen": [4, 7],
+        "sparse_mode": 3,
+    }
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_ragged_attention_agrees_with_the_cpu(is_causal: bool) -> None:
+    arguments = attention_arguments()
+    if not is_causal:
+        arguments["atten_mask"] = None  # the vendor: then sparse_mode has no effect
+    got = torch.ops.npu.npu_fusion_attention(**arguments)[0].cpu()
+    q, k, v = (arguments[name].cpu().double() for name in ("query", "key", "value"))
+    for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7))):
+        sequence = (t.transpose(0, 1).unsqueeze(0) for t in (q[rows], k[columns], v[columns]))
+        seen = torch.ones(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.bool)
+        seen = seen.tril(seen.shape[1] - seen.shape[0]) if is_causal else seen
+        want = F.scaled_dot_product_attention(*sequence, attn_mask=seen, scale=0.25, enable_gqa=True)
+        assert_close("out", got[rows], want[0].transpose(0, 1), BF16_ROUNDING)
+
+
+ATTENTION_REFUSALS = {
+    "key_f32": (changed("key", Tensor.float), 161002, "key not implemented for DT_FLOAT"),
+    "value_shape": (changed("value", lambda t: t[:6]), 161002, "value: expected shape"),
+    "heads": (
+        changed("key", lambda t: t.repeat_interleave(2, 1)[:, :3]),
+        161002,
+        "value: expected shape|multiple of 3",
+    ),
+    "q_ends": (changed("actual_seq_qlen", lambda ends: [2, 4]), 161002, "actualSeqQLen: expected to end at T=5, got 4"),
+    "kv_ends": (changed("actual_seq_kvlen", lambda ends: [8, 7]), 161002, "actualSeqKvLen: expected values that never"),
+    "mask_shape": (changed("atten_mask", lambda t: t[:64, :64].contiguous()), 161002, "attenMask: expected shape"),
+    "mask_values": (changed("atten_mask", lambda t: ~t), 507015, "true above the diagonal"),
+    "more_queries": (changed("actual_seq_kvlen", lambda ends: [1, 7]), 507015, "at most Skv=1 queries, got 2"),
+    "head_dim": (None, 161002, r"D: expected 1\.\.768, got 784"),
+    "sequences": (None, 161002, r"the number of sequences: expected 1\.\.1024, got 1025"),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION_REFUSALS)
+def test_ragged_attention_refuses(name: str) -> None:
+    change, status, sentence = ATTENTION_REFUSALS[name]
+    arguments = attention_arguments()
+    if change is not None:
+        change(arguments)
+    elif name == "head_dim":
+        for part in ("query", "key", "value"):
+            arguments[part] = arguments[part].repeat(1, 1, 49)
+    else:
+        arguments["actual_seq_qlen"] = [0] * 1023 + [2, 5]
+        arguments["actual_seq_kvlen"] = [0] * 1023 + [4, 7]
+    with pytest.raises(RuntimeError, match=sentence) as error:
+        torch.ops.npu.npu_fusion_attention(**arguments)
+    assert f"error code is {status}" in str(error.value)
+
+
+def route(experts: Tensor, **changes: object) -> tuple[Tensor, ...]:
+    x = torch.arange(6.0).view(3, 2).npu()
+    options = {
+        "active_num": 6,
+        "expert_num": 4,
+        "expert_tokens_num_type": 1,
+        "expert_tokens_num_flag": True,
+        "active_expert_range": [0, 4],
+    }
+    return torch.ops.npu.npu_moe_init_routing_v2(x, experts, **options | changes)
+
+
+def test_routing_sorts_visits_by_expert_and_keeps_their_order() -> None:
+    rows, places, counts, _ = route(int32(2, 0, 3, 2, 0, 3).view(3, 2))
+    assert counts.cpu().tolist() == [2, 0, 2, 2]
+    assert places.cpu().tolist() == [2, 0, 4, 3, 1, 5]
+    assert rows.cpu()[:, 0].tolist() == [0, 4, 0, 2, 2, 4]
+
+
+def test_routing_refuses() -> None:
+    experts = int32(2, 0, 3, 2, 0, 3).view(3, 2)
+    for changes, sentence in (
+        ({"active_num": 5}, "activeNum: expected T K=6, got 5"),
+        ({"active_expert_range": [0, 3]}, "activeExpertRange"),
+        ({"expert_tokens_num_type": 2}, "is emulated|expected"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            route(experts, **changes)
+    with pytest.raises(RuntimeError, match="expertIdx not implemented for DT_INT64"):
+        route(experts.long())
+    with pytest.raises(RuntimeError, match=r"507015[\s\S]*expertIdx: expected 0\.\.3"):
+        route(experts + 1)
+
+
+def grouped(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    groups = torch.tensor(counts).npu()
+    (out,) = torch.ops.npu.npu_grouped_matmul(
+        [x], [weight], group_list=groups, split_item=2, group_type=0, group_list_type=1
+    )
+    return out
+
+
+def test_grouped_product_takes_each_groups_own_weight() -> None:
+    x, weight = torch.randn(5, 8).bfloat16(), torch.randn(3, 6, 8).bfloat16()
+    want = torch.cat([x[:2].double() @ weight[0].double().t(), x[2:].double() @ weight[2].double().t()])
+    for on_device in (weight.npu().transpose(1, 2), weight.transpose(1, 2).contiguous().npu()):
+        assert_close("out", grouped(x.npu(), on_device, [2, 0, 3]), want, BF16_ROUNDING)
+
+
+def test_grouped_product_refuses() -> None:
+    x, weight = torch.randn(5, 8).bfloat16().npu(), torch.randn(3, 8, 6).bfloat16().npu()
+    with pytest.raises(RuntimeError, match=r"507015[\s\S]*groupList: expected a sum of 5, got 4"):
+        grouped(x, weight, [2, 0, 2])
+    with pytest.raises(RuntimeError, match=r"507015[\s\S]*groupList\[2\]: expected 0\.\.3, got 4"):
+        grouped(x, weight, [2, 0, 4])
+    with pytest.raises(RuntimeError, match="groupList: expected shape"):
+        grouped(x, weight, [2, 3])
+    with pytest.raises(RuntimeError, match=r"groupList: expected 2\.\.1024 groups, got 1"):
+        grouped(x, weight[:1], [5])
+    with pytest.raises(RuntimeError, match="weight not implemented for DT_FLOAT,"):
+        grouped(x, weight.float(), [2, 0, 3])
+    with pytest.raises(RuntimeError, match="x: expected a contiguous tensor"):
+        grouped(torch.randn(5, 16).bfloat16().npu()[:, ::2], weight, [2, 0, 3])
+
+
+def test_swiglu_and_the_weighted_sum_of_visits() -> None:
+    x = torch.randn(3, 8).bfloat16()
+    left, right = x.double().chunk(2, -1)
+    assert_close("swiglu", torch.ops.npu.npu_swiglu(x.npu()), F.silu(left) * right, BF16_ROUNDING)
+    rows, scales, places = torch.randn(6, 8).bfloat16(), torch.rand(3, 2).bfloat16(), int32(2, 0, 4, 3, 1, 5)
+    none = (None, None, None)
+    got = torch.ops.npu.npu_moe_finalize_routing(rows.npu(), *none, scales.npu(), places, None, drop_pad_mode=2)
+    want = (rows.double()[places.cpu().long()].view(3, 2, 8) * scales.double().unsqueeze(-1)).sum(1)
+    assert_close("out", got, want, BF16_ROUNDING)
+    with pytest.raises(RuntimeError, match=r"507015[\s\S]*expandedRowIdx: expected 0\.\.5"):
+        torch.ops.npu.npu_moe_finalize_routing(rows.npu(), *none, scales.npu(), places + 1, None, drop_pad_mode=2)
+
+
 # What only a process of its own can show.
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,11 +33,25 @@ DECODE_LAYER = [
 ]
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> xgdn.Engine:
-    """A dense model whose constants are cached and whose probe has run."""
-    tiny = replace(checkpoints.CHECKPOINTS[0], changes=HEAD_DIMS)
-    directory, _ = checkpoints.make(tiny, tmp_path_factory.mktemp("checkpoint"))
+# One attention layer, from its norm's end to the output projection: the same in decode and prefill.
+ATTENTION = ["IndexSelect", "IndexSelect", "FlashAttentionVarLenScore", "InplaceCopy"]  # keys, values, the layer's rows
+# The experts of a sparse layer, between the routing and the shared expert.
+EXPERTS = [
+    "InplaceCopy",  # the choices to int32
+    *("MoeInitRoutingV3", "GroupedMatmulV4", "SwiGlu", "GroupedMatmulV4", "MoeFinalizeRoutingV2"),
+    "InplaceCopy",  # into the layer's rows
+]
+DENSE, MOE, NEXT = (checkpoints.CHECKPOINTS[i] for i in (0, 2, 5))
+MODELS = {
+    "qwen3_5": replace(DENSE, changes=HEAD_DIMS),
+    "qwen3_5_moe": replace(MOE, changes=MOE.changes | HEAD_DIMS),
+    "qwen3_next": replace(NEXT, changes=NEXT.changes | HEAD_DIMS),
+}
+
+
+def make_engine(model: str, folder: Path) -> xgdn.Engine:
+    """A model whose constants are cached and whose probe has run."""
+    directory, _ = checkpoints.make(MODELS[model], folder)
     engine = xgdn.Engine(
         directory,
         dtype=torch.bfloat16,
@@ -46,6 +62,16 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> xgdn.Engine:
     for batch in (1, 2, 4, 8):
         engine.generate([[1, 2, 3]] * batch, max_new_tokens=3, ignore_eos=True)
     return engine
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> xgdn.Engine:
+    return make_engine("qwen3_5", tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def any_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> xgdn.Engine:
+    return make_engine(request.param, tmp_path_factory.mktemp("checkpoint"))
 
 
 def steps(engine: xgdn.Engine, lengths: tuple[int, ...]) -> tuple[Ledger, Ledger]:
@@ -99,8 +125,6 @@ def test_launches_of_a_decode_step_do_not_grow_with_the_batch(engine: xgdn.Engin
         # The one row of v at batch 1 is contiguous as it is.
         want = DECODE_LAYER if batch > 1 else DECODE_LAYER[:16] + DECODE_LAYER[17:]
         assert [names(layer) for layer in gdn_layers(decode)] == [want] * NUM_GDN_LAYERS
-        # Attention, alone, takes the KV blocks of one sequence at a time.
-        assert decode.launches.count("FlashAttentionScore") == batch
 
 
 def test_decode_works_on_the_pool_itself(engine: xgdn.Engine) -> None:
@@ -136,3 +160,47 @@ def test_prefill_has_no_padded_rows_and_no_workspace_of_zeros(engine: xgdn.Engin
             rows = max(arg["shape"][0] for arg in tensors) if tensors else 0
             if op["name"] in ("aclnnInplaceZero", "aclnnInplaceFillScalar", "aclnnInplaceOne"):
                 assert rows <= N, f"{op['name']} of {tensors}"
+
+
+def test_launches_of_a_whole_model_do_not_grow_with_the_batch(any_engine: xgdn.Engine) -> None:
+    for length in (2, 40):
+        decodes = {batch: steps(any_engine, (length,) * batch)[1] for batch in (1, 2, 4, 8)}
+        for ledger in decodes.values():
+            assert_only_the_logits_come_back(ledger)
+        assert decodes[2].launches == decodes[4].launches == decodes[8].launches
+        # Rows of one token are contiguous as they are: v of a GDN layer, and what a narrow leaves of one row.
+        removed = Counter(decodes[2].launches) - Counter(decodes[1].launches)
+        assert set(removed) <= {"InplaceCopy"}, removed
+        assert not Counter(decodes[1].launches) - Counter(decodes[2].launches)
+
+
+def test_launches_of_a_whole_prefill_do_not_grow_with_the_sequences(any_engine: xgdn.Engine) -> None:
+    lengths = (66, 3, 130, 17)
+    several, _ = steps(any_engine, lengths)
+    one, _ = steps(any_engine, (sum(lengths),))
+    assert_only_the_logits_come_back(several)
+    assert_only_the_logits_come_back(one)
+    assert several.launches == one.launches
+    for q, k, v, *_, out in several.args("FlashAttentionVarLenScore"):
+        assert {tensor["shape"][0] for tensor in (q, k, v, out)} == {sum(lengths)}, "no padded rows"
+    for x, _chosen, *_, rows, places, _counts, _scale in several.args("MoeInitRoutingV3"):
+        assert x["shape"][0] == sum(lengths)
+        assert rows["shape"][0] == places["shape"][0] == 2 * sum(lengths)
+
+
+def parts(ledger: Ledger, first: str, part: list[str]) -> int:
+    """How often `part` stands in the launches, wherever `first` does."""
+    launches = ledger.launches
+    skip = part.index(first)
+    places = [i - skip for i, name in enumerate(launches) if name == first]
+    assert all(launches[i : i + len(part)] == part for i in places)
+    return len(places)
+
+
+def test_attention_and_experts_are_what_the_table_says(any_engine: xgdn.Engine) -> None:
+    for ledger in steps(any_engine, (5, 1, 33)):
+        num_sparse = ledger.launches.count("MoeInitRoutingV3")
+        assert parts(ledger, "FlashAttentionVarLenScore", ATTENTION) == ledger.launches.count(
+            "FlashAttentionVarLenScore"
+        )
+        assert parts(ledger, "MoeInitRoutingV3", EXPERTS) == num_sparse

@@ -13,6 +13,7 @@ VLLM_ASCEND = "_C_ascend::npu_recurrent_gated_delta_rule"
 # One call of each delta rule, as test_backend_ops.py makes and checks them; "ok", or the sentence of the error.
 CALLS = """
 from cases import Case, assert_call, make_inputs
+from attention_calls import ATTENTION, EXPERTS
 import test_backend_ops as calls
 
 def attempt(run, case, prefill):
@@ -29,6 +30,14 @@ def recurrent(state_dtype=torch.bfloat16):
 
 def chunk(K=128):
     attempt(calls.run_chunk, Case((66, 3), K=K, V=K, **calls.BF16), True)
+
+def attention_or_experts(op):
+    call = (ATTENTION if op == "paged_attention" else EXPERTS)[0].make()
+    try:
+        call.run("npu:0")
+        print("ok")
+    except NotImplementedError as error:
+        print(" ".join(str(error).split()))
 
 def doctor():
     sentences = {r.why_not for r in xgdn.doctor() if r.backend == "npu" and r.op == "recurrent_gated_delta_rule"}
@@ -56,6 +65,19 @@ def test_an_ordinary_cann() -> None:
     ran, report = run_python(CALLS + "recurrent()\ndoctor()")
     assert ran == "ok"
     assert_words(report, f"recurrent: {RECURRENT}, lengths L1..LB", "f32 state: no (", "chunk: yes")
+    assert_words(report, "attention: yes; experts: yes")
+    assert_words(report, "error code is 161002: ", "Tensor state not implemented for DT_FLOAT")  # CANN's own words
+
+
+def test_absent_attention_and_experts_leave_the_rest() -> None:
+    for absent, op, other in (
+        ("FlashAttentionVarLenScore", "paged_attention", "experts: yes"),
+        ("MoeInitRoutingV3", "moe_experts", "attention: yes"),
+    ):
+        ran, refused, report = run_python(CALLS + f"recurrent()\nattention_or_experts('{op}')\ndoctor()", ABSENT=absent)
+        assert ran == "ok"
+        assert_words(refused, f"npu: it failed: aclnn{absent}", "not in libopapi.so", "cpu: ", "reference: ")
+        assert_words(report, "recurrent: " + RECURRENT, other)
 
 
 def test_a_package_that_reads_lengths_with_their_start() -> None:
@@ -93,9 +115,9 @@ for report in xgdn.doctor():
     if report.backend == "npu":
         print(report.why_not)
 """
-    lines = run_python(code, preamble="import torch")
-    assert len(lines) == 8
-    assert set(lines) == {"the PrivateUse1 backend of this process is 'other', expected 'npu'"}
+    assert set(run_python(code, preamble="import torch")) == {
+        "the PrivateUse1 backend of this process is 'other', expected 'npu'"
+    }
 
 
 def test_a_process_without_a_device() -> None:

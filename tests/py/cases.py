@@ -152,6 +152,7 @@ DECODE_CASES = [
         for dtype in DTYPES
         for state_dtype in (torch.float32, torch.bfloat16)
     ),
+    *(Case((1, 3, 70), HV=1, K=K, V=32, state_dtype=torch.bfloat16) for K in (16, 48, 112)),
     Case((1,) * 3, dtype=torch.bfloat16, out_dtype=torch.float32),
     Case((1,) * 3, dtype=torch.bfloat16, beta_dtype=torch.bfloat16),
     *(Case((1, 3), gates=gates) for gates in GATES if gates != "typical"),

@@ -10,12 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from xgdn.bench import DecodeProblem, PrefillProblem, VerifyProblem, WrongResult, check, ours
+from xgdn.bench import DecodeProblem, DecodeStepProblem, PrefillProblem, VerifyProblem, WrongResult, check, ours
 from xgdn.bench.measure import take_turns
 from xgdn.cli import app
 
 PROBLEMS = {
     "decode": lambda: DecodeProblem(2, torch.float32, rotate_mib=1),
+    "decode_step": lambda: DecodeStepProblem(2, torch.float32, rotate_mib=1),
     "verify": lambda: VerifyProblem(1, 3, torch.bfloat16, rotate_mib=1),
     "prefill": lambda: PrefillProblem([65, 3]),
 }
@@ -24,7 +25,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("kind", PROBLEMS)
 def test_own_contestants_are_right_and_a_wrong_one_is_found(kind: str) -> None:
     problem = PROBLEMS[kind]()
-    truth = problem.truth()
+    truth = problem.truth_of_step() if kind == "decode_step" else problem.truth()
     for contestant in getattr(ours, kind)(problem):
         check(contestant, truth)
         out, states = contestant.result()
@@ -58,6 +59,8 @@ def test_bench_ops_prints_one_document() -> None:
     assert set(problems) == {
         "decode B=1 f32",
         "decode B=1 bf16",
+        "decode step B=1 f32",
+        "decode step B=1 bf16",
         "verify B=1 T=4 f32",
         "verify B=1 T=4 bf16",
         "prefill T=64 bf16",
@@ -72,3 +75,12 @@ def test_bench_ops_refuses_counts_that_are_none() -> None:
     result = CliRunner().invoke(app, ["bench", "ops", "--decode", "1,0"])
     assert result.exit_code == 2
     assert "expected counts like 1,8,32" in result.output
+
+
+def test_bench_layer_prints_one_document() -> None:
+    result = CliRunner().invoke(app, ["bench", "layer", "--batch", "1", "--threads", "1", "--seconds", "0", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["state_dtype"] for row in rows] == ["f32", "bf16"]
+    for row in rows:
+        assert row["between"] == pytest.approx(row["layer"] - row["in_proj"] - row["out_proj"])

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xgdn import ops
+from cases import cu_seqlens_of
+from xgdn import _C, ops
 
 
 def test_worked_values() -> None:
@@ -74,6 +75,45 @@ def test_random_lengths_against_the_definition() -> None:
 def test_tables_own_their_memory() -> None:
     tables = list(ops.build_chunk_metadata([130, 64], 8))
     assert len({table.untyped_storage().data_ptr() for table in tables}) == len(tables)
+
+
+STEPS = [(1,), (64, 65, 0, 1), (0,), (0, 0, 130), (130, 0, 0), (1300, 3, 0, 1216, 1217), (1, 1, 1, 1, 1, 1)]
+
+
+def assert_written_is_built(lengths: tuple[int, ...], heads: int, pooled: _C.ChunkMetadata) -> None:
+    """The step's rows, bit for bit, and behind them no chunks."""
+    built = ops.build_chunk_metadata(lengths, heads)
+    for name, want in built._asdict().items():
+        got = getattr(pooled, name).cpu()
+        used, tail = got[: len(want)], got[len(want) :]
+        assert used.dtype == want.dtype
+        assert torch.equal(used, want), name
+        assert (tail == (want[-1] if "offsets" in name else -1)).all(), name
+
+
+@pytest.mark.parametrize("heads", [1, 8, 31])
+@pytest.mark.parametrize("lengths", STEPS, ids=str)
+def test_tables_written_by_device_code_are_the_same(lengths: tuple[int, ...], heads: int) -> None:
+    pooled = _C.ChunkMetadata.allocate(max_sequences=7, max_tokens=4000, num_v_heads_local=heads)
+    before = [getattr(pooled, name).data_ptr() for name in ops.ChunkMetadata._fields]
+    for step in (STEPS[-2], lengths):  # over what a larger step has left
+        pooled.write(cu_seqlens_of(step), heads)
+        assert_written_is_built(step, heads, pooled)
+    assert before == [getattr(pooled, name).data_ptr() for name in ops.ChunkMetadata._fields]
+
+
+def test_pools_have_room_for_the_worst_step() -> None:
+    """Every sequence one token over a whole number of chunks."""
+    lengths = (65, 129, 1, 1, 193)
+    pooled = _C.ChunkMetadata.allocate(max_sequences=5, max_tokens=sum(lengths), num_v_heads_local=8)
+    pooled.write(cu_seqlens_of(lengths), 8)
+    assert_written_is_built(lengths, 8, pooled)
+
+
+def test_too_many_sequences_for_the_pool_are_refused() -> None:
+    pooled = _C.ChunkMetadata.allocate(max_sequences=2, max_tokens=100, num_v_heads_local=8)
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected 1\.\.2 sequences \(set by the tables\), got 3"):
+        pooled.write(cu_seqlens_of((1, 2, 3)), 8)
 
 
 @pytest.mark.parametrize("heads", [0, 65, -1])

@@ -129,7 +129,7 @@ def test_backends_are_chosen_per_phase(model: Path) -> None:
         "--state-dtype", "bfloat16", "--prefill-backend", "reference", "--decode-backend", "cpu",
     )  # fmt: skip
     assert xgdn.last_backend("chunk_gated_delta_rule") == "reference"
-    assert xgdn.last_backend("packed_decode") == "cpu"
+    assert xgdn.last_backend("gdn_decode_step") == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "PROMPT_SIZES", (3, 70))
     monkeypatch.setattr(module, "NEW_TOKENS", 4)
+    monkeypatch.setattr(module, "NUM_WINDOWS", 1)
     return module
 
 
@@ -33,8 +34,8 @@ def test_demo_agrees_with_transformers(demo: ModuleType, capsys: pytest.CaptureF
     assert demo.main() == 0
     out = capsys.readouterr().out
     assert out.count(": identical") == 2
-    assert "2 of 2 continuations of 4 tokens are identical" in out
-    assert "packed_decode: cpu" in out
+    assert "2 of 2 continuations of at most 4 tokens are identical" in out
+    assert "gdn_decode_step: cpu" in out
 
 
 def test_demo_fails_when_one_token_differs(
@@ -52,6 +53,13 @@ def test_demo_fails_when_one_token_differs(
     out = capsys.readouterr().out
     assert out.count(": identical") == 1
     assert out.count(": DIFFERENT") == 1
+
+
+def test_demo_fails_when_the_perplexity_differs(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    perplexity = demo.perplexity
+    factors = iter((1.0, 1.001))
+    monkeypatch.setattr(demo, "perplexity", lambda *args: perplexity(*args) * next(factors))
+    assert demo.main() == 1
 
 
 def test_minimal_example(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ OPS = {
     "gdn_gating",
     "l2_norm",
     "rms_norm_gated",
+    "gdn_decode_step",
+    "paged_attention",
+    "moe_experts",
 }
 
 

@@ -25,12 +25,13 @@ OPS: dict[str, Callable[..., Any]] = {
         "gdn_gating",
         "l2_norm",
         "rms_norm_gated",
+        "gdn_decode_step",
     )
 }
 
 
 def good_arguments(op: str) -> Arguments:
-    """Five tokens of two sequences (packed_decode: two tokens) that the op accepts."""
+    """Five tokens of two sequences (packed_decode, gdn_decode_step: two tokens) that the op accepts."""
     T, N, S, H, HV, K, V, D, W = 5, 2, 4, 2, 4, 16, 32, 24, 4
     batch = {"cu_seqlens": i32([0, 3, 5]), "state_indices": i32([0, 2])}
     delta = {
@@ -60,10 +61,20 @@ def good_arguments(op: str) -> Arguments:
         "gdn_gating": {"a": torch.randn(T, HV), "b": torch.randn(T, HV), **gates},
         "l2_norm": {"x": torch.randn(T, H, K)},
         "rms_norm_gated": {"x": torch.randn(T, HV, V), "z": torch.randn(T, HV, V), "weight": torch.randn(V)},
+        "gdn_decode_step": {
+            "projected": torch.randn(N, 2 * H * K + 2 * HV * V + 2 * HV),
+            "conv_weight": torch.randn(2 * H * K + HV * V, W),
+            "conv_state": torch.randn(S, W - 1, 2 * H * K + HV * V),
+            **gates,
+            "state": torch.randn(S, HV, V, K),
+            "norm_weight": torch.randn(V),
+            "state_indices": i32([0, 2]),
+        },
     }[op]
 
 
 RECURRENT = "recurrent_gated_delta_rule"
+STEP = "gdn_decode_step"
 VERIFY = {"state_indices": i32([[0, 1, 2], [3, 4, 5]]), "num_accepted": i32([1, 3]), "state": torch.randn(6, 4, 32, 16)}
 
 # (op, changed arguments, exception, words of the message)
@@ -163,6 +174,19 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ),
     ("causal_conv1d_update", {"num_accepted": i32([1, 4])}, IndexError, ("num_accepted", "1..3", "4")),
     ("causal_conv1d_update", {"num_accepted": i32([0, 1])}, IndexError, ("num_accepted", "1..3", "0")),
+    # the decode step
+    (STEP, {"projected": torch.randn(2, 320)}, ValueError, ("projected", "D + HV V + 2 HV = 328", "320")),
+    (STEP, {"conv_weight": torch.randn(192, 5)}, ValueError, ("conv_weight", "2 to 4", "5")),
+    (STEP, {"conv_weight": torch.randn(200, 4)}, ValueError, ("conv_state", "200", "192")),
+    (STEP, {"conv_weight": torch.randn(192, 4).half()}, TypeError, ("conv_weight", "Float", "Half")),
+    (STEP, {"conv_state": torch.randn(4, 2, 192)}, ValueError, ("conv_state", "R >= 3", "2")),
+    (STEP, {"norm_weight": torch.randn(16)}, ValueError, ("norm_weight", "V=32 (set by state)", "[16]")),
+    (STEP, {"cu_seqlens": i32([0, 2])}, ValueError, ("cu_seqlens", "N=2 (set by projected)", "[2]")),
+    (STEP, {"cu_seqlens": i32([0, 2, 2])}, IndexError, ("cu_seqlens", "one token a sequence", "got 2 at index 1")),
+    (STEP, {"state_indices": i32([2, 2])}, IndexError, ("state_indices", "once")),
+    (STEP, {"conv_indices": i32([3, 3])}, IndexError, ("conv_indices", "once")),
+    (STEP, {"conv_indices": i32([3, 4])}, IndexError, ("conv_indices", "0..3", "got 4")),
+    (STEP, {"conv_indices": i32([-1, 3])}, IndexError, ("conv_indices", "where state_indices has one", "got -1")),
     # chunk metadata
     ("chunk_gated_delta_rule", {"chunk": None}, ValueError, ("chunk_indices", "chunk metadata", "never recomputed")),
     (

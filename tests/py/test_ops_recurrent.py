@@ -198,6 +198,29 @@ def test_verification_equals_decode(accepted: tuple[int, ...], backend: str) -> 
             assert_close(f"state of sequence {n} after token {t}", state, pool[0], tolerance(case, case.dtype))
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("K", [48, 128])
+def test_verification_on_the_cpu_has_the_bits_of_decode(state_dtype: torch.dtype, K: int) -> None:
+    """Whether tokens were drafted or not, the sequence goes on the same; also where a draft's state is dropped."""
+    if "cpu" not in xgdn.available_backends():
+        pytest.skip("this build has no cpu backend")
+    case = Case((4, 3), H=1, HV=2, K=K, V=32, dtype=torch.bfloat16, state_dtype=state_dtype)
+    x, num_accepted = make_drafts(case, (2, 1))
+    x.state_indices[1, 1] = xgdn.PAD_SLOT_ID
+    got = verify(x, num_accepted, "cpu")
+    for n, rows in enumerate(case.rows):
+        pool = x.before[x.state_indices[n, (1, 0)[n]]][None].clone()
+        for t, row in enumerate(range(rows.start, rows.stop)):
+            token = [a[row : row + 1] for a in x.tensors()[:5]]
+            o = ops.recurrent_gated_delta_rule(
+                *token, pool, cu_seqlens=i32([0, 1]), state_indices=i32([0]), backend="cpu"
+            )
+            assert_bits_equal(f"out of sequence {n}, token {t}", got[row : row + 1], o)
+            slot = int(x.state_indices[n, t])
+            if slot != xgdn.PAD_SLOT_ID:
+                assert_bits_equal(f"state of sequence {n} after token {t}", x.state[slot], pool[0])
+
+
 @pytest.mark.parametrize("first_accepted", range(1, COLUMNS + 1))
 def test_verification_resumes_behind_the_accepted_draft(first_accepted: int, backend: str) -> None:
     """Two rounds: of the first round's drafts `first_accepted` are kept, the second goes on from there."""

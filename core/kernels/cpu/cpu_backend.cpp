@@ -11,6 +11,7 @@
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
 #include "core/kernels/cpu/gated_delta_rule.h"
+#include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/instruction_sets.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
@@ -52,6 +53,15 @@ OutRows out_rows(const at::Tensor& t) {
           .head_stride = t.dim() > 2 ? t.stride(1) : 0};
 }
 
+// Rows [token, head] of `dim` elements among the columns of t [token, columns].
+InRows in_columns(const at::Tensor& t, int64_t first, int64_t dim) {
+  const DType dtype = dtype_of(t);
+  return {.data = static_cast<const char*>(t.const_data_ptr()) + first * cpu::size_of(dtype),
+          .dtype = dtype,
+          .token_stride = t.stride(0),
+          .head_stride = dim};
+}
+
 // One number for each (token, head).
 InRows in_scalars(const at::Tensor& t) {
   return {.data = t.const_data_ptr(), .dtype = dtype_of(t), .token_stride = t.stride(0), .head_stride = t.stride(1)};
@@ -71,9 +81,9 @@ int64_t threads_for(int64_t elements) {
   return std::clamp<int64_t>(elements / kElementsPerThread, 1, at::get_num_threads());
 }
 
-// What the three delta rules share.
+// What the delta rules share.
 template <typename Params>
-cpu::GatedDeltaRuleArgs delta_args(const Params& p, const GdnShape& s) {
+cpu::GatedDeltaRuleArgs delta_args(const Params& p, const GdnShape& s, bool normalise_qk) {
   return {.N = s.N,
           .H = s.H,
           .HV = s.HV,
@@ -87,13 +97,13 @@ cpu::GatedDeltaRuleArgs delta_args(const Params& p, const GdnShape& s) {
           .read_slots = p.state_indices.template const_data_ptr<int32_t>(),
           .write_slots = p.write_indices.value_or(p.state_indices).template const_data_ptr<int32_t>(),
           .scale = static_cast<float>(p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)))),
-          .normalise_qk = p.use_qk_l2norm_in_kernel,
+          .normalise_qk = normalise_qk,
           .v_block = s.V};
 }
 
 template <typename Params>
 cpu::GatedDeltaRuleArgs packed_args(const Params& p, const GdnShape& s) {
-  cpu::GatedDeltaRuleArgs args = delta_args(p, s);
+  cpu::GatedDeltaRuleArgs args = delta_args(p, s, p.use_qk_l2norm_in_kernel);
   args.q = in_rows(p.q);
   args.k = in_rows(p.k);
   args.v = in_rows(p.v);
@@ -103,12 +113,17 @@ cpu::GatedDeltaRuleArgs packed_args(const Params& p, const GdnShape& s) {
   return args;
 }
 
-// Threads take work items one by one: sequences differ in length.
+// Calls f(begin, end) over `count` items. Threads take ranges as they come: items differ in length, threads are
+// disturbed. Ranges of several items let a thread read ahead from one item to the next.
 template <class F>
-void parallel_items(int64_t threads, int64_t count, const F& f) {
+void parallel_dynamic(int64_t threads, int64_t count, const F& f) {
+  constexpr int64_t kRangesPerThread = 16;
+  const int64_t range = std::max<int64_t>(count / (threads * kRangesPerThread), 1);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(item);
+    for (int64_t begin; (begin = next.fetch_add(range, std::memory_order_relaxed)) < count;) {
+      f(begin, std::min(begin + range, count));
+    }
   });
 }
 
@@ -120,7 +135,8 @@ void run_delta_rule(cpu::GatedDeltaRuleArgs args, const GdnShape& s) {
   const int64_t blocks = threads == 1 ? 1 : std::clamp<int64_t>((2 * threads + items - 1) / items, 1, steps);
   args.v_block = (steps + blocks - 1) / blocks * cpu::kHeadDimStep;
 
-  parallel_items(threads, cpu::num_work_items(args), [&](int64_t item) { cpu::gated_delta_rule(args, item); });
+  parallel_dynamic(threads, cpu::num_work_items(args),
+                   [&](int64_t begin, int64_t end) { cpu::gated_delta_rule(args, begin, end); });
 }
 
 // "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
@@ -166,11 +182,14 @@ void run_chunks(cpu::ChunkGatedDeltaRuleArgs args, const GdnShape& s) {
     do --args.heads_per_item;
     while (group % args.heads_per_item != 0);
   }
-  const int64_t blocks = (wanted + cpu::num_work_items(args) - 1) / std::max<int64_t>(cpu::num_work_items(args), 1);
+  const int64_t items = std::max<int64_t>(cpu::num_work_items(args), 1);
   const int64_t step = 2 * cpu::kHeadDimStep;  // what a product takes at once
   const int64_t steps = (s.V + step - 1) / step;
-  args.v_block = (steps + blocks - 1) / std::clamp<int64_t>(blocks, 1, steps) * step;
-  parallel_items(threads, cpu::num_work_items(args), [&](int64_t item) { cpu::chunk_gated_delta_rule(args, item); });
+  const int64_t blocks = std::clamp<int64_t>((wanted + items - 1) / items, 1, steps);
+  args.v_block = (steps + blocks - 1) / blocks * step;
+  parallel_dynamic(threads, cpu::num_work_items(args), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) cpu::chunk_gated_delta_rule(args, item);
+  });
 }
 
 template <typename Params>
@@ -190,6 +209,24 @@ cpu::CausalConv1dArgs conv_args(const Params& p, const ConvShape& s) {
           .cu_seqlens = p.cu_seqlens.template const_data_ptr<int32_t>(),
           .read_slots = p.state_indices.template const_data_ptr<int32_t>(),
           .write_slots = p.write_indices.value_or(p.state_indices).template const_data_ptr<int32_t>()};
+}
+
+cpu::CausalConv1dArgs decode_conv_args(const GdnDecodeStepParams& p, const ConvShape& s) {
+  const at::Tensor& reads = p.conv_indices ? *p.conv_indices : p.state_indices;
+  const at::Tensor& writes = p.write_indices ? *p.write_indices : reads;
+  return {.N = s.N,
+          .D = s.D,
+          .W = s.W,
+          .R = s.R,
+          .x = in_rows(p.projected),
+          .weight = p.conv_weight.const_data_ptr(),
+          .bias = p.conv_bias ? p.conv_bias->const_data_ptr() : nullptr,
+          .conv_state = p.conv_state.mutable_data_ptr(),
+          .conv_state_dtype = dtype_of(p.conv_state),
+          .slot_stride = p.conv_state.stride(0),
+          .read_slots = reads.const_data_ptr<int32_t>(),
+          .write_slots = writes.const_data_ptr<int32_t>(),
+          .is_update = true};
 }
 
 // Calls f(begin, end) over `count` items of `elements` each.
@@ -238,6 +275,9 @@ class CpuBackend final : public Backend {
   std::optional<std::string> why_not(const PackedDecodeParams&, const GdnShape& s) const override {
     return why_not_head_dims(s);
   }
+  std::optional<std::string> why_not(const GdnDecodeStepParams&, const DecodeStepShape& s) const override {
+    return why_not_head_dims(s.rule);
+  }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
     cpu::GatedDeltaRuleArgs args = packed_args(p, s);
@@ -248,16 +288,10 @@ class CpuBackend final : public Backend {
   void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override { run_chunks(chunk_args(p, s), s); }
 
   void run(const PackedDecodeParams& p, const GdnShape& s) const override {
-    const auto heads = [&](int64_t first_channel, int64_t dim) {
-      InRows rows = in_rows(p.mixed_qkv);
-      rows.data = static_cast<const char*>(rows.data) + first_channel * cpu::size_of(rows.dtype);
-      rows.head_stride = dim;
-      return rows;
-    };
-    cpu::GatedDeltaRuleArgs args = delta_args(p, s);
-    args.q = heads(0, s.K);
-    args.k = heads(s.H * s.K, s.K);
-    args.v = heads(2 * s.H * s.K, s.V);
+    cpu::GatedDeltaRuleArgs args = delta_args(p, s, p.use_qk_l2norm_in_kernel);
+    args.q = in_columns(p.mixed_qkv, 0, s.K);
+    args.k = in_columns(p.mixed_qkv, s.H * s.K, s.K);
+    args.v = in_columns(p.mixed_qkv, 2 * s.H * s.K, s.V);
     args.g = in_scalars(p.a);
     args.beta = in_scalars(p.b);
     args.A_log = in_heads(p.A_log);
@@ -287,6 +321,26 @@ class CpuBackend final : public Backend {
                                      .g = out_rows(p.g),
                                      .beta = out_rows(p.beta)};
     parallel_ranges(s.T, s.HV, [&](int64_t begin, int64_t end) { cpu::gdn_gating(args, begin, end); });
+  }
+
+  void run(const GdnDecodeStepParams& p, const DecodeStepShape& shape) const override {
+    const GdnShape& s = shape.rule;
+    const int64_t z = shape.conv.D;
+    const int64_t b = z + s.HV * s.V;
+    cpu::GdnDecodeStepArgs args = {.conv = decode_conv_args(p, shape.conv),
+                                   .rule = delta_args(p, s, /*normalise_qk=*/true),
+                                   .norm = {.HV = s.HV,
+                                            .V = s.V,
+                                            .z = in_columns(p.projected, z, s.V),
+                                            .weight = in_heads(p.norm_weight),
+                                            .out = out_rows(p.out),
+                                            .eps = static_cast<float>(p.norm_eps)}};
+    args.rule.g = in_columns(p.projected, b + s.HV, 1);
+    args.rule.beta = in_columns(p.projected, b, 1);
+    args.rule.A_log = in_heads(p.A_log);
+    args.rule.dt_bias = in_heads(p.dt_bias);
+    parallel_dynamic(threads_for(s.N * s.HV * s.V * s.K), cpu::num_work_items(args),
+                     [&](int64_t begin, int64_t end) { cpu::gdn_decode_step(args, begin, end); });
   }
 
   void run(const RmsNormGatedParams& p, const GdnShape& s) const override {

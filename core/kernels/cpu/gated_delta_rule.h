@@ -45,11 +45,12 @@ struct GatedDeltaRuleArgs {
 inline constexpr int64_t kHeadDimStep = 16;
 inline constexpr int64_t kMaxHeadDim = 256;
 
-/// Work items are (sequence, value head, block of V rows); any thread may take any of them in any order.
+/// Work items are (sequence, value head, block of V rows), blocks fastest; any thread may take any of them in any
+/// order.
 inline int64_t num_work_items(const GatedDeltaRuleArgs& args) {
   return args.N * args.HV * ((args.V + args.v_block - 1) / args.v_block);
 }
 
-void gated_delta_rule(const GatedDeltaRuleArgs& args, int64_t item);
+void gated_delta_rule(const GatedDeltaRuleArgs& args, int64_t begin, int64_t end);
 
 }  // namespace xgdn::kernel::cpu

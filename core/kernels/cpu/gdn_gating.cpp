@@ -5,8 +5,6 @@
 // in packed decode, so both give the same bits.
 #include "core/kernels/cpu/gdn_gating.h"
 
-#include <algorithm>
-
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "core/kernels/cpu/gdn_gating.cpp"
 #include "hwy/foreach_target.h"
@@ -22,8 +20,7 @@ void gdn_gating(const GdnGatingArgs& args, int64_t begin_token, int64_t end_toke
   const F32 d;
   const size_t width = padded(args.HV);
   // Lanes past the last head are computed and dropped.
-  float* rate = scratch<GdnGatingArgs>(4 * width);
-  std::fill_n(rate, 4 * width, 0.0f);
+  float* rate = zeroed_scratch<GdnGatingArgs>(4 * width);
   float* dt_bias = rate + width;
   float* a = dt_bias + width;
   float* b = a + width;

@@ -34,6 +34,8 @@
 
 #include "core/kernels/backend.h"
 #include "core/kernels/device_slots.h"
+#include "core/kernels/npu/moe_experts.h"
+#include "core/kernels/npu/paged_attention.h"
 #include "core/kernels/npu/probe.h"
 #include "core/kernels/npu/torch_npu_ops.h"
 #include "core/kernels/registry.h"
@@ -220,6 +222,14 @@ class NpuBackend final : public Backend {
     return why_not_recurrent(p.mixed_qkv, p.state, s);
   }
 
+  Sentence why_not(const PagedAttentionParams& p, const AttentionShape& s) const override {
+    return npu::why_not_attention(p, s);
+  }
+
+  Sentence why_not(const MoeExpertsParams& p, const ExpertsShape& s) const override {
+    return npu::why_not_experts(p, s);
+  }
+
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
     const std::vector<int64_t> lengths = lengths_of(*p.cu_seqlens_cpu);
     const Tokens x = tokens_of(p);
@@ -242,6 +252,8 @@ class NpuBackend final : public Backend {
   void run(const CausalConv1dUpdateParams& p, const ConvShape& s) const override;
   void run(const GdnGatingParams& p, const GdnShape& s) const override;
   void run(const RmsNormGatedParams& p, const GdnShape& s) const override;
+  void run(const PagedAttentionParams& p, const AttentionShape& s) const override { npu::run_attention(p, s); }
+  void run(const MoeExpertsParams& p, const ExpertsShape& s) const override { npu::run_experts(p, s); }
 
  private:
   static Sentence why_not_dtype(const at::Tensor& in, const at::Tensor& state, const std::string& why_not_f32) {

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/kernels/npu/probe.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceType.h>
 #include <c10/util/Exception.h>
@@ -12,7 +16,9 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <sstream>
 
+#include "core/kernels/npu/paged_attention.h"
 #include "core/kernels/npu/torch_npu_ops.h"
 
 namespace xgdn::kernel::npu {
@@ -24,16 +30,28 @@ at::TensorOptions on_device(at::ScalarType dtype) {
   return at::TensorOptions().dtype(dtype).device(kDevice);
 }
 
-// Runs `trial`; its sentence, or the first line of the error that it threw.
+// What torch_npu and CANN have to say in their error: which call failed, from the first line, behind torch_npu's own
+// source position; and why, from the first line with words behind torch_npu's mark of time and process.
+std::string useful_lines(const std::string& text) {
+  std::istringstream lines(text);
+  std::string call, line, why;
+  std::getline(lines, call);
+  if (const size_t position = call.find("error: call "); position != std::string::npos) call.erase(0, position + 7);
+  bool is_behind_the_mark = false;
+  while (why.empty() && std::getline(lines, line)) {
+    const size_t begin = line.find_first_not_of(" \t");
+    if (is_behind_the_mark && begin != std::string::npos && !line.ends_with("Inner Error!")) why = line.substr(begin);
+    is_behind_the_mark = is_behind_the_mark || line.starts_with("[ERROR]");
+  }
+  return why.empty() ? call : c10::str(call, ": ", why);
+}
+
+// Runs `trial`; its sentence, or what the error that it threw says.
 std::string sentence_of(const std::function<std::string()>& trial) {
   try {
     return trial();
   } catch (const c10::Error& error) {
-    // torch_npu puts its own source position in front.
-    std::string text = error.what_without_backtrace();
-    text = text.substr(0, text.find('\n'));
-    const size_t call = text.find("error: call ");
-    return c10::str("it failed: ", call == std::string::npos ? text : text.substr(call + 7));
+    return c10::str("it failed: ", useful_lines(error.what_without_backtrace()));
   } catch (const std::exception& error) {
     return c10::str("it failed: ", error.what());
   }
@@ -119,6 +137,45 @@ std::string try_chunk(at::ScalarType state_dtype, int64_t dim) {
   });
 }
 
+// Two sequences that see one and two rows of their contexts. All weights are equal, so each token reads the mean.
+std::string try_attention() {
+  return sentence_of([&]() -> std::string {
+    const at::Tensor q = at::zeros({3, 2, 16}, on_device(at::kBFloat16));
+    const at::Tensor k = at::zeros({4, 1, 16}, on_device(at::kBFloat16));
+    const at::Tensor v = at::zeros({4, 1, 16}, on_device(at::kBFloat16));
+    for (int64_t row = 0; row < 4; ++row) v.select(0, row).fill_(static_cast<double>(row));
+    // Rows 0 and 1 are the first sequence's, which ends with one token: it sees both. Rows 2 and 3 are the second's.
+    const at::Tensor out =
+        attention({.q = q, .k = k, .v = v, .mask = causal_mask(kDevice), .token_ends = {1, 3}, .context_ends = {2, 4}})
+            .cpu();
+    const bool is_right = is_near(out, {0, 1, 5}, 0.5) && is_near(out, {1, 1, 5}, 2.0) && is_near(out, {2, 1, 5}, 2.5);
+    return is_right ? "" : c10::str(kAttentionOp, " returned other numbers than attention gives");
+  });
+}
+
+// Token 0 visits experts 1 and 0, token 1 visits 0 and 1, with weights 1 and 0.5. Expert e gives 2 e + 2 times
+// silu(x) x, and the tokens differ, so that a place or a weight of another visit shows.
+std::string try_experts() {
+  return sentence_of([&]() -> std::string {
+    constexpr int64_t kDim = 16;
+    const at::Tensor x = at::ones({2, kDim}, on_device(at::kBFloat16));
+    x.select(0, 0).fill_(0.5);
+    const at::Tensor chosen = at::eye(2, at::kInt).to(kDevice);
+    const at::Tensor weights = at::ones({2, 2}, on_device(at::kBFloat16));
+    weights.select(1, 1).fill_(0.5);
+    const at::Tensor eye = at::eye(kDim, at::kBFloat16);
+    const at::Tensor gate_up = at::stack({at::cat({eye, eye}), at::cat({eye, eye})}).to(kDevice);
+    const at::Tensor down = at::stack({eye * 2.0, eye * 4.0}).to(kDevice);
+    const Routed routed = route(x, chosen, 2);
+    const at::Tensor between = swiglu(grouped_matmul(routed.rows, gate_up.transpose(1, 2), routed.counts));
+    const at::Tensor rows = grouped_matmul(between, down.transpose(1, 2), routed.counts);
+    const at::Tensor out = finalize_routing(rows, weights, routed.places).cpu();
+    const auto expert = [](double value) { return value * value / (1.0 + std::exp(-value)); };
+    const bool is_right = is_near(out, {0, 3}, 5.0 * expert(0.5)) && is_near(out, {1, 3}, 4.0 * expert(1.0));
+    return is_right ? "" : "the routing ops returned other numbers than the mixture gives";
+  });
+}
+
 // What is known of ops that xgdn recognises and does not call.
 std::string look_alikes() {
   std::string found;
@@ -138,7 +195,8 @@ Capabilities probe() {
     return "";
   });
   if (!no_device.empty()) {
-    c.why_not_recurrent = c.why_not_chunk = c10::str("torch_npu has no device: ", no_device);
+    c.why_not_recurrent = c.why_not_chunk = c.why_not_attention = c.why_not_experts =
+        c10::str("torch_npu has no device: ", no_device);
     return c;
   }
   c.why_not_recurrent = c10::str("torch_npu has no op ", kRecurrentOp);
@@ -161,6 +219,8 @@ Capabilities probe() {
       c.why_not_chunk_head_dims = try_chunk(at::kBFloat16, 64);
     }
   }
+  c.why_not_attention = try_attention();
+  c.why_not_experts = try_experts();
   LOG(INFO) << "[xgdn] npu: " << c.describe();
   return c;
 }
@@ -177,7 +237,8 @@ std::string Capabilities::describe() const {
       "; f32 state: ", recurrent_op != nullptr ? works(why_not_f32_state) : "no", "; chunk: ", works(why_not_chunk),
       why_not_chunk.empty() ? c10::str(", f32 state: ", works(why_not_chunk_f32_state),
                                        ", head dims below 128: ", works(why_not_chunk_head_dims))
-                            : "");
+                            : "",
+      "; attention: ", works(why_not_attention), "; experts: ", works(why_not_experts));
 }
 
 std::optional<std::string> why_no_device() {

@@ -23,6 +23,8 @@ struct Capabilities {
   std::string why_not_chunk;
   std::string why_not_chunk_f32_state;
   std::string why_not_chunk_head_dims;  // other than 128
+  std::string why_not_attention;
+  std::string why_not_experts;
 
   /// One line for logs and doctor().
   std::string describe() const;

@@ -77,4 +77,67 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gamma, double eps) {
   return call(kRmsNormOp, {{"input", x}, {"gamma", gamma}, {"epsilon", eps}})[0].toTensor();
 }
 
+at::Tensor attention(const AttentionCall& c) {
+  constexpr int64_t kCausalFromTheEnd = 3;
+  return call(kAttentionOp, {{"query", c.q},
+                             {"key", c.k},
+                             {"value", c.v},
+                             {"head_num", c.q.size(1)},
+                             {"input_layout", "TND"},
+                             {"atten_mask", c.mask},
+                             {"scale", c.scale},
+                             {"actual_seq_qlen", c.token_ends},
+                             {"actual_seq_kvlen", c.context_ends},
+                             {"sparse_mode", kCausalFromTheEnd}})[0]
+      .toTensor();
+}
+
+Routed route(const at::Tensor& x, const at::Tensor& chosen, int64_t num_experts) {
+  constexpr int64_t kCountPerExpert = 1;
+  constexpr int64_t kNotQuantised = -1;
+  constexpr int64_t kPlaceOfVisit = 0;
+  const torch::jit::Stack results = call(kRoutingOp, {{"x", x},
+                                                      {"expert_idx", chosen},
+                                                      {"active_num", chosen.numel()},
+                                                      {"expert_num", num_experts},
+                                                      {"expert_tokens_num_type", kCountPerExpert},
+                                                      {"expert_tokens_num_flag", true},
+                                                      {"quant_mode", kNotQuantised},
+                                                      {"active_expert_range", std::vector<int64_t>{0, num_experts}},
+                                                      {"row_idx_type", kPlaceOfVisit}});
+  return {results[0].toTensor(), results[1].toTensor(), results[2].toTensor()};
+}
+
+at::Tensor grouped_matmul(const at::Tensor& rows, const at::Tensor& weights, const at::Tensor& counts) {
+  constexpr int64_t kOneResult = 2;
+  constexpr int64_t kGroupsOfRows = 0;
+  constexpr int64_t kCounts = 1;
+  return call(kGroupedMatmulOp, {{"x", std::vector<at::Tensor>{rows}},
+                                 {"weight", std::vector<at::Tensor>{weights}},
+                                 {"group_list", counts},
+                                 {"split_item", kOneResult},
+                                 {"group_type", kGroupsOfRows},
+                                 {"group_list_type", kCounts}})[0]
+      .toTensorVector()
+      .front();
+}
+
+at::Tensor swiglu(const at::Tensor& x) {
+  return call(kSwigluOp, {{"input", x}})[0].toTensor();
+}
+
+at::Tensor finalize_routing(const at::Tensor& rows, const at::Tensor& weights, const at::Tensor& places) {
+  constexpr int64_t kPlacesTokenByToken = 2;
+  const c10::IValue none;
+  return call(kFinalizeRoutingOp, {{"expanded_permuted_rows", rows},
+                                   {"skip1", none},
+                                   {"skip2", none},
+                                   {"bias", none},
+                                   {"scales", weights},
+                                   {"expanded_src_to_dst_row", places},
+                                   {"export_for_source_row", none},
+                                   {"drop_pad_mode", kPlacesTokenByToken}})[0]
+      .toTensor();
+}
+
 }  // namespace xgdn::kernel::npu

@@ -7,11 +7,12 @@ the truth before its time counts, and contestants take turns, call by call, so t
 
 from xgdn.bench import ours
 from xgdn.bench.measure import Contestant, Problem, Row, WrongResult, check, compare
-from xgdn.bench.problems import DecodeProblem, PrefillProblem, VerifyProblem
+from xgdn.bench.problems import DecodeProblem, DecodeStepProblem, PrefillProblem, VerifyProblem
 
 __all__ = [
     "Contestant",
     "DecodeProblem",
+    "DecodeStepProblem",
     "PrefillProblem",
     "Problem",
     "Row",

@@ -12,7 +12,7 @@ from torch import Tensor
 FEWEST_CALLS = 5
 
 
-class WrongResult(Exception):
+class WrongResult(RuntimeError):
     """A contestant's result is further from float64 than it may be."""
 
 

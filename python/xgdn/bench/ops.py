@@ -9,8 +9,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from xgdn.bench import ours
-from xgdn.bench.measure import Contestant, Row, WrongResult, check, compare
-from xgdn.bench.problems import DecodeProblem, PrefillProblem, VerifyProblem
+from xgdn.bench.measure import Contestant, Row, check, compare
+from xgdn.bench.problems import DecodeProblem, DecodeStepProblem, PrefillProblem, VerifyProblem
 
 DRAFTS = 4
 
@@ -49,6 +49,7 @@ class OpsBenchmark:
         for threads in plan.threads:
             for dtype in (torch.float32, torch.bfloat16):
                 tasks += [partial(self.decode, batch, dtype, threads) for batch in plan.decode]
+                tasks += [partial(self.decode_step, batch, dtype, threads) for batch in plan.decode]
                 tasks += [partial(self.verify, batch, dtype, threads) for batch in plan.verify]
             for dtype in (torch.bfloat16, torch.float32):
                 tasks += [partial(self.prefill, [length], dtype, threads) for length in plan.prefill]
@@ -61,6 +62,14 @@ class OpsBenchmark:
     def decode(self, batch: int, state_dtype: torch.dtype, threads: int) -> list[Row]:
         problem = DecodeProblem(batch, state_dtype)
         return self._run(problem, problem, [s.decode for s in self._solvers], threads)
+
+    def decode_step(self, batch: int, state_dtype: torch.dtype, threads: int) -> list[Row]:
+        """The fused step beside the rule alone, on the same tokens. Peers have no such op."""
+        torch.set_num_threads(threads)
+        problem = DecodeStepProblem(batch, state_dtype)
+        rule, step = ours.decode(problem)[1:], ours.decode_step(problem)
+        errors = [check(c, problem.truth()) for c in rule] + [check(c, problem.truth_of_step()) for c in step]
+        return compare(problem, threads, [*rule, *step], errors, self._seconds)
 
     def verify(self, batch: int, state_dtype: torch.dtype, threads: int) -> list[Row]:
         problem = VerifyProblem(batch, DRAFTS, state_dtype)
@@ -85,7 +94,7 @@ class OpsBenchmark:
                 try:
                     errors.append(check(rehearsing, truth))
                     admitted.append(contestant)
-                except (WrongResult, RuntimeError) as error:
+                except RuntimeError as error:
                     if solve is solvers[0]:
                         raise
                     self.refused.append(f"{problem.title}, {threads} threads: {rehearsing.name}: {error}")

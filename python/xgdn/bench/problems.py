@@ -48,7 +48,7 @@ class StatePool:
         self.first = torch.randn(batch, HV, V, K).to(dtype)
         slots = torch.arange(self.parts * batch, dtype=torch.int32)
         self._slots: tuple[Tensor, ...] = slots.view(self.parts, batch).unbind()
-        self._stream = torch.ones(self.parts, self.batch_bytes // 4)
+        self._memory: tuple[Tensor, ...] = torch.ones(self.parts, self.batch_bytes // 4).unbind()
 
     def make(self) -> Tensor:
         """A contestant's own pool `[S, HV, V, K]`."""
@@ -57,9 +57,13 @@ class StatePool:
     def slots(self, i: int) -> Tensor:
         return self._slots[i % self.parts]
 
+    def memory(self, i: int) -> Tensor:
+        """As many bytes as one call's states have."""
+        return self._memory[i % self.parts]
+
     def stream(self, i: int) -> object:
-        """Reads and writes as many bytes as one call's states have."""
-        return self._stream[i % self.parts].mul_(1.0001)
+        """Reads and writes them."""
+        return self.memory(i).mul_(1.0001)
 
 
 class DecodeProblem:
@@ -97,6 +101,44 @@ class DecodeProblem:
         return out, state
 
 
+class DecodeStepProblem(DecodeProblem):
+    """What lies between the projections of a layer: convolution, rule and gated norm. The limit is the rule's."""
+
+    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
+        super().__init__(batch, state_dtype, rotate_mib)
+        self.title = f"decode step B={batch} {SHORT[state_dtype]}"
+        channels = self.mixed_qkv.shape[1]
+        self.before_conv = torch.randn(batch, channels).bfloat16()
+        self.z = torch.randn(batch, HV * V).bfloat16()
+        self.projected = torch.cat((self.before_conv, self.z, self.gates.b, self.gates.a), dim=1)
+        self.conv_weight = torch.randn(channels, CONV_WIDTH).bfloat16()
+        self.first_conv_state = torch.randn(batch, CONV_WIDTH - 1, channels).bfloat16()
+        self.norm_weight = torch.rand(V) + 0.5
+        # What the convolution gives is rounded to the type of the activations; the rule alone is measured on it.
+        conv_state = self.first_conv_state.float()
+        xgdn.ops.causal_conv1d_update(
+            self.before_conv.float(),
+            self.conv_weight.float(),
+            conv_state,
+            cu_seqlens=self.cu_seqlens,
+            state_indices=self.pool.slots(0),
+            out=(mixed_qkv := torch.empty(batch, channels)),
+            backend="reference",
+        )
+        self.mixed_qkv = mixed_qkv.bfloat16()
+        self.q, self.k, self.v = _split_qkv(self.mixed_qkv)
+
+    def make_conv_pool(self) -> Tensor:
+        return self.first_conv_state.repeat(self.pool.parts, 1, 1)
+
+    def truth_of_step(self) -> tuple[Tensor, Tensor]:
+        o, state = self.truth()
+        out = torch.empty_like(o)
+        z = self.z.float().view(self.batch, HV, V)
+        xgdn.ops.rms_norm_gated(o, z, self.norm_weight, eps=NORM_EPS, out=out, backend="reference")
+        return out, state
+
+
 class VerifyProblem:
     """`drafts` tokens for each of `batch` sequences, the state after each of them kept."""
 
@@ -111,9 +153,16 @@ class VerifyProblem:
         self.cu_seqlens = torch.arange(0, count + 1, drafts, dtype=torch.int32)
         self.num_accepted = torch.ones(batch, dtype=torch.int32)
         self.pool = StatePool(count, state_dtype, rotate_mib)
-        self.work = 2.0 * self.pool.batch_bytes
-        self.limit: Callable[[int], object] = self.pool.stream
+        self.work = self.pool.batch_bytes * (drafts + 1) / drafts
         self._table = (batch, drafts)
+
+    def limit(self, i: int) -> object:
+        """Reads one state of each sequence and writes all of them."""
+        for first, *others in self.pool.memory(i).view(*self._table, -1):
+            first.mul_(1.0001)
+            for other in others:
+                other.copy_(first)
+        return None
 
     def table(self, i: int) -> Tensor:
         return self.pool.slots(i).view(self._table)

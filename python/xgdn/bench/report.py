@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from xgdn.bench.layer import LayerRow
 from xgdn.bench.measure import Row
 
 
@@ -53,6 +54,25 @@ def table(rows: Iterable[Row]) -> Table:
     return shown
 
 
-def print_rows(rows: Iterable[Row]) -> None:
+def layer_table(rows: Iterable[LayerRow]) -> Table:
+    shown = Table("batch", "state", "threads", box=None)
+    for heading in ("layer us", "in_proj us", "out_proj us", "between us", "rule us", "between / rule"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        times = (row.layer, row.in_proj, row.out_proj, row.between, row.rule)
+        cells = (*(f"{time:,.0f}" for time in times), f"{row.between / row.rule:.2f}")
+        shown.add_row(str(row.batch), row.state_dtype, str(row.threads), *cells)
+    return shown
+
+
+def _print(shown: Table) -> None:
     # Wide enough for a whole line, so that a file or a pipe gets the figures unbroken.
-    Console(width=max(Console().width, 150)).print(table(rows))
+    Console(width=max(Console().width, 150)).print(shown)
+
+
+def print_rows(rows: Iterable[Row]) -> None:
+    _print(table(rows))
+
+
+def print_layer_rows(rows: Iterable[LayerRow]) -> None:
+    _print(layer_table(rows))

@@ -7,7 +7,6 @@
 
 namespace emulated_cann {
 
-using OptionalTensor = std::optional<Tensor>;
 using OptionalScalar = std::optional<Scalar>;
 
 // Where a call leaves a dimension out, torch_npu passes an empty tensor.

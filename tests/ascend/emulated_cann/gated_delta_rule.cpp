@@ -12,26 +12,16 @@
 // with other lengths, types and limits (run_custom_package); CHUNK_BROKEN=1 is a CANN whose
 // chunk op refuses every call; SOC=Ascend950.. takes an fp32 state in the chunk op.
 #include <ATen/ops/from_blob.h>
-#include <c10/util/StringUtil.h>
 
 #include <cmath>
 #include <vector>
 
+#include "checks.h"
 #include "op.h"
 
 namespace emulated_cann {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-template <typename... Parts>
-void require(bool condition, int status, const Parts&... sentence) {
-  if (!condition) throw Refusal{status, c10::str(sentence...)};
-}
-
-bool strict() {
-  return is_on("STRICT", /*otherwise=*/true);
-}
 bool newer_cann() {
   return is_on("FP32_STATE");
 }
@@ -40,34 +30,6 @@ bool custom_package() {
 }
 bool is_ascend950() {
   return setting("SOC").rfind("Ascend950", 0) == 0;
-}
-
-std::string acl_name(ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return "DT_FLOAT";
-    case at::kHalf:
-      return "DT_FLOAT16";
-    case at::kBFloat16:
-      return "DT_BFLOAT16";
-    case at::kInt:
-      return "DT_INT32";
-    case at::kLong:
-      return "DT_INT64";
-    default:
-      return c10::toString(type);
-  }
-}
-
-void check_type(const char* name, const OptionalTensor& t, std::initializer_list<ScalarType> allowed) {
-  if (!t) return;
-  std::string supported;
-  for (const ScalarType type : allowed) {
-    if (t->scalar_type() == type) return;
-    supported += acl_name(type) + ",";
-  }
-  require(false, kInvalidParameter, "Tensor ", name, " not implemented for ", acl_name(t->scalar_type()),
-          ", should be in dtype support list [", supported, "].");
 }
 
 // Rows, heads and head dims, which every tensor must agree on.
@@ -118,11 +80,6 @@ void check_inputs(const ShapeCheck& check, const Sizes& s, const Tensor& query, 
 struct Piece {
   int64_t first, length;
 };
-
-// What the device cannot check before it runs and the caller must guarantee.
-void require_value(bool condition, const std::string& sentence) {
-  require(condition, kKernelException, "the device would compute garbage: ", sentence);
-}
 
 std::vector<Piece> pieces_of(const Tensor& lengths, int64_t num_tokens, int64_t least, int64_t most) {
   const Tensor host = lengths.contiguous();

@@ -47,6 +47,7 @@ using at::ScalarType;
 using at::Tensor;
 using IntArray = std::vector<int64_t>;
 using TensorList = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
 inline constexpr uint64_t kWorkspaceBytes = 4096;
 

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer's decode step costs beside its two projections and beside the rule alone."""
+
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import xgdn
+from xgdn.bench.measure import take_turns
+from xgdn.bench.problems import CONV_WIDTH, HV, SHORT, DecodeProblem, H, K, V
+from xgdn.layers import GdnBatch, GdnConfig, GdnState, Qwen3GatedDeltaNet, Segment, SegmentKind, StateKind
+
+HIDDEN = 2048  # of Qwen3-Next-80B and Qwen3.5-35B
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """Medians in microseconds."""
+
+    batch: int
+    state_dtype: str
+    threads: int
+    layer: float
+    in_proj: float
+    out_proj: float
+    rule: float  # packed_decode on as many states
+
+    @property
+    def between(self) -> float:
+        """The layer without its projections."""
+        return self.layer - self.in_proj - self.out_proj
+
+    def document(self) -> dict[str, Any]:
+        return {**asdict(self), "between": self.between, "between_by_rule": self.between / self.rule}
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    """Of a layer in Qwen3.5's layout."""
+    channels, values = 2 * H * K + HV * V, HV * V
+    shapes = {
+        "in_proj_qkv.weight": (channels, HIDDEN),
+        "in_proj_z.weight": (values, HIDDEN),
+        "in_proj_b.weight": (HV, HIDDEN),
+        "in_proj_a.weight": (HV, HIDDEN),
+        "conv1d.weight": (channels, 1, CONV_WIDTH),
+        "A_log": (HV,),
+        "dt_bias": (HV,),
+        "norm.weight": (V,),
+        "out_proj.weight": (HIDDEN, values),
+    }
+    return {name: (0.02 * torch.randn(shape)).bfloat16() for name, shape in shapes.items()}
+
+
+class LayerBenchmark:
+    """One layer in bf16."""
+
+    def __init__(self, *, seconds: float = 1.0) -> None:
+        self._weights = _weights()
+        projections = [self._weights[f"in_proj_{name}.weight"] for name in ("qkv", "z", "b", "a")]
+        self._in_proj = torch.cat(projections)
+        self._out_proj = self._weights["out_proj.weight"].clone()
+        self._seconds = seconds
+
+    def decode(self, batch: int, state_dtype: torch.dtype, threads: int) -> LayerRow:
+        torch.set_num_threads(threads)
+        config = GdnConfig(
+            hidden_size=HIDDEN, num_k_heads=H, num_v_heads=HV, head_k_dim=K, head_v_dim=V, state_dtype=state_dtype
+        )
+        layer = Qwen3GatedDeltaNet(config, self._weights, dtype=torch.bfloat16)
+        problem = DecodeProblem(batch, state_dtype)
+        state = GdnState.allocate(layer.state_specs(), problem.pool.parts * batch)
+        state.pool(StateKind.DELTA).normal_()
+        batches = [self._batch(problem, i) for i in range(problem.pool.parts)]
+        hidden = torch.randn(batch, HIDDEN).bfloat16()
+        values = torch.randn(batch, HV * V).bfloat16()
+        rule_pool, out = problem.pool.make(), torch.empty_like(problem.v)
+        gates = problem.gates
+
+        def rule(i: int) -> None:
+            slots = problem.pool.slots(i)
+            xgdn.ops.packed_decode(
+                problem.mixed_qkv, gates.a, gates.b, gates.A_log, gates.dt_bias, rule_pool, state_indices=slots, out=out
+            )
+
+        times = take_turns(
+            [
+                lambda i: layer.forward(hidden, batches[i % len(batches)], state),
+                lambda _: torch.nn.functional.linear(hidden, self._in_proj),
+                lambda _: torch.nn.functional.linear(values, self._out_proj),
+                rule,
+            ],
+            self._seconds,
+        )
+        return LayerRow(batch, SHORT[state_dtype], threads, *(statistics.median(taken) for taken in times))
+
+    @staticmethod
+    def _batch(problem: DecodeProblem, i: int) -> GdnBatch:
+        slots = problem.pool.slots(i)
+        segment = Segment(
+            kind=SegmentKind.DECODE,
+            cu_seqlens_cpu=problem.cu_seqlens,
+            state_indices=slots,
+            conv_indices=slots,
+            may_have_padding=False,
+        )
+        return GdnBatch([segment])

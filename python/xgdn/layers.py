@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GDN layer alone, for a host with its own runtime.
+
+layer = Qwen3GatedDeltaNet(config, state_dict, prefix="model.layers.0.linear_attn.", dtype=torch.bfloat16)
+state = GdnState.allocate(layer.state_specs(), num_slots)
+out = layer.forward(hidden, GdnBatch([Segment(kind=SegmentKind.DECODE, ...)]), state)
+"""
+
+from xgdn._C import (
+    GdnBatch,
+    GdnConfig,
+    GdnState,
+    Qwen3GatedDeltaNet,
+    Segment,
+    SegmentKind,
+    StateKind,
+    StateSpec,
+)
+
+__all__ = [
+    "GdnBatch",
+    "GdnConfig",
+    "GdnState",
+    "Qwen3GatedDeltaNet",
+    "Segment",
+    "SegmentKind",
+    "StateKind",
+    "StateSpec",
+]

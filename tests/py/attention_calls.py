@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of paged_attention and moe_experts, with what they must compute in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class AttentionCall:
+    """Sequences of (tokens of this call, context with them); the cache is NaN outside their contexts."""
+
+    sequences: tuple[tuple[int, int], ...]
+    HQ: int = 4
+    HKV: int = 2
+    D: int = 32
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    strided: bool = False
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        parts = ["+".join(f"{t}of{c}" for t, c in self.sequences), f"{self.HQ}to{self.HKV}", f"D{self.D}"]
+        parts += [f"B{self.block_size}", str(self.dtype).removeprefix("torch.")]
+        return "-".join(parts + ["strided"] * self.strided + ["scale"] * (self.scale is not None))
+
+    def make(self) -> AttentionCall:
+        counts = [-(-context // self.block_size) for _, context in self.sequences]
+        num_blocks = sum(counts) + 3
+        self.blocks = torch.randperm(num_blocks)[: sum(counts)].int().split(counts)
+        shape = (num_blocks, self.block_size, self.HKV, self.D)
+        self.k, self.v = (torch.full(shape, torch.nan, dtype=self.dtype) for _ in range(2))
+        self.rows = []
+        for blocks, (_, context) in zip(self.blocks, self.sequences, strict=True):
+            row = (blocks.unsqueeze(1) * self.block_size + torch.arange(self.block_size)).flatten()[:context]
+            self.rows.append(row)
+            for pool in (self.k, self.v):
+                pool.flatten(0, 1)[row.long()] = torch.randn(context, self.HKV, self.D).to(self.dtype)
+        T = sum(t for t, _ in self.sequences)
+        wide = torch.randn(T, self.HQ, 2 * self.D).to(self.dtype)
+        self.q = wide[..., : self.D] if self.strided else wide[..., : self.D].contiguous()
+        return self
+
+    def run(self, device: str = "cpu", *, with_rows: bool = True, backend: str = "auto") -> Tensor:
+        out = torch.full((*self.q.shape,), torch.nan, dtype=self.dtype).to(device)
+        q = self.q.to(device)
+        if self.strided:
+            q = torch.cat([q, torch.full_like(q, torch.nan)], -1)[..., : self.D]
+        torch.ops.xgdn.paged_attention(
+            q,
+            self.k.to(device),
+            self.v.to(device),
+            torch.cat(self.blocks).to(device),
+            [t for t, _ in self.sequences],
+            [c for _, c in self.sequences],
+            [len(blocks) for blocks in self.blocks],
+            out,
+            context_rows=torch.cat(self.rows).int().to(device) if with_rows else None,
+            scale=self.scale,
+            backend=backend,
+        )
+        return out.cpu()
+
+    def expected(self) -> Tensor:
+        parts, begin = [], 0
+        for row, (t, context) in zip(self.rows, self.sequences, strict=True):
+            k, v = (
+                pool.flatten(0, 1)[row.long()].double().repeat_interleave(self.HQ // self.HKV, 1)
+                for pool in (self.k, self.v)
+            )
+            q = self.q[begin : begin + t].double() * (self.D**-0.5 if self.scale is None else self.scale)
+            logits = torch.einsum("thd,chd->htc", q, k)
+            hidden = torch.ones(t, context, dtype=torch.bool).triu(context - t + 1)
+            weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+            parts.append(torch.einsum("htc,chd->thd", weights, v))
+            begin += t
+        return torch.cat(parts)
+
+
+@dataclass
+class ExpertsCall:
+    """Tokens that each choose A of E experts."""
+
+    T: int
+    E: int = 6
+    A: int = 2
+    D: int = 64
+    I: int = 32  # noqa: E741
+    dtype: torch.dtype = torch.bfloat16
+    only: tuple[int, ...] | None = None  # the experts that are ever chosen
+
+    def __str__(self) -> str:
+        parts = [f"T{self.T}", f"{self.A}of{self.E}", f"D{self.D}", f"I{self.I}"]
+        parts += [str(self.dtype).removeprefix("torch.")]
+        return "-".join(parts + ([] if self.only is None else ["only" + "_".join(map(str, self.only))]))
+
+    def make(self) -> ExpertsCall:
+        known = torch.tensor(range(self.E) if self.only is None else self.only)
+        self.x = torch.randn(self.T, self.D).to(self.dtype)
+        self.weights = torch.rand(self.T, self.A).to(self.dtype)
+        choices = [known[torch.randperm(len(known))[: self.A]] for _ in range(self.T)]
+        self.chosen = torch.stack(choices) if choices else torch.empty(0, self.A, dtype=torch.int64)
+        self.gate_up = (torch.randn(self.E, 2 * self.I, self.D) / self.D**0.5).to(self.dtype)
+        self.down = (torch.randn(self.E, self.D, self.I) / self.I**0.5).to(self.dtype)
+        return self
+
+    def run(self, device: str = "cpu", backend: str = "auto") -> Tensor:
+        out = torch.full((self.T, self.D), torch.nan, dtype=self.dtype).to(device)
+        tensors = (self.x, self.weights, self.chosen, self.gate_up, self.down)
+        torch.ops.xgdn.moe_experts(*(t.to(device) for t in tensors), out, backend=backend)
+        return out.cpu()
+
+    def expected(self) -> Tensor:
+        x, weights, gate_up, down = (t.double() for t in (self.x, self.weights, self.gate_up, self.down))
+        out = torch.zeros(self.T, self.D, dtype=torch.float64)
+        for t in range(self.T):
+            for a in range(self.A):
+                gate, up = (gate_up[self.chosen[t, a]] @ x[t]).chunk(2)
+                out[t] += weights[t, a] * (down[self.chosen[t, a]] @ (F.silu(gate) * up))
+        return out
+
+
+ATTENTION = [
+    AttentionCall(((1, 1),)),
+    AttentionCall(((1, 17), (1, 1), (1, 16), (1, 40))),  # decode
+    AttentionCall(((5, 5), (33, 33), (1, 1))),  # prompts
+    AttentionCall(((4, 30), (16, 16), (7, 64))),  # pieces of prompts
+    AttentionCall(((1, 20), (3, 9), (18, 18), (1, 3)), block_size=8),  # all of them
+    AttentionCall(((2, 5), (0, 7), (3, 3))),
+    AttentionCall(((3, 21), (1, 9)), HQ=8, HKV=1),
+    AttentionCall(((3, 21), (1, 9)), HQ=3, HKV=3),
+    AttentionCall(((3, 21), (1, 9)), HQ=6, HKV=2, D=256),
+    AttentionCall(((3, 21), (1, 9)), strided=True),
+    AttentionCall(((3, 21), (1, 9)), scale=0.3),
+    AttentionCall(((3, 21), (1, 9)), dtype=torch.float32),
+    AttentionCall(((3, 21), (1, 9)), dtype=torch.float16),
+]
+
+EXPERTS = [
+    ExpertsCall(1),
+    ExpertsCall(9),
+    ExpertsCall(0),
+    ExpertsCall(40, E=8, A=4),
+    ExpertsCall(7, A=1),
+    ExpertsCall(7, E=5, A=5),
+    ExpertsCall(9, only=(5, 1)),
+    ExpertsCall(9, dtype=torch.float32),
+    ExpertsCall(9, dtype=torch.float16),
+]
+
+# Attention rounds the probabilities and the sum; a mixture each product, the activation, and each weighted sum.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}

@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels on every instruction set that this processor has, against loops in double. Knows neither ATen nor
+// gtest, so that it also builds for another architecture and runs under an emulator (tests/arm/run.sh).
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/kernels/cpu/causal_conv1d.h"
+#include "core/kernels/cpu/gated_delta_rule.h"
+#include "core/kernels/cpu/gdn_decode_step.h"
+#include "core/kernels/cpu/gdn_gating.h"
+#include "core/kernels/cpu/rms_norm_gated.h"
+#include "hwy/targets.h"
+
+namespace xgdn::kernel::cpu {
+namespace {
+
+using Doubles = std::vector<double>;
+
+std::string instruction_set;
+int failures = 0;
+
+uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+float from_bfloat16(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Numbers as a kernel sees them: f32 or bf16.
+class Numbers {
+ public:
+  Numbers(DType dtype, size_t count) : dtype_(dtype), bytes_(count * size_of(dtype), 0xFF) {}  // NaN
+
+  static Numbers random(DType dtype, size_t count, float size = 1.0f) {
+    static std::mt19937 generator(1);
+    Numbers x(dtype, count);
+    std::normal_distribution<float> normal(0.0f, size);
+    for (size_t i = 0; i < count; ++i) x.set(i, normal(generator));
+    return x;
+  }
+
+  void set(size_t i, float value) {
+    const uint16_t half = to_bfloat16(value);
+    if (dtype_ == DType::kFloat32) {
+      std::memcpy(bytes_.data() + 4 * i, &value, 4);
+    } else {
+      std::memcpy(bytes_.data() + 2 * i, &half, 2);
+    }
+  }
+  double operator[](size_t i) const {
+    float wide;
+    uint16_t half;
+    if (dtype_ == DType::kFloat32) {
+      std::memcpy(&wide, bytes_.data() + 4 * i, 4);
+      return wide;
+    }
+    std::memcpy(&half, bytes_.data() + 2 * i, 2);
+    return from_bfloat16(half);
+  }
+
+  void* data() { return bytes_.data(); }
+  size_t size() const { return bytes_.size() / size_of(dtype_); }
+  bool has_bits_of(const Numbers& other) const { return bytes_ == other.bytes_; }
+  InRows in(int64_t token_stride, int64_t head_stride, size_t first = 0) const {
+    return {bytes_.data() + first * size_of(dtype_), dtype_, token_stride, head_stride};
+  }
+  OutRows out(int64_t token_stride, int64_t head_stride) { return {bytes_.data(), dtype_, token_stride, head_stride}; }
+
+ private:
+  DType dtype_;
+  std::vector<unsigned char> bytes_;
+};
+
+double tolerance(DType dtype) {
+  return dtype == DType::kFloat32 ? 2e-6 : 8e-3;
+}
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED on %s: %s\n", instruction_set.c_str(), what.c_str());
+}
+
+void expect_close(const std::string& what, const Numbers& got, const Doubles& want, double bound) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    difference += (got[i] - want[i]) * (got[i] - want[i]);
+    size += want[i] * want[i];
+  }
+  const double error = std::sqrt(difference / size);
+  expect(error <= bound, what + ": relative error " + std::to_string(error));  // false for NaN
+}
+
+double sigmoid(double x) {
+  return 1 / (1 + std::exp(-x));
+}
+
+// ---- the delta rule -------------------------------------------------------------------------------------------------
+
+struct Rule {
+  int64_t tokens, K, V;
+  DType dtype;
+  static constexpr int64_t H = 1, HV = 2, N = 2;  // both sequences are equally long
+
+  Numbers q = Numbers::random(dtype, N*tokens*H*K), k = Numbers::random(dtype, N*tokens*H*K);
+  Numbers v = Numbers::random(dtype, N*tokens*HV*V), out{dtype, static_cast<size_t>(N*tokens*HV*V)};
+  Numbers g = Numbers::random(DType::kFloat32, N* tokens* HV);
+  Numbers beta = Numbers::random(DType::kFloat32, N* tokens* HV);
+
+  GatedDeltaRuleArgs args(Numbers& state, DType state_dtype) {
+    for (size_t i = 0; i < g.size(); ++i) g.set(i, -std::abs(static_cast<float>(g[i])));
+    GatedDeltaRuleArgs a;
+    a.N = N, a.H = H, a.HV = HV, a.K = K, a.V = V;
+    a.q = q.in(H * K, K), a.k = k.in(H * K, K), a.v = v.in(HV * V, V);
+    a.g = g.in(HV, 1), a.beta = beta.in(HV, 1);
+    a.out = out.out(HV * V, V);
+    a.state = state.data();
+    a.is_state_bfloat16 = state_dtype == DType::kBFloat16;
+    a.slot_stride = HV * V * K;
+    a.scale = 0.5f;
+    a.v_block = V;
+    return a;
+  }
+
+  // o of all tokens; `state` [N, HV, V, K] becomes the last.
+  Doubles in_double(Doubles& state) const {
+    Doubles o;
+    for (int64_t row = 0; row < N * tokens; ++row) {
+      for (int64_t h = 0; h < HV; ++h) {
+        double kk = 1e-6, qq = 1e-6;
+        for (int64_t i = 0; i < K; ++i) kk += k[row * K + i] * k[row * K + i], qq += q[row * K + i] * q[row * K + i];
+        for (int64_t j = 0; j < V; ++j) {
+          double* S = state.data() + ((row / tokens * HV + h) * V + j) * K;
+          double sk = 0, sq = 0;
+          for (int64_t i = 0; i < K; ++i) sk += (S[i] *= std::exp(g[row * HV + h])) * k[row * K + i] / std::sqrt(kk);
+          const double u = beta[row * HV + h] * (v[(row * HV + h) * V + j] - sk);
+          for (int64_t i = 0; i < K; ++i) {
+            S[i] += u * k[row * K + i] / std::sqrt(kk);
+            sq += S[i] * q[row * K + i] / std::sqrt(qq);
+          }
+          o.push_back(0.5 * sq);
+        }
+      }
+    }
+    return o;
+  }
+};
+
+Doubles doubles(const Numbers& x, size_t count) {
+  Doubles wide;
+  for (size_t i = 0; i < count; ++i) wide.push_back(x[i]);
+  return wide;
+}
+
+void test_rule(int64_t tokens, int64_t K, int64_t V, DType dtype, DType state_dtype) {
+  const std::string name = "delta rule, " + std::to_string(tokens) + " tokens, K=" + std::to_string(K) +
+                           (state_dtype == DType::kFloat32 ? ", f32 state" : ", bf16 state");
+  Rule rule{tokens, K, V, dtype};
+  Numbers state = Numbers::random(state_dtype, Rule::N * Rule::HV * V * K);
+  Doubles want_state = doubles(state, state.size());
+  const int32_t slots[] = {0, 1};
+  const int32_t cu_seqlens[] = {0, static_cast<int32_t>(tokens), static_cast<int32_t>(2 * tokens)};
+  GatedDeltaRuleArgs args = rule.args(state, state_dtype);
+  args.read_slots = args.write_slots = slots;
+  args.cu_seqlens = cu_seqlens;
+  gated_delta_rule(args, 0, num_work_items(args));
+  const Doubles want = rule.in_double(want_state);
+  expect_close(name + ", out", rule.out, want, tolerance(dtype));
+  expect_close(name + ", state", state, want_state, tolerance(state_dtype));
+}
+
+// Verification writes every state and gives the bits of decode, token by token.
+void test_verification(int64_t K, int64_t V, DType state_dtype) {
+  constexpr int64_t kTokens = 3;
+  const size_t slot = Rule::HV * V * K;
+  Rule rule{kTokens, K, V, DType::kBFloat16};
+  const Numbers initial = Numbers::random(state_dtype, slot);
+  Numbers drafted(state_dtype, 2 * kTokens * slot), decoded(state_dtype, 2 * slot);
+  for (size_t i = 0; i < slot; ++i) {
+    for (const size_t first : {size_t{0}, kTokens * slot}) drafted.set(first + i, static_cast<float>(initial[i]));
+    for (const size_t first : {size_t{0}, slot}) decoded.set(first + i, static_cast<float>(initial[i]));
+  }
+  const int32_t table[] = {0, 1, 2, 3, 4, 5}, accepted[] = {1, 1}, cu_seqlens[] = {0, 3, 6};
+  GatedDeltaRuleArgs args = rule.args(drafted, state_dtype);
+  args.L = kTokens;
+  args.read_slots = table;
+  args.num_accepted = accepted;
+  args.cu_seqlens = cu_seqlens;
+  gated_delta_rule(args, 0, num_work_items(args));
+  const Numbers out = rule.out;
+
+  const std::string name = "verification, K=" + std::to_string(K);
+  for (int32_t t = 0; t < kTokens; ++t) {
+    for (int32_t n = 0; n < 2; ++n) {
+      const int32_t row[] = {n * 3 + t, n * 3 + t + 1};
+      GatedDeltaRuleArgs one = rule.args(decoded, state_dtype);
+      one.N = 1;
+      one.read_slots = one.write_slots = table + n;
+      one.cu_seqlens = row;
+      gated_delta_rule(one, 0, num_work_items(one));
+      bool same = true;
+      for (size_t i = 0; i < slot; ++i) same = same && drafted[(n * 3 + t) * slot + i] == decoded[n * slot + i];
+      expect(same, name + ": a state differs from decode's");
+    }
+  }
+  expect(rule.out.has_bits_of(out), name + ": out differs from decode's");
+}
+
+// ---- the ops around it ----------------------------------------------------------------------------------------------
+
+void test_conv(int64_t W, DType dtype) {
+  constexpr int64_t kTokens = 5, kChannels = 37;
+  const Numbers x = Numbers::random(dtype, kTokens * kChannels);
+  Numbers weight = Numbers::random(dtype, kChannels * W), bias = Numbers::random(dtype, kChannels);
+  Numbers pool = Numbers::random(dtype, (W - 1) * kChannels), out(dtype, kTokens * kChannels);
+  const Numbers history = pool;
+  const int32_t slot[] = {0}, cu_seqlens[] = {0, kTokens};
+  CausalConv1dArgs args;
+  args.N = 1, args.D = kChannels, args.W = W, args.R = W - 1;
+  args.x = x.in(kChannels, 0), args.out = out.out(kChannels, 0);
+  args.weight = weight.data(), args.bias = bias.data();
+  args.conv_state = pool.data(), args.conv_state_dtype = dtype, args.slot_stride = (W - 1) * kChannels;
+  args.read_slots = args.write_slots = slot, args.cu_seqlens = cu_seqlens;
+  causal_conv1d(args, 0, num_work_items(args));
+
+  Doubles want, want_pool;
+  const auto input = [&](int64_t t, int64_t c) {
+    return t < W - 1 ? history[t * kChannels + c] : x[(t - W + 1) * kChannels + c];
+  };
+  for (int64_t t = 0; t < kTokens; ++t) {
+    for (int64_t c = 0; c < kChannels; ++c) {
+      double y = bias[c];
+      for (int64_t w = 0; w < W; ++w) y += weight[c * W + w] * input(t + w, c);
+      want.push_back(y * sigmoid(y));
+    }
+  }
+  for (int64_t r = 0; r < (W - 1) * kChannels; ++r) {
+    want_pool.push_back(input(kTokens + r / kChannels, r % kChannels));
+  }
+  expect_close("conv, W=" + std::to_string(W), out, want, tolerance(dtype));
+  expect_close("conv history, W=" + std::to_string(W), pool, want_pool, 0);
+}
+
+void test_norm_and_gating(DType dtype) {
+  constexpr int64_t kRows = 3, kDim = 20;
+  const Numbers x = Numbers::random(dtype, kRows * kDim), z = Numbers::random(dtype, kRows * kDim, 30.0f);
+  const Numbers weight = Numbers::random(dtype, kDim);
+  Numbers normed(dtype, kRows * kDim), g(DType::kFloat32, kRows * kDim), beta(DType::kFloat32, kRows * kDim);
+  RmsNormGatedArgs norm;
+  norm.HV = 1, norm.V = kDim, norm.eps = 1e-6f;
+  norm.x = x.in(kDim, 0), norm.z = z.in(kDim, 0), norm.weight = weight.in(0, 1), norm.out = normed.out(kDim, 0);
+  rms_norm_gated(norm, 0, kRows);
+  GdnGatingArgs gating;
+  gating.HV = kDim;
+  gating.a = z.in(kDim, 1), gating.b = z.in(kDim, 1), gating.A_log = weight.in(0, 1), gating.dt_bias = weight.in(0, 1);
+  gating.g = g.out(kDim, 1), gating.beta = beta.out(kDim, 1);
+  gdn_gating(gating, 0, kRows);
+
+  Doubles want_normed, want_g, want_beta;
+  for (int64_t i = 0; i < kRows * kDim; ++i) {
+    double squares = 0;
+    for (int64_t j = i / kDim * kDim; j < (i / kDim + 1) * kDim; ++j) squares += x[j] * x[j];
+    const double w = weight[i % kDim];
+    want_normed.push_back(w * x[i] / std::sqrt(squares / kDim + 1e-6) * z[i] * sigmoid(z[i]));
+    want_g.push_back(-std::exp(w) * (z[i] + w > 30 ? z[i] + w : std::log1p(std::exp(z[i] + w))));
+    want_beta.push_back(sigmoid(z[i]));
+  }
+  expect_close("norm", normed, want_normed, tolerance(dtype));
+  expect_close("g", g, want_g, 2e-6);
+  expect_close("beta", beta, want_beta, 2e-6);
+}
+
+// The fused step has the bits of convolution, rule and norm one after the other.
+void test_decode_step(int64_t K, int64_t V, DType dtype, DType state_dtype) {
+  constexpr int64_t N = 3, H = 2, HV = 6, W = 4;
+  const int64_t D = 2 * H * K + HV * V, width = D + HV * V + 2 * HV;
+  const Numbers projected = Numbers::random(dtype, N * width);
+  Numbers weight = Numbers::random(dtype, D * W, 0.5f), pool = Numbers::random(dtype, N * (W - 1) * D);
+  Numbers state = Numbers::random(state_dtype, N * HV * V * K);
+  const Numbers heads = Numbers::random(DType::kFloat32, HV), norm_weight = Numbers::random(DType::kFloat32, V);
+  Numbers out(dtype, N * HV * V);
+  const int32_t slots[] = {2, -1, 0}, cu_seqlens[] = {0, 1, 2, 3};
+
+  GdnDecodeStepArgs a;
+  a.conv.N = N, a.conv.D = D, a.conv.W = W, a.conv.R = W - 1;
+  a.conv.x = projected.in(width, 0), a.conv.weight = weight.data(), a.conv.is_update = true;
+  a.conv.conv_state = pool.data(), a.conv.conv_state_dtype = dtype, a.conv.slot_stride = (W - 1) * D;
+  a.conv.read_slots = a.conv.write_slots = slots, a.conv.cu_seqlens = cu_seqlens;
+  a.rule.N = N, a.rule.H = H, a.rule.HV = HV, a.rule.K = K, a.rule.V = V, a.rule.v_block = V;
+  a.rule.beta = projected.in(width, 1, D + HV * V), a.rule.g = projected.in(width, 1, D + HV * V + HV);
+  a.rule.A_log = a.rule.dt_bias = heads.in(0, 1);
+  a.rule.state = state.data(), a.rule.is_state_bfloat16 = state_dtype == DType::kBFloat16;
+  a.rule.slot_stride = HV * V * K, a.rule.scale = 0.5f;
+  a.rule.read_slots = a.rule.write_slots = slots, a.rule.out = out.out(HV * V, V);
+  a.norm.HV = HV, a.norm.V = V, a.norm.eps = 1e-6f;
+  a.norm.z = projected.in(width, V, D), a.norm.weight = norm_weight.in(0, 1), a.norm.out = a.rule.out;
+
+  Numbers other_pool = pool, other_state = state, other_out = out, mixed(dtype, N * D), o(dtype, N * HV * V);
+  gdn_decode_step(a, 0, num_work_items(a));
+
+  a.conv.conv_state = other_pool.data(), a.conv.out = mixed.out(D, 0);
+  a.rule.state = other_state.data(), a.rule.out = o.out(HV * V, V);
+  a.rule.q = mixed.in(D, K), a.rule.k = mixed.in(D, K, H * K), a.rule.v = mixed.in(D, V, 2 * H * K);
+  a.norm.x = o.in(HV * V, V), a.norm.out = other_out.out(HV * V, V);
+  causal_conv1d(a.conv, 0, num_work_items(a.conv));
+  gated_delta_rule(a.rule, 0, num_work_items(a.rule));
+  rms_norm_gated(a.norm, 0, N * HV);
+  bool same = true;
+  for (int64_t i = 0; i < N * HV * V; ++i) same = same && out[i] == other_out[i];  // 0 may be -0 in the padded row
+  expect(same, "decode step: out differs from the ops'");
+  expect(state.has_bits_of(other_state) && pool.has_bits_of(other_pool), "decode step: a pool differs from the ops'");
+}
+
+void test_target(int64_t target) {
+  instruction_set = hwy::TargetName(target);
+  std::printf("%s\n", instruction_set.c_str());
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const DType state_dtype : {DType::kFloat32, DType::kBFloat16}) {
+      for (const int64_t K : {16, 48, 128}) {
+        for (const int64_t tokens : {1, 4}) test_rule(tokens, K, /*V=*/32, dtype, state_dtype);
+        test_verification(K, /*V=*/32, state_dtype);
+        test_decode_step(K, /*V=*/48, dtype, state_dtype);
+      }
+    }
+    for (const int64_t W : {2, 3, 4}) test_conv(W, dtype);
+    test_norm_and_gating(dtype);
+  }
+}
+
+}  // namespace
+}  // namespace xgdn::kernel::cpu
+
+int main() {
+#if defined(HWY_COMPILE_ONLY_STATIC)
+  xgdn::kernel::cpu::test_target(HWY_STATIC_TARGET);
+#else
+  for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    xgdn::kernel::cpu::test_target(target);
+  }
+#endif
+  return xgdn::kernel::cpu::failures == 0 ? 0 : 1;
+}
