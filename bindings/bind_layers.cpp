@@ -179,15 +179,17 @@ void bind_layers(nb::module_& m) {
           [](Qwen3GatedDeltaNet* self, const GdnConfig& config, std::map<std::string, at::Tensor> weights,
              const std::string& prefix, at::ScalarType dtype, const std::string& device, int64_t rank, int64_t world,
              std::optional<std::function<void(const at::Tensor&)>> all_reduce, std::string prefill_backend,
-             std::string decode_backend) {
+             std::string decode_backend, std::string prefill_accuracy) {
             Shard shard{.rank = rank, .world = world};
             if (all_reduce) shard.group = std::make_shared<CallableAllReduce>(std::move(*all_reduce));
-            new (self) Qwen3GatedDeltaNet(config, TensorMap(std::move(weights)), prefix,
-                                          at::TensorOptions().dtype(dtype).device(c10::Device(device)), shard,
-                                          {std::move(prefill_backend), std::move(decode_backend)});
+            new (self) Qwen3GatedDeltaNet(
+                config, TensorMap(std::move(weights)), prefix,
+                at::TensorOptions().dtype(dtype).device(c10::Device(device)), shard,
+                {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)});
           },
           "config"_a, "weights"_a, nb::kw_only(), "prefix"_a = "", "dtype"_a, "device"_a = "cpu", "rank"_a = 0,
           "world"_a = 1, "all_reduce"_a = nb::none(), "prefill_backend"_a = "auto", "decode_backend"_a = "auto",
+          "prefill_accuracy"_a = "auto",
           "weights: a state dict of either checkpoint layout. all_reduce sums a tensor over the ranks in place; "
           "without "
           "it forward returns this rank's partial sum.")

@@ -226,16 +226,17 @@ void bind_engine(nb::module_& m) {
           "load",
           [](const std::string& dir, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
              at::ScalarType state_dtype, const std::string& device, std::string prefill_backend,
-             std::string decode_backend, std::optional<Progress> on_layer_loaded) {
-            return Engine::load(dir, {.runner = runner,
-                                      .dtype = dtype,
-                                      .state_dtype = state_dtype,
-                                      .device = c10::Device(device),
-                                      .backends = {std::move(prefill_backend), std::move(decode_backend)},
-                                      .on_layer_loaded = on_layer_loaded.value_or(Progress())});
+             std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded) {
+            return Engine::load(
+                dir, {.runner = runner,
+                      .dtype = dtype,
+                      .state_dtype = state_dtype,
+                      .device = c10::Device(device),
+                      .backends = {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)},
+                      .on_layer_loaded = on_layer_loaded.value_or(Progress())});
           },
           "model_dir"_a, nb::kw_only(), "runner"_a = RunnerOptions{}, "dtype"_a = nb::none(), "state_dtype"_a,
-          "device"_a = "cpu", "prefill_backend"_a = "auto", "decode_backend"_a = "auto",
+          "device"_a = "cpu", "prefill_backend"_a = "auto", "decode_backend"_a = "auto", "prefill_accuracy"_a = "auto",
           "on_layer_loaded"_a = nb::none(), WithoutGil())
       .def("submit", &Engine::submit, "request"_a, WithoutGil())
       .def("step", &Engine::step, WithoutGil())

@@ -97,6 +97,7 @@ Dims match(const ChunkGatedDeltaRuleParams& p) {
   require_metadata(d, "chunk_offsets", p.chunk_offsets);
   match_indices(d, "chunk_indices", p.chunk_indices, "M 2");
   match_indices(d, "chunk_offsets", p.chunk_offsets, "N+1");
+  check_accuracy_name(p.accuracy);
   return d;
 }
 
@@ -339,6 +340,12 @@ ExpertsShape shape(const MoeExpertsParams&, const Dims& d) {
 }
 
 }  // namespace
+
+void check_accuracy_name(const std::string& accuracy) {
+  if (accuracy == "auto" || accuracy == "fast" || accuracy == "exact") return;
+  throw UnsupportedError(
+      c10::str("[chunk_gated_delta_rule] accuracy: expected auto, fast or exact, got '", accuracy, "'"));
+}
 
 GdnShape checked_shape(const RecurrentGatedDeltaRuleParams& p) {
   return shape(p, match(p));

@@ -84,6 +84,9 @@ struct ChunkGatedDeltaRuleParams {
   bool may_have_padding = true;                      // false: the caller promises that no slot is kPadSlot
   std::optional<double> scale = {};                  // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
+  // "fast" may round the operands of matrix products to bf16, with f32 sums; "exact" is f32 throughout; "auto" is fast
+  // for bf16 inputs and exact for others. A backend may be more exact than asked.
+  std::string accuracy = "auto";
   std::string backend = "auto";
 };
 void chunk_gated_delta_rule(const ChunkGatedDeltaRuleParams& p);
@@ -285,6 +288,9 @@ enum class Phase { kPrefill, kDecode };
 
 /// Throws UnsupportedError unless `name` is "auto" or a backend of this build, with its sentence where it is absent.
 void check_backend_name(const std::string& name);
+
+/// Throws UnsupportedError unless `accuracy` is one of ChunkGatedDeltaRuleParams.
+void check_accuracy_name(const std::string& accuracy);
 
 /// Process-wide choice behind backend = "auto": a backend's name, or "auto" for the order of preference. Starts from
 /// the environment: XGDN_PREFILL_BACKEND, XGDN_DECODE_BACKEND. Throws UnsupportedError for an unknown name.

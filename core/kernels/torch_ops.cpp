@@ -95,7 +95,7 @@ void chunk_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v
                                const MaybeTensor& chunk_indices, const MaybeTensor& chunk_offsets, const Tensor& out,
                                const MaybeTensor& has_initial_state, const MaybeTensor& write_indices,
                                const MaybeTensor& cu_seqlens_cpu, bool may_have_padding, std::optional<double> scale,
-                               bool use_qk_l2norm_in_kernel, std::string backend) {
+                               bool use_qk_l2norm_in_kernel, std::string accuracy, std::string backend) {
   serve<key>(ChunkGatedDeltaRuleParams{.q = q,
                                        .k = k,
                                        .v = v,
@@ -113,6 +113,7 @@ void chunk_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v
                                        .may_have_padding = may_have_padding,
                                        .scale = scale,
                                        .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
+                                       .accuracy = std::move(accuracy),
                                        .backend = std::move(backend)},
              q, chunk_gated_delta_rule);
 }
@@ -356,8 +357,8 @@ TORCH_LIBRARY(xgdn, m) {
       "chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
       "Tensor cu_seqlens, Tensor state_indices, Tensor? chunk_indices, Tensor? chunk_offsets, Tensor(b!) out, *, "
       "Tensor? has_initial_state=None, Tensor? write_indices=None, Tensor? cu_seqlens_cpu=None, bool "
-      "may_have_padding=True, float? scale=None, "
-      "bool use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()",
+      "may_have_padding=True, float? scale=None, bool use_qk_l2norm_in_kernel=True, str accuracy=\"auto\", "
+      "str backend=\"auto\") -> ()",
       tags);
   m.def(
       "packed_decode(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "

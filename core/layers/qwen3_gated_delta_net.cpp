@@ -300,6 +300,7 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                     .write_indices = optional(segment.write_indices),
                                     .cu_seqlens_cpu = optional(segment.cu_seqlens_cpu),
                                     .may_have_padding = segment.may_have_padding,
+                                    .accuracy = backends_.prefill_accuracy,
                                     .backend = backend});
   } else {
     kernel::recurrent_gated_delta_rule({.q = q,

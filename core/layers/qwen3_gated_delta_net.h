@@ -20,6 +20,7 @@ namespace xgdn {
 struct BackendSelection {
   std::string prefill = "auto";
   std::string decode = "auto";
+  std::string prefill_accuracy = "auto";  // of kernel::ChunkGatedDeltaRuleParams
 };
 
 /// Sizes of the whole layer, before sharding.

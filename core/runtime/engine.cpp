@@ -32,6 +32,7 @@ std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const Eng
   check_dtypes(dtype, options.state_dtype);
   kernel::check_backend_name(options.backends.prefill);
   kernel::check_backend_name(options.backends.decode);
+  kernel::check_accuracy_name(options.backends.prefill_accuracy);
   const Checkpoint checkpoint(dir);
   auto model = std::make_shared<const HybridDecoder>(config, checkpoint,
                                                      DecoderOptions{.dtype = dtype,

@@ -30,6 +30,7 @@ class Engine:
         device: of weights, activations and pools, such as "cpu" or "npu:0".
         runner: sizes of the pools and of a step.
         prefill_backend, decode_backend: a name of `xgdn.available_backends()`, or "auto".
+        prefill_accuracy: "fast", "exact" or "auto", as in `xgdn.ops.chunk_gated_delta_rule`.
         on_layer_loaded: called with (loaded, total) while loading.
 
     Raises:
@@ -46,6 +47,7 @@ class Engine:
         runner: RunnerOptions | None = None,
         prefill_backend: str = "auto",
         decode_backend: str = "auto",
+        prefill_accuracy: str = "auto",
         on_layer_loaded: Callable[[int, int], None] | None = None,
     ) -> None:
         self._engine = _C.Engine.load(
@@ -56,6 +58,7 @@ class Engine:
             device=device,
             prefill_backend=prefill_backend,
             decode_backend=decode_backend,
+            prefill_accuracy=prefill_accuracy,
             on_layer_loaded=on_layer_loaded,
         )
 

@@ -152,13 +152,16 @@ def chunk_gated_delta_rule(
     out: Tensor | None = None,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = True,
+    accuracy: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Prefill: read initial states from `state`, write final states to it, return `[T, HV, V]`.
 
     `chunk` comes from `build_chunk_metadata`, on the device of `q`; without it the op raises, it never rebuilds the
     tables. `has_initial_state` `[N]` bool: where false the sequence starts from zero, whatever its slot holds.
-    `cu_seqlens_cpu`, `may_have_padding`: as in `recurrent_gated_delta_rule`.
+    `accuracy`: `"fast"` may round the operands of matrix products to bf16, with f32 sums; `"exact"` is f32 throughout;
+    `"auto"` is fast for bf16 inputs, else exact. `cu_seqlens_cpu`, `may_have_padding`: as in
+    `recurrent_gated_delta_rule`.
     """
     out = v.new_empty(v.shape) if out is None else out
     torch.ops.xgdn.chunk_gated_delta_rule(
@@ -179,6 +182,7 @@ def chunk_gated_delta_rule(
         may_have_padding=may_have_padding,
         scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        accuracy=accuracy,
         backend=backend,
     )
     return out

@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GATES = {
     "typical": (-0.5, 0.0),
     "near0": (-1e-6, 0.0),
+    "slow": (-1e-2, 0.0),
     "halfulp": (-3e-8, -3e-8),  # exp() rounds it by half a unit of f32, to the same side at every step
     "g5": (-5.0, -5.0),
     "g380": (-380.0, -380.0),

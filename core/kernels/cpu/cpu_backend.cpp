@@ -9,9 +9,11 @@
 
 #include "core/kernels/backend.h"
 #include "core/kernels/cpu/causal_conv1d.h"
+#include "core/kernels/cpu/chunk_gated_delta_rule.h"
 #include "core/kernels/cpu/gated_delta_rule.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
+#include "core/kernels/cpu/instruction_sets.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/registry.h"
 
@@ -137,6 +139,59 @@ void run_delta_rule(cpu::GatedDeltaRuleArgs args, const GdnShape& s) {
                    [&](int64_t begin, int64_t end) { cpu::gated_delta_rule(args, begin, end); });
 }
 
+// "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
+bool is_fast(const ChunkGatedDeltaRuleParams& p) {
+  return p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
+}
+
+cpu::ChunkGatedDeltaRuleArgs chunk_args(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
+  return {.N = s.N,
+          .H = s.H,
+          .HV = s.HV,
+          .K = s.K,
+          .V = s.V,
+          .q = in_rows(p.q),
+          .k = in_rows(p.k),
+          .v = in_rows(p.v),
+          .g = in_scalars(p.g),
+          .beta = in_scalars(p.beta),
+          .out = out_rows(p.out),
+          .state = p.state.mutable_data_ptr(),
+          .is_state_bfloat16 = p.state.scalar_type() == at::kBFloat16,
+          .slot_stride = p.state.stride(0),
+          .cu_seqlens = p.cu_seqlens.const_data_ptr<int32_t>(),
+          .read_slots = p.state_indices.const_data_ptr<int32_t>(),
+          .write_slots = p.write_indices.value_or(p.state_indices).const_data_ptr<int32_t>(),
+          .has_initial_state = pointer<bool>(p.has_initial_state),
+          .scale = static_cast<float>(p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)))),
+          .normalise_qk = p.use_qk_l2norm_in_kernel,
+          .products = is_fast(p) ? cpu::bfloat16_products() : nullptr,
+          .heads_per_item = s.HV / s.H,
+          .v_block = s.V};
+}
+
+// The value heads of a key head share an item unless their states outgrow the cache or threads would have nothing to
+// do; then V is split as well.
+void run_chunks(cpu::ChunkGatedDeltaRuleArgs args, const GdnShape& s) {
+  constexpr int64_t kItemState = 1 << 18;  // elements
+  const int64_t threads = threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K);
+  const int64_t wanted = threads == 1 ? 1 : 2 * threads;
+  const int64_t group = s.HV / s.H;
+  while (args.heads_per_item > 1 &&
+         (args.heads_per_item * s.K * s.V > kItemState || cpu::num_work_items(args) < wanted)) {
+    do --args.heads_per_item;
+    while (group % args.heads_per_item != 0);
+  }
+  const int64_t items = std::max<int64_t>(cpu::num_work_items(args), 1);
+  const int64_t step = 2 * cpu::kHeadDimStep;  // what a product takes at once
+  const int64_t steps = (s.V + step - 1) / step;
+  const int64_t blocks = std::clamp<int64_t>((wanted + items - 1) / items, 1, steps);
+  args.v_block = (steps + blocks - 1) / blocks * step;
+  parallel_dynamic(threads, cpu::num_work_items(args), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) cpu::chunk_gated_delta_rule(args, item);
+  });
+}
+
 template <typename Params>
 cpu::CausalConv1dArgs conv_args(const Params& p, const ConvShape& s) {
   return {.N = s.N,
@@ -199,6 +254,8 @@ std::optional<std::string> why_not_head_dims(const GdnShape& s) {
 
 class CpuBackend final : public Backend {
  public:
+  CpuBackend() { cpu::limit_highway_targets(); }
+
   using Backend::run;
   using Backend::why_not;
 
@@ -228,11 +285,7 @@ class CpuBackend final : public Backend {
     run_delta_rule(args, s);
   }
 
-  void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override {
-    cpu::GatedDeltaRuleArgs args = packed_args(p, s);
-    args.has_initial_state = pointer<bool>(p.has_initial_state);
-    run_delta_rule(args, s);
-  }
+  void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override { run_chunks(chunk_args(p, s), s); }
 
   void run(const PackedDecodeParams& p, const GdnShape& s) const override {
     cpu::GatedDeltaRuleArgs args = delta_args(p, s, p.use_qk_l2norm_in_kernel);

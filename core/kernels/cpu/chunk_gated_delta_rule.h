@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gated delta rule on the CPU in chunks of 64 tokens, over pointers, strides and sizes: prefill.
+#pragma once
+
+#include <cstdint>
+
+#include "core/kernels/cpu/packed_product.h"
+#include "core/kernels/cpu/rows.h"
+
+namespace xgdn::kernel::cpu {
+
+/// Letters as in ops_api.h. Strides count elements. K and V are multiples of 16.
+struct ChunkGatedDeltaRuleArgs {
+  int64_t N = 0;
+  int64_t H = 0;
+  int64_t HV = 0;
+  int64_t K = 0;
+  int64_t V = 0;
+
+  InRows q;     // [T, H, K]
+  InRows k;     // [T, H, K]
+  InRows v;     // [T, HV, V]
+  InRows g;     // [T, HV]
+  InRows beta;  // [T, HV]
+  OutRows out;  // [T, HV, V]
+
+  void* state = nullptr;  // [S, HV, V, K]  f32 | bf16
+  bool is_state_bfloat16 = false;
+  int64_t slot_stride = 0;
+
+  const int32_t* cu_seqlens = nullptr;      // [N+1]
+  const int32_t* read_slots = nullptr;      // [N]
+  const int32_t* write_slots = nullptr;     // [N]
+  const bool* has_initial_state = nullptr;  // [N]  null: all true
+
+  float scale = 1.0f;
+  bool normalise_qk = true;
+
+  const BFloat16Products* products = nullptr;  // null: f32 products
+
+  int64_t heads_per_item = 0;  // value heads: divides HV, and is a multiple or a divisor of HV / H
+  int64_t v_block = 0;         // rows of S per work item, multiple of 16
+};
+
+/// Work items are (sequence, heads_per_item value heads, block of V rows); any thread may take any of them in any
+/// order. A thread keeps scratch memory for one item, whatever the number of tokens: the item's states, in f32 and as
+/// operands, and less than 1 MiB.
+int64_t num_work_items(const ChunkGatedDeltaRuleArgs& args);
+
+void chunk_gated_delta_rule(const ChunkGatedDeltaRuleArgs& args, int64_t item);
+
+}  // namespace xgdn::kernel::cpu
