@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gated delta rule, token by token: recurrent_gated_delta_rule, packed_decode and chunk_gated_delta_rule. Prefill uses
-// the recurrence as well, in tiles of state rows that stay in the first-level cache while a chunk of tokens passes.
-// The maths, its rounding and the order of its sums: gated_delta_rule-inl.h.
+// Gated delta rule, token by token: recurrent_gated_delta_rule and packed_decode. Several tokens pass through tiles of
+// state rows that stay in the first-level cache. The maths, its rounding and the order of its sums:
+// gated_delta_rule-inl.h.
 //
 //            K ->            Loop: sequence, value head, block of V rows (a work item) -> chunk of tokens -> tile of
 //        +---------+         rows -> token -> 4 rows -> K lanes.
@@ -145,11 +145,7 @@ void copy_rows(const Src* src, Dst* dst, size_t num_rows, size_t K) {
 template <typename State>
 void step_sequence(const GatedDeltaRuleArgs& args, const Item& item, const State* src, Chunk& c) {
   const size_t K = args.K;
-  if (src != nullptr) {
-    copy_rows(src, c.S, item.num_rows, K);
-  } else {
-    std::fill_n(c.S, item.num_rows * K, 0.0f);
-  }
+  copy_rows(src, c.S, item.num_rows, K);
   for (int64_t token = item.begin; token < item.end; token += kChunk) {
     const size_t count = stage<State>(args, item, token, c);
     for (size_t row = 0; row < static_cast<size_t>(item.num_rows); row += kTile) {
@@ -208,24 +204,23 @@ int32_t read_slot(const GatedDeltaRuleArgs& args, const Item& item) {
   return args.read_slots[item.n * args.L + column];
 }
 
-// The rows that an item reads; null: none.
+// The rows that an item reads; null: padding.
 template <typename State>
 const State* source_rows(const GatedDeltaRuleArgs& args, const Item& item) {
   const int32_t slot = read_slot(args, item);
-  const bool has_initial_state = args.has_initial_state == nullptr || args.has_initial_state[item.n];
-  return slot >= 0 && has_initial_state ? state_rows<State>(args, item, slot) : nullptr;
+  return slot >= 0 ? state_rows<State>(args, item, slot) : nullptr;
 }
 
 template <typename State>
 void run_item(const GatedDeltaRuleArgs& args, const Item& item, const void* next, Chunk& c) {
-  if (read_slot(args, item) < 0) {
+  const State* src = source_rows<State>(args, item);
+  if (src == nullptr) {
     for (int64_t t = item.begin; t < item.end; ++t) {
       std::memset(out_rows(args, item, t), 0, item.num_rows * size_of(args.out.dtype));
     }
     return;
   }
-  const State* src = source_rows<State>(args, item);
-  if (item.end - item.begin == 1 && src != nullptr) {
+  if (item.end - item.begin == 1) {
     step_token(args, item, src, next, c);
   } else if (args.num_accepted != nullptr) {
     verify_sequence(args, item, src, c);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gated delta rule on the CPU over pointers, strides and sizes: decode, verification, prefill and packed decode.
+// The gated delta rule on the CPU over pointers, strides and sizes: decode, verification and packed decode.
 #pragma once
 
 #include <cstdint>
@@ -30,11 +30,10 @@ struct GatedDeltaRuleArgs {
   bool is_state_bfloat16 = false;
   int64_t slot_stride = 0;
 
-  const int32_t* cu_seqlens = nullptr;      // [N+1]   null: one token a sequence
-  const int32_t* read_slots = nullptr;      // [N, L]
-  const int32_t* write_slots = nullptr;     // [N]     unused with num_accepted
-  const int32_t* num_accepted = nullptr;    // [N]     not null: verification, read_slots is the table
-  const bool* has_initial_state = nullptr;  // [N]     null: all true
+  const int32_t* cu_seqlens = nullptr;    // [N+1]   null: one token a sequence
+  const int32_t* read_slots = nullptr;    // [N, L]
+  const int32_t* write_slots = nullptr;   // [N]     unused with num_accepted
+  const int32_t* num_accepted = nullptr;  // [N]     not null: verification, read_slots is the table
 
   float scale = 1.0f;
   bool normalise_qk = true;

@@ -131,7 +131,7 @@ def _prefill(problem: PrefillProblem, accuracy: str) -> Contestant:
             chunk=problem.chunk,
             has_initial_state=has_initial_state,
             out=out,
-            # accuracy=accuracy,
+            accuracy=accuracy,
         )
 
     return Contestant(
