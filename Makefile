@@ -23,7 +23,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp')
 .PHONY: help demo test check fmt bench clean package package-with-tests cpp-test py-test ascend-test install-test \
 	arm-test
 help:
-	@echo "make demo   a small random Qwen3.5 model generates here and in transformers, side by side"
+	@echo "make demo   a small trained Qwen3.5 writes here and in transformers, side by side"
 	@echo "make test   C++ tests, Python tests, the Ascend route, installation tests"
 	@echo "make arm-test  the CPU kernels on Arm, cross-compiled and emulated"
 	@echo "make check  format, lint, types, layering, then make test: the gate of every change"

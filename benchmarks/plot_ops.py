@@ -9,6 +9,7 @@ matplotlib.
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,45 @@ def colour(contestant: str) -> str:
     return next(value for name, value in COLOURS.items() if contestant.startswith(name))
 
 
+def kind(row: dict[str, Any]) -> str:
+    """decode, decode step, verify or prefill."""
+    return row["problem"].split(" B=")[0].split(" T=")[0]
+
+
+def case(row: dict[str, Any]) -> str:
+    return row["problem"].removeprefix(kind(row) + " ")
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
 def draw(axes: plt.Axes, title: str, rows: list[dict[str, Any]]) -> None:
     """One group of bars per problem."""
-    problems = list(dict.fromkeys(row["problem"] for row in rows))
-    contestants = list(dict.fromkeys(row["contestant"] for row in rows))
+    cases = unique(case(row) for row in rows)
+    contestants = unique(row["contestant"] for row in rows)
     width = 0.8 / len(contestants)
     for i, contestant in enumerate(contestants):
         own = [row for row in rows if row["contestant"] == contestant]
-        places = [problems.index(row["problem"]) + (i - (len(contestants) - 1) / 2) * width for row in own]
-        shade = 1.0 - 0.25 * sum(other.split()[0] == contestant.split()[0] for other in contestants[:i])
+        places = [cases.index(case(row)) + (i - (len(contestants) - 1) / 2) * width for row in own]
+        shade = 1.0 - 0.3 * sum(other.split()[0] == contestant.split()[0] for other in contestants[:i])
         axes.bar(places, [row["share"] for row in own], width, label=contestant, color=colour(contestant), alpha=shade)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(problems)), [problem.split(" ", 1)[1] for problem in problems])
+    axes.set_xticks(range(len(cases)), cases, fontsize=8)
     axes.set_title(title, loc="left", fontsize=10)
-    axes.set_ylabel("share of the limit")
-    axes.legend(fontsize=7, ncols=3, frameon=False)
+    axes.set_ylabel("share of the limit", fontsize=8)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A line per problem; a cell is the median in microseconds and, of xgdn, the share of the limit."""
-    lines = [
-        "| problem | contestant | us | share of the limit | error of out | error of S |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = (row["problem"], row["contestant"], f"{row['median']:,.0f}", f"{row['share']:.2f}")
-        lines.append("| " + " | ".join((*cells, f"{row['out_error']:.1e}", f"{row['state_error']:.1e}")) + " |")
+    """A line per problem, a column per contestant: median in microseconds, in brackets the share of the limit."""
+    contestants = unique(row["contestant"] for row in rows)
+    lines = [f"| {kind(rows[0])} | limit | " + " | ".join(contestants) + " |", "|---" * (2 + len(contestants)) + "|"]
+    for name in unique(case(row) for row in rows):
+        found = {row["contestant"]: row for row in rows if case(row) == name}
+        cells = [f"{found[c]['median']:,.0f} ({found[c]['share']:.2f})" if c in found else "" for c in contestants]
+        limit = next(iter(found.values()))["limit"]
+        lines.append(f"| {name} | {limit:,.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -57,14 +71,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     rows = [row for row in json.loads(args.figures.read_text())["rows"] if row["threads"] == args.threads]
-    kinds = [kind for kind in ("decode", "verify", "prefill") if any(row["problem"].startswith(kind) for row in rows)]
+    by_kind = {name: [row for row in rows if kind(row) == name] for name in unique(kind(row) for row in rows)}
     plt.rcParams["svg.hashsalt"] = "xgdn"  # the same figures give the same file
-    figure, panels = plt.subplots(len(kinds), 1, figsize=(9, 2.8 * len(kinds)), squeeze=False)
-    for kind, axes in zip(kinds, panels[:, 0], strict=True):
-        draw(axes, f"{kind}, {args.threads} thread(s)", [row for row in rows if row["problem"].startswith(kind)])
+    plt.rcParams["svg.fonttype"] = "none"
+    figure, panels = plt.subplots(len(by_kind), 1, figsize=(10, 2.3 * len(by_kind)), squeeze=False)
+    for (name, own), axes in zip(by_kind.items(), panels[:, 0], strict=True):
+        draw(axes, f"{name}, {args.threads} thread" + ("s" if args.threads > 1 else ""), own)
+        print(markdown(own), end="\n\n")
     figure.tight_layout()
-    figure.savefig(args.out, metadata={"Date": None})
-    print(markdown(rows))
+    figure.savefig(args.out, metadata={"Date": None} if args.out.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
