@@ -83,4 +83,5 @@ def test_bench_layer_prints_one_document() -> None:
     rows = json.loads(result.stdout)["rows"]
     assert [row["state_dtype"] for row in rows] == ["f32", "bf16"]
     for row in rows:
-        assert row["between"] == pytest.approx(row["layer"] - row["in_proj"] - row["out_proj"])
+        assert row["between"] == pytest.approx(row["layer"] - row["projections"])
+        assert row["rule"] == pytest.approx(row["with_rule"] - row["projections"])

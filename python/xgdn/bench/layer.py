@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's decode step costs beside its two projections and beside the rule alone."""
+"""What a layer's decode step costs beside its two projections, and what the rule alone would cost in their place."""
 
 import statistics
 from dataclasses import asdict, dataclass
@@ -13,6 +13,7 @@ from xgdn.bench.problems import CONV_WIDTH, HV, SHORT, DecodeProblem, H, K, V
 from xgdn.layers import GdnBatch, GdnConfig, GdnState, Qwen3GatedDeltaNet, Segment, SegmentKind, StateKind
 
 HIDDEN = 2048  # of Qwen3-Next-80B and Qwen3.5-35B
+ROTATE_MIB = 1024  # beyond any cache
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,21 @@ class LayerRow:
     state_dtype: str
     threads: int
     layer: float
-    in_proj: float
-    out_proj: float
-    rule: float  # packed_decode on as many states
+    with_rule: float  # the projections with packed_decode alone between them
+    projections: float  # the two alone
 
     @property
     def between(self) -> float:
         """The layer without its projections."""
-        return self.layer - self.in_proj - self.out_proj
+        return self.layer - self.projections
+
+    @property
+    def rule(self) -> float:
+        """The rule where it stands in a layer: after a projection that has read its weights through the caches."""
+        return self.with_rule - self.projections
 
     def document(self) -> dict[str, Any]:
-        return {**asdict(self), "between": self.between, "between_by_rule": self.between / self.rule}
+        return {**asdict(self), "between": self.between, "rule": self.rule, "ratio": self.between / self.rule}
 
 
 def _weights() -> dict[str, torch.Tensor]:
@@ -69,7 +74,7 @@ class LayerBenchmark:
             hidden_size=HIDDEN, num_k_heads=H, num_v_heads=HV, head_k_dim=K, head_v_dim=V, state_dtype=state_dtype
         )
         layer = Qwen3GatedDeltaNet(config, self._weights, dtype=torch.bfloat16)
-        problem = DecodeProblem(batch, state_dtype)
+        problem = DecodeProblem(batch, state_dtype, ROTATE_MIB)
         state = GdnState.allocate(layer.state_specs(), problem.pool.parts * batch)
         state.pool(StateKind.DELTA).normal_()
         batches = [self._batch(problem, i) for i in range(problem.pool.parts)]
@@ -78,20 +83,26 @@ class LayerBenchmark:
         rule_pool, out = problem.pool.make(), torch.empty_like(problem.v)
         gates = problem.gates
 
-        def rule(i: int) -> None:
+        def project_in() -> None:
+            torch.nn.functional.linear(hidden, self._in_proj)
+
+        def project_out() -> None:
+            torch.nn.functional.linear(values, self._out_proj)
+
+        def with_rule(i: int) -> None:
+            project_in()
             slots = problem.pool.slots(i)
             xgdn.ops.packed_decode(
                 problem.mixed_qkv, gates.a, gates.b, gates.A_log, gates.dt_bias, rule_pool, state_indices=slots, out=out
             )
+            project_out()
+
+        def projections(_: int) -> None:
+            project_in()
+            project_out()
 
         times = take_turns(
-            [
-                lambda i: layer.forward(hidden, batches[i % len(batches)], state),
-                lambda _: torch.nn.functional.linear(hidden, self._in_proj),
-                lambda _: torch.nn.functional.linear(values, self._out_proj),
-                rule,
-            ],
-            self._seconds,
+            [lambda i: layer.forward(hidden, batches[i % len(batches)], state), with_rule, projections], self._seconds
         )
         return LayerRow(batch, SHORT[state_dtype], threads, *(statistics.median(taken) for taken in times))
 

@@ -56,10 +56,10 @@ def table(rows: Iterable[Row]) -> Table:
 
 def layer_table(rows: Iterable[LayerRow]) -> Table:
     shown = Table("batch", "state", "threads", box=None)
-    for heading in ("layer us", "in_proj us", "out_proj us", "between us", "rule us", "between / rule"):
+    for heading in ("layer us", "projections us", "between us", "rule us", "between / rule"):
         shown.add_column(heading, justify="right")
     for row in rows:
-        times = (row.layer, row.in_proj, row.out_proj, row.between, row.rule)
+        times = (row.layer, row.projections, row.between, row.rule)
         cells = (*(f"{time:,.0f}" for time in times), f"{row.between / row.rule:.2f}")
         shown.add_row(str(row.batch), row.state_dtype, str(row.threads), *cells)
     return shown
