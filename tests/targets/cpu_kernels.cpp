@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels on every instruction set that this processor has, against loops in double. Knows neither ATen nor
 // gtest, so that it also builds for another architecture and runs under an emulator (tests/arm/run.sh).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "core/kernels/cpu/causal_conv1d.h"
+#include "core/kernels/cpu/chunk_gated_delta_rule.h"
 #include "core/kernels/cpu/gated_delta_rule.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
@@ -119,7 +121,10 @@ struct Rule {
   Numbers beta = Numbers::random(DType::kFloat32, N* tokens* HV);
 
   GatedDeltaRuleArgs args(Numbers& state, DType state_dtype) {
-    for (size_t i = 0; i < g.size(); ++i) g.set(i, -std::abs(static_cast<float>(g[i])));
+    for (size_t i = 0; i < g.size(); ++i) {
+      g.set(i, -std::abs(static_cast<float>(g[i])));
+      beta.set(i, std::min(std::abs(static_cast<float>(beta[i])), 1.0f));
+    }
     GatedDeltaRuleArgs a;
     a.N = N, a.H = H, a.HV = HV, a.K = K, a.V = V;
     a.q = q.in(H * K, K), a.k = k.in(H * K, K), a.v = v.in(HV * V, V);
@@ -131,6 +136,28 @@ struct Rule {
     a.scale = 0.5f;
     a.v_block = V;
     return a;
+  }
+
+  // The same in chunks, with f32 products.
+  ChunkGatedDeltaRuleArgs chunk_args(Numbers& state, DType state_dtype) {
+    const GatedDeltaRuleArgs a = args(state, state_dtype);
+    return {.N = N,
+            .H = H,
+            .HV = HV,
+            .K = K,
+            .V = V,
+            .q = a.q,
+            .k = a.k,
+            .v = a.v,
+            .g = a.g,
+            .beta = a.beta,
+            .out = a.out,
+            .state = a.state,
+            .is_state_bfloat16 = a.is_state_bfloat16,
+            .slot_stride = a.slot_stride,
+            .scale = a.scale,
+            .heads_per_item = HV,
+            .v_block = V};
   }
 
   // o of all tokens; `state` [N, HV, V, K] becomes the last.
@@ -175,6 +202,23 @@ void test_rule(int64_t tokens, int64_t K, int64_t V, DType dtype, DType state_dt
   args.read_slots = args.write_slots = slots;
   args.cu_seqlens = cu_seqlens;
   gated_delta_rule(args, 0, num_work_items(args));
+  const Doubles want = rule.in_double(want_state);
+  expect_close(name + ", out", rule.out, want, tolerance(dtype));
+  expect_close(name + ", state", state, want_state, tolerance(state_dtype));
+}
+
+void test_chunks(int64_t tokens, int64_t K, int64_t V, DType dtype, DType state_dtype) {
+  const std::string name = "chunks, " + std::to_string(tokens) + " tokens, K=" + std::to_string(K) +
+                           (state_dtype == DType::kFloat32 ? ", f32 state" : ", bf16 state");
+  Rule rule{tokens, K, V, dtype};
+  Numbers state = Numbers::random(state_dtype, Rule::N * Rule::HV * V * K);
+  Doubles want_state = doubles(state, state.size());
+  const int32_t slots[] = {0, 1};
+  const int32_t cu_seqlens[] = {0, static_cast<int32_t>(tokens), static_cast<int32_t>(2 * tokens)};
+  ChunkGatedDeltaRuleArgs args = rule.chunk_args(state, state_dtype);
+  args.read_slots = args.write_slots = slots;
+  args.cu_seqlens = cu_seqlens;
+  for (int64_t item = 0; item < num_work_items(args); ++item) chunk_gated_delta_rule(args, item);
   const Doubles want = rule.in_double(want_state);
   expect_close(name + ", out", rule.out, want, tolerance(dtype));
   expect_close(name + ", state", state, want_state, tolerance(state_dtype));
@@ -329,6 +373,7 @@ void test_target(int64_t target) {
     for (const DType state_dtype : {DType::kFloat32, DType::kBFloat16}) {
       for (const int64_t K : {16, 48, 128}) {
         for (const int64_t tokens : {1, 4}) test_rule(tokens, K, /*V=*/32, dtype, state_dtype);
+        for (const int64_t tokens : {1, 64, 70}) test_chunks(tokens, K, /*V=*/48, dtype, state_dtype);
         test_verification(K, /*V=*/32, state_dtype);
         test_decode_step(K, /*V=*/48, dtype, state_dtype);
       }
