@@ -221,23 +221,49 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("state_bytes", &Runner::state_bytes)
       .def_prop_ro("kv_bytes", &Runner::kv_bytes);
 
+  nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
+      .def(
+          "__init__",
+          [](EngineOptions* self, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
+             at::ScalarType state_dtype, const std::string& device, std::string prefill_backend,
+             std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
+             std::optional<int64_t> memory_limit) {
+            new (self) EngineOptions{
+                .runner = runner,
+                .dtype = dtype,
+                .state_dtype = state_dtype,
+                .device = c10::Device(device),
+                .backends = {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)},
+                .on_layer_loaded = on_layer_loaded.value_or(Progress()),
+                .memory_limit = memory_limit};
+          },
+          nb::kw_only(), "runner"_a = RunnerOptions{}, "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
+          "prefill_backend"_a = "auto", "decode_backend"_a = "auto", "prefill_accuracy"_a = "auto",
+          "on_layer_loaded"_a = nb::none(), "memory_limit"_a = nb::none());
+
+  nb::class_<Plan>(m, "Plan", "What an engine will allocate, in bytes.")
+      .def_ro("weight_bytes", &Plan::weight_bytes, "The model's tensors in their dtype.")
+      .def_ro("state_slot_bytes", &Plan::state_slot_bytes, "One sequence's recurrent states.")
+      .def_ro("num_state_slots", &Plan::num_state_slots)
+      .def_ro("kv_block_bytes", &Plan::kv_block_bytes, "One block of the KV cache.")
+      .def_ro("num_kv_blocks", &Plan::num_kv_blocks)
+      .def_ro("kv_block_size", &Plan::kv_block_size, "Tokens of a block.")
+      .def_prop_ro("state_bytes", &Plan::state_bytes)
+      .def_prop_ro("kv_bytes", &Plan::kv_bytes)
+      .def_prop_ro(
+          "workspace_bytes", [](const Plan& self) { return self.workspace_bytes(); },
+          "An upper bound on the tensors of the largest step.")
+      .def_prop_ro("total_bytes", &Plan::total_bytes)
+      .def("max_sequences", &Plan::max_sequences, "length"_a, "memory_limit"_a,
+           "The most sequences of `length` tokens that fit into `memory_limit` bytes, weights and workspace included.");
+
   nb::class_<Engine>(m, "Engine", "A model directory, ready to serve.")
       .def_static(
-          "load",
-          [](const std::string& dir, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
-             at::ScalarType state_dtype, const std::string& device, std::string prefill_backend,
-             std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded) {
-            return Engine::load(
-                dir, {.runner = runner,
-                      .dtype = dtype,
-                      .state_dtype = state_dtype,
-                      .device = c10::Device(device),
-                      .backends = {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)},
-                      .on_layer_loaded = on_layer_loaded.value_or(Progress())});
-          },
-          "model_dir"_a, nb::kw_only(), "runner"_a = RunnerOptions{}, "dtype"_a = nb::none(), "state_dtype"_a,
-          "device"_a = "cpu", "prefill_backend"_a = "auto", "decode_backend"_a = "auto", "prefill_accuracy"_a = "auto",
-          "on_layer_loaded"_a = nb::none(), WithoutGil())
+          "load", [](const std::string& dir, const EngineOptions& options) { return Engine::load(dir, options); },
+          "model_dir"_a, "options"_a, WithoutGil())
+      .def_static(
+          "plan", [](const std::string& dir, const EngineOptions& options) { return Engine::plan(dir, options); },
+          "model_dir"_a, "options"_a, WithoutGil())
       .def("submit", &Engine::submit, "request"_a, WithoutGil())
       .def("step", &Engine::step, WithoutGil())
       .def("cancel", &Engine::cancel, "request_id"_a, WithoutGil())

@@ -40,6 +40,7 @@ void RunnerOptions::check() const {
   at_least("max_batch_size", 1, max_batch_size);
   at_least("max_cached_tokens", 1, max_cached_tokens);
   at_least("kv_block_size", 1, kv_block_size);
+  SchedulerOptions{.max_tokens_per_step = max_tokens_per_step}.check();
 }
 
 int64_t Runner::state_slot_bytes(const HybridDecoder& model) {

@@ -9,12 +9,15 @@
 
 namespace xgdn {
 
+void SchedulerOptions::check() const {
+  if (max_tokens_per_step >= kernel::kChunkSize) return;
+  throw RequestError(c10::str("[Scheduler] max_tokens_per_step: expected at least ", kernel::kChunkSize, ", got ",
+                              max_tokens_per_step));
+}
+
 Scheduler::Scheduler(const SchedulerOptions& options, StatePool& states, KvCache& kv)
     : options_(options), states_(states), kv_(kv) {
-  if (options.max_tokens_per_step < kernel::kChunkSize) {
-    throw RequestError(c10::str("[Scheduler] max_tokens_per_step: expected at least ", kernel::kChunkSize, ", got ",
-                                options.max_tokens_per_step));
-  }
+  options.check();
 }
 
 void Scheduler::check_fits(const Request& request) const {

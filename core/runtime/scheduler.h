@@ -33,6 +33,9 @@ struct Sequence {
 
 struct SchedulerOptions {
   int64_t max_tokens_per_step = 2048;  // decodes and prompt pieces together; prompts get at least 64 a step
+
+  /// Throws RequestError for a step that could not hold one chunk.
+  void check() const;
 };
 
 /// The next `count` tokens of a sequence.

@@ -7,17 +7,34 @@ from os import PathLike, fspath
 import torch
 
 from xgdn import _C
-from xgdn._C import FinishReason, GenerationResult, Request, RequestEvent, RunnerOptions, SamplingParams
+from xgdn._C import FinishReason, GenerationResult, Plan, Request, RequestEvent, RunnerOptions, SamplingParams
 
 __all__ = [
     "Engine",
     "FinishReason",
     "GenerationResult",
+    "Plan",
     "Request",
     "RequestEvent",
     "RunnerOptions",
     "SamplingParams",
+    "plan",
 ]
+
+
+def plan(
+    model_dir: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype = torch.float32,
+    runner: RunnerOptions | None = None,
+) -> Plan:
+    """Return the bytes that an `Engine` of these arguments would take, and what fits into a given memory.
+
+    Reads config.json and the headers of the safetensors files, and allocates nothing. Raises as `Engine` does.
+    """
+    options = _C.EngineOptions(runner=runner or RunnerOptions(), dtype=dtype, state_dtype=state_dtype)
+    return _C.Engine.plan(fspath(model_dir), options)
 
 
 class Engine:
@@ -32,9 +49,10 @@ class Engine:
         prefill_backend, decode_backend: a name of `xgdn.available_backends()`, or "auto".
         prefill_accuracy: "fast", "exact" or "auto", as in `xgdn.ops.chunk_gated_delta_rule`.
         on_layer_loaded: called with (loaded, total) while loading.
+        memory_limit: bytes that weights, pools and steps may take together; default no limit.
 
     Raises:
-        xgdn.errors.CheckpointError, UnsupportedError, RequestError.
+        xgdn.errors.CheckpointError, UnsupportedError, RequestError; OutOfMemory before anything is allocated.
     """
 
     def __init__(
@@ -49,9 +67,9 @@ class Engine:
         decode_backend: str = "auto",
         prefill_accuracy: str = "auto",
         on_layer_loaded: Callable[[int, int], None] | None = None,
+        memory_limit: int | None = None,
     ) -> None:
-        self._engine = _C.Engine.load(
-            fspath(model_dir),
+        options = _C.EngineOptions(
             runner=runner or RunnerOptions(),
             dtype=dtype,
             state_dtype=state_dtype,
@@ -60,7 +78,11 @@ class Engine:
             decode_backend=decode_backend,
             prefill_accuracy=prefill_accuracy,
             on_layer_loaded=on_layer_loaded,
+            memory_limit=memory_limit,
         )
+        self._engine = _C.Engine.load(fspath(model_dir), options)
+
+    plan = staticmethod(plan)
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; any thread may call it. Raises RequestError or RangeError."""
@@ -136,7 +158,7 @@ class Engine:
 
     @property
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes of the checkpoint's weights and of the two pools."""
+        """Bytes of the model's weights and of the two pools."""
         return {
             "weights": self._engine.weight_bytes,
             "states": self._engine.state_bytes,
