@@ -117,14 +117,26 @@ void bind_requests(nb::module_& m) {
   nb::class_<SamplingParams>(m, "SamplingParams", "How the next token is chosen; temperature 0 is greedy.")
       .def(
           "__init__",
-          [](SamplingParams* self, double temperature, int64_t top_k, double top_p, uint64_t seed) {
-            new (self) SamplingParams{temperature, top_k, top_p, seed};
+          [](SamplingParams* self, double temperature, int64_t top_k, double top_p, uint64_t seed,
+             std::optional<int64_t> logprobs) {
+            new (self) SamplingParams{temperature, top_k, top_p, seed, logprobs};
           },
-          nb::kw_only(), "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "seed"_a = 0)
+          nb::kw_only(), "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "seed"_a = 0, "logprobs"_a = nb::none())
       .def_ro("temperature", &SamplingParams::temperature)
       .def_ro("top_k", &SamplingParams::top_k)
       .def_ro("top_p", &SamplingParams::top_p)
-      .def_ro("seed", &SamplingParams::seed);
+      .def_ro("seed", &SamplingParams::seed)
+      .def_ro("logprobs", &SamplingParams::logprobs,
+              "Report the chosen token's and those of as many likeliest tokens, 0..20.");
+
+  nb::class_<TokenLogprob>(m, "TokenLogprob", "A token and the natural logarithm of its probability.")
+      .def_ro("token", &TokenLogprob::token)
+      .def_ro("logprob", &TokenLogprob::logprob);
+
+  nb::class_<Logprobs>(m, "Logprobs",
+                       "Of the model's own distribution, before temperature, top_k and top_p; likeliest first.")
+      .def_ro("chosen", &Logprobs::chosen)
+      .def_ro("top", &Logprobs::top);
 
   nb::class_<Request>(m, "Request", "A prompt and what is wanted of it.")
       .def(
@@ -147,13 +159,15 @@ void bind_requests(nb::module_& m) {
       .def_ro("num_prefilled", &RequestEvent::num_prefilled)
       .def_ro("prompt_size", &RequestEvent::prompt_size)
       .def_ro("finish_reason", &RequestEvent::finish_reason)
-      .def_ro("error", &RequestEvent::error);
+      .def_ro("error", &RequestEvent::error)
+      .def_ro("logprobs", &RequestEvent::logprobs, "Of the new token, where the sampling asks for them.");
 
   nb::class_<GenerationResult>(m, "GenerationResult", "A finished request.")
       .def_ro("id", &GenerationResult::id)
       .def_ro("tokens", &GenerationResult::tokens)
       .def_ro("finish_reason", &GenerationResult::finish_reason)
-      .def_ro("error", &GenerationResult::error);
+      .def_ro("error", &GenerationResult::error)
+      .def_ro("logprobs", &GenerationResult::logprobs, "Of each token, where the sampling asks for them.");
 }
 
 void bind_engine(nb::module_& m) {

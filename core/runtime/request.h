@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/runtime/logprobs.h"
 #include "core/runtime/sampler.h"
 
 namespace xgdn {
@@ -36,7 +37,8 @@ struct RequestEvent {
   int64_t num_prefilled = 0;     // prompt tokens in the state so far
   int64_t prompt_size = 0;
   FinishReason finish_reason = FinishReason::kRunning;
-  std::string error;  // with kError
+  std::string error;                 // with kError
+  std::optional<Logprobs> logprobs;  // of the new token, where sampling.logprobs asks for them
 };
 
 /// A finished request.
@@ -44,7 +46,8 @@ struct GenerationResult {
   RequestId id = 0;
   std::vector<int32_t> tokens;  // without the prompt
   FinishReason finish_reason = FinishReason::kRunning;
-  std::string error;  // with kError
+  std::string error;               // with kError
+  std::vector<Logprobs> logprobs;  // of each token, where sampling.logprobs asks for them
 };
 
 }  // namespace xgdn

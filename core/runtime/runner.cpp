@@ -159,10 +159,11 @@ RequestEvent Runner::advance(const ScheduledPiece& piece, const at::Tensor& logi
   if (logit_row < 0) return event;
   try {
     const auto vocab = static_cast<size_t>(logits.size(1));
-    const int32_t token =
-        s.sampler.sample({logits.const_data_ptr<float>() + logit_row * static_cast<int64_t>(vocab), vocab});
+    const std::span row(logits.const_data_ptr<float>() + logit_row * static_cast<int64_t>(vocab), vocab);
+    const int32_t token = s.sampler.sample(row);
     s.generated.push_back(token);
     event.token = token;
+    if (s.request.sampling.logprobs) event.logprobs = logprobs(row, token, *s.request.sampling.logprobs);
     if (is_stop_token(s.request, token)) {
       event.finish_reason = FinishReason::kStop;
     } else if (static_cast<int64_t>(s.generated.size()) >= s.request.max_new_tokens) {
@@ -222,6 +223,7 @@ std::vector<GenerationResult> Runner::generate(const std::vector<Request>& reque
       if (it == unfinished.end()) continue;
       GenerationResult& result = results[it->second];
       if (event.token) result.tokens.push_back(*event.token);
+      if (event.logprobs) result.logprobs.push_back(*event.logprobs);
       if (event.finish_reason == FinishReason::kRunning) continue;
       result.finish_reason = event.finish_reason;
       result.error = event.error;

@@ -7,17 +7,29 @@ from os import PathLike, fspath
 import torch
 
 from xgdn import _C
-from xgdn._C import FinishReason, GenerationResult, Plan, Request, RequestEvent, RunnerOptions, SamplingParams
+from xgdn._C import (
+    FinishReason,
+    GenerationResult,
+    Logprobs,
+    Plan,
+    Request,
+    RequestEvent,
+    RunnerOptions,
+    SamplingParams,
+    TokenLogprob,
+)
 
 __all__ = [
     "Engine",
     "FinishReason",
     "GenerationResult",
+    "Logprobs",
     "Plan",
     "Request",
     "RequestEvent",
     "RunnerOptions",
     "SamplingParams",
+    "TokenLogprob",
     "plan",
 ]
 
