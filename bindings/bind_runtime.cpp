@@ -142,16 +142,17 @@ void bind_requests(nb::module_& m) {
       .def(
           "__init__",
           [](Request* self, std::vector<int32_t> prompt, int64_t max_new_tokens, const SamplingParams& sampling,
-             std::vector<int32_t> stop_token_ids, bool ignore_eos) {
-            new (self) Request{std::move(prompt), max_new_tokens, sampling, std::move(stop_token_ids), ignore_eos};
+             std::vector<int32_t> stop_token_ids, bool ignore_eos, int64_t n) {
+            new (self) Request{std::move(prompt), max_new_tokens, sampling, std::move(stop_token_ids), ignore_eos, n};
           },
           "prompt"_a, nb::kw_only(), "max_new_tokens"_a = 16, "sampling"_a = SamplingParams{},
-          "stop_token_ids"_a = std::vector<int32_t>{}, "ignore_eos"_a = false)
+          "stop_token_ids"_a = std::vector<int32_t>{}, "ignore_eos"_a = false, "n"_a = 1)
       .def_ro("prompt", &Request::prompt)
       .def_ro("max_new_tokens", &Request::max_new_tokens)
       .def_ro("sampling", &Request::sampling)
       .def_ro("stop_token_ids", &Request::stop_token_ids)
-      .def_ro("ignore_eos", &Request::ignore_eos);
+      .def_ro("ignore_eos", &Request::ignore_eos)
+      .def_ro("n", &Request::n, "Replies: branches that share the prompt, branch i with the seed sampling.seed + i.");
 
   nb::class_<RequestEvent>(m, "RequestEvent", "What one step did for one request.")
       .def_ro("id", &RequestEvent::id)
@@ -160,6 +161,7 @@ void bind_requests(nb::module_& m) {
       .def_ro("prompt_size", &RequestEvent::prompt_size)
       .def_ro("finish_reason", &RequestEvent::finish_reason)
       .def_ro("error", &RequestEvent::error)
+      .def_ro("branch", &RequestEvent::branch, "Of the request's n.")
       .def_ro("logprobs", &RequestEvent::logprobs, "Of the new token, where the sampling asks for them.");
 
   nb::class_<GenerationResult>(m, "GenerationResult", "A finished request.")
@@ -167,6 +169,7 @@ void bind_requests(nb::module_& m) {
       .def_ro("tokens", &GenerationResult::tokens)
       .def_ro("finish_reason", &GenerationResult::finish_reason)
       .def_ro("error", &GenerationResult::error)
+      .def_ro("branch", &GenerationResult::branch, "Of the request's n.")
       .def_ro("logprobs", &GenerationResult::logprobs, "Of each token, where the sampling asks for them.");
 }
 

@@ -62,4 +62,13 @@ void KvCache::release(const std::vector<int32_t>& blocks) {
   }
 }
 
+void KvCache::copy(int32_t from, int32_t to) {
+  held("copy", from);
+  held("copy", to);
+  for (const KvPool& layer : layers_) {
+    layer.k.select(0, to).copy_(layer.k.select(0, from));
+    layer.v.select(0, to).copy_(layer.v.select(0, from));
+  }
+}
+
 }  // namespace xgdn

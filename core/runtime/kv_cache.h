@@ -33,6 +33,9 @@ class KvCache {
   /// One holder less of each block; the last one frees it. Throws RangeError for a block that nobody holds.
   void release(const std::vector<int32_t>& blocks);
 
+  /// Copies the keys and values of one held block to another. Throws RangeError for a block that nobody holds.
+  void copy(int32_t from, int32_t to);
+
   /// Blocks that `tokens` tokens need; 0 for a model without full attention.
   int64_t blocks_for(int64_t tokens) const;
 

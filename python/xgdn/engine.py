@@ -120,8 +120,12 @@ class Engine:
         sampling: SamplingParams | None = None,
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
+        n: int = 1,
     ) -> list[GenerationResult]:
-        """Run all prompts to their end, in one batch as far as the pools allow; results in the order given."""
+        """Run all prompts to their end, in one batch as far as the pools allow; results in the order given.
+
+        Each prompt has `n` results in a row; they share its computation, and their seeds count up from sampling's.
+        """
         return self._engine.generate(
             [
                 Request(
@@ -130,6 +134,7 @@ class Engine:
                     sampling=sampling or SamplingParams(),
                     stop_token_ids=list(stop_token_ids),
                     ignore_eos=ignore_eos,
+                    n=n,
                 )
                 for prompt in prompts
             ]
@@ -140,12 +145,13 @@ class Engine:
 
         Events of other requests are dropped: to mix streams, use `submit` and `step`.
         """
-        unfinished = {self.submit(request) for request in requests}
+        unfinished = {(i, branch) for r in requests for i in [self.submit(r)] for branch in range(r.n)}
         while unfinished:
             for event in self.step():
-                if event.id in unfinished:
+                key = (event.id, event.branch)
+                if key in unfinished:
                     if event.finish_reason != FinishReason.RUNNING:
-                        unfinished.discard(event.id)
+                        unfinished.discard(key)
                     yield event
 
     def prompt_logits(self, prompt: Sequence[int]) -> torch.Tensor:
