@@ -291,6 +291,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
       .def_prop_ro("num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); })
       .def_prop_ro("num_free_kv_blocks", [](const Engine& self) { return self.runner().num_free_kv_blocks(); })
+      .def_prop_ro("num_preemptions", [](const Engine& self) { return self.runner().num_preemptions(); })
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
       .def_prop_ro("state_bytes", [](const Engine& self) { return self.runner().state_bytes(); })
       .def_prop_ro("kv_bytes", [](const Engine& self) { return self.runner().kv_bytes(); });

@@ -57,6 +57,7 @@ class Runner {
 
   int64_t num_free_slots() const { return states_.num_free(); }
   int64_t num_free_kv_blocks() const { return kv_.num_free(); }
+  int64_t num_preemptions() const { return scheduler_.num_preemptions(); }  // so far; a preempted request goes on later
   int64_t state_bytes() const { return states_.bytes(); }
   int64_t kv_bytes() const { return kv_.bytes(); }
 

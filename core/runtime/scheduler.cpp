@@ -70,14 +70,60 @@ void Scheduler::add(std::unique_ptr<Sequence> sequence) {
   waiting_.push_back(std::move(sequence));
 }
 
+// Blocks at admission: room for the first token after the prompt, or for all that several branches can need.
+int64_t Scheduler::first_blocks(const Sequence& sequence) const {
+  return sequence.grows() ? kv_.blocks_for(sequence.prompt_size() + 1) : own_blocks(sequence.request, sequence.branch);
+}
+
+void Scheduler::preempt(Sequence& sequence) {
+  sequence.saved_kv = kv_.save(sequence.kv_blocks);
+  kv_.release(sequence.kv_blocks);
+  sequence.kv_blocks.clear();
+  ++num_preemptions_;
+}
+
+// A free block for a sequence, taken from the youngest that can give; false when it is the youngest itself.
+bool Scheduler::make_room(const Sequence& sequence) {
+  for (auto victim = running_.rbegin(); kv_.num_free() == 0 && victim->get() != &sequence; ++victim) {
+    if ((*victim)->grows() && !(*victim)->is_preempted()) preempt(**victim);
+  }
+  return kv_.num_free() > 0;
+}
+
+void Scheduler::grow() {
+  for (const auto& sequence : running_) {
+    if (!sequence->grows() || sequence->is_preempted() || !sequence->is_prefilled()) continue;
+    if (kv_.blocks_for(sequence->num_computed + 1) <= std::ssize(sequence->kv_blocks)) continue;
+    if (make_room(*sequence)) {
+      sequence->kv_blocks.push_back(kv_.allocate(1).front());
+    } else {
+      preempt(*sequence);
+    }
+  }
+}
+
+// The oldest first, and nobody overtakes; false when one has to wait on.
+bool Scheduler::resume() {
+  for (const auto& sequence : running_) {
+    if (!sequence->is_preempted()) continue;
+    const int64_t blocks = kv_.blocks_for(std::max(sequence->prompt_size(), sequence->num_computed) + 1);
+    if (blocks > kv_.num_free()) return false;
+    sequence->kv_blocks = kv_.allocate(blocks);
+    kv_.restore(*sequence->saved_kv, sequence->kv_blocks);
+    sequence->saved_kv.reset();
+  }
+  return true;
+}
+
 void Scheduler::admit() {
   while (!waiting_.empty()) {
     const int64_t n = waiting_.front()->request.n;
-    if (n > states_.num_free() || blocks_of_all_branches(waiting_.front()->request) > kv_.num_free()) return;
+    const int64_t blocks = n == 1 ? first_blocks(*waiting_.front()) : blocks_of_all_branches(waiting_.front()->request);
+    if (n > states_.num_free() || blocks > kv_.num_free()) return;
     for (int64_t branch = 0; branch < n; ++branch) {
       std::unique_ptr<Sequence> sequence = std::move(waiting_.front());
       waiting_.pop_front();
-      sequence->kv_blocks = kv_.allocate(own_blocks(sequence->request, branch));
+      sequence->kv_blocks = kv_.allocate(first_blocks(*sequence));
       sequence->slot = states_.allocate();
       running_.push_back(std::move(sequence));
     }
@@ -114,16 +160,18 @@ void Scheduler::advance(Sequence& sequence, int64_t count) {
 }
 
 std::vector<ScheduledPiece> Scheduler::schedule() {
-  admit();
+  grow();
+  if (resume()) admit();
   std::vector<ScheduledPiece> pieces;
   for (const auto& sequence : running_) {
+    if (sequence->is_preempted()) continue;
     // The first branch writes its slot again when the others have read it: one step later.
     if (sequence->is_prefilled() && states_.ref_count(*sequence->slot) == 1) pieces.push_back({sequence.get(), 1});
   }
   const auto num_decodes = static_cast<int64_t>(pieces.size());
   int64_t budget = std::max(options_.max_tokens_per_step - num_decodes, kernel::kChunkSize);
   for (const auto& sequence : running_) {
-    if (sequence->is_prefilled() || sequence->is_parked()) continue;
+    if (sequence->is_prefilled() || sequence->is_parked() || sequence->is_preempted()) continue;
     int64_t count = sequence->prompt_size() - sequence->num_computed;
     // Only a prompt's last piece may end between multiples of the chunk size.
     if (count > budget) count = budget / kernel::kChunkSize * kernel::kChunkSize;

@@ -175,6 +175,11 @@ class Engine:
         return self._engine.num_free_kv_blocks
 
     @property
+    def num_preemptions(self) -> int:
+        """How often a request so far had to give its KV blocks to an older one; it goes on when blocks are free."""
+        return self._engine.num_preemptions
+
+    @property
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of the model's weights and of the two pools."""
         return {
