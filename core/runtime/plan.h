@@ -20,8 +20,8 @@ struct Plan {
   int64_t num_kv_blocks = 0;
   int64_t kv_block_size = 0;  // tokens
 
-  // Of a step's tensors while the widest layer runs. Not in: the kernels' own scratch memory, a constant per thread, and
-  // the keys and values of preempted sequences, which wait in host memory.
+  // Of a step's tensors while the widest layer runs. Not in: the kernels' own scratch memory, a constant per thread,
+  // and the keys and values of preempted sequences, which wait in host memory.
   int64_t step_token_bytes = 0;    // per token of the step
   int64_t step_logits_bytes = 0;   // per sequence that wants logits
   int64_t step_context_bytes = 0;  // per token of the longest context, gathered from its blocks
