@@ -51,6 +51,7 @@ void bind_errors(nb::module_& m) {
   add<NumericsError>(m, "NumericsError", base, PyExc_ArithmeticError);
   add<OutOfSlots>(m, "OutOfSlots", base, PyExc_RuntimeError);
   add<OutOfBlocks>(m, "OutOfBlocks", base, PyExc_RuntimeError);
+  add<OutOfMemory>(m, "OutOfMemory", base, PyExc_MemoryError);
   add<StaleHandleError>(m, "StaleHandleError", base, PyExc_RuntimeError);
 }
 

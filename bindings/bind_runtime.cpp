@@ -117,29 +117,42 @@ void bind_requests(nb::module_& m) {
   nb::class_<SamplingParams>(m, "SamplingParams", "How the next token is chosen; temperature 0 is greedy.")
       .def(
           "__init__",
-          [](SamplingParams* self, double temperature, int64_t top_k, double top_p, uint64_t seed) {
-            new (self) SamplingParams{temperature, top_k, top_p, seed};
+          [](SamplingParams* self, double temperature, int64_t top_k, double top_p, uint64_t seed,
+             std::optional<int64_t> logprobs) {
+            new (self) SamplingParams{temperature, top_k, top_p, seed, logprobs};
           },
-          nb::kw_only(), "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "seed"_a = 0)
+          nb::kw_only(), "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "seed"_a = 0, "logprobs"_a = nb::none())
       .def_ro("temperature", &SamplingParams::temperature)
       .def_ro("top_k", &SamplingParams::top_k)
       .def_ro("top_p", &SamplingParams::top_p)
-      .def_ro("seed", &SamplingParams::seed);
+      .def_ro("seed", &SamplingParams::seed)
+      .def_ro("logprobs", &SamplingParams::logprobs,
+              "Report the chosen token's and those of as many likeliest tokens, 0..20.");
+
+  nb::class_<TokenLogprob>(m, "TokenLogprob", "A token and the natural logarithm of its probability.")
+      .def_ro("token", &TokenLogprob::token)
+      .def_ro("logprob", &TokenLogprob::logprob);
+
+  nb::class_<Logprobs>(m, "Logprobs",
+                       "Of the model's own distribution, before temperature, top_k and top_p; likeliest first.")
+      .def_ro("chosen", &Logprobs::chosen)
+      .def_ro("top", &Logprobs::top);
 
   nb::class_<Request>(m, "Request", "A prompt and what is wanted of it.")
       .def(
           "__init__",
           [](Request* self, std::vector<int32_t> prompt, int64_t max_new_tokens, const SamplingParams& sampling,
-             std::vector<int32_t> stop_token_ids, bool ignore_eos) {
-            new (self) Request{std::move(prompt), max_new_tokens, sampling, std::move(stop_token_ids), ignore_eos};
+             std::vector<int32_t> stop_token_ids, bool ignore_eos, int64_t n) {
+            new (self) Request{std::move(prompt), max_new_tokens, sampling, std::move(stop_token_ids), ignore_eos, n};
           },
           "prompt"_a, nb::kw_only(), "max_new_tokens"_a = 16, "sampling"_a = SamplingParams{},
-          "stop_token_ids"_a = std::vector<int32_t>{}, "ignore_eos"_a = false)
+          "stop_token_ids"_a = std::vector<int32_t>{}, "ignore_eos"_a = false, "n"_a = 1)
       .def_ro("prompt", &Request::prompt)
       .def_ro("max_new_tokens", &Request::max_new_tokens)
       .def_ro("sampling", &Request::sampling)
       .def_ro("stop_token_ids", &Request::stop_token_ids)
-      .def_ro("ignore_eos", &Request::ignore_eos);
+      .def_ro("ignore_eos", &Request::ignore_eos)
+      .def_ro("n", &Request::n, "Replies: branches that share the prompt, branch i with the seed sampling.seed + i.");
 
   nb::class_<RequestEvent>(m, "RequestEvent", "What one step did for one request.")
       .def_ro("id", &RequestEvent::id)
@@ -147,13 +160,17 @@ void bind_requests(nb::module_& m) {
       .def_ro("num_prefilled", &RequestEvent::num_prefilled)
       .def_ro("prompt_size", &RequestEvent::prompt_size)
       .def_ro("finish_reason", &RequestEvent::finish_reason)
-      .def_ro("error", &RequestEvent::error);
+      .def_ro("error", &RequestEvent::error)
+      .def_ro("branch", &RequestEvent::branch, "Of the request's n.")
+      .def_ro("logprobs", &RequestEvent::logprobs, "Of the new token, where the sampling asks for them.");
 
   nb::class_<GenerationResult>(m, "GenerationResult", "A finished request.")
       .def_ro("id", &GenerationResult::id)
       .def_ro("tokens", &GenerationResult::tokens)
       .def_ro("finish_reason", &GenerationResult::finish_reason)
-      .def_ro("error", &GenerationResult::error);
+      .def_ro("error", &GenerationResult::error)
+      .def_ro("branch", &GenerationResult::branch, "Of the request's n.")
+      .def_ro("logprobs", &GenerationResult::logprobs, "Of each token, where the sampling asks for them.");
 }
 
 void bind_engine(nb::module_& m) {
@@ -221,23 +238,49 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("state_bytes", &Runner::state_bytes)
       .def_prop_ro("kv_bytes", &Runner::kv_bytes);
 
+  nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
+      .def(
+          "__init__",
+          [](EngineOptions* self, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
+             at::ScalarType state_dtype, const std::string& device, std::string prefill_backend,
+             std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
+             std::optional<int64_t> memory_limit) {
+            new (self) EngineOptions{
+                .runner = runner,
+                .dtype = dtype,
+                .state_dtype = state_dtype,
+                .device = c10::Device(device),
+                .backends = {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)},
+                .on_layer_loaded = on_layer_loaded.value_or(Progress()),
+                .memory_limit = memory_limit};
+          },
+          nb::kw_only(), "runner"_a = RunnerOptions{}, "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
+          "prefill_backend"_a = "auto", "decode_backend"_a = "auto", "prefill_accuracy"_a = "auto",
+          "on_layer_loaded"_a = nb::none(), "memory_limit"_a = nb::none());
+
+  nb::class_<Plan>(m, "Plan", "What an engine will allocate, in bytes.")
+      .def_ro("weight_bytes", &Plan::weight_bytes, "The model's tensors in their dtype.")
+      .def_ro("state_slot_bytes", &Plan::state_slot_bytes, "One sequence's recurrent states.")
+      .def_ro("num_state_slots", &Plan::num_state_slots)
+      .def_ro("kv_block_bytes", &Plan::kv_block_bytes, "One block of the KV cache.")
+      .def_ro("num_kv_blocks", &Plan::num_kv_blocks)
+      .def_ro("kv_block_size", &Plan::kv_block_size, "Tokens of a block.")
+      .def_prop_ro("state_bytes", &Plan::state_bytes)
+      .def_prop_ro("kv_bytes", &Plan::kv_bytes)
+      .def_prop_ro(
+          "workspace_bytes", [](const Plan& self) { return self.workspace_bytes(); },
+          "An upper bound on the tensors of the largest step.")
+      .def_prop_ro("total_bytes", &Plan::total_bytes)
+      .def("max_sequences", &Plan::max_sequences, "length"_a, "memory_limit"_a,
+           "The most sequences of `length` tokens that fit into `memory_limit` bytes, weights and workspace included.");
+
   nb::class_<Engine>(m, "Engine", "A model directory, ready to serve.")
       .def_static(
-          "load",
-          [](const std::string& dir, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
-             at::ScalarType state_dtype, const std::string& device, std::string prefill_backend,
-             std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded) {
-            return Engine::load(
-                dir, {.runner = runner,
-                      .dtype = dtype,
-                      .state_dtype = state_dtype,
-                      .device = c10::Device(device),
-                      .backends = {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)},
-                      .on_layer_loaded = on_layer_loaded.value_or(Progress())});
-          },
-          "model_dir"_a, nb::kw_only(), "runner"_a = RunnerOptions{}, "dtype"_a = nb::none(), "state_dtype"_a,
-          "device"_a = "cpu", "prefill_backend"_a = "auto", "decode_backend"_a = "auto", "prefill_accuracy"_a = "auto",
-          "on_layer_loaded"_a = nb::none(), WithoutGil())
+          "load", [](const std::string& dir, const EngineOptions& options) { return Engine::load(dir, options); },
+          "model_dir"_a, "options"_a, WithoutGil())
+      .def_static(
+          "plan", [](const std::string& dir, const EngineOptions& options) { return Engine::plan(dir, options); },
+          "model_dir"_a, "options"_a, WithoutGil())
       .def("submit", &Engine::submit, "request"_a, WithoutGil())
       .def("step", &Engine::step, WithoutGil())
       .def("cancel", &Engine::cancel, "request_id"_a, WithoutGil())
@@ -248,6 +291,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
       .def_prop_ro("num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); })
       .def_prop_ro("num_free_kv_blocks", [](const Engine& self) { return self.runner().num_free_kv_blocks(); })
+      .def_prop_ro("num_preemptions", [](const Engine& self) { return self.runner().num_preemptions(); })
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
       .def_prop_ro("state_bytes", [](const Engine& self) { return self.runner().state_bytes(); })
       .def_prop_ro("kv_bytes", [](const Engine& self) { return self.runner().kv_bytes(); });

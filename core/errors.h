@@ -81,6 +81,12 @@ class OutOfBlocks : public Error {
   using Error::Error;
 };
 
+/// What was asked for does not fit into the memory that was allowed (MemoryError).
+class OutOfMemory : public Error {
+ public:
+  using Error::Error;
+};
+
 /// A handle names a slot that has been freed or reused since (RuntimeError).
 class StaleHandleError : public Error {
  public:

@@ -26,6 +26,15 @@ GatedAttention::GatedAttention(const AttentionConfig& config, const WeightSource
   k_norm_ = load_weight(weights, prefix + "k_norm.weight", {config.head_dim}, options);
 }
 
+std::vector<at::Tensor> GatedAttention::weights() const {
+  std::vector<at::Tensor> weights{q_norm_, k_norm_};
+  for (const Projection* projection : {&q_, &k_, &v_, &o_}) {
+    weights.push_back(projection->weight);
+    if (projection->bias) weights.push_back(*projection->bias);
+  }
+  return weights;
+}
+
 at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
                                    KvPool& kv) const {
   const int64_t dim = config_.head_dim;

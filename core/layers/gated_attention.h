@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/layers/attention_batch.h"
 #include "core/layers/rotary.h"
@@ -32,6 +33,9 @@ class GatedAttention {
   /// Writes this step's keys and values into `kv`, then reads each sequence's whole context from it.
   at::Tensor forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
                      KvPool& kv) const;
+
+  /// The tensors that the layer holds.
+  std::vector<at::Tensor> weights() const;
 
  private:
   struct Projection {

@@ -67,6 +67,10 @@ at::Tensor Mlp::forward(const at::Tensor& x) const {
   return at::linear(at::silu(at::linear(x, gate_)) * at::linear(x, up_), down_);
 }
 
+std::vector<at::Tensor> Mlp::weights() const {
+  return {gate_, up_, down_};
+}
+
 SparseMoe::SparseMoe(const SparseMoeConfig& config, const WeightSource& weights, const std::string& prefix,
                      const at::TensorOptions& options)
     : config_(config),
@@ -74,6 +78,15 @@ SparseMoe::SparseMoe(const SparseMoeConfig& config, const WeightSource& weights,
       shared_gate_(load_weight(weights, prefix + "shared_expert_gate.weight", {1, config.hidden_size}, options)),
       shared_(weights, prefix + "shared_expert.", config.hidden_size, config.shared_intermediate_size, options),
       experts_(load_experts(config, weights, prefix + "experts.", options)) {}
+
+std::vector<at::Tensor> SparseMoe::weights() const {
+  std::vector<at::Tensor> weights = shared_.weights();
+  weights.insert(weights.end(), {router_, shared_gate_});
+  for (const auto* experts : {&experts_.gate, &experts_.up, &experts_.down}) {
+    weights.insert(weights.end(), experts->begin(), experts->end());
+  }
+  return weights;
+}
 
 at::Tensor SparseMoe::forward(const at::Tensor& x) const {
   const at::Tensor probabilities = at::softmax(at::linear(x, router_), -1, at::kFloat);

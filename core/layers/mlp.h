@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "core/kernels/ops_api.h"
 #include "core/layers/weight_source.h"
@@ -20,6 +21,9 @@ class Mlp {
       const at::TensorOptions& options);
 
   at::Tensor forward(const at::Tensor& x) const;
+
+  /// The tensors that the layer holds.
+  std::vector<at::Tensor> weights() const;
 
  private:
   at::Tensor gate_;  // [intermediate, hidden]
@@ -45,6 +49,9 @@ class SparseMoe {
             const at::TensorOptions& options);
 
   at::Tensor forward(const at::Tensor& x) const;
+
+  /// The tensors that the layer holds.
+  std::vector<at::Tensor> weights() const;
 
  private:
   SparseMoeConfig config_;

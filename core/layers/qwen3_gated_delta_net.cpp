@@ -183,6 +183,12 @@ std::vector<StateSpec> Qwen3GatedDeltaNet::state_specs() const {
           {StateKind::kDelta, {local_.num_v_heads, local_.head_v_dim, local_.head_k_dim}, local_.state_dtype}};
 }
 
+std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
+  std::vector<at::Tensor> weights{in_proj_, conv_weight_, A_log_, dt_bias_, norm_, out_proj_};
+  if (conv_bias_) weights.push_back(*conv_bias_);
+  return weights;
+}
+
 at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
   check_covers(batch, hidden);
   const at::Tensor projected = at::linear(hidden, in_proj_);

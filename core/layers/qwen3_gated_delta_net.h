@@ -52,6 +52,9 @@ class Qwen3GatedDeltaNet {
   /// The pools that this rank needs.
   std::vector<StateSpec> state_specs() const;
 
+  /// The tensors that the layer holds.
+  std::vector<at::Tensor> weights() const;
+
   /// Sizes of this rank.
   const GdnConfig& local_config() const { return local_; }
 

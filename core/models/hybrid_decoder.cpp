@@ -5,6 +5,7 @@
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
 
+#include <numeric>
 #include <optional>
 #include <variant>
 
@@ -103,6 +104,21 @@ std::vector<std::vector<StateSpec>> HybridDecoder::state_specs() const {
 
 int64_t HybridDecoder::num_attention_layers() const {
   return static_cast<int64_t>(layers_.size() - state_specs().size());
+}
+
+int64_t HybridDecoder::weight_bytes() const {
+  std::vector<at::Tensor> weights{embedding_, norm_};
+  if (!lm_head_.is_same(embedding_)) weights.push_back(lm_head_);
+  for (const auto& layer : layers_) {
+    weights.insert(weights.end(), {layer->input_norm, layer->post_attention_norm});
+    for (const std::vector<at::Tensor>& part :
+         {std::visit([](const auto& mixer) { return mixer.weights(); }, layer->mixer),
+          std::visit([](const auto& ff) { return ff.weights(); }, layer->feed_forward)}) {
+      weights.insert(weights.end(), part.begin(), part.end());
+    }
+  }
+  return std::accumulate(weights.begin(), weights.end(), int64_t{0},
+                         [](int64_t sum, const at::Tensor& t) { return sum + static_cast<int64_t>(t.nbytes()); });
 }
 
 at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) const {

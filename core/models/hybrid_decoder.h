@@ -56,6 +56,8 @@ class HybridDecoder {
   /// Pools of each GDN layer, in order.
   std::vector<std::vector<StateSpec>> state_specs() const;
   int64_t num_attention_layers() const;
+  /// Bytes of all tensors of the model, a tied head counted once. Some may lie in memory-mapped files.
+  int64_t weight_bytes() const;
   const ModelConfig& config() const { return config_; }
   at::ScalarType dtype() const { return dtype_; }
   c10::Device device() const { return device_; }

@@ -85,7 +85,7 @@ const SafetensorsFile& Checkpoint::shard(const std::string& name) const {
   return shards_[it->second];
 }
 
-at::Tensor Checkpoint::get(const std::string& name, at::IntArrayRef shape) const {
+const SafetensorsFile::Entry& Checkpoint::entry(const std::string& name, at::IntArrayRef shape) const {
   const SafetensorsFile& file = shard(name);
   const SafetensorsFile::Entry& entry = file.entry(name);
   if (at::IntArrayRef(entry.shape) != shape) {
@@ -94,7 +94,12 @@ at::Tensor Checkpoint::get(const std::string& name, at::IntArrayRef shape) const
   if (!c10::isFloatingType(entry.dtype)) {
     throw checkpoint_error(file.path(), "tensor " + quote(name), "a floating-point dtype", c10::toString(entry.dtype));
   }
-  return file.tensor(name);
+  return entry;
+}
+
+at::Tensor Checkpoint::get(const std::string& name, at::IntArrayRef shape) const {
+  entry(name, shape);
+  return shard(name).tensor(name);
 }
 
 void Checkpoint::release(const std::string& name) const {

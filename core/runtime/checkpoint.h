@@ -23,7 +23,11 @@ class Checkpoint : public WeightSource {
 
   bool contains(const std::string& name) const override { return shard_of_.contains(name); }
 
-  /// Read-only, as SafetensorsFile::tensor. Also throws CheckpointError for a tensor that is not of floating point.
+  /// Dtype and place of a tensor of that shape. Throws CheckpointError when the name is missing, the shape differs or
+  /// the tensor is not of floating point.
+  const SafetensorsFile::Entry& entry(const std::string& name, at::IntArrayRef shape) const;
+
+  /// Read-only, as SafetensorsFile::tensor. Throws as entry().
   at::Tensor get(const std::string& name, at::IntArrayRef shape) const override;
 
   void release(const std::string& name) const override;

@@ -22,29 +22,49 @@ void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype) {
   }
 }
 
-}  // namespace
-
-std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
-  const c10::InferenceMode inference;
-  options.runner.check();  // before the long part
-  const ModelConfig config = read_model_config(dir);
+// Checks what can be checked before a file of weights is opened.
+DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& options) {
+  options.runner.check();
   const at::ScalarType dtype = options.dtype.value_or(config.dtype);
   check_dtypes(dtype, options.state_dtype);
   kernel::check_backend_name(options.backends.prefill);
   kernel::check_backend_name(options.backends.decode);
   kernel::check_accuracy_name(options.backends.prefill_accuracy);
-  const Checkpoint checkpoint(dir);
-  auto model = std::make_shared<const HybridDecoder>(config, checkpoint,
-                                                     DecoderOptions{.dtype = dtype,
-                                                                    .device = options.device,
-                                                                    .state_dtype = options.state_dtype,
-                                                                    .backends = options.backends,
-                                                                    .on_layer_loaded = options.on_layer_loaded});
-  return std::unique_ptr<Engine>(new Engine(std::move(model), options, checkpoint.total_bytes()));
+  return {.dtype = dtype,
+          .device = options.device,
+          .state_dtype = options.state_dtype,
+          .backends = options.backends,
+          .on_layer_loaded = options.on_layer_loaded};
 }
 
-Engine::Engine(std::shared_ptr<const HybridDecoder> model, const EngineOptions& options, int64_t weight_bytes)
-    : model_(std::move(model)), runner_(model_, options.runner), weight_bytes_(weight_bytes) {}
+void check_fits(const Plan& plan, int64_t memory_limit) {
+  if (plan.total_bytes() <= memory_limit) return;
+  throw OutOfMemory(c10::str("[Engine] memory_limit: expected at least ", plan.total_bytes(), " bytes (weights ",
+                             plan.weight_bytes, ", ", plan.num_state_slots, " state slots ", plan.state_bytes(), ", ",
+                             plan.num_kv_blocks, " KV cache blocks ", plan.kv_bytes(), ", largest step ",
+                             plan.workspace_bytes(), "), got ", memory_limit));
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
+  const c10::InferenceMode inference;
+  const ModelConfig config = read_model_config(dir);
+  const DecoderOptions decoder = decoder_options(config, options);
+  const Checkpoint checkpoint(dir);
+  if (options.memory_limit) check_fits(make_plan(config, checkpoint, decoder, options.runner), *options.memory_limit);
+  auto model = std::make_shared<const HybridDecoder>(config, checkpoint, decoder);
+  return std::unique_ptr<Engine>(new Engine(std::move(model), options.runner));
+}
+
+Plan Engine::plan(const std::filesystem::path& dir, const EngineOptions& options) {
+  const c10::InferenceMode inference;
+  const ModelConfig config = read_model_config(dir);
+  return make_plan(config, Checkpoint(dir), decoder_options(config, options), options.runner);
+}
+
+Engine::Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options)
+    : model_(std::move(model)), runner_(model_, options) {}
 
 Engine::~Engine() = default;
 

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "core/models/hybrid_decoder.h"
+#include "core/runtime/plan.h"
 #include "core/runtime/runner.h"
 
 namespace xgdn {
@@ -20,13 +21,19 @@ struct EngineOptions {
   c10::Device device = c10::kCPU;           // of weights, activations and pools
   BackendSelection backends;
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // progress; may be empty
+  std::optional<int64_t> memory_limit = {};  // bytes that weights, pools and steps may take together
 };
 
 class Engine {
  public:
   /// Loads a Hugging Face directory (config.json and safetensors). Weights that need no change stay memory-mapped.
-  /// Throws CheckpointError, UnsupportedError or RequestError.
+  /// Throws CheckpointError, UnsupportedError or RequestError; OutOfMemory before anything is allocated when the plan
+  /// exceeds options.memory_limit.
   static std::unique_ptr<Engine> load(const std::filesystem::path& dir, const EngineOptions& options = {});
+
+  /// What load would allocate. Reads config.json and the headers of the safetensors files, allocates nothing, and
+  /// throws as load does but for the memory limit, which it leaves alone.
+  static Plan plan(const std::filesystem::path& dir, const EngineOptions& options = {});
 
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -43,14 +50,13 @@ class Engine {
 
   const ModelConfig& config() const { return model_->config(); }
   const Runner& runner() const { return runner_; }
-  int64_t weight_bytes() const { return weight_bytes_; }
+  int64_t weight_bytes() const { return model_->weight_bytes(); }
 
  private:
-  Engine(std::shared_ptr<const HybridDecoder> model, const EngineOptions& options, int64_t weight_bytes);
+  Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);
 
   std::shared_ptr<const HybridDecoder> model_;
   Runner runner_;
-  int64_t weight_bytes_;  // as stored in the checkpoint
 };
 
 }  // namespace xgdn

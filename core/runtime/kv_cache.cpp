@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/kv_cache.h"
 
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/StringUtil.h>
 
@@ -23,7 +24,7 @@ int64_t KvCacheSpec::block_bytes() const {
 }
 
 KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device)
-    : spec_(spec), ref_counts_(checked_count(num_blocks), 0) {
+    : spec_(spec), device_(device), ref_counts_(checked_count(num_blocks), 0) {
   check_at_least("block_size", 1, spec.block_size);
   const at::TensorOptions options = at::TensorOptions().dtype(spec.dtype).device(device);
   const std::vector<int64_t> shape{num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim};
@@ -59,6 +60,41 @@ void KvCache::share(const std::vector<int32_t>& blocks) {
 void KvCache::release(const std::vector<int32_t>& blocks) {
   for (int32_t block : blocks) {
     if (--held("release", block) == 0) free_.push_back(block);
+  }
+}
+
+at::Tensor KvCache::rows_of(const char* what, const std::vector<int32_t>& blocks) {
+  for (int32_t block : blocks) held(what, block);
+  return at::tensor(blocks, at::kInt).to(at::kLong).to(device_);
+}
+
+std::vector<KvPool> KvCache::save(const std::vector<int32_t>& blocks) {
+  const at::Tensor rows = rows_of("save", blocks);
+  std::vector<KvPool> saved;
+  for (const KvPool& layer : layers_) {
+    saved.push_back({layer.k.index_select(0, rows).to(at::kCPU), layer.v.index_select(0, rows).to(at::kCPU)});
+  }
+  return saved;
+}
+
+void KvCache::restore(const std::vector<KvPool>& saved, const std::vector<int32_t>& blocks) {
+  const at::Tensor rows = rows_of("restore", blocks);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const int64_t count = saved.at(i).k.size(0);
+    if (count > rows.size(0)) {
+      throw RangeError(c10::str("[KvCache] restore: expected at least ", count, " blocks, got ", rows.size(0)));
+    }
+    layers_[i].k.index_copy_(0, rows.narrow(0, 0, count), saved[i].k.to(device_));
+    layers_[i].v.index_copy_(0, rows.narrow(0, 0, count), saved[i].v.to(device_));
+  }
+}
+
+void KvCache::copy(int32_t from, int32_t to) {
+  held("copy", from);
+  held("copy", to);
+  for (const KvPool& layer : layers_) {
+    layer.k.select(0, to).copy_(layer.k.select(0, from));
+    layer.v.select(0, to).copy_(layer.v.select(0, from));
   }
 }
 

@@ -33,6 +33,14 @@ class KvCache {
   /// One holder less of each block; the last one frees it. Throws RangeError for a block that nobody holds.
   void release(const std::vector<int32_t>& blocks);
 
+  /// Copies the keys and values of one held block to another. Throws RangeError for a block that nobody holds.
+  void copy(int32_t from, int32_t to);
+
+  /// The contents of held blocks in host memory, one entry a layer. Throws RangeError for a block that nobody holds.
+  std::vector<KvPool> save(const std::vector<int32_t>& blocks);
+  /// Writes saved contents to the first of as many held blocks. Throws RangeError as save, and for too few blocks.
+  void restore(const std::vector<KvPool>& saved, const std::vector<int32_t>& blocks);
+
   /// Blocks that `tokens` tokens need; 0 for a model without full attention.
   int64_t blocks_for(int64_t tokens) const;
 
@@ -45,7 +53,10 @@ class KvCache {
  private:
   int64_t& held(const char* what, int32_t block);  // the reference count of a block that somebody holds
 
+  at::Tensor rows_of(const char* what, const std::vector<int32_t>& blocks);  // of held blocks, i64
+
   KvCacheSpec spec_;
+  c10::Device device_;
   std::vector<KvPool> layers_;
   std::vector<int64_t> ref_counts_;
   std::vector<int32_t> free_;  // the next one is at the back

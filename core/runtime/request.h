@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/runtime/logprobs.h"
 #include "core/runtime/sampler.h"
 
 namespace xgdn {
@@ -19,6 +20,7 @@ struct Request {
   SamplingParams sampling = {};
   std::vector<int32_t> stop_token_ids = {};  // beside the model's own end-of-sequence tokens
   bool ignore_eos = false;                   // true: the model's own do not stop the request
+  int64_t n = 1;  // replies: branches that share the prompt's computation, branch i with the seed sampling.seed + i
 };
 
 enum class FinishReason {
@@ -29,22 +31,26 @@ enum class FinishReason {
   kError,      // see `error`
 };
 
-/// What one step did for one request.
+/// What one step did for one request, or for one branch of it.
 struct RequestEvent {
   RequestId id = 0;
   std::optional<int32_t> token;  // the new token, if the step chose one
   int64_t num_prefilled = 0;     // prompt tokens in the state so far
   int64_t prompt_size = 0;
   FinishReason finish_reason = FinishReason::kRunning;
-  std::string error;  // with kError
+  std::string error;                 // with kError
+  std::optional<Logprobs> logprobs;  // of the new token, where sampling.logprobs asks for them
+  int64_t branch = 0;                // of n; branches beyond the first have events from their first token on
 };
 
-/// A finished request.
+/// A finished request, or one branch of it.
 struct GenerationResult {
   RequestId id = 0;
   std::vector<int32_t> tokens;  // without the prompt
   FinishReason finish_reason = FinishReason::kRunning;
-  std::string error;  // with kError
+  std::string error;               // with kError
+  std::vector<Logprobs> logprobs;  // of each token, where sampling.logprobs asks for them
+  int64_t branch = 0;              // of n
 };
 
 }  // namespace xgdn

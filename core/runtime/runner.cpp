@@ -7,7 +7,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
-#include <map>
+#include <utility>
 
 namespace xgdn {
 namespace {
@@ -22,7 +22,10 @@ BatchLimits limits(const HybridDecoder& model, const StatePool& states, const Kv
 }
 
 RequestEvent event_of(const Sequence& s) {
-  return {.id = s.id, .num_prefilled = std::min(s.num_computed, s.prompt_size()), .prompt_size = s.prompt_size()};
+  return {.id = s.id,
+          .num_prefilled = std::min(s.num_computed, s.prompt_size()),
+          .prompt_size = s.prompt_size(),
+          .branch = s.branch};
 }
 
 const RunnerOptions& checked(const RunnerOptions& options) {
@@ -40,6 +43,7 @@ void RunnerOptions::check() const {
   at_least("max_batch_size", 1, max_batch_size);
   at_least("max_cached_tokens", 1, max_cached_tokens);
   at_least("kv_block_size", 1, kv_block_size);
+  SchedulerOptions{.max_tokens_per_step = max_tokens_per_step}.check();
 }
 
 int64_t Runner::state_slot_bytes(const HybridDecoder& model) {
@@ -88,9 +92,17 @@ RequestId Runner::submit(Request request) {
   check(request);
   std::lock_guard lock(mutex_);
   const RequestId id = next_id_++;
-  submitted_.push_back(std::make_unique<Sequence>(id, std::move(request)));
-  alive_.insert(id);
+  for (int64_t branch = 0; branch < request.n; ++branch) {
+    submitted_.push_back(std::make_unique<Sequence>(id, request, branch));
+    alive_[id].insert(branch);
+  }
   return id;
+}
+
+void Runner::forget(RequestId id, int64_t branch) {
+  const auto branches = alive_.find(id);
+  branches->second.erase(branch);
+  if (branches->second.empty()) alive_.erase(branches);
 }
 
 bool Runner::cancel(RequestId id) {
@@ -112,11 +124,13 @@ std::vector<RequestEvent> Runner::take_inbox() {
   submitted_.clear();
   std::vector<RequestEvent> events;
   for (RequestId id : to_cancel_) {
-    const std::unique_ptr<Sequence> sequence = scheduler_.remove(id);
-    if (sequence == nullptr) continue;
-    events.push_back(event_of(*sequence));
-    events.back().finish_reason = FinishReason::kCancelled;
-    alive_.erase(id);
+    const auto branches = alive_.find(id);
+    if (branches == alive_.end()) continue;
+    for (int64_t branch : branches->second) {
+      events.push_back(event_of(*scheduler_.remove(id, branch)));
+      events.back().finish_reason = FinishReason::kCancelled;
+    }
+    alive_.erase(branches);
   }
   to_cancel_.clear();
   return events;
@@ -125,10 +139,11 @@ std::vector<RequestEvent> Runner::take_inbox() {
 SequenceStep Runner::describe(const ScheduledPiece& piece) const {
   const Sequence& s = *piece.sequence;
   const int32_t slot = states_.slot(*s.slot);
+  const int32_t read_slot = s.forked_from ? states_.slot(*s.forked_from) : slot;
   SequenceStep step{.num_cached = s.num_computed,
-                    .state_slots = {slot},
+                    .state_slots = {read_slot},
                     .write_slot = slot,
-                    .conv_slot = slot,
+                    .conv_slot = read_slot,
                     .kv_blocks = s.kv_blocks};
   if (s.is_prefilled()) {
     step.kind = SegmentKind::kDecode;
@@ -150,18 +165,30 @@ bool Runner::is_stop_token(const Request& request, int32_t token) const {
   return !request.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end();
 }
 
-// Books a piece that the model has computed; chooses the next token where there are logits.
-RequestEvent Runner::advance(const ScheduledPiece& piece, const at::Tensor& logits, int64_t logit_row) {
+// Books a piece that the model has computed; chooses the next token where there are logits, and the first token of
+// every branch where a prompt ends.
+void Runner::advance(const ScheduledPiece& piece, const at::Tensor& logits, int64_t logit_row,
+                     std::vector<RequestEvent>& events) {
   Sequence& s = *piece.sequence;
-  s.num_computed += piece.count;
+  scheduler_.advance(s, piece.count);
+  if (logit_row < 0) {
+    events.push_back(event_of(s));
+    return;
+  }
+  const auto vocab = static_cast<size_t>(logits.size(1));
+  const std::span row(logits.const_data_ptr<float>() + logit_row * static_cast<int64_t>(vocab), vocab);
+  events.push_back(choose(s, row));
+  if (s.request.n == 1 || s.num_computed > s.prompt_size()) return;
+  for (Sequence* branch : scheduler_.fork(s)) events.push_back(choose(*branch, row));
+}
+
+RequestEvent Runner::choose(Sequence& s, std::span<const float> logits) const {
   RequestEvent event = event_of(s);
-  if (logit_row < 0) return event;
   try {
-    const auto vocab = static_cast<size_t>(logits.size(1));
-    const int32_t token =
-        s.sampler.sample({logits.const_data_ptr<float>() + logit_row * static_cast<int64_t>(vocab), vocab});
+    const int32_t token = s.sampler.sample(logits);
     s.generated.push_back(token);
     event.token = token;
+    if (s.request.sampling.logprobs) event.logprobs = logprobs(logits, token, *s.request.sampling.logprobs);
     if (is_stop_token(s.request, token)) {
       event.finish_reason = FinishReason::kStop;
     } else if (static_cast<int64_t>(s.generated.size()) >= s.request.max_new_tokens) {
@@ -186,21 +213,26 @@ std::vector<RequestEvent> Runner::step() {
     for (const ScheduledPiece& piece : pieces) sequences.push_back(describe(piece));
     const BuiltStep built = builder_.build(sequences);
     const at::Tensor logits = model_->forward(built.input, model_state_).to(at::kCPU).contiguous();
-    for (size_t i = 0; i < pieces.size(); ++i) moved.push_back(advance(pieces[i], logits, built.logit_rows[i]));
+    for (size_t i = 0; i < pieces.size(); ++i) advance(pieces[i], logits, built.logit_rows[i], moved);
   } catch (const std::exception& error) {
-    // The states of every sequence in the step may be half written.
+    // The states of every sequence in the step may be half written, and with them what was to be forked.
     moved.clear();
-    for (const ScheduledPiece& piece : pieces) {
-      moved.push_back(event_of(*piece.sequence));
+    const auto fail = [&](const Sequence& sequence) {
+      moved.push_back(event_of(sequence));
       moved.back().finish_reason = FinishReason::kError;
       moved.back().error = error.what();
+    };
+    for (const ScheduledPiece& piece : pieces) {
+      fail(*piece.sequence);
+      if (piece.sequence->branch > 0) continue;
+      for (const Sequence* branch : scheduler_.tokenless_branches(piece.sequence->id)) fail(*branch);
     }
   }
   for (const RequestEvent& event : moved) {
     if (event.finish_reason == FinishReason::kRunning) continue;
-    scheduler_.remove(event.id);
+    scheduler_.remove(event.id, event.branch);
     std::lock_guard lock(mutex_);
-    alive_.erase(event.id);
+    forget(event.id, event.branch);
   }
   events.insert(events.end(), moved.begin(), moved.end());
   return events;
@@ -209,18 +241,21 @@ std::vector<RequestEvent> Runner::step() {
 std::vector<GenerationResult> Runner::generate(const std::vector<Request>& requests) {
   for (const Request& request : requests) check(request);
   std::vector<GenerationResult> results;
-  std::map<RequestId, size_t> unfinished;
+  std::map<std::pair<RequestId, int64_t>, size_t> unfinished;
   for (const Request& request : requests) {
     const RequestId id = submit(request);
-    unfinished[id] = results.size();
-    results.push_back({.id = id});
+    for (int64_t branch = 0; branch < request.n; ++branch) {
+      unfinished[{id, branch}] = results.size();
+      results.push_back({.id = id, .branch = branch});
+    }
   }
   while (!unfinished.empty()) {
     for (const RequestEvent& event : step()) {
-      const auto it = unfinished.find(event.id);
+      const auto it = unfinished.find({event.id, event.branch});
       if (it == unfinished.end()) continue;
       GenerationResult& result = results[it->second];
       if (event.token) result.tokens.push_back(*event.token);
+      if (event.logprobs) result.logprobs.push_back(*event.logprobs);
       if (event.finish_reason == FinishReason::kRunning) continue;
       result.finish_reason = event.finish_reason;
       result.error = event.error;

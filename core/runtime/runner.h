@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
+#include <span>
 #include <vector>
 
 #include "core/models/hybrid_decoder.h"
@@ -48,12 +50,14 @@ class Runner {
   Runner(const Runner&) = delete;
   Runner& operator=(const Runner&) = delete;
 
-  /// Submits all, steps until they are finished, results in the order given. Nothing is submitted when one is refused.
+  /// Submits all, steps until they are finished; n results for each request, in the order given. Nothing is submitted
+  /// when one is refused.
   /// For callers that do not step the runner elsewhere: events of other requests are dropped.
   std::vector<GenerationResult> generate(const std::vector<Request>& requests);
 
   int64_t num_free_slots() const { return states_.num_free(); }
   int64_t num_free_kv_blocks() const { return kv_.num_free(); }
+  int64_t num_preemptions() const { return scheduler_.num_preemptions(); }  // so far; a preempted request goes on later
   int64_t state_bytes() const { return states_.bytes(); }
   int64_t kv_bytes() const { return kv_.bytes(); }
 
@@ -64,9 +68,12 @@ class Runner {
 
  private:
   void check(const Request& request) const;
+  void forget(RequestId id, int64_t branch);  // with mutex_ held
   std::vector<RequestEvent> take_inbox();
   SequenceStep describe(const ScheduledPiece& piece) const;
-  RequestEvent advance(const ScheduledPiece& piece, const at::Tensor& logits, int64_t logit_row);
+  void advance(const ScheduledPiece& piece, const at::Tensor& logits, int64_t logit_row,
+               std::vector<RequestEvent>& events);
+  RequestEvent choose(Sequence& sequence, std::span<const float> logits) const;
   bool is_stop_token(const Request& request, int32_t token) const;
 
   std::shared_ptr<const HybridDecoder> model_;
@@ -79,7 +86,7 @@ class Runner {
   mutable std::mutex mutex_;  // guards what follows
   RequestId next_id_ = 1;
   std::vector<std::unique_ptr<Sequence>> submitted_;  // not yet with the scheduler
-  std::set<RequestId> alive_;                         // submitted and not finished
+  std::map<RequestId, std::set<int64_t>> alive_;      // branches, submitted and not finished
   std::set<RequestId> to_cancel_;
 };
 

@@ -12,6 +12,7 @@ namespace xgdn {
 namespace {
 
 constexpr size_t kFirstSorted = 1024;
+constexpr int64_t kMostLogprobs = 20;
 
 int32_t argmax(std::span<const float> logits) {
   for (size_t i = 0; i < logits.size(); ++i) {
@@ -78,6 +79,9 @@ void SamplingParams::check() const {
   };
   if (!(temperature >= 0.0) || std::isinf(temperature)) refuse("temperature", "a finite number >= 0", temperature);
   if (top_k < 0) refuse("top_k", "0 for all tokens, or a count", static_cast<double>(top_k));
+  if (logprobs && (*logprobs < 0 || *logprobs > kMostLogprobs)) {
+    refuse("logprobs", "a count 0..20", static_cast<double>(*logprobs));
+  }
   if (!(top_p > 0.0 && top_p <= 1.0)) refuse("top_p", "a share in (0, 1]", top_p);
 }
 

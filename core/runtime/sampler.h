@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <span>
 
@@ -15,6 +16,7 @@ struct SamplingParams {
   int64_t top_k = 0;         // 0: all tokens
   double top_p = 1.0;        // smallest set of likeliest tokens that reaches this share, at least one
   uint64_t seed = 0;
+  std::optional<int64_t> logprobs = {};  // report the chosen token's and those of as many likeliest tokens, 0..20
 
   /// Throws RequestError for a value out of range.
   void check() const;

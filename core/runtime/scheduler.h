@@ -14,25 +14,37 @@
 
 namespace xgdn {
 
-/// A request on its way. It owns a slot and all the KV blocks it can ever need from admission to the end.
+/// A branch of a request on its way. From admission to the end it owns a slot. A request's only branch has the KV
+/// blocks of its prompt from the start, gets others as it grows, and may lose them all to an older one: then it is
+/// preempted, its keys and values wait in host memory, its state in its slot. Several branches are admitted together
+/// with all the blocks that they can ever need; those beyond the first wait parked until the prompt is computed.
 struct Sequence {
-  Sequence(RequestId request_id, Request r) : id(request_id), request(std::move(r)), sampler(request.sampling) {}
+  Sequence(RequestId request_id, Request r, int64_t branch_idx = 0);
 
   RequestId id;
   Request request;
+  int64_t branch;
   Sampler sampler;
   std::vector<int32_t> generated;
   int64_t num_computed = 0;  // tokens of prompt + generated that the state holds
   std::optional<SlotHandle> slot;
-  std::vector<int32_t> kv_blocks;
+  std::optional<SlotHandle> forked_from;  // the slot that its first step reads; it writes `slot`
+  std::vector<int32_t> kv_blocks;         // parked: without those that it will share
+
+  std::optional<std::vector<KvPool>> saved_kv;  // preempted: what its blocks held
 
   int64_t prompt_size() const { return static_cast<int64_t>(request.prompt.size()); }
-  int64_t max_size() const { return prompt_size() + request.max_new_tokens; }
   bool is_prefilled() const { return num_computed >= prompt_size(); }
+  bool is_parked() const { return branch > 0 && num_computed == 0; }
+  bool is_preempted() const { return saved_kv.has_value(); }
+  bool grows() const { return request.n == 1; }
 };
 
 struct SchedulerOptions {
   int64_t max_tokens_per_step = 2048;  // decodes and prompt pieces together; prompts get at least 64 a step
+
+  /// Throws RequestError for a step that could not hold one chunk.
+  void check() const;
 };
 
 /// The next `count` tokens of a sequence.
@@ -49,25 +61,48 @@ class Scheduler {
   /// Throws RequestError when the request could not run even alone.
   void check_fits(const Request& request) const;
 
+  /// The branches of a request are added one after the other, from the first.
   void add(std::unique_ptr<Sequence> sequence);
 
-  /// Admits waiting sequences in the order of arrival while slots and blocks last, then picks this step's pieces.
+  /// Gives every sequence that decodes room for a token, at the cost of the youngest where blocks run out; brings
+  /// preempted ones back while blocks last, then admits waiting ones in the order of arrival while slots and blocks
+  /// last; then picks this step's pieces.
   std::vector<ScheduledPiece> schedule();
 
+  /// Lets the parked branches of a request go on from the state of the first, whose prompt has been computed: its slot
+  /// and the full blocks of its prompt by reference, the last block by copy.
+  std::vector<Sequence*> fork(const Sequence& first);
+
+  /// Books computed tokens of a sequence; its state is now its own.
+  void advance(Sequence& sequence, int64_t count);
+
+  /// The branches of a request beyond the first that have no token yet.
+  std::vector<Sequence*> tokenless_branches(RequestId id) const;
+
   /// Takes a sequence out, wherever it is, and frees what it holds; nullptr when there is none of that id.
-  std::unique_ptr<Sequence> remove(RequestId id);
+  std::unique_ptr<Sequence> remove(RequestId id, int64_t branch = 0);
 
   int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
-  int64_t num_running() const { return static_cast<int64_t>(running_.size()); }
+  int64_t num_running() const { return static_cast<int64_t>(running_.size()); }  // preempted ones too
+  int64_t num_preemptions() const { return num_preemptions_; }                   // so far
 
  private:
+  void grow();
+  bool make_room(const Sequence& sequence);
+  void preempt(Sequence& sequence);
+  bool resume();
   void admit();
+  int64_t shared_blocks(const Request& request) const;
+  int64_t own_blocks(const Request& request, int64_t branch) const;
+  int64_t first_blocks(const Sequence& sequence) const;
+  int64_t blocks_of_all_branches(const Request& request) const;
 
   SchedulerOptions options_;
   StatePool& states_;
   KvCache& kv_;
   std::deque<std::unique_ptr<Sequence>> waiting_;
   std::vector<std::unique_ptr<Sequence>> running_;  // in the order of admission
+  int64_t num_preemptions_ = 0;
 };
 
 }  // namespace xgdn

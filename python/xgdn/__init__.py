@@ -3,6 +3,7 @@
 
 - `xgdn.chunk_gated_delta_rule`, `xgdn.fused_recurrent_gated_delta_rule`: FLA's functions, names, order and defaults.
 - `xgdn.Engine`: loads a checkpoint and generates, with continuous batching.
+- `xgdn.plan`: the bytes that an engine would take, before anything is allocated.
 - `xgdn.ops`: the serving functions, which update state pools in place.
 - `xgdn.available_backends`, `use_backend`, `last_backend`, `doctor`: what runs the ops here, and why.
 """
@@ -12,7 +13,19 @@ import torch  # noqa: F401  (libxgdn needs torch's libraries in the process)
 import xgdn._C  # noqa: F401  (loads libxgdn, which registers torch.ops.xgdn)
 from xgdn import errors, ops
 from xgdn.backends import BackendReport, available_backends, doctor, last_backend, use_backend
-from xgdn.engine import Engine, FinishReason, GenerationResult, Request, RequestEvent, RunnerOptions, SamplingParams
+from xgdn.engine import (
+    Engine,
+    FinishReason,
+    GenerationResult,
+    Logprobs,
+    Plan,
+    Request,
+    RequestEvent,
+    RunnerOptions,
+    SamplingParams,
+    TokenLogprob,
+    plan,
+)
 from xgdn.fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from xgdn.ops import PAD_SLOT_ID, ChunkMetadata
 
@@ -23,10 +36,13 @@ __all__ = [
     "Engine",
     "FinishReason",
     "GenerationResult",
+    "Logprobs",
+    "Plan",
     "Request",
     "RequestEvent",
     "RunnerOptions",
     "SamplingParams",
+    "TokenLogprob",
     "available_backends",
     "chunk_gated_delta_rule",
     "doctor",
@@ -34,5 +50,6 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "last_backend",
     "ops",
+    "plan",
     "use_backend",
 ]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `xgdn generate`, `xgdn bench` and `xgdn doctor`."""
+"""The command line: `xgdn generate`, `xgdn plan`, `xgdn bench` and `xgdn doctor`."""
 
 import importlib.metadata
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measures beside the machine'
 app.add_typer(bench_app, name="bench")
 
 _MAX = 2**31 - 1  # of ids and counts
+_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class Dtype(str, Enum):
@@ -40,6 +42,19 @@ class Dtype(str, Enum):
 class StateDtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+# What the commands that load a model share.
+Model = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, help="Directory with config.json and safetensors.")
+]
+WeightDtype = Annotated[Dtype | None, typer.Option(help="Of weights and activations; default the checkpoint's.")]
+StatesDtype = Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")]
+MaxBatchSize = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that run at once.")]
+MaxCachedTokens = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")]
+MaxTokensPerStep = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")]
+MemoryLimit = Annotated[str, typer.Option(metavar="BYTES", help="Refuse to exceed it: 8GiB, 500MiB, 123456.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 
 class Reply:
@@ -109,6 +124,20 @@ def _parse_ids(text: str, option: str) -> list[int]:
     return ids
 
 
+def _parse_bytes(text: str) -> int | None:
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d{1,15}) ?(KiB|MiB|GiB|TiB|)", text)
+    if match is None:
+        raise typer.BadParameter(f"expected bytes like 8GiB or 123456, got {text!r}", param_hint="--memory-limit")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _readable(num_bytes: int) -> str:
+    unit = next((unit for unit in reversed(_UNITS) if num_bytes >= _UNITS[unit]), "")
+    return f"{num_bytes / _UNITS[unit]:.2f} {unit}" if unit else str(num_bytes)
+
+
 def _load_tokenizer(model: Path) -> Tokenizer:
     path = model / "tokenizer.json"
     if not path.is_file():
@@ -155,9 +184,7 @@ def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Token
 
 @app.command()
 def generate(
-    model: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="Directory with config.json and safetensors.")
-    ],
+    model: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt, taken as it is; repeatable.")] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option(help="A prompt as token ids: 1,2,3; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest reply.")] = 64,
@@ -165,15 +192,14 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Sample among the k likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this share.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Of the random choice.")] = 0,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations; default the checkpoint's.")] = None,
-    state_dtype: Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")] = StateDtype.float32,
+    dtype: WeightDtype = None,
+    state_dtype: StatesDtype = StateDtype.float32,
     prefill_backend: Annotated[str, typer.Option(help="Runs prompts; see `xgdn doctor`.")] = "auto",
     decode_backend: Annotated[str, typer.Option(help="Runs single tokens; see `xgdn doctor`.")] = "auto",
-    max_batch_size: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that run at once.")] = 32,
-    max_cached_tokens: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")] = 16384,
-    max_tokens_per_step: Annotated[
-        int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")
-    ] = 512,
+    max_batch_size: MaxBatchSize = 32,
+    max_cached_tokens: MaxCachedTokens = 16384,
+    max_tokens_per_step: MaxTokensPerStep = 512,
+    memory_limit: MemoryLimit = "",
     stop_token_ids: Annotated[str, typer.Option(help="Further token ids that end a reply: 1,2,3.")] = "",
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document per prompt.")] = False,
@@ -185,6 +211,7 @@ def generate(
     if bool(prompt) == bool(prompt_ids):
         raise typer.BadParameter("give prompts either as --prompt or as --prompt-ids")
     stop_ids = _parse_ids(stop_token_ids, "--stop-token-ids")
+    limit = _parse_bytes(memory_limit)
     tokenizer: Tokenizer | None = None
     if prompt or (as_json and (model / "tokenizer.json").is_file()):
         tokenizer = _load_tokenizer(model)
@@ -208,6 +235,7 @@ def generate(
                 prefill_backend=prefill_backend,
                 decode_backend=decode_backend,
                 on_layer_loaded=loading.update,
+                memory_limit=limit,
             )
         finally:
             loading.hide()
@@ -227,7 +255,64 @@ def generate(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
+def plan(
+    model: Model,
+    dtype: WeightDtype = None,
+    state_dtype: StatesDtype = StateDtype.float32,
+    max_batch_size: MaxBatchSize = 32,
+    max_cached_tokens: MaxCachedTokens = 16384,
+    max_tokens_per_step: MaxTokensPerStep = 512,
+    memory_limit: MemoryLimit = "",
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, max=_MAX, metavar="N", help="Tokens of a sequence; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the memory that a model would take, and how many sequences fit into a limit, before anything is loaded."""
+    limit = _parse_bytes(memory_limit)
+    with _errors_in_one_line():
+        planned = xgdn.plan(
+            model,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            state_dtype=getattr(torch, state_dtype.value),
+            runner=xgdn.RunnerOptions(
+                max_batch_size=max_batch_size,
+                max_cached_tokens=max_cached_tokens,
+                max_tokens_per_step=max_tokens_per_step,
+            ),
+        )
+    lengths = length or [512, 2048, 8192]
+    fits = {} if limit is None else {str(n): planned.max_sequences(n, limit) for n in lengths}
+    if as_json:
+        names = [name for name in dir(planned) if name.endswith("_bytes") or name.startswith("num_")]
+        numbers = {name: getattr(planned, name) for name in names}
+        typer.echo(json.dumps({**numbers, "memory_limit": limit, "max_sequences": fits}))
+    else:
+        _print_plan(planned, limit, fits)
+    if limit is not None and planned.total_bytes > limit:
+        _fail(f"expected {planned.total_bytes} bytes to fit into --memory-limit, got {limit}")
+
+
+def _print_plan(planned: xgdn.Plan, limit: int | None, fits: dict[str, int]) -> None:
+    slots = f"{planned.num_state_slots} sequences of {planned.state_slot_bytes}"
+    blocks = f"{planned.num_kv_blocks} blocks of {planned.kv_block_bytes}, {planned.kv_block_size} tokens each"
+    table = Table("what", "bytes", "", "made of")
+    for what, num_bytes, parts in [
+        ("weights", planned.weight_bytes, ""),
+        ("states", planned.state_bytes, slots),
+        ("KV cache", planned.kv_bytes, blocks),
+        ("largest step", planned.workspace_bytes, "at most"),
+        ("total", planned.total_bytes, "" if limit is None else f"of {limit}"),
+    ]:
+        table.add_row(what, Text(str(num_bytes), justify="right"), _readable(num_bytes), parts)
+    console = Console()
+    console.print(table)
+    for length, count in fits.items():
+        console.print(Text(f"{count} sequences of {length} tokens fit into {limit} bytes"), soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
     """Show which backend serves which op here, and why the others do not."""
     versions = {
         "xgdn": importlib.metadata.version("xgdn"),
@@ -272,7 +357,7 @@ def bench_ops(
     prefill: Annotated[str, typer.Option(metavar="T,..", help="Prompt lengths.")] = "512,2048,8192",
     threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
     seconds: Annotated[float, typer.Option(min=0, help="Per contestant and problem.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The ops in the shape of Qwen3-Next-80B and Qwen3.5-35B: 16 key heads, 32 value heads, head dims of 128."""
     from xgdn.bench.ops import OpsBenchmark, Plan
@@ -303,7 +388,7 @@ def bench_layer(
     batch: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes.")] = "1,8,32",
     threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
     seconds: Annotated[float, typer.Option(min=0, help="Per contestant and batch size.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A layer's decode step in bf16, of the same shape, hidden size 2048: what it takes beside its projections."""
     from xgdn.bench.layer import LayerBenchmark

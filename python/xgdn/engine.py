@@ -7,17 +7,46 @@ from os import PathLike, fspath
 import torch
 
 from xgdn import _C
-from xgdn._C import FinishReason, GenerationResult, Request, RequestEvent, RunnerOptions, SamplingParams
+from xgdn._C import (
+    FinishReason,
+    GenerationResult,
+    Logprobs,
+    Plan,
+    Request,
+    RequestEvent,
+    RunnerOptions,
+    SamplingParams,
+    TokenLogprob,
+)
 
 __all__ = [
     "Engine",
     "FinishReason",
     "GenerationResult",
+    "Logprobs",
+    "Plan",
     "Request",
     "RequestEvent",
     "RunnerOptions",
     "SamplingParams",
+    "TokenLogprob",
+    "plan",
 ]
+
+
+def plan(
+    model_dir: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype = torch.float32,
+    runner: RunnerOptions | None = None,
+) -> Plan:
+    """Return the bytes that an `Engine` of these arguments would take, and what fits into a given memory.
+
+    Reads config.json and the headers of the safetensors files, and allocates nothing. Raises as `Engine` does.
+    """
+    options = _C.EngineOptions(runner=runner or RunnerOptions(), dtype=dtype, state_dtype=state_dtype)
+    return _C.Engine.plan(fspath(model_dir), options)
 
 
 class Engine:
@@ -32,9 +61,10 @@ class Engine:
         prefill_backend, decode_backend: a name of `xgdn.available_backends()`, or "auto".
         prefill_accuracy: "fast", "exact" or "auto", as in `xgdn.ops.chunk_gated_delta_rule`.
         on_layer_loaded: called with (loaded, total) while loading.
+        memory_limit: bytes that weights, pools and steps may take together; default no limit.
 
     Raises:
-        xgdn.errors.CheckpointError, UnsupportedError, RequestError.
+        xgdn.errors.CheckpointError, UnsupportedError, RequestError; OutOfMemory before anything is allocated.
     """
 
     def __init__(
@@ -49,9 +79,9 @@ class Engine:
         decode_backend: str = "auto",
         prefill_accuracy: str = "auto",
         on_layer_loaded: Callable[[int, int], None] | None = None,
+        memory_limit: int | None = None,
     ) -> None:
-        self._engine = _C.Engine.load(
-            fspath(model_dir),
+        options = _C.EngineOptions(
             runner=runner or RunnerOptions(),
             dtype=dtype,
             state_dtype=state_dtype,
@@ -60,7 +90,11 @@ class Engine:
             decode_backend=decode_backend,
             prefill_accuracy=prefill_accuracy,
             on_layer_loaded=on_layer_loaded,
+            memory_limit=memory_limit,
         )
+        self._engine = _C.Engine.load(fspath(model_dir), options)
+
+    plan = staticmethod(plan)
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; any thread may call it. Raises RequestError or RangeError."""
@@ -86,8 +120,12 @@ class Engine:
         sampling: SamplingParams | None = None,
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
+        n: int = 1,
     ) -> list[GenerationResult]:
-        """Run all prompts to their end, in one batch as far as the pools allow; results in the order given."""
+        """Run all prompts to their end, in one batch as far as the pools allow; results in the order given.
+
+        Each prompt has `n` results in a row; they share its computation, and their seeds count up from sampling's.
+        """
         return self._engine.generate(
             [
                 Request(
@@ -96,6 +134,7 @@ class Engine:
                     sampling=sampling or SamplingParams(),
                     stop_token_ids=list(stop_token_ids),
                     ignore_eos=ignore_eos,
+                    n=n,
                 )
                 for prompt in prompts
             ]
@@ -106,12 +145,13 @@ class Engine:
 
         Events of other requests are dropped: to mix streams, use `submit` and `step`.
         """
-        unfinished = {self.submit(request) for request in requests}
+        unfinished = {(i, branch) for r in requests for i in [self.submit(r)] for branch in range(r.n)}
         while unfinished:
             for event in self.step():
-                if event.id in unfinished:
+                key = (event.id, event.branch)
+                if key in unfinished:
                     if event.finish_reason != FinishReason.RUNNING:
-                        unfinished.discard(event.id)
+                        unfinished.discard(key)
                     yield event
 
     def prompt_logits(self, prompt: Sequence[int]) -> torch.Tensor:
@@ -135,8 +175,13 @@ class Engine:
         return self._engine.num_free_kv_blocks
 
     @property
+    def num_preemptions(self) -> int:
+        """How often a request so far had to give its KV blocks to an older one; it goes on when blocks are free."""
+        return self._engine.num_preemptions
+
+    @property
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes of the checkpoint's weights and of the two pools."""
+        """Bytes of the model's weights and of the two pools."""
         return {
             "weights": self._engine.weight_bytes,
             "states": self._engine.state_bytes,

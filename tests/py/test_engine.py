@@ -96,6 +96,17 @@ def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(engine: xgdn.Eng
     assert engine.generate([PROMPTS[1]], max_new_tokens=20, sampling=other, ignore_eos=True)[0].tokens != alone
 
 
+def test_preempted_requests_go_on_with_the_same_tokens(checkpoint: Path, engine: xgdn.Engine) -> None:
+    want = [r.tokens for r in engine.generate(PROMPTS, max_new_tokens=40, ignore_eos=True)]
+    tight = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_batch_size=4, max_cached_tokens=256))
+    for _ in range(2):
+        before = tight.num_preemptions
+        assert [r.tokens for r in tight.generate(PROMPTS, max_new_tokens=40, ignore_eos=True)] == want
+        assert tight.num_preemptions > before
+    assert (tight.num_free_slots, tight.num_free_kv_blocks) == (4, 16)
+    assert engine.num_preemptions == 0
+
+
 def test_stop_tokens_end_a_request(engine: xgdn.Engine) -> None:
     free = engine.generate([PROMPTS[0]], max_new_tokens=12, ignore_eos=True)[0].tokens
     stop = free[4]

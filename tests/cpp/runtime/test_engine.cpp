@@ -3,9 +3,12 @@
 #include "core/runtime/engine.h"
 
 #include <ATen/ops/argmax.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -154,6 +157,96 @@ TEST_F(EngineTest, RefusesBadOptionsBeforeItLoads) {
   expect_error<RequestError>(load({.runner = {.max_batch_size = -1}, .on_layer_loaded = never}),
                              {"max_batch_size", "-1"});
   expect_error<CheckpointError>([&] { Engine::load(dir_.path() / "nothing"); }, {"nothing"});
+}
+
+TEST_F(EngineTest, PlansWhatItAllocates) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const EngineOptions options{
+        .runner = {.max_batch_size = 3, .max_cached_tokens = 50}, .dtype = dtype, .state_dtype = dtype};
+    int64_t weight_bytes = 0;
+    for (const auto& [name, tensor] : weights_) {
+      const bool is_wide =
+          name.ends_with("A_log") || name.ends_with("dt_bias") || name.ends_with("linear_attn.norm.weight");
+      weight_bytes += tensor.numel() * static_cast<int64_t>(c10::elementSize(is_wide ? at::kFloat : dtype));
+    }
+    const Plan plan = Engine::plan(dir_.path(), options);
+    const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
+    EXPECT_EQ(plan.weight_bytes, weight_bytes);
+    EXPECT_EQ(engine->weight_bytes(), weight_bytes);
+    EXPECT_EQ(plan.state_bytes(), engine->runner().state_bytes());
+    EXPECT_EQ(plan.kv_bytes(), engine->runner().kv_bytes());
+    EXPECT_EQ(plan.num_kv_blocks, 4);
+    EXPECT_EQ(plan.total_bytes(), weight_bytes + plan.state_bytes() + plan.kv_bytes() + plan.workspace_bytes());
+  }
+}
+
+// Counts what this thread holds of tensors' memory, and the most of it.
+class AllocationPeak : public c10::MemoryReportingInfoBase {
+ public:
+  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override {
+    held_ += size;
+    peak_ = std::max(peak_, held_);
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+  int64_t peak() const { return peak_; }
+
+ private:
+  int64_t held_ = 0;
+  int64_t peak_ = 0;
+};
+
+TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
+  std::vector<Request> requests;
+  for (int32_t i = 0; i < 7; ++i) requests.push_back({.prompt = std::vector<int32_t>(300, i), .max_new_tokens = 4});
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    for (const int64_t max_tokens : {64, 256, 2048}) {
+      const EngineOptions options{
+          .runner = {.max_batch_size = 7, .max_cached_tokens = 2200, .max_tokens_per_step = max_tokens},
+          .dtype = dtype};
+      const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
+      const auto peak = std::make_shared<AllocationPeak>();
+      {
+        const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, peak);
+        engine->generate(requests);
+      }
+      const int64_t planned = Engine::plan(dir_.path(), options).workspace_bytes();
+      EXPECT_LE(peak->peak(), planned) << max_tokens << " tokens in a step";
+      EXPECT_GE(peak->peak() * 20, planned) << "a bound that tells nothing, at " << max_tokens << " tokens in a step";
+    }
+  }
+}
+
+TEST_F(EngineTest, RefusesToExceedItsMemoryLimit) {
+  EngineOptions options{.runner = {.max_batch_size = 3, .max_cached_tokens = 50}};
+  const Plan plan = Engine::plan(dir_.path(), options);
+  options.memory_limit = plan.total_bytes();
+  EXPECT_NE(Engine::load(dir_.path(), options), nullptr);
+  --*options.memory_limit;
+  options.on_layer_loaded = [](int64_t, int64_t) { ADD_FAILURE() << "a layer was loaded"; };
+  expect_error<OutOfMemory>(
+      [&] { Engine::load(dir_.path(), options); },
+      {"memory_limit", std::to_string(plan.total_bytes()), std::to_string(plan.weight_bytes),
+       "3 state slots " + std::to_string(plan.state_bytes()), "4 KV cache blocks " + std::to_string(plan.kv_bytes()),
+       "got " + std::to_string(*options.memory_limit)});
+  EXPECT_NO_THROW(Engine::plan(dir_.path(), options));
+}
+
+TEST_F(EngineTest, PlansHowManySequencesFit) {
+  const auto plan_for = [&](int64_t num_sequences, int64_t tokens) {
+    return Engine::plan(dir_.path(), {.runner = {.max_batch_size = num_sequences, .max_cached_tokens = tokens}});
+  };
+  const Plan plan = plan_for(1, 160);
+  EXPECT_EQ(plan.max_sequences(160, plan.total_bytes()), 1);
+  EXPECT_EQ(plan.max_sequences(160, plan.total_bytes() - 1), 0);
+  EXPECT_EQ(plan.max_sequences(161, plan.total_bytes()), 0) << "a block more";
+  const int64_t each = plan.state_slot_bytes + 10 * plan.kv_block_bytes + plan.step_logits_bytes;
+  for (const int64_t others : {1, 2, 17, 1000}) {
+    EXPECT_EQ(plan.max_sequences(160, plan.total_bytes() + others * each), 1 + others);
+    EXPECT_EQ(plan.max_sequences(160, plan.total_bytes() + others * each - 1), others);
+  }
+  EXPECT_EQ(plan.max_sequences(160, 0), 0);
+  EXPECT_GT(plan.max_sequences(160, std::numeric_limits<int64_t>::max()), int64_t{1} << 30);
+  expect_error<RequestError>([&] { plan.max_sequences(0, 1); }, {"length", "at least 1", "got 0"});
 }
 
 TEST_F(EngineTest, SaysWhichWeightIsMissing) {

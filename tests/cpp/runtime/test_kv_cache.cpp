@@ -7,6 +7,7 @@
 #include <set>
 #include <vector>
 
+#include "tests/cpp/support/compare.h"
 #include "tests/cpp/support/expect_error.h"
 
 namespace xgdn::testing {
@@ -96,6 +97,39 @@ TEST(KvCache, ImpossibleSizesAreRefused) {
   KvCache cache(kSpec, 2, c10::kCPU);
   expect_error<RequestError>([&] { cache.allocate(-1); }, {"[KvCache] count", "-1"});
   EXPECT_EQ(cache.num_free(), 2);
+}
+
+TEST(KvCache, RestoresTheBitsOfWhatItSaved) {
+  KvCache kv({.num_layers = 2, .num_kv_heads = 2, .head_dim = 4, .block_size = 3}, 7, c10::kCPU);
+  for (const KvPool& layer : kv.layers()) {
+    layer.k.normal_();
+    layer.v.normal_();
+  }
+  const std::vector<int32_t> blocks = kv.allocate(3);
+  std::vector<at::Tensor> before;
+  for (const KvPool& layer : kv.layers()) {
+    for (int32_t block : blocks) before.insert(before.end(), {layer.k[block].clone(), layer.v[block].clone()});
+  }
+  const std::vector<KvPool> saved = kv.save(blocks);
+  kv.release(blocks);
+  for (const KvPool& layer : kv.layers()) {
+    layer.k.fill_(kNaN);
+    layer.v.fill_(kNaN);
+  }
+  kv.allocate(2);
+  const std::vector<int32_t> others = kv.allocate(4);
+  kv.restore(saved, others);
+  size_t i = 0;
+  for (const KvPool& layer : kv.layers()) {
+    for (int which = 0; which < 3; ++which) {
+      EXPECT_TRUE(same_bits(layer.k[others[which]], before[i++]));
+      EXPECT_TRUE(same_bits(layer.v[others[which]], before[i++]));
+    }
+    EXPECT_TRUE(layer.k[others[3]].isnan().all().item<bool>()) << "the block beyond was written";
+  }
+  expect_error<RangeError>([&] { kv.restore(saved, {others[0]}); }, {"restore", "at least 3", "got 1"});
+  kv.release(others);
+  expect_error<RangeError>([&] { kv.save(others); }, {"save", "held block"});
 }
 
 }  // namespace

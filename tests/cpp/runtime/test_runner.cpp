@@ -138,6 +138,50 @@ TEST_F(RunnerTest, GreedyTokensDependOnTheRequestAlone) {
   }
 }
 
+TEST_F(RunnerTest, PreemptedRequestsGoOnWithTheSameTokens) {
+  std::vector<Request> requests;
+  std::vector<std::vector<int32_t>> want;
+  for (uint64_t i = 0; i < 6; ++i) {
+    requests.push_back({.prompt = random_prompt(i, 10 + static_cast<int64_t>(i) * 13),
+                        .max_new_tokens = 60,
+                        .sampling = {.temperature = i % 2 == 0 ? 0.0 : 1.0, .seed = i}});
+    want.push_back(alone(requests.back()));
+  }
+  for (const int64_t max_cached_tokens : {144, 208, 320}) {
+    const RunnerOptions options{.max_batch_size = 6,
+                                .max_cached_tokens = max_cached_tokens,
+                                .max_tokens_per_step = 64,
+                                .poison_freed_slots = true};
+    Runner runner(model(), options);
+    const std::vector<GenerationResult> results = runner.generate(requests);
+    EXPECT_GE(runner.num_preemptions(), 1) << max_cached_tokens;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      EXPECT_EQ(results[i].finish_reason, FinishReason::kLength) << results[i].error;
+      EXPECT_EQ(results[i].tokens, want[i]) << "request " << i << " with " << max_cached_tokens << " cached tokens";
+    }
+    expect_all_free(runner, options);
+  }
+}
+
+TEST_F(RunnerTest, ALongPromptNeverStallsDecoding) {
+  Runner runner(model(), {.max_batch_size = 4, .max_cached_tokens = 4096, .max_tokens_per_step = 128});
+  std::vector<RequestId> decoding;
+  for (uint64_t i = 0; i < 3; ++i)
+    decoding.push_back(runner.submit({.prompt = random_prompt(i, 20), .max_new_tokens = 60}));
+  runner.step();
+  runner.submit({.prompt = random_prompt(9, 2000), .max_new_tokens = 2});
+  for (int i = 0; i < 30; ++i) {
+    std::vector<RequestId> moved;
+    int64_t num_tokens = 0;
+    for (const RequestEvent& event : runner.step()) {
+      if (event.token) moved.push_back(event.id);
+      num_tokens += event.token ? 1 : 64;
+    }
+    EXPECT_EQ(std::vector<RequestId>(moved.begin(), moved.begin() + 3), decoding) << "a gap at step " << i;
+    EXPECT_LE(num_tokens, 128);
+  }
+}
+
 TEST_F(RunnerTest, SampledTokensDependOnTheSeedNotOnTheBatch) {
   std::vector<Request> requests = twelve_requests();
   for (size_t i = 0; i < requests.size(); ++i) {

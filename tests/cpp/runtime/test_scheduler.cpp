@@ -117,10 +117,10 @@ TEST_F(SchedulerTest, AdmitsByFreeSlotsInTheOrderOfArrival) {
 
 TEST_F(SchedulerTest, AdmitsByFreeBlocksAndNobodyOvertakes) {
   make(/*max_tokens_per_step=*/2048, /*num_slots=*/8, /*num_blocks=*/10);
-  add(1, 60, 20);  // 5 blocks
+  add(1, 70, 10);  // 5 blocks
   add(2, 80, 16);  // 6 blocks: waits
   add(3, 1, 1);    // 1 block: would fit, but 2 is older
-  EXPECT_EQ(step(), (std::vector<Piece>{{1, 60}}));
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 70}}));
   EXPECT_EQ(kv_->num_free(), 5);
   EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}}));
   scheduler_->remove(1);
@@ -128,13 +128,47 @@ TEST_F(SchedulerTest, AdmitsByFreeBlocksAndNobodyOvertakes) {
   EXPECT_EQ(kv_->num_free(), 3);
 }
 
-TEST_F(SchedulerTest, AnAdmittedSequenceHoldsAllTheBlocksItCanNeed) {
+TEST_F(SchedulerTest, ASequenceTakesBlocksAsItGrows) {
   make(/*max_tokens_per_step=*/64, /*num_slots=*/2, /*num_blocks=*/20);
-  add(1, 100, 29);  // 129 tokens
-  const std::vector<ScheduledPiece> pieces = scheduler_->schedule();
-  ASSERT_EQ(pieces.size(), 1u);
-  EXPECT_EQ(pieces[0].sequence->kv_blocks.size(), 9u);
-  EXPECT_EQ(kv_->num_free(), 11);
+  add(1, 95, 40);
+  step();
+  EXPECT_EQ(kv_->num_free(), 14) << "95 tokens and the next one";
+  step();
+  step();
+  EXPECT_EQ(kv_->num_free(), 14);
+  step();
+  EXPECT_EQ(kv_->num_free(), 13) << "the 97th token";
+}
+
+TEST_F(SchedulerTest, TheYoungestGivesItsBlocksAndComesBackFirst) {
+  make(/*max_tokens_per_step=*/2048, /*num_slots=*/4, /*num_blocks=*/6);
+  add(1, 31, 40);  // 2 blocks
+  add(2, 31, 40);  // 2 blocks
+  add(3, 31, 2);   // 2 blocks
+  add(4, 1, 1);    // waits
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 31}, {2, 31}, {3, 31}}));
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {2, 1}, {3, 1}}));
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {2, 1}})) << "1 and 2 took the blocks of 3";
+  EXPECT_EQ(scheduler_->num_preemptions(), 1);
+  EXPECT_EQ(scheduler_->num_running(), 3);
+  EXPECT_EQ(scheduler_->num_waiting(), 1) << "nobody is admitted before 3 is back";
+  EXPECT_EQ(states_->num_free(), 1);
+  scheduler_->remove(2);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {3, 1}}));
+  scheduler_->remove(3);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {4, 1}}));
+}
+
+TEST_F(SchedulerTest, APreemptedSequenceCanBeRemoved) {
+  make(/*max_tokens_per_step=*/2048, /*num_slots=*/2, /*num_blocks=*/4);
+  add(1, 31, 33);
+  add(2, 31, 33);
+  for (int i = 0; i < 4; ++i) step();
+  EXPECT_EQ(scheduler_->num_preemptions(), 1);
+  EXPECT_NE(scheduler_->remove(2), nullptr);
+  EXPECT_NE(scheduler_->remove(1), nullptr);
+  EXPECT_EQ(states_->num_free(), 2);
+  EXPECT_EQ(kv_->num_free(), 4);
 }
 
 TEST_F(SchedulerTest, RemoveFreesWaitingAndRunning) {

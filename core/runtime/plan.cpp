@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/plan.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+
+namespace xgdn {
+namespace {
+
+constexpr int64_t kFloatBytes = sizeof(float);
+// Ids, positions, cache rows and chunk tables of one token, as int32 and once more as the int64 that ATen indexes with.
+constexpr int64_t kMetadataBytes = 64;
+constexpr int64_t kMostMemory = int64_t{1} << 60;  // sums of twice as much still fit into 64 bits
+
+// A checkpoint's tensors without their elements.
+class Shapes : public WeightSource {
+ public:
+  explicit Shapes(const Checkpoint& checkpoint) : checkpoint_(checkpoint) {}
+
+  bool contains(const std::string& name) const override { return checkpoint_.contains(name); }
+  at::Tensor get(const std::string& name, at::IntArrayRef shape) const override {
+    const at::ScalarType dtype = checkpoint_.entry(name, shape).dtype;
+    return at::empty(shape, at::TensorOptions().dtype(dtype).device(c10::kMeta));
+  }
+
+ private:
+  const Checkpoint& checkpoint_;
+};
+
+// Bytes per token of the tensors that live at once in each part of a layer. `e` is the size of an activation.
+struct LayerWidths {
+  const ModelConfig& c;
+  int64_t e;
+
+  // fp32: widened, squared or normed, weighted, and the sum; then the result.
+  int64_t norm(int64_t width) const { return width * (4 * kFloatBytes + e); }
+
+  int64_t gdn() const {
+    const int64_t keys = c.linear_num_key_heads * c.linear_key_head_dim;
+    const int64_t values = c.linear_num_value_heads * c.linear_value_head_dim;
+    const int64_t heads = c.linear_num_value_heads;
+    const int64_t projected = 2 * keys + 2 * values + 2 * heads;
+    const int64_t convolved = 2 * keys + values;
+    return (projected + convolved + values + c.hidden_size) * e + 2 * heads * kFloatBytes;
+  }
+
+  // Queries with their gates, keys, values; the norm and rotation of the queries; attended, gated, projected.
+  int64_t attention() const {
+    const int64_t queries = c.num_attention_heads * c.head_dim;
+    const int64_t keys = c.num_key_value_heads * c.head_dim;
+    return (2 * queries + 3 * keys + 6 * queries + c.hidden_size) * e + norm(queries);
+  }
+
+  // gate, silu(gate), up, their product, down.
+  int64_t mlp(int64_t intermediate_size) const { return (4 * intermediate_size + c.hidden_size) * e; }
+
+  // Router, sum over the experts, then one expert that every token may visit, or the shared one.
+  int64_t moe() const {
+    if (c.num_experts == 0) return 0;
+    const int64_t router = c.num_experts * (e + 2 * kFloatBytes) + c.num_experts_per_tok * (8 + 3 * kFloatBytes);
+    const int64_t expert = mlp(c.moe_intermediate_size) + 3 * c.hidden_size * e + 3 * 8;
+    const int64_t shared = mlp(c.shared_expert_intermediate_size) + 3 * c.hidden_size * e;
+    return router + c.hidden_size * e + std::max(expert, shared);
+  }
+
+  // The residual stream, its norm, the rotary table, and the widest part.
+  int64_t token() const {
+    const int64_t widest =
+        std::max({norm(c.hidden_size), gdn(), attention(), mlp(c.intermediate_size), moe()}) + c.hidden_size * e;
+    return 2 * c.hidden_size * e + c.head_dim * (2 * e + 2 * kFloatBytes) + widest + kMetadataBytes;
+  }
+
+  int64_t logits() const { return c.vocab_size * (kFloatBytes + e) + c.hidden_size * e + norm(c.hidden_size); }
+
+  // Keys and values as they lie in the blocks, then repeated for every query head.
+  int64_t context() const { return 2 * (c.num_key_value_heads + c.num_attention_heads) * c.head_dim * e; }
+};
+
+}  // namespace
+
+int64_t Plan::workspace_bytes(int64_t num_sequences, int64_t context) const {
+  const int64_t tokens = std::max(max_tokens_per_step, num_sequences + kernel::kChunkSize);
+  return tokens * (step_token_bytes + context * step_mask_bytes) + num_sequences * step_logits_bytes +
+         context * step_context_bytes;
+}
+
+int64_t Plan::bytes_with(int64_t num_sequences, int64_t length) const {
+  const int64_t blocks = num_kv_blocks == 0 ? 0 : (length + kv_block_size - 1) / kv_block_size;
+  return weight_bytes + num_sequences * (state_slot_bytes + blocks * kv_block_bytes) +
+         workspace_bytes(num_sequences, length);
+}
+
+int64_t Plan::max_sequences(int64_t length, int64_t memory_limit) const {
+  if (length < 1) throw RequestError(c10::str("[Plan] length: expected at least 1 token, got ", length));
+  memory_limit = std::min(memory_limit, kMostMemory);
+  int64_t fits = 0;
+  int64_t too_many = 1;
+  while (bytes_with(too_many, length) <= memory_limit) {
+    fits = too_many;
+    too_many *= 2;
+  }
+  while (too_many - fits > 1) {
+    const int64_t middle = fits + (too_many - fits) / 2;
+    (bytes_with(middle, length) <= memory_limit ? fits : too_many) = middle;
+  }
+  return fits;
+}
+
+Plan make_plan(const ModelConfig& config, const Checkpoint& checkpoint, DecoderOptions options,
+               const RunnerOptions& runner) {
+  options.device = c10::kMeta;
+  options.on_layer_loaded = nullptr;
+  const HybridDecoder model(config, Shapes(checkpoint), options);
+  const LayerWidths widths{config, static_cast<int64_t>(c10::elementSize(options.dtype))};
+  const bool has_attention = model.num_attention_layers() > 0;
+  Plan plan{.weight_bytes = model.weight_bytes(),
+            .state_slot_bytes = Runner::state_slot_bytes(model),
+            .num_state_slots = runner.max_batch_size,
+            .kv_block_bytes = Runner::kv_spec(model, runner).block_bytes(),
+            .num_kv_blocks = Runner::num_kv_blocks(model, runner),
+            .kv_block_size = runner.kv_block_size,
+            .step_token_bytes = widths.token(),
+            .step_logits_bytes = widths.logits(),
+            .step_context_bytes = has_attention ? widths.context() : 0,
+            .step_mask_bytes = has_attention ? 1 + 2 * widths.e : 0,
+            .max_tokens_per_step = runner.max_tokens_per_step};
+  plan.max_context = plan.num_kv_blocks * plan.kv_block_size;
+  return plan;
+}
+
+}  // namespace xgdn
