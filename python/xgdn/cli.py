@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `xgdn generate`, `xgdn bench` and `xgdn doctor`."""
+"""The command line: `xgdn generate`, `xgdn serve`, `xgdn bench` and `xgdn doctor`."""
 
 import importlib.metadata
 import json
@@ -40,6 +40,19 @@ class Dtype(str, Enum):
 class StateDtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+# Options of every command that loads an engine.
+ModelArgument = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, help="Directory with config.json and safetensors.")
+]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activations; default the checkpoint's.")]
+StateDtypeOption = Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")]
+PrefillBackendOption = Annotated[str, typer.Option(help="Runs prompts; see `xgdn doctor`.")]
+DecodeBackendOption = Annotated[str, typer.Option(help="Runs single tokens; see `xgdn doctor`.")]
+MaxBatchSizeOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that run at once.")]
+MaxCachedTokensOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")]
+MaxTokensPerStepOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")]
 
 
 class Reply:
@@ -112,11 +125,34 @@ def _parse_ids(text: str, option: str) -> list[int]:
 def _load_tokenizer(model: Path) -> Tokenizer:
     path = model / "tokenizer.json"
     if not path.is_file():
-        _fail(f"{path} is missing, so text cannot be read: give token ids with --prompt-ids instead of --prompt")
+        _fail(f"{path} is missing, so text cannot be read; `xgdn generate` takes token ids with --prompt-ids")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower type
         _fail(f"{path}: {error}")
+
+
+def _load_engine(
+    model: Path,
+    runner: xgdn.RunnerOptions,
+    dtype: Dtype | None,
+    state_dtype: StateDtype,
+    prefill_backend: str,
+    decode_backend: str,
+) -> xgdn.Engine:
+    loading = Bar("loading layers")
+    try:
+        return xgdn.Engine(
+            model,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            state_dtype=getattr(torch, state_dtype.value),
+            runner=runner,
+            prefill_backend=prefill_backend,
+            decode_backend=decode_backend,
+            on_layer_loaded=loading.update,
+        )
+    finally:
+        loading.hide()
 
 
 def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Tokenizer | None, as_json: bool) -> bool:
@@ -155,9 +191,7 @@ def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Token
 
 @app.command()
 def generate(
-    model: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="Directory with config.json and safetensors.")
-    ],
+    model: ModelArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt, taken as it is; repeatable.")] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option(help="A prompt as token ids: 1,2,3; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest reply.")] = 64,
@@ -165,15 +199,13 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Sample among the k likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this share.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Of the random choice.")] = 0,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations; default the checkpoint's.")] = None,
-    state_dtype: Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")] = StateDtype.float32,
-    prefill_backend: Annotated[str, typer.Option(help="Runs prompts; see `xgdn doctor`.")] = "auto",
-    decode_backend: Annotated[str, typer.Option(help="Runs single tokens; see `xgdn doctor`.")] = "auto",
-    max_batch_size: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that run at once.")] = 32,
-    max_cached_tokens: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")] = 16384,
-    max_tokens_per_step: Annotated[
-        int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")
-    ] = 512,
+    dtype: DtypeOption = None,
+    state_dtype: StateDtypeOption = StateDtype.float32,
+    prefill_backend: PrefillBackendOption = "auto",
+    decode_backend: DecodeBackendOption = "auto",
+    max_batch_size: MaxBatchSizeOption = 32,
+    max_cached_tokens: MaxCachedTokensOption = 16384,
+    max_tokens_per_step: MaxTokensPerStepOption = 512,
     stop_token_ids: Annotated[str, typer.Option(help="Further token ids that end a reply: 1,2,3.")] = "",
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document per prompt.")] = False,
@@ -194,23 +226,18 @@ def generate(
         prompts = [_parse_ids(text, "--prompt-ids") for text in prompt_ids or []]
 
     with _errors_in_one_line():
-        loading = Bar("loading layers")
-        try:
-            engine = xgdn.Engine(
-                model,
-                dtype=None if dtype is None else getattr(torch, dtype.value),
-                state_dtype=getattr(torch, state_dtype.value),
-                runner=xgdn.RunnerOptions(
-                    max_batch_size=max_batch_size,
-                    max_cached_tokens=max_cached_tokens,
-                    max_tokens_per_step=max_tokens_per_step,
-                ),
-                prefill_backend=prefill_backend,
-                decode_backend=decode_backend,
-                on_layer_loaded=loading.update,
-            )
-        finally:
-            loading.hide()
+        engine = _load_engine(
+            model,
+            xgdn.RunnerOptions(
+                max_batch_size=max_batch_size,
+                max_cached_tokens=max_cached_tokens,
+                max_tokens_per_step=max_tokens_per_step,
+            ),
+            dtype,
+            state_dtype,
+            prefill_backend,
+            decode_backend,
+        )
         requests = [
             xgdn.Request(
                 ids,
@@ -223,6 +250,74 @@ def generate(
         ]
         succeeded = _run(engine, requests, tokenizer, as_json)
     if not succeeded:
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: ModelArgument,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
+    model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default the folder's name.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="XGDN_API_KEY", help="What clients of /v1 must present; default nothing.")
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that wait before further ones are refused.")
+    ] = 256,
+    max_body_bytes: Annotated[int, typer.Option(min=1, max=_MAX, metavar="N", help="Of a request.")] = 4 * 2**20,
+    shutdown_seconds: Annotated[
+        int, typer.Option(min=0, max=_MAX, metavar="N", help="How long running requests may go on after SIGTERM.")
+    ] = 30,
+    dtype: DtypeOption = None,
+    state_dtype: StateDtypeOption = StateDtype.float32,
+    prefill_backend: PrefillBackendOption = "auto",
+    decode_backend: DecodeBackendOption = "auto",
+    max_batch_size: MaxBatchSizeOption = 32,
+    max_cached_tokens: MaxCachedTokensOption = 16384,
+    max_tokens_per_step: MaxTokensPerStepOption = 512,
+) -> None:
+    """Serve a model over HTTP as OpenAI does: /v1/completions, /v1/chat/completions, /v1/models.
+
+    Beside them: /health, /metrics for Prometheus, and a page at / that shows the engine and takes a prompt.
+    """
+    try:
+        from xgdn.server.app import Settings, create_app
+        from xgdn.server.serve import serve as serve_app
+    except ModuleNotFoundError as error:
+        _fail(f"`xgdn serve` needs {error.name}, which is not installed: pip install 'xgdn[serve]'")
+
+    tokenizer = _load_tokenizer(model)
+    settings = Settings(
+        model_dir=model,
+        model_name=model_name or model.resolve().name,
+        max_cached_tokens=max_cached_tokens,
+        max_queue=max_queue,
+        max_body_bytes=max_body_bytes,
+        api_key=api_key,
+    )
+    with _errors_in_one_line():
+        engine = _load_engine(
+            model,
+            xgdn.RunnerOptions(
+                max_batch_size=max_batch_size,
+                max_cached_tokens=max_cached_tokens,
+                max_tokens_per_step=max_tokens_per_step,
+            ),
+            dtype,
+            state_dtype,
+            prefill_backend,
+            decode_backend,
+        )
+    try:
+        server_app = create_app(engine, tokenizer, settings)
+    except ValueError as error:
+        _fail(error)
+    if not serve_app(server_app, host, port, shutdown_seconds):
         raise typer.Exit(1)
 
 
