@@ -84,8 +84,6 @@ class Server:
         body = parse(CompletionBody, await self._read(request))
         self._check_model(body.model)
         prompts = body.prompts()
-        if not prompts:
-            raise bad_request("'prompt': expected at least one prompt, got none.", "prompt")
         if len(prompts) > self._engine.capacity:
             raise bad_request(f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.")
         ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
