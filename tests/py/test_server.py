@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -114,6 +115,10 @@ def metrics(url: str) -> dict[str, float]:
     """Samples by name, or by name and label value: `xgdn_errors_total queue_full`."""
     families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
     return {" ".join([s.name, *s.labels.values()]): s.value for family in families for s in family.samples}
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def is_at_rest(url: str) -> bool:
@@ -348,12 +353,14 @@ def test_a_model_without_template_refuses_chat(tmp_path: Path) -> None:
 
 def test_64_clients_get_what_each_would_get_alone(url: str, single: xgdn.Engine, tokenizer: Tokenizer) -> None:
     chance = random.Random(0)
-    prompts = [[chance.randrange(tokenizer.get_vocab_size()) for _ in range(chance.randint(1, 40))] for _ in range(320)]
+    text = tokenizer.encode((CHECKPOINT / "held_out.txt").read_text()).ids
+    begins = [chance.randrange(len(text) - 40) for _ in range(500)]
+    prompts = [text[begin : begin + chance.randint(1, 40)] for begin in begins]
     counts = [chance.randint(1, 12) for _ in prompts]
     wait_until(lambda: is_at_rest(url))
     before = metrics(url)
 
-    with httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=60, limits=httpx.Limits(None)) as http:
+    with httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=60, limits=httpx.Limits()) as http:
 
         def ask(index: int) -> dict[str, Any]:
             body = GOOD | IGNORE_EOS | {"prompt": prompts[index], "max_tokens": counts[index], "temperature": 0}
@@ -361,11 +368,14 @@ def test_64_clients_get_what_each_would_get_alone(url: str, single: xgdn.Engine,
             return document
 
         with ThreadPoolExecutor(64) as clients:
-            answers = list(clients.map(ask, range(len(prompts))))
+            answers = list(clients.map(ask, range(250)))
+            memory = resident_bytes()
+            answers += clients.map(ask, range(250, 500))
 
     for prompt, count, answer in zip(prompts, counts, answers, strict=True):
         assert answer["choices"][0]["text"] == want(single, tokenizer, prompt, count)
     wait_until(lambda: is_at_rest(url))
+    assert resident_bytes() - memory < 16 * 2**20
     now = metrics(url)
     gained = {name: value - before.get(name, 0) for name, value in now.items()}
     assert gained["xgdn_finished_total length"] == len(prompts)
