@@ -77,12 +77,6 @@ class EngineThread:
         self._sequences.update(zip(ids, sequences, strict=True))
         self._publish_requests()
 
-    def cancel_finished(self) -> None:
-        """Free what the engine holds for sequences that ended on this side: by a stop string, by a client's leaving."""
-        for request_id, sequence in self._sequences.items():
-            if sequence.is_finished:
-                self._engine.cancel(request_id)
-
     def _run(self) -> None:
         assert self._loop is not None
         while not self._is_stopping:
@@ -106,16 +100,22 @@ class EngineThread:
             sequence.apply(event, now)
             if event.finish_reason != FinishReason.RUNNING:
                 del self._sequences[event.id]
-        self.cancel_finished()
+        self._cancel_finished()
         self._publish(free)
 
     def _fail_all(self, message: str) -> None:
         for sequence in self._sequences.values():
             if not sequence.is_finished:
                 sequence.fail(message)
-        self.cancel_finished()
+        self._cancel_finished()
         self._sequences.clear()
         self._publish_requests()
+
+    def _cancel_finished(self) -> None:
+        """Free what the engine holds for sequences that ended on this side: by a stop string, by a client's leaving."""
+        for request_id, sequence in self._sequences.items():
+            if sequence.is_finished:
+                self._engine.cancel(request_id)
 
     def _free(self) -> _Pools:
         return _Pools(self._engine.num_free_slots, self._engine.num_free_kv_blocks)

@@ -33,7 +33,6 @@ class Generation:
         engine: EngineThread,
         metrics: Metrics,
     ) -> None:
-        self._engine = engine
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._num_prompt_tokens = sum(map(len, prompts))
         seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -84,11 +83,10 @@ class Generation:
         return list(zip(texts, reasons, strict=True))
 
     def drop(self) -> None:
-        """End what still runs."""
+        """End what still runs; the engine's thread frees what it held."""
         for sequence in self._sequences:
             if not sequence.is_finished:
                 sequence.drop()
-        self._engine.cancel_finished()
 
     def usage(self) -> dict[str, int]:
         num_generated = sum(sequence.num_tokens for sequence in self._sequences)
