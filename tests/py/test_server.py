@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 
 import xgdn
 from xgdn.cli import app as cli_app
+from xgdn.detokenize import Detokenizer
 from xgdn.server.api_error import ApiError
 from xgdn.server.app import Settings, create_app
 from xgdn.server.chat_template import ChatTemplate
@@ -282,6 +283,7 @@ CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content"
         (GOOD | {"prompt": [[1], []]}, 400, "empty_prompt", "at least one token"),
         (GOOD | {"prompt": []}, 400, "empty_prompt", "at least one"),
         (GOOD | {"prompt": ["a"] * 100}, 400, "invalid_value", "64"),
+        (GOOD | {"prompt": [1] * 1000, "n": 128}, 400, "invalid_value", "64"),
         (GOOD | {"prompt": ["a"] * 10, "n": 10}, 400, "invalid_value", "64"),
         (GOOD | {"prompt": [1] * (TOKENS + 1)}, 400, "context_length_exceeded", str(TOKENS)),
         (GOOD | {"max_tokens": TOKENS}, 400, "context_length_exceeded", str(TOKENS)),
@@ -448,6 +450,24 @@ def test_a_full_queue_refuses_and_a_failing_step_ends_its_requests_alone() -> No
         events = stream.result().text.split("\n\n")
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "engine_error"
         assert post(url, GOOD).status_code == 200
+
+
+def test_an_event_that_fails_ends_its_sequence_alone(
+    url: str, tokenizer: Tokenizer, single: xgdn.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = Detokenizer.push
+
+    def fail_once(detokenizer: Detokenizer, token: int) -> str:
+        monkeypatch.setattr(Detokenizer, "push", push)
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(Detokenizer, "push", fail_once)
+    with ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(lambda _: post(url, GOOD | IGNORE_EOS | {"temperature": 0}), range(4)))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 500]
+    texts = {answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}
+    assert texts == {want(single, tokenizer, "a")}
+    wait_until(lambda: is_at_rest(url))
 
 
 @contextmanager

@@ -55,15 +55,18 @@ class EngineThread:
     def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._is_stopping
 
-    def submit(self, sequences: Sequence[TextSequence]) -> None:
-        """Queue all or none; raises ApiError."""
+    def check_room(self, count: int) -> None:
+        """Raise ApiError when `count` further sequences are too many."""
         if self._is_stopping:
             raise ApiError(503, "shutting_down", "The server is shutting down.")
-        if len(sequences) > self.capacity:
-            raise bad_request(f"Expected at most {self.capacity} sequences (prompts x n), got {len(sequences)}.")
-        if len(self._sequences) + len(sequences) > self.capacity:
+        if count > self.capacity:
+            raise bad_request(f"Expected at most {self.capacity} sequences (prompts x n), got {count}.")
+        if len(self._sequences) + count > self.capacity:
             message = f"The queue is full: {len(self._sequences)} of {self.capacity} sequences run or wait."
             raise ApiError(429, "queue_full", message, headers={"Retry-After": "1"})
+
+    def submit(self, sequences: Sequence[TextSequence]) -> None:
+        """Queue all or none, after `check_room`; raises ApiError."""
         ids: list[int] = []
         try:
             for sequence in sequences:
@@ -97,7 +100,11 @@ class EngineThread:
             sequence = self._sequences.get(event.id)
             if sequence is None:
                 continue
-            sequence.apply(event, now)
+            try:
+                sequence.apply(event, now)
+            except Exception as error:  # what one text meets shall not cost the others their events
+                _log.exception("an event failed")
+                sequence.fail(str(error))
             if event.finish_reason != FinishReason.RUNNING:
                 del self._sequences[event.id]
         self._cancel_finished()

@@ -33,6 +33,7 @@ class Generation:
         engine: EngineThread,
         metrics: Metrics,
     ) -> None:
+        engine.check_room(len(prompts) * (body.n or 1))  # before any of them takes memory
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._num_prompt_tokens = sum(map(len, prompts))
         seed = secrets.randbits(63) if body.seed is None else body.seed

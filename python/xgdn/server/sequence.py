@@ -12,6 +12,8 @@ from xgdn.engine import FinishReason, Request, RequestEvent
 from xgdn.server.metrics import Metrics
 from xgdn.server.stop_strings import StopStrings
 
+_CONTEXT_TOKENS = 64  # of the prompt, for the decoder; a whole long one would hold up the event loop
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -40,7 +42,7 @@ class TextSequence:
         self.has_begun = False
         self.is_finished = False
         self._index = index
-        self._detokenizer = Detokenizer(tokenizer, request.prompt)
+        self._detokenizer = Detokenizer(tokenizer, request.prompt[-_CONTEXT_TOKENS:])
         self._stop_strings = StopStrings(stops)
         self._metrics = metrics
         self._give = give
