@@ -317,8 +317,7 @@ def serve(
         server_app = create_app(engine, tokenizer, settings)
     except ValueError as error:
         _fail(error)
-    if not serve_app(server_app, host, port, shutdown_seconds):
-        raise typer.Exit(1)
+    serve_app(server_app, host, port, shutdown_seconds)
 
 
 @app.command()

@@ -387,22 +387,6 @@ def test_64_clients_get_what_each_would_get_alone(url: str, single: xgdn.Engine,
     assert gained["xgdn_inter_token_seconds_count"] == sum(counts) - len(prompts)
 
 
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(url: str, is_stream: bool) -> None:
-    wait_until(lambda: is_at_rest(url))
-    before = metrics(url)
-    body = json.dumps(GOOD | IGNORE_EOS | {"max_tokens": TOKENS - 8, "stream": is_stream}).encode()
-    lines = ["POST /v1/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", f"Content-Length: {len(body)}"]
-    head = "\r\n".join([*lines, "", ""])
-    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
-        connection.sendall(head.encode() + body)
-        wait_until(lambda: metrics(url)["xgdn_slots_used"] == 1)
-    wait_until(lambda: is_at_rest(url))
-    now = metrics(url)
-    assert now["xgdn_finished_total cancelled"] == before.get("xgdn_finished_total cancelled", 0) + 1
-    assert now["xgdn_generated_tokens_total"] - before["xgdn_generated_tokens_total"] < TOKENS - 8
-
-
 class SteppedEngine:
     """The engine with a gate before each step, and steps that fail on demand."""
 
@@ -410,9 +394,11 @@ class SteppedEngine:
         self._engine = engine()
         self.gate = threading.Event()
         self.failures = 0
+        self.num_steps = 0
 
     def step(self) -> list[xgdn.RequestEvent]:
         assert self.gate.wait(30)
+        self.num_steps += 1
         if self.failures:
             self.failures -= 1
             raise RuntimeError("the step broke")
@@ -420,6 +406,24 @@ class SteppedEngine:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(is_stream: bool) -> None:
+    gated = SteppedEngine()
+    gated.gate.set()
+    body = json.dumps(GOOD | IGNORE_EOS | {"max_tokens": TOKENS - 8, "stream": is_stream}).encode()
+    lines = ["POST /v1/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", f"Content-Length: {len(body)}"]
+    with live(gated) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
+            connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+            wait_until(lambda: metrics(url)["xgdn_slots_used"] == 1)
+            gated.gate.clear()
+        wait_until(lambda: metrics(url).get("xgdn_finished_total cancelled") == 1)
+        num_steps = gated.num_steps
+        gated.gate.set()
+        wait_until(lambda: is_at_rest(url))
+        assert gated.num_steps < num_steps + 100  # of 1,000
 
 
 def test_a_full_queue_refuses_and_a_failing_step_ends_its_requests_alone() -> None:
@@ -468,6 +472,17 @@ def test_an_event_that_fails_ends_its_sequence_alone(
     texts = {answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}
     assert texts == {want(single, tokenizer, "a")}
     wait_until(lambda: is_at_rest(url))
+
+
+def test_a_taken_port_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        program = "import sys; from xgdn.cli import app; app(sys.argv[1:])"
+        args = [sys.executable, "-c", program, "serve", str(CHECKPOINT), "--port", str(port)]
+        result = subprocess.run(args, capture_output=True, text=True, timeout=30)
+    assert result.returncode != 0
+    assert "address already in use" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @contextmanager

@@ -22,11 +22,10 @@ class _UvicornServer(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def serve(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> bool:
+def serve(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> None:
     """Return after SIGTERM or SIGINT, when the running requests are finished or `shutdown_seconds` are over.
 
-    False when the server could not start, for example because the port is taken.
+    Raises:
+        SystemExit: the server could not start, for example because the port is taken; it has said so.
     """
-    server = _UvicornServer(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=shutdown_seconds))
-    server.run()
-    return server.started
+    _UvicornServer(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=shutdown_seconds)).run()
