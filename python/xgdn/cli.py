@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `xgdn generate`, `xgdn plan`, `xgdn bench` and `xgdn doctor`."""
+"""The command line: `xgdn generate`, `xgdn serve`, `xgdn plan`, `xgdn bench` and `xgdn doctor`."""
 
 import importlib.metadata
 import json
@@ -44,17 +44,19 @@ class StateDtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
-# What the commands that load a model share.
-Model = Annotated[
+# Options of every command that loads an engine.
+ModelArgument = Annotated[
     Path, typer.Argument(exists=True, file_okay=False, help="Directory with config.json and safetensors.")
 ]
-WeightDtype = Annotated[Dtype | None, typer.Option(help="Of weights and activations; default the checkpoint's.")]
-StatesDtype = Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")]
-MaxBatchSize = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that run at once.")]
-MaxCachedTokens = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")]
-MaxTokensPerStep = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")]
-MemoryLimit = Annotated[str, typer.Option(metavar="BYTES", help="Refuse to exceed it: 8GiB, 500MiB, 123456.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activations; default the checkpoint's.")]
+StateDtypeOption = Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")]
+PrefillBackendOption = Annotated[str, typer.Option(help="Runs prompts; see `xgdn doctor`.")]
+DecodeBackendOption = Annotated[str, typer.Option(help="Runs single tokens; see `xgdn doctor`.")]
+MaxBatchSizeOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that run at once.")]
+MaxCachedTokensOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")]
+MaxTokensPerStepOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")]
+MemoryLimitOption = Annotated[str, typer.Option(metavar="BYTES", help="Refuse to exceed it: 8GiB, 500MiB, 123456.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 
 class Reply:
@@ -124,6 +126,16 @@ def _parse_ids(text: str, option: str) -> list[int]:
     return ids
 
 
+def _load_tokenizer(model: Path) -> Tokenizer:
+    path = model / "tokenizer.json"
+    if not path.is_file():
+        _fail(f"{path} is missing, so text cannot be read; `xgdn generate` takes token ids with --prompt-ids")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower type
+        _fail(f"{path}: {error}")
+
+
 def _parse_bytes(text: str) -> int | None:
     if not text:
         return None
@@ -138,14 +150,47 @@ def _readable(num_bytes: int) -> str:
     return f"{num_bytes / _UNITS[unit]:.2f} {unit}" if unit else str(num_bytes)
 
 
-def _load_tokenizer(model: Path) -> Tokenizer:
-    path = model / "tokenizer.json"
-    if not path.is_file():
-        _fail(f"{path} is missing, so text cannot be read: give token ids with --prompt-ids instead of --prompt")
+def _print_plan(planned: xgdn.Plan, limit: int | None, fits: dict[str, int]) -> None:
+    slots = f"{planned.num_state_slots} sequences of {planned.state_slot_bytes}"
+    blocks = f"{planned.num_kv_blocks} blocks of {planned.kv_block_bytes}, {planned.kv_block_size} tokens each"
+    table = Table("what", "bytes", "", "made of")
+    for what, num_bytes, parts in [
+        ("weights", planned.weight_bytes, ""),
+        ("states", planned.state_bytes, slots),
+        ("KV cache", planned.kv_bytes, blocks),
+        ("largest step", planned.workspace_bytes, "at most"),
+        ("total", planned.total_bytes, "" if limit is None else f"of {limit}"),
+    ]:
+        table.add_row(what, Text(str(num_bytes), justify="right"), _readable(num_bytes), parts)
+    console = Console()
+    console.print(table)
+    for length, count in fits.items():
+        console.print(Text(f"{count} sequences of {length} tokens fit into {limit} bytes"), soft_wrap=True)
+
+
+def _load_engine(
+    model: Path,
+    runner: xgdn.RunnerOptions,
+    dtype: Dtype | None,
+    state_dtype: StateDtype,
+    prefill_backend: str,
+    decode_backend: str,
+    memory_limit: int | None,
+) -> xgdn.Engine:
+    loading = Bar("loading layers")
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower type
-        _fail(f"{path}: {error}")
+        return xgdn.Engine(
+            model,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            state_dtype=getattr(torch, state_dtype.value),
+            runner=runner,
+            prefill_backend=prefill_backend,
+            decode_backend=decode_backend,
+            on_layer_loaded=loading.update,
+            memory_limit=memory_limit,
+        )
+    finally:
+        loading.hide()
 
 
 def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Tokenizer | None, as_json: bool) -> bool:
@@ -184,7 +229,7 @@ def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Token
 
 @app.command()
 def generate(
-    model: Model,
+    model: ModelArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt, taken as it is; repeatable.")] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option(help="A prompt as token ids: 1,2,3; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest reply.")] = 64,
@@ -192,14 +237,14 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Sample among the k likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this share.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Of the random choice.")] = 0,
-    dtype: WeightDtype = None,
-    state_dtype: StatesDtype = StateDtype.float32,
-    prefill_backend: Annotated[str, typer.Option(help="Runs prompts; see `xgdn doctor`.")] = "auto",
-    decode_backend: Annotated[str, typer.Option(help="Runs single tokens; see `xgdn doctor`.")] = "auto",
-    max_batch_size: MaxBatchSize = 32,
-    max_cached_tokens: MaxCachedTokens = 16384,
-    max_tokens_per_step: MaxTokensPerStep = 512,
-    memory_limit: MemoryLimit = "",
+    dtype: DtypeOption = None,
+    state_dtype: StateDtypeOption = StateDtype.float32,
+    prefill_backend: PrefillBackendOption = "auto",
+    decode_backend: DecodeBackendOption = "auto",
+    max_batch_size: MaxBatchSizeOption = 32,
+    max_cached_tokens: MaxCachedTokensOption = 16384,
+    max_tokens_per_step: MaxTokensPerStepOption = 512,
+    memory_limit: MemoryLimitOption = "",
     stop_token_ids: Annotated[str, typer.Option(help="Further token ids that end a reply: 1,2,3.")] = "",
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document per prompt.")] = False,
@@ -221,24 +266,19 @@ def generate(
         prompts = [_parse_ids(text, "--prompt-ids") for text in prompt_ids or []]
 
     with _errors_in_one_line():
-        loading = Bar("loading layers")
-        try:
-            engine = xgdn.Engine(
-                model,
-                dtype=None if dtype is None else getattr(torch, dtype.value),
-                state_dtype=getattr(torch, state_dtype.value),
-                runner=xgdn.RunnerOptions(
-                    max_batch_size=max_batch_size,
-                    max_cached_tokens=max_cached_tokens,
-                    max_tokens_per_step=max_tokens_per_step,
-                ),
-                prefill_backend=prefill_backend,
-                decode_backend=decode_backend,
-                on_layer_loaded=loading.update,
-                memory_limit=limit,
-            )
-        finally:
-            loading.hide()
+        engine = _load_engine(
+            model,
+            xgdn.RunnerOptions(
+                max_batch_size=max_batch_size,
+                max_cached_tokens=max_cached_tokens,
+                max_tokens_per_step=max_tokens_per_step,
+            ),
+            dtype,
+            state_dtype,
+            prefill_backend,
+            decode_backend,
+            limit,
+        )
         requests = [
             xgdn.Request(
                 ids,
@@ -256,17 +296,17 @@ def generate(
 
 @app.command()
 def plan(
-    model: Model,
-    dtype: WeightDtype = None,
-    state_dtype: StatesDtype = StateDtype.float32,
-    max_batch_size: MaxBatchSize = 32,
-    max_cached_tokens: MaxCachedTokens = 16384,
-    max_tokens_per_step: MaxTokensPerStep = 512,
-    memory_limit: MemoryLimit = "",
+    model: ModelArgument,
+    dtype: DtypeOption = None,
+    state_dtype: StateDtypeOption = StateDtype.float32,
+    max_batch_size: MaxBatchSizeOption = 32,
+    max_cached_tokens: MaxCachedTokensOption = 16384,
+    max_tokens_per_step: MaxTokensPerStepOption = 512,
+    memory_limit: MemoryLimitOption = "",
     length: Annotated[
         list[int] | None, typer.Option(min=1, max=_MAX, metavar="N", help="Tokens of a sequence; repeatable.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the memory that a model would take, and how many sequences fit into a limit, before anything is loaded."""
     limit = _parse_bytes(memory_limit)
@@ -293,26 +333,78 @@ def plan(
         _fail(f"expected {planned.total_bytes} bytes to fit into --memory-limit, got {limit}")
 
 
-def _print_plan(planned: xgdn.Plan, limit: int | None, fits: dict[str, int]) -> None:
-    slots = f"{planned.num_state_slots} sequences of {planned.state_slot_bytes}"
-    blocks = f"{planned.num_kv_blocks} blocks of {planned.kv_block_bytes}, {planned.kv_block_size} tokens each"
-    table = Table("what", "bytes", "", "made of")
-    for what, num_bytes, parts in [
-        ("weights", planned.weight_bytes, ""),
-        ("states", planned.state_bytes, slots),
-        ("KV cache", planned.kv_bytes, blocks),
-        ("largest step", planned.workspace_bytes, "at most"),
-        ("total", planned.total_bytes, "" if limit is None else f"of {limit}"),
-    ]:
-        table.add_row(what, Text(str(num_bytes), justify="right"), _readable(num_bytes), parts)
-    console = Console()
-    console.print(table)
-    for length, count in fits.items():
-        console.print(Text(f"{count} sequences of {length} tokens fit into {limit} bytes"), soft_wrap=True)
+@app.command()
+def serve(
+    model: ModelArgument,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
+    model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default the folder's name.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="XGDN_API_KEY", help="What clients of /v1 must present; default nothing.")
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that wait before further ones are refused.")
+    ] = 256,
+    max_body_bytes: Annotated[int, typer.Option(min=1, max=_MAX, metavar="N", help="Of a request.")] = 4 * 2**20,
+    shutdown_seconds: Annotated[
+        int, typer.Option(min=0, max=_MAX, metavar="N", help="How long running requests may go on after SIGTERM.")
+    ] = 30,
+    dtype: DtypeOption = None,
+    state_dtype: StateDtypeOption = StateDtype.float32,
+    prefill_backend: PrefillBackendOption = "auto",
+    decode_backend: DecodeBackendOption = "auto",
+    max_batch_size: MaxBatchSizeOption = 32,
+    max_cached_tokens: MaxCachedTokensOption = 16384,
+    max_tokens_per_step: MaxTokensPerStepOption = 512,
+    memory_limit: MemoryLimitOption = "",
+) -> None:
+    """Serve a model over HTTP as OpenAI does: /v1/completions, /v1/chat/completions, /v1/models.
+
+    Beside them: /health, /metrics for Prometheus, and a page at / that shows the engine and takes a prompt.
+    """
+    try:
+        from xgdn.server.app import Settings, create_app
+        from xgdn.server.serve import serve as serve_app
+    except ModuleNotFoundError as error:
+        _fail(f"`xgdn serve` needs {error.name}, which is not installed: pip install 'xgdn[serve]'")
+
+    limit = _parse_bytes(memory_limit)
+    tokenizer = _load_tokenizer(model)
+    settings = Settings(
+        model_dir=model,
+        model_name=model_name or model.resolve().name,
+        max_cached_tokens=max_cached_tokens,
+        max_queue=max_queue,
+        max_body_bytes=max_body_bytes,
+        api_key=api_key,
+    )
+    with _errors_in_one_line():
+        engine = _load_engine(
+            model,
+            xgdn.RunnerOptions(
+                max_batch_size=max_batch_size,
+                max_cached_tokens=max_cached_tokens,
+                max_tokens_per_step=max_tokens_per_step,
+            ),
+            dtype,
+            state_dtype,
+            prefill_backend,
+            decode_backend,
+            limit,
+        )
+    try:
+        server_app = create_app(engine, tokenizer, settings)
+    except ValueError as error:
+        _fail(error)
+    serve_app(server_app, host, port, shutdown_seconds)
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
     """Show which backend serves which op here, and why the others do not."""
     versions = {
         "xgdn": importlib.metadata.version("xgdn"),
@@ -357,7 +449,7 @@ def bench_ops(
     prefill: Annotated[str, typer.Option(metavar="T,..", help="Prompt lengths.")] = "512,2048,8192",
     threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
     seconds: Annotated[float, typer.Option(min=0, help="Per contestant and problem.")] = 1.0,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """The ops in the shape of Qwen3-Next-80B and Qwen3.5-35B: 16 key heads, 32 value heads, head dims of 128."""
     from xgdn.bench.ops import OpsBenchmark, Plan
@@ -388,7 +480,7 @@ def bench_layer(
     batch: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes.")] = "1,8,32",
     threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
     seconds: Annotated[float, typer.Option(min=0, help="Per contestant and batch size.")] = 1.0,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """A layer's decode step in bf16, of the same shape, hidden size 2048: what it takes beside its projections."""
     from xgdn.bench.layer import LayerBenchmark

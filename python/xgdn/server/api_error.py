@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client is told when its request cannot be served, in OpenAI's shape."""
+
+from collections.abc import Mapping
+
+
+class ApiError(Exception):
+    """An answer with an error status; `code` is one of a fixed few, for the client's program and for /metrics."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, object]:
+        kind = "invalid_request_error" if self.status < 429 else "rate_limit_error"
+        if self.status >= 500:
+            kind = "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, code, message, param=param)

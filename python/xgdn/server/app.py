@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP application: routes, limits, answers to errors."""
+
+import asyncio
+import importlib.resources
+import secrets
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+from tokenizers import Tokenizer
+
+from xgdn.engine import Engine
+from xgdn.server.api_error import ApiError, bad_request
+from xgdn.server.chat_template import ChatTemplate
+from xgdn.server.engine_thread import EngineThread
+from xgdn.server.generation import Answer, ChatFormat, CompletionFormat, Generation
+from xgdn.server.metrics import Metrics
+from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
+
+_COMPLETION_TOKENS = 16  # OpenAI's default
+_CHAT_TOKENS = 512  # at most, where a chat request names no limit
+_CLIENT_GONE = 499  # read by nobody
+
+
+@dataclass(frozen=True)
+class Settings:
+    model_dir: Path
+    model_name: str
+    max_cached_tokens: int  # over all sequences
+    max_queue: int = 256  # sequences that wait, beside those that run
+    max_body_bytes: int = 4 * 2**20
+    api_key: str | None = None
+
+
+class _EventStream(StreamingResponse):
+    """Drops its generation when it ends early, whether or not a byte was sent."""
+
+    def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.drop()
+
+
+class Server:
+    """The handlers of one engine's application."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings) -> None:
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._vocab_size = engine.vocab_size
+        self._chat_template = ChatTemplate(settings.model_dir)
+        self.metrics = Metrics()
+        self._engine = EngineThread(engine, self.metrics, settings.max_queue)
+        self._start_time = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        self._engine.start()
+        yield
+        await self._engine.stop()
+
+    def check_key(self, request: Request) -> None:
+        key = self._settings.api_key
+        given = request.headers.get("Authorization", "")
+        if key is not None and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            raise ApiError(401, "invalid_api_key", "Expected the server's API key as 'Authorization: Bearer KEY'.")
+
+    async def completions(self, request: Request) -> Response:
+        body = parse(CompletionBody, await self._read(request))
+        self._check_model(body.model)
+        prompts = body.prompts()
+        if len(prompts) > self._engine.capacity:
+            raise bad_request(f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.")
+        ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return await self._generate(request, body, ids, body.max_tokens or _COMPLETION_TOKENS, CompletionFormat())
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = parse(ChatBody, await self._read(request))
+        self._check_model(body.model)
+        text = self._chat_template.render(body.messages)
+        ids = await self._encode(text, add_special_tokens=False)
+        rest = max(1, self._settings.max_cached_tokens - len(ids))
+        max_tokens = body.max_completion_tokens or body.max_tokens or min(_CHAT_TOKENS, rest)
+        return await self._generate(request, body, [ids], max_tokens, ChatFormat())
+
+    def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._model_card()]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return self._model_card()
+
+    def health(self) -> Response:
+        is_alive = self._engine.is_alive()
+        return JSONResponse({"status": "ok" if is_alive else "stopped"}, 200 if is_alive else 503)
+
+    def render_metrics(self) -> Response:
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    def stats(self) -> dict[str, Any]:
+        """What the page shows."""
+        gauges = ("requests_waiting", "requests_running", "slots_used", "slots_total")
+        pools = ("kv_blocks_used", "kv_blocks_total", "prompt_tokens_total", "generated_tokens_total")
+        values = {name: int(self.metrics.value(name)) for name in (*gauges, *pools)}
+        return {"model": self._settings.model_name, "time": time.monotonic(), **values}
+
+    def page(self) -> HTMLResponse:
+        return HTMLResponse((importlib.resources.files("xgdn.server") / "page.html").read_text(encoding="utf-8"))
+
+    def refuse(self, error: ApiError) -> Response:
+        """The answer to an error, counted."""
+        self.metrics.errors.labels(error.code).inc()
+        return JSONResponse(error.body(), error.status, error.headers)
+
+    def _model_card(self) -> dict[str, Any]:
+        return {
+            "id": self._settings.model_name,
+            "object": "model",
+            "created": self._start_time,
+            "owned_by": "xgdn",
+        }
+
+    def _check_model(self, name: str) -> None:
+        if name != self._settings.model_name:
+            message = f"The model '{name}' does not exist; this server has '{self._settings.model_name}'."
+            raise ApiError(404, "model_not_found", message, param="model")
+
+    async def _read(self, request: Request) -> bytes:
+        limit = self._settings.max_body_bytes
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                raise ApiError(413, "body_too_large", f"Expected a body of at most {limit} bytes.")
+        return bytes(body)
+
+    async def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        encoding = await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
+        if not ids:
+            raise bad_request("'prompt': expected at least one token, got none.", "prompt", "empty_prompt")
+        if max(ids) >= self._vocab_size:
+            raise bad_request(f"'prompt': expected token ids below {self._vocab_size}, got {max(ids)}.", "prompt")
+        limit = self._settings.max_cached_tokens
+        if len(ids) + max_tokens > limit:
+            message = (
+                f"The prompt has {len(ids)} tokens; with max_tokens of {max_tokens} it exceeds the {limit} that fit."
+            )
+            raise bad_request(message, "prompt", "context_length_exceeded")
+
+    async def _generate(
+        self,
+        request: Request,
+        body: GenerationBody,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        form: CompletionFormat | ChatFormat,
+    ) -> Response:
+        for ids in prompts:
+            self._check_prompt(ids, max_tokens)
+        generation = Generation(body, prompts, max_tokens, self._tokenizer, self._engine, self.metrics)
+        answer = Answer(generation, form, body.model)
+        if body.stream:
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            return _EventStream(answer.events(include_usage), generation)
+        try:
+            document = await _while_connected(request, answer.document())
+        finally:
+            generation.drop()
+        return Response(status_code=_CLIENT_GONE) if document is None else JSONResponse(document)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | None:
+    """The result of `work`; None when the client leaves before."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_wait_for_disconnect(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _wait_for_disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
+    """The application. It steps the engine while it runs.
+
+    Raises:
+        ValueError: the model directory's chat template cannot be read.
+    """
+    server = Server(engine, tokenizer, settings)
+    # FastAPI's pages of documentation load their scripts from elsewhere.
+    app = FastAPI(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None)
+    api = APIRouter(prefix="/v1", dependencies=[Depends(server.check_key)])
+    api.add_api_route("/completions", server.completions, methods=["POST"], response_model=None)
+    api.add_api_route("/chat/completions", server.chat_completions, methods=["POST"], response_model=None)
+    api.add_api_route("/models", server.models)
+    api.add_api_route("/models/{name:path}", server.model)
+    app.include_router(api)
+    app.add_api_route("/health", server.health, response_model=None)
+    app.add_api_route("/metrics", server.render_metrics, response_model=None)
+    app.add_api_route("/stats", server.stats)
+    app.add_api_route("/", server.page, response_model=None)
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return server.refuse(error)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        message = f"{request.method} {request.url.path}: {error.detail}."
+        return server.refuse(ApiError(error.status_code, code, message, headers=error.headers))
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=_CLIENT_GONE)
+
+    @app.exception_handler(Exception)
+    async def failure(_: Request, __: Exception) -> Response:
+        return server.refuse(ApiError(500, "internal_error", "The server failed; its log says how."))
+
+    return app

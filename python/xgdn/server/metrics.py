@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of /metrics, in a registry of their own."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests_waiting = self._gauge("requests_waiting", "Sequences that have not begun.")
+        self.requests_running = self._gauge("requests_running", "Sequences that have begun.")
+        self.slots_used = self._gauge("slots_used", "State slots held.")
+        self.slots_total = self._gauge("slots_total", "State slots.")
+        self.kv_blocks_used = self._gauge("kv_blocks_used", "KV blocks held.")
+        self.kv_blocks_total = self._gauge("kv_blocks_total", "KV blocks.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of accepted prompts.")
+        self.generated_tokens = self._counter("generated_tokens", "Tokens generated for clients.")
+        self.errors = self._counter("errors", "Answers with an error, by its code.", "type")
+        self.finished = self._counter("finished", "Sequences that ended, by reason.", "reason")
+        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "From acceptance to the first token.")
+        self.inter_token_time = self._histogram("inter_token_seconds", "Between two tokens of a sequence.")
+
+    def render(self) -> bytes:
+        """In the text format of Prometheus."""
+        return generate_latest(self.registry)
+
+    def value(self, name: str) -> float:
+        """The value of a sample without labels."""
+        return self.registry.get_sample_value(f"xgdn_{name}") or 0.0
+
+    def _gauge(self, name: str, about: str) -> Gauge:
+        return Gauge(f"xgdn_{name}", about, registry=self.registry)
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"xgdn_{name}", about, labels, registry=self.registry)
+
+    def _histogram(self, name: str, about: str) -> Histogram:
+        return Histogram(f"xgdn_{name}", about, buckets=_SECONDS, registry=self.registry)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bodies of requests, checked as OpenAI does: strict types, no unknown fields, null for a default."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xgdn.server.api_error import ApiError, bad_request
+
+_MAX = 2**31 - 1
+_Token = Annotated[int, Field(ge=0, le=_MAX)]
+_StopString = Annotated[str, Field(min_length=1)]
+
+# Fields of OpenAI's that would change the answer and are not supported, with the values that ask for nothing.
+_NEUTRAL_VALUES: dict[str, list[object]] = {
+    "logprobs": [None, False],
+    "top_logprobs": [None],
+    "best_of": [None, 1],
+    "echo": [None, False],
+    "suffix": [None],
+    "presence_penalty": [None, 0, 0.0],
+    "frequency_penalty": [None, 0, 0.0],
+    "logit_bias": [None, {}],
+    "tools": [None, []],
+    "tool_choice": [None, "none", "auto"],
+    "response_format": [None, {"type": "text"}],
+}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class GenerationBody(_Body):
+    """What completions and chat completions have in common."""
+
+    model: str
+    n: int | None = Field(None, ge=1, le=128)
+    max_tokens: int | None = Field(None, ge=1, le=_MAX)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: _StopString | Annotated[list[_StopString], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Beyond OpenAI.
+    top_k: int | None = Field(None, ge=0, le=_MAX)
+    stop_token_ids: list[_Token] = []
+    ignore_eos: bool = False
+    # Of no effect.
+    user: str | None = None
+    metadata: Any = None
+    store: Any = None
+    # Refused, but for neutral values.
+    logprobs: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class CompletionBody(GenerationBody):
+    prompt: str | list[str] | list[_Token] | list[list[_Token]]
+    best_of: Any = None
+    echo: Any = None
+    suffix: Any = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per prompt: text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        texts_or_lists: list[str | list[int]] = [entry for entry in self.prompt if not isinstance(entry, int)]
+        return texts_or_lists or [[entry for entry in self.prompt if isinstance(entry, int)]]
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatBody(GenerationBody):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX)
+    top_logprobs: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    response_format: Any = None
+
+
+_AnyBody = TypeVar("_AnyBody", bound=GenerationBody)
+
+
+def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
+    """The request in `data`; raises ApiError with the first thing that is wrong with it."""
+    try:
+        body = schema.model_validate_json(data)
+    except ValidationError as error:
+        raise _explain(error) from None
+    for name, neutral_values in _NEUTRAL_VALUES.items():
+        value = getattr(body, name, None)
+        if not any(value == neutral and type(value) is type(neutral) for neutral in neutral_values):
+            raise bad_request(f"'{name}' is not supported.", name, "unsupported_parameter")
+    return body
+
+
+def _explain(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return bad_request(f"The body is no JSON document. {first['msg']}.", code="invalid_json")
+    place = [str(part) for part in first["loc"]]
+    if not place:
+        return bad_request("The body is no JSON object.", code="invalid_json")
+    name = place[0]
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"Unrecognized request argument supplied: {'.'.join(place)}.", name, "unknown_parameter")
+    if first["type"] == "missing":
+        return bad_request(f"'{'.'.join(place)}' is required.", name, "missing_required_parameter")
+    if name == "prompt":
+        what = "a string, a list of strings, a list of token ids (32 bits, not negative) or a list of such lists"
+        return bad_request(f"'prompt': expected {what}.", name, "invalid_type")
+    return bad_request(f"'{name}': {first['msg']}.", name)
