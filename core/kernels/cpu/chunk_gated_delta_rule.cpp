@@ -735,6 +735,37 @@ void pack_states(const Item& item, const Work<BFloat16Mode>& w) {
 }
 void pack_states(const Item&, const Work<Float32Mode>&) {}
 
+// ---- reading ahead --------------------------------------------------------------------------------------------------
+
+// Columns [begin, begin + size) of tokens of a head. kIsWritten: 1 for rows that are written next, else 0.
+template <int kIsWritten, class Rows>
+void prefetch_rows(const Rows& rows, int64_t token, int64_t end, int64_t head, int64_t begin, int64_t size) {
+  constexpr int64_t kLine = 64;
+  const int64_t element = size_of(rows.dtype);
+  for (; token < end; ++token) {
+    const char* row = static_cast<const char*>(rows.at(token, head)) + begin * element;
+    for (int64_t i = 0; i < size * element; i += kLine) __builtin_prefetch(row + i, kIsWritten);
+  }
+}
+
+// While group `index` of a chunk's `total` is computed: the values that the next group reads, and its share of the next
+// chunk's keys. Tokens lie far apart in memory, where no hardware prefetcher follows; all of their rows at once would
+// fall into the same few sets of the cache.
+void prefetch_next(const ChunkGatedDeltaRuleArgs& args, const Item& item, int64_t token, int64_t index, int64_t total) {
+  const int64_t next = (index + 1) % total;
+  const int64_t groups = total / item.num_heads;
+  const int64_t next_token = next > index ? token : token + kChunk;
+  const int64_t next_end = std::min<int64_t>(next_token + kChunk, item.end);
+  const int64_t column = next % groups * kGroup * kPanel;
+  const int64_t size = std::min<int64_t>(kGroup * kPanel, item.num_panels * kPanel - column);
+  prefetch_rows<0>(args.v, next_token, next_end, item.head + next / groups, item.v_begin + column, size);
+  prefetch_rows<1>(args.out, next_token, next_end, item.head + next / groups, item.v_begin + column, size);
+  const int64_t begin = token + kChunk + kChunk * index / total;
+  const int64_t end = std::min<int64_t>(token + kChunk + kChunk * (index + 1) / total, item.end);
+  prefetch_rows<0>(args.k, begin, end, item.key_head, 0, args.K);
+  prefetch_rows<0>(args.q, begin, end, item.key_head, 0, args.K);
+}
+
 // ---- the item -------------------------------------------------------------------------------------------------------
 
 // Places the arrays of a work item in this thread's scratch memory. What stays zero in them is zeroed.
@@ -790,6 +821,7 @@ void run_sequence(const ChunkGatedDeltaRuleArgs& args, const Item& item) {
   place(args, item, w);
   const size_t panels = item.num_panels;
   const size_t state_size = panels * w.K * kPanel;
+  const int64_t groups = (panels + kGroup - 1) / kGroup;
   const bool has_initial_state = args.has_initial_state == nullptr || args.has_initial_state[item.n];
   for (int64_t i = 0; i < item.num_heads; ++i) {
     float* S = w.S + i * state_size;
@@ -811,6 +843,7 @@ void run_sequence(const ChunkGatedDeltaRuleArgs& args, const Item& item) {
         const Group group = {head,  item.v_begin + static_cast<int64_t>(panel * kPanel),
                              token, count,
                              rows,  std::min(kGroup, panels - panel)};
+        prefetch_next(args, item, token, i * groups + panel / kGroup, item.num_heads * groups);
         step_group(args, group, w.S + i * state_size + panel * w.K * kPanel,
                    w.state + (i * panels + panel) * w.depth * kPanel, w);
       }
