@@ -65,7 +65,7 @@ def verify(problem: VerifyProblem) -> list[Contestant]:
             gates.a,
             gates.b,
             pool,
-            problem.table(i),
+            problem.indices(i),
             problem.num_accepted,
             problem.cu_seqlens,
             True,

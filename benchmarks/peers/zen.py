@@ -47,7 +47,7 @@ def decode(problem: DecodeProblem) -> list[Contestant]:
 def verify(problem: VerifyProblem) -> list[Contestant]:
     gates = problem.gates
     pool = _behind_slot_0(problem.pool.make())
-    tables = [problem.table(i) + 1 for i in range(problem.pool.parts)]
+    tables = [problem.indices(i) + 1 for i in range(problem.pool.parts)]
     out = torch.empty(0)
 
     def call(i: int) -> None:

@@ -404,7 +404,7 @@ def serve(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
+def doctor(as_json: JsonOption = False) -> None:
     """Show which backend serves which op here, and why the others do not."""
     versions = {
         "xgdn": importlib.metadata.version("xgdn"),
@@ -449,7 +449,7 @@ def bench_ops(
     prefill: Annotated[str, typer.Option(metavar="T,..", help="Prompt lengths.")] = "512,2048,8192",
     threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
     seconds: Annotated[float, typer.Option(min=0, help="Per contestant and problem.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """The ops in the shape of Qwen3-Next-80B and Qwen3.5-35B: 16 key heads, 32 value heads, head dims of 128."""
     from xgdn.bench.ops import OpsBenchmark, Plan
@@ -480,7 +480,7 @@ def bench_layer(
     batch: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes.")] = "1,8,32",
     threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
     seconds: Annotated[float, typer.Option(min=0, help="Per contestant and batch size.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """A layer's decode step in bf16, of the same shape, hidden size 2048: what it takes beside its projections."""
     from xgdn.bench.layer import LayerBenchmark

@@ -49,9 +49,7 @@ constexpr size_t kBlock = 16;  // tokens: the decay's and the solve's blocks
 constexpr size_t kBlocks = kChunk / kBlock;
 constexpr size_t kStrip = 32;  // tokens: the granularity of triangular products
 constexpr size_t kMaxDim = 256;
-constexpr size_t kGroup = 2;  // panels of V that pass through a chunk together
-constexpr float kNearOne = -0.5f;
-constexpr float kNormEps = 1e-6f;
+constexpr size_t kGroup = 2;               // panels of V that pass through a chunk together
 constexpr float kSmallestLog = -86.0f;     // below it a decay is zero: nothing here is subnormal
 constexpr float kSmallestGate = -1000.0f;  // of one token; its exp is zero many times over
 
@@ -160,17 +158,8 @@ HWY_INLINE VF exp_decay(F32 d, VF x) {
   const I32 i;
   const auto is_zero = hn::Lt(x, hn::Set(d, kSmallestLog));
   const VF clamped = hn::IfThenElse(is_zero, hn::Set(d, kSmallestLog), x);
-  const VF n = hn::Round(hn::Mul(clamped, hn::Set(d, 1.44269504f)));
-  const VF high = hn::NegMulAdd(n, hn::Set(d, 0.693145752f), clamped);
-  const VF r = hn::NegMulAdd(n, hn::Set(d, 1.42860677e-6f), high);
-  VF p = hn::Set(d, 1.0f / 5040);
-  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 720));
-  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 120));
-  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 24));
-  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 6));
-  p = hn::MulAdd(p, r, hn::Set(d, 0.5f));
-  p = hn::MulAdd(hn::Mul(p, r), r, r);
-  p = hn::Add(p, hn::Set(d, 1.0f));
+  VF p, n;
+  split_exp(d, clamped, p, n);
   const VF power = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(i, n), hn::Set(i, 127))));
   return hn::IfThenZeroElse(is_zero, hn::Mul(p, power));
 }
@@ -740,11 +729,9 @@ void pack_states(const Item&, const Work<Float32Mode>&) {}
 // Columns [begin, begin + size) of tokens of a head. kIsWritten: 1 for rows that are written next, else 0.
 template <int kIsWritten, class Rows>
 void prefetch_rows(const Rows& rows, int64_t token, int64_t end, int64_t head, int64_t begin, int64_t size) {
-  constexpr int64_t kLine = 64;
   const int64_t element = size_of(rows.dtype);
   for (; token < end; ++token) {
-    const char* row = static_cast<const char*>(rows.at(token, head)) + begin * element;
-    for (int64_t i = 0; i < size * element; i += kLine) __builtin_prefetch(row + i, kIsWritten);
+    prefetch<kIsWritten>(static_cast<const char*>(rows.at(token, head)) + begin * element, size * element);
   }
 }
 

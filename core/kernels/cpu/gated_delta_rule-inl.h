@@ -26,16 +26,12 @@
 #include <cmath>
 
 #include "core/kernels/cpu/simd-inl.h"
-#include "hwy/cache_control.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr size_t kRows = 4;  // rows per sweep: they share each load of k and q
-inline constexpr float kNearOne = -0.5f;
-inline constexpr float kNormEps = 1e-6f;
-inline constexpr size_t kCacheLine = 64;
+inline constexpr size_t kRows = 4;              // rows per sweep: they share each load of k and q
 inline constexpr size_t kPrefetchBytes = 4096;  // how far reads run ahead
 
 using F4 = hn::CappedTag<float, kRows>;
@@ -261,10 +257,6 @@ HWY_INLINE void write_and_multiply(const Token& token, const float* u, const Sta
   } else {
     multiply(AdvancedRows<false, State>{src, dst, K, token.decay.factor, u, token.k}, K, next.k, next.q, products);
   }
-}
-
-HWY_INLINE void prefetch(const void* from, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += kCacheLine) hwy::Prefetch(static_cast<const char*>(from) + i);
 }
 
 // One token on num_rows rows, from the slot that is read straight to the slot that is written (null: none). Reads run

@@ -310,15 +310,13 @@ inline float load_scalar(DType dtype, const void* from) {
 
 // ---- functions of one lane ------------------------------------------------------------------------------------------
 
-// e^x to about one unit in the last place; 0 and infinity where it leaves f32.
-HWY_INLINE VF exp(F32 d, VF x) {
-  const auto clamped_above = hn::IfThenElse(hn::Gt(x, hn::Set(d, 100.0f)), hn::Set(d, 100.0f), x);
-  const auto clamped = hn::IfThenElse(hn::Lt(clamped_above, hn::Set(d, -120.0f)), hn::Set(d, -120.0f), clamped_above);
-  const VF n = hn::Round(hn::Mul(clamped, hn::Set(d, 1.44269504f)));
+// e^x = p 2^n with n whole and p in [2^-0.5, 2^0.5].
+HWY_INLINE void split_exp(F32 d, VF x, VF& p, VF& n) {
+  n = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504f)));
   // ln 2 in two parts: n times the first is exact.
-  const VF high = hn::NegMulAdd(n, hn::Set(d, 0.693145752f), clamped);
+  const VF high = hn::NegMulAdd(n, hn::Set(d, 0.693145752f), x);
   const VF r = hn::NegMulAdd(n, hn::Set(d, 1.42860677e-6f), high);
-  VF p = hn::Set(d, 1.0f / 5040);
+  p = hn::Set(d, 1.0f / 5040);
   p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 720));
   p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 120));
   p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 24));
@@ -326,6 +324,14 @@ HWY_INLINE VF exp(F32 d, VF x) {
   p = hn::MulAdd(p, r, hn::Set(d, 0.5f));
   p = hn::MulAdd(hn::Mul(p, r), r, r);
   p = hn::Add(p, hn::Set(d, 1.0f));
+}
+
+// e^x to about one unit in the last place; 0 and infinity where it leaves f32.
+HWY_INLINE VF exp(F32 d, VF x) {
+  const auto clamped_above = hn::IfThenElse(hn::Gt(x, hn::Set(d, 100.0f)), hn::Set(d, 100.0f), x);
+  const auto clamped = hn::IfThenElse(hn::Lt(clamped_above, hn::Set(d, -120.0f)), hn::Set(d, -120.0f), clamped_above);
+  VF p, n;
+  split_exp(d, clamped, p, n);
   // 2^n as two factors, each a normal number.
   const I32 i;
   const auto whole = hn::ConvertTo(i, n);
@@ -366,7 +372,19 @@ HWY_INLINE VF log_decay(F32 d, VF a, VF rate, VF dt_bias) {
   return hn::Mul(rate, softplus(d, hn::Add(a, dt_bias)));
 }
 
-// ---- scratch --------------------------------------------------------------------------------------------------------
+// ---- constants of the delta rule ------------------------------------------------------------------------------------
+
+inline constexpr float kNearOne = -0.5f;  // a gate above it acts as alpha - 1: rounding alpha would bias a slow decay
+inline constexpr float kNormEps = 1e-6f;  // of the l2norm
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+// kIsWritten: 1 for what is written next, else 0.
+template <int kIsWritten = 0>
+HWY_INLINE void prefetch(const void* from, size_t bytes) {
+  constexpr size_t kCacheLine = 64;
+  for (size_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(static_cast<const char*>(from) + i, kIsWritten);
+}
 
 inline constexpr size_t kScratchAlignment = 128;  // a pair of cache lines, and any vector
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import xgdn
 from xgdn.bench.measure import Contestant
-from xgdn.bench.problems import NORM_EPS, DecodeProblem, DecodeStepProblem, PrefillProblem, VerifyProblem
+from xgdn.bench.problems import NORM_EPS, DecodeProblem, DecodeStepProblem, PrefillProblem, RuleProblem, VerifyProblem
 
 _OUT = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}  # rounding out to bf16 costs 1.7e-3
 _STATE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
@@ -19,7 +19,7 @@ def decode(problem: DecodeProblem) -> list[Contestant]:
     return [_recurrent(problem), _packed_decode(problem)]
 
 
-def _recurrent(problem: DecodeProblem) -> Contestant:
+def _recurrent(problem: RuleProblem) -> Contestant:
     pool = problem.pool.make()
     out = torch.full_like(problem.v, torch.nan)
 
@@ -32,11 +32,12 @@ def _recurrent(problem: DecodeProblem) -> Contestant:
             problem.gates.beta,
             pool,
             cu_seqlens=problem.cu_seqlens,
-            state_indices=problem.pool.slots(i),
+            state_indices=problem.indices(i),
+            num_accepted=problem.num_accepted,
             out=out,
         )
 
-    return _contestant("xgdn recurrent_gated_delta_rule", call, out, pool, problem.batch)
+    return _contestant("xgdn recurrent_gated_delta_rule", call, out, pool, len(problem.q))
 
 
 def _packed_decode(problem: DecodeProblem) -> Contestant:
@@ -85,25 +86,8 @@ def decode_step(problem: DecodeStepProblem) -> list[Contestant]:
 
 
 def verify(problem: VerifyProblem) -> list[Contestant]:
-    pool = problem.pool.make()
-    out = torch.full_like(problem.v, torch.nan)
-
-    def call(i: int) -> None:
-        xgdn.ops.recurrent_gated_delta_rule(
-            problem.q,
-            problem.k,
-            problem.v,
-            problem.gates.g,
-            problem.gates.beta,
-            pool,
-            cu_seqlens=problem.cu_seqlens,
-            state_indices=problem.table(i),
-            num_accepted=problem.num_accepted,
-            out=out,
-        )
-
-    contestant = _contestant("xgdn recurrent_gated_delta_rule", call, out, pool, len(problem.q))
-    if pool.dtype == torch.bfloat16:  # a token starts from the state as the one before it was written, rounded
+    contestant = _recurrent(problem)
+    if problem.pool.dtype == torch.bfloat16:  # a token starts from the state as the one before it was written, rounded
         contestant = dataclasses.replace(contestant, out_tolerance=4e-3, state_tolerance=4e-3)
     return [contestant]
 

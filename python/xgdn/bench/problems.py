@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs as a layer of Qwen3-Next-80B or Qwen3.5-35B has them, their truth and their limit."""
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -66,22 +67,22 @@ class StatePool:
         return self.memory(i).mul_(1.0001)
 
 
-class DecodeProblem:
-    """One token for each of `batch` sequences, after the convolution."""
+class RuleProblem(ABC):
+    """The rule over a pool of states, token by token."""
 
     unit = "GB/s"
     limit_scale = 1.0
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    cu_seqlens: Tensor
+    pool: StatePool
+    num_accepted: Tensor | None = None  # of a verification
 
-    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
-        self.title = f"decode B={batch} {SHORT[state_dtype]}"
-        self.batch = batch
-        self.mixed_qkv = torch.randn(batch, 2 * H * K + HV * V).bfloat16()
-        self.q, self.k, self.v = _split_qkv(self.mixed_qkv)
-        self.gates = Gates(batch)
-        self.cu_seqlens = torch.arange(batch + 1, dtype=torch.int32)
-        self.pool = StatePool(batch, state_dtype, rotate_mib)
-        self.work = 2.0 * self.pool.batch_bytes
-        self.limit: Callable[[int], object] = self.pool.stream
+    @abstractmethod
+    def indices(self, i: int) -> Tensor:
+        """The slots of the i-th part of the pool: one per sequence, of a verification one per token."""
 
     def truth(self) -> tuple[Tensor, Tensor]:
         state = self.pool.first.to(torch.float32, copy=True)
@@ -94,11 +95,32 @@ class DecodeProblem:
             self.gates.beta,
             state,
             cu_seqlens=self.cu_seqlens,
-            state_indices=self.pool.slots(0),
+            state_indices=self.indices(0),
+            num_accepted=self.num_accepted,
             out=out,
             backend="reference",
         )
         return out, state
+
+
+class DecodeProblem(RuleProblem):
+    """One token for each of `batch` sequences, after the convolution."""
+
+    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
+        self.title = f"decode B={batch} {SHORT[state_dtype]}"
+        self.batch = batch
+        self.mixed_qkv = torch.randn(batch, 2 * H * K + HV * V).bfloat16()
+        self.q, self.k, self.v = _split_qkv(self.mixed_qkv)
+        self.gates = Gates(batch)
+        self.cu_seqlens = torch.arange(batch + 1, dtype=torch.int32)
+        self.pool = StatePool(batch, state_dtype, rotate_mib)
+        self.work = 2.0 * self.pool.batch_bytes
+
+    def indices(self, i: int) -> Tensor:
+        return self.pool.slots(i)
+
+    def limit(self, i: int) -> object:
+        return self.pool.stream(i)
 
 
 class DecodeStepProblem(DecodeProblem):
@@ -139,11 +161,8 @@ class DecodeStepProblem(DecodeProblem):
         return out, state
 
 
-class VerifyProblem:
+class VerifyProblem(RuleProblem):
     """`drafts` tokens for each of `batch` sequences, the state after each of them kept."""
-
-    unit = "GB/s"
-    limit_scale = 1.0
 
     def __init__(self, batch: int, drafts: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
         self.title = f"verify B={batch} T={drafts} {SHORT[state_dtype]}"
@@ -164,26 +183,8 @@ class VerifyProblem:
                 other.copy_(first)
         return None
 
-    def table(self, i: int) -> Tensor:
+    def indices(self, i: int) -> Tensor:
         return self.pool.slots(i).view(self._table)
-
-    def truth(self) -> tuple[Tensor, Tensor]:
-        state = self.pool.first.to(torch.float32, copy=True)
-        out = torch.empty(self.v.shape)
-        xgdn.ops.recurrent_gated_delta_rule(
-            self.q.float(),
-            self.k.float(),
-            self.v.float(),
-            self.gates.g,
-            self.gates.beta,
-            state,
-            cu_seqlens=self.cu_seqlens,
-            state_indices=self.table(0),
-            num_accepted=self.num_accepted,
-            out=out,
-            backend="reference",
-        )
-        return out, state
 
 
 class PrefillProblem:
