@@ -274,6 +274,12 @@ void bind_engine(nb::module_& m) {
       .def("max_sequences", &Plan::max_sequences, "length"_a, "memory_limit"_a,
            "The most sequences of `length` tokens that fit into `memory_limit` bytes, weights and workspace included.");
 
+  nb::class_<StepStats>(m, "StepStats", "What a step did and how long it took.")
+      .def_ro("num_decodes", &StepStats::num_decodes, "Sequences that computed one token.")
+      .def_ro("num_prefill_tokens", &StepStats::num_prefill_tokens, "Tokens of prompts.")
+      .def_ro("seconds", &StepStats::seconds, "The step as a whole.")
+      .def_ro("forward_seconds", &StepStats::forward_seconds, "The model in it, until its logits are on the host.");
+
   nb::class_<Engine>(m, "Engine", "A model directory, ready to serve.")
       .def_static(
           "load", [](const std::string& dir, const EngineOptions& options) { return Engine::load(dir, options); },
@@ -292,6 +298,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); })
       .def_prop_ro("num_free_kv_blocks", [](const Engine& self) { return self.runner().num_free_kv_blocks(); })
       .def_prop_ro("num_preemptions", [](const Engine& self) { return self.runner().num_preemptions(); })
+      .def_prop_ro("last_step", [](const Engine& self) { return self.runner().last_step(); })
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
       .def_prop_ro("state_bytes", [](const Engine& self) { return self.runner().state_bytes(); })
       .def_prop_ro("kv_bytes", [](const Engine& self) { return self.runner().kv_bytes(); });

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/full_like.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/rsqrt.h>
@@ -182,6 +183,27 @@ void Backend::run(const RmsNormGatedParams& p, const GdnShape&) const {
   const at::Tensor x = p.x.to(at::kFloat);
   const at::Tensor normed = x * at::rsqrt(x.square().mean(-1, /*keepdim=*/true) + p.eps);
   p.out.copy_(normed * p.weight.to(at::kFloat) * at::silu(p.z.to(at::kFloat)));
+}
+
+void Backend::run(const RmsNormParams& p, const NormShape&) const {
+  if (p.residual) p.residual->add_(p.x);
+  const at::Tensor x = p.residual.value_or(p.x).to(at::kFloat);
+  const at::Tensor normed = x * at::rsqrt(x.square().mean(-1, /*keepdim=*/true) + p.eps);
+  p.out.copy_(normed * (p.weight.to(at::kFloat) + 1.0));
+}
+
+void Backend::run(const SiluAndMulParams& p, const LinearShape&) const {
+  at::Tensor out = p.out;
+  at::mul_out(out, at::silu(p.gate), p.up);
+}
+
+void Backend::run(const LinearParams& p, const LinearShape&) const {
+  at::Tensor out = p.out;
+  if (out.scalar_type() == p.x.scalar_type()) {
+    at::linear_out(out, p.x, p.weight, p.bias);
+  } else {
+    out.copy_(at::linear(p.x, p.weight, p.bias));
+  }
 }
 
 void Backend::run(const PackedDecodeParams& p, const GdnShape& s) const {

@@ -59,8 +59,12 @@ ExpertWeights stacked_experts(const at::Tensor& gate_up, const at::Tensor& down)
 }
 
 void Backend::run(const PagedAttentionParams& p, const AttentionShape&) const {
+  attend_one_by_one(p, /*more_than=*/0);
+}
+
+void Backend::attend_one_by_one(const PagedAttentionParams& p, int64_t more_than) {
   for (const AttentionSequence& sequence : p.sequences) {
-    if (sequence.num_tokens == 0) continue;
+    if (sequence.num_tokens <= more_than) continue;
     p.out.narrow(0, sequence.token_begin, sequence.num_tokens).copy_(attend(p, sequence));
   }
 }

@@ -38,6 +38,20 @@ struct DecodeStepShape {
   ConvShape conv;
 };
 
+/// Sizes of a norm over the last dimension.
+struct NormShape {
+  int64_t T = 0;  // tokens
+  int64_t H = 0;  // heads
+  int64_t D = 0;  // head dim
+};
+
+/// Sizes of a product with weights, or of what stands between two.
+struct LinearShape {
+  int64_t T = 0;  // tokens
+  int64_t D = 0;  // width of the input; 0 where there is no product
+  int64_t O = 0;  // width of the output
+};
+
 /// Sizes of an attention call.
 struct AttentionShape {
   int64_t T = 0;    // tokens
@@ -81,6 +95,9 @@ class Backend {
   virtual std::optional<std::string> why_not(const GdnGatingParams&, const GdnShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const L2NormParams&, const GdnShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const RmsNormGatedParams&, const GdnShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const RmsNormParams&, const NormShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const SiluAndMulParams&, const LinearShape&) const { return {}; }
+  virtual std::optional<std::string> why_not(const LinearParams&, const LinearShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const GdnDecodeStepParams& p, const DecodeStepShape& s) const;
   virtual std::optional<std::string> why_not(const PagedAttentionParams&, const AttentionShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const MoeExpertsParams&, const ExpertsShape&) const { return {}; }
@@ -93,9 +110,16 @@ class Backend {
   virtual void run(const GdnGatingParams& p, const GdnShape& s) const;
   virtual void run(const L2NormParams& p, const GdnShape& s) const;
   virtual void run(const RmsNormGatedParams& p, const GdnShape& s) const;
+  virtual void run(const RmsNormParams& p, const NormShape& s) const;
+  virtual void run(const SiluAndMulParams& p, const LinearShape& s) const;
+  virtual void run(const LinearParams& p, const LinearShape& s) const;
   virtual void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const;
   virtual void run(const PagedAttentionParams& p, const AttentionShape& s) const;
   virtual void run(const MoeExpertsParams& p, const ExpertsShape& s) const;
+
+ protected:
+  // The default attention, of the sequences with more than so many tokens.
+  static void attend_one_by_one(const PagedAttentionParams& p, int64_t more_than);
 };
 
 }  // namespace xgdn::kernel

@@ -99,6 +99,11 @@ std::vector<BackendReport> doctor() {
                                      .state_indices = slot,
                                      .out = head});
 
+  const at::Tensor token = at::zeros({1, kDim}, at::kBFloat16);
+  const at::Tensor square = at::zeros({kDim, kDim}, at::kBFloat16);
+  report<RmsNormParams>(rows, {.x = head, .weight = at::zeros({kDim}, at::kFloat), .out = head});
+  report<SiluAndMulParams>(rows, {.gate = token, .up = token, .out = token});
+  report<LinearParams>(rows, {.x = token, .weight = square, .out = token});
   const at::Tensor block = at::zeros({1, 1, kHeads, kDim}, at::kBFloat16);
   report<PagedAttentionParams>(rows, {.q = head,
                                       .k = block,
@@ -107,8 +112,6 @@ std::vector<BackendReport> doctor() {
                                       .sequences = {{.num_tokens = 1, .context_len = 1, .num_blocks = 1}},
                                       .out = head,
                                       .context_rows = slot});
-  const at::Tensor token = at::zeros({1, kDim}, at::kBFloat16);
-  const at::Tensor square = at::zeros({kDim, kDim}, at::kBFloat16);
   const ExpertWeights experts{.gate = {square}, .up = {square}, .down = {square}};
   report<MoeExpertsParams>(
       rows, {.x = token, .weights = logit, .chosen = at::zeros({1, 1}, at::kLong), .experts = experts, .out = token});

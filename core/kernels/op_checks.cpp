@@ -271,6 +271,35 @@ Dims match(const PagedAttentionParams& p) {
   return d;
 }
 
+Dims match(const RmsNormParams& p) {
+  Dims d(Op<RmsNormParams>::name);
+  match_strided(d, "x", p.x, "T H D", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.x.scalar_type();
+  d.match("weight", p.weight, "D").dtype("weight", p.weight, {at::kFloat, in}).contiguous("weight", p.weight);
+  if (p.residual) match_strided(d, "residual", *p.residual, "T H D", {in});
+  match_strided(d, "out", p.out, "T H D", {in});
+  return d;
+}
+
+Dims match(const SiluAndMulParams& p) {
+  Dims d(Op<SiluAndMulParams>::name);
+  match_strided(d, "gate", p.gate, "T I", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.gate.scalar_type();
+  match_strided(d, "up", p.up, "T I", {in});
+  match_strided(d, "out", p.out, "T I", {in});
+  return d;
+}
+
+Dims match(const LinearParams& p) {
+  Dims d(Op<LinearParams>::name);
+  match_strided(d, "x", p.x, "T D", {at::kFloat, at::kBFloat16, at::kHalf});
+  const at::ScalarType in = p.x.scalar_type();
+  match_strided(d, "weight", p.weight, "O D", {in});
+  d.match("bias", p.bias, "O").dtype("bias", p.bias, {in}).contiguous("bias", p.bias);
+  match_strided(d, "out", p.out, "T O", {at::kFloat, in});
+  return d;
+}
+
 Dims match(const MoeExpertsParams& p) {
   const ExpertWeights& e = p.experts;
   Dims d(Op<MoeExpertsParams>::name);
@@ -335,6 +364,15 @@ DecodeStepShape shape(const GdnDecodeStepParams&, const Dims& d) {
 AttentionShape shape(const PagedAttentionParams& p, const Dims& d) {
   return {.T = d["T"], .N = static_cast<int64_t>(p.sequences.size()), .HQ = d["HQ"], .HKV = d["HKV"], .D = d["D"]};
 }
+NormShape shape(const RmsNormParams&, const Dims& d) {
+  return {.T = d["T"], .H = d["H"], .D = d["D"]};
+}
+LinearShape shape(const SiluAndMulParams&, const Dims& d) {
+  return {.T = d["T"], .O = d["I"]};
+}
+LinearShape shape(const LinearParams&, const Dims& d) {
+  return {.T = d["T"], .D = d["D"], .O = d["O"]};
+}
 ExpertsShape shape(const MoeExpertsParams&, const Dims& d) {
   return {.T = d["T"], .A = d["A"], .E = d["E"], .D = d["D"], .I = d["I"]};
 }
@@ -377,6 +415,15 @@ DecodeStepShape checked_shape(const GdnDecodeStepParams& p) {
 AttentionShape checked_shape(const PagedAttentionParams& p) {
   return shape(p, match(p));
 }
+NormShape checked_shape(const RmsNormParams& p) {
+  return shape(p, match(p));
+}
+LinearShape checked_shape(const SiluAndMulParams& p) {
+  return shape(p, match(p));
+}
+LinearShape checked_shape(const LinearParams& p) {
+  return shape(p, match(p));
+}
 ExpertsShape checked_shape(const MoeExpertsParams& p) {
   return shape(p, match(p));
 }
@@ -409,6 +456,15 @@ void check(const GdnDecodeStepParams& p) {
   match(p);
 }
 void check(const PagedAttentionParams& p) {
+  match(p);
+}
+void check(const RmsNormParams& p) {
+  match(p);
+}
+void check(const SiluAndMulParams& p) {
+  match(p);
+}
+void check(const LinearParams& p) {
   match(p);
 }
 void check(const MoeExpertsParams& p) {

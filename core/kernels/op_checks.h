@@ -17,6 +17,9 @@ GdnShape checked_shape(const L2NormParams& p);
 GdnShape checked_shape(const RmsNormGatedParams& p);
 DecodeStepShape checked_shape(const GdnDecodeStepParams& p);
 AttentionShape checked_shape(const PagedAttentionParams& p);
+NormShape checked_shape(const RmsNormParams& p);
+LinearShape checked_shape(const SiluAndMulParams& p);
+LinearShape checked_shape(const LinearParams& p);
 ExpertsShape checked_shape(const MoeExpertsParams& p);
 
 }  // namespace xgdn::kernel

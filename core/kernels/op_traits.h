@@ -26,6 +26,9 @@ XGDN_OP(CausalConv1dUpdateParams, "causal_conv1d_update", Phase::kDecode, x);
 XGDN_OP(GdnGatingParams, "gdn_gating", Phase::kDecode, a);
 XGDN_OP(L2NormParams, "l2_norm", Phase::kDecode, x);
 XGDN_OP(RmsNormGatedParams, "rms_norm_gated", Phase::kDecode, x);
+XGDN_OP(RmsNormParams, "rms_norm", Phase::kDecode, x);
+XGDN_OP(SiluAndMulParams, "silu_and_mul", Phase::kDecode, gate);
+XGDN_OP(LinearParams, "linear", Phase::kDecode, x);
 XGDN_OP(GdnDecodeStepParams, "gdn_decode_step", Phase::kDecode, projected);
 XGDN_OP(PagedAttentionParams, "paged_attention", Phase::kDecode, q);
 XGDN_OP(MoeExpertsParams, "moe_experts", Phase::kDecode, x);
@@ -34,7 +37,7 @@ XGDN_OP(MoeExpertsParams, "moe_experts", Phase::kDecode, x);
 template <class... Params>
 struct OpList {};
 using AllOps = OpList<RecurrentGatedDeltaRuleParams, ChunkGatedDeltaRuleParams, PackedDecodeParams, CausalConv1dParams,
-                      CausalConv1dUpdateParams, GdnGatingParams, L2NormParams, RmsNormGatedParams, GdnDecodeStepParams,
-                      PagedAttentionParams, MoeExpertsParams>;
+                      CausalConv1dUpdateParams, GdnGatingParams, L2NormParams, RmsNormGatedParams, RmsNormParams,
+                      SiluAndMulParams, LinearParams, GdnDecodeStepParams, PagedAttentionParams, MoeExpertsParams>;
 
 }  // namespace xgdn::kernel

@@ -42,6 +42,15 @@ void l2_norm(const L2NormParams& p) {
 void rms_norm_gated(const RmsNormGatedParams& p) {
   dispatch(p);
 }
+void rms_norm(const RmsNormParams& p) {
+  dispatch(p);
+}
+void silu_and_mul(const SiluAndMulParams& p) {
+  dispatch(p);
+}
+void linear(const LinearParams& p) {
+  dispatch(p);
+}
 void gdn_decode_step(const GdnDecodeStepParams& p) {
   dispatch(p);
 }

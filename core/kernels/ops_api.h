@@ -4,7 +4,7 @@
 //
 // Letters: T tokens packed over all sequences, N sequences, S state slots, H key heads, HV value heads (HV % H == 0;
 // value head h reads key head h / (HV/H)), K and V head dims, W conv width, D channels, R rows of a conv slot,
-// L columns of a verification table, C chunk size (64).
+// L columns of a verification table, C chunk size (64), I and O widths.
 //
 //   alpha = exp(g)    u = beta (v - alpha S k)    S <- alpha S + u k^T    o = scale S q        (S: [V, K])
 //
@@ -180,6 +180,40 @@ struct RmsNormGatedParams {
 };
 void rms_norm_gated(const RmsNormGatedParams& p);
 
+/// out = (1 + weight) * (x / rms(x)) over the last dimension, computed in fp32, rounded once at the end (the
+/// checkpoints store weight around zero). With a residual stream: residual <- residual + x first, and the sum is what
+/// is normed.
+struct RmsNormParams {
+  at::Tensor x;                             // [T, H, D]  f32 | bf16 | f16, strided
+  at::Tensor weight;                        // [D]        f32 | as x
+  at::Tensor out;                           // [T, H, D]  as x, strided, written
+  std::optional<at::Tensor> residual = {};  // [T, H, D]  as x, strided, updated in place
+  double eps = 1e-6;
+  std::string backend = "auto";
+};
+void rms_norm(const RmsNormParams& p);
+
+/// out = silu(gate) * up. out may be gate or up.
+struct SiluAndMulParams {
+  at::Tensor gate;  // [T, I]  f32 | bf16 | f16, strided
+  at::Tensor up;    // [T, I]  as gate, strided
+  at::Tensor out;   // [T, I]  as gate, strided, written
+  std::string backend = "auto";
+};
+void silu_and_mul(const SiluAndMulParams& p);
+
+/// out = x weight^T + bias, summed in fp32. On the cpu backend bf16 is multiplied by kernels of its own where the
+/// machine has instructions for it: weights are read once, at memory speed, for as many tokens as a decode step has,
+/// and a token's result has the same bits whatever tokens are beside it.
+struct LinearParams {
+  at::Tensor x;                         // [T, D]  f32 | bf16 | f16, strided
+  at::Tensor weight;                    // [O, D]  as x, strided
+  at::Tensor out;                       // [T, O]  f32 | as x, strided, written
+  std::optional<at::Tensor> bias = {};  // [O]     as x
+  std::string backend = "auto";
+};
+void linear(const LinearParams& p);
+
 /// A layer's decode step between its two projections: causal_conv1d_update, packed_decode and rms_norm_gated, one token
 /// per sequence. Row of projected = [q: H K | k: H K | v: HV V | z: HV V | b: HV | a: HV]; D = 2HK+HVV.
 struct GdnDecodeStepParams {
@@ -266,6 +300,9 @@ void check(const CausalConv1dUpdateParams& p);
 void check(const GdnGatingParams& p);
 void check(const L2NormParams& p);
 void check(const RmsNormGatedParams& p);
+void check(const RmsNormParams& p);
+void check(const SiluAndMulParams& p);
+void check(const LinearParams& p);
 void check(const GdnDecodeStepParams& p);
 void check(const PagedAttentionParams& p);
 void check(const MoeExpertsParams& p);

@@ -243,6 +243,26 @@ void paged_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const
 }
 
 template <Key key>
+void rms_norm_op(const Tensor& x, const Tensor& weight, const Tensor& out, const MaybeTensor& residual, double eps,
+                 std::string backend) {
+  serve<key>(
+      RmsNormParams{
+          .x = x, .weight = weight, .out = out, .residual = residual, .eps = eps, .backend = std::move(backend)},
+      x, rms_norm);
+}
+
+template <Key key>
+void silu_and_mul_op(const Tensor& gate, const Tensor& up, const Tensor& out, std::string backend) {
+  serve<key>(SiluAndMulParams{.gate = gate, .up = up, .out = out, .backend = std::move(backend)}, gate, silu_and_mul);
+}
+
+template <Key key>
+void linear_op(const Tensor& x, const Tensor& weight, const Tensor& out, const MaybeTensor& bias, std::string backend) {
+  serve<key>(LinearParams{.x = x, .weight = weight, .out = out, .bias = bias, .backend = std::move(backend)}, x,
+             linear);
+}
+
+template <Key key>
 void moe_experts_op(const Tensor& x, const Tensor& weights, const Tensor& chosen, const Tensor& gate_up,
                     const Tensor& down, const Tensor& out, std::string backend) {
   const ExpertWeights experts = with_torch_errors([&] { return stacked_experts(gate_up, down); });
@@ -289,6 +309,9 @@ void implement(torch::Library& m) {
   m.impl("gdn_gating", gdn_gating_op<key>);
   m.impl("l2_norm", l2_norm_op<key>);
   m.impl("rms_norm_gated", rms_norm_gated_op<key>);
+  m.impl("rms_norm", rms_norm_op<key>);
+  m.impl("silu_and_mul", silu_and_mul_op<key>);
+  m.impl("linear", linear_op<key>);
   m.impl("gdn_decode_step", gdn_decode_step_op<key>);
   m.impl("paged_attention", paged_attention_op<key>);
   m.impl("moe_experts", moe_experts_op<key>);
@@ -385,6 +408,12 @@ TORCH_LIBRARY(xgdn, m) {
       "-> ()",
       tags);
   m.def(
+      "rms_norm(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor(b!)? residual=None, float eps=1e-6, "
+      "str backend=\"auto\") -> ()",
+      tags);
+  m.def("silu_and_mul(Tensor gate, Tensor up, Tensor(a!) out, *, str backend=\"auto\") -> ()", tags);
+  m.def("linear(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor? bias=None, str backend=\"auto\") -> ()", tags);
+  m.def(
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor block_ids, int[] num_tokens, int[] context_lens, "
       "int[] num_blocks, Tensor(a!) out, *, Tensor? context_rows=None, float? scale=None, str backend=\"auto\") -> ()",
       tags);
@@ -431,8 +460,8 @@ TORCH_LIBRARY_IMPL(xgdn, Meta, m) {
 
 TORCH_LIBRARY_IMPL(xgdn, Autograd, m) {
   for (const char* op : {"recurrent_gated_delta_rule", "chunk_gated_delta_rule", "packed_decode", "causal_conv1d",
-                         "causal_conv1d_update", "gdn_gating", "l2_norm", "rms_norm_gated", "gdn_decode_step",
-                         "paged_attention", "moe_experts"}) {
+                         "causal_conv1d_update", "gdn_gating", "l2_norm", "rms_norm_gated", "rms_norm", "silu_and_mul",
+                         "linear", "gdn_decode_step", "paged_attention", "moe_experts"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
   }
 }

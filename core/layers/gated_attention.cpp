@@ -3,9 +3,9 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/sigmoid.h>
 
+#include "core/layers/projection.h"
 #include "core/layers/rms_norm.h"
 
 namespace xgdn {
@@ -38,11 +38,11 @@ std::vector<at::Tensor> GatedAttention::weights() const {
 at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
                                    KvPool& kv) const {
   const int64_t dim = config_.head_dim;
-  const at::Tensor query_gate = at::linear(hidden, q_.weight, q_.bias).unflatten(1, {config_.num_heads, 2 * dim});
+  const at::Tensor query_gate = project(hidden, q_.weight, q_.bias).unflatten(1, {config_.num_heads, 2 * dim});
   const at::Tensor query = query_gate.narrow(-1, 0, dim);
   const at::Tensor gate = query_gate.narrow(-1, dim, dim);
-  const at::Tensor key = at::linear(hidden, k_.weight, k_.bias).unflatten(1, {config_.num_kv_heads, dim});
-  const at::Tensor v = at::linear(hidden, v_.weight, v_.bias).unflatten(1, {config_.num_kv_heads, dim});
+  const at::Tensor key = project(hidden, k_.weight, k_.bias).unflatten(1, {config_.num_kv_heads, dim});
+  const at::Tensor v = project(hidden, v_.weight, v_.bias).unflatten(1, {config_.num_kv_heads, dim});
   const at::Tensor q = apply_rotary(rms_norm_zero_centred(query, q_norm_, config_.rms_norm_eps), rotary);
   const at::Tensor k = apply_rotary(rms_norm_zero_centred(key, k_norm_, config_.rms_norm_eps), rotary);
 
@@ -59,7 +59,7 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
        .sequences = batch.sequences,
        .out = o,
        .context_rows = batch.context_rows.defined() ? std::optional(batch.context_rows) : std::nullopt});
-  return at::linear((o * at::sigmoid(gate)).flatten(1), o_.weight, o_.bias);
+  return project((o * at::sigmoid(gate)).flatten(1), o_.weight, o_.bias);
 }
 
 }  // namespace xgdn

@@ -3,13 +3,13 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/sigmoid.h>
-#include <ATen/ops/silu.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/topk.h>
 
 #include <vector>
+
+#include "core/layers/projection.h"
 
 namespace xgdn {
 namespace {
@@ -64,7 +64,9 @@ Mlp::Mlp(const WeightSource& weights, const std::string& prefix, int64_t hidden_
           load_weight(weights, prefix + "down_proj.weight", {hidden_size, intermediate_size}, options)) {}
 
 at::Tensor Mlp::forward(const at::Tensor& x) const {
-  return at::linear(at::silu(at::linear(x, gate_)) * at::linear(x, up_), down_);
+  const at::Tensor gate = project(x, gate_);
+  kernel::silu_and_mul({.gate = gate, .up = project(x, up_), .out = gate});
+  return project(gate, down_);
 }
 
 std::vector<at::Tensor> Mlp::weights() const {
@@ -89,14 +91,14 @@ std::vector<at::Tensor> SparseMoe::weights() const {
 }
 
 at::Tensor SparseMoe::forward(const at::Tensor& x) const {
-  const at::Tensor probabilities = at::softmax(at::linear(x, router_), -1, at::kFloat);
+  const at::Tensor probabilities = at::softmax(project(x, router_), -1, at::kFloat);
   auto [weights, chosen] = at::topk(probabilities, config_.num_experts_per_tok, -1);
   if (config_.norm_topk_prob) weights = weights / weights.sum(-1, /*keepdim=*/true);
   weights = weights.to(x.scalar_type());
 
   at::Tensor out = at::empty(x.sizes(), x.options());
   kernel::moe_experts({.x = x, .weights = weights, .chosen = chosen, .experts = experts_, .out = out});
-  return out + at::sigmoid(at::linear(x, shared_gate_)) * shared_.forward(x);
+  return out + at::sigmoid(project(x, shared_gate_)) * shared_.forward(x);
 }
 
 }  // namespace xgdn

@@ -3,8 +3,9 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/linear.h>
 #include <c10/util/StringUtil.h>
+
+#include "core/layers/projection.h"
 
 namespace xgdn {
 namespace {
@@ -191,7 +192,7 @@ std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
 
 at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
   check_covers(batch, hidden);
-  const at::Tensor projected = at::linear(hidden, in_proj_);
+  const at::Tensor projected = project(hidden, in_proj_);
   const at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
   for (const Segment& segment : batch.segments) {
     const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
@@ -201,7 +202,7 @@ at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch&
       attend(segment, rows(projected), state, rows(o));
     }
   }
-  at::Tensor out = at::linear(o.flatten(1), out_proj_);
+  at::Tensor out = project(o.flatten(1), out_proj_);
   if (shard_.group != nullptr) shard_.group->sum(out);
   return out;
 }

@@ -1,15 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/rms_norm.h"
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/empty.h>
+
+#include "core/kernels/ops_api.h"
 
 namespace xgdn {
+namespace {
+
+at::Tensor with_heads(const at::Tensor& x) {
+  return x.dim() == 2 ? x.unsqueeze(1) : x;
+}
+
+}  // namespace
 
 at::Tensor rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  const at::Tensor wide = x.to(at::kFloat);
-  const at::Tensor normed = wide * at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + eps);
-  return (normed * (weight.to(at::kFloat) + 1.0)).to(x.scalar_type());
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  kernel::rms_norm({.x = with_heads(x), .weight = weight, .out = with_heads(out), .eps = eps});
+  return out;
+}
+
+at::Tensor add_rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
+                                     double eps) {
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  kernel::rms_norm(
+      {.x = with_heads(x), .weight = weight, .out = with_heads(out), .residual = with_heads(residual), .eps = eps});
+  return out;
 }
 
 }  // namespace xgdn

@@ -6,7 +6,11 @@
 
 namespace xgdn {
 
-/// x / rms(x) * (1 + weight) over the last dimension, in fp32, rounded once (the checkpoints store weight around zero).
+/// (1 + weight) * (x / rms(x)) over the last dimension of x [T, D] or [T, H, D], as kernel::rms_norm.
 at::Tensor rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& weight, double eps);
+
+/// residual <- residual + x, both [T, D]; the norm of the sum.
+at::Tensor add_rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
+                                     double eps);
 
 }  // namespace xgdn

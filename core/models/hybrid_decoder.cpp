@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/models/hybrid_decoder.h"
 
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/linear.h>
 
 #include <numeric>
 #include <optional>
@@ -11,6 +9,7 @@
 
 #include "core/layers/gated_attention.h"
 #include "core/layers/mlp.h"
+#include "core/layers/projection.h"
 #include "core/layers/rms_norm.h"
 
 namespace xgdn {
@@ -122,23 +121,29 @@ int64_t HybridDecoder::weight_bytes() const {
 }
 
 at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) const {
-  at::Tensor hidden = at::index_select(embedding_, 0, input.token_ids);
+  const at::Tensor residual = at::index_select(embedding_, 0, input.token_ids);
+  at::Tensor delta;  // what the part before adds to the residual stream
+  const auto normed = [&](const at::Tensor& weight) {
+    return delta.defined() ? add_rms_norm_zero_centred(delta, residual, weight, config_.rms_norm_eps)
+                           : rms_norm_zero_centred(residual, weight, config_.rms_norm_eps);
+  };
   const RotaryTable rotary = rotary_.table(input.attention.positions, dtype_);
   size_t gdn_layer = 0;
   size_t attention_layer = 0;
   for (const auto& layer : layers_) {
-    const at::Tensor x = rms_norm_zero_centred(hidden, layer->input_norm, config_.rms_norm_eps);
+    const at::Tensor x = normed(layer->input_norm);
     if (const auto* gdn = std::get_if<Qwen3GatedDeltaNet>(&layer->mixer)) {
-      hidden = hidden + gdn->forward(x, input.gdn, state.gdn[gdn_layer++]);
+      delta = gdn->forward(x, input.gdn, state.gdn[gdn_layer++]);
     } else {
       const auto& attention = std::get<GatedAttention>(layer->mixer);
-      hidden = hidden + attention.forward(x, rotary, input.attention, state.kv[attention_layer++]);
+      delta = attention.forward(x, rotary, input.attention, state.kv[attention_layer++]);
     }
-    const at::Tensor y = rms_norm_zero_centred(hidden, layer->post_attention_norm, config_.rms_norm_eps);
-    hidden = hidden + std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
+    const at::Tensor y = normed(layer->post_attention_norm);
+    delta = std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
   }
-  const at::Tensor last = at::index_select(hidden, 0, input.logit_rows);
-  return at::linear(rms_norm_zero_centred(last, norm_, config_.rms_norm_eps), lm_head_).to(at::kFloat);
+  const auto wanted = [&](const at::Tensor& rows) { return at::index_select(rows, 0, input.logit_rows); };
+  const at::Tensor last = add_rms_norm_zero_centred(wanted(delta), wanted(residual), norm_, config_.rms_norm_eps);
+  return project(last, lm_head_, {}, at::kFloat);
 }
 
 }  // namespace xgdn

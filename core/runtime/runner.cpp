@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/runner.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 namespace xgdn {
@@ -26,6 +28,22 @@ RequestEvent event_of(const Sequence& s) {
           .num_prefilled = std::min(s.num_computed, s.prompt_size()),
           .prompt_size = s.prompt_size(),
           .branch = s.branch};
+}
+
+class Stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+StepStats count(const std::vector<ScheduledPiece>& pieces) {
+  StepStats stats;
+  for (const ScheduledPiece& piece : pieces) {
+    (piece.sequence->is_prefilled() ? stats.num_decodes : stats.num_prefill_tokens) += piece.count;
+  }
+  return stats;
 }
 
 const RunnerOptions& checked(const RunnerOptions& options) {
@@ -165,25 +183,22 @@ bool Runner::is_stop_token(const Request& request, int32_t token) const {
   return !request.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end();
 }
 
-// Books a piece that the model has computed; chooses the next token where there are logits, and the first token of
-// every branch where a prompt ends.
-void Runner::advance(const ScheduledPiece& piece, const at::Tensor& logits, int64_t logit_row,
-                     std::vector<RequestEvent>& events) {
+// Books a piece that the model has computed. Adds an event of it, and one of every branch where a prompt ends;
+// `choices` gets those for which the logits' row chooses a token.
+void Runner::advance(const ScheduledPiece& piece, int64_t logit_row, std::vector<RequestEvent>& events,
+                     std::vector<Choice>& choices) {
   Sequence& s = *piece.sequence;
   scheduler_.advance(s, piece.count);
-  if (logit_row < 0) {
-    events.push_back(event_of(s));
-    return;
-  }
-  const auto vocab = static_cast<size_t>(logits.size(1));
-  const std::span row(logits.const_data_ptr<float>() + logit_row * static_cast<int64_t>(vocab), vocab);
-  events.push_back(choose(s, row));
-  if (s.request.n == 1 || s.num_computed > s.prompt_size()) return;
-  for (Sequence* branch : scheduler_.fork(s)) events.push_back(choose(*branch, row));
+  const auto add = [&](Sequence& sequence) {
+    if (logit_row >= 0) choices.push_back({&sequence, logit_row, events.size()});
+    events.push_back(event_of(sequence));
+  };
+  add(s);
+  if (logit_row < 0 || s.request.n == 1 || s.num_computed > s.prompt_size()) return;
+  for (Sequence* branch : scheduler_.fork(s)) add(*branch);
 }
 
-RequestEvent Runner::choose(Sequence& s, std::span<const float> logits) const {
-  RequestEvent event = event_of(s);
+void Runner::choose(Sequence& s, std::span<const float> logits, RequestEvent& event) const {
   try {
     const int32_t token = s.sampler.sample(logits);
     s.generated.push_back(token);
@@ -198,22 +213,34 @@ RequestEvent Runner::choose(Sequence& s, std::span<const float> logits) const {
     event.finish_reason = FinishReason::kError;
     event.error = error.what();
   }
-  return event;
 }
 
 std::vector<RequestEvent> Runner::step() {
   const c10::InferenceMode inference;
+  const Stopwatch stopwatch;
   std::vector<RequestEvent> events = take_inbox();
   const std::vector<ScheduledPiece> pieces = scheduler_.schedule();
   if (pieces.empty()) return events;
+  last_step_ = count(pieces);
 
   std::vector<RequestEvent> moved;
   try {
     std::vector<SequenceStep> sequences;
     for (const ScheduledPiece& piece : pieces) sequences.push_back(describe(piece));
     const BuiltStep built = builder_.build(sequences);
+    const Stopwatch forward;
     const at::Tensor logits = model_->forward(built.input, model_state_).to(at::kCPU).contiguous();
-    for (size_t i = 0; i < pieces.size(); ++i) advance(pieces[i], logits, built.logit_rows[i], moved);
+    last_step_.forward_seconds = forward.seconds();
+    std::vector<Choice> choices;
+    for (size_t i = 0; i < pieces.size(); ++i) advance(pieces[i], built.logit_rows[i], moved, choices);
+    const int64_t vocab = logits.size(1);
+    at::parallel_for(0, std::ssize(choices), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Choice& c = choices[static_cast<size_t>(i)];
+        const float* row = logits.const_data_ptr<float>() + c.logit_row * vocab;
+        choose(*c.sequence, {row, static_cast<size_t>(vocab)}, moved[c.event]);
+      }
+    });
   } catch (const std::exception& error) {
     // The states of every sequence in the step may be half written, and with them what was to be forked.
     moved.clear();
@@ -235,6 +262,7 @@ std::vector<RequestEvent> Runner::step() {
     forget(event.id, event.branch);
   }
   events.insert(events.end(), moved.begin(), moved.end());
+  last_step_.seconds = stopwatch.seconds();
   return events;
 }
 

@@ -28,6 +28,14 @@ struct RunnerOptions {
   void check() const;
 };
 
+/// What a step did and how long it took, for operators and benchmarks.
+struct StepStats {
+  int64_t num_decodes = 0;         // sequences that computed one token
+  int64_t num_prefill_tokens = 0;  // of prompts
+  double seconds = 0;              // the step as a whole
+  double forward_seconds = 0;      // the model in it, until its logits are on the host
+};
+
 /// submit and cancel may be called from any thread at any time; step from one thread at a time.
 class Runner {
  public:
@@ -55,6 +63,9 @@ class Runner {
   /// For callers that do not step the runner elsewhere: events of other requests are dropped.
   std::vector<GenerationResult> generate(const std::vector<Request>& requests);
 
+  /// Of the last step() that ran the model.
+  const StepStats& last_step() const { return last_step_; }
+
   int64_t num_free_slots() const { return states_.num_free(); }
   int64_t num_free_kv_blocks() const { return kv_.num_free(); }
   int64_t num_preemptions() const { return scheduler_.num_preemptions(); }  // so far; a preempted request goes on later
@@ -71,9 +82,15 @@ class Runner {
   void forget(RequestId id, int64_t branch);  // with mutex_ held
   std::vector<RequestEvent> take_inbox();
   SequenceStep describe(const ScheduledPiece& piece) const;
-  void advance(const ScheduledPiece& piece, const at::Tensor& logits, int64_t logit_row,
-               std::vector<RequestEvent>& events);
-  RequestEvent choose(Sequence& sequence, std::span<const float> logits) const;
+  // A sequence whose next token is in a row of the logits, and the event that tells of it.
+  struct Choice {
+    Sequence* sequence;
+    int64_t logit_row;
+    size_t event;
+  };
+  void advance(const ScheduledPiece& piece, int64_t logit_row, std::vector<RequestEvent>& events,
+               std::vector<Choice>& choices);
+  void choose(Sequence& sequence, std::span<const float> logits, RequestEvent& event) const;
   bool is_stop_token(const Request& request, int32_t token) const;
 
   std::shared_ptr<const HybridDecoder> model_;
@@ -82,6 +99,7 @@ class Runner {
   Scheduler scheduler_;
   BatchBuilder builder_;
   ModelState model_state_;
+  StepStats last_step_;
 
   mutable std::mutex mutex_;  // guards what follows
   RequestId next_id_ = 1;

@@ -4,7 +4,9 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -14,14 +16,42 @@ namespace {
 constexpr size_t kFirstSorted = 1024;
 constexpr int64_t kMostLogprobs = 20;
 
+constexpr int32_t kMagnitude = 0x7FFFFFFF;
+constexpr int32_t kInfinity = 0x7F800000;  // larger magnitudes are NaN
+
+// Bits of a float as a number of the same order; -0 is below 0.
+int32_t ordered(float x) {
+  const auto bits = std::bit_cast<int32_t>(x);
+  return bits ^ (bits >> 31 & kMagnitude);
+}
+
+// A largest logit, the first one unless it is zero. As integers, whose order compilers turn into vectors.
 int32_t argmax(std::span<const float> logits) {
-  for (size_t i = 0; i < logits.size(); ++i) {
-    if (std::isnan(logits[i]))
-      throw NumericsError(c10::str("[Sampler] logits: expected numbers, got NaN for token ", i));
+  constexpr size_t kBlock = 4096;
+  int32_t best = std::numeric_limits<int32_t>::min();
+  int32_t magnitude = 0;
+  size_t best_block = 0;
+  for (size_t begin = 0; begin < logits.size(); begin += kBlock) {
+    const size_t end = std::min(begin + kBlock, logits.size());
+    int32_t largest = std::numeric_limits<int32_t>::min();
+    for (size_t i = begin; i < end; ++i) {
+      largest = std::max(largest, ordered(logits[i]));
+      magnitude = std::max(magnitude, std::bit_cast<int32_t>(logits[i]) & kMagnitude);
+    }
+    if (largest > best) {
+      best = largest;
+      best_block = begin;
+    }
   }
-  const auto best = std::max_element(logits.begin(), logits.end());
-  if (!std::isfinite(*best)) throw NumericsError(c10::str("[Sampler] logits: expected a finite maximum, got ", *best));
-  return static_cast<int32_t>(best - logits.begin());
+  if (magnitude > kInfinity) {
+    const auto nan = std::find_if(logits.begin(), logits.end(), [](float x) { return std::isnan(x); });
+    throw NumericsError(c10::str("[Sampler] logits: expected numbers, got NaN for token ", nan - logits.begin()));
+  }
+  const auto found = std::find_if(logits.begin() + static_cast<std::ptrdiff_t>(best_block), logits.end(),
+                                  [&](float x) { return ordered(x) == best; });
+  if (!std::isfinite(*found))
+    throw NumericsError(c10::str("[Sampler] logits: expected a finite maximum, got ", *found));
+  return static_cast<int32_t>(found - logits.begin());
 }
 
 // The tokens to draw from, and the running sum of their weights.

@@ -23,6 +23,7 @@ from xgdn.engine import (
     RequestEvent,
     RunnerOptions,
     SamplingParams,
+    StepStats,
     TokenLogprob,
     plan,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "RequestEvent",
     "RunnerOptions",
     "SamplingParams",
+    "StepStats",
     "TokenLogprob",
     "available_backends",
     "chunk_gated_delta_rule",

@@ -16,6 +16,7 @@ from xgdn._C import (
     RequestEvent,
     RunnerOptions,
     SamplingParams,
+    StepStats,
     TokenLogprob,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "RequestEvent",
     "RunnerOptions",
     "SamplingParams",
+    "StepStats",
     "TokenLogprob",
     "plan",
 ]
@@ -178,6 +180,11 @@ class Engine:
     def num_preemptions(self) -> int:
         """How often a request so far had to give its KV blocks to an older one; it goes on when blocks are free."""
         return self._engine.num_preemptions
+
+    @property
+    def last_step(self) -> StepStats:
+        """What the last step that ran the model did, and its seconds; zeros before the first."""
+        return self._engine.last_step
 
     @property
     def memory_bytes(self) -> dict[str, int]:

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The cpu backend: tensors become pointers and strides, work items are spread over ATen's threads.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <vector>
 
 #include "core/kernels/backend.h"
 #include "core/kernels/cpu/causal_conv1d.h"
@@ -14,7 +16,11 @@
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/instruction_sets.h"
+#include "core/kernels/cpu/linear.h"
+#include "core/kernels/cpu/paged_attention.h"
+#include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
+#include "core/kernels/cpu/silu_and_mul.h"
 #include "core/kernels/registry.h"
 
 namespace xgdn::kernel {
@@ -60,6 +66,10 @@ InRows in_columns(const at::Tensor& t, int64_t first, int64_t dim) {
           .dtype = dtype,
           .token_stride = t.stride(0),
           .head_stride = dim};
+}
+
+OutRows out_columns(const at::Tensor& t) {
+  return {.data = t.mutable_data_ptr(), .dtype = dtype_of(t), .token_stride = t.stride(0), .head_stride = 1};
 }
 
 // One number for each (token, head).
@@ -242,6 +252,49 @@ void run_conv(const cpu::CausalConv1dArgs& args, const ConvShape& s) {
   parallel_ranges(count, elements, [&](int64_t begin, int64_t end) { cpu::causal_conv1d(args, begin, end); });
 }
 
+// Which products the cpu backend computes itself: those that the machine has instructions for.
+bool has_products(const LinearParams& p, const LinearShape& s) {
+  return p.x.scalar_type() == at::kBFloat16 && cpu::bfloat16_products() != nullptr &&
+         s.D % cpu::kLinearDepthStep == 0 && s.O % cpu::kLinearWidthStep == 0 && p.x.stride(0) % 2 == 0 &&
+         p.out.stride(0) % 2 == 0;
+}
+
+void run_products(const LinearParams& p, const LinearShape& s) {
+  cpu::LinearArgs args = {.T = s.T,
+                          .D = s.D,
+                          .O = s.O,
+                          .x = in_rows(p.x),
+                          .weight = static_cast<const uint16_t*>(p.weight.const_data_ptr()),
+                          .weight_stride = p.weight.stride(0),
+                          .bias = p.bias ? in_columns(p.bias->unsqueeze(0), 0, 1) : InRows(),
+                          .out = out_columns(p.out),
+                          .products = cpu::bfloat16_products()};
+  const at::Tensor packed = at::empty({cpu::packed_size(args)}, p.x.options());
+  args.packed = static_cast<uint16_t*>(packed.mutable_data_ptr());
+  parallel_ranges(cpu::num_panels(args), s.D * static_cast<int64_t>(cpu::kPanel),
+                  [&](int64_t begin, int64_t end) { cpu::pack_tokens(args, begin, end); });
+  parallel_ranges(cpu::num_work_items(args), s.D * cpu::kLinearBlock,
+                  [&](int64_t begin, int64_t end) { cpu::linear(args, begin, end); });
+}
+
+// A sequence with more tokens is left to ATen, whose products suit it.
+constexpr int64_t kMostAttentionTokens = 8;
+
+// Tokens of short sequences, each with what it sees.
+std::vector<cpu::AttentionToken> attention_tokens(const PagedAttentionParams& p) {
+  std::vector<cpu::AttentionToken> tokens;
+  for (const AttentionSequence& sequence : p.sequences) {
+    if (sequence.num_tokens > kMostAttentionTokens) continue;
+    const int32_t* blocks = p.block_ids.const_data_ptr<int32_t>() + sequence.block_begin;
+    for (int64_t i = 0; i < sequence.num_tokens; ++i) {
+      tokens.push_back({.token = sequence.token_begin + i,
+                        .context_len = sequence.context_len - (sequence.num_tokens - 1 - i),
+                        .blocks = blocks});
+    }
+  }
+  return tokens;
+}
+
 std::optional<std::string> why_not_head_dims(const GdnShape& s) {
   for (const auto& [letter, size] : {std::pair{'K', s.K}, std::pair{'V', s.V}}) {
     if (size % cpu::kHeadDimStep != 0 || size < cpu::kHeadDimStep || size > cpu::kMaxHeadDim) {
@@ -341,6 +394,49 @@ class CpuBackend final : public Backend {
     args.rule.dt_bias = in_heads(p.dt_bias);
     parallel_dynamic(threads_for(s.N * s.HV * s.V * s.K), cpu::num_work_items(args),
                      [&](int64_t begin, int64_t end) { cpu::gdn_decode_step(args, begin, end); });
+  }
+
+  void run(const RmsNormParams& p, const NormShape& s) const override {
+    const cpu::RmsNormArgs args = {.H = s.H,
+                                   .D = s.D,
+                                   .x = in_rows(p.x),
+                                   .weight = in_heads(p.weight),
+                                   .residual = p.residual ? out_rows(*p.residual) : OutRows(),
+                                   .out = out_rows(p.out),
+                                   .eps = static_cast<float>(p.eps)};
+    parallel_ranges(s.T * s.H, s.D, [&](int64_t begin, int64_t end) { cpu::rms_norm(args, begin, end); });
+  }
+
+  void run(const SiluAndMulParams& p, const LinearShape& s) const override {
+    const cpu::SiluAndMulArgs args = {
+        .I = s.O, .gate = in_columns(p.gate, 0, 1), .up = in_columns(p.up, 0, 1), .out = out_columns(p.out)};
+    parallel_ranges(s.T, s.O, [&](int64_t begin, int64_t end) { cpu::silu_and_mul(args, begin, end); });
+  }
+
+  void run(const LinearParams& p, const LinearShape& s) const override {
+    has_products(p, s) ? run_products(p, s) : Backend::run(p, s);
+  }
+
+  void run(const PagedAttentionParams& p, const AttentionShape& s) const override {
+    const cpu::PagedAttentionArgs args = {.HQ = s.HQ,
+                                          .HKV = s.HKV,
+                                          .D = s.D,
+                                          .B = p.k.size(1),
+                                          .q = in_rows(p.q),
+                                          .k = p.k.const_data_ptr(),
+                                          .v = p.v.const_data_ptr(),
+                                          .out = out_rows(p.out),
+                                          .scale = static_cast<float>(p.scale.value_or(1.0 / std::sqrt(s.D)))};
+    const std::vector<cpu::AttentionToken> tokens = attention_tokens(p);
+    int64_t elements = 0;
+    for (const cpu::AttentionToken& token : tokens) elements += token.context_len * s.HQ * s.D;
+    const auto count = static_cast<int64_t>(tokens.size()) * s.HKV;
+    parallel_dynamic(threads_for(elements), count, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        cpu::paged_attention(args, tokens[static_cast<size_t>(item / s.HKV)], item % s.HKV);
+      }
+    });
+    attend_one_by_one(p, kMostAttentionTokens);
   }
 
   void run(const RmsNormGatedParams& p, const GdnShape& s) const override {

@@ -23,7 +23,6 @@ constexpr size_t kTileDepth = 32;  // bf16 in a tile's row
 constexpr size_t kTileBytes = 64;  // of a row
 
 // ---- AMX: 32 rows x 2 panels are four accumulators, so that each operand tile is used twice
-// --------------------------
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -115,7 +114,6 @@ bool may_use_tiles() {
 }
 
 // ---- AVX512-BF16: 8 rows x 2 panels are sixteen accumulators
-// ---------------------------------------------------------
 
 constexpr size_t kVectorRows = 8;
 
@@ -166,8 +164,7 @@ XGDN_AVX512_BF16 void multiply_avx512(const Product<uint16_t>& p) {
   }
 }
 
-// ---- what the machine has
-// --------------------------------------------------------------------------------------------
+// ---- what the machine has -------------------------------------------------------------------------------------------
 
 constexpr BFloat16Products kAmx = {begin_tiles, end_tiles, multiply_amx};
 constexpr BFloat16Products kAvx512 = {[] {}, [] {}, multiply_avx512};

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a checkpoint of Qwen3.5-0.8B's text model with random weights: the shape costs what the real one does.
+
+    python benchmarks/random_checkpoint.py FOLDER
+
+1.5 GB in bf16. The tokenizer is that of the small model in examples/, so that `xgdn serve` has one; ids beyond its
+vocabulary are text of no length.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "examples/tiny_model/checkpoint/tokenizer.json"
+QWEN3_5_0_8B = {
+    "vocab_size": 248320,
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": True,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**QWEN3_5_0_8B, dtype="bfloat16"))
+    model.save_pretrained(folder)
+    shutil.copy(TOKENIZER, folder)
+
+
+if __name__ == "__main__":
+    main()

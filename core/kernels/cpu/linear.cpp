@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// out = x weight^T + bias in bf16: the weights as they lie are A of packed_product.h, the tokens are B.
+//
+//            D ->                     Loop: block of 32 outputs -> pair of panels -> D. While a block is multiplied the
+//        +---------+   16 tokens      next one is fetched: weights are read once, in the order of memory.
+//   O    | weight  | x  | x |         Rounding: sums are f32, a token's in ascending D whatever tokens are beside it;
+//   the
+//        +---------+    | | |         bias is added in f32; out is rounded once.
+#include "core/kernels/cpu/linear.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "core/kernels/cpu/linear.cpp"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+#include "core/kernels/cpu/packed_product-inl.h"
+#include "core/kernels/cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace xgdn::kernel::cpu {
+namespace HWY_NAMESPACE {
+
+inline constexpr size_t kTransposed = 4;  // rows that `transpose` takes at once
+
+void pack_tokens(const LinearArgs& args, int64_t begin_panel, int64_t end_panel) {
+  const size_t pairs = static_cast<size_t>(args.D) / 2;
+  const size_t stride = static_cast<size_t>(args.x.token_stride) / 2;
+  for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
+    const int64_t token = panel * static_cast<int64_t>(kPanel);
+    const size_t count = std::min<size_t>(kPanel, static_cast<size_t>(args.T - token));
+    const auto* from = static_cast<const uint32_t*>(args.x.at(token, 0));
+    auto* to = reinterpret_cast<uint32_t*>(args.packed) + static_cast<size_t>(panel) * pairs * kPanel;
+    if (count < kPanel) std::memset(to, 0, pairs * kPanel * sizeof(uint32_t));
+    const size_t whole = count / kTransposed * kTransposed;
+    transpose(from, whole, pairs, stride, to, kPanel);
+    for (size_t lane = whole; lane < count; ++lane) {
+      for (size_t i = 0; i < pairs; ++i) to[i * kPanel + lane] = from[lane * stride + i];
+    }
+  }
+}
+
+// Adds the bias to sums of one panel [rows, 16].
+void add_bias(const float* bias, size_t rows, float* sums) {
+  const F32 d;
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t i = 0; i < kPanel; i += hn::Lanes(d)) {
+      float* at = sums + r * kPanel + i;
+      hn::StoreU(hn::Add(hn::LoadU(d, at), hn::Set(d, bias[r])), d, at);
+    }
+  }
+}
+
+// Rounds sums of one panel in place, two outputs of a token to a word: [rows, 16] to [rows / 2, 16].
+void round_pairs(size_t rows, float* sums) {
+  const F32 d;
+  const U32 u;
+  auto* words = reinterpret_cast<uint32_t*>(sums);
+  for (size_t r = 0; r < rows; r += 2) {
+    for (size_t i = 0; i < kPanel; i += hn::Lanes(d)) {
+      const auto even = round_to_upper_half(hn::LoadU(d, sums + r * kPanel + i));
+      const auto odd = round_to_upper_half(hn::LoadU(d, sums + (r + 1) * kPanel + i));
+      const auto both = hn::Or(hn::ShiftRight<16>(even), hn::And(odd, hn::Set(u, 0xFFFF0000u)));
+      hn::StoreU(both, u, words + r / 2 * kPanel + i);
+    }
+  }
+}
+
+// Sums of one panel, which are spent, to the rows of out.
+void write_panel(const LinearArgs& args, float* sums, int64_t output, size_t rows, int64_t panel) {
+  const int64_t token = panel * static_cast<int64_t>(kPanel);
+  const size_t count = std::min<size_t>(kPanel, static_cast<size_t>(args.T - token));
+  const size_t whole = count / kTransposed * kTransposed;
+  const size_t bytes = rows * static_cast<size_t>(size_of(args.out.dtype));  // of a token
+  const size_t words = bytes / sizeof(uint32_t);
+  if (args.out.dtype == DType::kBFloat16) round_pairs(rows, sums);
+  transpose(sums, words, whole, kPanel, args.out.at(token, output),
+            static_cast<size_t>(args.out.token_stride * size_of(args.out.dtype)) / sizeof(uint32_t));
+  if (whole == count) return;
+  uint32_t rest[kTransposed * kLinearBlock];
+  transpose(sums + whole, words, kTransposed, kPanel, rest, kLinearBlock);
+  for (size_t t = whole; t < count; ++t) {
+    std::memcpy(args.out.at(token + static_cast<int64_t>(t), output), rest + (t - whole) * kLinearBlock, bytes);
+  }
+}
+
+void linear(const LinearArgs& args, int64_t begin_item, int64_t end_item) {
+  const auto panels = static_cast<size_t>(num_panels(args));
+  const auto depth = static_cast<size_t>(args.D);
+  constexpr size_t kSums = kLinearBlock * kPanel;  // of a panel
+  float* sums = scratch<LinearArgs>(panels * kSums);
+  float bias[kLinearBlock];
+
+  args.products->begin();
+  for (int64_t item = begin_item; item < end_item; ++item) {
+    const int64_t output = item * kLinearBlock;
+    const auto rows = static_cast<size_t>(std::min(kLinearBlock, args.O - output));
+    const uint16_t* weight = args.weight + output * args.weight_stride;
+    args.products->multiply({.terms = {{weight, args.packed, depth}},
+                             .num_terms = 1,
+                             .rows = rows,
+                             .panels = panels,
+                             .a_stride = static_cast<size_t>(args.weight_stride),
+                             .b_stride = depth * kPanel,
+                             .c = sums,
+                             .c_stride = kSums});
+    if (args.bias.data != nullptr) load_row(args.bias.dtype, args.bias.at(0, output), rows, bias);
+    for (size_t panel = 0; panel < panels; ++panel) {
+      if (args.bias.data != nullptr) add_bias(bias, rows, sums + panel * kSums);
+      write_panel(args, sums + panel * kSums, output, rows, static_cast<int64_t>(panel));
+    }
+  }
+  args.products->end();
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace xgdn::kernel::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace xgdn::kernel::cpu {
+
+HWY_EXPORT(pack_tokens);
+HWY_EXPORT(linear);
+
+void pack_tokens(const LinearArgs& args, int64_t begin_panel, int64_t end_panel) {
+  HWY_DYNAMIC_DISPATCH(pack_tokens)(args, begin_panel, end_panel);
+}
+
+void linear(const LinearArgs& args, int64_t begin_item, int64_t end_item) {
+  HWY_DYNAMIC_DISPATCH(linear)(args, begin_item, end_item);
+}
+
+}  // namespace xgdn::kernel::cpu
+#endif  // HWY_ONCE

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with bf16 weights on the CPU over pointers, strides and sizes.
+#pragma once
+
+#include <cstdint>
+
+#include "core/kernels/cpu/packed_product.h"
+#include "core/kernels/cpu/rows.h"
+
+namespace xgdn::kernel::cpu {
+
+inline constexpr int64_t kLinearDepthStep = 32;  // D is a multiple
+inline constexpr int64_t kLinearWidthStep = 16;  // O is a multiple
+inline constexpr int64_t kLinearBlock = 32;      // outputs of a work item
+
+/// Letters as in ops_api.h.
+struct LinearArgs {
+  int64_t T = 0;
+  int64_t D = 0;
+  int64_t O = 0;
+  InRows x;                          // [T, D]  bf16, the token stride even
+  const uint16_t* weight = nullptr;  // [O, D]  bf16
+  int64_t weight_stride = 0;         // elements from row to row
+  InRows bias;                       // [O]     data may be null
+  OutRows out;                       // [T, O]  f32, or bf16 with an even token stride; the head stride is 1
+  const BFloat16Products* products = nullptr;
+  uint16_t* packed = nullptr;  // of packed_size(args) elements, 64-byte aligned; pack_tokens fills it
+};
+
+inline int64_t num_panels(const LinearArgs& args) {
+  return (args.T + static_cast<int64_t>(kPanel) - 1) / static_cast<int64_t>(kPanel);
+}
+inline int64_t packed_size(const LinearArgs& args) {
+  return num_panels(args) * args.D * static_cast<int64_t>(kPanel);
+}
+inline int64_t num_work_items(const LinearArgs& args) {
+  return (args.O + kLinearBlock - 1) / kLinearBlock;
+}
+
+/// Brings panels of 16 tokens into the form of packed_product.h.
+void pack_tokens(const LinearArgs& args, int64_t begin_panel, int64_t end_panel);
+
+/// Computes blocks of outputs for all tokens.
+void linear(const LinearArgs& args, int64_t begin_item, int64_t end_item);
+
+}  // namespace xgdn::kernel::cpu

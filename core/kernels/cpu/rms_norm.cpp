@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// residual <- residual + x;  out = (1 + weight) * (residual / rms(residual)) over the last dimension.
+//
+// Loop: row -> lanes. Rounding: inputs are widened exactly; the residual is rounded once, and what is normed is the
+// rounded sum; out is rounded once. Order of the sum of squares: lane i adds elements i, i + lanes, ... ascending, then
+// the lanes.
+#include "core/kernels/cpu/rms_norm.h"
+
+#include <cmath>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "core/kernels/cpu/rms_norm.cpp"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+#include "core/kernels/cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace xgdn::kernel::cpu {
+namespace HWY_NAMESPACE {
+
+// x <- x + residual, rounded, and to the residual as well. The rows are padded(n) long.
+void add_residual(const RmsNormArgs& args, void* residual, float* HWY_RESTRICT x, float* HWY_RESTRICT before) {
+  const F32 d;
+  const size_t width = padded(args.D);
+  load_row(args.residual.dtype, residual, args.D, before);
+  for (size_t j = 0; j < width; j += hn::Lanes(d)) {
+    hn::Store(hn::Add(hn::Load(d, x + j), hn::Load(d, before + j)), d, x + j);
+  }
+  round_row(args.residual.dtype, width, x);
+  store_row(args.residual.dtype, x, args.D, residual);
+}
+
+void rms_norm(const RmsNormArgs& args, int64_t begin_row, int64_t end_row) {
+  const F32 d;
+  const size_t width = padded(args.D);
+  float* weight = zeroed_scratch<RmsNormArgs>(3 * width);
+  float* x = weight + width;
+  float* before = x + width;
+  load_row(args.weight.dtype, args.weight.data, args.D, weight);
+  for (int64_t i = begin_row; i < end_row; ++i) {
+    const int64_t token = i / args.H;
+    const int64_t head = i % args.H;
+    load_row(args.x.dtype, args.x.at(token, head), args.D, x);
+    if (args.residual.data != nullptr) add_residual(args, args.residual.at(token, head), x, before);
+    VF squares = hn::Zero(d);
+    for (size_t j = 0; j < width; j += hn::Lanes(d)) {
+      const VF xj = hn::Load(d, x + j);
+      squares = hn::MulAdd(xj, xj, squares);
+    }
+    const float mean = hn::GetLane(hn::SumOfLanes(d, squares)) / static_cast<float>(args.D);
+    const VF inverse_rms = hn::Set(d, 1.0f / std::sqrt(mean + args.eps));
+    for (size_t j = 0; j < width; j += hn::Lanes(d)) {
+      const VF normed = hn::Mul(hn::Load(d, x + j), inverse_rms);
+      hn::Store(hn::MulAdd(normed, hn::Load(d, weight + j), normed), d, x + j);
+    }
+    store_row(args.out.dtype, x, args.D, args.out.at(token, head));
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace xgdn::kernel::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace xgdn::kernel::cpu {
+
+HWY_EXPORT(rms_norm);
+
+void rms_norm(const RmsNormArgs& args, int64_t begin_row, int64_t end_row) {
+  HWY_DYNAMIC_DISPATCH(rms_norm)(args, begin_row, end_row);
+}
+
+}  // namespace xgdn::kernel::cpu
+#endif  // HWY_ONCE
