@@ -116,7 +116,7 @@ class _Exchange:
                         self._read(line)
                 else:
                     await response.aread()
-                    answer.error = _code(response)
+                    answer.error, answer.message = _refusal(response)
         except httpx.HTTPError as error:
             answer.error = type(error).__name__
         answer.end = self._now()
@@ -164,9 +164,10 @@ class _Exchange:
         return None if self._has_usage else "a stream without usage"
 
 
-def _code(response: httpx.Response) -> str:
-    """The server's word for its error."""
+def _refusal(response: httpx.Response) -> tuple[str, str]:
+    """The server's code and message."""
     try:
-        return str(response.json()["error"]["code"])
+        error = response.json()["error"]
+        return str(error["code"]), str(error.get("message", ""))
     except (ValueError, LookupError, TypeError):
-        return response.reason_phrase
+        return response.reason_phrase, response.text[:200]

@@ -79,7 +79,8 @@ class ServingBenchmark:
         together = await client.run(requests, at_once, max_concurrency=self._plan.max_concurrency, on_answer=on_answer)
         for answer in (*alone, *together):
             if not answer.is_finished:
-                raise ServerError(f"{self._target.url}: a request of the sample failed: {answer.failure}")
+                why = f"{answer.failure}: {answer.message}" if answer.message else answer.failure
+                raise ServerError(f"{self._target.url}: a request of the sample failed: {why}")
         if problem := inequality(_equal(together, alone), self._plan.min_equal):
             raise WrongResult(problem)
         return alone

@@ -32,6 +32,7 @@ class Answer:
     finish_reason: str | None = None
     status: int | None = None  # of HTTP; None where none came
     error: str | None = None  # the server's code, or what broke the answer off
+    message: str = ""  # the server's, of an error status
 
     @property
     def is_finished(self) -> bool:
