@@ -549,6 +549,9 @@ def bench_serving(
     url: Annotated[str | None, typer.Option(help="Drive the server that runs there instead of an own one.")] = None,
     model_name: Annotated[str | None, typer.Option(help="What it calls the model; default its first one.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="XGDN_API_KEY", help="What /v1 asks for.")] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="A request fails when the server is silent for longer.")
+    ] = 600.0,
     as_json: JsonOption = False,
 ) -> None:
     """A load on `xgdn serve MODEL`, or on any server with OpenAI's interface: latencies and throughput at each rate.
@@ -582,7 +585,7 @@ def bench_serving(
             seed=seed,
         )
         address = url or stack.enter_context(running_server(model, serve_options or [], api_key))
-        target = Target(address.rstrip("/").removesuffix("/v1"), model_name, api_key, ignore_eos)
+        target = Target(address.rstrip("/").removesuffix("/v1"), model_name, api_key, ignore_eos, timeout)
         try:
             rows = ServingBenchmark(target, workload, plan).run(bar.update)
         finally:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -311,6 +312,18 @@ def test_what_goes_wrong_with_a_request_is_in_its_answer(
         assert (answer.is_finished, answer.failure, answer.is_refused) == (False, failure, is_refused)
         assert answer.num_tokens == num_tokens
         assert answer.end >= answer.sent
+
+
+def test_a_server_that_is_silent_fails_the_request() -> None:
+    async def run(url: str) -> list[Answer]:
+        async with Target(url, timeout=0.2).connect() as http:
+            return await LoadClient(http, "it", ignore_eos=True).run(REQUESTS, [0.0, 0.0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answers = asyncio.run(run(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+    assert [answer.failure for answer in answers] == ["ReadTimeout"] * 2
+    refused = asyncio.run(run(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+    assert [answer.failure for answer in refused] == ["ConnectError"] * 2
 
 
 class CountingTransport(httpx.AsyncBaseTransport):

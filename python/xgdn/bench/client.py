@@ -28,14 +28,14 @@ class Target:
     model_name: str | None = None  # default the first one that it lists
     api_key: str | None = None
     ignore_eos: bool = True  # beyond OpenAI's interface; xgdn, vLLM and SGLang know it
-    silence_seconds: float = 600.0  # that end a request
+    timeout: float = 600.0  # seconds of silence that end a request
 
     def connect(self) -> httpx.AsyncClient:
         """A client without a limit of its own on the number of connections."""
         return httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
-            timeout=self.silence_seconds,
+            timeout=self.timeout,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_SECONDS),
         )
 
