@@ -320,10 +320,10 @@ def test_a_server_that_is_silent_fails_the_request() -> None:
             return await LoadClient(http, "it", ignore_eos=True).run(REQUESTS, [0.0, 0.0])
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        answers = asyncio.run(run(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        answers = asyncio.run(run(url))
     assert [answer.failure for answer in answers] == ["ReadTimeout"] * 2
-    refused = asyncio.run(run(f"http://127.0.0.1:{listener.getsockname()[1]}"))
-    assert [answer.failure for answer in refused] == ["ConnectError"] * 2
+    assert [answer.failure for answer in asyncio.run(run(url))] == ["ConnectError"] * 2
 
 
 class CountingTransport(httpx.AsyncBaseTransport):
@@ -536,6 +536,21 @@ def test_an_own_server_that_does_not_start_says_why() -> None:
 
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("error", [None, ServerError("it does not answer")])
+def test_an_own_server_that_dies_is_named_as_the_reason(error: ServerError | None) -> None:
+    def use_server_that_dies() -> None:
+        before = children(os.getpid())
+        with running_server(CHECKPOINT, FLOAT32, None):
+            (server,) = set(children(os.getpid())) - set(before)
+            os.kill(server, signal.SIGKILL)
+            os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+            if error is not None:
+                raise error
+
+    with pytest.raises(ServerError, match="ended with status -9"):
+        use_server_that_dies()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:

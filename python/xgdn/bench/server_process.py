@@ -53,6 +53,9 @@ def running_server(model: Path, options: Sequence[str], api_key: str | None) -> 
         try:
             yield _wait_until_healthy(process, log)
             _check_alive(process, log)
+        except ServerError:
+            _check_alive(process, log)  # its own last words say more
+            raise
         finally:
             process.terminate()
             try:
@@ -98,4 +101,4 @@ def _check_alive(process: subprocess.Popen[bytes], log: TextIO) -> None:
 
 def _text(log: TextIO) -> str:
     # Not by the file object: its position is the child's too.
-    return os.pread(log.fileno(), 2**20, 0).decode(errors="replace")
+    return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
