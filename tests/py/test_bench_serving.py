@@ -317,6 +317,7 @@ def test_what_goes_wrong_with_a_request_is_in_its_answer(
 def test_a_server_that_is_silent_fails_the_request() -> None:
     async def run(url: str) -> list[Answer]:
         async with Target(url, timeout=0.2).connect() as http:
+            assert http.timeout == httpx.Timeout(0.2)
             return await LoadClient(http, "it", ignore_eos=True).run(REQUESTS, [0.0, 0.0])
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
