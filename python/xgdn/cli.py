@@ -527,7 +527,7 @@ def bench_serving(
         Path, typer.Argument(exists=True, file_okay=False, help="What to serve; with --url only its vocabulary counts.")
     ],
     serve_options: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- SERVE_OPTION...]", help="Options of `xgdn serve`, after --.")
+        list[str] | None, typer.Argument(metavar="-- SERVE_OPTION", help="Options of `xgdn serve`, after --.")
     ] = None,
     rate: Annotated[str, typer.Option(metavar="R,..", help="Requests per second; inf: all at once.")] = "1,2,4,inf",
     requests: Annotated[int, typer.Option(min=1, max=_MAX, metavar="N", help="At each rate.")] = 100,

@@ -601,8 +601,11 @@ def test_wrong_usage_is_exit_code_2(options: list[str], words: str) -> None:
 def test_what_cannot_be_measured_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(CHECKPOINT, "--url", "http://127.0.0.1:1")
     assert result.exit_code == 1
-    assert "http://127.0.0.1:1" in result.stderr
+    assert "http://127.0.0.1:1 does not answer" in result.stderr
     assert result.stderr.count("\n") == 1
+    result = run(CHECKPOINT, "--url", "http://a:b")
+    assert result.exit_code == 1
+    assert "expected an address like" in result.stderr
     result = run(tmp_path)
     assert result.exit_code == 1
     assert "config.json" in result.stderr

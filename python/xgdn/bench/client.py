@@ -32,19 +32,23 @@ class Target:
 
     def connect(self) -> httpx.AsyncClient:
         """A client without a limit of its own on the number of connections."""
-        return httpx.AsyncClient(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
-            timeout=self.timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_SECONDS),
-        )
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_SECONDS)
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        try:
+            return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=self.timeout, limits=limits)
+        except httpx.InvalidURL as error:
+            raise ServerError(
+                f"--url: expected an address like http://127.0.0.1:8000, got {self.url!r}: {error}"
+            ) from None
 
 
 async def first_model(http: httpx.AsyncClient) -> str:
     try:
         response = await http.get("/v1/models")
         return str(response.raise_for_status().json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+    except httpx.TransportError as error:
+        raise ServerError(f"{http.base_url} does not answer: {error!r}") from None
+    except (httpx.HTTPStatusError, ValueError, LookupError, TypeError) as error:
         raise ServerError(f"{http.base_url}: /v1/models names no model: {error!r}; give --model-name") from None
 
 
@@ -151,12 +155,13 @@ class _Exchange:
             answer.num_tokens = event["usage"]["completion_tokens"]
             self._has_usage = True
         for choice in event["choices"]:
-            if choice["text"]:
+            text, reason = choice.get("text"), choice.get("finish_reason")
+            if text:
                 answer.arrivals.append(self._now())
-                answer.text += choice["text"]
-            if choice["finish_reason"]:
-                answer.finish_reason = choice["finish_reason"]
-                self._finish_time = None if choice["text"] else self._now()
+                answer.text += text
+            if reason:
+                answer.finish_reason = reason
+                self._finish_time = None if text else self._now()
 
     def _what_is_missing(self) -> str | None:
         if not self._is_done or self._answer.finish_reason is None:
