@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+from figure import markdown, panels, save
+from matplotlib.axes import Axes
 
 COLOURS = {"xgdn": "#1b6ca8", "vLLM": "#d1495b", "zentorch": "#edae49", "ONNX": "#66a182", "transformers": "#8d96a3"}
 
@@ -35,7 +36,7 @@ def unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def draw(axes: plt.Axes, title: str, rows: list[dict[str, Any]]) -> None:
+def draw(axes: Axes, title: str, rows: list[dict[str, Any]]) -> None:
     """One group of bars per problem."""
     cases = unique(case(row) for row in rows)
     contestants = unique(row["contestant"] for row in rows)
@@ -52,16 +53,15 @@ def draw(axes: plt.Axes, title: str, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """A line per problem, a column per contestant: median in microseconds, in brackets the share of the limit."""
     contestants = unique(row["contestant"] for row in rows)
-    lines = [f"| {kind(rows[0])} | limit | " + " | ".join(contestants) + " |", "|---" * (2 + len(contestants)) + "|"]
+    lines = []
     for name in unique(case(row) for row in rows):
         found = {row["contestant"]: row for row in rows if case(row) == name}
         cells = [f"{found[c]['median']:,.0f} ({found[c]['share']:.2f})" if c in found else "" for c in contestants]
-        limit = next(iter(found.values()))["limit"]
-        lines.append(f"| {name} | {limit:,.0f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, f"{next(iter(found.values()))['limit']:,.0f}", *cells])
+    return markdown([kind(rows[0]), "limit", *contestants], lines)
 
 
 def main() -> None:
@@ -72,14 +72,11 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for row in json.loads(args.figures.read_text())["rows"] if row["threads"] == args.threads]
     by_kind = {name: [row for row in rows if kind(row) == name] for name in unique(kind(row) for row in rows)}
-    plt.rcParams["svg.hashsalt"] = "xgdn"  # the same figures give the same file
-    plt.rcParams["svg.fonttype"] = "none"
-    figure, panels = plt.subplots(len(by_kind), 1, figsize=(10, 2.3 * len(by_kind)), squeeze=False)
-    for (name, own), axes in zip(by_kind.items(), panels[:, 0], strict=True):
+    figure, grid = panels(len(by_kind), 1, (10, 2.3))
+    for (name, own), (axes,) in zip(by_kind.items(), grid, strict=True):
         draw(axes, f"{name}, {args.threads} thread" + ("s" if args.threads > 1 else ""), own)
-        print(markdown(own), end="\n\n")
-    figure.tight_layout()
-    figure.savefig(args.out, metadata={"Date": None} if args.out.suffix == ".svg" else None)
+        print(table(own), end="\n\n")
+    save(figure, args.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -501,6 +501,104 @@ def bench_layer(
         return
     typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
     print_layer_rows(rows)
+
+
+def _parse_rates(text: str) -> list[float]:
+    try:
+        rates = [float(word) for word in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(rate > 0 for rate in rates):  # a NaN is not above 0 either
+        raise typer.BadParameter(f"expected requests per second like 1,2.5,inf, got {text!r}", param_hint="--rate")
+    return rates
+
+
+def _parse_range(text: str, option: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    lowest, highest = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= lowest <= highest:
+        raise typer.BadParameter(f"expected counts like 32-512 or 64, got {text!r}", param_hint=option)
+    return lowest, highest
+
+
+@bench_app.command("serving")
+def bench_serving(
+    model: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="What to serve; with --url only its vocabulary counts.")
+    ],
+    serve_options: Annotated[
+        list[str] | None, typer.Argument(metavar="-- SERVE_OPTION", help="Options of `xgdn serve`, after --.")
+    ] = None,
+    rate: Annotated[str, typer.Option(metavar="R,..", help="Requests per second; inf: all at once.")] = "1,2,4,inf",
+    requests: Annotated[int, typer.Option(min=1, max=_MAX, metavar="N", help="At each rate.")] = 100,
+    prompt_tokens: Annotated[str, typer.Option(metavar="N-N", help="Of a prompt, evenly drawn.")] = "32-512",
+    output_tokens: Annotated[str, typer.Option(metavar="N-N", help="To ask for, evenly drawn.")] = "16-128",
+    seed: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Of arrivals, lengths and token ids.")] = 0,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, max=_MAX, metavar="N", help="Requests under way at most; default no limit.")
+    ] = None,
+    check: Annotated[
+        int, typer.Option(min=1, max=_MAX, metavar="N", help="Requests whose answers are compared with those alone.")
+    ] = 8,
+    min_equal: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of them that must be equal; below 1 for bfloat16.")
+    ] = 1.0,
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Ask for answers of full length; not every server knows the field.")
+    ] = True,
+    url: Annotated[str | None, typer.Option(help="Drive the server that runs there instead of an own one.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="What it calls the model; default its first one.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="XGDN_API_KEY", help="What /v1 asks for.")] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="A request fails when the server is silent for longer.")
+    ] = 600.0,
+    as_json: JsonOption = False,
+) -> None:
+    """A load on `xgdn serve MODEL`, or on any server with OpenAI's interface: latencies and throughput at each rate.
+
+    Requests arrive as a Poisson process; prompts are token ids, answers greedy streams. It is an error when an answer
+    under load differs from the one that the same request got alone, or when /metrics disagrees with the answers.
+    """
+    try:
+        from xgdn.bench.client import Target
+        from xgdn.bench.report import machine, print_serving_rows
+        from xgdn.bench.server_process import running_server, vocab_size
+        from xgdn.bench.serving import LoadPlan, ServingBenchmark, problems
+        from xgdn.bench.workload import Lengths, Workload
+    except ModuleNotFoundError as error:
+        _fail(f"`xgdn bench serving` needs {error.name}, which is not installed: pip install 'xgdn[bench]'")
+
+    if url is not None and serve_options:
+        raise typer.BadParameter(f"the server of --url takes no options, got {' '.join(serve_options)!r}")
+    lengths = [
+        Lengths(*_parse_range(prompt_tokens, "--prompt-tokens")),
+        Lengths(*_parse_range(output_tokens, "--output-tokens")),
+    ]
+    plan = LoadPlan(_parse_rates(rate), max_concurrency, check, min_equal)
+    bar = Bar("answers")
+    with _errors_in_one_line(), ExitStack() as stack:
+        workload = Workload(
+            requests,
+            prompt_tokens=lengths[0],
+            output_tokens=lengths[1],
+            vocab_size=vocab_size(model),
+            seed=seed,
+        )
+        address = url or stack.enter_context(running_server(model, serve_options or [], api_key))
+        target = Target(address.rstrip("/").removesuffix("/v1"), model_name, api_key, ignore_eos, timeout)
+        try:
+            rows = ServingBenchmark(target, workload, plan).run(bar.update)
+        finally:
+            bar.hide()
+    if as_json:
+        drawn = {"requests": requests, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "seed": seed}
+        load = {**drawn, "max_concurrency": max_concurrency, "serve_options": serve_options or [], "url": url}
+        typer.echo(json.dumps({"machine": machine(), "load": load, "rows": [row.document() for row in rows]}))
+    else:
+        typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
+        print_serving_rows(rows)
+    if found := [problem for row in rows for problem in problems(row, min_equal)]:
+        _fail("; ".join(found))
 
 
 def _print_version(is_wanted: bool) -> None:

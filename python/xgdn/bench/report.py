@@ -4,7 +4,7 @@
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from xgdn.bench.layer import LayerRow
 from xgdn.bench.measure import Row
+from xgdn.bench.timeline import Distribution, ServingRow
 
 
 def machine() -> dict[str, str | int]:
@@ -65,6 +66,57 @@ def layer_table(rows: Iterable[LayerRow]) -> Table:
     return shown
 
 
+def load_table(rows: Iterable[ServingRow]) -> Table:
+    """What became of the requests of each run, and how much a second."""
+    shown = Table("req/s", box=None)
+    for heading in ("sent", "finished", "short", "failed", "tokens asked", "received", "in shared events"):
+        shown.add_column(heading, justify="right")
+    for heading in ("seconds", "requests/s", "output tok/s", "all tok/s", "as alone", "errors"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        counts = (row.sent, row.finished, row.short, row.failed)
+        tokens = (row.tokens_asked, row.tokens_received, row.tokens_sharing_an_event)
+        speeds = (row.seconds, row.requests_per_second, row.output_tokens_per_second, row.total_tokens_per_second)
+        shown.add_row(
+            f"{row.rate:g}",
+            *(f"{count:,}" for count in (*counts, *tokens)),
+            *(f"{speed:,.1f}" for speed in speeds),
+            f"{row.equal} of {row.compared}",
+            ", ".join(f"{count} x {name}" for name, count in row.errors.items()),
+        )
+    return shown
+
+
+def latency_table(rows: Iterable[ServingRow]) -> Table:
+    """A line per run and kind of time."""
+    shown = Table("req/s", "ms", box=None)
+    for heading in ("count", "mean", "p50", "p90", "p95", "p99", "max"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        kinds: dict[str, Distribution | None] = {
+            "to first token": row.ttft,
+            "between tokens": row.itl,
+            "per output token": row.tpot,
+            "to the end": row.e2e,
+            "client's lag": row.lag,
+            "held back": row.held if row.held is not None and row.held.max > 0 else None,
+        }
+        for name, times in kinds.items():
+            if times is not None:
+                values = (times.mean, times.p50, times.p90, times.p95, times.p99, times.max)
+                shown.add_row(f"{row.rate:g}", name, f"{times.count:,}", *(f"{1e3 * value:,.1f}" for value in values))
+        shown.add_section()
+    return shown
+
+
+def metrics_sentence(row: ServingRow) -> str:
+    if row.metrics is None:
+        return f"rate {row.rate:g}: the server has no metrics of xgdn's to compare"
+    if all(figure.agrees for figure in row.metrics):
+        return f"rate {row.rate:g}: {len(row.metrics)} figures of /metrics agree with the answers"
+    return f"rate {row.rate:g}: /metrics disagrees with the answers"
+
+
 def _print(shown: Table) -> None:
     # Wide enough for a whole line, so that a file or a pipe gets the figures unbroken.
     Console(width=max(Console().width, 150)).print(shown)
@@ -76,3 +128,10 @@ def print_rows(rows: Iterable[Row]) -> None:
 
 def print_layer_rows(rows: Iterable[LayerRow]) -> None:
     _print(layer_table(rows))
+
+
+def print_serving_rows(rows: Sequence[ServingRow]) -> None:
+    _print(load_table(rows))
+    _print(latency_table(rows))
+    for row in rows:
+        print(metrics_sentence(row))

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`xgdn serve` as a child process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+import httpx
+
+from xgdn.bench.client import ServerError
+
+_PROGRAM = "from xgdn.cli import app; app()"
+_POLL_SECONDS = 0.1
+_STOP_SECONDS = 60  # the server itself gives running requests 30
+
+
+def vocab_size(model: Path) -> int:
+    """Of a checkpoint's config.json.
+
+    Raises:
+        ServerError: there is none.
+    """
+    path = model / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return int(config.get("text_config", config)["vocab_size"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ServerError(f"{path}: vocab_size cannot be read: {error!r}") from None
+
+
+@contextmanager
+def running_server(model: Path, options: Sequence[str], api_key: str | None) -> Iterator[str]:
+    """The address of `xgdn serve MODEL OPTIONS` on a free port, which ends with the block, also by SIGTERM.
+
+    Belongs into the main thread.
+
+    Raises:
+        ServerError: the server ended by itself.
+    """
+    arguments = [sys.executable, "-c", _PROGRAM, "serve", str(model), "--port", "0", *options]
+    environment = os.environ | ({} if api_key is None else {"XGDN_API_KEY": api_key})
+    with tempfile.TemporaryFile("w+") as log, _sigterm_as_exception():
+        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            yield _wait_until_healthy(process, log)
+            _check_alive(process, log)
+        except ServerError:
+            _check_alive(process, log)  # its own last words say more
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def _sigterm_as_exception() -> Iterator[None]:
+    """The default action would end this process and leave the child."""
+
+    def leave(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], log: TextIO) -> str:
+    while True:
+        _check_alive(process, log)
+        if match := re.search(r"http://[0-9.]+:[0-9]+", _text(log)):
+            url = match[0]
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    return url
+            except httpx.TransportError:
+                pass
+        time.sleep(_POLL_SECONDS)
+
+
+def _check_alive(process: subprocess.Popen[bytes], log: TextIO) -> None:
+    status = process.poll()
+    if status is not None:
+        last = _text(log).strip().splitlines()[-1:]
+        raise ServerError(f"`xgdn serve` ended with status {status}: {' '.join(last) or 'it said nothing'}")
+
+
+def _text(log: TextIO) -> str:
+    # Not by the file object: its position is the child's too.
+    return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
