@@ -43,15 +43,15 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
   ~Engine();
 
-  /// Runner::submit.
+  /// Queues a request, as Runner::submit.
   RequestId submit(Request request) { return runner_.submit(std::move(request)); }
-  /// Runner::step.
+  /// One model step, as Runner::step.
   std::vector<RequestEvent> step() { return runner_.step(); }
-  /// Runner::cancel.
+  /// Ends a request, as Runner::cancel.
   bool cancel(RequestId id) { return runner_.cancel(id); }
-  /// Runner::is_idle.
+  /// True when no request waits or runs, as Runner::is_idle.
   bool is_idle() const { return runner_.is_idle(); }
-  /// Runner::generate.
+  /// Submits all and steps until they are finished, as Runner::generate.
   std::vector<GenerationResult> generate(const std::vector<Request>& requests) { return runner_.generate(requests); }
 
   /// Logits [T, vocab] f32 of one prompt, computed in one piece beside the running requests and kept by nobody.

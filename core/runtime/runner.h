@@ -29,7 +29,8 @@ struct RunnerOptions {
   void check() const;
 };
 
-/// submit and cancel may be called from any thread at any time; step from one thread at a time.
+/// Continuous batching over one model. submit, cancel and is_idle may be called from any thread at any time; step from
+/// one thread at a time.
 class Runner {
  public:
   /// Allocates the pools. Throws RequestError for options that no runner can have.

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -297,8 +298,9 @@ def test_a_failure_of_the_engine_ends_its_request_alone(program: str, model: Pat
 
 
 def _wait_for_free_slots(server: Server, count: int) -> None:
+    deadline = time.monotonic() + TIMEOUT
     while server.free_slots() != count:
-        pass
+        assert time.monotonic() < deadline, f"{server.free_slots()} slots are free, not {count}"
 
 
 @pytest.mark.parametrize("n", [1, 4])
