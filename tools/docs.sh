@@ -10,6 +10,7 @@ if ! command -v doxygen >/dev/null; then
   echo "xgdn: doxygen is missing (Debian, Ubuntu: apt-get install doxygen)" >&2
   exit 1
 fi
+rm -rf build/docs
 mkdir -p build
 warnings="$(doxygen docs/Doxyfile 2>&1 | grep -v '(variable) of struct .* is not documented\.$' || true)"
 [[ -f build/docs/html/index.html ]] || { echo "$warnings" >&2; exit 1; }
