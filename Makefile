@@ -20,13 +20,14 @@ BUILD := build/python
 PIP_INSTALL := python -m pip install -v --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp')
 
-.PHONY: help demo test check fmt bench clean package package-with-tests cpp-test py-test ascend-test install-test \
+.PHONY: help demo test check fmt bench clean docs package package-with-tests cpp-test py-test ascend-test install-test \
 	arm-test
 help:
 	@echo "make demo   a small trained Qwen3.5 writes here and in transformers, side by side"
 	@echo "make test   C++ tests, Python tests, the Ascend route, installation tests"
 	@echo "make arm-test  the CPU kernels on Arm, cross-compiled and emulated"
-	@echo "make check  format, lint, types, layering, then make test: the gate of every change"
+	@echo "make check  format, lint, types, layering, C++ pages, then make test: the gate of every change"
+	@echo "make docs   the pages of the C++ headers, by Doxygen"
 	@echo "make fmt    format C++ and Python"
 	@echo "make bench  measure the ops"
 	@echo "make clean  remove build/ and caches, keep .venv"
@@ -41,6 +42,7 @@ check: .venv/.dev
 	ruff format --check .
 	ruff check .
 	python -m pytest -q --noconftest tests/py/test_layering.py
+	tools/docs.sh --if-present
 	$(MAKE) package-with-tests
 	mypy -p xgdn
 	$(MAKE) test
@@ -49,6 +51,9 @@ fmt: .venv/.dev
 	clang-format -i $(CXX_FILES)
 	ruff format .
 	ruff check --fix .
+
+docs:
+	tools/docs.sh
 
 bench: package
 	xgdn bench ops

@@ -23,6 +23,8 @@ missing_packages() {
   has_header gtest/gtest.h || echo libgtest-dev
   has_header hwy/highway.h || echo libhwy-dev
   has_header nlohmann/json.hpp || echo nlohmann-json3-dev
+  has_header httplib.h || echo libcpp-httplib-dev
+  command -v pkg-config >/dev/null || echo pkg-config
   [[ -f "$include/Python.h" ]] || echo python3-dev
   "$python" -c 'import ensurepip' 2>/dev/null || echo python3-venv
 }

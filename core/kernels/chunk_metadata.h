@@ -13,7 +13,7 @@
 
 namespace xgdn::kernel {
 
-inline constexpr int64_t kChunkSize = 64;
+inline constexpr int64_t kChunkSize = 64;       // C of the delta rule
 inline constexpr int64_t kLargeBlock = 1216;    // chunk size of chunk_indices_large_block
 inline constexpr int64_t kMaxCumsumHeads = 64;  // block_indices_cumsum is refused above
 

@@ -332,6 +332,7 @@ void check_accuracy_name(const std::string& accuracy);
 /// Process-wide choice behind backend = "auto": a backend's name, or "auto" for the order of preference. Starts from
 /// the environment: XGDN_PREFILL_BACKEND, XGDN_DECODE_BACKEND. Throws UnsupportedError for an unknown name.
 void set_default_backend(Phase phase, const std::string& name);
+/// As set, or "auto".
 std::string default_backend(Phase phase);
 
 /// Names of the backends that can run in this process, in order of preference.
@@ -347,6 +348,7 @@ struct BackendReport {
   std::optional<std::string> why_not;  // nullopt: it serves the op
   bool is_selected;                    // what "auto" runs now
 };
+/// A row for each op and each backend of this build.
 std::vector<BackendReport> doctor();
 
 }  // namespace xgdn::kernel

@@ -15,6 +15,7 @@
 
 namespace xgdn {
 
+/// Sizes of the layer.
 struct AttentionConfig {
   int64_t hidden_size = 0;
   int64_t num_heads = 0;     // Hq
@@ -27,6 +28,7 @@ struct AttentionConfig {
 /// hidden [T, hidden_size] -> [T, hidden_size]. Causal; every sequence attends to its own blocks only.
 class GatedAttention {
  public:
+  /// Reads `prefix`-named weights (prefix ends with '.'). Throws CheckpointError for missing or misshapen weights.
   GatedAttention(const AttentionConfig& config, const WeightSource& weights, const std::string& prefix,
                  const at::TensorOptions& options);
 

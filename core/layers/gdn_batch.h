@@ -11,6 +11,7 @@
 
 namespace xgdn {
 
+/// What a segment does: one token a sequence, a check of drafts, a piece of a prompt.
 enum class SegmentKind { kDecode, kVerify, kPrefill };
 
 /// A run of tokens that one op call serves. Index tensors are int32 on the layer's device; offsets count from

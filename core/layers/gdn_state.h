@@ -9,6 +9,7 @@
 
 namespace xgdn {
 
+/// What a pool holds, with its shape.
 enum class StateKind {
   kConv,   // [S, W-1 + draft rows, conv_dim]  oldest row first, channels q, k, v
   kDelta,  // [S, HV, V, K]                    K contiguous
@@ -20,17 +21,20 @@ struct StateSpec {
   std::vector<int64_t> slot_shape;
   at::ScalarType dtype;
 
+  /// Bytes of one slot.
   int64_t slot_bytes() const;
 };
 
 /// The components of a layer, in the order of the layer's state_specs().
 class GdnState {
  public:
+  /// One pool.
   struct Component {
     StateKind kind;
     at::Tensor pool;  // [S, ...slot_shape]
   };
 
+  /// Takes pools that exist.
   explicit GdnState(std::vector<Component> components);
 
   /// Allocates zeroed pools of num_slots slots.
@@ -38,6 +42,7 @@ class GdnState {
 
   /// The pool of that kind; throws ShapeError when the layer has none.
   const at::Tensor& pool(StateKind kind) const;
+  /// In the order of state_specs().
   const std::vector<Component>& components() const { return components_; }
 
  private:

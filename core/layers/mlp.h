@@ -16,10 +16,13 @@ namespace xgdn {
 /// down(silu(gate(x)) * up(x)).
 class Mlp {
  public:
+  /// Takes weights that exist.
   Mlp(at::Tensor gate, at::Tensor up, at::Tensor down);
+  /// Reads `prefix`-named weights (prefix ends with '.'). Throws CheckpointError for missing or misshapen weights.
   Mlp(const WeightSource& weights, const std::string& prefix, int64_t hidden_size, int64_t intermediate_size,
       const at::TensorOptions& options);
 
+  /// x [T, hidden] -> [T, hidden].
   at::Tensor forward(const at::Tensor& x) const;
 
   /// The tensors that the layer holds.
@@ -31,6 +34,7 @@ class Mlp {
   at::Tensor down_;  // [hidden, intermediate]
 };
 
+/// Sizes of the layer.
 struct SparseMoeConfig {
   int64_t hidden_size = 0;
   int64_t num_experts = 0;
@@ -45,9 +49,11 @@ struct SparseMoeConfig {
 /// the CPU they stay as they are stored, on a device they become one tensor.
 class SparseMoe {
  public:
+  /// Reads `prefix`-named weights (prefix ends with '.'). Throws CheckpointError for missing or misshapen weights.
   SparseMoe(const SparseMoeConfig& config, const WeightSource& weights, const std::string& prefix,
             const at::TensorOptions& options);
 
+  /// x [T, hidden] -> [T, hidden].
   at::Tensor forward(const at::Tensor& x) const;
 
   /// The tensors that the layer holds.

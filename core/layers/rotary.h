@@ -12,6 +12,7 @@ struct RotaryTable {
   at::Tensor sin;
 };
 
+/// The frequencies of a model, and the table of a step.
 class Rotary {
  public:
   /// rotary_dim = int(head_dim * partial_rotary_factor); frequencies theta^(-2i / rotary_dim).

@@ -16,6 +16,7 @@ class AllReduce {
   AllReduce(const AllReduce&) = delete;
   AllReduce& operator=(const AllReduce&) = delete;
   virtual ~AllReduce() = default;
+  /// Returns when `tensor` holds the sum.
   virtual void sum(at::Tensor& tensor) = 0;
 };
 

@@ -21,6 +21,7 @@ class WeightSource {
   WeightSource& operator=(const WeightSource&) = delete;
   virtual ~WeightSource() = default;
 
+  /// Whether there is a tensor of that name.
   virtual bool contains(const std::string& name) const = 0;
 
   /// The tensor as stored; it may alias a memory-mapped file. Throws CheckpointError when the name is missing or the
@@ -34,6 +35,7 @@ class WeightSource {
 /// Weights that are in memory already.
 class TensorMap : public WeightSource {
  public:
+  /// Takes tensors by name.
   explicit TensorMap(std::map<std::string, at::Tensor> tensors) : tensors_(std::move(tensors)) {}
 
   bool contains(const std::string& name) const override { return tensors_.contains(name); }
@@ -47,11 +49,12 @@ class TensorMap : public WeightSource {
 at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
                        const at::TensorOptions& options);
 
-/// Concatenates row blocks of several stored weights into one tensor of `options`; the sources are released.
+/// Rows of the stored weight `name`.
 struct RowBlock {
   std::string name;
   at::Tensor rows;
 };
+/// Concatenates row blocks of several stored weights into one tensor of `options`; the sources are released.
 at::Tensor fuse_rows(const WeightSource& weights, const std::vector<RowBlock>& blocks,
                      const at::TensorOptions& options);
 

@@ -33,6 +33,7 @@ struct ModelState {
   std::vector<KvPool> kv;
 };
 
+/// How to build a decoder, beside what its config says.
 struct DecoderOptions {
   at::ScalarType dtype = at::kFloat;        // of weights and activations
   c10::Device device = c10::kCPU;           // of weights, activations and pools
@@ -42,6 +43,7 @@ struct DecoderOptions {
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // may be empty
 };
 
+/// A decoder: weights, and no state of any sequence.
 class HybridDecoder {
  public:
   /// Builds every layer from the source. Throws CheckpointError for missing or misshapen weights.
@@ -55,12 +57,13 @@ class HybridDecoder {
 
   /// Pools of each GDN layer, in order.
   std::vector<std::vector<StateSpec>> state_specs() const;
+  /// Layers with full attention, each with a KvPool.
   int64_t num_attention_layers() const;
   /// Bytes of all tensors of the model, a tied head counted once. Some may lie in memory-mapped files.
   int64_t weight_bytes() const;
-  const ModelConfig& config() const { return config_; }
-  at::ScalarType dtype() const { return dtype_; }
-  c10::Device device() const { return device_; }
+  const ModelConfig& config() const { return config_; }  // as given
+  at::ScalarType dtype() const { return dtype_; }        // of weights and activations
+  c10::Device device() const { return device_; }         // of weights, activations and pools
 
  private:
   struct Layer;

@@ -11,12 +11,14 @@
 
 namespace xgdn {
 
+/// Families of checkpoints.
 enum class Architecture {
   kQwen3_5,     // dense MLP, in_proj_qkv / z / b / a
   kQwen3_5Moe,  // as above with sparse experts
   kQwen3Next,   // sparse experts, fused in_proj_qkvz / ba
 };
 
+/// What a layer mixes tokens with: the gated delta rule, or softmax attention.
 enum class LayerType { kLinearAttention, kFullAttention };
 
 /// Whole-model sizes, before sharding. Every value has been checked when it was read.

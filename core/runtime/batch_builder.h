@@ -34,11 +34,13 @@ struct BatchLimits {
   bool has_attention = true;
 };
 
+/// What a step hands to the model, and where the answers will be.
 struct BuiltStep {
   StepInput input;
   std::vector<int64_t> logit_rows;  // per given sequence: its first row of the logits, -1 without
 };
 
+/// Checks what the sequences do in a step and packs it.
 class BatchBuilder {
  public:
   /// Throws UnsupportedError when the model's value heads exceed what the chunk metadata can describe.

@@ -21,6 +21,7 @@ class Checkpoint : public WeightSource {
   /// that its shard does not hold, or when two shards hold the same tensor.
   explicit Checkpoint(const std::filesystem::path& dir);
 
+  /// Whether a shard holds the tensor.
   bool contains(const std::string& name) const override { return shard_of_.contains(name); }
 
   /// Dtype and place of a tensor of that shape. Throws CheckpointError when the name is missing, the shape differs or

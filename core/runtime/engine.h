@@ -14,6 +14,7 @@
 
 namespace xgdn {
 
+/// How to load and serve a model.
 struct EngineOptions {
   RunnerOptions runner;
   std::optional<at::ScalarType> dtype;      // of weights and activations; default the checkpoint's
@@ -24,6 +25,9 @@ struct EngineOptions {
   std::optional<int64_t> memory_limit = {};  // bytes that weights, pools and steps may take together
 };
 
+/// A model and the Runner that serves it.
+///
+/// submit, cancel and is_idle may come from any thread at any time; the rest from one thread at a time.
 class Engine {
  public:
   /// Loads a Hugging Face directory (config.json and safetensors). Weights that need no change stay memory-mapped.
@@ -39,18 +43,23 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
   ~Engine();
 
+  /// Queues a request, as Runner::submit.
   RequestId submit(Request request) { return runner_.submit(std::move(request)); }
+  /// One model step, as Runner::step.
   std::vector<RequestEvent> step() { return runner_.step(); }
+  /// Ends a request, as Runner::cancel.
   bool cancel(RequestId id) { return runner_.cancel(id); }
+  /// True when no request waits or runs, as Runner::is_idle.
   bool is_idle() const { return runner_.is_idle(); }
+  /// Submits all and steps until they are finished, as Runner::generate.
   std::vector<GenerationResult> generate(const std::vector<Request>& requests) { return runner_.generate(requests); }
 
   /// Logits [T, vocab] f32 of one prompt, computed in one piece beside the running requests and kept by nobody.
   at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;
 
-  const ModelConfig& config() const { return model_->config(); }
-  const Runner& runner() const { return runner_; }
-  int64_t weight_bytes() const { return model_->weight_bytes(); }
+  const ModelConfig& config() const { return model_->config(); }   // of config.json
+  const Runner& runner() const { return runner_; }                 // its figures: free slots and blocks
+  int64_t weight_bytes() const { return model_->weight_bytes(); }  // of the model in memory or mapped
 
  private:
   Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);

@@ -10,6 +10,7 @@
 
 namespace xgdn {
 
+/// Shape and dtype of a cache.
 struct KvCacheSpec {
   int64_t num_layers = 0;
   int64_t num_kv_heads = 0;
@@ -21,6 +22,7 @@ struct KvCacheSpec {
   int64_t block_bytes() const;
 };
 
+/// Blocks with reference counts.
 class KvCache {
  public:
   /// Throws RequestError for a negative number of blocks or an empty block.
@@ -44,11 +46,11 @@ class KvCache {
   /// Blocks that `tokens` tokens need; 0 for a model without full attention.
   int64_t blocks_for(int64_t tokens) const;
 
-  int64_t block_size() const { return spec_.block_size; }
-  int64_t num_blocks() const { return static_cast<int64_t>(ref_counts_.size()); }
-  int64_t num_free() const { return static_cast<int64_t>(free_.size()); }
-  int64_t bytes() const { return num_blocks() * spec_.block_bytes(); }
-  std::vector<KvPool>& layers() { return layers_; }
+  int64_t block_size() const { return spec_.block_size; }                          // tokens
+  int64_t num_blocks() const { return static_cast<int64_t>(ref_counts_.size()); }  // held and free
+  int64_t num_free() const { return static_cast<int64_t>(free_.size()); }          // held by nobody
+  int64_t bytes() const { return num_blocks() * spec_.block_bytes(); }             // of all blocks
+  std::vector<KvPool>& layers() { return layers_; }                                // the pools, in layer order
 
  private:
   int64_t& held(const char* what, int32_t block);  // the reference count of a block that somebody holds

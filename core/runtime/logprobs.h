@@ -8,6 +8,7 @@
 
 namespace xgdn {
 
+/// A token and how likely it was.
 struct TokenLogprob {
   int32_t token = 0;
   double logprob = 0.0;  // natural

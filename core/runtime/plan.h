@@ -10,6 +10,7 @@
 
 namespace xgdn {
 
+/// Bytes, and the counts that they come from.
 struct Plan {
   int64_t weight_bytes = 0;  // of the model's tensors in their dtype, wherever they lie
 
@@ -29,11 +30,11 @@ struct Plan {
   int64_t max_tokens_per_step = 0;
   int64_t max_context = 0;  // tokens of the longest sequence that the KV cache holds
 
-  int64_t state_bytes() const { return num_state_slots * state_slot_bytes; }
-  int64_t kv_bytes() const { return num_kv_blocks * kv_block_bytes; }
+  int64_t state_bytes() const { return num_state_slots * state_slot_bytes; }  // of all slots
+  int64_t kv_bytes() const { return num_kv_blocks * kv_block_bytes; }         // of all blocks
   /// An upper bound on the tensors of the largest step: activations, logits, metadata.
   int64_t workspace_bytes() const { return workspace_bytes(num_state_slots, max_context); }
-  int64_t total_bytes() const { return weight_bytes + state_bytes() + kv_bytes() + workspace_bytes(); }
+  int64_t total_bytes() const { return weight_bytes + state_bytes() + kv_bytes() + workspace_bytes(); }  // all of it
 
   /// The most sequences of `length` tokens each that fit into `memory_limit` bytes, weights and workspace included,
   /// with pools sized for them. Throws RequestError for a length below 1.

@@ -12,8 +12,10 @@
 
 namespace xgdn {
 
+/// Counts from 1; no two requests of a runner share one.
 using RequestId = int64_t;
 
+/// A prompt, and how to go on from it.
 struct Request {
   std::vector<int32_t> prompt;  // token ids, at least one
   int64_t max_new_tokens = 16;
@@ -23,6 +25,7 @@ struct Request {
   int64_t n = 1;  // replies: branches that share the prompt's computation, branch i with the seed sampling.seed + i
 };
 
+/// Why a request, or a branch of it, got its last token.
 enum class FinishReason {
   kRunning,    // not finished
   kStop,       // a stop token was chosen; it is the last token

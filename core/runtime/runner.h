@@ -17,6 +17,7 @@
 
 namespace xgdn {
 
+/// Sizes of the pools and of a step.
 struct RunnerOptions {
   int64_t max_batch_size = 32;         // state slots: sequences that run at once
   int64_t max_cached_tokens = 16384;   // KV cache, over all sequences, rounded up to blocks
@@ -36,9 +37,11 @@ struct StepStats {
   double forward_seconds = 0;      // the model in it, until its logits are on the host
 };
 
-/// submit and cancel may be called from any thread at any time; step from one thread at a time.
+/// Continuous batching over one model. submit, cancel and is_idle may be called from any thread at any time; step from
+/// one thread at a time.
 class Runner {
  public:
+  /// Allocates the pools. Throws RequestError for options that no runner can have.
   Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);
 
   /// Queues a request. Throws RequestError or RangeError when it can never be served: empty prompt, token outside the
@@ -66,16 +69,16 @@ class Runner {
   /// Of the last step() that ran the model.
   const StepStats& last_step() const { return last_step_; }
 
-  int64_t num_free_slots() const { return states_.num_free(); }
-  int64_t num_free_kv_blocks() const { return kv_.num_free(); }
+  int64_t num_free_slots() const { return states_.num_free(); }             // sequences that could start
+  int64_t num_free_kv_blocks() const { return kv_.num_free(); }             // of kv_block_size tokens
   int64_t num_preemptions() const { return scheduler_.num_preemptions(); }  // so far; a preempted request goes on later
-  int64_t state_bytes() const { return states_.bytes(); }
-  int64_t kv_bytes() const { return kv_.bytes(); }
+  int64_t state_bytes() const { return states_.bytes(); }                   // of all slots
+  int64_t kv_bytes() const { return kv_.bytes(); }                          // of all blocks
 
   /// Sizes of the pools that a runner of these options would allocate.
   static int64_t state_slot_bytes(const HybridDecoder& model);
-  static KvCacheSpec kv_spec(const HybridDecoder& model, const RunnerOptions& options);
-  static int64_t num_kv_blocks(const HybridDecoder& model, const RunnerOptions& options);
+  static KvCacheSpec kv_spec(const HybridDecoder& model, const RunnerOptions& options);    // of one block
+  static int64_t num_kv_blocks(const HybridDecoder& model, const RunnerOptions& options);  // 0 without full attention
 
  private:
   void check(const Request& request) const;

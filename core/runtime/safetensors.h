@@ -21,21 +21,22 @@ class MappedFile;
 /// must not be truncated while it is mapped.
 class SafetensorsFile {
  public:
+  /// Where a tensor lies and what it is.
   struct Entry {
     at::ScalarType dtype = at::kFloat;
     std::vector<int64_t> shape;
     int64_t begin = 0;  // byte range, from the file's first byte
     int64_t end = 0;
 
-    int64_t num_bytes() const { return end - begin; }
+    int64_t num_bytes() const { return end - begin; }  // of the tensor
   };
 
   /// Throws CheckpointError naming the file, and the tensor where there is one, for whatever is damaged or lies.
   explicit SafetensorsFile(const std::filesystem::path& path);
 
-  const std::filesystem::path& path() const { return path_; }
-  const std::map<std::string, Entry>& entries() const { return entries_; }
-  bool contains(const std::string& name) const { return entries_.contains(name); }
+  const std::filesystem::path& path() const { return path_; }                       // as opened
+  const std::map<std::string, Entry>& entries() const { return entries_; }          // by name
+  bool contains(const std::string& name) const { return entries_.contains(name); }  // whether there is such a tensor
 
   /// Dtype, shape and place of a tensor; throws CheckpointError when the name is missing.
   const Entry& entry(const std::string& name) const;

@@ -11,6 +11,7 @@
 
 namespace xgdn {
 
+/// How to choose tokens.
 struct SamplingParams {
   double temperature = 0.0;  // 0: greedy
   int64_t top_k = 0;         // 0: all tokens
@@ -22,9 +23,11 @@ struct SamplingParams {
   void check() const;
 };
 
+/// One sequence's parameters and random numbers.
 class Sampler {
  public:
-  explicit Sampler(const SamplingParams& params) : params_(params), generator_(params.seed) {}
+  explicit Sampler(const SamplingParams& params)
+      : params_(params), generator_(params.seed) {}  // checked before: SamplingParams::check
 
   /// Greedy takes the first of equal maxima. The same seed and logits give the same tokens, whatever else is in the
   /// batch. Throws NumericsError when a logit is NaN or the largest is not finite.

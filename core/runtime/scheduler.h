@@ -19,7 +19,7 @@ namespace xgdn {
 /// preempted, its keys and values wait in host memory, its state in its slot. Several branches are admitted together
 /// with all the blocks that they can ever need; those beyond the first wait parked until the prompt is computed.
 struct Sequence {
-  Sequence(RequestId request_id, Request r, int64_t branch_idx = 0);
+  Sequence(RequestId request_id, Request r, int64_t branch_idx = 0);  // nothing computed yet
 
   RequestId id;
   Request request;
@@ -33,13 +33,14 @@ struct Sequence {
 
   std::optional<std::vector<KvPool>> saved_kv;  // preempted: what its blocks held
 
-  int64_t prompt_size() const { return static_cast<int64_t>(request.prompt.size()); }
-  bool is_prefilled() const { return num_computed >= prompt_size(); }
-  bool is_parked() const { return branch > 0 && num_computed == 0; }
-  bool is_preempted() const { return saved_kv.has_value(); }
-  bool grows() const { return request.n == 1; }
+  int64_t prompt_size() const { return static_cast<int64_t>(request.prompt.size()); }  // tokens
+  bool is_prefilled() const { return num_computed >= prompt_size(); }                  // the state holds the prompt
+  bool is_parked() const { return branch > 0 && num_computed == 0; }  // waits for its request's first branch
+  bool is_preempted() const { return saved_kv.has_value(); }          // waits for blocks
+  bool grows() const { return request.n == 1; }                       // takes blocks one by one
 };
 
+/// Size of a step.
 struct SchedulerOptions {
   int64_t max_tokens_per_step = 2048;  // decodes and prompt pieces together; prompts get at least 64 a step
 
@@ -53,6 +54,7 @@ struct ScheduledPiece {
   int64_t count;
 };
 
+/// Owns the sequences between submission and end.
 class Scheduler {
  public:
   /// The pools must outlive the scheduler.
@@ -82,7 +84,7 @@ class Scheduler {
   /// Takes a sequence out, wherever it is, and frees what it holds; nullptr when there is none of that id.
   std::unique_ptr<Sequence> remove(RequestId id, int64_t branch = 0);
 
-  int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
+  int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }  // not admitted yet
   int64_t num_running() const { return static_cast<int64_t>(running_.size()); }  // preempted ones too
   int64_t num_preemptions() const { return num_preemptions_; }                   // so far
 

@@ -19,6 +19,7 @@ struct SlotHandle {
 /// Whether freed slots are poisoned unless the caller says otherwise: true where libxgdn is a debug build.
 bool poison_freed_by_default();
 
+/// Slots with reference counts.
 class StatePool {
  public:
   /// Allocates num_slots slots for layers with these components. poison_freed fills freed slots with NaN. Throws
@@ -38,12 +39,13 @@ class StatePool {
   void release(SlotHandle handle);
   /// The slot's index. Throws StaleHandleError.
   int32_t slot(SlotHandle handle) const;
+  /// Holders of the slot. Throws StaleHandleError.
   int64_t ref_count(SlotHandle handle) const;
 
-  int64_t num_slots() const { return static_cast<int64_t>(slots_.size()); }
-  int64_t num_free() const { return static_cast<int64_t>(free_.size()); }
-  int64_t bytes() const { return bytes_; }
-  std::vector<GdnState>& layers() { return layers_; }
+  int64_t num_slots() const { return static_cast<int64_t>(slots_.size()); }  // held and free
+  int64_t num_free() const { return static_cast<int64_t>(free_.size()); }    // held by nobody
+  int64_t bytes() const { return bytes_; }                                   // of all slots
+  std::vector<GdnState>& layers() { return layers_; }                        // the pools, in layer order
 
  private:
   struct Slot {

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Tests both ways to install xgdn, from a build tree with Python bindings (make package):
 #   1. cmake --install into an empty prefix: the consumer program finds it, runs, and holds no Python; the installed
-#      headers compile; the CMake package names no file of this machine and no private dependency.
+#      headers compile; the CMake package names no file of this machine and no private dependency; the server of
+#      examples/embed_server is built against it and answers over HTTP (test_embed_server.py).
 #   2. the wheel: it holds all that it should; the same program builds against the unpacked folder.
 # Usage: tests/install/run.sh BUILD_DIR
 set -euo pipefail
@@ -29,20 +30,35 @@ pass() {
   passed=$((passed + 1))
 }
 
-# consumer NAME PREFIX_PATH LIBRARY: builds and runs examples/consumer, which must load LIBRARY and no Python.
-consumer() {
-  local name="$1" prefix_path="$2" library="$3" linked
-  cmake -G Ninja -S examples/consumer -B "$work/$name" -DCMAKE_BUILD_TYPE=Release \
-    -DCMAKE_PREFIX_PATH="$prefix_path" >"$work/$name.log" 2>&1 || { cat "$work/$name.log"; fail "$name: find_package(xgdn)"; }
+# build_example NAME EXAMPLE PREFIX_PATH LIBRARY: builds examples/EXAMPLE, which must load LIBRARY and no Python.
+build_example() {
+  local name="$1" example="$2" prefix_path="$3" library="$4" linked
+  cmake -G Ninja -S "examples/$example" -B "$work/$name" -DCMAKE_BUILD_TYPE=Release \
+    -DCMAKE_PREFIX_PATH="$prefix_path" >"$work/$name.log" 2>&1 || { cat "$work/$name.log"; fail "$name: cmake"; }
   cmake --build "$work/$name" >"$work/$name.log" 2>&1 || { cat "$work/$name.log"; fail "$name: build"; }
-  "$work/$name/consumer" || fail "$name: the program failed"
-  linked="$(ldd "$work/$name/consumer")"
+  linked="$(ldd "$work/$name/$example")"
   grep -qF "=> $library " <<<"$linked" || fail "$name: loads another libxgdn than $library: $linked"
   ! grep -qi libpython <<<"$linked" || fail "$name: libpython is loaded: $linked"
   ! grep -q 'not found' <<<"$linked" || fail "$name: unresolved libraries: $linked"
+}
+
+# consumer NAME PREFIX_PATH LIBRARY: builds and runs examples/consumer.
+consumer() {
+  local name="$1" prefix_path="$2" library="$3"
+  build_example "$name" consumer "$prefix_path" "$library"
+  "$work/$name/consumer" || fail "$name: the program failed"
   [[ "$(xargs <<<"$("$work/$name/consumer" "$work/model" "${prompt[@]}")")" == "$expected" ]] ||
     fail "$name: the engine generates other tokens than transformers ($expected)"
   pass "$name: a C++ program finds, links and runs xgdn without Python, and generates what transformers does"
+}
+
+# embed_server NAME PREFIX_PATH LIBRARY: builds examples/embed_server and asks it over HTTP.
+embed_server() {
+  local name="$1" prefix_path="$2" library="$3"
+  build_example "$name" embed_server "$prefix_path" "$library"
+  python -m pytest -q tests/install --server "$work/$name/embed_server" --model "$work/model" \
+    --prompt "${prompt[*]}" --expected "$expected" || fail "$name: the lines above"
+  pass "$name: a C++ server serves concurrent clients over HTTP, without Python"
 }
 
 # package_is_clean NAME CMAKE_DIR: the CMake package names targets, not files of this machine or private dependencies.
@@ -71,14 +87,16 @@ done
 [[ -z "$(find "$prefix" -name '_C*')" ]] || fail "cmake --install: Python files among component devel"
 package_is_clean "cmake --install" "$prefix/lib/cmake/xgdn"
 headers_compile "cmake --install" "$prefix/include/xgdn"
-consumer prefix "$prefix;$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')" "$prefix/lib/libxgdn.so"
+prefix_path="$prefix;$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+consumer prefix "$prefix_path" "$prefix/lib/libxgdn.so"
+embed_server server "$prefix_path" "$prefix/lib/libxgdn.so"
 
 python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$work/dist" --config-settings=build-dir="$build" .
 # Unpacked beside torch, as in site-packages.
 python -m zipfile -e "$work"/dist/xgdn-*.whl "$work/site"
 ln -s "$torch_dir" "$work/site/torch"
 wheel="$work/site/xgdn"
-for file in py.typed __init__.py _C.pyi lib/libxgdn.so include/xgdn/core/kernels/ops_api.h \
+for file in py.typed __init__.py _C.pyi server/page.html lib/libxgdn.so include/xgdn/core/kernels/ops_api.h \
   lib/cmake/xgdn/xgdnConfig.cmake lib/cmake/xgdn/xgdnTargets.cmake; do
   [[ -f "$wheel/$file" ]] || fail "wheel: $file is missing"
 done
@@ -89,7 +107,7 @@ for library in "$wheel"/_C.*.so "$wheel"/lib/libxgdn.so; do
   [[ "$run_path" =~ ^\$ORIGIN(/[^:]*)?(:\$ORIGIN(/[^:]*)?)*$ ]] ||
     fail "wheel: $(basename "$library") looks for libraries in $run_path"
 done
-pass "wheel: extension module, library, headers, CMake package, stub and marker are inside"
+pass "wheel: extension module, library, headers, CMake package, stub, marker and the server's page are inside"
 package_is_clean wheel "$wheel/lib/cmake/xgdn"
 consumer wheel "$wheel" "$wheel/lib/libxgdn.so"
 
