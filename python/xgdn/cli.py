@@ -52,7 +52,7 @@ DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activati
 StateDtypeOption = Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")]
 PrefillBackendOption = Annotated[str, typer.Option(help="Runs prompts; see `xgdn doctor`.")]
 DecodeBackendOption = Annotated[str, typer.Option(help="Runs single tokens; see `xgdn doctor`.")]
-MaxBatchSizeOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that run at once.")]
+MaxBatchSizeOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Sequences that run at once.")]
 MaxCachedTokensOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")]
 MaxTokensPerStepOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")]
 MemoryLimitOption = Annotated[str, typer.Option(metavar="BYTES", help="Refuse to exceed it: 8GiB, 500MiB, 123456.")]
@@ -377,7 +377,7 @@ def serve(
         str | None, typer.Option(envvar="XGDN_API_KEY", help="What clients of /v1 must present; default nothing.")
     ] = None,
     max_queue: Annotated[
-        int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that wait before further ones are refused.")
+        int, typer.Option(min=0, max=_MAX, metavar="N", help="Sequences that wait before further ones are refused.")
     ] = 256,
     max_body_bytes: Annotated[int, typer.Option(min=1, max=_MAX, metavar="N", help="Of a request.")] = 4 * 2**20,
     shutdown_seconds: Annotated[

@@ -53,7 +53,7 @@ def test_the_choices_of_a_prompt_share_its_computation() -> None:
 
 
 def test_the_choices_of_a_prompt_begin_together() -> None:
-    with live_stepped() as (stepped, url), ThreadPoolExecutor(1) as clients:
+    with ThreadPoolExecutor(1) as clients, live_stepped() as (stepped, url):
         answer = clients.submit(post, url, SAMPLED | {"prompt": list(range(1, 101)), "n": 4, "max_tokens": 2})
         wait_until(lambda: metrics(url)["xgdn_requests_waiting"] == 4)
         stepped.allow(1)  # a piece of the prompt
@@ -109,7 +109,7 @@ def test_tokens_up_to_a_stop_string_are_counted() -> None:
 
 def test_preemptions_are_counted() -> None:
     counts = [150 + 10 * i for i in range(SLOTS)]
-    with live_stepped() as (stepped, url), ThreadPoolExecutor(SLOTS) as clients:
+    with ThreadPoolExecutor(SLOTS) as clients, live_stepped() as (stepped, url):
         bodies = [GOOD | IGNORE_EOS | {"temperature": 0, "max_tokens": count} for count in counts]
         answers = [clients.submit(post, url, body) for body in bodies]
         wait_until(lambda: metrics(url)["xgdn_requests_waiting"] == SLOTS)
@@ -146,7 +146,7 @@ with httpx.stream("POST", url, content=body, headers={"Authorization": key}, tim
 
 
 def test_a_killed_client_frees_its_slot_and_the_others_go_on() -> None:
-    with live_stepped() as (stepped, url), ThreadPoolExecutor(1) as clients:
+    with ThreadPoolExecutor(1) as clients, live_stepped() as (stepped, url):
         body = GOOD | IGNORE_EOS | {"temperature": 0, "max_tokens": 200, "stream": True}
         args = [f"{url}/v1/completions", json.dumps(body), f"Bearer {KEY}"]
         with subprocess.Popen([sys.executable, "-c", READ_A_STREAM, *args], stdout=subprocess.PIPE) as client:
@@ -168,7 +168,7 @@ def test_a_killed_client_frees_its_slot_and_the_others_go_on() -> None:
 
 def test_a_flood_is_refused_beyond_the_queue_and_the_accepted_ones_finish() -> None:
     room, num_clients = SLOTS + 2, 60
-    with live_stepped(max_queue=2) as (stepped, url), ThreadPoolExecutor(num_clients) as clients:
+    with ThreadPoolExecutor(num_clients) as clients, live_stepped(max_queue=2) as (stepped, url):
         body = GOOD | IGNORE_EOS | {"temperature": 0, "max_tokens": 5}
         answers = [clients.submit(post, url, body) for _ in range(num_clients)]
         wait_until(lambda: metrics(url).get("xgdn_errors_total queue_full") == num_clients - room)
@@ -201,7 +201,7 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit() -> None:
 
 
 def test_a_failing_step_ends_its_requests_alone() -> None:
-    with live_stepped(max_queue=2) as (stepped, url), ThreadPoolExecutor(SLOTS) as clients:
+    with ThreadPoolExecutor(SLOTS) as clients, live_stepped(max_queue=2) as (stepped, url):
         answers = [clients.submit(post, url, GOOD | {"max_tokens": 2}) for _ in range(SLOTS)]
         wait_until(lambda: metrics(url)["xgdn_requests_waiting"] == SLOTS)
         stepped.failures = 1
