@@ -47,8 +47,8 @@ class Engine {
   RequestId submit(Request request) { return runner_.submit(std::move(request)); }
   /// One model step, as Runner::step.
   std::vector<RequestEvent> step() { return runner_.step(); }
-  /// Ends a request, as Runner::cancel.
-  bool cancel(RequestId id) { return runner_.cancel(id); }
+  /// Ends a request or one branch of it, as Runner::cancel.
+  bool cancel(RequestId id, std::optional<int64_t> branch = {}) { return runner_.cancel(id, branch); }
   /// True when no request waits or runs, as Runner::is_idle.
   bool is_idle() const { return runner_.is_idle(); }
   /// Submits all and steps until they are finished, as Runner::generate.

@@ -123,10 +123,13 @@ void Runner::forget(RequestId id, int64_t branch) {
   if (branches->second.empty()) alive_.erase(branches);
 }
 
-bool Runner::cancel(RequestId id) {
+bool Runner::cancel(RequestId id, std::optional<int64_t> branch) {
   std::lock_guard lock(mutex_);
-  if (!alive_.contains(id)) return false;
-  to_cancel_.insert(id);
+  const auto branches = alive_.find(id);
+  if (branches == alive_.end() || (branch && !branches->second.contains(*branch))) return false;
+  for (int64_t alive : branches->second) {
+    if (!branch || alive == *branch) to_cancel_.insert({id, alive});
+  }
   return true;
 }
 
@@ -141,14 +144,12 @@ std::vector<RequestEvent> Runner::take_inbox() {
   for (auto& sequence : submitted_) scheduler_.add(std::move(sequence));
   submitted_.clear();
   std::vector<RequestEvent> events;
-  for (RequestId id : to_cancel_) {
-    const auto branches = alive_.find(id);
-    if (branches == alive_.end()) continue;
-    for (int64_t branch : branches->second) {
-      events.push_back(event_of(*scheduler_.remove(id, branch)));
-      events.back().finish_reason = FinishReason::kCancelled;
-    }
-    alive_.erase(branches);
+  for (const auto& [id, branch] : to_cancel_) {
+    const std::unique_ptr<Sequence> removed = scheduler_.remove(id, branch);
+    if (!removed) continue;  // it ended in the step that was under way
+    events.push_back(event_of(*removed));
+    events.back().finish_reason = FinishReason::kCancelled;
+    forget(id, branch);
   }
   to_cancel_.clear();
   return events;
@@ -251,8 +252,7 @@ std::vector<RequestEvent> Runner::step() {
     };
     for (const ScheduledPiece& piece : pieces) {
       fail(*piece.sequence);
-      if (piece.sequence->branch > 0) continue;
-      for (const Sequence* branch : scheduler_.tokenless_branches(piece.sequence->id)) fail(*branch);
+      for (const Sequence* branch : scheduler_.tokenless_branches(*piece.sequence)) fail(*branch);
     }
   }
   for (const RequestEvent& event : moved) {

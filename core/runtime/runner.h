@@ -6,8 +6,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/models/hybrid_decoder.h"
@@ -52,8 +54,10 @@ class Runner {
   /// kRunning. A failing request does not touch the others; a failing step fails the requests that were in it.
   std::vector<RequestEvent> step();
 
-  /// Ends a request; its last event comes with the next step. False when it is not there (any more).
-  bool cancel(RequestId id);
+  /// Ends a request, or one branch of it; the last events come with the next step, which also frees slots and blocks.
+  /// The tokens of the other branches do not change: when the branch that computes the prompt ends, the next one goes
+  /// on from where it was. False when it is not there (any more).
+  bool cancel(RequestId id, std::optional<int64_t> branch = {});
 
   /// True when no request waits or runs.
   bool is_idle() const;
@@ -106,9 +110,9 @@ class Runner {
 
   mutable std::mutex mutex_;  // guards what follows
   RequestId next_id_ = 1;
-  std::vector<std::unique_ptr<Sequence>> submitted_;  // not yet with the scheduler
-  std::map<RequestId, std::set<int64_t>> alive_;      // branches, submitted and not finished
-  std::set<RequestId> to_cancel_;
+  std::vector<std::unique_ptr<Sequence>> submitted_;   // not yet with the scheduler
+  std::map<RequestId, std::set<int64_t>> alive_;       // branches, submitted and not finished
+  std::set<std::pair<RequestId, int64_t>> to_cancel_;  // branches that were alive when asked
 };
 
 }  // namespace xgdn

@@ -19,7 +19,11 @@ SamplingParams with_seed_of(SamplingParams params, int64_t branch) {
 }  // namespace
 
 Sequence::Sequence(RequestId request_id, Request r, int64_t branch_idx)
-    : id(request_id), request(std::move(r)), branch(branch_idx), sampler(with_seed_of(request.sampling, branch)) {}
+    : id(request_id),
+      request(std::move(r)),
+      branch(branch_idx),
+      sampler(with_seed_of(request.sampling, branch)),
+      is_parked(branch > 0) {}
 
 void SchedulerOptions::check() const {
   if (max_tokens_per_step >= kernel::kChunkSize) return;
@@ -57,13 +61,13 @@ int64_t Scheduler::shared_blocks(const Request& request) const {
   return kv_.blocks_for(1) == 0 ? 0 : static_cast<int64_t>(request.prompt.size()) / kv_.block_size();
 }
 
-int64_t Scheduler::own_blocks(const Request& request, int64_t branch) const {
+int64_t Scheduler::own_blocks(const Request& request, bool is_parked) const {
   const auto prompt = static_cast<int64_t>(request.prompt.size());
-  return kv_.blocks_for(prompt + request.max_new_tokens) - (branch == 0 ? 0 : shared_blocks(request));
+  return kv_.blocks_for(prompt + request.max_new_tokens) - (is_parked ? shared_blocks(request) : 0);
 }
 
 int64_t Scheduler::blocks_of_all_branches(const Request& request) const {
-  return own_blocks(request, 0) + (request.n - 1) * own_blocks(request, 1);
+  return own_blocks(request, false) + (request.n - 1) * own_blocks(request, true);
 }
 
 void Scheduler::add(std::unique_ptr<Sequence> sequence) {
@@ -72,7 +76,8 @@ void Scheduler::add(std::unique_ptr<Sequence> sequence) {
 
 // Blocks at admission: room for the first token after the prompt, or for all that several branches can need.
 int64_t Scheduler::first_blocks(const Sequence& sequence) const {
-  return sequence.grows() ? kv_.blocks_for(sequence.prompt_size() + 1) : own_blocks(sequence.request, sequence.branch);
+  return sequence.grows() ? kv_.blocks_for(sequence.prompt_size() + 1)
+                          : own_blocks(sequence.request, sequence.is_parked);
 }
 
 void Scheduler::preempt(Sequence& sequence) {
@@ -117,10 +122,16 @@ bool Scheduler::resume() {
 
 void Scheduler::admit() {
   while (!waiting_.empty()) {
-    const int64_t n = waiting_.front()->request.n;
-    const int64_t blocks = n == 1 ? first_blocks(*waiting_.front()) : blocks_of_all_branches(waiting_.front()->request);
-    if (n > states_.num_free() || blocks > kv_.num_free()) return;
-    for (int64_t branch = 0; branch < n; ++branch) {
+    // Branches come one after the other; some may have been cancelled.
+    int64_t num_branches = 0;
+    int64_t blocks = 0;
+    for (const auto& sequence : waiting_) {
+      if (sequence->id != waiting_.front()->id) break;
+      ++num_branches;
+      blocks += first_blocks(*sequence);
+    }
+    if (num_branches > states_.num_free() || blocks > kv_.num_free()) return;
+    for (int64_t i = 0; i < num_branches; ++i) {
       std::unique_ptr<Sequence> sequence = std::move(waiting_.front());
       waiting_.pop_front();
       sequence->kv_blocks = kv_.allocate(first_blocks(*sequence));
@@ -130,16 +141,18 @@ void Scheduler::admit() {
   }
 }
 
-std::vector<Sequence*> Scheduler::tokenless_branches(RequestId id) const {
+std::vector<Sequence*> Scheduler::tokenless_branches(const Sequence& one) const {
   std::vector<Sequence*> branches;
-  for (const auto& sequence : running_) {
-    if (sequence->id == id && sequence->branch > 0 && sequence->generated.empty()) branches.push_back(sequence.get());
-  }
+  const auto look_at = [&](const std::unique_ptr<Sequence>& s) {
+    if (s->id == one.id && s.get() != &one && s->generated.empty()) branches.push_back(s.get());
+  };
+  std::for_each(waiting_.begin(), waiting_.end(), look_at);
+  std::for_each(running_.begin(), running_.end(), look_at);
   return branches;
 }
 
 std::vector<Sequence*> Scheduler::fork(const Sequence& first) {
-  const std::vector<Sequence*> branches = tokenless_branches(first.id);
+  const std::vector<Sequence*> branches = tokenless_branches(first);
   const int64_t num_shared = shared_blocks(first.request);
   const std::vector<int32_t> shared(first.kv_blocks.begin(), first.kv_blocks.begin() + num_shared);
   const bool is_last_partial = kv_.blocks_for(first.prompt_size()) > num_shared;
@@ -149,6 +162,7 @@ std::vector<Sequence*> Scheduler::fork(const Sequence& first) {
     branch->kv_blocks.insert(branch->kv_blocks.begin(), shared.begin(), shared.end());
     branch->forked_from = states_.share(*first.slot);
     branch->num_computed = first.num_computed;
+    branch->is_parked = false;
   }
   return branches;
 }
@@ -171,7 +185,7 @@ std::vector<ScheduledPiece> Scheduler::schedule() {
   const auto num_decodes = static_cast<int64_t>(pieces.size());
   int64_t budget = std::max(options_.max_tokens_per_step - num_decodes, kernel::kChunkSize);
   for (const auto& sequence : running_) {
-    if (sequence->is_prefilled() || sequence->is_parked() || sequence->is_preempted()) continue;
+    if (sequence->is_prefilled() || sequence->is_parked || sequence->is_preempted()) continue;
     int64_t count = sequence->prompt_size() - sequence->num_computed;
     // Only a prompt's last piece may end between multiples of the chunk size.
     if (count > budget) count = budget / kernel::kChunkSize * kernel::kChunkSize;
@@ -180,6 +194,19 @@ std::vector<ScheduledPiece> Scheduler::schedule() {
     budget -= count;
   }
   return pieces;
+}
+
+// A parked branch is to have what only the one that computes the prompt owns: the slot with the state so far and the
+// blocks of the prompt. The leaving one gets the other's for it, so that as much is freed as a branch holds.
+void Scheduler::hand_over(Sequence& leaving) {
+  if (leaving.is_parked || leaving.is_prefilled()) return;
+  const std::vector<Sequence*> parked = tokenless_branches(leaving);
+  if (parked.empty()) return;
+  Sequence& heir = *parked.front();
+  std::swap(leaving.slot, heir.slot);
+  std::swap(leaving.kv_blocks, heir.kv_blocks);
+  std::swap(leaving.num_computed, heir.num_computed);
+  std::swap(leaving.is_parked, heir.is_parked);
 }
 
 std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
@@ -191,10 +218,13 @@ std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
   } else if (auto at = std::find_if(running_.begin(), running_.end(), is_it); at != running_.end()) {
     removed = std::move(*at);
     running_.erase(at);
-    states_.release(*removed->slot);
-    if (removed->forked_from) states_.release(*removed->forked_from);
-    kv_.release(removed->kv_blocks);
+  } else {
+    return nullptr;
   }
+  hand_over(*removed);
+  if (removed->slot) states_.release(*removed->slot);
+  if (removed->forked_from) states_.release(*removed->forked_from);
+  kv_.release(removed->kv_blocks);
   return removed;
 }
 

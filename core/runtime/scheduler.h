@@ -17,7 +17,7 @@ namespace xgdn {
 /// A branch of a request on its way. From admission to the end it owns a slot. A request's only branch has the KV
 /// blocks of its prompt from the start, gets others as it grows, and may lose them all to an older one: then it is
 /// preempted, its keys and values wait in host memory, its state in its slot. Several branches are admitted together
-/// with all the blocks that they can ever need; those beyond the first wait parked until the prompt is computed.
+/// with all the blocks that they can ever need; one computes the prompt, the others wait parked until it is there.
 struct Sequence {
   Sequence(RequestId request_id, Request r, int64_t branch_idx = 0);  // nothing computed yet
 
@@ -30,14 +30,14 @@ struct Sequence {
   std::optional<SlotHandle> slot;
   std::optional<SlotHandle> forked_from;  // the slot that its first step reads; it writes `slot`
   std::vector<int32_t> kv_blocks;         // parked: without those that it will share
+  bool is_parked;                         // another branch computes the prompt for it
 
   std::optional<std::vector<KvPool>> saved_kv;  // preempted: what its blocks held
 
   int64_t prompt_size() const { return static_cast<int64_t>(request.prompt.size()); }  // tokens
   bool is_prefilled() const { return num_computed >= prompt_size(); }                  // the state holds the prompt
-  bool is_parked() const { return branch > 0 && num_computed == 0; }  // waits for its request's first branch
-  bool is_preempted() const { return saved_kv.has_value(); }          // waits for blocks
-  bool grows() const { return request.n == 1; }                       // takes blocks one by one
+  bool is_preempted() const { return saved_kv.has_value(); }                           // waits for blocks
+  bool grows() const { return request.n == 1; }                                        // takes blocks one by one
 };
 
 /// Size of a step.
@@ -71,17 +71,18 @@ class Scheduler {
   /// last; then picks this step's pieces.
   std::vector<ScheduledPiece> schedule();
 
-  /// Lets the parked branches of a request go on from the state of the first, whose prompt has been computed: its slot
-  /// and the full blocks of its prompt by reference, the last block by copy.
+  /// Lets the parked branches of a request go on from the state of the one that has computed the prompt: its slot and
+  /// the full blocks of its prompt by reference, the last block by copy.
   std::vector<Sequence*> fork(const Sequence& first);
 
   /// Books computed tokens of a sequence; its state is now its own.
   void advance(Sequence& sequence, int64_t count);
 
-  /// The branches of a request beyond the first that have no token yet.
-  std::vector<Sequence*> tokenless_branches(RequestId id) const;
+  /// The other branches of the same request that have no token yet.
+  std::vector<Sequence*> tokenless_branches(const Sequence& one) const;
 
-  /// Takes a sequence out, wherever it is, and frees what it holds; nullptr when there is none of that id.
+  /// Takes a sequence out, wherever it is, and frees what it holds; nullptr when there is none of that id. When it
+  /// leaves before its prompt is computed, the next parked branch goes on with what it has computed.
   std::unique_ptr<Sequence> remove(RequestId id, int64_t branch = 0);
 
   int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }  // not admitted yet
@@ -94,8 +95,9 @@ class Scheduler {
   void preempt(Sequence& sequence);
   bool resume();
   void admit();
+  void hand_over(Sequence& leaving);
   int64_t shared_blocks(const Request& request) const;
-  int64_t own_blocks(const Request& request, int64_t branch) const;
+  int64_t own_blocks(const Request& request, bool is_parked) const;
   int64_t first_blocks(const Sequence& sequence) const;
   int64_t blocks_of_all_branches(const Request& request) const;
 

@@ -52,7 +52,7 @@ DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activati
 StateDtypeOption = Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")]
 PrefillBackendOption = Annotated[str, typer.Option(help="Runs prompts; see `xgdn doctor`.")]
 DecodeBackendOption = Annotated[str, typer.Option(help="Runs single tokens; see `xgdn doctor`.")]
-MaxBatchSizeOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that run at once.")]
+MaxBatchSizeOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Sequences that run at once.")]
 MaxCachedTokensOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")]
 MaxTokensPerStepOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")]
 MemoryLimitOption = Annotated[str, typer.Option(metavar="BYTES", help="Refuse to exceed it: 8GiB, 500MiB, 123456.")]
@@ -60,14 +60,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 
 class Reply:
-    """What has been generated for one prompt: ids, and text where there is a tokenizer."""
+    """What has been generated for one branch of a prompt: ids, and text where there is a tokenizer."""
 
-    def __init__(self, index: int, prompt: Sequence[int], tokenizer: Tokenizer | None) -> None:
+    def __init__(self, index: int, branch: int, request: xgdn.Request, tokenizer: Tokenizer | None) -> None:
+        self.name = f"{index}.{branch}" if request.n > 1 else str(index)
         self.index = index
-        self.prompt = list(prompt)
+        self.branch = branch
+        self.prompt = request.prompt
         self.tokens: list[int] = []
+        self.logprobs: list[xgdn.Logprobs] | None = None if request.sampling.logprobs is None else []
         self.text = ""
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.prompt)
         self._begin = time.perf_counter()
         self._token_times: list[float] = []
 
@@ -77,6 +80,8 @@ class Reply:
         if event.token is not None:
             self._token_times.append(time.perf_counter())
             self.tokens.append(event.token)
+            if self.logprobs is not None and event.logprobs is not None:
+                self.logprobs.append(event.logprobs)
             if self._detokenizer is None:
                 piece = f" {event.token}" if self.text else str(event.token)
             else:
@@ -91,14 +96,21 @@ class Reply:
         times = self._token_times
         return {
             "index": self.index,
+            "branch": self.branch,
             "prompt_ids": self.prompt,
             "ids": self.tokens,
+            "logprobs": None if self.logprobs is None else [_logprobs_document(it) for it in self.logprobs],
             "text": None if self._detokenizer is None else self.text,
             "finish_reason": event.finish_reason.name.lower(),
             "error": event.error or None,
             "seconds_to_first_token": times[0] - self._begin if times else None,
             "tokens_per_second": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
         }
+
+
+def _logprobs_document(logprobs: xgdn.Logprobs) -> dict[str, object]:
+    top = [{"id": rival.token, "logprob": rival.logprob} for rival in logprobs.top]
+    return {"logprob": logprobs.chosen, "top": top}
 
 
 def _fail(message: object) -> NoReturn:
@@ -195,12 +207,15 @@ def _load_engine(
 
 def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Tokenizer | None, as_json: bool) -> bool:
     """Print the replies as they come; False when one of them ended with an error."""
-    is_single = len(requests) == 1 and not as_json
+    is_single = sum(request.n for request in requests) == 1 and not as_json
+    ids = [engine.submit(request) for request in requests]
     replies = {
-        engine.submit(request): Reply(index, request.prompt, tokenizer) for index, request in enumerate(requests)
+        (ids[index], branch): Reply(index, branch, request, tokenizer)
+        for index, request in enumerate(requests)
+        for branch in range(request.n)
     }
     bar = Bar("reading prompts")
-    num_prefilled = dict.fromkeys(replies, 0)
+    num_prefilled = dict.fromkeys(ids, 0)
     num_prompt_tokens = sum(len(request.prompt) for request in requests)
     bar.update(0, num_prompt_tokens)
     succeeded = True
@@ -210,7 +225,7 @@ def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Token
             num_prefilled.update((event.id, event.num_prefilled) for event in events)
             bar.update(sum(num_prefilled.values()), num_prompt_tokens)
             for event in events:
-                reply = replies[event.id]
+                reply = replies[event.id, event.branch]
                 piece = reply.apply(event)
                 is_finished = event.finish_reason != xgdn.FinishReason.RUNNING
                 if is_finished or (is_single and piece):
@@ -218,10 +233,10 @@ def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Token
                 if is_single:
                     typer.echo(piece, nl=is_finished and bool(reply.text))
                 elif is_finished:
-                    typer.echo(json.dumps(reply.document(event)) if as_json else f"[{reply.index}] {reply.text}")
+                    typer.echo(json.dumps(reply.document(event)) if as_json else f"[{reply.name}] {reply.text}")
                 if event.error:
                     succeeded = False
-                    typer.echo(f"xgdn: prompt {reply.index}: {event.error}", err=True)
+                    typer.echo(f"xgdn: prompt {reply.name}: {event.error}", err=True)
     finally:
         bar.hide()
     return succeeded
@@ -236,7 +251,16 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Sample among the k likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Of the random choice.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_MAX, metavar="N", help="Of the random choice; counts up within --n.")
+    ] = 0,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, max=_MAX, metavar="N", help="Replies to each prompt.")] = 1,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=_MAX, metavar="K", help="With --json: of each token, and of the K likeliest beside it, up to 20."
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     state_dtype: StateDtypeOption = StateDtype.float32,
     prefill_backend: PrefillBackendOption = "auto",
@@ -247,14 +271,17 @@ def generate(
     memory_limit: MemoryLimitOption = "",
     stop_token_ids: Annotated[str, typer.Option(help="Further token ids that end a reply: 1,2,3.")] = "",
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document per prompt.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document per reply.")] = False,
 ) -> None:
     """Continue prompts. Text comes out for text, token ids for token ids.
 
-    The reply to a single prompt appears as it is generated, replies to several with their number as they are finished.
+    A single reply appears as it is generated, several as they are finished, with their numbers: [2] replies to the
+    third prompt, with --n [2.1] is the second reply to it.
     """
     if bool(prompt) == bool(prompt_ids):
         raise typer.BadParameter("give prompts either as --prompt or as --prompt-ids")
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("expected --json with it", param_hint="--logprobs")
     stop_ids = _parse_ids(stop_token_ids, "--stop-token-ids")
     limit = _parse_bytes(memory_limit)
     tokenizer: Tokenizer | None = None
@@ -283,9 +310,12 @@ def generate(
             xgdn.Request(
                 ids,
                 max_new_tokens=max_new_tokens,
-                sampling=xgdn.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+                sampling=xgdn.SamplingParams(
+                    temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, logprobs=logprobs
+                ),
                 stop_token_ids=stop_ids,
                 ignore_eos=ignore_eos,
+                n=n,
             )
             for ids in prompts
         ]
@@ -347,7 +377,7 @@ def serve(
         str | None, typer.Option(envvar="XGDN_API_KEY", help="What clients of /v1 must present; default nothing.")
     ] = None,
     max_queue: Annotated[
-        int, typer.Option(min=0, max=_MAX, metavar="N", help="Prompts that wait before further ones are refused.")
+        int, typer.Option(min=0, max=_MAX, metavar="N", help="Sequences that wait before further ones are refused.")
     ] = 256,
     max_body_bytes: Annotated[int, typer.Option(min=1, max=_MAX, metavar="N", help="Of a request.")] = 4 * 2**20,
     shutdown_seconds: Annotated[
@@ -361,6 +391,9 @@ def serve(
     max_cached_tokens: MaxCachedTokensOption = 16384,
     max_tokens_per_step: MaxTokensPerStepOption = 512,
     memory_limit: MemoryLimitOption = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document with the address when requests are taken.")
+    ] = False,
 ) -> None:
     """Serve a model over HTTP as OpenAI does: /v1/completions, /v1/chat/completions, /v1/models.
 
@@ -368,6 +401,7 @@ def serve(
     """
     try:
         from xgdn.server.app import Settings, create_app
+        from xgdn.server.serve import address_of, bind
         from xgdn.server.serve import serve as serve_app
     except ModuleNotFoundError as error:
         _fail(f"`xgdn serve` needs {error.name}, which is not installed: pip install 'xgdn[serve]'")
@@ -382,6 +416,10 @@ def serve(
         max_body_bytes=max_body_bytes,
         api_key=api_key,
     )
+    try:
+        listener = bind(host, port)  # before the model is loaded, which may take long
+    except OSError as error:
+        _fail(f"{host}:{port}: {error.strerror}")
     with _errors_in_one_line():
         engine = _load_engine(
             model,
@@ -400,7 +438,18 @@ def serve(
         server_app = create_app(engine, tokenizer, settings)
     except ValueError as error:
         _fail(error)
-    serve_app(server_app, host, port, shutdown_seconds)
+
+    def announce() -> None:
+        where = {"address": address_of(listener), "model": settings.model_name}
+        if as_json:
+            typer.echo(json.dumps(where))
+        else:
+            typer.echo(f"xgdn: serving {where['model']} at {where['address']}", err=True)
+
+    try:
+        serve_app(server_app, listener, shutdown_seconds, announce)
+    except OSError as error:
+        _fail(f"{host}:{port}: {error.strerror}")
 
 
 @app.command()

@@ -109,6 +109,33 @@ def test_json_without_tokenizer_has_no_text(model: Path) -> None:
     assert document["tokens_per_second"] is None
 
 
+def test_n_replies_to_each_prompt(model: Path) -> None:
+    options = ["--prompt-ids", "5,6,7", "--prompt-ids", "8", "-n", 3, "--temperature", 2, "--seed", 4]
+    sampling = xgdn.SamplingParams(temperature=2, seed=4)
+    results = xgdn.Engine(model).generate([[5, 6, 7], [8]], max_new_tokens=6, sampling=sampling, n=3)
+    want = {(i // 3, i % 3): result.tokens for i, result in enumerate(results)}
+    assert len({tuple(tokens) for tokens in want.values()}) == 6
+
+    lines = expect_success("generate", model, "--max-new-tokens", 6, *options).stdout.splitlines()
+    assert sorted(lines) == sorted(f"[{i}.{b}] " + " ".join(map(str, ids)) for (i, b), ids in want.items())
+    lines = expect_success("generate", model, "--max-new-tokens", 6, "--json", *options).stdout.splitlines()
+    documents = [json.loads(line) for line in lines]
+    assert {(d["index"], d["branch"]): d["ids"] for d in documents} == want
+    assert all(d["prompt_ids"] == [[5, 6, 7], [8]][d["index"]] and d["logprobs"] is None for d in documents)
+
+
+def test_logprobs_in_json(model: Path) -> None:
+    options = ["--prompt-ids", "5,6,7", "--max-new-tokens", 4, "--temperature", 2, "--logprobs", 2, "--json"]
+    document = json.loads(expect_success("generate", model, *options).stdout)
+    sampling = xgdn.SamplingParams(temperature=2, logprobs=2)
+    (result,) = xgdn.Engine(model).generate([[5, 6, 7]], max_new_tokens=4, sampling=sampling)
+    assert document["ids"] == result.tokens
+    for got, want in zip(document["logprobs"], result.logprobs, strict=True):
+        assert got["logprob"] == pytest.approx(want.chosen, abs=1e-4)
+        assert [it["id"] for it in got["top"]] == [it.token for it in want.top]
+        assert [it["logprob"] for it in got["top"]] == pytest.approx([it.logprob for it in want.top], abs=1e-4)
+
+
 def test_options_reach_the_engine(model: Path) -> None:
     def ids(*options: object) -> list[int]:
         return json.loads(expect_success("generate", model, "--prompt-ids", "5,6", "--json", *options).stdout)["ids"]
@@ -143,6 +170,8 @@ def test_backends_are_chosen_per_phase(model: Path) -> None:
         (["--prompt-ids", "1", "--max-new-tokens", "0"], ["max_new_tokens", "0"]),
         (["--prompt-ids", "1", "--max-cached-tokens", "16"], ["16", "64"]),
         (["--prompt-ids", "1", "--max-batch-size", "0"], ["max_batch_size", "0"]),
+        (["--prompt-ids", "1", "--max-batch-size", "2", "-n", "3"], ["n:", "at most 2 branches", "got 3"]),
+        (["--prompt-ids", "1", "--json", "--logprobs", "21"], ["logprobs", "0..20", "got 21"]),
         (["--prompt-ids", "1", "--decode-backend", "cuda"], ["cuda"]),
         (["--prompt-ids", "1", "--decode-backend", "none"], ["none", "cpu, reference"]),
     ],
@@ -184,6 +213,9 @@ def test_a_broken_tokenizer_is_refused_in_one_line(model: Path, tmp_path: Path) 
         ["--prompt-ids", "1", "--stop-token-ids", "x"],
         ["--prompt-ids", "1", "--max-new-tokens", str(2**63)],
         ["--prompt-ids", "1", "--dtype", "int8"],
+        ["--prompt-ids", "1", "-n", "0"],
+        ["--prompt-ids", "1", "--logprobs", "1"],
+        ["--prompt-ids", "1", "--json", "--logprobs", "-1"],
         ["--prompt-ids", "1", "--no-such-option"],
     ],
     ids=" ".join,
@@ -192,6 +224,16 @@ def test_wrong_usage_is_exit_code_2(model: Path, options: list[str]) -> None:
     result = run("generate", model, *options)
     assert result.exit_code == 2
     assert result.stdout == ""
+
+
+def test_logprobs_without_json_say_what_they_need(model: Path) -> None:
+    result = run("generate", model, "--prompt-ids", "1", "--logprobs", "1")
+    assert "--logprobs: expected --json" in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "plan", "doctor", "bench ops", "bench layer"])
+def test_every_command_has_json(command: str) -> None:
+    assert "--json" in expect_success(*command.split(), "--help").stdout
 
 
 def test_a_missing_folder_is_wrong_usage(tmp_path: Path) -> None:

@@ -55,6 +55,31 @@ def test_events_name_the_branch(checkpoint: Path) -> None:
         assert got == alone.tokens
 
 
+@pytest.mark.parametrize("num_steps", [0, 1, 3, 5])  # waiting, half of the prompt, forked, later
+@pytest.mark.parametrize("branch", [0, 1, 2])
+def test_cancel_of_a_branch_leaves_the_others_alone(checkpoint: Path, branch: int, num_steps: int) -> None:
+    options = xgdn.RunnerOptions(max_batch_size=4, max_cached_tokens=2048, max_tokens_per_step=64)
+    engine = xgdn.Engine(checkpoint, runner=options)
+    want = engine.generate([PROMPTS[2]], max_new_tokens=8, sampling=sampling(50), ignore_eos=True, n=3)
+    request = xgdn.Request(PROMPTS[2], max_new_tokens=8, sampling=sampling(50), ignore_eos=True, n=3)
+    request_id = engine.submit(request)
+    events = [event for _ in range(num_steps) for event in engine.step()]
+    assert engine.cancel(request_id, branch)
+    events += engine.step()
+    assert [e.branch for e in events if e.finish_reason == xgdn.FinishReason.CANCELLED] == [branch]
+    assert not engine.cancel(request_id, branch)
+    assert not engine.cancel(request_id, 3)
+    assert engine.num_free_slots == 2
+    for _ in range(20):
+        events += engine.step()
+    assert engine.is_idle()
+    running = [e for e in events if e.finish_reason == xgdn.FinishReason.RUNNING]
+    assert [e.num_prefilled for e in running if e.token is None] == [64, 128], "the prompt is computed once"
+    for other in {0, 1, 2} - {branch}:
+        assert [e.token for e in events if e.branch == other and e.token is not None] == want[other].tokens
+    assert (engine.num_free_slots, engine.num_free_kv_blocks) == (4, 128)
+
+
 def test_more_branches_than_slots_are_refused(checkpoint: Path) -> None:
     engine = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_batch_size=2))
     with pytest.raises(errors.RequestError, match=r"n: expected at most 2 branches.*got 3"):

@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from tokenizers import Tokenizer
 
 import xgdn
-from test_server import CHECKPOINT, KEY, PROMPT, SLOTS, TOKENS, engine, live
+from live_server import KEY, PROMPT, SLOTS, TOKENIZER, TOKENS, engine, live, single
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -53,10 +52,9 @@ def test_a_typed_prompt_gives_its_text(page: sync_api.Page) -> None:
     page.click("#send")
     sync_api.expect(page.locator("#send")).to_be_enabled()
     sync_api.expect(page.locator("#error")).to_be_empty()
-    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    (result,) = engine().generate([tokenizer.encode(PROMPT).ids], max_new_tokens=24)
+    (result,) = single().generate([TOKENIZER.encode(PROMPT).ids], max_new_tokens=24)
     ends_with_text = result.finish_reason == xgdn.FinishReason.LENGTH
-    assert page.inner_text("#output") == tokenizer.decode(result.tokens if ends_with_text else result.tokens[:-1])
+    assert page.inner_text("#output") == TOKENIZER.decode(result.tokens if ends_with_text else result.tokens[:-1])
 
 
 def test_stop_ends_the_request(page: sync_api.Page) -> None:

@@ -24,6 +24,7 @@ from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.engine_thread import EngineThread
 from xgdn.server.generation import Answer, ChatFormat, CompletionFormat, Generation
+from xgdn.server.logprobs import Vocabulary
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
 
@@ -61,6 +62,7 @@ class Server:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings) -> None:
         self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer)
         self._settings = settings
         self._vocab_size = engine.vocab_size
         self._chat_template = ChatTemplate(settings.model_dir)
@@ -176,8 +178,8 @@ class Server:
     ) -> Response:
         for ids in prompts:
             self._check_prompt(ids, max_tokens)
-        generation = Generation(body, prompts, max_tokens, self._tokenizer, self._engine, self.metrics)
-        answer = Answer(generation, form, body.model)
+        generation = Generation(body, prompts, max_tokens, self._vocabulary, self._engine, self.metrics)
+        answer = Answer(generation, form, body.model, self.metrics)
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return _EventStream(answer.events(include_usage), generation)

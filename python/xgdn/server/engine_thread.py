@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xgdn.engine import Engine, FinishReason, RequestEvent
+from xgdn.engine import Engine, FinishReason, Request, RequestEvent
 from xgdn.errors import Error
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.metrics import Metrics
@@ -20,25 +20,27 @@ _log = logging.getLogger("uvicorn.error")
 
 
 @dataclass(frozen=True)
-class _Pools:
-    """What is free; read between two steps."""
+class _Reading:
+    """Of the engine's figures, between two steps."""
 
-    slots: int
-    kv_blocks: int
+    free_slots: int
+    free_kv_blocks: int
+    num_preemptions: int
 
 
 class EngineThread:
     def __init__(self, engine: Engine, metrics: Metrics, max_queue: int) -> None:
         self._engine = engine
         self._metrics = metrics
-        self._total = self._free()
-        self.capacity = self._total.slots + max_queue  # sequences that run or wait
-        self._sequences: dict[int, TextSequence] = {}  # until the engine's last event, also when dropped before
+        self._idle = self._last = self._read()
+        self.capacity = self._idle.free_slots + max_queue  # sequences that run or wait
+        # Branches by request, each until the engine's last event of it, also when dropped before.
+        self._requests: dict[int, dict[int, TextSequence]] = {}
         self._work = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="xgdn-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._publish(self._total)
+        self._publish(self._idle)
 
     def start(self) -> None:
         """Begin to step, with events delivered to the running event loop."""
@@ -61,24 +63,33 @@ class EngineThread:
             raise ApiError(503, "shutting_down", "The server is shutting down.")
         if count > self.capacity:
             raise bad_request(f"Expected at most {self.capacity} sequences (prompts x n), got {count}.")
-        if len(self._sequences) + count > self.capacity:
-            message = f"The queue is full: {len(self._sequences)} of {self.capacity} sequences run or wait."
+        num_sequences = len(self._sequences())
+        if num_sequences + count > self.capacity:
+            message = f"The queue is full: {num_sequences} of {self.capacity} sequences run or wait."
             raise ApiError(429, "queue_full", message, headers={"Retry-After": "1"})
 
-    def submit(self, sequences: Sequence[TextSequence]) -> None:
-        """Queue all or none, after `check_room`; raises ApiError."""
+    def submit(self, requests: Sequence[tuple[Request, Sequence[TextSequence]]]) -> None:
+        """Queue all or none, each with a sequence per branch, after `check_room`; raises ApiError."""
         ids: list[int] = []
         try:
-            for sequence in sequences:
-                ids.append(self._engine.submit(sequence.request))
+            for request, _ in requests:
+                ids.append(self._engine.submit(request))
         except Error as error:
             for request_id in ids:
                 self._engine.cancel(request_id)
             raise bad_request(str(error)) from None
         finally:
             self._work.set()
-        self._sequences.update(zip(ids, sequences, strict=True))
+        for request_id, (_, sequences) in zip(ids, requests, strict=True):
+            self._requests[request_id] = dict(enumerate(sequences))
         self._publish_requests()
+
+    def cancel_finished(self) -> None:
+        """Free what the engine holds for sequences that ended on this side: by a stop string, by a client's leaving."""
+        for request_id, branches in self._requests.items():
+            for branch, sequence in branches.items():
+                if sequence.is_finished:
+                    self._engine.cancel(request_id, branch)
 
     def _run(self) -> None:
         assert self._loop is not None
@@ -89,52 +100,59 @@ class EngineThread:
                 continue
             try:
                 events = self._engine.step()
-                self._loop.call_soon_threadsafe(self._deliver, events, self._free(), time.perf_counter())
+                self._loop.call_soon_threadsafe(self._deliver, events, self._read(), time.perf_counter())
             except Exception as error:  # whatever it was, the requests end and the server goes on
                 _log.exception("a step failed")
                 self._loop.call_soon_threadsafe(self._fail_all, str(error))
                 time.sleep(_PAUSE_AFTER_FAILURE)
 
-    def _deliver(self, events: Sequence[RequestEvent], free: _Pools, now: float) -> None:
+    def _deliver(self, events: Sequence[RequestEvent], reading: _Reading, now: float) -> None:
+        self._metrics.steps.inc()
         for event in events:
-            sequence = self._sequences.get(event.id)
-            if sequence is None:
+            branches = self._requests.get(event.id)
+            if branches is None:
                 continue
+            if event.finish_reason != FinishReason.CANCELLED:  # which may have been waiting
+                for sequence in branches.values():
+                    sequence.has_begun = True
+            sequence = branches[event.branch]
             try:
                 sequence.apply(event, now)
             except Exception as error:  # what one text meets shall not cost the others their events
                 _log.exception("an event failed")
                 sequence.fail(str(error))
             if event.finish_reason != FinishReason.RUNNING:
-                del self._sequences[event.id]
-        self._cancel_finished()
-        self._publish(free)
+                del branches[event.branch]
+                if not branches:
+                    del self._requests[event.id]
+        self.cancel_finished()
+        self._publish(reading)
 
     def _fail_all(self, message: str) -> None:
-        for sequence in self._sequences.values():
+        for sequence in self._sequences():
             if not sequence.is_finished:
                 sequence.fail(message)
-        self._cancel_finished()
-        self._sequences.clear()
+        self.cancel_finished()
+        self._requests.clear()
         self._publish_requests()
 
-    def _cancel_finished(self) -> None:
-        """Free what the engine holds for sequences that ended on this side: by a stop string, by a client's leaving."""
-        for request_id, sequence in self._sequences.items():
-            if sequence.is_finished:
-                self._engine.cancel(request_id)
+    def _sequences(self) -> list[TextSequence]:
+        return [sequence for branches in self._requests.values() for sequence in branches.values()]
 
-    def _free(self) -> _Pools:
-        return _Pools(self._engine.num_free_slots, self._engine.num_free_kv_blocks)
+    def _read(self) -> _Reading:
+        return _Reading(self._engine.num_free_slots, self._engine.num_free_kv_blocks, self._engine.num_preemptions)
 
-    def _publish(self, free: _Pools) -> None:
-        self._metrics.slots_total.set(self._total.slots)
-        self._metrics.slots_used.set(self._total.slots - free.slots)
-        self._metrics.kv_blocks_total.set(self._total.kv_blocks)
-        self._metrics.kv_blocks_used.set(self._total.kv_blocks - free.kv_blocks)
+    def _publish(self, now: _Reading) -> None:
+        self._metrics.slots_total.set(self._idle.free_slots)
+        self._metrics.slots_used.set(self._idle.free_slots - now.free_slots)
+        self._metrics.kv_blocks_total.set(self._idle.free_kv_blocks)
+        self._metrics.kv_blocks_used.set(self._idle.free_kv_blocks - now.free_kv_blocks)
+        self._metrics.preemptions.inc(now.num_preemptions - self._last.num_preemptions)
+        self._last = now
         self._publish_requests()
 
     def _publish_requests(self) -> None:
-        num_running = sum(sequence.has_begun for sequence in self._sequences.values())
+        sequences = self._sequences()
+        num_running = sum(sequence.has_begun for sequence in sequences)
         self._metrics.requests_running.set(num_running)
-        self._metrics.requests_waiting.set(len(self._sequences) - num_running)
+        self._metrics.requests_waiting.set(len(sequences) - num_running)

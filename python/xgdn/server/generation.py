@@ -9,11 +9,10 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from xgdn.engine import Request, SamplingParams
 from xgdn.server.api_error import ApiError
 from xgdn.server.engine_thread import EngineThread
+from xgdn.server.logprobs import TokenReport, Vocabulary, chat_logprobs, completion_logprobs
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import GenerationBody
 from xgdn.server.sequence import Delta, TextSequence
@@ -29,11 +28,14 @@ class Generation:
         body: GenerationBody,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
-        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
         engine: EngineThread,
         metrics: Metrics,
     ) -> None:
-        engine.check_room(len(prompts) * (body.n or 1))  # before any of them takes memory
+        n = body.n or 1
+        engine.check_room(len(prompts) * n)  # before any of them takes memory
+        self.has_logprobs = body.num_logprobs is not None
+        self._engine = engine
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._num_prompt_tokens = sum(map(len, prompts))
         seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -45,19 +47,20 @@ class Generation:
                     temperature=1.0 if body.temperature is None else body.temperature,
                     top_k=body.top_k or 0,
                     top_p=1.0 if body.top_p is None else body.top_p,
-                    seed=(seed + i) % _UINT64,
+                    seed=seed % _UINT64,
+                    logprobs=body.num_logprobs,
                 ),
                 stop_token_ids=body.stop_token_ids,
                 ignore_eos=body.ignore_eos,
+                n=n,
             )
             for prompt in prompts
-            for i in range(body.n or 1)
         ]
         self._sequences = [
-            TextSequence(index, request, tokenizer, body.stops, metrics, self._deltas.put_nowait)
-            for index, request in enumerate(requests)
+            TextSequence(i, prompts[i // n], vocabulary, body.stops, metrics, self._deltas.put_nowait)
+            for i in range(len(prompts) * n)
         ]
-        engine.submit(self._sequences)
+        engine.submit([(request, self._sequences[i * n : (i + 1) * n]) for i, request in enumerate(requests)])
         metrics.prompt_tokens.inc(self._num_prompt_tokens)
 
     @property
@@ -74,20 +77,27 @@ class Generation:
             num_left -= delta.finish_reason is not None
             yield delta
 
-    async def texts(self) -> list[tuple[str, str]]:
-        """Text and finish reason of every choice, when all are finished."""
-        texts = [""] * self.num_choices
-        reasons = [""] * self.num_choices
+    async def choices(self) -> list[Delta]:
+        """Every choice in one piece, when all are finished."""
+        pieces: list[list[Delta]] = [[] for _ in self._sequences]
         async for delta in self.deltas():
-            texts[delta.index] += delta.text
-            reasons[delta.index] = delta.finish_reason or ""
-        return list(zip(texts, reasons, strict=True))
+            pieces[delta.index].append(delta)
+        return [
+            Delta(
+                index,
+                "".join(delta.text for delta in deltas),
+                [report for delta in deltas for report in delta.logprobs],
+                deltas[-1].finish_reason,
+            )
+            for index, deltas in enumerate(pieces)
+        ]
 
     def drop(self) -> None:
         """End what still runs; the engine's thread frees what it held."""
         for sequence in self._sequences:
             if not sequence.is_finished:
                 sequence.drop()
+        self._engine.cancel_finished()
 
     def usage(self) -> dict[str, int]:
         num_generated = sum(sequence.num_tokens for sequence in self._sequences)
@@ -105,13 +115,16 @@ class CompletionFormat:
     chunk_name = "text_completion"
     id_prefix = "cmpl"
 
+    def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
+        return completion_logprobs(reports)
+
     def choice(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
     def delta(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def first_deltas(self, num_choices: int) -> list[dict[str, Any]]:
+    def first_deltas(self) -> list[dict[str, Any]]:
         return []
 
 
@@ -122,49 +135,55 @@ class ChatFormat:
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
+    def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
+        return chat_logprobs(reports)
+
     def choice(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def delta(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
 
-    def first_deltas(self, num_choices: int) -> list[dict[str, Any]]:
-        first = {"delta": {"role": "assistant", "content": ""}}
-        return [_choice(index, first, None) for index in range(num_choices)]
-
-
-def _choice(index: int, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+    def first_deltas(self) -> list[dict[str, Any]]:
+        return [{"delta": {"role": "assistant", "content": ""}}]
 
 
 class Answer:
     """Writes a generation in one of the two formats."""
 
-    def __init__(self, generation: Generation, form: CompletionFormat | ChatFormat, model: str) -> None:
+    def __init__(
+        self, generation: Generation, form: CompletionFormat | ChatFormat, model: str, metrics: Metrics
+    ) -> None:
         self._generation = generation
         self._form = form
+        self._metrics = metrics
         self._head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     async def document(self) -> dict[str, Any]:
-        texts = await self._generation.texts()
-        choices = [_choice(i, self._form.choice(text), reason) for i, (text, reason) in enumerate(texts)]
+        whole = await self._generation.choices()
+        choices = [self._choice(choice, self._form.choice(choice.text)) for choice in whole]
         return {**self._head, "object": self._form.name, "choices": choices, "usage": self._generation.usage()}
 
     async def events(self, include_usage: bool) -> AsyncIterator[str]:
         """The same as server-sent events; an error that comes later than the status is an event too."""
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        for choice in self._form.first_deltas(self._generation.num_choices):
-            yield self._event([choice], usage)
+        for content in self._form.first_deltas():
+            for index in range(self._generation.num_choices):
+                yield self._event([self._choice(Delta(index, ""), content)], usage)
         try:
             async for delta in self._generation.deltas():
-                choice = _choice(delta.index, self._form.delta(delta.text), delta.finish_reason)
-                yield self._event([choice], usage)
+                yield self._event([self._choice(delta, self._form.delta(delta.text))], usage)
         except ApiError as error:
+            self._metrics.errors.labels(error.code).inc()
             yield f"data: {json.dumps(error.body())}\n\n"
             return
         if include_usage:
             yield self._event([], {"usage": self._generation.usage()})
         yield "data: [DONE]\n\n"
+
+    def _choice(self, delta: Delta, content: dict[str, Any]) -> dict[str, Any]:
+        logprobs = self._form.logprobs(delta.logprobs) if self._generation.has_logprobs else None
+        return {"index": delta.index, **content, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> str:
         document = {**self._head, "object": self._form.chunk_name, "choices": choices, **usage}

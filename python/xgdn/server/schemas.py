@@ -13,8 +13,6 @@ _StopString = Annotated[str, Field(min_length=1)]
 
 # Fields of OpenAI's that would change the answer and are not supported, with the values that ask for nothing.
 _NEUTRAL_VALUES: dict[str, list[object]] = {
-    "logprobs": [None, False],
-    "top_logprobs": [None],
     "best_of": [None, 1],
     "echo": [None, False],
     "suffix": [None],
@@ -56,7 +54,6 @@ class GenerationBody(_Body):
     metadata: Any = None
     store: Any = None
     # Refused, but for neutral values.
-    logprobs: Any = None
     presence_penalty: Any = None
     frequency_penalty: Any = None
     logit_bias: Any = None
@@ -65,12 +62,22 @@ class GenerationBody(_Body):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell beside each chosen one; None to tell nothing."""
+        raise NotImplementedError
+
 
 class CompletionBody(GenerationBody):
     prompt: str | list[str] | list[_Token] | list[list[_Token]]
+    logprobs: int | None = Field(None, ge=0, le=5)
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt: text or token ids."""
@@ -99,10 +106,17 @@ class Message(_Body):
 class ChatBody(GenerationBody):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX)
-    top_logprobs: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Any = None
     tool_choice: Any = None
     response_format: Any = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("'top_logprobs': expected 'logprobs' to be true with it.", "top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 _AnyBody = TypeVar("_AnyBody", bound=GenerationBody)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One sequence: from the engine's events to the pieces of text that a client reads."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
-
 from xgdn.detokenize import Detokenizer
-from xgdn.engine import FinishReason, Request, RequestEvent
+from xgdn.engine import FinishReason, RequestEvent
+from xgdn.server.logprobs import LogprobQueue, TokenReport, Vocabulary
 from xgdn.server.metrics import Metrics
 from xgdn.server.stop_strings import StopStrings
 
@@ -21,6 +21,7 @@ class Delta:
 
     index: int
     text: str
+    logprobs: Sequence[TokenReport] = ()  # of the tokens that begin in the text given so far, where asked for
     finish_reason: str | None = None  # stop, length or error
     error: str = ""
 
@@ -31,26 +32,27 @@ class TextSequence:
     def __init__(
         self,
         index: int,
-        request: Request,
-        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        vocabulary: Vocabulary,
         stops: Sequence[str],
         metrics: Metrics,
         give: Callable[[Delta], None],
     ) -> None:
-        self.request = request
         self.num_tokens = 0
         self.has_begun = False
         self.is_finished = False
         self._index = index
-        self._detokenizer = Detokenizer(tokenizer, request.prompt[-_CONTEXT_TOKENS:])
+        self._detokenizer = Detokenizer(vocabulary.tokenizer, prompt[-_CONTEXT_TOKENS:])
         self._stop_strings = StopStrings(stops)
+        self._logprobs = LogprobQueue(vocabulary)
+        self._num_decoded = 0  # characters
+        self._num_given = 0
         self._metrics = metrics
         self._give = give
         self._last_time = time.perf_counter()
 
     def apply(self, event: RequestEvent, now: float) -> None:
         """Book what a step did for it; nothing once it is finished."""
-        self.has_begun = True
         if self.is_finished:
             return
         if event.finish_reason == FinishReason.ERROR:
@@ -60,9 +62,11 @@ class TextSequence:
         if event.token is not None:
             self._count_token(now)
             if event.finish_reason != FinishReason.STOP:  # a stop token is no text
-                text = self._stop_strings.push(self._detokenizer.push(event.token))
+                if event.logprobs is not None:
+                    self._logprobs.push(event.token, event.logprobs, self._num_decoded)
+                text = self._settle(self._detokenizer.push(event.token))
         if event.finish_reason != FinishReason.RUNNING and not self._stop_strings.is_found:
-            text += self._stop_strings.push(self._detokenizer.finish())
+            text += self._settle(self._detokenizer.finish())
             if not self._stop_strings.is_found:
                 text += self._stop_strings.finish()
         if self._stop_strings.is_found:
@@ -70,7 +74,7 @@ class TextSequence:
         elif event.finish_reason != FinishReason.RUNNING:
             self._finish(event.finish_reason.name.lower(), text)
         elif text:
-            self._give(Delta(self._index, text))
+            self._give_text(text)
 
     def fail(self, message: str) -> None:
         """End with an error."""
@@ -79,6 +83,10 @@ class TextSequence:
     def drop(self) -> None:
         """End for a client that is gone."""
         self._finish("cancelled", "")
+
+    def _settle(self, piece: str) -> str:
+        self._num_decoded += len(piece)
+        return self._stop_strings.push(piece)
 
     def _count_token(self, now: float) -> None:
         histogram = self._metrics.inter_token_time if self.num_tokens else self._metrics.time_to_first_token
@@ -90,4 +98,11 @@ class TextSequence:
     def _finish(self, reason: str, text: str, error: str = "") -> None:
         self.is_finished = True
         self._metrics.finished.labels(reason).inc()
-        self._give(Delta(self._index, text, reason, error))
+        self._give_text(text, reason, error)
+
+    def _give_text(self, text: str, reason: str | None = None, error: str = "") -> None:
+        self._num_given += len(text)
+        # Without a stop string nothing is cut, so a token without text at the very end is told too.
+        is_uncut_end = reason is not None and not self._stop_strings.is_found
+        reports = self._logprobs.pop_before(math.inf if is_uncut_end else self._num_given)
+        self._give(Delta(self._index, text, reports, reason, error))

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A live server around the example's small model, for the tests of `xgdn serve`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import Tokenizer
+
+import xgdn
+from xgdn.server.app import Settings, create_app
+
+CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_model/checkpoint"
+TOKENIZER = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+TEMPLATE = """
+{%- for message in messages %}
+{%- if message.role == "tool" %}{{ raise_exception("no tools here") }}{% endif %}
+{{- "# " + message.role + ": " + message.content + "\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "# assistant:" }}{% endif %}
+"""
+PROMPT = "def __init__(self"
+KEY = "the key"
+SLOTS, TOKENS, QUEUE, BODY_BYTES = 8, 1024, 56, 20_000
+
+
+def engine(**options: Any) -> xgdn.Engine:
+    torch.set_num_threads(1)
+    runner = xgdn.RunnerOptions(max_batch_size=SLOTS, max_cached_tokens=TOKENS, max_tokens_per_step=64)
+    return xgdn.Engine(CHECKPOINT, dtype=torch.float32, runner=runner, **options)
+
+
+@cache
+def single() -> xgdn.Engine:
+    """What a request must give when it runs by itself."""
+    return engine()
+
+
+def with_template(folder: Path) -> Path:
+    """The checkpoint with a chat template, in an empty folder."""
+    for file in CHECKPOINT.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@contextmanager
+def live(served: Any, model_dir: Path = CHECKPOINT, **settings: Any) -> Iterator[str]:
+    """The address of a server in a thread."""
+    settings = {"max_queue": QUEUE, "max_body_bytes": BODY_BYTES, "api_key": KEY} | settings
+    app = create_app(served, TOKENIZER, Settings(model_dir, "tiny", max_cached_tokens=TOKENS, **settings))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            wait_until(lambda: server.started)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true"
+        time.sleep(0.01)
+
+
+def metrics(url: str) -> dict[str, float]:
+    """Samples by name, or by name and label value: `xgdn_errors_total queue_full`."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    return {" ".join([s.name, *s.labels.values()]): s.value for family in families for s in family.samples}
+
+
+def is_at_rest(url: str) -> bool:
+    now = metrics(url)
+    gauges = ("slots_used", "kv_blocks_used", "requests_running", "requests_waiting")
+    return all(now[f"xgdn_{name}"] == 0 for name in gauges)
+
+
+def post(url: str, body: Any, path: str = "/v1/completions", key: str = KEY) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(url + path, content=content, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+
+def tokens_of(prompt: str | list[int]) -> list[int]:
+    ids: list[int] = TOKENIZER.encode(prompt).ids if isinstance(prompt, str) else prompt
+    return ids
+
+
+def continuation(ids: list[int], tokens: list[int]) -> str:
+    return str(TOKENIZER.decode(ids + tokens))[len(TOKENIZER.decode(ids)) :]
+
+
+def want(prompt: str | list[int], count: int = 16, **sampling: Any) -> str:
+    ids = tokens_of(prompt)
+    params = xgdn.SamplingParams(**sampling)
+    (result,) = single().generate([ids], max_new_tokens=count, sampling=params, ignore_eos=True)
+    return continuation(ids, result.tokens)
+
+
+IGNORE_EOS = {"ignore_eos": True}
+
+
+GOOD: dict[str, Any] = {"model": "tiny", "prompt": "a"}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
+
+
+class SteppedEngine:
+    """The engine with a gate before each step, and steps that fail on demand."""
+
+    def __init__(self) -> None:
+        self._engine = engine()
+        self._allowed = threading.Semaphore(0)
+        self._is_open = False
+        self.failures = 0
+        self.num_steps = 0
+        self.cancelled: set[int | None] = set()  # branches
+
+    def allow(self, num_steps: int) -> None:
+        self._allowed.release(num_steps)
+
+    def open(self) -> None:
+        self._is_open = True
+        self.allow(1)
+
+    def close(self) -> None:
+        """Hold the steps that have not begun."""
+        self._is_open = False
+        while self._allowed.acquire(blocking=False):
+            pass
+
+    def step(self) -> list[xgdn.RequestEvent]:
+        assert self._is_open or self._allowed.acquire(timeout=60)
+        self.num_steps += 1
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("the step broke")
+        return self._engine.step()
+
+    def cancel(self, request_id: int, branch: int | None = None) -> bool:
+        self.cancelled.add(branch)
+        return self._engine.cancel(request_id, branch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+@contextmanager
+def live_stepped(**settings: Any) -> Iterator[tuple[SteppedEngine, str]]:
+    """A server whose steps wait to be allowed."""
+    stepped = SteppedEngine()
+    with live(stepped, **settings) as url:
+        try:
+            yield stepped, url
+        finally:
+            stepped.open()
