@@ -144,7 +144,7 @@ SequenceStep Runner::describe(const ScheduledPiece& piece) const {
                     .state_slots = {read_slot},
                     .write_slot = slot,
                     .conv_slot = read_slot,
-                    .kv_blocks = s.kv_blocks};
+                    .kv_blocks = s.kv_blocks()};
   if (s.is_prefilled()) {
     step.kind = SegmentKind::kDecode;
     step.tokens = {s.generated.back()};
@@ -224,8 +224,7 @@ std::vector<RequestEvent> Runner::step() {
     };
     for (const ScheduledPiece& piece : pieces) {
       fail(*piece.sequence);
-      if (piece.sequence->branch > 0) continue;
-      for (const Sequence* branch : scheduler_.tokenless_branches(piece.sequence->id)) fail(*branch);
+      for (const Sequence* branch : scheduler_.tokenless_siblings(*piece.sequence)) fail(*branch);
     }
   }
   for (const RequestEvent& event : moved) {
