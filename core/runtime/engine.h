@@ -41,7 +41,7 @@ class Engine {
 
   RequestId submit(Request request) { return runner_.submit(std::move(request)); }
   std::vector<RequestEvent> step() { return runner_.step(); }
-  bool cancel(RequestId id) { return runner_.cancel(id); }
+  bool cancel(RequestId id, std::optional<int64_t> branch = {}) { return runner_.cancel(id, branch); }
   bool is_idle() const { return runner_.is_idle(); }
   std::vector<GenerationResult> generate(const std::vector<Request>& requests) { return runner_.generate(requests); }
 

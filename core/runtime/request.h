@@ -40,7 +40,7 @@ struct RequestEvent {
   FinishReason finish_reason = FinishReason::kRunning;
   std::string error;                 // with kError
   std::optional<Logprobs> logprobs;  // of the new token, where sampling.logprobs asks for them
-  int64_t branch = 0;                // of n; branches beyond the first have events from their first token on
+  int64_t branch = 0;                // of n; while the prompt is computed, the branch that computes it
 };
 
 /// A finished request, or one branch of it.

@@ -86,6 +86,12 @@ void Runner::check(const Request& request) const {
   }
   request.sampling.check();
   scheduler_.check_fits(request);
+  const int64_t num_positions = model_->config().max_position_embeddings;
+  const auto prompt = static_cast<int64_t>(request.prompt.size());
+  if (num_positions > 0 && request.max_new_tokens > num_positions - prompt) {  // the sum could overflow
+    throw RequestError(c10::str("[submit] prompt: expected prompt + max_new_tokens to be at most ", num_positions,
+                                ", the model's max_position_embeddings, got ", prompt, " + ", request.max_new_tokens));
+  }
 }
 
 RequestId Runner::submit(Request request) {
@@ -105,10 +111,13 @@ void Runner::forget(RequestId id, int64_t branch) {
   if (branches->second.empty()) alive_.erase(branches);
 }
 
-bool Runner::cancel(RequestId id) {
+bool Runner::cancel(RequestId id, std::optional<int64_t> branch) {
   std::lock_guard lock(mutex_);
-  if (!alive_.contains(id)) return false;
-  to_cancel_.insert(id);
+  const auto branches = alive_.find(id);
+  if (branches == alive_.end() || (branch && !branches->second.contains(*branch))) return false;
+  for (int64_t alive : branches->second) {
+    if (!branch || alive == *branch) to_cancel_.insert({id, alive});
+  }
   return true;
 }
 
@@ -123,14 +132,12 @@ std::vector<RequestEvent> Runner::take_inbox() {
   for (auto& sequence : submitted_) scheduler_.add(std::move(sequence));
   submitted_.clear();
   std::vector<RequestEvent> events;
-  for (RequestId id : to_cancel_) {
-    const auto branches = alive_.find(id);
-    if (branches == alive_.end()) continue;
-    for (int64_t branch : branches->second) {
-      events.push_back(event_of(*scheduler_.remove(id, branch)));
-      events.back().finish_reason = FinishReason::kCancelled;
-    }
-    alive_.erase(branches);
+  for (const auto& [id, branch] : to_cancel_) {
+    const std::unique_ptr<Sequence> removed = scheduler_.remove(id, branch);
+    if (!removed) continue;  // it ended in the step that was under way
+    events.push_back(event_of(*removed));
+    events.back().finish_reason = FinishReason::kCancelled;
+    forget(id, branch);
   }
   to_cancel_.clear();
   return events;
@@ -224,7 +231,7 @@ std::vector<RequestEvent> Runner::step() {
     };
     for (const ScheduledPiece& piece : pieces) {
       fail(*piece.sequence);
-      for (const Sequence* branch : scheduler_.tokenless_siblings(*piece.sequence)) fail(*branch);
+      for (const Sequence* branch : scheduler_.tokenless_branches(*piece.sequence)) fail(*branch);
     }
   }
   for (const RequestEvent& event : moved) {

@@ -6,8 +6,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/models/hybrid_decoder.h"
@@ -34,15 +36,17 @@ class Runner {
   Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);
 
   /// Queues a request. Throws RequestError or RangeError when it can never be served: empty prompt, token outside the
-  /// vocabulary, more tokens than the pools hold, sampling parameter out of range.
+  /// vocabulary, more tokens than the model has positions or the pools hold, sampling parameter out of range.
   RequestId submit(Request request);
 
   /// One model step. Every request that moved has one event; a request ends with an event whose finish_reason is not
   /// kRunning. A failing request does not touch the others; a failing step fails the requests that were in it.
   std::vector<RequestEvent> step();
 
-  /// Ends a request; its last event comes with the next step. False when it is not there (any more).
-  bool cancel(RequestId id);
+  /// Ends a request, or one branch of it; the last events come with the next step, which also frees slots and blocks.
+  /// The tokens of the other branches do not change: when the branch that computes the prompt ends, the next one goes
+  /// on from where it was. False when it is not there (any more).
+  bool cancel(RequestId id, std::optional<int64_t> branch = {});
 
   /// True when no request waits or runs.
   bool is_idle() const;
@@ -85,9 +89,9 @@ class Runner {
 
   mutable std::mutex mutex_;  // guards what follows
   RequestId next_id_ = 1;
-  std::vector<std::unique_ptr<Sequence>> submitted_;  // not yet with the scheduler
-  std::map<RequestId, std::set<int64_t>> alive_;      // branches, submitted and not finished
-  std::set<RequestId> to_cancel_;
+  std::vector<std::unique_ptr<Sequence>> submitted_;   // not yet with the scheduler
+  std::map<RequestId, std::set<int64_t>> alive_;       // branches, submitted and not finished
+  std::set<std::pair<RequestId, int64_t>> to_cancel_;  // branches that were alive when asked
 };
 
 }  // namespace xgdn

@@ -161,7 +161,7 @@ void Scheduler::admit() {
   }
 }
 
-std::vector<Sequence*> Scheduler::tokenless_siblings(const Sequence& sequence) const {
+std::vector<Sequence*> Scheduler::tokenless_branches(const Sequence& sequence) const {
   std::vector<Sequence*> siblings;
   for (const auto& s : running_) {
     if (s->id == sequence.id && s.get() != &sequence && s->generated.empty()) siblings.push_back(s.get());
@@ -170,7 +170,7 @@ std::vector<Sequence*> Scheduler::tokenless_siblings(const Sequence& sequence) c
 }
 
 std::vector<Sequence*> Scheduler::fork(const Sequence& computed) {
-  const std::vector<Sequence*> branches = tokenless_siblings(computed);
+  const std::vector<Sequence*> branches = tokenless_branches(computed);
   const std::vector<int32_t>& last = computed.own_kv.blocks;
   for (Sequence* branch : branches) {
     branch->is_parked = false;

@@ -83,7 +83,7 @@ class Scheduler {
   void advance(Sequence& sequence, int64_t count);
 
   /// The other branches of its request that have no token yet.
-  std::vector<Sequence*> tokenless_siblings(const Sequence& sequence) const;
+  std::vector<Sequence*> tokenless_branches(const Sequence& sequence) const;
 
   /// Takes a sequence out, wherever it is, and frees what it holds; nullptr when there is none of that id. When it was
   /// to compute the prompt, the next branch goes on in its place.

@@ -104,9 +104,12 @@ class Engine:
         """Run one model step: an event for every request that moved."""
         return self._engine.step()
 
-    def cancel(self, request_id: int) -> bool:
-        """End a request with the next step; False when it is not there."""
-        return self._engine.cancel(request_id)
+    def cancel(self, request_id: int, branch: int | None = None) -> bool:
+        """End a request, or one of its n branches, with the next step; False when it is not there.
+
+        The tokens of the other branches do not change, whether or not the prompt is computed already.
+        """
+        return self._engine.cancel(request_id, branch)
 
     def is_idle(self) -> bool:
         """True when no request waits or runs."""

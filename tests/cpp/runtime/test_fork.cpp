@@ -25,16 +25,35 @@ std::vector<int32_t> random_prompt(uint64_t seed, int64_t size) {
   return prompt;
 }
 
+const RunnerOptions kAlone{.max_batch_size = 1, .max_cached_tokens = 1024};
+
 class ForkTest : public ::testing::Test {
  protected:
   ForkTest() : config_(tiny_config()), model_(tiny_model(config_, tiny_weights(config_))) {}
 
-  /// The same request with the seed of one branch, with a runner of its own; its last logits too.
-  GenerationResult alone(Request request, int64_t branch) const {
+  /// The same request with the seed of one branch, with a runner of its own.
+  GenerationResult alone(Request request, int64_t branch, const RunnerOptions& options = kAlone) const {
     request.n = 1;
     request.sampling.seed += static_cast<uint64_t>(branch);
-    Runner runner(model_, {.max_batch_size = 1, .max_cached_tokens = 1024});
+    Runner runner(model_, options);
     return runner.generate({request}).at(0);
+  }
+
+  /// What is left of a runner's requests, to the end.
+  static std::map<Branch, GenerationResult> drain(Runner& runner, std::map<Branch, GenerationResult> results = {}) {
+    while (!runner.is_idle()) book(runner.step(), results);
+    return results;
+  }
+
+  static void book(const std::vector<RequestEvent>& events, std::map<Branch, GenerationResult>& results) {
+    for (const RequestEvent& event : events) {
+      GenerationResult& result = results[{event.id, event.branch}];
+      result.branch = event.branch;
+      if (event.token) result.tokens.push_back(*event.token);
+      if (event.logprobs) result.logprobs.push_back(*event.logprobs);
+      result.finish_reason = event.finish_reason;
+      result.error = event.error;
+    }
   }
 
   /// The same tokens, and the same numbers up to what a matrix product of more rows rounds otherwise.
@@ -151,6 +170,113 @@ TEST_F(ForkTest, CancelEndsEveryBranch) {
   }
 }
 
+TEST_F(ForkTest, CancelOfABranchLeavesTheOthersAlone) {
+  const RunnerOptions options{
+      .max_batch_size = 4, .max_cached_tokens = 1024, .max_tokens_per_step = 64, .poison_freed_slots = true};
+  const Request request{.prompt = random_prompt(4, 100),
+                        .max_new_tokens = 10,
+                        .sampling = {.temperature = 1.0, .seed = 5, .logprobs = 0},
+                        .n = 3};
+  for (const int64_t branch : {0, 1, 2}) {
+    for (const int num_steps : {0, 1, 2, 3, 5}) {  // waiting, half of the prompt, forked, after the first step, later
+      SCOPED_TRACE(::testing::Message() << "branch " << branch << " after " << num_steps << " steps");
+      Runner runner(model_, options);
+      const RequestId id = runner.submit(request);
+      std::map<Branch, GenerationResult> results;
+      for (int i = 0; i < num_steps; ++i) book(runner.step(), results);
+      EXPECT_TRUE(runner.cancel(id, branch));
+      book(runner.step(), results);
+      EXPECT_EQ(results.at({id, branch}).finish_reason, FinishReason::kCancelled);
+      EXPECT_FALSE(runner.cancel(id, branch));
+      EXPECT_EQ(runner.num_free_slots(), 2);
+      EXPECT_EQ(runner.num_free_kv_blocks(), 64 - 7 - 1)
+          << "a branch with the whole prompt, and the own block of another";
+      int num_further_steps = 0;
+      for (; !runner.is_idle(); ++num_further_steps) book(runner.step(), results);
+      // The branch that computed the prompt waits for a step while the others read its slot.
+      const int num_waits = branch == 0 && num_steps >= 2 ? 0 : 1;
+      EXPECT_EQ(num_steps + 1 + num_further_steps, 2 + 9 + num_waits) << "the prompt has two pieces, computed once";
+      for (const auto& [key, result] : results) {
+        if (key.second != branch) expect_like_alone(result, request);
+      }
+      EXPECT_EQ(results.size(), 3u);
+      expect_all_free(runner, options);
+    }
+  }
+}
+
+TEST_F(ForkTest, TheBranchThatTakesOverThePromptHasTheBitsOfASingleRun) {
+  const RunnerOptions options{
+      .max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64, .poison_freed_slots = true};
+  const Request request{
+      .prompt = random_prompt(4, 180), .max_new_tokens = 12, .sampling = {.temperature = 1.0, .logprobs = 0}, .n = 3};
+  const GenerationResult want = alone(request, 2, options);
+  for (const int first_steps : {0, 1, 2}) {
+    for (const int further_steps : {0, 1}) {
+      if (first_steps + further_steps > 2) continue;
+      Runner runner(model_, options);
+      const RequestId id = runner.submit(request);
+      for (int i = 0; i < first_steps; ++i) runner.step();
+      EXPECT_TRUE(runner.cancel(id, 0));
+      for (int i = 0; i < further_steps; ++i) runner.step();
+      EXPECT_TRUE(runner.cancel(id, 1));
+      const std::map<Branch, GenerationResult> results = drain(runner);
+      const GenerationResult& got = results.at({id, 2});
+      EXPECT_EQ(got.tokens, want.tokens);
+      ASSERT_EQ(got.logprobs.size(), want.logprobs.size());
+      for (size_t i = 0; i < got.logprobs.size(); ++i) EXPECT_EQ(got.logprobs[i].chosen, want.logprobs[i].chosen);
+      expect_all_free(runner, options);
+    }
+  }
+}
+
+TEST_F(ForkTest, EveryBranchCanBeCancelledByItself) {
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
+  const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .n = 3};
+  for (const int num_steps : {0, 1, 2, 3}) {
+    Runner runner(model_, options);
+    const RequestId id = runner.submit(request);
+    for (int i = 0; i < num_steps; ++i) runner.step();
+    for (const int64_t branch : {1, 0, 2}) EXPECT_TRUE(runner.cancel(id, branch));
+    EXPECT_FALSE(runner.cancel(id, 3));
+    EXPECT_FALSE(runner.cancel(id, -1));
+    EXPECT_EQ(runner.step().size(), 3u);
+    expect_all_free(runner, options);
+  }
+}
+
+TEST_F(ForkTest, AWaitingRequestNeedsNoSlotForACancelledBranch) {
+  Runner runner(model_, {.max_batch_size = 3, .max_cached_tokens = 1024});
+  runner.submit({.prompt = random_prompt(1, 5), .max_new_tokens = 100});
+  const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .sampling = {.logprobs = 0}, .n = 3};
+  const RequestId id = runner.submit(request);
+  runner.step();
+  EXPECT_EQ(runner.num_free_slots(), 2) << "three branches wait for three slots";
+  EXPECT_TRUE(runner.cancel(id, 0));
+  std::map<Branch, GenerationResult> results;
+  book(runner.step(), results);
+  EXPECT_EQ(runner.num_free_slots(), 0);
+  results = drain(runner, results);
+  for (const int64_t branch : {1, 2}) expect_like_alone(results.at({id, branch}), request);
+}
+
+TEST_F(ForkTest, AFailureAfterTheTakeoverEndsEveryBranchThatIsLeft) {
+  Weights weights = tiny_weights(config_);
+  const at::Tensor norm = weights.at("model.norm.weight");
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 512, .max_tokens_per_step = 64};
+  Runner runner(tiny_model(config_, weights), options);
+  const RequestId id = runner.submit({.prompt = random_prompt(4, 150), .max_new_tokens = 10, .n = 3});
+  runner.step();
+  EXPECT_TRUE(runner.cancel(id, 0));
+  norm.resize_({3});
+  std::map<Branch, FinishReason> ended;
+  for (const RequestEvent& event : runner.step()) ended[{event.id, event.branch}] = event.finish_reason;
+  EXPECT_EQ(ended, (std::map<Branch, FinishReason>{{{id, 0}, FinishReason::kCancelled},
+                                                   {{id, 1}, FinishReason::kError},
+                                                   {{id, 2}, FinishReason::kError}}));
+  expect_all_free(runner, options);
+}
+
 TEST_F(ForkTest, AFailureBeforeTheForkEndsEveryBranch) {
   Weights weights = tiny_weights(config_);
   const at::Tensor norm = weights.at("model.norm.weight");
@@ -234,19 +360,15 @@ TEST_F(ForkTest, CancellingPreemptedBranchesLeavesTheOthersAlone) {
     const RequestId kept = runner.submit(older);
     const RequestId cancelled = runner.submit(forked);
     const RequestId last = runner.submit(waiting);
-    std::map<Branch, std::vector<int32_t>> tokens;
-    for (int i = 0; !runner.is_idle(); ++i) {
-      if (i == num_steps) {
-        EXPECT_GE(runner.num_preemptions(), 1) << "nothing was preempted before step " << i;
-        EXPECT_TRUE(runner.cancel(cancelled));
-      }
-      for (const RequestEvent& event : runner.step()) {
-        if (event.token) tokens[{event.id, event.branch}].push_back(*event.token);
-        EXPECT_NE(event.finish_reason, FinishReason::kError) << event.error;
-      }
+    std::map<Branch, GenerationResult> results;
+    for (int i = 0; i < num_steps; ++i) book(runner.step(), results);
+    EXPECT_GE(runner.num_preemptions(), 1) << "nothing was preempted in " << num_steps << " steps";
+    EXPECT_TRUE(runner.cancel(cancelled));
+    results = drain(runner, results);
+    EXPECT_EQ(results.at({kept, 0}).tokens, alone(older, 0).tokens);
+    for (const int64_t branch : {0, 1}) {
+      EXPECT_EQ(results.at({last, branch}).tokens, alone(waiting, branch).tokens);
     }
-    EXPECT_EQ((tokens[{kept, 0}]), alone(older, 0).tokens);
-    for (const int64_t branch : {0, 1}) EXPECT_EQ((tokens[{last, branch}]), alone(waiting, branch).tokens);
     expect_all_free(runner, options);
   }
 }
@@ -266,7 +388,8 @@ TEST_F(ForkTest, RandomRequestsInSmallPoolsHaveTheTokensOfSingleRuns) {
     Runner runner(model_, options);
     std::map<RequestId, Request> requests;
     std::map<Branch, GenerationResult> results;
-    while (requests.size() < 30 || !runner.is_idle()) {
+    for (int num_steps = 0; requests.size() < 30 || !runner.is_idle(); ++num_steps) {
+      ASSERT_LT(num_steps, 30 * 4 * (50 + 3)) << "longer than one branch after the other";
       if (requests.size() < 30 && draw(0, 3) == 0) {
         const Request request{.prompt = random_prompt(generator(), draw(1, 140)),
                               .max_new_tokens = draw(1, 50),
@@ -275,13 +398,8 @@ TEST_F(ForkTest, RandomRequestsInSmallPoolsHaveTheTokensOfSingleRuns) {
         requests[runner.submit(request)] = request;
       }
       if (!requests.empty() && draw(0, 60) == 0) runner.cancel(draw(1, std::ssize(requests)));
-      for (const RequestEvent& event : runner.step()) {
-        GenerationResult& result = results[{event.id, event.branch}];
-        EXPECT_EQ(result.finish_reason, FinishReason::kRunning) << "an event after the last one";
-        if (event.token) result.tokens.push_back(*event.token);
-        result.finish_reason = event.finish_reason;
-        result.error = event.error;
-      }
+      if (!requests.empty() && draw(0, 30) == 0) runner.cancel(draw(1, std::ssize(requests)), draw(0, 3));
+      book(runner.step(), results);
     }
     EXPECT_GE(runner.num_preemptions(), 10) << "seed " << seed;
     int64_t num_cancelled = 0;
