@@ -3,10 +3,12 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 namespace xgdn {
@@ -26,6 +28,19 @@ RequestEvent event_of(const Sequence& s) {
           .num_prefilled = std::min(s.num_computed, s.prompt_size()),
           .prompt_size = s.prompt_size(),
           .branch = s.branch};
+}
+
+// Some devices report an error once and then drop what they are given, so that whatever lay in memory is the result.
+bool computes(c10::Device device) {
+  if (device.is_cpu()) return true;
+  static std::atomic<int32_t> num_asked = 0;
+  try {
+    const int32_t number = ++num_asked;  // not what an earlier question left in memory
+    const at::Tensor twice = at::full({1}, number, at::kFloat).to(device).mul(2);
+    return twice.to(at::kCPU).item<float>() == 2 * static_cast<float>(number);
+  } catch (const std::exception&) {
+    return false;
+  }
 }
 
 const RunnerOptions& checked(const RunnerOptions& options) {
@@ -208,31 +223,47 @@ RequestEvent Runner::choose(Sequence& s, std::span<const float> logits) const {
   return event;
 }
 
+// The states of every sequence in the step may be half written, and with them what was to be forked. Where scheduling
+// itself failed, or the device is lost, nobody can go on.
+std::vector<RequestEvent> Runner::fail(const std::vector<ScheduledPiece>& pieces, const std::string& error) {
+  if (device_error_.empty() && !computes(model_->device())) {
+    device_error_ = c10::str("[step] device: expected one that computes, got ", model_->device(),
+                             " that has stopped; requests need a new process. Its error: ", error);
+  }
+  std::vector<const Sequence*> ended;
+  if (pieces.empty() || !device_error_.empty()) {
+    ended = scheduler_.youngest_first();
+  } else {
+    for (const ScheduledPiece& piece : pieces) {
+      ended.push_back(piece.sequence);
+      for (const Sequence* branch : scheduler_.tokenless_branches(*piece.sequence)) ended.push_back(branch);
+    }
+  }
+  std::vector<RequestEvent> events;
+  for (const Sequence* sequence : ended) {
+    events.push_back(event_of(*sequence));
+    events.back().finish_reason = FinishReason::kError;
+    events.back().error = device_error_.empty() ? error : device_error_;
+  }
+  return events;
+}
+
 std::vector<RequestEvent> Runner::step() {
   const c10::InferenceMode inference;
   std::vector<RequestEvent> events = take_inbox();
-  const std::vector<ScheduledPiece> pieces = scheduler_.schedule();
-  if (pieces.empty()) return events;
-
+  std::vector<ScheduledPiece> pieces;
   std::vector<RequestEvent> moved;
   try {
+    if (!device_error_.empty()) throw Error(device_error_);
+    pieces = scheduler_.schedule();
+    if (pieces.empty()) return events;
     std::vector<SequenceStep> sequences;
     for (const ScheduledPiece& piece : pieces) sequences.push_back(describe(piece));
     const BuiltStep built = builder_.build(sequences);
     const at::Tensor logits = model_->forward(built.input, model_state_).to(at::kCPU).contiguous();
     for (size_t i = 0; i < pieces.size(); ++i) advance(pieces[i], logits, built.logit_rows[i], moved);
   } catch (const std::exception& error) {
-    // The states of every sequence in the step may be half written, and with them what was to be forked.
-    moved.clear();
-    const auto fail = [&](const Sequence& sequence) {
-      moved.push_back(event_of(sequence));
-      moved.back().finish_reason = FinishReason::kError;
-      moved.back().error = error.what();
-    };
-    for (const ScheduledPiece& piece : pieces) {
-      fail(*piece.sequence);
-      for (const Sequence* branch : scheduler_.tokenless_branches(*piece.sequence)) fail(*branch);
-    }
+    moved = fail(pieces, error.what());
   }
   for (const RequestEvent& event : moved) {
     if (event.finish_reason == FinishReason::kRunning) continue;

@@ -9,6 +9,7 @@
 #include <optional>
 #include <set>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -40,7 +41,8 @@ class Runner {
   RequestId submit(Request request);
 
   /// One model step. Every request that moved has one event; a request ends with an event whose finish_reason is not
-  /// kRunning. A failing request does not touch the others; a failing step fails the requests that were in it.
+  /// kRunning. A failing request does not touch the others; a failing step fails the requests that were in it, and all
+  /// others, later ones too, when the device computes no more.
   std::vector<RequestEvent> step();
 
   /// Ends a request, or one branch of it; the last events come with the next step, which also frees slots and blocks.
@@ -77,6 +79,7 @@ class Runner {
   SequenceStep describe(const ScheduledPiece& piece) const;
   void advance(const ScheduledPiece& piece, const at::Tensor& logits, int64_t logit_row,
                std::vector<RequestEvent>& events);
+  std::vector<RequestEvent> fail(const std::vector<ScheduledPiece>& pieces, const std::string& error);
   RequestEvent choose(Sequence& sequence, std::span<const float> logits) const;
   bool is_stop_token(const Request& request, int32_t token) const;
 
@@ -86,6 +89,7 @@ class Runner {
   Scheduler scheduler_;
   BatchBuilder builder_;
   ModelState model_state_;
+  std::string device_error_;  // empty while the device computes
 
   mutable std::mutex mutex_;  // guards what follows
   RequestId next_id_ = 1;

@@ -215,6 +215,14 @@ std::vector<ScheduledPiece> Scheduler::schedule() {
   return pieces;
 }
 
+std::vector<const Sequence*> Scheduler::youngest_first() const {
+  std::vector<const Sequence*> sequences;
+  for (const Queue* queue : {&waiting_, &running_}) {
+    for (auto it = queue->rbegin(); it != queue->rend(); ++it) sequences.push_back(it->get());
+  }
+  return sequences;
+}
+
 std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
   const auto is_it = [&](const std::unique_ptr<Sequence>& s) { return s->id == id && s->branch == branch; };
   for (Queue* queue : {&waiting_, &running_}) {

@@ -85,6 +85,9 @@ class Scheduler {
   /// The other branches of its request that have no token yet.
   std::vector<Sequence*> tokenless_branches(const Sequence& sequence) const;
 
+  /// Everybody who waits or runs, in an order in which they can be removed without their cache being read.
+  std::vector<const Sequence*> youngest_first() const;
+
   /// Takes a sequence out, wherever it is, and frees what it holds; nullptr when there is none of that id. When it was
   /// to compute the prompt, the next branch goes on in its place.
   std::unique_ptr<Sequence> remove(RequestId id, int64_t branch = 0);
