@@ -133,8 +133,12 @@ def test_a_kernel_that_fails_ends_the_requests_of_its_step(engines: Engines) -> 
     ids=["first piece of a prompt", "another piece", "decode", "decode, an op of ATen"],
 )
 def test_after_an_error_of_the_task_queue_nobody_gets_a_wrong_token(tmp_path: Path, op: str, steps_before: int) -> None:
-    """torch_npu's default mode: it raises the error once, at a later wait, and drops all that follows in silence."""
-    directory, _ = checkpoints.make(MODELS["qwen3_5"], tmp_path)
+    """torch_npu's default mode: it raises the error once, at a later wait, and drops all that follows in silence.
+
+    The model has no full attention, whose trial call the emulation now and then refuses in this mode.
+    """
+    layers = {"layer_types": ["linear_attention"] * 4}
+    directory, _ = checkpoints.make(replace(DENSE, changes=HEAD_DIMS | layers), tmp_path)
     code = f"""
 import ledger, xgdn
 
@@ -155,13 +159,11 @@ def step():
 for _ in range({steps_before}):
     step()
 with ledger.switched(FAIL="{op}"):
-    step()
-    torch.npu.default_stream().query()
-while not engine.is_idle():
-    step()
+    while not engine.is_idle():
+        step()
 print(all(tokens[id] == want[: len(tokens[id])] and len(tokens[id]) < 12 for id in ids))
 print(all(ended[id].finish_reason == xgdn.FinishReason.ERROR and "aclnn{op}" in ended[id].error for id in ids))
-(later,) = engine.generate([[1] * 150], max_new_tokens=12)
+(later,) = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True)
 print(later.tokens, later.finish_reason, "npu:0 that has stopped" in later.error, "aclnn{op}" in later.error)
 print(engine.num_free_slots)
 """
