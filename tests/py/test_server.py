@@ -518,7 +518,7 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones() -> None:
 
 def test_sigterm_ends_running_requests_at_the_limit() -> None:
     with command("--shutdown-seconds", "1") as (process, url), ThreadPoolExecutor(1) as clients:
-        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 16000})
+        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 8000})
         wait_until(lambda: metrics(url)["xgdn_requests_running"] == 1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(6) == 0
