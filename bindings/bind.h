@@ -7,6 +7,7 @@
 namespace xgdn {
 
 void bind_errors(nanobind::module_& m);
+void bind_kernels(nanobind::module_& m);
 void bind_layers(nanobind::module_& m);
 void bind_runtime(nanobind::module_& m);
 

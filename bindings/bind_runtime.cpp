@@ -265,6 +265,7 @@ void bind_engine(nb::module_& m) {
       .def_ro("kv_block_bytes", &Plan::kv_block_bytes, "One block of the KV cache.")
       .def_ro("num_kv_blocks", &Plan::num_kv_blocks)
       .def_ro("kv_block_size", &Plan::kv_block_size, "Tokens of a block.")
+      .def_ro("max_context", &Plan::max_context, "Tokens of the longest sequence that is served; 0: any.")
       .def_prop_ro("state_bytes", &Plan::state_bytes)
       .def_prop_ro("kv_bytes", &Plan::kv_bytes)
       .def_prop_ro(

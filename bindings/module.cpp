@@ -8,6 +8,7 @@ NB_MODULE(_C, m) {
   nanobind::set_leak_warnings(false);  // interactive shells and test runners keep objects beyond the interpreter's end
   m.doc() = "The C++ classes of xgdn. The package xgdn documents and re-exports what is meant for users.";
   xgdn::bind_errors(m);
+  xgdn::bind_kernels(m);
   xgdn::bind_layers(m);
   xgdn::bind_runtime(m);
 }

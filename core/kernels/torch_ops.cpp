@@ -357,14 +357,6 @@ std::vector<Tensor> build_chunk_metadata_op(at::IntArrayRef lengths, int64_t num
   });
 }
 
-using ReportRow = std::tuple<std::string, std::string, std::optional<std::string>, bool>;
-
-std::vector<ReportRow> doctor_op() {
-  std::vector<ReportRow> rows;
-  for (const BackendReport& r : doctor()) rows.emplace_back(r.op, r.backend, r.why_not, r.is_selected);
-  return rows;
-}
-
 }  // namespace
 
 TORCH_LIBRARY(xgdn, m) {
@@ -439,10 +431,9 @@ TORCH_LIBRARY(xgdn, m) {
   m.def("default_backend(str phase) -> str", [](const std::string& phase) {
     return with_torch_errors([&] { return default_backend(phase_named(phase)); });
   });
-  m.def("available_backends() -> str[]", [] { return available_backends(); });
+  m.def("available_backends() -> str[]", [] { return with_torch_errors([] { return available_backends(); }); });
   m.def("last_backend(str op) -> str",
         [](const std::string& op) { return with_torch_errors([&] { return last_backend(op); }); });
-  m.def("doctor", [] { return doctor_op(); });
 }
 
 TORCH_LIBRARY_IMPL(xgdn, CPU, m) {

@@ -37,7 +37,7 @@ struct ModelConfig {
   bool tie_word_embeddings = false;     // the head is the token embedding
   double rope_theta = 10000.0;          // base of the rotary frequencies
   double partial_rotary_factor = 0.25;  // share of head_dim that rotates
-  int64_t max_position_embeddings = 0;  // longest sequence the model was made for
+  int64_t max_position_embeddings = 0;  // longest sequence the model was made for; 0: any
 
   int64_t linear_conv_kernel_dim = 0;  // W
   int64_t linear_key_head_dim = 0;     // K

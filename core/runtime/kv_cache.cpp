@@ -48,18 +48,22 @@ std::vector<int32_t> KvCache::allocate(int64_t count) {
   return blocks;
 }
 
-int64_t& KvCache::held(const char* what, int32_t block) {
+int64_t KvCache::held(const char* what, int32_t block) const {
   if (block >= 0 && block < num_blocks() && ref_counts_[block] > 0) return ref_counts_[block];
   throw RangeError(c10::str("[KvCache] ", what, ": expected a held block, got ", block));
 }
 
 void KvCache::share(const std::vector<int32_t>& blocks) {
-  for (int32_t block : blocks) ++held("share", block);
+  for (int32_t block : blocks) {
+    held("share", block);
+    ++ref_counts_[block];
+  }
 }
 
 void KvCache::release(const std::vector<int32_t>& blocks) {
   for (int32_t block : blocks) {
-    if (--held("release", block) == 0) free_.push_back(block);
+    held("release", block);
+    if (--ref_counts_[block] == 0) free_.push_back(block);
   }
 }
 

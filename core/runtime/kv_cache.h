@@ -35,6 +35,9 @@ class KvCache {
   /// One holder less of each block; the last one frees it. Throws RangeError for a block that nobody holds.
   void release(const std::vector<int32_t>& blocks);
 
+  /// Throws RangeError for a block that nobody holds.
+  int64_t ref_count(int32_t block) const { return held("ref_count", block); }
+
   /// Copies the keys and values of one held block to another. Throws RangeError for a block that nobody holds.
   void copy(int32_t from, int32_t to);
 
@@ -53,7 +56,7 @@ class KvCache {
   std::vector<KvPool>& layers() { return layers_; }                                // the pools, in layer order
 
  private:
-  int64_t& held(const char* what, int32_t block);  // the reference count of a block that somebody holds
+  int64_t held(const char* what, int32_t block) const;  // the reference count of a block that somebody holds
 
   at::Tensor rows_of(const char* what, const std::vector<int32_t>& blocks);  // of held blocks, i64
 

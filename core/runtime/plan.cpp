@@ -127,7 +127,9 @@ Plan make_plan(const ModelConfig& config, const Checkpoint& checkpoint, DecoderO
             .step_context_bytes = has_attention ? widths.context() : 0,
             .step_mask_bytes = has_attention ? 1 + 2 * widths.e : 0,
             .max_tokens_per_step = runner.max_tokens_per_step};
-  plan.max_context = plan.num_kv_blocks * plan.kv_block_size;
+  plan.max_context = config.max_position_embeddings;
+  const int64_t capacity = plan.num_kv_blocks * plan.kv_block_size;
+  if (has_attention && (plan.max_context == 0 || capacity < plan.max_context)) plan.max_context = capacity;
   return plan;
 }
 

@@ -28,7 +28,7 @@ struct Plan {
   int64_t step_context_bytes = 0;  // per token of the longest context, gathered from its blocks
   int64_t step_mask_bytes = 0;     // per pair of a token and a context token
   int64_t max_tokens_per_step = 0;
-  int64_t max_context = 0;  // tokens of the longest sequence that the KV cache holds
+  int64_t max_context = 0;  // tokens of the longest sequence that is served; 0: any
 
   int64_t state_bytes() const { return num_state_slots * state_slot_bytes; }  // of all slots
   int64_t kv_bytes() const { return num_kv_blocks * kv_block_bytes; }         // of all blocks

@@ -4,10 +4,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <utility>
 
@@ -44,6 +46,19 @@ StepStats count(const std::vector<ScheduledPiece>& pieces) {
     (piece.sequence->is_prefilled() ? stats.num_decodes : stats.num_prefill_tokens) += piece.count;
   }
   return stats;
+}
+
+// Some devices report an error once and then drop what they are given, so that whatever lay in memory is the result.
+bool computes(c10::Device device) {
+  if (device.is_cpu()) return true;
+  static std::atomic<int32_t> num_asked = 0;
+  try {
+    const int32_t number = ++num_asked;  // not what an earlier question left in memory
+    const at::Tensor twice = at::full({1}, number, at::kFloat).to(device).mul(2);
+    return twice.to(at::kCPU).item<float>() == 2 * static_cast<float>(number);
+  } catch (const std::exception&) {
+    return false;
+  }
 }
 
 const RunnerOptions& checked(const RunnerOptions& options) {
@@ -104,6 +119,12 @@ void Runner::check(const Request& request) const {
   }
   request.sampling.check();
   scheduler_.check_fits(request);
+  const int64_t num_positions = model_->config().max_position_embeddings;
+  const auto prompt = static_cast<int64_t>(request.prompt.size());
+  if (num_positions > 0 && request.max_new_tokens > num_positions - prompt) {  // the sum could overflow
+    throw RequestError(c10::str("[submit] prompt: expected prompt + max_new_tokens to be at most ", num_positions,
+                                ", the model's max_position_embeddings, got ", prompt, " + ", request.max_new_tokens));
+  }
 }
 
 RequestId Runner::submit(Request request) {
@@ -163,7 +184,7 @@ SequenceStep Runner::describe(const ScheduledPiece& piece) const {
                     .state_slots = {read_slot},
                     .write_slot = slot,
                     .conv_slot = read_slot,
-                    .kv_blocks = s.kv_blocks};
+                    .kv_blocks = s.kv_blocks()};
   if (s.is_prefilled()) {
     step.kind = SegmentKind::kDecode;
     step.tokens = {s.generated.back()};
@@ -216,16 +237,42 @@ void Runner::choose(Sequence& s, std::span<const float> logits, RequestEvent& ev
   }
 }
 
+// The states of every sequence in the step may be half written, and with them what was to be forked. Where scheduling
+// itself failed, or the device is lost, nobody can go on.
+std::vector<RequestEvent> Runner::fail(const std::vector<ScheduledPiece>& pieces, const std::string& error) {
+  if (device_error_.empty() && !computes(model_->device())) {
+    device_error_ = c10::str("[step] device: expected one that computes, got ", model_->device(),
+                             " that has stopped; requests need a new process. Its error: ", error);
+  }
+  std::vector<const Sequence*> ended;
+  if (pieces.empty() || !device_error_.empty()) {
+    ended = scheduler_.youngest_first();
+  } else {
+    for (const ScheduledPiece& piece : pieces) {
+      ended.push_back(piece.sequence);
+      for (const Sequence* branch : scheduler_.tokenless_branches(*piece.sequence)) ended.push_back(branch);
+    }
+  }
+  std::vector<RequestEvent> events;
+  for (const Sequence* sequence : ended) {
+    events.push_back(event_of(*sequence));
+    events.back().finish_reason = FinishReason::kError;
+    events.back().error = device_error_.empty() ? error : device_error_;
+  }
+  return events;
+}
+
 std::vector<RequestEvent> Runner::step() {
   const c10::InferenceMode inference;
   const Stopwatch stopwatch;
   std::vector<RequestEvent> events = take_inbox();
-  const std::vector<ScheduledPiece> pieces = scheduler_.schedule();
-  if (pieces.empty()) return events;
-  last_step_ = count(pieces);
-
+  std::vector<ScheduledPiece> pieces;
   std::vector<RequestEvent> moved;
   try {
+    if (!device_error_.empty()) throw Error(device_error_);
+    pieces = scheduler_.schedule();
+    if (pieces.empty()) return events;
+    last_step_ = count(pieces);
     std::vector<SequenceStep> sequences;
     for (const ScheduledPiece& piece : pieces) sequences.push_back(describe(piece));
     const BuiltStep built = builder_.build(sequences);
@@ -243,17 +290,7 @@ std::vector<RequestEvent> Runner::step() {
       }
     });
   } catch (const std::exception& error) {
-    // The states of every sequence in the step may be half written, and with them what was to be forked.
-    moved.clear();
-    const auto fail = [&](const Sequence& sequence) {
-      moved.push_back(event_of(sequence));
-      moved.back().finish_reason = FinishReason::kError;
-      moved.back().error = error.what();
-    };
-    for (const ScheduledPiece& piece : pieces) {
-      fail(*piece.sequence);
-      for (const Sequence* branch : scheduler_.tokenless_branches(*piece.sequence)) fail(*branch);
-    }
+    moved = fail(pieces, error.what());
   }
   for (const RequestEvent& event : moved) {
     if (event.finish_reason == FinishReason::kRunning) continue;

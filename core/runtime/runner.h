@@ -9,6 +9,7 @@
 #include <optional>
 #include <set>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -47,11 +48,12 @@ class Runner {
   Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);
 
   /// Queues a request. Throws RequestError or RangeError when it can never be served: empty prompt, token outside the
-  /// vocabulary, more tokens than the pools hold, sampling parameter out of range.
+  /// vocabulary, more tokens than the model has positions or the pools hold, sampling parameter out of range.
   RequestId submit(Request request);
 
   /// One model step. Every request that moved has one event; a request ends with an event whose finish_reason is not
-  /// kRunning. A failing request does not touch the others; a failing step fails the requests that were in it.
+  /// kRunning. A failing request does not touch the others; a failing step fails the requests that were in it, and all
+  /// others, later ones too, when the device computes no more.
   std::vector<RequestEvent> step();
 
   /// Ends a request, or one branch of it; the last events come with the next step, which also frees slots and blocks.
@@ -98,6 +100,7 @@ class Runner {
   void advance(const ScheduledPiece& piece, int64_t logit_row, std::vector<RequestEvent>& events,
                std::vector<Choice>& choices);
   void choose(Sequence& sequence, std::span<const float> logits, RequestEvent& event) const;
+  std::vector<RequestEvent> fail(const std::vector<ScheduledPiece>& pieces, const std::string& error);
   bool is_stop_token(const Request& request, int32_t token) const;
 
   std::shared_ptr<const HybridDecoder> model_;
@@ -107,6 +110,7 @@ class Runner {
   BatchBuilder builder_;
   ModelState model_state_;
   StepStats last_step_;
+  std::string device_error_;  // empty while the device computes
 
   mutable std::mutex mutex_;  // guards what follows
   RequestId next_id_ = 1;

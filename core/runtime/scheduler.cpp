@@ -19,11 +19,13 @@ SamplingParams with_seed_of(SamplingParams params, int64_t branch) {
 }  // namespace
 
 Sequence::Sequence(RequestId request_id, Request r, int64_t branch_idx)
-    : id(request_id),
-      request(std::move(r)),
-      branch(branch_idx),
-      sampler(with_seed_of(request.sampling, branch)),
-      is_parked(branch > 0) {}
+    : id(request_id), request(std::move(r)), branch(branch_idx), sampler(with_seed_of(request.sampling, branch)) {}
+
+std::vector<int32_t> Sequence::kv_blocks() const {
+  std::vector<int32_t> blocks = prompt_kv->blocks;
+  blocks.insert(blocks.end(), own_kv.blocks.begin(), own_kv.blocks.end());
+  return blocks;
+}
 
 void SchedulerOptions::check() const {
   if (max_tokens_per_step >= kernel::kChunkSize) return;
@@ -50,57 +52,81 @@ void Scheduler::check_fits(const Request& request) const {
     throw RequestError(c10::str("[submit] n: expected at most ", states_.num_slots(),
                                 " branches, a state slot for each, got ", request.n));
   }
-  if (const int64_t blocks = blocks_of_all_branches(request); blocks > kv_.num_blocks()) {
-    throw RequestError(c10::str("[submit] n: expected ", request.n, " branches to fit into ", kv_.num_blocks(),
-                                " KV cache blocks, got ", blocks));
-  }
-}
-
-// Full blocks of the prompt are never written again.
-int64_t Scheduler::shared_blocks(const Request& request) const {
-  return kv_.blocks_for(1) == 0 ? 0 : static_cast<int64_t>(request.prompt.size()) / kv_.block_size();
-}
-
-int64_t Scheduler::own_blocks(const Request& request, bool is_parked) const {
-  const auto prompt = static_cast<int64_t>(request.prompt.size());
-  return kv_.blocks_for(prompt + request.max_new_tokens) - (is_parked ? shared_blocks(request) : 0);
-}
-
-int64_t Scheduler::blocks_of_all_branches(const Request& request) const {
-  return own_blocks(request, false) + (request.n - 1) * own_blocks(request, true);
 }
 
 void Scheduler::add(std::unique_ptr<Sequence> sequence) {
+  const bool has_older_branch = !waiting_.empty() && waiting_.back()->id == sequence->id;
+  sequence->is_parked = has_older_branch;
+  sequence->prompt_kv = has_older_branch ? waiting_.back()->prompt_kv : std::make_shared<KvRun>();
   waiting_.push_back(std::move(sequence));
 }
 
-// Blocks at admission: room for the first token after the prompt, or for all that several branches can need.
-int64_t Scheduler::first_blocks(const Sequence& sequence) const {
-  return sequence.grows() ? kv_.blocks_for(sequence.prompt_size() + 1)
-                          : own_blocks(sequence.request, sequence.is_parked);
+// Full blocks of the prompt are never written again once it is computed.
+int64_t Scheduler::prompt_blocks(const Sequence& sequence) const {
+  return std::max<int64_t>(kv_.blocks_for(sequence.prompt_size() + 1) - 1, 0);
 }
 
+// With room for its next token, or for the first after the prompt.
+int64_t Scheduler::own_blocks(const Sequence& sequence) const {
+  const int64_t num_tokens = std::max(sequence.prompt_size(), sequence.num_computed) + 1;
+  return kv_.blocks_for(num_tokens) - prompt_blocks(sequence);
+}
+
+bool Scheduler::fits(const Sequence& sequence) const {
+  const bool is_prompt_held = !sequence.prompt_kv->blocks.empty();
+  return own_blocks(sequence) + (is_prompt_held ? 0 : prompt_blocks(sequence)) <= kv_.num_free();
+}
+
+void Scheduler::swap_in(KvRun& run, int64_t num_blocks) {
+  if (!run.blocks.empty()) return kv_.share(run.blocks);
+  run.blocks = kv_.allocate(num_blocks);
+  if (!run.saved.empty()) kv_.restore(run.saved, run.blocks);
+  run.saved.clear();
+}
+
+// The last holder frees the blocks, and saves them first where somebody will need them again.
+void Scheduler::swap_out(KvRun& run, bool is_needed) {
+  if (run.blocks.empty()) return;
+  const bool is_last = kv_.ref_count(run.blocks.front()) == 1;
+  if (is_last && is_needed) run.saved = kv_.save(run.blocks);
+  kv_.release(run.blocks);
+  if (is_last) run.blocks.clear();
+}
+
+void Scheduler::vacate(Sequence& sequence, bool goes_on) {
+  if (!sequence.is_resident) return;
+  swap_out(sequence.own_kv, goes_on);
+  swap_out(*sequence.prompt_kv, goes_on || sequence.prompt_kv.use_count() > 1);
+  sequence.is_resident = false;
+}
+
+void Scheduler::copy_forked_state(Sequence& sequence) {
+  if (!sequence.forked_from) return;
+  states_.copy(*sequence.forked_from, *sequence.slot);
+  states_.release(*sequence.forked_from);
+  sequence.forked_from.reset();
+}
+
+// The branch that a state is forked from must not wait for one that does not run.
 void Scheduler::preempt(Sequence& sequence) {
-  sequence.saved_kv = kv_.save(sequence.kv_blocks);
-  kv_.release(sequence.kv_blocks);
-  sequence.kv_blocks.clear();
+  vacate(sequence, /*goes_on=*/true);
+  copy_forked_state(sequence);
   ++num_preemptions_;
 }
 
-// A free block for a sequence, taken from the youngest that can give; false when it is the youngest itself.
+// A free block for a sequence, taken from the youngest that have one; false when it is the youngest itself.
 bool Scheduler::make_room(const Sequence& sequence) {
   for (auto victim = running_.rbegin(); kv_.num_free() == 0 && victim->get() != &sequence; ++victim) {
-    if ((*victim)->grows() && !(*victim)->is_preempted()) preempt(**victim);
+    if ((*victim)->is_resident) preempt(**victim);
   }
   return kv_.num_free() > 0;
 }
 
 void Scheduler::grow() {
   for (const auto& sequence : running_) {
-    if (!sequence->grows() || sequence->is_preempted() || !sequence->is_prefilled()) continue;
-    if (kv_.blocks_for(sequence->num_computed + 1) <= std::ssize(sequence->kv_blocks)) continue;
+    if (!sequence->is_resident || own_blocks(*sequence) <= std::ssize(sequence->own_kv.blocks)) continue;
     if (make_room(*sequence)) {
-      sequence->kv_blocks.push_back(kv_.allocate(1).front());
+      sequence->own_kv.blocks.push_back(kv_.allocate(1).front());
     } else {
       preempt(*sequence);
     }
@@ -110,59 +136,52 @@ void Scheduler::grow() {
 // The oldest first, and nobody overtakes; false when one has to wait on.
 bool Scheduler::resume() {
   for (const auto& sequence : running_) {
-    if (!sequence->is_preempted()) continue;
-    const int64_t blocks = kv_.blocks_for(std::max(sequence->prompt_size(), sequence->num_computed) + 1);
-    if (blocks > kv_.num_free()) return false;
-    sequence->kv_blocks = kv_.allocate(blocks);
-    kv_.restore(*sequence->saved_kv, sequence->kv_blocks);
-    sequence->saved_kv.reset();
+    if (sequence->is_resident) continue;
+    if (!fits(*sequence)) return false;
+    swap_in(*sequence->prompt_kv, prompt_blocks(*sequence));
+    swap_in(sequence->own_kv, own_blocks(*sequence));
+    sequence->is_resident = true;
   }
   return true;
 }
 
+// The branches of a request are admitted together, with a slot for each. Blocks must be there for the first; the others
+// become resident like those that were preempted.
 void Scheduler::admit() {
-  while (!waiting_.empty()) {
-    // Branches come one after the other; some may have been cancelled.
-    int64_t num_branches = 0;
-    int64_t blocks = 0;
-    for (const auto& sequence : waiting_) {
-      if (sequence->id != waiting_.front()->id) break;
-      ++num_branches;
-      blocks += first_blocks(*sequence);
+  while (resume() && !waiting_.empty()) {
+    const RequestId id = waiting_.front()->id;
+    const auto is_other = [id](const std::unique_ptr<Sequence>& s) { return s->id != id; };
+    const auto end = std::find_if(waiting_.begin(), waiting_.end(), is_other);
+    if (end - waiting_.begin() > states_.num_free() || !fits(*waiting_.front())) return;
+    for (auto branch = waiting_.begin(); branch != end; ++branch) {
+      (*branch)->slot = states_.allocate();
+      running_.push_back(std::move(*branch));
     }
-    if (num_branches > states_.num_free() || blocks > kv_.num_free()) return;
-    for (int64_t i = 0; i < num_branches; ++i) {
-      std::unique_ptr<Sequence> sequence = std::move(waiting_.front());
-      waiting_.pop_front();
-      sequence->kv_blocks = kv_.allocate(first_blocks(*sequence));
-      sequence->slot = states_.allocate();
-      running_.push_back(std::move(sequence));
-    }
+    waiting_.erase(waiting_.begin(), end);
   }
 }
 
-std::vector<Sequence*> Scheduler::tokenless_branches(const Sequence& one) const {
-  std::vector<Sequence*> branches;
-  const auto look_at = [&](const std::unique_ptr<Sequence>& s) {
-    if (s->id == one.id && s.get() != &one && s->generated.empty()) branches.push_back(s.get());
-  };
-  std::for_each(waiting_.begin(), waiting_.end(), look_at);
-  std::for_each(running_.begin(), running_.end(), look_at);
-  return branches;
+std::vector<Sequence*> Scheduler::tokenless_branches(const Sequence& sequence) const {
+  std::vector<Sequence*> siblings;
+  for (const auto& s : running_) {
+    if (s->id == sequence.id && s.get() != &sequence && s->generated.empty()) siblings.push_back(s.get());
+  }
+  return siblings;
 }
 
-std::vector<Sequence*> Scheduler::fork(const Sequence& first) {
-  const std::vector<Sequence*> branches = tokenless_branches(first);
-  const int64_t num_shared = shared_blocks(first.request);
-  const std::vector<int32_t> shared(first.kv_blocks.begin(), first.kv_blocks.begin() + num_shared);
-  const bool is_last_partial = kv_.blocks_for(first.prompt_size()) > num_shared;
+std::vector<Sequence*> Scheduler::fork(const Sequence& computed) {
+  const std::vector<Sequence*> branches = tokenless_branches(computed);
+  const std::vector<int32_t>& last = computed.own_kv.blocks;
   for (Sequence* branch : branches) {
-    if (is_last_partial) kv_.copy(first.kv_blocks[num_shared], branch->kv_blocks[0]);
-    kv_.share(shared);
-    branch->kv_blocks.insert(branch->kv_blocks.begin(), shared.begin(), shared.end());
-    branch->forked_from = states_.share(*first.slot);
-    branch->num_computed = first.num_computed;
     branch->is_parked = false;
+    branch->num_computed = computed.num_computed;
+    branch->forked_from = states_.share(*computed.slot);
+    if (branch->is_resident) {
+      for (size_t i = 0; i < last.size(); ++i) kv_.copy(last[i], branch->own_kv.blocks[i]);
+    } else {
+      branch->own_kv.saved = kv_.save(last);
+      copy_forked_state(*branch);
+    }
   }
   return branches;
 }
@@ -175,17 +194,17 @@ void Scheduler::advance(Sequence& sequence, int64_t count) {
 
 std::vector<ScheduledPiece> Scheduler::schedule() {
   grow();
-  if (resume()) admit();
+  admit();
   std::vector<ScheduledPiece> pieces;
   for (const auto& sequence : running_) {
-    if (sequence->is_preempted()) continue;
-    // The first branch writes its slot again when the others have read it: one step later.
+    if (!sequence->is_resident) continue;
+    // The branch that computed the prompt writes its slot again when the others have read it: one step later.
     if (sequence->is_prefilled() && states_.ref_count(*sequence->slot) == 1) pieces.push_back({sequence.get(), 1});
   }
   const auto num_decodes = static_cast<int64_t>(pieces.size());
   int64_t budget = std::max(options_.max_tokens_per_step - num_decodes, kernel::kChunkSize);
   for (const auto& sequence : running_) {
-    if (sequence->is_prefilled() || sequence->is_parked || sequence->is_preempted()) continue;
+    if (sequence->is_prefilled() || sequence->is_parked || !sequence->is_resident) continue;
     int64_t count = sequence->prompt_size() - sequence->num_computed;
     // Only a prompt's last piece may end between multiples of the chunk size.
     if (count > budget) count = budget / kernel::kChunkSize * kernel::kChunkSize;
@@ -196,36 +215,33 @@ std::vector<ScheduledPiece> Scheduler::schedule() {
   return pieces;
 }
 
-// A parked branch is to have what only the one that computes the prompt owns: the slot with the state so far and the
-// blocks of the prompt. The leaving one gets the other's for it, so that as much is freed as a branch holds.
-void Scheduler::hand_over(Sequence& leaving) {
-  if (leaving.is_parked || leaving.is_prefilled()) return;
-  const std::vector<Sequence*> parked = tokenless_branches(leaving);
-  if (parked.empty()) return;
-  Sequence& heir = *parked.front();
-  std::swap(leaving.slot, heir.slot);
-  std::swap(leaving.kv_blocks, heir.kv_blocks);
-  std::swap(leaving.num_computed, heir.num_computed);
-  std::swap(leaving.is_parked, heir.is_parked);
+std::vector<const Sequence*> Scheduler::youngest_first() const {
+  std::vector<const Sequence*> sequences;
+  for (const Queue* queue : {&waiting_, &running_}) {
+    for (auto it = queue->rbegin(); it != queue->rend(); ++it) sequences.push_back(it->get());
+  }
+  return sequences;
 }
 
 std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
   const auto is_it = [&](const std::unique_ptr<Sequence>& s) { return s->id == id && s->branch == branch; };
-  std::unique_ptr<Sequence> removed;
-  if (auto it = std::find_if(waiting_.begin(), waiting_.end(), is_it); it != waiting_.end()) {
-    removed = std::move(*it);
-    waiting_.erase(it);
-  } else if (auto at = std::find_if(running_.begin(), running_.end(), is_it); at != running_.end()) {
-    removed = std::move(*at);
-    running_.erase(at);
-  } else {
-    return nullptr;
+  for (Queue* queue : {&waiting_, &running_}) {
+    auto it = std::find_if(queue->begin(), queue->end(), is_it);
+    if (it == queue->end()) continue;
+    if (const auto next = it + 1; next != queue->end() && (*next)->id == id && (*next)->is_parked) {
+      // Until the fork branches differ in number and sampler alone, and the first of them computes the prompt.
+      std::swap((*it)->branch, (*next)->branch);
+      std::swap((*it)->sampler, (*next)->sampler);
+      it = next;
+    }
+    std::unique_ptr<Sequence> removed = std::move(*it);
+    queue->erase(it);
+    vacate(*removed, /*goes_on=*/false);
+    if (removed->slot) states_.release(*removed->slot);
+    if (removed->forked_from) states_.release(*removed->forked_from);
+    return removed;
   }
-  hand_over(*removed);
-  if (removed->slot) states_.release(*removed->slot);
-  if (removed->forked_from) states_.release(*removed->forked_from);
-  kv_.release(removed->kv_blocks);
-  return removed;
+  return nullptr;
 }
 
 }  // namespace xgdn

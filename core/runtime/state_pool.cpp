@@ -76,6 +76,16 @@ void StatePool::release(SlotHandle handle) {
   }
 }
 
+void StatePool::copy(SlotHandle from, SlotHandle to) {
+  const int32_t source = slot(from);
+  const int32_t target = slot(to);
+  for (const GdnState& layer : layers_) {
+    for (const GdnState::Component& component : layer.components()) {
+      component.pool.select(0, target).copy_(component.pool.select(0, source));
+    }
+  }
+}
+
 int32_t StatePool::slot(SlotHandle handle) const {
   held(handle);
   return handle.slot;

@@ -37,6 +37,8 @@ class StatePool {
   SlotHandle share(SlotHandle handle);
   /// One holder less; the last one frees the slot. Throws StaleHandleError.
   void release(SlotHandle handle);
+  /// Copies the contents of one held slot to another. Throws StaleHandleError.
+  void copy(SlotHandle from, SlotHandle to);
   /// The slot's index. Throws StaleHandleError.
   int32_t slot(SlotHandle handle) const;
   /// Holders of the slot. Throws StaleHandleError.

@@ -82,9 +82,15 @@ class Reader:
         return torch.stack(logits, dim=1)
 
 
-def by_prefill(windows: Tensor) -> float:
-    engine = xgdn.Engine(MODEL, dtype=torch.float32)
-    return perplexity(torch.stack([engine.prompt_logits(window.tolist()) for window in windows]), windows)
+def by_prefill(
+    windows: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> float:
+    engine = xgdn.Engine(MODEL, dtype=dtype, state_dtype=state_dtype, device=device)
+    return perplexity(torch.stack([engine.prompt_logits(window.tolist()).cpu() for window in windows]), windows)
 
 
 def by_decode(windows: Tensor, state_dtype: torch.dtype) -> float:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from xgdn import _C
+
 _PHASES = ("prefill", "decode")
 
 
@@ -30,8 +32,12 @@ def last_backend(op: str) -> str:
 
 
 def doctor() -> list[BackendReport]:
-    """For every op and backend: is it able to serve the op here, and which one runs now."""
-    return [BackendReport(*row) for row in torch.ops.xgdn.doctor()]
+    """For every op and backend: is it able to serve the op here, and which one runs now.
+
+    Raises:
+        xgdn.errors.UnsupportedError: `XGDN_CPU_ISA` names no instruction set.
+    """
+    return [BackendReport(*row) for row in _C.doctor()]
 
 
 @contextmanager

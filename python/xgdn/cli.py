@@ -176,6 +176,8 @@ def _print_plan(planned: xgdn.Plan, limit: int | None, fits: dict[str, int]) -> 
         table.add_row(what, Text(str(num_bytes), justify="right"), _readable(num_bytes), parts)
     console = Console()
     console.print(table)
+    if planned.max_context:
+        console.print(f"a sequence may have {planned.max_context} tokens")
     for length, count in fits.items():
         console.print(Text(f"{count} sequences of {length} tokens fit into {limit} bytes"), soft_wrap=True)
 
@@ -354,7 +356,7 @@ def plan(
     lengths = length or [512, 2048, 8192]
     fits = {} if limit is None else {str(n): planned.max_sequences(n, limit) for n in lengths}
     if as_json:
-        names = [name for name in dir(planned) if name.endswith("_bytes") or name.startswith("num_")]
+        names = [name for name in dir(planned) if name.endswith("_bytes") or name.startswith(("num_", "max_context"))]
         numbers = {name: getattr(planned, name) for name in names}
         typer.echo(json.dumps({**numbers, "memory_limit": limit, "max_sequences": fits}))
     else:
@@ -461,7 +463,8 @@ def doctor(as_json: JsonOption = False) -> None:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-    reports = xgdn.doctor()
+    with _errors_in_one_line():
+        reports = xgdn.doctor()
     if as_json:
         typer.echo(json.dumps({**versions, "backends": [report._asdict() for report in reports]}))
         return

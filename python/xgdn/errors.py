@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed errors of the layer, models and engine.
+"""Typed errors of the layer, models, engine and doctor.
 
 `torch.ops.xgdn.*`, and with them `xgdn.ops` and the two functions with FLA's names, raise the Python built-ins that
 these derive from: `ValueError`, `TypeError`, `IndexError`, `NotImplementedError` and `RuntimeError`.

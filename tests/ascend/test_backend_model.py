@@ -10,14 +10,18 @@ times.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import checkpoints
+import ledger
 import xgdn
+from test_emulation import run_python
 
 HEAD_DIMS = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 DENSE, MOE, NEXT = (checkpoints.CHECKPOINTS[i] for i in (0, 2, 4))
@@ -97,3 +101,72 @@ def test_first_tokens_are_those_of_a_prompt_alone(engines: Engines) -> None:
     for prompt, result in zip(prompts, together, strict=True):
         (alone,) = engines.npu.generate([prompt], max_new_tokens=2, ignore_eos=True)
         assert alone.tokens[0] == result.tokens[0]
+
+
+# What a failing kernel does to the engine.
+
+FAILS = "RecurrentGatedDeltaRule"
+
+
+def test_a_kernel_that_fails_ends_the_requests_of_its_step(engines: Engines) -> None:
+    """Operators run where they are called, so the device goes on."""
+    prompt = make_prompts()[0]
+    (want,) = engines.npu.generate([prompt], max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    first = engines.npu.submit(xgdn.Request(prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True))
+    engines.npu.step()
+    second = engines.npu.submit(xgdn.Request(prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True))
+    with ledger.switched(FAIL=FAILS):
+        events = engines.npu.step()
+    assert [(event.id, event.finish_reason) for event in events] == [
+        (first, xgdn.FinishReason.ERROR),
+        (second, xgdn.FinishReason.ERROR),
+    ]
+    assert all("aclnn" + FAILS in event.error for event in events)
+    assert engines.npu.is_idle()
+    (again,) = engines.npu.generate([prompt], max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    assert (again.tokens, again.error) == (want.tokens, "")
+
+
+@pytest.mark.parametrize(
+    ("op", "steps_before"),
+    [("ChunkGatedDeltaRule", 0), ("ChunkGatedDeltaRule", 1), (FAILS, 4), ("Matmul", 5)],
+    ids=["first piece of a prompt", "another piece", "decode", "decode, an op of ATen"],
+)
+def test_after_an_error_of_the_task_queue_nobody_gets_a_wrong_token(tmp_path: Path, op: str, steps_before: int) -> None:
+    """torch_npu's default mode: it raises the error once, at a later wait, and drops all that follows in silence.
+
+    The model has no full attention, whose trial call the emulation now and then refuses in this mode.
+    """
+    layers = {"layer_types": ["linear_attention"] * 4}
+    directory, _ = checkpoints.make(replace(DENSE, changes=HEAD_DIMS | layers), tmp_path)
+    code = f"""
+import ledger, xgdn
+
+engine = xgdn.Engine("{directory}", device="npu:0", dtype=torch.bfloat16, state_dtype=torch.bfloat16,
+                     runner=xgdn.RunnerOptions(max_batch_size=2, max_tokens_per_step=64))
+request = xgdn.Request([1] * 150, max_new_tokens=12, ignore_eos=True)
+want = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True)[0].tokens
+ids = [engine.submit(request) for _ in range(3)]  # the third waits for a slot
+tokens, ended = {{id: [] for id in ids}}, {{}}
+
+def step():
+    for event in engine.step():
+        if event.token is not None:
+            tokens[event.id].append(event.token)
+        if event.finish_reason != xgdn.FinishReason.RUNNING:
+            ended[event.id] = event
+
+for _ in range({steps_before}):
+    step()
+with ledger.switched(FAIL="{op}"):
+    while not engine.is_idle():
+        step()
+print(all(tokens[id] == want[: len(tokens[id])] and len(tokens[id]) < 12 for id in ids))
+print(all(ended[id].finish_reason == xgdn.FinishReason.ERROR and "aclnn{op}" in ended[id].error for id in ids))
+(later,) = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True)
+print(later.tokens, later.finish_reason, "npu:0 that has stopped" in later.error, "aclnn{op}" in later.error)
+print(engine.num_free_slots)
+"""
+    in_tests_only = ("TASK_QUEUE_ENABLE", "PYTORCH_NO_NPU_MEMORY_CACHING")
+    environment = {name: value for name, value in os.environ.items() if name not in in_tests_only}
+    assert run_python(code, environment) == ["True", "True", "[] FinishReason.ERROR True True", "2"]

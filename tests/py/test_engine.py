@@ -57,6 +57,17 @@ def test_bad_requests_are_refused_with_a_sentence(
     assert engine.is_idle()
 
 
+def test_no_request_is_longer_than_the_model_has_positions(checkpoint: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "short"
+    shutil.copytree(checkpoint, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    engine = xgdn.Engine(directory)
+    with pytest.raises(errors.RequestError, match=r"at most 20, the model's max_position_embeddings, got 15 \+ 6"):
+        engine.submit(request([1] * 15, max_new_tokens=6))
+    assert len(engine.generate([[1] * 15], max_new_tokens=5, ignore_eos=True)[0].tokens) == 5
+
+
 def test_a_refused_prompt_refuses_the_whole_call(engine: xgdn.Engine) -> None:
     with pytest.raises(errors.RequestError):
         engine.generate([[1, 2], []])

@@ -125,6 +125,23 @@ def test_doctor_names_one_backend_per_op() -> None:
         assert {row.backend for row in xgdn.doctor() if row.is_selected} == {"reference"}
 
 
+def test_an_unknown_instruction_set_is_a_typed_error() -> None:
+    """The sets are read once a process, at the first question about a backend."""
+    program = """
+import torch, xgdn
+for ask in (xgdn.doctor, xgdn.available_backends, lambda: xgdn.ops.l2_norm(torch.zeros(1, 1, 16))):
+    try:
+        ask()
+    except NotImplementedError as error:
+        print(isinstance(error, xgdn.errors.UnsupportedError), str(error))
+"""
+    env = {**os.environ, "XGDN_CPU_ISA": "avx3"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    sentence = "XGDN_CPU_ISA: expected sse4, avx2, avx512, avx512_bf16 or amx, got 'avx3'"
+    # What goes through torch.ops raises the built-in.
+    assert done.stdout.splitlines() == [f"True {sentence}", f"False {sentence}", f"False {sentence}"]
+
+
 _PRINT_CHOICE = (
     "import torch, xgdn; xgdn.ops.l2_norm(torch.zeros(1, 1, 16)); print(repr(xgdn.last_backend('causal_conv1d')),"
     " xgdn.last_backend('l2_norm'), torch.ops.xgdn.default_backend('prefill'))"

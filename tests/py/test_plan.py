@@ -96,6 +96,16 @@ def test_the_command_prints_the_plan(checkpoint: Path) -> None:
     assert f"{plan.max_sequences(512, 2**30)} sequences of 512 tokens fit" in table
 
 
+def test_the_longest_sequence_is_that_of_the_model_or_of_the_cache(checkpoint: Path) -> None:
+    positions = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
+    for max_cached_tokens, longest in ((100, 112), (positions + 1000, positions)):
+        runner = xgdn.RunnerOptions(max_cached_tokens=max_cached_tokens)
+        assert xgdn.plan(checkpoint, runner=runner).max_context == longest
+        options = ["--max-cached-tokens", max_cached_tokens]
+        assert f"a sequence may have {longest} tokens" in run("plan", checkpoint, *options).stdout
+        assert json.loads(run("plan", checkpoint, *options, "--json").stdout)["max_context"] == longest
+
+
 def test_the_commands_refuse_what_does_not_fit(checkpoint: Path) -> None:
     refused = run("plan", checkpoint, "--memory-limit", "1KiB")
     assert refused.exit_code == 1

@@ -71,7 +71,7 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones() -> None:
 def test_sigterm_ends_running_requests_at_the_limit() -> None:
     options = ("--shutdown-seconds", "1", "--api-key", KEY)
     with command(*options, step_seconds=0.05) as (process, url), ThreadPoolExecutor(1) as clients:
-        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 16000})  # 800 seconds
+        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 8000})  # 400 seconds
         wait_until(lambda: metrics(url)["xgdn_requests_running"] == 1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

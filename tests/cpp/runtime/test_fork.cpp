@@ -2,6 +2,7 @@
 // Several replies to one prompt: branches that share the prompt's state and cache go on like requests of their own.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <random>
@@ -132,7 +133,7 @@ TEST_F(ForkTest, BranchesShareThePromptsBlocks) {
   runner.submit({.prompt = random_prompt(1, 1000), .max_new_tokens = 20, .n = 4});
   runner.step();
   EXPECT_EQ(runner.num_free_slots(), 0);
-  EXPECT_EQ(runner.num_free_kv_blocks(), 100 - 62 - 4 * 2) << "62 full blocks of the prompt, and two of each branch";
+  EXPECT_EQ(runner.num_free_kv_blocks(), 100 - 62 - 4) << "62 full blocks of the prompt, and one of each branch";
   while (!runner.is_idle()) runner.step();
   expect_all_free(runner, options);
 }
@@ -290,15 +291,136 @@ TEST_F(ForkTest, AFailureBeforeTheForkEndsEveryBranch) {
   expect_all_free(runner, options);
 }
 
-TEST_F(ForkTest, RefusesMoreBranchesThanFit) {
+TEST_F(ForkTest, RefusesMoreBranchesThanSlots) {
   Runner runner(model_, {.max_batch_size = 3, .max_cached_tokens = 128});
   const auto request = [](int64_t n, int64_t prompt) {
     return Request{.prompt = random_prompt(1, prompt), .max_new_tokens = 16, .n = n};
   };
   expect_error<RequestError>([&] { runner.submit(request(0, 5)); }, {"n: expected at least 1", "got 0"});
   expect_error<RequestError>([&] { runner.submit(request(4, 5)); }, {"n: expected at most 3", "got 4"});
-  expect_error<RequestError>([&] { runner.submit(request(3, 95)); }, {"8 KV cache blocks", "got 11"});
-  EXPECT_EQ(runner.generate({request(3, 64)}).size(), 3u);  // 4 + 3 blocks
+  expect_error<RequestError>([&] { runner.submit(request(1, 113)); }, {"128 KV cache tokens", "113 + 16"});
+  for (const GenerationResult& result : runner.generate({request(3, 112)})) {  // 8 blocks: one branch at a time
+    EXPECT_EQ(result.tokens.size(), 16u);
+  }
+}
+
+TEST_F(ForkTest, BranchesThatRunOneAfterTheOtherHaveTheBitsOfSingleRuns) {
+  for (const int64_t prompt : {8, 40, 64, 70}) {
+    // Room for one branch alone: the others go on from copies of its state, and from keys and values in host memory.
+    const int64_t block = 32;
+    const int64_t capacity = (prompt / block + 1) * block;
+    const Request request{.prompt = random_prompt(static_cast<uint64_t>(prompt), prompt),
+                          .max_new_tokens = capacity - prompt,
+                          .sampling = {.temperature = 1.0, .seed = 3, .logprobs = 0},
+                          .n = 4};
+    const RunnerOptions options{.max_batch_size = 4,
+                                .max_cached_tokens = capacity,
+                                .kv_block_size = block,
+                                .max_tokens_per_step = 64,
+                                .poison_freed_slots = true};
+    Runner runner(model_, options);
+    for (const GenerationResult& result : runner.generate({request})) {
+      expect_like_alone(result, request, /*tolerance=*/0.0);
+    }
+    expect_all_free(runner, options);
+  }
+}
+
+TEST_F(ForkTest, PreemptedBranchesGoOnWithTheSameTokens) {
+  for (const int64_t prompt : {10, 48, 100}) {
+    const Request request{.prompt = random_prompt(static_cast<uint64_t>(prompt), prompt),
+                          .max_new_tokens = 50,
+                          .sampling = {.temperature = 1.0, .seed = 11, .logprobs = 0},
+                          .n = 4};
+    const Request older{.prompt = random_prompt(5, 30), .max_new_tokens = 60};
+    const Request younger{.prompt = random_prompt(6, 20), .max_new_tokens = 20};
+    for (const int64_t extra : {16, 64}) {  // tokens beyond what the first branch needs alone
+      const RunnerOptions options{.max_batch_size = 6,
+                                  .max_cached_tokens = std::max<int64_t>(96, prompt + 50 + extra),
+                                  .max_tokens_per_step = 64,
+                                  .poison_freed_slots = true};
+      Runner runner(model_, options);
+      const std::vector<GenerationResult> results = runner.generate({older, request, younger});
+      EXPECT_GE(runner.num_preemptions(), 3) << "prompt " << prompt << " extra " << extra;
+      EXPECT_EQ(results[0].tokens, alone(older, 0).tokens);
+      for (size_t branch = 0; branch < 4; ++branch) expect_like_alone(results[1 + branch], request);
+      EXPECT_EQ(results[5].tokens, alone(younger, 0).tokens);
+      expect_all_free(runner, options);
+    }
+  }
+}
+
+TEST_F(ForkTest, CancellingPreemptedBranchesLeavesTheOthersAlone) {
+  const RunnerOptions options{
+      .max_batch_size = 5, .max_cached_tokens = 160, .max_tokens_per_step = 64, .poison_freed_slots = true};
+  const Request older{.prompt = random_prompt(1, 60), .max_new_tokens = 80};
+  const Request forked{.prompt = random_prompt(2, 40), .max_new_tokens = 60, .n = 3};
+  const Request waiting{.prompt = random_prompt(3, 30), .max_new_tokens = 10, .n = 2};
+  for (const int num_steps : {12, 25, 40}) {
+    Runner runner(model_, options);
+    const RequestId kept = runner.submit(older);
+    const RequestId cancelled = runner.submit(forked);
+    const RequestId last = runner.submit(waiting);
+    std::map<Branch, GenerationResult> results;
+    for (int i = 0; i < num_steps; ++i) book(runner.step(), results);
+    EXPECT_GE(runner.num_preemptions(), 1) << "nothing was preempted in " << num_steps << " steps";
+    EXPECT_TRUE(runner.cancel(cancelled));
+    results = drain(runner, results);
+    EXPECT_EQ(results.at({kept, 0}).tokens, alone(older, 0).tokens);
+    for (const int64_t branch : {0, 1}) {
+      EXPECT_EQ(results.at({last, branch}).tokens, alone(waiting, branch).tokens);
+    }
+    expect_all_free(runner, options);
+  }
+}
+
+// Requests of all shapes come and are cancelled at random while the pools hold a fraction of what they could use.
+TEST_F(ForkTest, RandomRequestsInSmallPoolsHaveTheTokensOfSingleRuns) {
+  for (const uint64_t seed : {1, 2, 3}) {
+    std::mt19937_64 generator(seed);
+    const auto draw = [&](int64_t least, int64_t most) {
+      return least + static_cast<int64_t>(generator() % static_cast<uint64_t>(most - least + 1));
+    };
+    const RunnerOptions options{.max_batch_size = draw(4, 6),
+                                .max_cached_tokens = draw(190, 260),
+                                .kv_block_size = draw(5, 33),
+                                .max_tokens_per_step = draw(64, 130),
+                                .poison_freed_slots = true};
+    Runner runner(model_, options);
+    std::map<RequestId, Request> requests;
+    std::map<Branch, GenerationResult> results;
+    for (int num_steps = 0; requests.size() < 30 || !runner.is_idle(); ++num_steps) {
+      ASSERT_LT(num_steps, 30 * 4 * (50 + 3)) << "longer than one branch after the other";
+      if (requests.size() < 30 && draw(0, 3) == 0) {
+        const Request request{.prompt = random_prompt(generator(), draw(1, 140)),
+                              .max_new_tokens = draw(1, 50),
+                              .sampling = {.temperature = static_cast<double>(draw(0, 1)), .seed = generator() % 100},
+                              .n = draw(1, 4)};
+        requests[runner.submit(request)] = request;
+      }
+      if (!requests.empty() && draw(0, 60) == 0) runner.cancel(draw(1, std::ssize(requests)));
+      if (!requests.empty() && draw(0, 30) == 0) runner.cancel(draw(1, std::ssize(requests)), draw(0, 3));
+      book(runner.step(), results);
+    }
+    EXPECT_GE(runner.num_preemptions(), 10) << "seed " << seed;
+    int64_t num_cancelled = 0;
+    for (const auto& [id, request] : requests) {
+      for (int64_t branch = 0; branch < request.n; ++branch) {
+        const GenerationResult& got = results.at({id, branch});
+        std::vector<int32_t> want = alone(request, branch).tokens;
+        if (got.finish_reason == FinishReason::kCancelled) {
+          ASSERT_LE(got.tokens.size(), want.size());
+          want.resize(got.tokens.size());
+          ++num_cancelled;
+        } else {
+          EXPECT_EQ(got.finish_reason, FinishReason::kLength) << got.error;
+        }
+        EXPECT_EQ(got.tokens, want) << "seed " << seed << " request " << id << " branch " << branch;
+      }
+    }
+    EXPECT_GE(num_cancelled, 1) << "seed " << seed;
+    expect_all_free(runner, options);
+  }
 }
 
 }  // namespace

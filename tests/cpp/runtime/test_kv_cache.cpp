@@ -41,7 +41,11 @@ TEST(KvCache, ASharedBlockIsFreedByItsLastHolder) {
   KvCache cache(kSpec, 4, c10::kCPU);
   const std::vector<int32_t> blocks = cache.allocate(3);
   cache.share({blocks[0], blocks[2]});
+  EXPECT_EQ(cache.ref_count(blocks[0]), 2);
+  EXPECT_EQ(cache.ref_count(blocks[1]), 1);
   cache.release(blocks);
+  EXPECT_EQ(cache.ref_count(blocks[0]), 1);
+  expect_error<RangeError>([&] { cache.ref_count(blocks[1]); }, {"[KvCache] ref_count", "a held block"});
   EXPECT_EQ(cache.num_free(), 2);  // blocks[1] and the one never taken
   const std::vector<int32_t> others = cache.allocate(2);
   for (int32_t block : others) {

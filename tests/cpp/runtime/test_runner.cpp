@@ -10,6 +10,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -163,22 +164,65 @@ TEST_F(RunnerTest, PreemptedRequestsGoOnWithTheSameTokens) {
   }
 }
 
-TEST_F(RunnerTest, ALongPromptNeverStallsDecoding) {
-  Runner runner(model(), {.max_batch_size = 4, .max_cached_tokens = 4096, .max_tokens_per_step = 128});
-  std::vector<RequestId> decoding;
-  for (uint64_t i = 0; i < 3; ++i)
-    decoding.push_back(runner.submit({.prompt = random_prompt(i, 20), .max_new_tokens = 60}));
-  runner.step();
-  runner.submit({.prompt = random_prompt(9, 2000), .max_new_tokens = 2});
-  for (int i = 0; i < 30; ++i) {
-    std::vector<RequestId> moved;
-    int64_t num_tokens = 0;
-    for (const RequestEvent& event : runner.step()) {
-      if (event.token) moved.push_back(event.id);
-      num_tokens += event.token ? 1 : 64;
+// Long and short prompts keep coming. The bound is one of steps: no decode misses one, and no step is larger than
+// asked.
+TEST_F(RunnerTest, EveryDecodeAndTheOldestPromptMoveInEveryStep) {
+  struct Progress {
+    int64_t prompt_size;
+    int64_t num_prefilled = 0;
+    bool decodes() const { return num_prefilled == prompt_size; }
+  };
+  for (const int64_t max_tokens : {64, 100, 200}) {
+    SCOPED_TRACE(::testing::Message() << max_tokens << " tokens a step");
+    const RunnerOptions options{.max_batch_size = 30, .max_cached_tokens = 30 * 400, .max_tokens_per_step = max_tokens};
+    Runner runner(model(), options);
+    std::mt19937_64 generator(static_cast<uint64_t>(max_tokens));
+    std::map<RequestId, Progress> alive;
+    RequestId newest_started = 0;
+    size_t most_decodes = 0;
+    for (int i = 0; i < 120 || !runner.is_idle(); ++i) {
+      ASSERT_LT(i, 2000) << "a request starves";
+      if (i < 120) {
+        const auto size = static_cast<int64_t>(i % 4 == 0 ? 200 + generator() % 150 : 1 + generator() % 40);
+        const RequestId id = runner.submit({.prompt = random_prompt(generator(), size), .max_new_tokens = 50});
+        alive[id] = {.prompt_size = size};
+      }
+      std::set<RequestId> decoding;
+      RequestId oldest_prompt = 0;  // none
+      for (const auto& [id, progress] : alive) {
+        if (progress.decodes()) decoding.insert(id);
+        if (!progress.decodes() && oldest_prompt == 0) oldest_prompt = id;
+      }
+      const bool has_free_slot = runner.num_free_slots() > 0;
+      const auto num_decodes = static_cast<int64_t>(decoding.size());
+      most_decodes = std::max(most_decodes, decoding.size());
+      int64_t num_prompt_tokens = 0;
+      for (const RequestEvent& event : runner.step()) {
+        Progress& progress = alive.at(event.id);
+        if (decoding.erase(event.id) == 1) {
+          EXPECT_TRUE(event.token.has_value());
+        } else {
+          if (progress.num_prefilled == 0) {
+            EXPECT_EQ(event.id, ++newest_started) << "not in the order of arrival";
+          }
+          EXPECT_GT(event.num_prefilled, progress.num_prefilled);
+          num_prompt_tokens += event.num_prefilled - progress.num_prefilled;
+          progress.num_prefilled = event.num_prefilled;
+          if (event.id == oldest_prompt) oldest_prompt = 0;
+        }
+        if (event.finish_reason != FinishReason::kRunning) alive.erase(event.id);
+      }
+      EXPECT_TRUE(decoding.empty()) << "request " << *decoding.begin() << " has a gap at step " << i;
+      EXPECT_LE(num_prompt_tokens, std::max<int64_t>(max_tokens - num_decodes, 64));
+      if (oldest_prompt != 0) {
+        EXPECT_TRUE(alive.at(oldest_prompt).num_prefilled == 0 && !has_free_slot)
+            << "request " << oldest_prompt << " does not move at step " << i;
+      }
     }
-    EXPECT_EQ(std::vector<RequestId>(moved.begin(), moved.begin() + 3), decoding) << "a gap at step " << i;
-    EXPECT_LE(num_tokens, 128);
+    EXPECT_EQ(most_decodes, 30u) << "the slots were never full of decodes";
+    EXPECT_EQ(newest_started, 120);
+    EXPECT_EQ(runner.num_preemptions(), 0);
+    expect_all_free(runner, options);
   }
 }
 
@@ -432,6 +476,28 @@ TEST_F(RunnerTest, RefusesWhatCanNeverBeServed) {
   refused.operator()<RequestError>(with([](Request& r) { r.sampling.temperature = -1; }), {"temperature"});
   EXPECT_EQ(runner.generate({with([](Request& r) { r.max_new_tokens = 61; })}).at(0).tokens.size(), 61u);
   expect_all_free(runner, options);
+}
+
+TEST_F(RunnerTest, RefusesMoreTokensThanTheModelHasPositions) {
+  config_.max_position_embeddings = 40;
+  config_.layer_types.back() = LayerType::kLinearAttention;  // no cache whose size could refuse them first
+  weights_ = tiny_weights(config_);
+  Runner runner(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
+  const auto request = [](int64_t prompt, int64_t max_new_tokens) {
+    return Request{.prompt = random_prompt(1, prompt), .max_new_tokens = max_new_tokens};
+  };
+  const auto refused = [&](const Request& r, std::string_view sum) {
+    expect_error<RequestError>([&] { runner.submit(r); }, {"[submit]", "at most 40", "max_position_embeddings", sum});
+    EXPECT_TRUE(runner.is_idle());
+  };
+  refused(request(30, 11), "got 30 + 11");
+  refused(request(41, 1), "got 41 + 1");
+  refused(request(3, std::numeric_limits<int64_t>::max()), "got 3 + 9223372036854775807");
+  EXPECT_EQ(runner.generate({request(30, 10)}).at(0).tokens.size(), 10u);
+
+  config_.max_position_embeddings = 0;
+  Runner without_limit(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
+  EXPECT_EQ(without_limit.generate({request(30, 11)}).at(0).tokens.size(), 11u);
 }
 
 TEST_F(RunnerTest, RefusesImpossibleSizes) {

@@ -57,6 +57,34 @@ TEST(StatePool, ASharedSlotIsFreedByItsLastHolder) {
   expect_error<StaleHandleError>([&] { pool.release(second); }, {"[StatePool]", "handle"});
 }
 
+TEST(StatePool, CopiesOneSlotAndLeavesTheOthersAlone) {
+  StatePool pool(two_layers(), 4, c10::kCPU);
+  std::vector<SlotHandle> handles;
+  for (int i = 0; i < 4; ++i) handles.push_back(pool.allocate());
+  std::vector<at::Tensor> before;
+  for (const GdnState& layer : pool.layers()) {
+    for (const GdnState::Component& component : layer.components()) {
+      component.pool.normal_();
+      before.push_back(component.pool.clone());
+    }
+  }
+  pool.copy(handles[1], handles[3]);
+  size_t i = 0;
+  for (const GdnState& layer : pool.layers()) {
+    for (const GdnState::Component& component : layer.components()) {
+      for (size_t j = 0; j < 4; ++j) {
+        const int32_t source = handles[j == 3 ? 1 : j].slot;
+        EXPECT_TRUE(same_bits(component.pool[handles[j].slot], before[i][source]))
+            << "component " << i << " slot " << j;
+      }
+      ++i;
+    }
+  }
+  pool.release(handles[0]);
+  expect_error<StaleHandleError>([&] { pool.copy(handles[0], handles[1]); }, {"[StatePool]", "handle"});
+  expect_error<StaleHandleError>([&] { pool.copy(handles[1], handles[0]); }, {"[StatePool]", "handle"});
+}
+
 TEST(StatePool, AHandleKeptAfterTheLastReleaseIsStale) {
   StatePool pool(two_layers(), 1, c10::kCPU);
   const SlotHandle old = pool.allocate();

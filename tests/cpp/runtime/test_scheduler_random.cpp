@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scheduler under random requests, against a pretended model: what a token leaves in state and cache is a number
+// that follows from its request, branch and position, so every bit that a step reads has one right value.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "core/runtime/scheduler.h"
+
+namespace xgdn::testing {
+namespace {
+
+using Branch = std::pair<RequestId, int64_t>;
+
+struct Sizes {
+  int64_t num_slots, num_blocks, block_size, max_tokens_per_step;
+};
+
+class PretendedEngine {
+ public:
+  explicit PretendedEngine(const Sizes& sizes)
+      : sizes_(sizes),
+        states_({{{StateKind::kDelta, {1}, at::kFloat}}}, sizes.num_slots, c10::kCPU, /*poison_freed=*/true),
+        kv_({.num_layers = 1, .num_kv_heads = 1, .head_dim = 1, .block_size = sizes.block_size}, sizes.num_blocks,
+            c10::kCPU),
+        scheduler_({.max_tokens_per_step = sizes.max_tokens_per_step}, states_, kv_) {}
+
+  void submit(RequestId id, int64_t prompt_size, int64_t max_new_tokens, int64_t n) {
+    const Request request{
+        .prompt = std::vector<int32_t>(static_cast<size_t>(prompt_size), 1), .max_new_tokens = max_new_tokens, .n = n};
+    scheduler_.check_fits(request);
+    for (int64_t branch = 0; branch < n; ++branch) {
+      auto sequence = std::make_unique<Sequence>(id, request, branch);
+      sequences_.insert(sequence.get());
+      scheduler_.add(std::move(sequence));
+      alive_.insert({id, branch});
+    }
+  }
+
+  /// Takes a branch out; false when it is not there.
+  bool cancel(Branch branch) {
+    const std::unique_ptr<Sequence> removed = scheduler_.remove(branch.first, branch.second);
+    EXPECT_EQ(removed != nullptr, alive_.erase(branch) == 1);
+    if (removed == nullptr) return false;
+    EXPECT_EQ(Branch(removed->id, removed->branch), branch);
+    sequences_.erase(removed.get());
+    return true;
+  }
+
+  void step() {
+    const std::vector<ScheduledPiece> pieces = scheduler_.schedule();
+    ASSERT_EQ(pieces.empty(), alive_.empty()) << "nobody runs";
+    check_order(pieces);
+    for (const ScheduledPiece& piece : pieces) check_what_it_reads(piece);
+    for (const ScheduledPiece& piece : pieces) write(piece);
+    check_blocks();
+    std::vector<Branch> finished;
+    for (const ScheduledPiece& piece : pieces) book(piece, finished);
+    for (const Branch& branch : finished) {
+      EXPECT_TRUE(cancel(branch));
+      ++num_finished_;
+    }
+  }
+
+  void expect_all_free() const {
+    EXPECT_EQ(states_.num_free(), sizes_.num_slots);
+    EXPECT_EQ(kv_.num_free(), sizes_.num_blocks);
+    EXPECT_EQ(scheduler_.num_running() + scheduler_.num_waiting(), 0);
+  }
+
+  const std::set<Branch>& alive() const { return alive_; }
+  int64_t num_finished() const { return num_finished_; }
+  int64_t num_preemptions() const { return scheduler_.num_preemptions(); }
+
+ private:
+  static float token(const Sequence& s, int64_t position) {
+    const int64_t branch = position < s.prompt_size() ? 0 : s.branch + 1;
+    return static_cast<float>((s.id * 131 + branch * 37 + position * 7) % 1009);
+  }
+
+  // Exact in fp32, and another number for another history.
+  static float state_after(const Sequence& s, int64_t count) {
+    int64_t state = 1;
+    for (int64_t i = 0; i < count; ++i) state = (state * 31 + static_cast<int64_t>(token(s, i))) % 65521;
+    return static_cast<float>(state);
+  }
+
+  float* state(SlotHandle handle) {
+    return states_.layers()[0].components()[0].pool.mutable_data_ptr<float>() + states_.slot(handle);
+  }
+
+  float* key(const std::vector<int32_t>& blocks, int64_t position) {
+    const int64_t row = blocks.at(position / sizes_.block_size) * sizes_.block_size + position % sizes_.block_size;
+    return kv_.layers()[0].k.mutable_data_ptr<float>() + row;
+  }
+
+  void check_what_it_reads(const ScheduledPiece& piece) {
+    const Sequence& s = *piece.sequence;
+    const std::vector<int32_t> blocks = s.kv_blocks();
+    EXPECT_EQ(std::ssize(blocks), kv_.blocks_for(std::max(s.num_computed, s.prompt_size()) + 1));
+    for (int64_t i = 0; i < s.num_computed; ++i) {
+      ASSERT_EQ(*key(blocks, i), token(s, i)) << "request " << s.id << " branch " << s.branch << " token " << i;
+    }
+    if (s.num_computed == 0) return;
+    ASSERT_EQ(*state(s.forked_from.value_or(*s.slot)), state_after(s, s.num_computed))
+        << "request " << s.id << " branch " << s.branch << " after " << s.num_computed;
+  }
+
+  void write(const ScheduledPiece& piece) {
+    const Sequence& s = *piece.sequence;
+    const std::vector<int32_t> blocks = s.kv_blocks();
+    for (int64_t i = s.num_computed; i < s.num_computed + piece.count; ++i) *key(blocks, i) = token(s, i);
+    *state(*s.slot) = state_after(s, s.num_computed + piece.count);
+  }
+
+  void book(const ScheduledPiece& piece, std::vector<Branch>& finished) {
+    Sequence& s = *piece.sequence;
+    const bool was_prefilled = s.is_prefilled();
+    scheduler_.advance(s, piece.count);
+    if (!s.is_prefilled()) return;
+    std::vector<Sequence*> moved{&s};
+    if (!was_prefilled) {
+      for (Sequence* branch : scheduler_.fork(s)) moved.push_back(branch);
+    }
+    for (Sequence* sequence : moved) {
+      sequence->generated.push_back(0);
+      if (std::ssize(sequence->generated) == sequence->request.max_new_tokens)
+        finished.emplace_back(sequence->id, sequence->branch);
+    }
+  }
+
+  // The budget; the order of arrival; and no gap: a branch that has a token gets the next one in every step, but for
+  // the one in which the others read its state, and while older ones have its blocks.
+  void check_order(const std::vector<ScheduledPiece>& pieces) {
+    int64_t num_decodes = 0, num_prompt_tokens = 0;
+    std::set<Branch> in_step;
+    for (const auto& [sequence, count] : pieces) {
+      (sequence->is_prefilled() ? num_decodes : num_prompt_tokens) += count;
+      EXPECT_TRUE(sequence->is_resident && !sequence->is_parked);
+      EXPECT_TRUE(in_step.insert({sequence->id, sequence->branch}).second);
+      for (const Branch& other : alive_) {
+        EXPECT_FALSE(other.first > newest_started_ && other.first < sequence->id)
+            << "request " << sequence->id << " starts before " << other.first;
+      }
+      newest_started_ = std::max(newest_started_, sequence->id);
+    }
+    EXPECT_LE(num_prompt_tokens, std::max<int64_t>(sizes_.max_tokens_per_step - num_decodes, 64));
+    for (const Sequence* sequence : sequences_) {
+      const Branch branch{sequence->id, sequence->branch};
+      if (sequence->generated.empty() || in_step.contains(branch)) continue;
+      if (sequence->is_resident) {
+        const bool is_read = std::any_of(pieces.begin(), pieces.end(), [&](const ScheduledPiece& piece) {
+          return piece.sequence->forked_from && piece.sequence->forked_from->slot == sequence->slot->slot;
+        });
+        EXPECT_TRUE(is_read) << "a gap: request " << sequence->id << " branch " << sequence->branch;
+      } else {
+        EXPECT_GT(branch, *in_step.rbegin()) << "a younger one has its blocks";
+      }
+    }
+  }
+
+  // Every block is free, or held by branches of one request that are resident.
+  void check_blocks() {
+    std::map<int32_t, std::set<RequestId>> holders;
+    for (const Sequence* sequence : sequences_) {
+      if (!sequence->is_resident) continue;
+      for (const int32_t block : sequence->kv_blocks()) holders[block].insert(sequence->id);
+    }
+    EXPECT_EQ(std::ssize(holders) + kv_.num_free(), sizes_.num_blocks);
+    for (const auto& [block, ids] : holders) EXPECT_EQ(ids.size(), 1u) << "block " << block;
+  }
+
+  Sizes sizes_;
+  StatePool states_;
+  KvCache kv_;
+  Scheduler scheduler_;
+  std::set<Branch> alive_;
+  std::set<const Sequence*> sequences_;
+  RequestId newest_started_ = 0;
+  int64_t num_finished_ = 0;
+};
+
+TEST(SchedulerRandom, EveryStepReadsWhatItsRequestWrote) {
+  int64_t num_preemptions = 0, num_finished = 0;
+  for (uint64_t seed = 0; seed < 300 && !::testing::Test::HasFailure(); ++seed) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    std::mt19937_64 generator(seed);
+    const auto draw = [&](int64_t least, int64_t most) {
+      return least + static_cast<int64_t>(generator() % static_cast<uint64_t>(most - least + 1));
+    };
+    const int64_t block_size = draw(1, 40);
+    const Sizes sizes{.num_slots = draw(4, 9),
+                      .num_blocks = (190 + draw(0, 200) + block_size - 1) / block_size,
+                      .block_size = block_size,
+                      .max_tokens_per_step = draw(64, 200)};
+    PretendedEngine engine(sizes);
+    constexpr RequestId kRequests = 25;
+    RequestId id = 0;
+    int64_t num_steps = 0;
+    while ((id < kRequests || !engine.alive().empty()) && !::testing::Test::HasFailure()) {
+      if (id < kRequests && draw(0, 5) == 0) engine.submit(++id, draw(1, 150), draw(1, 40), draw(1, 4));
+      if (!engine.alive().empty() && draw(0, 40) == 0) {
+        engine.cancel(*std::next(engine.alive().begin(), draw(0, std::ssize(engine.alive()) - 1)));
+      }
+      engine.step();
+      ASSERT_LT(++num_steps, 25 * 4 * (40 + 3)) << "longer than one branch after the other";
+    }
+    engine.expect_all_free();
+    num_preemptions += engine.num_preemptions();
+    num_finished += engine.num_finished();
+  }
+  EXPECT_GE(num_preemptions, 1000);
+  EXPECT_GE(num_finished, 5000);
+}
+
+}  // namespace
+}  // namespace xgdn::testing
