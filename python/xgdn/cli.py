@@ -573,6 +573,38 @@ def _parse_range(text: str, option: str) -> tuple[int, int]:
     return lowest, highest
 
 
+@bench_app.command("model")
+def bench_model(
+    model: ModelArgument,
+    batch: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes.")] = "1,8,32",
+    threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=_MAX, metavar="N", help="Of every prompt.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, max=_MAX, metavar="N", help="That are timed, at each batch size.")] = 32,
+    dtype: DtypeOption = None,
+    state_dtype: StateDtypeOption = StateDtype.float32,
+    prefill_backend: PrefillBackendOption = "auto",
+    decode_backend: DecodeBackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Decode steps of a whole model, and what of them is not its forward. The limit reads its weights once."""
+    from xgdn.bench.model import ModelBenchmark
+    from xgdn.bench.report import machine, print_model_rows
+
+    batches, counts = _parse_counts(batch, "--batch"), _parse_counts(threads, "--threads")
+    with _errors_in_one_line():
+        benchmark = ModelBenchmark(
+            lambda runner: _load_engine(model, runner, dtype, state_dtype, prefill_backend, decode_backend, None),
+            prompt_tokens=prompt_tokens,
+            steps=steps,
+        )
+        rows = [row for count in counts for row in benchmark.run(batches, count)]
+    if as_json:
+        typer.echo(json.dumps({"machine": machine(), "rows": [row.document() for row in rows]}))
+        return
+    typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
+    print_model_rows(rows)
+
+
 @bench_app.command("serving")
 def bench_serving(
     model: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 from xgdn.bench import DecodeProblem, DecodeStepProblem, PrefillProblem, VerifyProblem, WrongResult, check, ours
 from xgdn.bench.measure import take_turns
 from xgdn.cli import app
+
+CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_model/checkpoint"
 
 PROBLEMS = {
     "decode": lambda: DecodeProblem(2, torch.float32, rotate_mib=1),
@@ -67,7 +70,7 @@ def test_bench_ops_prints_one_document() -> None:
         "prefill T=64 f32",
     }
     for row in document["rows"]:
-        assert 0 < row["min"] <= row["median"]
+        assert 0 < min(row["times"]) <= row["median"] <= max(row["times"])
         assert row["share"] == pytest.approx(row["limit"] / row["median"])
 
 
@@ -75,6 +78,21 @@ def test_bench_ops_refuses_counts_that_are_none() -> None:
     result = CliRunner().invoke(app, ["bench", "ops", "--decode", "1,0"])
     assert result.exit_code == 2
     assert "expected counts like 1,8,32" in result.output
+
+
+def test_bench_model_prints_one_document() -> None:
+    options = ["--batch", "1,3", "--threads", "1", "--prompt-tokens", "70", "--steps", "3", "--json"]
+    result = CliRunner().invoke(app, ["bench", "model", str(CHECKPOINT), *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["batch"] for row in rows] == [1, 3]
+    for row in rows:
+        assert len(row["times"]) >= 3
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["median"])
+        assert 0 < min(row["times"]) <= row["median"] <= max(row["times"])
+        assert 0 < row["engine"] < 1
+        assert row["limit"] > 0
+        assert row["prefill"] > 0
 
 
 def test_bench_layer_prints_one_document() -> None:

@@ -231,7 +231,7 @@ def test_logprobs_without_json_say_what_they_need(model: Path) -> None:
     assert "--logprobs: expected --json" in " ".join(result.stderr.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["generate", "serve", "plan", "doctor", "bench ops", "bench layer"])
+@pytest.mark.parametrize("command", ["generate", "serve", "plan", "doctor", "bench ops", "bench layer", "bench model"])
 def test_every_command_has_json(command: str) -> None:
     assert "--json" in expect_success(*command.split(), "--help").stdout
 

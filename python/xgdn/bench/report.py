@@ -13,6 +13,7 @@ from rich.table import Table
 
 from xgdn.bench.layer import LayerRow
 from xgdn.bench.measure import Row
+from xgdn.bench.model import ModelRow
 from xgdn.bench.timeline import Distribution, ServingRow
 
 
@@ -63,6 +64,26 @@ def layer_table(rows: Iterable[LayerRow]) -> Table:
         times = (row.layer, row.projections, row.between, row.rule)
         cells = (*(f"{time:,.0f}" for time in times), f"{row.between / row.rule:.2f}")
         shown.add_row(str(row.batch), row.state_dtype, str(row.threads), *cells)
+    return shown
+
+
+def model_table(rows: Iterable[ModelRow]) -> Table:
+    shown = Table("batch", "threads", box=None)
+    for heading in ("steps", "min ms", "median ms", "tokens/s", "limit ms", "of limit", "engine", "prompt tokens/s"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        shown.add_row(
+            str(row.batch),
+            str(row.threads),
+            str(len(row.times)),
+            f"{min(row.times):,.1f}",
+            f"{row.median:,.1f}",
+            f"{row.tokens_per_second:,.1f}",
+            f"{row.limit:,.1f}",
+            f"{row.share:.2f}",
+            f"{row.engine:.2%}",
+            f"{row.prefill:,.0f}",
+        )
     return shown
 
 
@@ -128,6 +149,10 @@ def print_rows(rows: Iterable[Row]) -> None:
 
 def print_layer_rows(rows: Iterable[LayerRow]) -> None:
     _print(layer_table(rows))
+
+
+def print_model_rows(rows: Iterable[ModelRow]) -> None:
+    _print(model_table(rows))
 
 
 def print_serving_rows(rows: Sequence[ServingRow]) -> None:

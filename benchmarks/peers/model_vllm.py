@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode steps of vLLM's engine in its own process and environment; run by compare_models.py.
+
+    python model_vllm.py MODEL THREADS PROMPT_TOKENS STEPS BATCH..
+
+The engine is stepped in this process, without its server and without a tokenizer; recurrent states are float32.
+VLLM_EAGER=1 leaves torch.compile out.
+"""
+
+import json
+import os
+import sys
+import time
+
+
+def main() -> None:
+    model_dir, threads, prompt_tokens, steps, *batches = sys.argv[1], *map(int, sys.argv[2:])
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="2",
+        VLLM_CPU_OMP_THREADS_BIND=f"0-{threads - 1}",
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+    )
+    import torch
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model_dir,
+        skip_tokenizer_init=True,
+        max_num_seqs=max(batches),
+        max_model_len=2 * (prompt_tokens + steps),
+        dtype="bfloat16",
+        mamba_ssm_cache_dtype="float32",
+        enable_prefix_caching=False,
+        enforce_eager=os.environ.get("VLLM_EAGER") == "1",
+    )
+    engine = llm.llm_engine
+    vocab_size = llm.model_config.get_vocab_size()
+    sampling = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True, detokenize=False)
+    for batch in batches:
+        generator = torch.Generator().manual_seed(0)
+        for i in range(batch):
+            prompt = torch.randint(0, vocab_size, (prompt_tokens,), generator=generator)
+            engine.add_request(f"{batch}-{i}", {"prompt_token_ids": prompt.tolist()}, sampling)
+        times = []
+        while engine.has_unfinished_requests():
+            start = time.perf_counter()
+            outputs = engine.step()
+            elapsed = 1e3 * (time.perf_counter() - start)
+            if len(outputs) == batch and all(len(o.outputs[0].token_ids) > 4 for o in outputs):
+                times.append(elapsed)
+        print(json.dumps({"batch": batch, "times": times[:steps]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
