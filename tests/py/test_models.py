@@ -46,11 +46,15 @@ def reference_logits(model: nn.Module, tokens: list[int]) -> torch.Tensor:
 
 
 def assert_logits_close(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Every row by itself, so that a wrong row cannot hide among right ones."""
+    """Every row by itself, so that a wrong row cannot hide among right ones.
+
+    A few rows are ill conditioned: there transformers' own float32 is 1.1e-4 off its float64, elsewhere 1e-6.
+    """
     assert got.shape == want.shape
     error = (got.double() - want.double()).norm(dim=-1) / want.double().norm(dim=-1)
     assert not error.isnan().any()
-    assert error.max() <= 1e-4, f"row {error.argmax().item()}: relative error {error.max().item():.2e}"
+    assert error.max() <= 3e-4, f"row {error.argmax().item()}: relative error {error.max().item():.2e}"
+    assert error.median() <= 1e-5
 
 
 @pytest.mark.parametrize("length", [1, 3, 64, 65, 200])

@@ -25,8 +25,9 @@ std::vector<int32_t> random_prompt(uint64_t seed, int64_t size) {
   return prompt;
 }
 
-constexpr int kMostSteps = 300;  // more than any request here takes
-const RunnerOptions kAlone{.max_batch_size = 1, .max_cached_tokens = 1024};
+constexpr int kMostSteps = 300;      // more than any request here takes
+constexpr int64_t kStepTokens = 64;  // the pieces of a prompt decide the bits of its attention
+const RunnerOptions kAlone{.max_batch_size = 1, .max_cached_tokens = 1024, .max_tokens_per_step = kStepTokens};
 
 class ForkTest : public ::testing::Test {
  protected:
@@ -316,7 +317,7 @@ TEST_F(ForkTest, BranchesThatRunOneAfterTheOtherHaveTheBitsOfSingleRuns) {
     const RunnerOptions options{.max_batch_size = 4,
                                 .max_cached_tokens = capacity,
                                 .kv_block_size = block,
-                                .max_tokens_per_step = 64,
+                                .max_tokens_per_step = kStepTokens,
                                 .poison_freed_slots = true};
     Runner runner(model_, options);
     for (const GenerationResult& result : runner.generate({request})) {
