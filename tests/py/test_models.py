@@ -54,7 +54,7 @@ def assert_logits_close(got: torch.Tensor, want: torch.Tensor) -> None:
     error = (got.double() - want.double()).norm(dim=-1) / want.double().norm(dim=-1)
     assert not error.isnan().any()
     assert error.max() <= 3e-4, f"row {error.argmax().item()}: relative error {error.max().item():.2e}"
-    assert error.median() <= 1e-5
+    assert error.median() <= 2e-5
 
 
 @pytest.mark.parametrize("length", [1, 3, 64, 65, 200])
