@@ -332,7 +332,8 @@ void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, t
   }
   for (size_t i = 0; i < arguments.size(); ++i) {
     const auto* alias = arguments[i].alias_info();
-    if (alias != nullptr && alias->isWrite() && !values[i].toTensor().is_inference()) {
+    if (alias == nullptr || !alias->isWrite() || !values[i].isTensor()) continue;  // rms_norm's residual may be absent
+    if (!values[i].toTensor().is_inference()) {
       values[i].toTensor().unsafeGetTensorImpl()->bump_version();
     }
   }

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,18 @@ class AttentionCall:
     dtype: torch.dtype = torch.bfloat16
     strided: bool = False
     scale: float | None = None
+    q_size: float = 1.0  # of a component of q; where it is large, few rows have all the weight
 
     def __str__(self) -> str:
         parts = ["+".join(f"{t}of{c}" for t, c in self.sequences), f"{self.HQ}to{self.HKV}", f"D{self.D}"]
         parts += [f"B{self.block_size}", str(self.dtype).removeprefix("torch.")]
-        return "-".join(parts + ["strided"] * self.strided + ["scale"] * (self.scale is not None))
+        parts += ["strided"] * self.strided + ["scale"] * (self.scale is not None)
+        return "-".join(parts + ([f"q{self.q_size:g}"] if self.q_size != 1 else []))
+
+    @property
+    def bound(self) -> float:
+        """The error of a score, which is the relative one of its weight, grows with the score."""
+        return ROUNDING[self.dtype] * max(1.0, self.q_size)
 
     def make(self) -> AttentionCall:
         counts = [-(-context // self.block_size) for _, context in self.sequences]
@@ -41,9 +48,16 @@ class AttentionCall:
             for pool in (self.k, self.v):
                 pool.flatten(0, 1)[row.long()] = torch.randn(context, self.HKV, self.D).to(self.dtype)
         T = sum(t for t, _ in self.sequences)
-        wide = torch.randn(T, self.HQ, 2 * self.D).to(self.dtype)
+        wide = (self.q_size * torch.randn(T, self.HQ, 2 * self.D)).to(self.dtype)
         self.q = wide[..., : self.D] if self.strided else wide[..., : self.D].contiguous()
         return self
+
+    def alone(self, n: int) -> AttentionCall:
+        """Sequence n of this call, over the same cache."""
+        call = replace(self, sequences=(self.sequences[n],))
+        call.k, call.v, call.blocks, call.rows = self.k, self.v, (self.blocks[n],), [self.rows[n]]
+        call.q = self.q.split([t for t, _ in self.sequences])[n]
+        return call
 
     def run(self, device: str = "cpu", *, with_rows: bool = True, backend: str = "auto") -> Tensor:
         out = torch.full((*self.q.shape,), torch.nan, dtype=self.dtype).to(device)
@@ -124,6 +138,11 @@ class ExpertsCall:
         return out
 
 
+# One token with contexts around the tile of 16 rows in which the CPU kernel reads them.
+DECODE = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 33), (1, 130))
+# The CPU kernel takes sequences of up to 8 tokens and leaves longer ones to ATen.
+MIXED = ((8, 8), (9, 9), (1, 40), (8, 50), (9, 30), (20, 20), (2, 17))
+
 ATTENTION = [
     AttentionCall(((1, 1),)),
     AttentionCall(((1, 17), (1, 1), (1, 16), (1, 40))),  # decode
@@ -138,6 +157,15 @@ ATTENTION = [
     AttentionCall(((3, 21), (1, 9)), scale=0.3),
     AttentionCall(((3, 21), (1, 9)), dtype=torch.float32),
     AttentionCall(((3, 21), (1, 9)), dtype=torch.float16),
+    *(
+        AttentionCall(DECODE, HQ=HQ, HKV=2, D=D, block_size=block_size, dtype=dtype)
+        for HQ, D, block_size in ((2, 64, 16), (8, 256, 1), (16, 80, 16))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ),
+    AttentionCall(MIXED, HQ=8, D=64),
+    AttentionCall(MIXED, HQ=16, D=80, block_size=1, strided=True),
+    AttentionCall(MIXED, D=40, dtype=torch.float16),
+    *(AttentionCall(DECODE, D=64, dtype=dtype, q_size=30) for dtype in (torch.float32, torch.bfloat16)),
 ]
 
 EXPERTS = [

@@ -68,3 +68,12 @@ def gdn_gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Te
 def rms_norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, z = x.double(), z.double()
     return weight.double() * (x / (x.square().mean(-1, keepdim=True) + eps).sqrt()) * F.silu(z)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    return (1 + weight.double()) * (x / (x.square().mean(-1, keepdim=True) + eps).sqrt())
+
+
+def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate.double()) * up.double()

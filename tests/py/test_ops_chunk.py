@@ -3,13 +3,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -233,32 +228,6 @@ def test_unknown_accuracy_is_an_error(backend: str) -> None:
     x = make_inputs(Case((3,)), prefill=True)
     with pytest.raises(NotImplementedError, match="accuracy: expected auto, fast or exact, got 'precise'"):
         run(x, backend, "precise")
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other architectures have one path")
-@pytest.mark.parametrize("instruction_set", ["sse4", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(instruction_set: str) -> None:
-    """This file again, on the cpu backend, in a process that may use no more than `instruction_set`."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-k",
-        "[cpu and not every_instruction_set",
-        Path(__file__).name,
-    ]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parent,
-        env={**os.environ, "XGDN_CPU_ISA": instruction_set},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
 
 
 def test_one_sequences_nan_stays_its_own(backend: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gating and the two norms against float64."""
+"""Gating, the norms and the gate of an MLP against float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 import reference
 import xgdn
-from cases import DTYPES, assert_close
+from cases import DTYPES, assert_bits_equal, assert_close
 from xgdn import ops
 
 # Rounded once to the result's dtype.
@@ -20,6 +20,11 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     rows = torch.full((x.shape[0], 2, *x.shape[1:]), torch.nan, dtype=x.dtype)
     rows[:, 1] = x
     return rows[:, 1]
+
+
+def assert_gaps_untouched(x: torch.Tensor) -> None:
+    assert x._base is not None
+    assert x._base[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (33, 32), (0, 4)], ids=str)
@@ -83,3 +88,117 @@ def test_rms_norm_gated(
         want = reference.rms_norm_gated(x, z, weight, 1e-5)
         assert_close("out", out, want, BOUND[z_dtype], parts=(0, 1))
     assert xgdn.last_backend("rms_norm_gated") == backend
+
+
+TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 33, 130)
+VIEWS = pytest.mark.parametrize("view", [False, True], ids=["contiguous", "strided"])
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.mark.parametrize(
+    "shape", [*((T, 1, 96) for T in TOKENS), (5, 2, 32), (3, 1, 1024), (7, 3, 50), (2, 1, 1)], ids=str
+)
+@EACH_DTYPE
+@pytest.mark.parametrize("weight", ["f32", "as_input"])
+@VIEWS
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+def test_rms_norm(
+    shape: tuple[int, int, int], dtype: torch.dtype, weight: str, view: bool, has_residual: bool, backend: str
+) -> None:
+    x, residual = torch.randn(shape).to(dtype), (3 * torch.randn(shape)).to(dtype)
+    w = (0.3 * torch.randn(shape[-1])).to(torch.float32 if weight == "f32" else dtype)
+    if shape[0] > 2:
+        x[1] = residual[1] = 0
+        x[2] *= 1e-3
+        residual[2] *= 1e-3
+    out = torch.full(shape, torch.nan, dtype=dtype)
+    summed = (x.float() + residual.float()).to(dtype) if has_residual else x
+    if view:
+        x, residual, out = strided(x), strided(residual), strided(out)
+    before = x.clone()
+    torch.ops.xgdn.rms_norm(x, w, out, residual=residual if has_residual else None, eps=1e-5, backend=backend)
+    assert xgdn.last_backend("rms_norm") == backend
+    assert_close("out", out, reference.rms_norm(summed, w, 1e-5), BOUND[dtype], parts=(0, 1))
+    assert_bits_equal("x", x, before)
+    if has_residual:
+        assert_bits_equal("residual", residual, summed)
+    for written in (out, residual) if view else ():
+        assert_gaps_untouched(written)
+
+
+@EACH_DTYPE
+def test_rms_norm_norms_the_rounded_sum(dtype: torch.dtype, backend: str) -> None:
+    """So a layer that reads the residual again sees what was normed."""
+    x, residual, w = torch.randn(5, 1, 96).to(dtype), torch.randn(5, 1, 96).to(dtype), torch.randn(96)
+    out, want = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    torch.ops.xgdn.rms_norm(x, w, out, residual=residual, backend=backend)
+    torch.ops.xgdn.rms_norm(residual, w, want, backend=backend)
+    assert_bits_equal("out", out, want)
+
+
+def test_rms_norm_uses_eps(backend: str) -> None:
+    x, w, out = torch.full((1, 1, 16), 0.5), torch.zeros(16), torch.empty(1, 1, 16)
+    torch.ops.xgdn.rms_norm(x, w, out, eps=12.0, backend=backend)
+    assert_close("out", out, reference.rms_norm(x, w, 12.0), 1e-6)
+
+
+@pytest.mark.parametrize("D", [50, 96])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+def test_rms_norm_of_a_nan_token_spoils_its_own_row_alone(D: int, has_residual: bool, backend: str) -> None:
+    x, w = torch.randn(5, 2, D), torch.randn(D)
+    out, clean = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    for values, result in ((x, clean), (x.index_fill(0, torch.tensor([1]), torch.nan), out)):
+        residual = torch.ones_like(x) if has_residual else None
+        torch.ops.xgdn.rms_norm(values, w, result, residual=residual, backend=backend)
+    assert out[1].isnan().all()
+    for token in (0, 2, 3, 4):
+        assert_bits_equal(f"token {token}", out[token], clean[token])
+
+
+def run_silu_and_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, backend: str) -> None:
+    torch.ops.xgdn.silu_and_mul(gate, up, out, backend=backend)
+    assert xgdn.last_backend("silu_and_mul") == backend
+
+
+# The CPU kernel goes through a row in pieces of 256.
+@pytest.mark.parametrize(
+    "shape", [*((T, 96) for T in TOKENS), *((3, width) for width in (1, 50, 255, 256, 257, 600))], ids=str
+)
+@EACH_DTYPE
+@VIEWS
+def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype, view: bool, backend: str) -> None:
+    gate, up = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    if gate.numel() > 20:
+        gate.view(-1)[:4] = torch.tensor([-80.0, -20.0, 80.0, 0.0]).to(dtype)
+    out = torch.full(shape, torch.nan, dtype=dtype)
+    if view:
+        gate, up, out = strided(gate), strided(up), strided(out)
+    run_silu_and_mul(gate, up, out, backend)
+    roundings = 1 if backend == "cpu" else 2  # ATen rounds silu(gate) as well
+    assert_close("out", out, reference.silu_and_mul(gate, up), roundings * BOUND[dtype], parts=(0, 1))
+    if view:
+        assert_gaps_untouched(out)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("which", [0, 1], ids=["gate", "up"])
+def test_silu_and_mul_in_place(which: int, dtype: torch.dtype, backend: str) -> None:
+    """As an MLP has them: the halves of one projection's row."""
+    gate_up = torch.randn(5, 2 * 300).to(dtype)
+    want = torch.full((5, 300), torch.nan, dtype=dtype)
+    run_silu_and_mul(*gate_up.chunk(2, 1), want, backend)
+    before = gate_up.chunk(2, 1)[1 - which].clone()
+    halves = gate_up.chunk(2, 1)
+    run_silu_and_mul(*halves, halves[which], backend)
+    assert_bits_equal("out", halves[which], want)
+    assert_bits_equal("the other half", halves[1 - which], before)
+
+
+def test_silu_and_mul_of_a_nan_token_spoils_its_own_row_alone(backend: str) -> None:
+    gate, up, out, clean = (torch.randn(5, 50) for _ in range(4))
+    run_silu_and_mul(gate, up, clean, backend)
+    gate[1] = torch.nan
+    run_silu_and_mul(gate, up, out, backend)
+    assert out[1].isnan().all()
+    for token in (0, 2, 3, 4):
+        assert_bits_equal(f"token {token}", out[token], clean[token])

@@ -15,7 +15,11 @@
 #include "core/kernels/cpu/gated_delta_rule.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
+#include "core/kernels/cpu/linear.h"
+#include "core/kernels/cpu/paged_attention.h"
+#include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
+#include "core/kernels/cpu/silu_and_mul.h"
 #include "hwy/targets.h"
 
 namespace xgdn::kernel::cpu {
@@ -82,6 +86,11 @@ class Numbers {
  private:
   DType dtype_;
   std::vector<unsigned char> bytes_;
+};
+
+// Memory for packed operands, aligned as tiles want it.
+struct alignas(64) PackedLine {
+  uint16_t elements[32];
 };
 
 double tolerance(DType dtype) {
@@ -366,6 +375,162 @@ void test_decode_step(int64_t K, int64_t V, DType dtype, DType state_dtype) {
   expect(state.has_bits_of(other_state) && pool.has_bits_of(other_pool), "decode step: a pool differs from the ops'");
 }
 
+// ---- the ops of a whole model ---------------------------------------------------------------------------------------
+
+void test_rms_norm(int64_t D, DType dtype, bool has_residual) {
+  constexpr int64_t kTokens = 3, H = 2;
+  const std::string name = "rms_norm, D=" + std::to_string(D) + (has_residual ? " with residual" : "");
+  const Numbers x = Numbers::random(dtype, kTokens * H * D), weight = Numbers::random(DType::kFloat32, D, 0.3f);
+  Numbers residual = Numbers::random(dtype, x.size(), 3.0f), out(dtype, x.size());
+  Numbers summed = x;
+  for (size_t i = 0; has_residual && i < x.size(); ++i) summed.set(i, static_cast<float>(x[i] + residual[i]));
+  RmsNormArgs args;
+  args.H = H, args.D = D, args.eps = 1e-6f;
+  args.x = x.in(H * D, D), args.weight = weight.in(0, 1), args.out = out.out(H * D, D);
+  if (has_residual) args.residual = residual.out(H * D, D);
+  rms_norm(args, 0, kTokens * H);
+
+  Doubles want;
+  for (int64_t i = 0; i < kTokens * H * D; ++i) {
+    double squares = 0;
+    for (int64_t j = i / D * D; j < (i / D + 1) * D; ++j) squares += summed[j] * summed[j];
+    want.push_back((1 + weight[i % D]) * summed[i] / std::sqrt(squares / static_cast<double>(D) + 1e-6));
+  }
+  expect_close(name, out, want, tolerance(dtype));
+  expect(!has_residual || residual.has_bits_of(summed), name + ": the residual is not the rounded sum");
+}
+
+void test_silu_and_mul(int64_t I, DType dtype) {
+  constexpr int64_t kTokens = 3;
+  const Numbers gate = Numbers::random(dtype, kTokens * I, 5.0f), up = Numbers::random(dtype, kTokens * I);
+  Numbers out(dtype, kTokens * I);
+  silu_and_mul({.I = I, .gate = gate.in(I, 1), .up = up.in(I, 1), .out = out.out(I, 1)}, 0, kTokens);
+  Doubles want;
+  for (size_t i = 0; i < gate.size(); ++i) want.push_back(gate[i] * sigmoid(gate[i]) * up[i]);
+  expect_close("silu_and_mul, I=" + std::to_string(I), out, want, tolerance(dtype));
+}
+
+// Attention of single tokens; the cache is NaN outside their contexts. Scores of up to about 3 times q_size.
+void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, float q_size) {
+  constexpr int64_t HKV = 2;
+  const int64_t HQ = HKV * group;
+  const std::vector<int64_t> contexts = {1, 15, 16, 17, 70};
+  const auto T = static_cast<int64_t>(contexts.size());
+  int64_t num_blocks = 0;
+  for (const int64_t context : contexts) num_blocks += (context + block_size - 1) / block_size;
+  std::vector<int32_t> blocks;  // from the last to the first
+  for (int64_t i = 0; i < num_blocks; ++i) blocks.push_back(static_cast<int32_t>(num_blocks - 1 - i));
+  const size_t row_size = HKV * D;
+  Numbers q = Numbers::random(dtype, T * HQ * D, q_size), out(dtype, q.size());
+  Numbers k(dtype, num_blocks * block_size * row_size), v(dtype, k.size());
+  PagedAttentionArgs args;
+  args.HQ = HQ, args.HKV = HKV, args.D = D, args.B = block_size;
+  args.q = q.in(HQ * D, D), args.k = k.data(), args.v = v.data(), args.out = out.out(HQ * D, D);
+  args.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(D)));
+
+  Doubles want;
+  int64_t first_block = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    const int64_t context = contexts[t];
+    const auto row = [&](int64_t i) {
+      return (blocks[first_block + i / block_size] * block_size + i % block_size) * row_size;
+    };
+    for (int64_t i = 0; i < context; ++i) {
+      const Numbers key = Numbers::random(DType::kFloat32, row_size), value = Numbers::random(dtype, row_size);
+      for (size_t j = 0; j < row_size; ++j) k.set(row(i) + j, static_cast<float>(key[j]));
+      for (size_t j = 0; j < row_size; ++j) v.set(row(i) + j, static_cast<float>(value[j]));
+    }
+    for (int64_t h = 0; h < HQ; ++h) {
+      Doubles scores(context, 0.0), sum(D, 0.0);
+      for (int64_t i = 0; i < context; ++i) {
+        for (int64_t j = 0; j < D; ++j) scores[i] += q[(t * HQ + h) * D + j] * k[row(i) + h / group * D + j];
+        scores[i] /= std::sqrt(static_cast<double>(D));
+      }
+      const double largest = *std::max_element(scores.begin(), scores.end());
+      double total = 0;
+      for (int64_t i = 0; i < context; ++i) {
+        const double weight = std::exp(scores[i] - largest);
+        for (int64_t j = 0; j < D; ++j) sum[j] += weight * v[row(i) + h / group * D + j];
+        total += weight;
+      }
+      for (const double x : sum) want.push_back(x / total);
+    }
+    const AttentionToken token = {.token = t, .context_len = context, .blocks = blocks.data() + first_block};
+    for (int64_t head = 0; head < HKV; ++head) paged_attention(args, token, head);
+    first_block += (context + block_size - 1) / block_size;
+  }
+  const std::string name = "attention, D=" + std::to_string(D) + ", " + std::to_string(group) + " heads a key head";
+  // An error of a score is the relative one of its weight.
+  expect_close(name, out, want, tolerance(dtype) * (dtype == DType::kFloat32 ? q_size : 1.0f));
+}
+
+// The products of packed_product.h as plain loops, so that linear's own work is tested where no instructions are.
+void multiply_plainly(const Product<uint16_t>& p) {
+  for (size_t i = 0; i < p.panels * p.rows * kPanel; ++i) {
+    const size_t panel = i / (p.rows * kPanel), row = i / kPanel % p.rows, column = i % kPanel;
+    float sum = 0;
+    for (size_t d = 0; d < p.terms[0].depth; ++d) {
+      sum += from_bfloat16(p.terms[0].a[row * p.a_stride + d]) *
+             from_bfloat16(p.terms[0].b[panel * p.b_stride + d / 2 * 2 * kPanel + 2 * column + d % 2]);
+    }
+    p.c[panel * p.c_stride + row * kPanel + column] = sum;
+  }
+}
+constexpr BFloat16Products kPlainProducts = {[] {}, [] {}, multiply_plainly};
+
+// All tokens at once, and each by itself with the same bits. Rows of x, weight and out lie apart.
+void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias, const BFloat16Products* products) {
+  constexpr int64_t kGap = 2;
+  const int64_t width = O + kGap;
+  const std::string name = "linear, T=" + std::to_string(T) + ", O=" + std::to_string(O);
+  const Numbers x = Numbers::random(DType::kBFloat16, T * (D + kGap));
+  Numbers weight = Numbers::random(DType::kBFloat16, O * (D + kGap));
+  const Numbers bias = Numbers::random(DType::kBFloat16, O, 10.0f);
+  Numbers out(out_dtype, T * width), one_by_one(out_dtype, T * width);
+  LinearArgs args;
+  args.T = T, args.D = D, args.O = O;
+  args.x = x.in(D + kGap, 0), args.out = out.out(width, 1);
+  args.weight = static_cast<const uint16_t*>(weight.data()), args.weight_stride = D + kGap;
+  if (has_bias) args.bias = bias.in(0, 1);
+  args.products = products;
+  std::vector<PackedLine> packed((packed_size(args) * sizeof(uint16_t) + sizeof(PackedLine) - 1) / sizeof(PackedLine));
+  args.packed = packed.data()->elements;
+  pack_tokens(args, 0, num_panels(args));
+  linear(args, 0, num_work_items(args));
+  for (int64_t t = 0; t < T; ++t) {
+    LinearArgs one = args;
+    one.T = 1;
+    one.x.data = args.x.at(t, 0);
+    one.out = one_by_one.out(width, 1);
+    one.out.data = one.out.at(t, 0);
+    pack_tokens(one, 0, 1);
+    linear(one, 0, num_work_items(one));
+  }
+  expect(out.has_bits_of(one_by_one), name + ": a token's bits depend on the tokens beside it");
+
+  Numbers inside(out_dtype, T * O);
+  Doubles want;
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t o = 0; o < O; ++o) {
+      double sum = has_bias ? bias[o] : 0;
+      for (int64_t i = 0; i < D; ++i) sum += x[t * (D + kGap) + i] * weight[o * (D + kGap) + i];
+      want.push_back(sum);
+      inside.set(t * O + o, static_cast<float>(out[t * width + o]));
+    }
+    for (int64_t o = O; o < width; ++o) expect(std::isnan(out[t * width + o]), name + ": writes beside out");
+  }
+  expect_close(name, inside, want, tolerance(out_dtype));
+}
+
+void test_linear_with(const BFloat16Products* products) {
+  if (products == nullptr) return;
+  for (const DType out_dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const int64_t T : {1, 3, 5, 16, 17, 34, 47}) {
+      for (const int64_t O : {16, 80}) test_linear(T, /*D=*/96, O, out_dtype, /*has_bias=*/T % 2 == 1, products);
+    }
+  }
+}
+
 void test_target(int64_t target) {
   instruction_set = hwy::TargetName(target);
   std::printf("%s\n", instruction_set.c_str());
@@ -380,7 +545,17 @@ void test_target(int64_t target) {
     }
     for (const int64_t W : {2, 3, 4}) test_conv(W, dtype);
     test_norm_and_gating(dtype);
+    for (const int64_t D : {16, 20, 96}) {
+      for (const bool has_residual : {false, true}) test_rms_norm(D, dtype, has_residual);
+    }
+    for (const int64_t I : {5, 256, 300}) test_silu_and_mul(I, dtype);
+    for (const float q_size : {1.0f, 30.0f}) {
+      test_attention(/*group=*/1, /*D=*/40, /*block_size=*/16, dtype, q_size);
+      test_attention(/*group=*/4, /*D=*/64, /*block_size=*/1, dtype, q_size);
+    }
   }
+  test_linear_with(&kPlainProducts);
+  test_linear_with(bfloat16_products());
 }
 
 }  // namespace

@@ -34,9 +34,10 @@ void add_residual(const RmsNormArgs& args, void* residual, float* HWY_RESTRICT x
 void rms_norm(const RmsNormArgs& args, int64_t begin_row, int64_t end_row) {
   const F32 d;
   const size_t width = padded(args.D);
-  float* weight = zeroed_scratch<RmsNormArgs>(3 * width);
+  float* weight = zeroed_scratch<RmsNormArgs>(4 * width);
   float* x = weight + width;
   float* before = x + width;
+  float* out = before + width;  // of its own: x stays zero past D, also after a row of NaN
   load_row(args.weight.dtype, args.weight.data, args.D, weight);
   for (int64_t i = begin_row; i < end_row; ++i) {
     const int64_t token = i / args.H;
@@ -52,9 +53,9 @@ void rms_norm(const RmsNormArgs& args, int64_t begin_row, int64_t end_row) {
     const VF inverse_rms = hn::Set(d, 1.0f / std::sqrt(mean + args.eps));
     for (size_t j = 0; j < width; j += hn::Lanes(d)) {
       const VF normed = hn::Mul(hn::Load(d, x + j), inverse_rms);
-      hn::Store(hn::MulAdd(normed, hn::Load(d, weight + j), normed), d, x + j);
+      hn::Store(hn::MulAdd(normed, hn::Load(d, weight + j), normed), d, out + j);
     }
-    store_row(args.out.dtype, x, args.D, args.out.at(token, head));
+    store_row(args.out.dtype, out, args.D, args.out.at(token, head));
   }
 }
 

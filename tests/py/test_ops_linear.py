@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear against float64, and its promise that the bits of a token do not depend on the tokens beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import xgdn
+from cases import assert_bits_equal, assert_close
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# f32: sums of up to 1024 products. 16-bit types: products are exact in f32, the sum is rounded once.
+BOUND = {F32: 1e-6, BF16: 4e-3, F16: 5e-4}
+
+
+def why_no_products() -> str | None:
+    """Why the cpu backend has no bf16 products of its own here; None: it has."""
+    if "cpu" not in xgdn.available_backends():
+        return "this build has no cpu backend"
+    if os.environ.get("XGDN_CPU_ISA") in {"sse4", "avx2", "avx512"}:
+        return "XGDN_CPU_ISA allows no bf16 instructions"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    if flags.isdisjoint({"amx_bf16", "avx512_bf16"}):
+        return "this processor has neither AMX nor AVX512-BF16"
+    return None
+
+
+NEEDS_PRODUCTS = pytest.mark.skipif(why_no_products() is not None, reason=str(why_no_products()))
+
+
+class Matrix:
+    """A matrix inside wider memory: `gap` more columns, one more row at either end."""
+
+    def __init__(self, values: Tensor, gap: int, around: float = torch.nan) -> None:
+        rows, columns = values.shape
+        self.gap, self.columns = gap, columns
+        self.memory = torch.full((rows + 2, columns + gap), around, dtype=values.dtype)
+        self.within(self.memory).copy_(values)
+
+    def within(self, memory: Tensor) -> Tensor:
+        return memory[1:-1, self.gap // 2 : self.gap // 2 + self.columns]
+
+    @property
+    def values(self) -> Tensor:
+        return self.within(self.memory)
+
+
+@dataclass(frozen=True)
+class Call:
+    T: int
+    D: int = 96
+    O: int = 48  # noqa: E741
+    dtype: torch.dtype = BF16
+    out_dtype: torch.dtype | None = None  # None: dtype
+    bias: bool = False
+    gaps: tuple[int, int, int] = (0, 0, 0)  # between the rows of x, weight and out
+
+    def __str__(self) -> str:
+        parts = [f"T{self.T}", f"D{self.D}", f"O{self.O}", str(self.dtype).removeprefix("torch.")]
+        parts += [f"out_{self.out_dtype}".replace("torch.", "")] if self.out_dtype is not None else []
+        return "-".join(
+            parts + ["bias"] * self.bias + (["gaps" + "_".join(map(str, self.gaps))] if any(self.gaps) else [])
+        )
+
+    def make(self) -> Inputs:
+        return Inputs(
+            self,
+            Matrix(torch.randn(self.T, self.D).to(self.dtype), self.gaps[0]),
+            Matrix(torch.randn(self.O, self.D).to(self.dtype), self.gaps[1]),
+            (10 * torch.randn(self.O)).to(self.dtype) if self.bias else None,
+        )
+
+    def bound(self, backend: str) -> float:
+        """ATen has no f32 sums of 16-bit factors to give: it rounds them to the dtype of x first."""
+        has_products = (
+            backend == "cpu"
+            and self.dtype == BF16
+            and why_no_products() is None
+            and self.D % 32 == 0
+            and self.O % 16 == 0
+            and (self.D + self.gaps[0]) % 2 == 0
+            and (self.O + self.gaps[2]) % 2 == 0
+        )
+        return BOUND[self.out_dtype or self.dtype] if has_products else BOUND[self.dtype]
+
+
+@dataclass
+class Inputs:
+    call: Call
+    x: Matrix
+    weight: Matrix
+    bias: Tensor | None
+
+    def run(self, backend: str, rows: slice = slice(None)) -> Tensor:
+        """The result for some tokens; what lies around it must keep its bits."""
+        x = self.x.values[rows]
+        empty = torch.full((len(x), self.call.O), torch.nan, dtype=self.call.out_dtype or self.call.dtype)
+        out = Matrix(empty, self.call.gaps[2], around=3.0)
+        before = out.memory.clone()
+        torch.ops.xgdn.linear(x, self.weight.values, out.values, bias=self.bias, backend=backend)
+        assert xgdn.last_backend("linear") == backend
+        after = out.memory.clone()
+        out.within(after).fill_(torch.nan)
+        assert_bits_equal("memory around out", after, before)
+        return out.values
+
+    def expected(self) -> Tensor:
+        sums = self.x.values.double() @ self.weight.values.double().T
+        return sums if self.bias is None else sums + self.bias.double()
+
+
+TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 33, 130)
+CALLS = [
+    *(Call(T, O=width) for T in TOKENS for width in (16, 32, 48, 80)),
+    *(Call(T, O=width, bias=True) for T in TOKENS for width in (48, 80)),
+    *(Call(T, O=80, out_dtype=F32, bias=bias) for T in TOKENS for bias in (False, True)),
+    *(Call(T, D=D, O=width, bias=True) for T in (1, 17) for D in (32, 96, 1024, 40) for width in (80, 41, 8)),
+    *(Call(T, dtype=dtype, bias=True) for T in TOKENS for dtype in (F32, F16)),
+    *(Call(T, D=1024, O=80, dtype=dtype) for T in (1, 17) for dtype in (F32, F16)),
+    *(Call(5, dtype=F16, out_dtype=F32, bias=bias) for bias in (False, True)),
+    *(Call(T, O=80, bias=True, gaps=gaps) for T in (1, 3, 17, 33) for gaps in ((4, 0, 0), (0, 4, 0), (0, 0, 4))),
+    *(Call(T, O=80, gaps=gaps) for T in (2, 17, 33) for gaps in ((3, 0, 0), (0, 3, 0), (0, 0, 3), (3, 3, 3))),
+    *(Call(T, O=80, out_dtype=F32, gaps=gaps) for T in (2, 17) for gaps in ((4, 6, 8), (6, 3, 4), (4, 4, 3))),
+    *(Call(T, dtype=dtype, bias=True, gaps=(3, 5, 7)) for T in (1, 17) for dtype in (F32, F16)),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_linear(call: Call, backend: str) -> None:
+    x = call.make()
+    assert_close("out", x.run(backend), x.expected(), call.bound(backend), parts=(0, 1))
+
+
+@pytest.mark.parametrize("out_dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("width", [41, 80])
+def test_a_nan_token_spoils_its_own_row_alone(width: int, out_dtype: torch.dtype, backend: str) -> None:
+    x = Call(33, O=width, out_dtype=out_dtype, bias=True).make()
+    clean = x.run(backend)
+    others = torch.ones(33, dtype=torch.bool)
+    for token in (3, 17, 32):  # of a whole panel, of another, of the remainder
+        x.x.values[token, 5] = torch.nan
+        others[token] = False
+    got = x.run(backend)
+    assert got[~others].isnan().all()
+    assert_bits_equal("other tokens", got[others], clean[others])
+
+
+@NEEDS_PRODUCTS
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("out_dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("width", [48, 1040])
+def test_other_tokens_do_not_change_bits(
+    width: int, out_dtype: torch.dtype, bias: bool, num_threads: Callable[[int], None]
+) -> None:
+    x = Call(130, D=1024, O=width, out_dtype=out_dtype, bias=bias).make()
+    num_threads(1)
+    together = x.run("cpu")
+    for count in (2, 3, 5, 15, 16, 17, 33):
+        assert_bits_equal(f"the first {count} tokens", x.run("cpu", slice(count)), together[:count])
+    for token in (0, 1, 15, 16, 31, 32, 127, 128, 129):
+        assert_bits_equal(f"token {token}", x.run("cpu", slice(token, token + 1)), together[token : token + 1])
+    num_threads(3)
+    assert_bits_equal("three threads", x.run("cpu"), together)
+
+
+@NEEDS_PRODUCTS
+def test_gaps_do_not_change_bits() -> None:
+    x = Call(17, O=80, bias=True).make()
+    want = x.run("cpu")
+    for gaps in ((4, 0, 0), (0, 3, 0), (0, 0, 4), (2, 1, 6)):
+        moved = Inputs(
+            replace(x.call, gaps=gaps), Matrix(x.x.values, gaps[0]), Matrix(x.weight.values, gaps[1]), x.bias
+        )
+        assert_bits_equal(f"gaps {gaps}", moved.run("cpu"), want)
+
+
+@NEEDS_PRODUCTS
+@pytest.mark.parametrize("T", [1, 17])
+def test_out_is_rounded_once(T: int) -> None:
+    """With bias: the bf16 result is the f32 one rounded, so the sum was not rounded before the bias."""
+    x = Call(T, D=1024, O=80, bias=True).make()
+    wide = Inputs(replace(x.call, out_dtype=F32), x.x, x.weight, x.bias)
+    assert_bits_equal("out", x.run("cpu"), wide.run("cpu").bfloat16())
