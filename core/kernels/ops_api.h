@@ -35,6 +35,9 @@ inline constexpr int32_t kPadSlot = -1;
 /// A zeroed pool, in memory that suits the ops.
 at::Tensor allocate_pool(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+/// Uninitialised memory that suits weights.
+at::Tensor allocate_weight(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 /// Added to the squared norm under the root, as in FLA and the checkpoints.
 inline constexpr double kL2NormEps = 1e-6;
 
@@ -264,8 +267,8 @@ struct PagedAttentionParams {
 };
 void paged_attention(const PagedAttentionParams& p);
 
-/// E experts of I channels, each down(silu(gate(x)) * up(x)). One by one they may lie in a memory-mapped file; stacked
-/// they are the same memory as one tensor, for backends that multiply by all experts at once.
+/// E experts of I channels, each down(silu(gate(x)) * up(x)). They may lie one by one; stacked they are the same memory
+/// as one tensor, for backends that multiply by all experts at once.
 struct ExpertWeights {
   std::vector<at::Tensor> gate;                    // E of [I, D]
   std::vector<at::Tensor> up;                      // E of [I, D]

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/weight_source.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
+
+#include "core/kernels/ops_api.h"
 
 namespace xgdn {
 
@@ -18,9 +19,12 @@ at::Tensor TensorMap::get(const std::string& name, at::IntArrayRef shape) const 
 at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
                        const at::TensorOptions& options) {
   const at::Tensor stored = weights.get(name, shape);
-  at::Tensor converted = stored.to(options);
-  if (!converted.is_same(stored)) weights.release(name);
-  return converted;
+  const bool is_as_stored = options.dtype() == stored.dtype() && options.device() == stored.device();
+  if (is_as_stored && !weights.is_mapped()) return stored;
+  at::Tensor loaded = kernel::allocate_weight(shape, options);
+  loaded.copy_(stored);
+  weights.release(name);
+  return loaded;
 }
 
 at::Tensor fuse_rows(const WeightSource& weights, const std::vector<RowBlock>& blocks,
@@ -29,7 +33,7 @@ at::Tensor fuse_rows(const WeightSource& weights, const std::vector<RowBlock>& b
   for (const RowBlock& block : blocks) rows += block.rows.size(0);
   std::vector<int64_t> shape = blocks.front().rows.sizes().vec();
   shape[0] = rows;
-  at::Tensor fused = at::empty(shape, options);
+  at::Tensor fused = kernel::allocate_weight(shape, options);
   int64_t begin = 0;
   for (const RowBlock& block : blocks) {
     fused.narrow(0, begin, block.rows.size(0)).copy_(block.rows);

@@ -28,6 +28,9 @@ class WeightSource {
   /// shape differs from `shape`.
   virtual at::Tensor get(const std::string& name, at::IntArrayRef shape) const = 0;
 
+  /// Whether tensors alias files: they may leave memory at any time, and lie in small pages.
+  virtual bool is_mapped() const { return false; }
+
   /// Says that the tensor has been copied elsewhere: its pages may leave memory.
   virtual void release(const std::string& /*name*/) const {}
 };
@@ -45,7 +48,8 @@ class TensorMap : public WeightSource {
   std::map<std::string, at::Tensor> tensors_;
 };
 
-/// The weight with the dtype and on the device of `options`. Without conversion it still aliases the source.
+/// The weight with the dtype and on the device of `options`. It aliases the source where that is in memory and nothing
+/// is converted; what is mapped is copied, in memory that suits the ops, and released.
 at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
                        const at::TensorOptions& options);
 

@@ -59,7 +59,7 @@ class HybridDecoder {
   std::vector<std::vector<StateSpec>> state_specs() const;
   /// Layers with full attention, each with a KvPool.
   int64_t num_attention_layers() const;
-  /// Bytes of all tensors of the model, a tied head counted once. Some may lie in memory-mapped files.
+  /// Bytes of all tensors of the model, a tied head counted once.
   int64_t weight_bytes() const;
   const ModelConfig& config() const { return config_; }  // as given
   at::ScalarType dtype() const { return dtype_; }        // of weights and activations

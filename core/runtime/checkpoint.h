@@ -31,6 +31,8 @@ class Checkpoint : public WeightSource {
   /// Read-only, as SafetensorsFile::tensor. Throws as entry().
   at::Tensor get(const std::string& name, at::IntArrayRef shape) const override;
 
+  bool is_mapped() const override { return true; }
+
   void release(const std::string& name) const override;
 
   /// All tensors, in alphabetical order.

@@ -30,7 +30,7 @@ struct EngineOptions {
 /// submit, cancel and is_idle may come from any thread at any time; the rest from one thread at a time.
 class Engine {
  public:
-  /// Loads a Hugging Face directory (config.json and safetensors). Weights that need no change stay memory-mapped.
+  /// Loads a Hugging Face directory (config.json and safetensors). The weights are copied into memory.
   /// Throws CheckpointError, UnsupportedError or RequestError; OutOfMemory before anything is allocated when the plan
   /// exceeds options.memory_limit.
   static std::unique_ptr<Engine> load(const std::filesystem::path& dir, const EngineOptions& options = {});
@@ -59,7 +59,7 @@ class Engine {
 
   const ModelConfig& config() const { return model_->config(); }   // of config.json
   const Runner& runner() const { return runner_; }                 // its figures: free slots and blocks
-  int64_t weight_bytes() const { return model_->weight_bytes(); }  // of the model in memory or mapped
+  int64_t weight_bytes() const { return model_->weight_bytes(); }  // of the model
 
  private:
   Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);

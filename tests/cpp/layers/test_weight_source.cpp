@@ -30,6 +30,21 @@ TEST(WeightSource, WithoutConversionTheWeightAliasesItsSource) {
   EXPECT_EQ(source.released, std::vector<std::string>{"w"});
 }
 
+class MappedRecording : public Recording {
+ public:
+  using Recording::Recording;
+  bool is_mapped() const override { return true; }
+};
+
+TEST(WeightSource, MappedWeightsAreCopiedAndReleased) {
+  const at::Tensor stored = RandomTensors(1).normal({4, 3});
+  const MappedRecording source({{"w", stored}});
+  const at::Tensor loaded = load_weight(source, "w", {4, 3}, at::kFloat);
+  EXPECT_FALSE(loaded.is_alias_of(stored));
+  EXPECT_TRUE(same_bits(loaded, stored));
+  EXPECT_EQ(source.released, std::vector<std::string>{"w"});
+}
+
 TEST(WeightSource, FusedRowsAreCopiesAndTheirSourcesAreReleased) {
   RandomTensors random(2);
   const at::Tensor a = random.normal({4, 3}), b = random.normal({2, 3});
