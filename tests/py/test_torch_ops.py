@@ -81,6 +81,15 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
         "gdn_gating": [((packed[1], packed[2], *heads, torch.zeros(3, HV), torch.zeros(3, HV)), {})],
         "l2_norm": [((x[0], torch.zeros_like(x[0])), {}), ((x[0], torch.zeros_like(x[0])), {"eps": 0.1})],
         "rms_norm_gated": [((x[2], x[2].flip(0), torch.randn(V), out), {"eps": 1e-5})],
+        "rms_norm": [
+            ((x[2], torch.randn(V), out), {}),
+            ((x[2], torch.randn(V), out), {"residual": x[2].flip(0), "eps": 1e-5}),
+        ],
+        "silu_and_mul": [((conv[0], conv[0].flip(0), conv_out), {})],
+        "linear": [
+            ((x[2].flatten(1), torch.randn(D, HV * V).to(dtype), conv_out), {}),
+            ((x[2].flatten(1), torch.randn(D, HV * V).to(dtype), conv_out), {"bias": bias}),
+        ],
         "paged_attention": [
             ((*attention, [3, 4], [3, 9], [1, 3], heads_out), {}),
             ((*attention, [3, 4], [3, 9], [1, 3], heads_out), {"context_rows": i32(range(12)), "scale": 0.3}),
@@ -98,6 +107,9 @@ OPS = [
     "gdn_gating",
     "l2_norm",
     "rms_norm_gated",
+    "rms_norm",
+    "silu_and_mul",
+    "linear",
     "gdn_decode_step",
     "paged_attention",
     "moe_experts",
@@ -155,7 +167,7 @@ def test_opcheck_where_a_gradient_is_wanted() -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_schema_names_what_is_written(op: str) -> None:
     written = {a.name for a in packet(op)._schema.arguments if a.alias_info and a.alias_info.is_write}
-    pools = {"state", "conv_state"} & {a.name for a in packet(op)._schema.arguments}
+    pools = {"state", "conv_state", "residual"} & {a.name for a in packet(op)._schema.arguments}
     assert written == ({"g", "beta"} if op == "gdn_gating" else {"out"} | pools)
     assert not packet(op)._schema.returns
     assert torch.Tag.pt2_compliant_tag in packet(op).tags
