@@ -125,18 +125,33 @@ def copied(sample: Sample) -> Sample:
     return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args), kwargs
 
 
+def written_arguments(op: str) -> list[Any]:
+    return [a for a in packet(op)._schema.arguments if a.alias_info and a.alias_info.is_write]
+
+
+def with_written_last(op: str, sample: Sample) -> Sample:
+    """What is written by name follows the positional arguments, so that a graph has it as an input."""
+    args, kwargs = sample
+    names = [a.name for a in written_arguments(op) if a.name in kwargs]
+    return (*args, *(kwargs[name] for name in names)), {k: v for k, v in kwargs.items() if k not in names}
+
+
 class Call(torch.nn.Module):
-    """Calls an op and returns what it wrote."""
+    """Calls an op and returns what it wrote. Takes arguments as with_written_last makes them."""
 
     def __init__(self, op: str, kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.op, self.kwargs = packet(op), kwargs
-        written = [i for i, a in enumerate(self.op._schema.arguments) if a.alias_info and a.alias_info.is_write]
-        self.written = written
+        arguments = self.op._schema.arguments
+        self.num_positional = sum(not a.kwarg_only for a in arguments)
+        written = {a.name for a in written_arguments(op)}
+        self.written = [i for i, a in enumerate(arguments) if a.name in written and not a.kwarg_only]
+        self.by_name = [a.name for a in written_arguments(op) if a.kwarg_only]
 
     def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        self.op(*args, **self.kwargs)
-        return tuple(args[i] * 1 for i in self.written)
+        positional, rest = args[: self.num_positional], args[self.num_positional :]
+        self.op(*positional, **self.kwargs, **dict(zip(self.by_name, rest, strict=False)))
+        return tuple(x * 1 for x in (*(positional[i] for i in self.written), *rest))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -166,7 +181,7 @@ def test_opcheck_where_a_gradient_is_wanted() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_schema_names_what_is_written(op: str) -> None:
-    written = {a.name for a in packet(op)._schema.arguments if a.alias_info and a.alias_info.is_write}
+    written = {a.name for a in written_arguments(op)}
     pools = {"state", "conv_state", "residual"} & {a.name for a in packet(op)._schema.arguments}
     assert written == ({"g", "beta"} if op == "gdn_gating" else {"out"} | pools)
     assert not packet(op)._schema.returns
@@ -195,7 +210,8 @@ def test_meta_checks_as_the_others_do(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_export(op: str) -> None:
-    for sample in samples(op, torch.float32, torch.float32):
+    for given in samples(op, torch.float32, torch.float32):
+        sample = with_written_last(op, given)
         args, kwargs = copied(sample)
         program = torch.export.export(Call(op, kwargs), copied(sample)[0])
         for got, want in zip(program.module()(*copied(sample)[0]), Call(op, kwargs)(*args), strict=True):
@@ -204,7 +220,8 @@ def test_export(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_compile_into_one_graph(op: str) -> None:
-    for sample in samples(op, torch.float32, torch.float32):
+    for given in samples(op, torch.float32, torch.float32):
+        sample = with_written_last(op, given)
         args, kwargs = copied(sample)
         torch._dynamo.reset()
         compiled = torch.compile(Call(op, kwargs), fullgraph=True, backend="aot_eager")
