@@ -14,6 +14,13 @@ from cases import assert_bits_equal, i32
 from xgdn import ops
 
 Arguments = dict[str, Any]
+
+
+def raw(op: str) -> Callable[..., None]:
+    """An operator that has no function in xgdn.ops; `out` is among its arguments."""
+    return getattr(torch.ops.xgdn, op)
+
+
 OPS: dict[str, Callable[..., Any]] = {
     name: getattr(ops, name)
     for name in (
@@ -27,7 +34,7 @@ OPS: dict[str, Callable[..., Any]] = {
         "rms_norm_gated",
         "gdn_decode_step",
     )
-}
+} | {name: raw(name) for name in ("rms_norm", "silu_and_mul", "linear")}
 
 
 def good_arguments(op: str) -> Arguments:
@@ -61,6 +68,19 @@ def good_arguments(op: str) -> Arguments:
         "gdn_gating": {"a": torch.randn(T, HV), "b": torch.randn(T, HV), **gates},
         "l2_norm": {"x": torch.randn(T, H, K)},
         "rms_norm_gated": {"x": torch.randn(T, HV, V), "z": torch.randn(T, HV, V), "weight": torch.randn(V)},
+        "rms_norm": {
+            "x": torch.randn(T, H, K),
+            "weight": torch.randn(K),
+            "out": torch.empty(T, H, K),
+            "residual": torch.randn(T, H, K),
+        },
+        "silu_and_mul": {"gate": torch.randn(T, D), "up": torch.randn(T, D), "out": torch.empty(T, D)},
+        "linear": {
+            "x": torch.randn(T, D),
+            "weight": torch.randn(K, D),
+            "out": torch.empty(T, K),
+            "bias": torch.randn(K),
+        },
         "gdn_decode_step": {
             "projected": torch.randn(N, 2 * H * K + 2 * HV * V + 2 * HV),
             "conv_weight": torch.randn(2 * H * K + HV * V, W),
@@ -126,6 +146,35 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     # device
     (RECURRENT, {"v": torch.empty(5, 4, 32, device="meta")}, ValueError, ("v", "cpu", "meta")),
     ("l2_norm", {"out": torch.empty(5, 2, 16, device="meta")}, ValueError, ("out", "cpu", "meta")),
+    # the ops of a whole model
+    ("rms_norm", {"x": torch.randn(5, 2, 16).double()}, TypeError, ("x", "Float", "Double")),
+    ("rms_norm", {"weight": torch.randn(16).half()}, TypeError, ("weight", "Float", "Half")),
+    ("rms_norm", {"residual": torch.randn(5, 2, 16).half()}, TypeError, ("residual", "Float", "Half")),
+    ("rms_norm", {"out": torch.empty(5, 2, 16).bfloat16()}, TypeError, ("out", "Float", "BFloat16")),
+    ("rms_norm", {"x": torch.randn(5, 32)}, ValueError, ("x", "T, H, D", "[5, 32]")),
+    ("rms_norm", {"weight": torch.randn(15)}, ValueError, ("weight", "D=16 (set by x)", "[15]")),
+    ("rms_norm", {"residual": torch.randn(4, 2, 16)}, ValueError, ("residual", "T=5 (set by x)", "[4, 2, 16]")),
+    ("rms_norm", {"out": torch.empty(5, 1, 16)}, ValueError, ("out", "H=2 (set by x)", "[5, 1, 16]")),
+    ("rms_norm", {"residual": torch.randn(5, 16, 2).mT}, ValueError, ("residual", "contiguous", "strides")),
+    ("rms_norm", {"weight": torch.randn(32)[::2]}, ValueError, ("weight", "contiguous")),
+    ("rms_norm", {"residual": torch.empty(5, 2, 16, device="meta")}, ValueError, ("residual", "cpu", "meta")),
+    ("silu_and_mul", {"gate": torch.randn(5, 24).int()}, TypeError, ("gate", "Int")),
+    ("silu_and_mul", {"up": torch.randn(5, 24).half()}, TypeError, ("up", "Float", "Half")),
+    ("silu_and_mul", {"out": torch.empty(5, 24).half()}, TypeError, ("out", "Float", "Half")),
+    ("silu_and_mul", {"up": torch.randn(5, 23)}, ValueError, ("up", "I=24 (set by gate)", "[5, 23]")),
+    ("silu_and_mul", {"out": torch.empty(4, 24)}, ValueError, ("out", "T=5 (set by gate)", "[4, 24]")),
+    ("silu_and_mul", {"gate": torch.randn(24, 5).T}, ValueError, ("gate", "contiguous")),
+    ("silu_and_mul", {"up": torch.empty(5, 24, device="meta")}, ValueError, ("up", "cpu", "meta")),
+    ("linear", {"x": torch.randn(5, 24).double()}, TypeError, ("x", "Float", "Double")),
+    ("linear", {"weight": torch.randn(16, 24).bfloat16()}, TypeError, ("weight", "Float", "BFloat16")),
+    ("linear", {"bias": torch.randn(16).half()}, TypeError, ("bias", "Float", "Half")),
+    ("linear", {"out": torch.empty(5, 16).half()}, TypeError, ("out", "Float", "Half")),
+    ("linear", {"weight": torch.randn(24, 16)}, ValueError, ("weight", "D=24 (set by x)", "[24, 16]")),
+    ("linear", {"bias": torch.randn(15)}, ValueError, ("bias", "O=16 (set by weight)", "[15]")),
+    ("linear", {"out": torch.empty(5, 17)}, ValueError, ("out", "O=16 (set by weight)", "[5, 17]")),
+    ("linear", {"x": torch.randn(5, 1, 24)}, ValueError, ("x", "T, D", "[5, 1, 24]")),
+    ("linear", {"weight": torch.randn(24, 16).T}, ValueError, ("weight", "contiguous")),
+    ("linear", {"bias": torch.empty(16, device="meta")}, ValueError, ("bias", "cpu", "meta")),
     # cu_seqlens
     (RECURRENT, {"cu_seqlens": i32([1, 3, 5])}, IndexError, ("cu_seqlens", "start at 0", "1")),
     (RECURRENT, {"cu_seqlens": i32([0, 6, 5])}, IndexError, ("cu_seqlens", "never fall", "5")),

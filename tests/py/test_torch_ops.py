@@ -81,6 +81,15 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
         "gdn_gating": [((packed[1], packed[2], *heads, torch.zeros(3, HV), torch.zeros(3, HV)), {})],
         "l2_norm": [((x[0], torch.zeros_like(x[0])), {}), ((x[0], torch.zeros_like(x[0])), {"eps": 0.1})],
         "rms_norm_gated": [((x[2], x[2].flip(0), torch.randn(V), out), {"eps": 1e-5})],
+        "rms_norm": [
+            ((x[2], torch.randn(V), out), {}),
+            ((x[2], torch.randn(V), out), {"residual": x[2].flip(0), "eps": 1e-5}),
+        ],
+        "silu_and_mul": [((conv[0], conv[0].flip(0), conv_out), {})],
+        "linear": [
+            ((x[2].flatten(1), torch.randn(D, HV * V).to(dtype), conv_out), {}),
+            ((x[2].flatten(1), torch.randn(D, HV * V).to(dtype), conv_out), {"bias": bias}),
+        ],
         "paged_attention": [
             ((*attention, [3, 4], [3, 9], [1, 3], heads_out), {}),
             ((*attention, [3, 4], [3, 9], [1, 3], heads_out), {"context_rows": i32(range(12)), "scale": 0.3}),
@@ -98,6 +107,9 @@ OPS = [
     "gdn_gating",
     "l2_norm",
     "rms_norm_gated",
+    "rms_norm",
+    "silu_and_mul",
+    "linear",
     "gdn_decode_step",
     "paged_attention",
     "moe_experts",
@@ -113,18 +125,33 @@ def copied(sample: Sample) -> Sample:
     return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args), kwargs
 
 
+def written_arguments(op: str) -> list[Any]:
+    return [a for a in packet(op)._schema.arguments if a.alias_info and a.alias_info.is_write]
+
+
+def with_written_last(op: str, sample: Sample) -> Sample:
+    """What is written by name follows the positional arguments, so that a graph has it as an input."""
+    args, kwargs = sample
+    names = [a.name for a in written_arguments(op) if a.name in kwargs]
+    return (*args, *(kwargs[name] for name in names)), {k: v for k, v in kwargs.items() if k not in names}
+
+
 class Call(torch.nn.Module):
-    """Calls an op and returns what it wrote."""
+    """Calls an op and returns what it wrote. Takes arguments as with_written_last makes them."""
 
     def __init__(self, op: str, kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.op, self.kwargs = packet(op), kwargs
-        written = [i for i, a in enumerate(self.op._schema.arguments) if a.alias_info and a.alias_info.is_write]
-        self.written = written
+        arguments = self.op._schema.arguments
+        self.num_positional = sum(not a.kwarg_only for a in arguments)
+        written = {a.name for a in written_arguments(op)}
+        self.written = [i for i, a in enumerate(arguments) if a.name in written and not a.kwarg_only]
+        self.by_name = [a.name for a in written_arguments(op) if a.kwarg_only]
 
     def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        self.op(*args, **self.kwargs)
-        return tuple(args[i] * 1 for i in self.written)
+        positional, rest = args[: self.num_positional], args[self.num_positional :]
+        self.op(*positional, **self.kwargs, **dict(zip(self.by_name, rest, strict=False)))
+        return tuple(x * 1 for x in (*(positional[i] for i in self.written), *rest))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -154,8 +181,8 @@ def test_opcheck_where_a_gradient_is_wanted() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_schema_names_what_is_written(op: str) -> None:
-    written = {a.name for a in packet(op)._schema.arguments if a.alias_info and a.alias_info.is_write}
-    pools = {"state", "conv_state"} & {a.name for a in packet(op)._schema.arguments}
+    written = {a.name for a in written_arguments(op)}
+    pools = {"state", "conv_state", "residual"} & {a.name for a in packet(op)._schema.arguments}
     assert written == ({"g", "beta"} if op == "gdn_gating" else {"out"} | pools)
     assert not packet(op)._schema.returns
     assert torch.Tag.pt2_compliant_tag in packet(op).tags
@@ -183,7 +210,8 @@ def test_meta_checks_as_the_others_do(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_export(op: str) -> None:
-    for sample in samples(op, torch.float32, torch.float32):
+    for given in samples(op, torch.float32, torch.float32):
+        sample = with_written_last(op, given)
         args, kwargs = copied(sample)
         program = torch.export.export(Call(op, kwargs), copied(sample)[0])
         for got, want in zip(program.module()(*copied(sample)[0]), Call(op, kwargs)(*args), strict=True):
@@ -192,7 +220,8 @@ def test_export(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_compile_into_one_graph(op: str) -> None:
-    for sample in samples(op, torch.float32, torch.float32):
+    for given in samples(op, torch.float32, torch.float32):
+        sample = with_written_last(op, given)
         args, kwargs = copied(sample)
         torch._dynamo.reset()
         compiled = torch.compile(Call(op, kwargs), fullgraph=True, backend="aot_eager")
