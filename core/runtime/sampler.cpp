@@ -27,12 +27,15 @@ int32_t ordered(float x) {
 
 // A largest logit, the first one unless it is zero. As integers, whose order compilers turn into vectors.
 int32_t argmax(std::span<const float> logits) {
-  constexpr size_t kBlock = 4096;
+  constexpr size_t kBlock = 1024;
+  constexpr size_t kCacheLine = 16;  // logits
   int32_t best = std::numeric_limits<int32_t>::min();
   int32_t magnitude = 0;
   size_t best_block = 0;
   for (size_t begin = 0; begin < logits.size(); begin += kBlock) {
     const size_t end = std::min(begin + kBlock, logits.size());
+    // Another core wrote them: without this the loop below waits for memory.
+    for (size_t i = end; i < std::min(end + kBlock, logits.size()); i += kCacheLine) __builtin_prefetch(&logits[i]);
     int32_t largest = std::numeric_limits<int32_t>::min();
     for (size_t i = begin; i < end; ++i) {
       largest = std::max(largest, ordered(logits[i]));
