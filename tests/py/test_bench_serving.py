@@ -567,7 +567,12 @@ def test_a_signal_ends_the_own_server_too(number: signal.Signals, tmp_path: Path
     program = "import sys; from xgdn.cli import app; app(sys.argv[1:])"
     arguments = ["bench", "serving", str(CHECKPOINT), "--rate", "0.001", "--check", "1", "--", *FLOAT32]
     with (tmp_path / "out").open("w") as out:
-        process = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            stdout=out,
+            stderr=out,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells hide it from background jobs
+        )
         try:
             (server,) = wait_for(lambda: children(process.pid))
             wait_for(lambda: Path(f"/proc/{server}/cmdline").read_bytes().count(b"serve"))

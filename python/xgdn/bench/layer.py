@@ -83,11 +83,14 @@ class LayerBenchmark:
         rule_pool, out = problem.pool.make(), torch.empty_like(problem.v)
         gates = problem.gates
 
+        projected = torch.empty(batch, len(self._in_proj), dtype=torch.bfloat16)
+        summed = torch.empty_like(hidden)
+
         def project_in() -> None:
-            torch.nn.functional.linear(hidden, self._in_proj)
+            torch.ops.xgdn.linear(hidden, self._in_proj, projected)
 
         def project_out() -> None:
-            torch.nn.functional.linear(values, self._out_proj)
+            torch.ops.xgdn.linear(values, self._out_proj, summed)
 
         def with_rule(i: int) -> None:
             project_in()
