@@ -205,10 +205,9 @@ struct SiluAndMulParams {
 };
 void silu_and_mul(const SiluAndMulParams& p);
 
-/// out = x weight^T + bias, summed in fp32; where it is composed from ATen, an f32 out of 16-bit inputs holds 16-bit
-/// numbers. On the cpu backend bf16 is multiplied by kernels of its own where the machine has instructions for it: weights
-/// are read once, at memory speed, for as many tokens as a decode step has, and a token's result has the same bits
-/// whatever tokens are beside it.
+/// out = x weight^T + bias, summed in fp32. On the cpu backend bf16 is multiplied by kernels of its own where the
+/// machine has instructions for it: weights are read once, at memory speed, for as many tokens as a decode step has,
+/// and a token's result has the same bits whatever tokens are beside it.
 struct LinearParams {
   at::Tensor x;                         // [T, D]  f32 | bf16 | f16, strided
   at::Tensor weight;                    // [O, D]  as x, strided
