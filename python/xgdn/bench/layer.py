@@ -2,10 +2,12 @@
 """What a layer's decode step costs beside its two projections, and what the rule alone would cost in their place."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import xgdn
 from xgdn.bench.measure import take_turns
@@ -86,23 +88,28 @@ class LayerBenchmark:
         projected = torch.empty(batch, len(self._in_proj), dtype=torch.bfloat16)
         summed = torch.empty_like(hidden)
 
-        def project_in() -> None:
-            torch.ops.xgdn.linear(hidden, self._in_proj, projected)
+        # Weights of its own for each, as the layer has: shared ones would be found in a cache more often.
+        def projection(x: Tensor, weight: Tensor, out: Tensor) -> Callable[[], None]:
+            own = weight.clone()
+            return lambda: torch.ops.xgdn.linear(x, own, out)
 
-        def project_out() -> None:
-            torch.ops.xgdn.linear(values, self._out_proj, summed)
+        before, after, before_alone, after_alone = (
+            projection(*tensors)
+            for _ in range(2)
+            for tensors in ((hidden, self._in_proj, projected), (values, self._out_proj, summed))
+        )
 
         def with_rule(i: int) -> None:
-            project_in()
+            before()
             slots = problem.pool.slots(i)
             xgdn.ops.packed_decode(
                 problem.mixed_qkv, gates.a, gates.b, gates.A_log, gates.dt_bias, rule_pool, state_indices=slots, out=out
             )
-            project_out()
+            after()
 
         def projections(_: int) -> None:
-            project_in()
-            project_out()
+            before_alone()
+            after_alone()
 
         times = take_turns(
             [lambda i: layer.forward(hidden, batches[i % len(batches)], state), with_rule, projections], self._seconds
