@@ -3,18 +3,16 @@
 
     python benchmarks/random_checkpoint.py FOLDER
 
-1.5 GB in bf16. The tokenizer is that of the small model in examples/, so that `xgdn serve` has one; ids beyond its
-vocabulary are text of no length.
+1.5 GB in bf16. Its tokenizer has a word for every id, so that every token is text of its own, as a server streams it.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "examples/tiny_model/checkpoint/tokenizer.json"
 QWEN3_5_0_8B = {
     "vocab_size": 248320,
     "hidden_size": 1024,
@@ -32,6 +30,12 @@ QWEN3_5_0_8B = {
 }
 
 
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    tokenizer = Tokenizer(models.WordLevel({f"word{i}": i for i in range(vocab_size)}, unk_token="word0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -40,7 +44,7 @@ def main() -> None:
     torch.set_default_dtype(torch.bfloat16)
     model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**QWEN3_5_0_8B, dtype="bfloat16"))
     model.save_pretrained(folder)
-    shutil.copy(TOKENIZER, folder)
+    write_tokenizer(folder, model.config.vocab_size)
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ print(resident("VmHWM") - before, *engine.memory_bytes.values())
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
 def test_peak_memory_of_loading(tmp_path: Path, family: str) -> None:
-    """Weights stay memory-mapped or are copied once with their source pages dropped: at most 1.15 x weights + pools."""
+    """Weights are copied once, with their source pages dropped: at most 1.15 x weights + pools."""
     import checkpoints
 
     sizes = {"vocab_size": 20000, "hidden_size": 1024, "intermediate_size": 3072, "linear_num_key_heads": 8}
