@@ -25,5 +25,5 @@ print(perplexity.by_prefill(windows))
 """
     npu, cpu, exact = map(float, run_python(code, FP32_STATE="1"))
     assert 2 < exact < 20
-    assert abs(npu / cpu - 1) < 2e-4, "another order of the roundings to bf16"
+    assert abs(npu / cpu - 1) < 5e-4, "the CPU keeps the logits and the MLP's gate in float32, torch_npu rounds them"
     assert abs(npu / exact - 1) < 1e-3, "the roundings to bf16"
