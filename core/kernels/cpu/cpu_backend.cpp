@@ -266,7 +266,7 @@ void run_products(const LinearParams& p, const LinearShape& s) {
                           .x = in_rows(p.x),
                           .weight = static_cast<const uint16_t*>(p.weight.const_data_ptr()),
                           .weight_stride = p.weight.stride(0),
-                          .bias = p.bias ? in_columns(p.bias->unsqueeze(0), 0, 1) : InRows(),
+                          .bias = p.bias ? in_heads(*p.bias) : InRows(),
                           .out = out_columns(p.out),
                           .products = cpu::bfloat16_products()};
   const at::Tensor packed = at::empty({cpu::packed_size(args)}, p.x.options());

@@ -19,6 +19,18 @@ std::vector<std::vector<StateSpec>> two_layers() {
           {{StateKind::kConv, {5, 10}, at::kFloat}, {StateKind::kDelta, {2, 4, 6}, at::kBFloat16}}};
 }
 
+// Random numbers in every slot; copies of the pools that hold them.
+std::vector<at::Tensor> fill_with_numbers(StatePool& pool) {
+  std::vector<at::Tensor> copies;
+  for (const GdnState& layer : pool.layers()) {
+    for (const GdnState::Component& component : layer.components()) {
+      component.pool.normal_();
+      copies.push_back(component.pool.clone());
+    }
+  }
+  return copies;
+}
+
 TEST(StatePool, GivesEverySlotOnce) {
   StatePool pool(two_layers(), 5, c10::kCPU);
   EXPECT_EQ(pool.num_slots(), 5);
@@ -61,13 +73,7 @@ TEST(StatePool, CopiesOneSlotAndLeavesTheOthersAlone) {
   StatePool pool(two_layers(), 4, c10::kCPU);
   std::vector<SlotHandle> handles;
   for (int i = 0; i < 4; ++i) handles.push_back(pool.allocate());
-  std::vector<at::Tensor> before;
-  for (const GdnState& layer : pool.layers()) {
-    for (const GdnState::Component& component : layer.components()) {
-      component.pool.normal_();
-      before.push_back(component.pool.clone());
-    }
-  }
+  const std::vector<at::Tensor> before = fill_with_numbers(pool);
   pool.copy(handles[1], handles[3]);
   size_t i = 0;
   for (const GdnState& layer : pool.layers()) {
@@ -139,13 +145,7 @@ TEST_P(Poison, FillsTheFreedSlotAndNoOther) {
   StatePool pool(two_layers(), 4, c10::kCPU, poison_freed);
   std::vector<SlotHandle> handles;
   for (int i = 0; i < 4; ++i) handles.push_back(pool.allocate());
-  std::vector<at::Tensor> before;
-  for (const GdnState& layer : pool.layers()) {
-    for (const GdnState::Component& component : layer.components()) {
-      component.pool.normal_();
-      before.push_back(component.pool.clone());
-    }
-  }
+  const std::vector<at::Tensor> before = fill_with_numbers(pool);
   pool.share(handles[2]);
   const auto expect_slots = [&](bool is_freed) {
     size_t i = 0;
