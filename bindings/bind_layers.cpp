@@ -52,20 +52,21 @@ void bind_layers(nb::module_& m) {
       .def_ro("block_indices_cumsum", &kernel::ChunkMetadata::block_indices_cumsum)
       .def_static(
           "build",
-          [](const std::vector<int64_t>& lengths, int64_t num_v_heads_local, const std::string& device) {
+          [](const std::vector<int64_t>& lengths, int64_t num_v_heads_local, const DeviceArgument& device) {
             kernel::ChunkMetadata tables = kernel::build_chunk_metadata(lengths, num_v_heads_local);
             for (at::Tensor* table : {&tables.chunk_indices_chunk64, &tables.chunk_offsets_chunk64,
                                       &tables.update_chunk_offsets_chunk64, &tables.final_chunk_indices_chunk64,
                                       &tables.chunk_indices_large_block, &tables.block_indices_cumsum}) {
-              *table = table->to(c10::Device(device));
+              *table = table->to(device.resolve("ChunkMetadata"));
             }
             return tables;
           },
           "lengths"_a, "num_v_heads_local"_a, nb::kw_only(), "device"_a = "cpu")
       .def_static(
           "allocate",
-          [](int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local, const std::string& device) {
-            return kernel::allocate_chunk_metadata(max_sequences, max_tokens, num_v_heads_local, c10::Device(device));
+          [](int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local, const DeviceArgument& device) {
+            return kernel::allocate_chunk_metadata(max_sequences, max_tokens, num_v_heads_local,
+                                                   device.resolve("ChunkMetadata"));
           },
           nb::kw_only(), "max_sequences"_a, "max_tokens"_a, "num_v_heads_local"_a, "device"_a = "cpu",
           "Pooled tables, uninitialised.")
@@ -145,8 +146,8 @@ void bind_layers(nb::module_& m) {
   nb::class_<GdnState>(m, "GdnState", "The pools of one layer, each [S, ...].")
       .def_static(
           "allocate",
-          [](const std::vector<StateSpec>& specs, int64_t num_slots, const std::string& device) {
-            return GdnState::allocate(specs, num_slots, c10::Device(device));
+          [](const std::vector<StateSpec>& specs, int64_t num_slots, const DeviceArgument& device) {
+            return GdnState::allocate(specs, num_slots, device.resolve("GdnState"));
           },
           "specs"_a, "num_slots"_a, nb::kw_only(), "device"_a = "cpu", "Zeroed pools of num_slots slots.")
       .def("pool", &GdnState::pool, "kind"_a, "The pool itself, not a copy.");
@@ -177,14 +178,14 @@ void bind_layers(nb::module_& m) {
       .def(
           "__init__",
           [](Qwen3GatedDeltaNet* self, const GdnConfig& config, std::map<std::string, at::Tensor> weights,
-             const std::string& prefix, at::ScalarType dtype, const std::string& device, int64_t rank, int64_t world,
+             const std::string& prefix, at::ScalarType dtype, const DeviceArgument& device, int64_t rank, int64_t world,
              std::optional<std::function<void(const at::Tensor&)>> all_reduce, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy) {
             Shard shard{.rank = rank, .world = world};
             if (all_reduce) shard.group = std::make_shared<CallableAllReduce>(std::move(*all_reduce));
             new (self) Qwen3GatedDeltaNet(
                 config, TensorMap(std::move(weights)), prefix,
-                at::TensorOptions().dtype(dtype).device(c10::Device(device)), shard,
+                at::TensorOptions().dtype(dtype).device(device.resolve("Qwen3GatedDeltaNet")), shard,
                 {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)});
           },
           "config"_a, "weights"_a, nb::kw_only(), "prefix"_a = "", "dtype"_a, "device"_a = "cpu", "rank"_a = 0,

@@ -34,10 +34,10 @@ void bind_pools(nb::module_& m) {
   nb::class_<StatePool>(m, "StatePool", "Slots of recurrent state over all GDN layers.")
       .def(
           "__init__",
-          [](StatePool* self, const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, bool poison_freed) {
-            new (self) StatePool(layers, num_slots, c10::kCPU, poison_freed);
-          },
-          "layers"_a, nb::kw_only(), "num_slots"_a, "poison_freed"_a = poison_freed_by_default())
+          [](StatePool* self, const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots,
+             const DeviceArgument& device,
+             bool poison_freed) { new (self) StatePool(layers, num_slots, device.resolve("StatePool"), poison_freed); },
+          "layers"_a, nb::kw_only(), "num_slots"_a, "device"_a = "cpu", "poison_freed"_a = poison_freed_by_default())
       .def("allocate", &StatePool::allocate, "A free slot; raises OutOfSlots.")
       .def("share", &StatePool::share, "handle"_a, "One more holder of the slot.")
       .def("release", &StatePool::release, "handle"_a, "One holder less; the last one frees the slot.")
@@ -97,9 +97,9 @@ void bind_batch(nb::module_& m) {
       .def(
           "__init__",
           [](BatchBuilder* self, int64_t num_slots, int64_t num_kv_blocks, int64_t kv_block_size, int64_t vocab_size,
-             int64_t num_v_heads, bool has_attention, const std::string& device) {
+             int64_t num_v_heads, bool has_attention, const DeviceArgument& device) {
             new (self) BatchBuilder({num_slots, num_kv_blocks, kv_block_size, vocab_size, num_v_heads, has_attention},
-                                    c10::Device(device));
+                                    device.resolve("BatchBuilder"));
           },
           nb::kw_only(), "num_slots"_a, "num_kv_blocks"_a = 0, "kv_block_size"_a = 16, "vocab_size"_a, "num_v_heads"_a,
           "has_attention"_a = false, "device"_a = "cpu")
@@ -195,12 +195,13 @@ void bind_engine(nb::module_& m) {
           "input"_a, "states"_a, "kv"_a, WithoutGil(), "Logits [R, vocab] f32 of one step; updates the pools in place.")
       .def("state_specs", &HybridDecoder::state_specs, "Pools of each GDN layer.")
       .def_prop_ro("num_attention_layers", &HybridDecoder::num_attention_layers)
-      .def_prop_ro("dtype", &HybridDecoder::dtype);
-  nb::class_<KvCache>(m, "KvCache", "Paged keys and values of a decoder's full-attention layers.")
+      .def_prop_ro("dtype", &HybridDecoder::dtype)
+      .def_prop_ro("device", [](const HybridDecoder& self) { return self.device().str(); });
+  nb::class_<KvCache>(m, "KvCache", "Paged keys and values of a decoder's full-attention layers, on its device.")
       .def(
           "__init__",
           [](KvCache* self, const HybridDecoder& model, int64_t num_blocks, int64_t block_size) {
-            new (self) KvCache(Runner::kv_spec(model, {.kv_block_size = block_size}), num_blocks, c10::kCPU);
+            new (self) KvCache(Runner::kv_spec(model, {.kv_block_size = block_size}), num_blocks, model.device());
           },
           "model"_a, nb::kw_only(), "num_blocks"_a, "block_size"_a = 16)
       .def("allocate", &KvCache::allocate, "count"_a,
@@ -213,12 +214,16 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("bytes", &KvCache::bytes);
   m.def(
       "load_decoder",
-      [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype) {
+      [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
+         const DeviceArgument& device) {
         const ModelConfig config = read_model_config(dir);
-        return std::make_shared<HybridDecoder>(
-            config, Checkpoint(dir), DecoderOptions{.dtype = dtype.value_or(config.dtype), .state_dtype = state_dtype});
+        DecoderOptions options;
+        options.dtype = dtype.value_or(config.dtype);
+        options.state_dtype = state_dtype;
+        options.device = device.resolve("load_decoder");
+        return std::make_shared<HybridDecoder>(config, Checkpoint(dir), options);
       },
-      "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, WithoutGil(),
+      "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu", WithoutGil(),
       "The decoder of a Hugging Face directory, for a Runner.");
 
   nb::class_<Runner>(m, "Runner", "Continuous batching over one decoder: submit, step, cancel.")
@@ -242,14 +247,14 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](EngineOptions* self, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
-             at::ScalarType state_dtype, const std::string& device, std::string prefill_backend,
+             at::ScalarType state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<int64_t> memory_limit) {
             new (self) EngineOptions{
                 .runner = runner,
                 .dtype = dtype,
                 .state_dtype = state_dtype,
-                .device = c10::Device(device),
+                .device = device.resolve("Engine"),
                 .backends = {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)},
                 .on_layer_loaded = on_layer_loaded.value_or(Progress()),
                 .memory_limit = memory_limit};

@@ -1,11 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.Tensor and torch.dtype cross into C++ without copies, on any device.
+// torch.Tensor, torch.dtype and torch.device cross into C++ without copies, on any device.
 #pragma once
 
+#include <c10/util/StringUtil.h>
 #include <nanobind/nanobind.h>
+#include <torch/csrc/Device.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
+
+#include <string>
+
+#include "core/errors.h"
+
+namespace xgdn {
+
+/// What Python gave for a device: a torch.device or its name.
+struct DeviceArgument {
+  std::string name;
+
+  /// Throws DeviceError where torch does not know the name; `where` is what was called.
+  c10::Device resolve(const char* where) const {
+    try {
+      return c10::Device(name);
+    } catch (const c10::Error&) {
+      throw DeviceError(
+          c10::str("[", where, "] device: expected a name that torch knows, such as cpu or npu:0, got '", name, "'"));
+    }
+  }
+};
+
+}  // namespace xgdn
 
 namespace nanobind::detail {
 
@@ -26,6 +51,25 @@ struct type_caster<at::Tensor> {
       PyErr_SetString(PyExc_RuntimeError, error.what());
       return handle();
     }
+  }
+};
+
+template <>
+struct type_caster<xgdn::DeviceArgument> {
+  NB_TYPE_CASTER(xgdn::DeviceArgument, const_name("torch.device | str"))
+
+  bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
+    if (THPDevice_Check(source.ptr())) {
+      value.name = reinterpret_cast<THPDevice*>(source.ptr())->device.str();
+      return true;
+    }
+    const char* text = PyUnicode_Check(source.ptr()) ? PyUnicode_AsUTF8(source.ptr()) : nullptr;
+    if (text == nullptr) {
+      PyErr_Clear();
+      return false;
+    }
+    value.name = text;
+    return true;
   }
 };
 

@@ -26,7 +26,7 @@ class DtypeError : public Error {
   using Error::Error;
 };
 
-/// A tensor lives on another device than its neighbours (ValueError).
+/// A tensor lives on another device than its neighbours, or a device cannot be used (ValueError).
 class DeviceError : public Error {
  public:
   using Error::Error;

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/models/hybrid_decoder.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
+#include <c10/util/StringUtil.h>
 
 #include <numeric>
 #include <optional>
+#include <string>
 #include <variant>
 
+#include "core/errors.h"
 #include "core/layers/gated_attention.h"
 #include "core/layers/mlp.h"
 #include "core/layers/projection.h"
@@ -57,6 +61,17 @@ FeedForward make_feed_forward(const ModelConfig& c, int64_t layer, const WeightS
   return SparseMoe(moe, weights, prefix + "mlp.", options);
 }
 
+// With its index, where the name has none. The first line of torch's sentence names what is absent.
+c10::Device usable(c10::Device device) {
+  try {
+    return at::empty({1}, device).device();
+  } catch (const c10::Error& error) {
+    const std::string sentence = error.what_without_backtrace();
+    throw DeviceError(c10::str("[HybridDecoder] device: expected one that this process can use, got ", device.str(),
+                               ": ", sentence.substr(0, sentence.find('\n'))));
+  }
+}
+
 }  // namespace
 
 struct HybridDecoder::Layer {
@@ -69,8 +84,8 @@ struct HybridDecoder::Layer {
 HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& weights, const DecoderOptions& options)
     : config_(config),
       dtype_(options.dtype),
-      device_(options.device),
-      rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta, options.device) {
+      device_(usable(options.device)),
+      rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta, device_) {
   const std::string& root = config.weight_prefix;
   const at::TensorOptions tensor = weight_options(options);
   const std::vector<int64_t> table{config.vocab_size, config.hidden_size};
@@ -121,6 +136,10 @@ int64_t HybridDecoder::weight_bytes() const {
 }
 
 at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) const {
+  if (input.token_ids.device() != device_) {
+    throw DeviceError(c10::str("[HybridDecoder] input: expected a step built for ", device_.str(), ", got one on ",
+                               input.token_ids.device().str()));
+  }
   const at::Tensor residual = at::index_select(embedding_, 0, input.token_ids);
   at::Tensor delta;  // what the part before adds to the residual stream
   const auto normed = [&](const at::Tensor& weight) {

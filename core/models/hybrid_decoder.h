@@ -46,13 +46,14 @@ struct DecoderOptions {
 /// A decoder: weights, and no state of any sequence.
 class HybridDecoder {
  public:
-  /// Builds every layer from the source. Throws CheckpointError for missing or misshapen weights.
+  /// Builds every layer from the source. Throws CheckpointError for missing or misshapen weights, DeviceError for a
+  /// device that the process cannot use.
   HybridDecoder(const ModelConfig& config, const WeightSource& weights, const DecoderOptions& options);
   HybridDecoder(const HybridDecoder&) = delete;
   HybridDecoder& operator=(const HybridDecoder&) = delete;
   ~HybridDecoder();
 
-  /// Logits [R, vocab] in fp32; updates the state in place.
+  /// Logits [R, vocab] in fp32; updates the state in place. Throws DeviceError for a step built for another device.
   at::Tensor forward(const StepInput& input, ModelState& state) const;
 
   /// Pools of each GDN layer, in order.

@@ -31,8 +31,8 @@ struct EngineOptions {
 class Engine {
  public:
   /// Loads a Hugging Face directory (config.json and safetensors). The weights are copied into memory.
-  /// Throws CheckpointError, UnsupportedError or RequestError; OutOfMemory before anything is allocated when the plan
-  /// exceeds options.memory_limit.
+  /// Throws CheckpointError, DeviceError, UnsupportedError or RequestError; OutOfMemory before anything is allocated
+  /// when the plan exceeds options.memory_limit.
   static std::unique_ptr<Engine> load(const std::filesystem::path& dir, const EngineOptions& options = {});
 
   /// What load would allocate. Reads config.json and the headers of the safetensors files, allocates nothing, and

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity of the small model's held-out text: every backend and type of state beside transformers.
+"""Perplexity of the small model's held-out text: every backend and type of state beside transformers in float32.
 
-    python examples/tiny_model/perplexity.py [--windows 8]
+    python examples/tiny_model/perplexity.py [--windows 8] [--device npu:0] [--dtype bfloat16]
 
-Prefill reads a window at once; decode reads the same window token by token, all windows in one batch. Everything but
-the states is float32.
+Prefill reads a window at once; decode reads the same window token by token, all windows in one batch. `--dtype` is that
+of weights and activations. A backend that refuses a row has its sentence there.
 """
 
 import argparse
-from collections.abc import Callable
+import importlib
 from pathlib import Path
 
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -46,19 +47,21 @@ def by_transformers(windows: Tensor) -> float:
 class Reader:
     """A model with its pools, one slot for each window."""
 
-    def __init__(self, num_windows: int, state_dtype: torch.dtype) -> None:
-        self.decoder: HybridDecoder = load_decoder(str(MODEL), dtype=torch.float32, state_dtype=state_dtype)
-        self.states = StatePool(self.decoder.state_specs(), num_slots=num_windows, poison_freed=True)
-        self.kv = KvCache(self.decoder, num_blocks=num_windows * WINDOW // 16, block_size=16)
+    def __init__(self, num_windows: int, *, dtype: torch.dtype, state_dtype: torch.dtype, device: str) -> None:
+        num_blocks = num_windows * WINDOW // 16
+        self.decoder: HybridDecoder = load_decoder(str(MODEL), dtype=dtype, state_dtype=state_dtype, device=device)
+        self.states = StatePool(self.decoder.state_specs(), num_slots=num_windows, device=device, poison_freed=True)
+        self.kv = KvCache(self.decoder, num_blocks=num_blocks, block_size=16)
         self.slots = [self.states.slot(self.states.allocate()) for _ in range(num_windows)]
         self.blocks = [self.kv.allocate(WINDOW // 16) for _ in range(num_windows)]
         self.builder = BatchBuilder(
             num_slots=num_windows,
-            num_kv_blocks=num_windows * WINDOW // 16,
+            num_kv_blocks=num_blocks,
             kv_block_size=16,
             vocab_size=2048,
             num_v_heads=4,
             has_attention=True,
+            device=device,
         )
 
     def step(self, kind: SegmentKind, tokens: Tensor, num_cached: int) -> Tensor:
@@ -74,7 +77,7 @@ class Reader:
             )
             for row, slot, blocks in zip(tokens, self.slots, self.blocks, strict=True)
         ]
-        return self.decoder.forward(self.builder.build(steps).input, self.states, self.kv)
+        return self.decoder.forward(self.builder.build(steps).input, self.states, self.kv).cpu()
 
     def decode(self, windows: Tensor) -> Tensor:
         logits = [self.step(SegmentKind.PREFILL, windows[:, :1], 0)]
@@ -82,33 +85,30 @@ class Reader:
         return torch.stack(logits, dim=1)
 
 
-def by_prefill(
-    windows: Tensor,
-    *,
-    dtype: torch.dtype = torch.float32,
-    state_dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> float:
+def by_prefill(windows: Tensor, *, dtype: torch.dtype, state_dtype: torch.dtype, device: str) -> float:
     engine = xgdn.Engine(MODEL, dtype=dtype, state_dtype=state_dtype, device=device)
     return perplexity(torch.stack([engine.prompt_logits(window.tolist()).cpu() for window in windows]), windows)
 
 
-def by_decode(windows: Tensor, state_dtype: torch.dtype) -> float:
-    return perplexity(Reader(len(windows), state_dtype).decode(windows), windows)
+def by_decode(windows: Tensor, *, dtype: torch.dtype, state_dtype: torch.dtype, device: str) -> float:
+    reader = Reader(len(windows), dtype=dtype, state_dtype=state_dtype, device=device)
+    return perplexity(reader.decode(windows), windows)
 
 
-def figures(windows: Tensor, backends: tuple[str, ...] = ("cpu", "reference")) -> dict[tuple[str, str, str], float]:
-    """(who, phase, type of the states) -> perplexity."""
-    measures: dict[tuple[str, str], Callable[[], float]] = {
-        ("prefill", "f32"): lambda: by_prefill(windows),
-        ("decode", "f32"): lambda: by_decode(windows, torch.float32),
-        ("decode", "bf16"): lambda: by_decode(windows, torch.bfloat16),
-    }
-    found = {("transformers", "prefill", "f32"): by_transformers(windows)}
+def figures(
+    windows: Tensor, backends: tuple[str, ...], *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[tuple[str, str, str], float | str]:
+    """(backend, phase, type of the states) -> perplexity, or why the backend refuses."""
+    found: dict[tuple[str, str, str], float | str] = {}
     for backend in backends:
-        with xgdn.use_backend(prefill=backend, decode=backend):
-            for (phase, state), measure in measures.items():
-                found[backend, phase, state] = measure()
+        for phase, measure in (("prefill", by_prefill), ("decode", by_decode)):
+            for state, state_dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+                try:
+                    with xgdn.use_backend(prefill=backend, decode=backend):
+                        figure = measure(windows, dtype=dtype, state_dtype=state_dtype, device=device)
+                except xgdn.errors.UnsupportedError as error:
+                    figure = str(error)
+                found[backend, phase, state] = figure
     return found
 
 
@@ -116,15 +116,25 @@ def figures(windows: Tensor, backends: tuple[str, ...] = ("cpu", "reference")) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=8, help=f"of {WINDOW} tokens")
+    parser.add_argument("--device", default="cpu", help='"cpu" or "npu:0"')
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations"
+    )
     args = parser.parse_args()
+    backends: tuple[str, ...] = ("cpu", "reference")
+    if args.device != "cpu":
+        importlib.import_module("torch_npu")  # it names the device
+        backends = ("npu",)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     windows = held_out_windows(args.windows)
     table = Table("backend", "phase", "state", "perplexity")
-    for (backend, phase, state), value in figures(windows).items():
-        table.add_row(backend, phase, state, f"{value:.4f}")
+    table.add_row("transformers, float32", "prefill", "f32", f"{by_transformers(windows):.4f}")
+    found = figures(windows, backends, dtype=getattr(torch, args.dtype), device=args.device)
+    for key, figure in found.items():
+        table.add_row(*key, escape(figure) if isinstance(figure, str) else f"{figure:.4f}")
     console = Console()
-    console.print(f"{windows.numel()} held-out tokens")
+    console.print(f"{windows.numel()} held-out tokens, weights and activations {args.dtype}")
     console.print(table)
 
 

@@ -66,7 +66,8 @@ class Engine:
         memory_limit: bytes that weights, pools and steps may take together; default no limit.
 
     Raises:
-        xgdn.errors.CheckpointError, UnsupportedError, RequestError; OutOfMemory before anything is allocated.
+        xgdn.errors.CheckpointError, DeviceError, UnsupportedError, RequestError; OutOfMemory before anything is
+        allocated.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Engine:
         *,
         dtype: torch.dtype | None = None,
         state_dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         runner: RunnerOptions | None = None,
         prefill_backend: str = "auto",
         decode_backend: str = "auto",

@@ -22,6 +22,7 @@ import checkpoints
 import ledger
 import xgdn
 from test_emulation import run_python
+from xgdn import runtime
 
 HEAD_DIMS = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 DENSE, MOE, NEXT = (checkpoints.CHECKPOINTS[i] for i in (0, 2, 4))
@@ -45,16 +46,20 @@ class Engines:
         return engine.prompt_logits(prompt).cpu() - self.exact.prompt_logits(prompt)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    directory, _ = checkpoints.make(MODELS[request.param], tmp_path_factory.mktemp("checkpoint"))
+def make_engines(model: checkpoints.Tiny, path: Path, state_dtype: torch.dtype) -> Engines:
+    directory, _ = checkpoints.make(model, path)
     runner = xgdn.RunnerOptions(max_batch_size=64, max_cached_tokens=4096)
-    bf16 = {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16, "runner": runner}
+    options = {"dtype": torch.bfloat16, "state_dtype": state_dtype, "runner": runner}
     return Engines(
-        npu=xgdn.Engine(directory, device="npu:0", **bf16),
-        cpu=xgdn.Engine(directory, **bf16),
+        npu=xgdn.Engine(directory, device="npu:0", **options),
+        cpu=xgdn.Engine(directory, **options),
         exact=xgdn.Engine(directory, dtype=torch.float32),
     )
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    return make_engines(MODELS[request.param], tmp_path_factory.mktemp("checkpoint"), torch.bfloat16)
 
 
 def make_prompts() -> list[list[int]]:
@@ -101,6 +106,31 @@ def test_first_tokens_are_those_of_a_prompt_alone(engines: Engines) -> None:
     for prompt, result in zip(prompts, together, strict=True):
         (alone,) = engines.npu.generate([prompt], max_new_tokens=2, ignore_eos=True)
         assert alone.tokens[0] == result.tokens[0]
+
+
+def test_a_step_or_a_pool_of_another_device_is_an_error(tmp_path: Path) -> None:
+    directory, _ = checkpoints.make(MODELS["qwen3_5"], tmp_path)
+    decoder = runtime.load_decoder(
+        str(directory), dtype=torch.bfloat16, state_dtype=torch.bfloat16, device=torch.device("npu")
+    )
+    assert decoder.device == "npu:0"
+    kv = runtime.KvCache(decoder, num_blocks=2)
+
+    def run(device: str, pool_device: str) -> Tensor:
+        states = runtime.StatePool(decoder.state_specs(), num_slots=1, device=pool_device)
+        builder = runtime.BatchBuilder(
+            num_slots=1, num_kv_blocks=2, vocab_size=128, num_v_heads=8, has_attention=True, device=device
+        )
+        step = runtime.SequenceStep(
+            kind=runtime.SegmentKind.PREFILL, tokens=[1, 2], state_slots=[0], has_initial_state=False, kv_blocks=[0]
+        )
+        return decoder.forward(builder.build([step]).input, states, kv)
+
+    assert run("npu:0", "npu:0").shape == (1, 128)
+    with pytest.raises(xgdn.errors.DeviceError, match="input: expected a step built for npu:0, got one on cpu"):
+        run("cpu", "npu:0")
+    with pytest.raises(xgdn.errors.DeviceError, match=r"conv_state: expected a tensor on npu:0 .*, got one on cpu"):
+        run("npu:0", "cpu")
 
 
 # What a failing kernel does to the engine.

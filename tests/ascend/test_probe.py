@@ -28,8 +28,8 @@ def recurrent(state_dtype=torch.bfloat16):
     case = Case((2, 1, 4, 0, 3), dtype=torch.bfloat16, state_dtype=state_dtype)
     attempt(calls.run_recurrent, case, False)
 
-def chunk(K=128):
-    attempt(calls.run_chunk, Case((66, 3), K=K, V=K, **calls.BF16), True)
+def chunk(K=128, state_dtype=torch.bfloat16):
+    attempt(calls.run_chunk, Case((66, 3), K=K, V=K, dtype=torch.bfloat16, state_dtype=state_dtype), True)
 
 def attention_or_experts(op):
     call = (ATTENTION if op == "paged_attention" else EXPERTS)[0].make()
@@ -92,6 +92,15 @@ def test_a_cann_with_fp32_states_serves_them() -> None:
     )
     assert (wide, narrow, small_heads) == ("ok", "ok", "ok")
     assert_words(report, "f32 state: yes", "head dims below 128: yes")
+
+
+def test_an_ascend950_takes_fp32_states_in_both_ops() -> None:
+    code = (
+        CALLS + "recurrent(torch.float32)\nchunk(64, torch.float32)\nattention_or_experts('paged_attention')\ndoctor()"
+    )
+    *ran, report = run_python(code, SOC="Ascend950PR_9589", FP32_STATE="1")
+    assert ran == ["ok", "ok", "ok"]
+    assert_words(report, "f32 state: yes; chunk: yes, f32 state: yes, head dims below 128: yes; attention: yes")
 
 
 def test_an_absent_recurrent_op_leaves_the_chunk_op() -> None:

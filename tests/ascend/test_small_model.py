@@ -1,29 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accuracy gate on npu:0: held-out perplexity of the trained model beside the CPU's, both in bfloat16."""
+"""The accuracy gate on npu:0: held-out perplexity of the trained model beside the CPU's, all in bfloat16."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from test_probe import run_python
+from test_probe import assert_words, run_python
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny_model"
 
 
 def test_perplexity_is_that_of_the_cpu_in_bf16() -> None:
-    """The model's head dim is 64, which the chunk op of a newer CANN takes; the op's inputs are always bf16."""
+    """The model's head dim is 64, which the chunk op of a newer CANN takes; here it takes bf16 states only."""
     code = f"""
-import sys
+import json, sys
 sys.path.insert(0, "{FOLDER}")
 import perplexity
 
 windows = perplexity.held_out_windows(2)
-options = {{"dtype": torch.bfloat16, "state_dtype": torch.bfloat16}}
-print(perplexity.by_prefill(windows, device="npu:0", **options))
-print(perplexity.by_prefill(windows, **options))
-print(perplexity.by_prefill(windows))
+def rows(backend, device):
+    found = perplexity.figures(windows, (backend,), dtype=torch.bfloat16, device=device)
+    return {{f"{{phase}} {{state}}": figure for (_, phase, state), figure in found.items()}}
+
+exact = perplexity.by_prefill(windows, dtype=torch.float32, state_dtype=torch.float32, device="cpu")
+print(json.dumps([exact, rows("cpu", "cpu"), rows("npu", "npu:0")]))
 """
-    npu, cpu, exact = map(float, run_python(code, FP32_STATE="1"))
+    exact, cpu, npu = json.loads(run_python(code, FP32_STATE="1")[-1])
     assert 2 < exact < 20
-    assert abs(npu / cpu - 1) < 5e-4, "the CPU keeps the logits and the MLP's gate in float32, torch_npu rounds them"
-    assert abs(npu / exact - 1) < 1e-3, "the roundings to bf16"
+    assert set(npu) == {"prefill f32", "prefill bf16", "decode f32", "decode bf16"}
+    for row in ("prefill bf16", "decode bf16"):
+        assert abs(npu[row] / cpu[row] - 1) < 1e-3, f"{row}: only the roundings to bf16 differ"
+        assert abs(npu[row] / exact - 1) < 1e-3, f"{row}: the roundings to bf16"
+    for row in ("prefill f32", "decode f32"):
+        assert_words(
+            npu[row], "[chunk_gated_delta_rule] backend npu cannot serve", "a Float pool, which is never downcast"
+        )

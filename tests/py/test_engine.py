@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import xgdn
 from checkpoints import CHECKPOINTS, make
 from xgdn import errors
+from xgdn.runtime import load_decoder
 
 PROMPTS = [[5, 17, 3], list(range(70)), [9] * 130, [1]]
 
@@ -256,6 +257,21 @@ def test_damaged_checkpoints_are_refused_with_a_sentence(
 def test_an_unknown_backend_is_refused_before_loading(checkpoint: Path, phase: str) -> None:
     with pytest.raises(errors.UnsupportedError, match="gpu"):
         xgdn.Engine(checkpoint, **{phase: "gpu"})
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:63", torch.device("cuda:63"), "meta:x"])
+def test_an_unusable_device_is_refused(checkpoint: Path, device: torch.device | str) -> None:
+    with pytest.raises(errors.DeviceError, match=f"device: expected .*{device}"):
+        xgdn.Engine(checkpoint, device=device)
+    with pytest.raises(errors.DeviceError, match=f"device: expected .*{device}"):
+        load_decoder(str(checkpoint), state_dtype=torch.float32, device=device)
+
+
+def test_a_device_is_named_or_given(checkpoint: Path) -> None:
+    first, second = (xgdn.Engine(checkpoint, device=device) for device in ("cpu", torch.device("cpu")))
+    assert torch.equal(first.prompt_logits([1, 2, 3]), second.prompt_logits([1, 2, 3]))
+    with pytest.raises(TypeError):
+        xgdn.Engine(checkpoint, device=0)
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:

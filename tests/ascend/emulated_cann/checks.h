@@ -26,6 +26,10 @@ inline bool strict() {
   return is_on("STRICT", /*otherwise=*/true);
 }
 
+inline bool is_ascend950() {
+  return setting("SOC").starts_with("Ascend950");
+}
+
 inline std::string acl_name(ScalarType type) {
   switch (type) {
     case at::kFloat:

@@ -28,9 +28,6 @@ bool newer_cann() {
 bool custom_package() {
   return setting("LENGTHS") == "bplus1";
 }
-bool is_ascend950() {
-  return setting("SOC").rfind("Ascend950", 0) == 0;
-}
 
 // Rows, heads and head dims, which every tensor must agree on.
 struct Sizes {

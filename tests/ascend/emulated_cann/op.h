@@ -83,6 +83,16 @@ struct Argument<const char*> {
   static std::string json(const char* text) { return quoted(text == nullptr ? "" : text); }
 };
 
+// A text that the vendor's page calls reserved, which torch_npu may leave uninitialised: never read.
+struct Reserved {};
+
+template <>
+struct Argument<Reserved> {
+  using C = const char*;
+  static Reserved take(C) { return {}; }
+  static std::string json(Reserved) { return "null"; }
+};
+
 template <>
 struct Argument<ScalarType> {
   using C = int;
