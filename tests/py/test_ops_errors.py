@@ -254,6 +254,12 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     (STEP, {"cu_seqlens": i32([0, 2, 2])}, IndexError, ("cu_seqlens", "one token a sequence", "got 2 at index 1")),
     (STEP, {"state_indices": i32([2, 2])}, IndexError, ("state_indices", "once")),
     (STEP, {"conv_indices": i32([3, 3])}, IndexError, ("conv_indices", "once")),
+    (
+        STEP,
+        {"conv_indices": i32([1, 3]), "write_indices": i32([3, 1])},
+        IndexError,
+        ("conv_indices", "no other row writes", "got 1 at index 0"),
+    ),
     (STEP, {"conv_indices": i32([3, 4])}, IndexError, ("conv_indices", "0..3", "got 4")),
     (STEP, {"conv_indices": i32([-1, 3])}, IndexError, ("conv_indices", "where state_indices has one", "got -1")),
     # chunk metadata
