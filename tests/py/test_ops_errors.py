@@ -111,6 +111,11 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ("causal_conv1d", {"weight": torch.randn(24, 4).half()}, TypeError, ("weight", "Float", "Half")),
     ("causal_conv1d_update", {"x": torch.randn(5, 24).int()}, TypeError, ("x", "Int")),
     ("gdn_gating", {"b": torch.randn(5, 4).half()}, TypeError, ("b", "Float", "Half")),
+    *(
+        (op, {name: torch.randn(4).half()}, TypeError, (name, "Float", "Half"))
+        for op in ("gdn_gating", "packed_decode", "gdn_decode_step")
+        for name in ("A_log", "dt_bias")
+    ),
     ("l2_norm", {"out": torch.empty(5, 2, 16).half()}, TypeError, ("out", "Float", "Half")),
     ("rms_norm_gated", {"weight": torch.randn(32).double()}, TypeError, ("weight", "Float", "Double")),
     # shape
@@ -132,6 +137,7 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ("causal_conv1d_update", {"max_len": 4}, ValueError, ("conv_state", "R >= 6", "5")),
     ("causal_conv1d_update", {"max_len": 0}, ValueError, ("max_len", "at least 1", "0")),
     ("gdn_gating", {"A_log": torch.randn(3)}, ValueError, ("A_log", "HV=4 (set by a)", "[3]")),
+    ("gdn_gating", {"dt_bias": torch.randn(5)}, ValueError, ("dt_bias", "HV=4 (set by a)", "[5]")),
     ("l2_norm", {"x": torch.randn(5, 16)}, ValueError, ("x", "T, H, K", "[5, 16]")),
     ("rms_norm_gated", {"weight": torch.randn(16)}, ValueError, ("weight", "V=32 (set by x)", "[16]")),
     # strides
