@@ -45,7 +45,7 @@ ExpertWeights stacked_experts(const at::Tensor& gate_up, const at::Tensor& down)
   const bool is_stacked = gate_up.dim() == 3 && down.dim() == 3 && gate_up.sym_size(0) == down.sym_size(0) &&
                           gate_up.sym_size(1) == down.sym_size(2) * 2;
   if (!is_stacked) {
-    throw ShapeError(c10::str("[stacked_experts] gate_up and down: expected [E, 2I, D] and [E, D, I], got ",
+    throw ShapeError(c10::str("[moe_experts] gate_up and down: expected [E, 2I, D] and [E, D, I], got ",
                               gate_up.sym_sizes(), " and ", down.sym_sizes()));
   }
   ExpertWeights experts{.stacked_gate_up = gate_up, .stacked_down = down};

@@ -22,6 +22,14 @@ class IndexChecker {
     if (v[n - 1] != num_tokens) fail("cu_seqlens", c10::str("to end at T=", num_tokens), v[n - 1], n - 1);
   }
 
+  void lengths(const at::Tensor& cu_seqlens, std::string_view limit, int64_t most) const {
+    const int32_t* cu = cu_seqlens.data_ptr<int32_t>();
+    for (int64_t n = 0; n + 1 < cu_seqlens.numel(); ++n) {
+      const int64_t length = cu[n + 1] - cu[n];
+      if (length > most) fail("cu_seqlens", c10::str("sequences of at most ", limit, "=", most, " tokens"), length, n);
+    }
+  }
+
   void slots(std::string_view arg, const at::Tensor& t, int64_t num_slots) const {
     range(arg, t, kPadSlot, num_slots - 1, c10::str("a slot 0..", num_slots - 1, " or ", kPadSlot, " for padding"));
   }
@@ -39,7 +47,8 @@ class IndexChecker {
   }
 
   // No slot may be written twice, nor written by one sequence and read by another.
-  void writes(std::string_view arg, const at::Tensor& reads, const at::Tensor& writes, int64_t num_slots) const {
+  void writes(std::string_view arg, const at::Tensor& writes, std::string_view reads_arg, const at::Tensor& reads,
+              int64_t num_slots) const {
     const int32_t* r = reads.data_ptr<int32_t>();
     const int32_t* w = writes.data_ptr<int32_t>();
     std::vector<int64_t> writer(static_cast<size_t>(num_slots), -1);
@@ -53,7 +62,7 @@ class IndexChecker {
       if (r[i] == kPadSlot) continue;
       const int64_t other = writer[r[i]];
       if (other >= 0 && other != i) {
-        fail("state_indices", c10::str("a slot that no other row writes (row ", other, " does)"), r[i], i);
+        fail(reads_arg, c10::str("a slot that no other row writes (row ", other, " does)"), r[i], i);
       }
     }
   }
@@ -78,19 +87,15 @@ template <typename Params>
 void check_pool_indices(const IndexChecker& c, const Params& p, int64_t num_slots) {
   c.slots("state_indices", p.state_indices, num_slots);
   if (p.write_indices) c.slots("write_indices", *p.write_indices, num_slots);
-  c.writes(p.write_indices ? "write_indices" : "state_indices", p.state_indices,
-           p.write_indices.value_or(p.state_indices), num_slots);
+  c.writes(p.write_indices ? "write_indices" : "state_indices", p.write_indices.value_or(p.state_indices),
+           "state_indices", p.state_indices, num_slots);
 }
 
 // Every entry of a verification table belongs to one sequence.
 void check_table(const IndexChecker& c, const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) {
   c.slots("state_indices", p.state_indices, s.S);
   c.range("num_accepted", *p.num_accepted, 1, s.L, c10::str("1..L=", s.L));
-  const int32_t* cu = p.cu_seqlens.data_ptr<int32_t>();
-  for (int64_t n = 0; n < s.N; ++n) {
-    if (cu[n + 1] - cu[n] > s.L)
-      c.fail("cu_seqlens", c10::str("sequences of at most L=", s.L, " tokens"), cu[n + 1] - cu[n], n);
-  }
+  c.lengths(p.cu_seqlens, "L", s.L);
   const int32_t* table = p.state_indices.data_ptr<int32_t>();
   std::vector<bool> taken(static_cast<size_t>(s.S), false);
   for (int64_t i = 0; i < s.N * s.L; ++i) {
@@ -147,7 +152,7 @@ void check_indices(const GdnDecodeStepParams& p) {
   const at::Tensor writes = p.write_indices.value_or(reads);
   c.slots("conv_indices", reads, s.conv.S);
   c.slots("write_indices", writes, s.conv.S);
-  c.writes("conv_indices", reads, writes, s.conv.S);
+  c.writes("conv_indices", writes, "conv_indices", reads, s.conv.S);
   for (int64_t n = 0; n < s.rule.N; ++n) {
     const int32_t slot = reads.data_ptr<int32_t>()[n];
     if ((slot == kPadSlot) != (p.state_indices.data_ptr<int32_t>()[n] == kPadSlot)) {
@@ -171,11 +176,7 @@ void check_indices(const CausalConv1dUpdateParams& p) {
   check_pool_indices(c, p, s.S);
   const int64_t most = s.R - s.W + 2;  // rows 0..R-1 hold the history of at most this many acceptance counts
   if (p.num_accepted) c.range("num_accepted", *p.num_accepted, 1, most, c10::str("1..", most));
-  const int32_t* cu = p.cu_seqlens.data_ptr<int32_t>();
-  for (int64_t n = 0; n < s.N; ++n) {
-    const int64_t len = cu[n + 1] - cu[n];
-    if (len > p.max_len) c.fail("cu_seqlens", c10::str("sequences of at most max_len=", p.max_len, " tokens"), len, n);
-  }
+  c.lengths(p.cu_seqlens, "max_len", p.max_len);
 }
 
 void check_indices(const PagedAttentionParams& p) {

@@ -9,16 +9,52 @@
 namespace xgdn::kernel {
 namespace {
 
-void bind_sequences(Dims& d, const at::Tensor& cu_seqlens) {
-  d.match("cu_seqlens", cu_seqlens, "N+1")
-      .dtype("cu_seqlens", cu_seqlens, {at::kInt})
-      .contiguous("cu_seqlens", cu_seqlens);
-  d.require(d.sym("N+1") >= 1, "cu_seqlens: expected at least one entry, got [0]");
-  d.bind("N", d.sym("N+1") - 1, "cu_seqlens");
+// The dtypes of the first tensor of an op, which most of the others share.
+constexpr std::initializer_list<at::ScalarType> kInputTypes = {at::kFloat, at::kBFloat16, at::kHalf};
+
+void match_strided(Dims& d, std::string_view arg, const at::Tensor& t, std::string_view names,
+                   std::initializer_list<at::ScalarType> allowed) {
+  d.match(arg, t, names).dtype(arg, t, allowed).last_contiguous(arg, t);
 }
 
-void match_indices(Dims& d, std::string_view arg, const std::optional<at::Tensor>& indices, std::string_view names) {
-  d.match(arg, indices, names).dtype(arg, indices, {at::kInt}).contiguous(arg, indices);
+// `t` is a tensor, or one that may be absent.
+template <typename T>
+void match_contiguous(Dims& d, std::string_view arg, const T& t, std::string_view names,
+                      std::initializer_list<at::ScalarType> allowed) {
+  d.match(arg, t, names).dtype(arg, t, allowed).contiguous(arg, t);
+}
+
+template <typename T>
+void match_indices(Dims& d, std::string_view arg, const T& indices, std::string_view names) {
+  match_contiguous(d, arg, indices, names, {at::kInt});
+}
+
+// Slots may have gaps between them.
+void match_pool(Dims& d, std::string_view arg, const at::Tensor& pool, std::string_view names,
+                std::initializer_list<at::ScalarType> allowed) {
+  d.match(arg, pool, names).dtype(arg, pool, allowed).contiguous(arg, pool, 1);
+}
+
+void match_delta_state(Dims& d, const at::Tensor& state) {
+  match_pool(d, "state", state, "S HV V K", {at::kFloat, at::kBFloat16});
+}
+
+// What turns the logits of the gates into g.
+template <typename Params>
+void match_gate_weights(Dims& d, const Params& p, at::ScalarType in) {
+  match_contiguous(d, "A_log", p.A_log, "HV", {at::kFloat, in});
+  match_contiguous(d, "dt_bias", p.dt_bias, "HV", {at::kFloat, in});
+}
+
+void match_taps(Dims& d, std::string_view arg, const at::Tensor& weight, at::ScalarType in) {
+  match_contiguous(d, arg, weight, "D W", {in});
+  d.require(d.sym("W") >= 2 && d.sym("W") <= 4, arg, ": expected a width W of 2 to 4, got ", d.sym("W"));
+}
+
+void bind_sequences(Dims& d, const at::Tensor& cu_seqlens) {
+  match_indices(d, "cu_seqlens", cu_seqlens, "N+1");
+  d.require(d.sym("N+1") >= 1, "cu_seqlens: expected at least one entry, got [0]");
+  d.bind("N", d.sym("N+1") - 1, "cu_seqlens");
 }
 
 // A second copy of cu_seqlens, on the host whatever the device of the rest.
@@ -33,26 +69,11 @@ void match_host_copy(const Dims& d, const std::optional<at::Tensor>& cu_seqlens_
   }
 }
 
-void match_flags(Dims& d, const std::optional<at::Tensor>& has_initial_state) {
-  d.match("has_initial_state", has_initial_state, "N")
-      .dtype("has_initial_state", has_initial_state, {at::kBool})
-      .contiguous("has_initial_state", has_initial_state);
-}
-
-void match_strided(Dims& d, std::string_view arg, const at::Tensor& t, std::string_view names,
-                   std::initializer_list<at::ScalarType> allowed) {
-  d.match(arg, t, names).dtype(arg, t, allowed).last_contiguous(arg, t);
-}
-
-void match_delta_state(Dims& d, const at::Tensor& state) {
-  d.match("state", state, "S HV V K").dtype("state", state, {at::kFloat, at::kBFloat16}).contiguous("state", state, 1);
-}
-
 // The arguments that both delta rules share.
 template <typename Params>
 Dims match_delta_rule(const Params& p) {
   Dims d(Op<Params>::name);
-  match_strided(d, "q", p.q, "T H K", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "q", p.q, "T H K", kInputTypes);
   const at::ScalarType in = p.q.scalar_type();
   match_strided(d, "k", p.k, "T H K", {in});
   match_strided(d, "v", p.v, "T HV V", {in});
@@ -92,7 +113,7 @@ Dims match(const ChunkGatedDeltaRuleParams& p) {
   Dims d = match_delta_rule(p);
   match_indices(d, "state_indices", p.state_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
-  match_flags(d, p.has_initial_state);
+  match_contiguous(d, "has_initial_state", p.has_initial_state, "N", {at::kBool});
   require_metadata(d, "chunk_indices", p.chunk_indices);
   require_metadata(d, "chunk_offsets", p.chunk_offsets);
   match_indices(d, "chunk_indices", p.chunk_indices, "M 2");
@@ -113,12 +134,11 @@ void bind_key_heads(Dims& d, std::string_view arg) {
 
 Dims match(const PackedDecodeParams& p) {
   Dims d(Op<PackedDecodeParams>::name);
-  match_strided(d, "mixed_qkv", p.mixed_qkv, "N D", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "mixed_qkv", p.mixed_qkv, "N D", kInputTypes);
   const at::ScalarType in = p.mixed_qkv.scalar_type();
   match_strided(d, "a", p.a, "N HV", {in});
   match_strided(d, "b", p.b, "N HV", {in});
-  d.match("A_log", p.A_log, "HV").dtype("A_log", p.A_log, {at::kFloat, in}).contiguous("A_log", p.A_log);
-  d.match("dt_bias", p.dt_bias, "HV").dtype("dt_bias", p.dt_bias, {at::kFloat, in}).contiguous("dt_bias", p.dt_bias);
+  match_gate_weights(d, p, in);
   match_delta_state(d, p.state);
   match_indices(d, "state_indices", p.state_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
@@ -132,14 +152,11 @@ Dims match(const PackedDecodeParams& p) {
 template <typename Params>
 Dims match_conv(const Params& p) {
   Dims d(Op<Params>::name);
-  match_strided(d, "x", p.x, "T D", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "x", p.x, "T D", kInputTypes);
   const at::ScalarType in = p.x.scalar_type();
-  d.match("weight", p.weight, "D W").dtype("weight", p.weight, {in}).contiguous("weight", p.weight);
-  d.require(d.sym("W") >= 2 && d.sym("W") <= 4, "weight: expected a width W of 2 to 4, got ", d.sym("W"));
-  d.match("bias", p.bias, "D").dtype("bias", p.bias, {in}).contiguous("bias", p.bias);
-  d.match("conv_state", p.conv_state, "S R D")
-      .dtype("conv_state", p.conv_state, {in, at::kFloat})
-      .contiguous("conv_state", p.conv_state, 1);
+  match_taps(d, "weight", p.weight, in);
+  match_contiguous(d, "bias", p.bias, "D", {in});
+  match_pool(d, "conv_state", p.conv_state, "S R D", {in, at::kFloat});
   bind_sequences(d, p.cu_seqlens);
   match_indices(d, "state_indices", p.state_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
@@ -156,7 +173,7 @@ void require_rows(Dims& d, int64_t new_rows) {
 
 Dims match(const CausalConv1dParams& p) {
   Dims d = match_conv(p);
-  match_flags(d, p.has_initial_state);
+  match_contiguous(d, "has_initial_state", p.has_initial_state, "N", {at::kBool});
   require_rows(d, 1);
   return d;
 }
@@ -171,50 +188,44 @@ Dims match(const CausalConv1dUpdateParams& p) {
 
 Dims match(const GdnGatingParams& p) {
   Dims d(Op<GdnGatingParams>::name);
-  match_strided(d, "a", p.a, "T HV", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "a", p.a, "T HV", kInputTypes);
   const at::ScalarType in = p.a.scalar_type();
   match_strided(d, "b", p.b, "T HV", {in});
-  d.match("A_log", p.A_log, "HV").dtype("A_log", p.A_log, {at::kFloat, in}).contiguous("A_log", p.A_log);
-  d.match("dt_bias", p.dt_bias, "HV").dtype("dt_bias", p.dt_bias, {at::kFloat, in}).contiguous("dt_bias", p.dt_bias);
-  d.match("g", p.g, "T HV").dtype("g", p.g, {at::kFloat}).contiguous("g", p.g);
-  d.match("beta", p.beta, "T HV").dtype("beta", p.beta, {at::kFloat}).contiguous("beta", p.beta);
+  match_gate_weights(d, p, in);
+  match_contiguous(d, "g", p.g, "T HV", {at::kFloat});
+  match_contiguous(d, "beta", p.beta, "T HV", {at::kFloat});
   return d;
 }
 
 Dims match(const L2NormParams& p) {
   Dims d(Op<L2NormParams>::name);
-  match_strided(d, "x", p.x, "T H K", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "x", p.x, "T H K", kInputTypes);
   match_strided(d, "out", p.out, "T H K", {p.x.scalar_type()});
   return d;
 }
 
 Dims match(const RmsNormGatedParams& p) {
   Dims d(Op<RmsNormGatedParams>::name);
-  match_strided(d, "x", p.x, "T HV V", {at::kFloat, at::kBFloat16, at::kHalf});
-  match_strided(d, "z", p.z, "T HV V", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "x", p.x, "T HV V", kInputTypes);
+  match_strided(d, "z", p.z, "T HV V", kInputTypes);
   const at::ScalarType in = p.z.scalar_type();
-  d.match("weight", p.weight, "V").dtype("weight", p.weight, {at::kFloat, in}).contiguous("weight", p.weight);
+  match_contiguous(d, "weight", p.weight, "V", {at::kFloat, in});
   match_strided(d, "out", p.out, "T HV V", {in});
   return d;
 }
 
 Dims match(const GdnDecodeStepParams& p) {
   Dims d(Op<GdnDecodeStepParams>::name);
-  match_strided(d, "projected", p.projected, "N P", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "projected", p.projected, "N P", kInputTypes);
   const at::ScalarType in = p.projected.scalar_type();
-  d.match("conv_weight", p.conv_weight, "D W").dtype("conv_weight", p.conv_weight, {in});
-  d.contiguous("conv_weight", p.conv_weight);
-  d.require(d.sym("W") >= 2 && d.sym("W") <= 4, "conv_weight: expected a width W of 2 to 4, got ", d.sym("W"));
-  d.match("conv_bias", p.conv_bias, "D").dtype("conv_bias", p.conv_bias, {in}).contiguous("conv_bias", p.conv_bias);
-  d.match("conv_state", p.conv_state, "conv_S R D").dtype("conv_state", p.conv_state, {in, at::kFloat});
-  d.contiguous("conv_state", p.conv_state, 1);
+  match_taps(d, "conv_weight", p.conv_weight, in);
+  match_contiguous(d, "conv_bias", p.conv_bias, "D", {in});
+  match_pool(d, "conv_state", p.conv_state, "conv_S R D", {in, at::kFloat});
   d.require(d.sym("R") >= d.sym("W") - 1, "conv_state: expected R >= ", d.sym("W") - 1, " rows for W=", d.sym("W"),
             ", got ", d.sym("R"));
-  d.match("A_log", p.A_log, "HV").dtype("A_log", p.A_log, {at::kFloat, in}).contiguous("A_log", p.A_log);
-  d.match("dt_bias", p.dt_bias, "HV").dtype("dt_bias", p.dt_bias, {at::kFloat, in}).contiguous("dt_bias", p.dt_bias);
+  match_gate_weights(d, p, in);
   match_delta_state(d, p.state);
-  d.match("norm_weight", p.norm_weight, "V").dtype("norm_weight", p.norm_weight, {at::kFloat, in});
-  d.contiguous("norm_weight", p.norm_weight);
+  match_contiguous(d, "norm_weight", p.norm_weight, "V", {at::kFloat, in});
   match_indices(d, "state_indices", p.state_indices, "N");
   match_indices(d, "conv_indices", p.conv_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
@@ -258,10 +269,10 @@ void require_sequences(Dims& d, const PagedAttentionParams& p) {
 
 Dims match(const PagedAttentionParams& p) {
   Dims d(Op<PagedAttentionParams>::name);
-  match_strided(d, "q", p.q, "T HQ D", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "q", p.q, "T HQ D", kInputTypes);
   const at::ScalarType in = p.q.scalar_type();
-  d.match("k", p.k, "P B HKV D").dtype("k", p.k, {in}).contiguous("k", p.k);
-  d.match("v", p.v, "P B HKV D").dtype("v", p.v, {in}).contiguous("v", p.v);
+  match_contiguous(d, "k", p.k, "P B HKV D", {in});
+  match_contiguous(d, "v", p.v, "P B HKV D", {in});
   d.require(d.sym("HKV") > 0 && d.sym("HQ") % d.sym("HKV") == 0, "k: expected HQ=", d.sym("HQ"),
             " (set by q) to be a multiple of HKV, got HKV=", d.sym("HKV"));
   match_indices(d, "block_ids", p.block_ids, "M");
@@ -273,9 +284,9 @@ Dims match(const PagedAttentionParams& p) {
 
 Dims match(const RmsNormParams& p) {
   Dims d(Op<RmsNormParams>::name);
-  match_strided(d, "x", p.x, "T H D", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "x", p.x, "T H D", kInputTypes);
   const at::ScalarType in = p.x.scalar_type();
-  d.match("weight", p.weight, "D").dtype("weight", p.weight, {at::kFloat, in}).contiguous("weight", p.weight);
+  match_contiguous(d, "weight", p.weight, "D", {at::kFloat, in});
   if (p.residual) match_strided(d, "residual", *p.residual, "T H D", {in});
   match_strided(d, "out", p.out, "T H D", {in});
   return d;
@@ -283,7 +294,7 @@ Dims match(const RmsNormParams& p) {
 
 Dims match(const SiluAndMulParams& p) {
   Dims d(Op<SiluAndMulParams>::name);
-  match_strided(d, "gate", p.gate, "T I", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "gate", p.gate, "T I", kInputTypes);
   const at::ScalarType in = p.gate.scalar_type();
   match_strided(d, "up", p.up, "T I", {in});
   match_strided(d, "out", p.out, "T I", {in});
@@ -292,10 +303,10 @@ Dims match(const SiluAndMulParams& p) {
 
 Dims match(const LinearParams& p) {
   Dims d(Op<LinearParams>::name);
-  match_strided(d, "x", p.x, "T D", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "x", p.x, "T D", kInputTypes);
   const at::ScalarType in = p.x.scalar_type();
   match_strided(d, "weight", p.weight, "O D", {in});
-  d.match("bias", p.bias, "O").dtype("bias", p.bias, {in}).contiguous("bias", p.bias);
+  match_contiguous(d, "bias", p.bias, "O", {in});
   match_strided(d, "out", p.out, "T O", {at::kFloat, in});
   return d;
 }
@@ -303,10 +314,10 @@ Dims match(const LinearParams& p) {
 Dims match(const MoeExpertsParams& p) {
   const ExpertWeights& e = p.experts;
   Dims d(Op<MoeExpertsParams>::name);
-  match_strided(d, "x", p.x, "T D", {at::kFloat, at::kBFloat16, at::kHalf});
+  match_strided(d, "x", p.x, "T D", kInputTypes);
   const at::ScalarType in = p.x.scalar_type();
-  d.match("weights", p.weights, "T A").dtype("weights", p.weights, {in}).contiguous("weights", p.weights);
-  d.match("chosen", p.chosen, "T A").dtype("chosen", p.chosen, {at::kLong}).contiguous("chosen", p.chosen);
+  match_contiguous(d, "weights", p.weights, "T A", {in});
+  match_contiguous(d, "chosen", p.chosen, "T A", {at::kLong});
   d.require(!e.gate.empty() && e.up.size() == e.gate.size() && e.down.size() == e.gate.size(),
             "experts: expected as many gate, up and down, at least one, got ", e.gate.size(), ", ", e.up.size(),
             " and ", e.down.size());
@@ -315,13 +326,9 @@ Dims match(const MoeExpertsParams& p) {
   match_strided(d, "experts.up", e.up.front(), "I D", {in});
   match_strided(d, "experts.down", e.down.front(), "D I", {in});
   d.bind("G", d.sym("I") * 2, "experts.gate");
-  d.match("experts.stacked_gate_up", e.stacked_gate_up, "E G D")
-      .dtype("experts.stacked_gate_up", e.stacked_gate_up, {in})
-      .contiguous("experts.stacked_gate_up", e.stacked_gate_up);
-  d.match("experts.stacked_down", e.stacked_down, "E D I")
-      .dtype("experts.stacked_down", e.stacked_down, {in})
-      .contiguous("experts.stacked_down", e.stacked_down);
-  d.match("out", p.out, "T D").dtype("out", p.out, {in}).contiguous("out", p.out);
+  match_contiguous(d, "experts.stacked_gate_up", e.stacked_gate_up, "E G D", {in});
+  match_contiguous(d, "experts.stacked_down", e.stacked_down, "E D I", {in});
+  match_contiguous(d, "out", p.out, "T D", {in});
   return d;
 }
 

@@ -4,7 +4,7 @@
 - `xgdn.chunk_gated_delta_rule`, `xgdn.fused_recurrent_gated_delta_rule`: FLA's functions, names, order and defaults.
 - `xgdn.Engine`: loads a checkpoint and generates, with continuous batching.
 - `xgdn.plan`: the bytes that an engine would take, before anything is allocated.
-- `xgdn.ops`: the serving functions, which update state pools in place.
+- `xgdn.ops`: a function for each op, which updates state pools in place.
 - `xgdn.available_backends`, `use_backend`, `last_backend`, `doctor`: what runs the ops here, and why.
 """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The serving functions: packed tokens in, state pools updated in place.
+"""The serving functions, one for each op: packed tokens in, state pools updated in place.
 
 Letters: `T` tokens packed over all sequences, `N` sequences, `S` slots, `H` key heads, `HV` value heads (value head `h`
 reads key head `h // (HV // H)`), `K` and `V` head dims, `D` channels, `W` taps, `R` rows of a conv slot, `L` columns of
-a verification table.
+a verification table, `I` and `O` widths.
 
     q, k            [T, H, K]      f32 | bf16 | f16
     v, out          [T, HV, V]
@@ -15,7 +15,11 @@ a verification table.
     write_indices   [N]            i32, the slot written; default `state_indices`
 
 Slots that a call does not name are bitwise unchanged. Tensors may be strided views as long as their last dimension is
-contiguous. Where the tensors are on the CPU, index values are checked as well.
+contiguous, where nothing else is said. `out` is memory for the result, which is returned; without it the result is new.
+
+Errors name the op, the argument, what was expected and what came: `TypeError` for a dtype; `ValueError` for a shape, a
+stride, a device or missing chunk metadata; `IndexError` for values of index tensors, checked where they are on the CPU;
+`NotImplementedError` for a backend that is unknown or cannot serve the call, and an input that requires a gradient.
 """
 
 from collections.abc import Sequence
@@ -34,9 +38,14 @@ __all__ = [
     "gdn_decode_step",
     "gdn_gating",
     "l2_norm",
+    "linear",
+    "moe_experts",
     "packed_decode",
+    "paged_attention",
     "recurrent_gated_delta_rule",
+    "rms_norm",
     "rms_norm_gated",
+    "silu_and_mul",
 ]
 
 PAD_SLOT_ID = -1
@@ -385,4 +394,103 @@ def gdn_decode_step(
         scale=scale,
         backend=backend,
     )
+    return out
+
+
+def linear(
+    x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """`x weight^T + bias` of `x` `[T, D]`, `weight` `[O, D]` and a contiguous `bias` `[O]`, all of one dtype, summed in
+    f32; returns `[T, O]`. `out` may also be f32 where the inputs are 16-bit.
+    """
+    out = x.new_empty(x.shape[:1] + weight.shape[:1]) if out is None else out
+    torch.ops.xgdn.linear(x, weight, out, bias=bias, backend=backend)
+    return out
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`(1 + weight) * (x / rms(x))` over the last dimension of `[T, H, D]`, computed in f32; `rms(x)` is
+    `sqrt(mean(x^2) + eps)`. `weight` `[D]` is f32 or as `x`, contiguous, and around zero, as checkpoints store it.
+
+    `residual` `[T, H, D]`, as `x`, is updated in place: `x` is added to it, and the sum is what is normed.
+    """
+    out = x.new_empty(x.shape) if out is None else out
+    torch.ops.xgdn.rms_norm(x, weight, out, residual=residual, eps=eps, backend=backend)
+    return out
+
+
+def silu_and_mul(gate: Tensor, up: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """`silu(gate) * up`, all `[T, I]` of one dtype. `out` may be `gate` or `up`."""
+    out = gate.new_empty(gate.shape) if out is None else out
+    torch.ops.xgdn.silu_and_mul(gate, up, out, backend=backend)
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_ids: Tensor,
+    num_tokens: Sequence[int],
+    context_lens: Sequence[int],
+    num_blocks: Sequence[int],
+    context_rows: Tensor | None = None,
+    out: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of `q` `[T, HQ, D]` over paged keys and values `[P, B, HKV, D]`, contiguous: `P` blocks of `B`
+    rows; query head `h` reads head `h // (HQ // HKV)`. All of one dtype; returns `[T, HQ, D]`.
+
+    Three numbers a sequence, on the host: its tokens in `q`, the rows of its context (its tokens are the last of them,
+    and each sees the rows up to its own), and its blocks. `block_ids` i32 has the blocks of all sequences, one sequence
+    after another; rows outside the contexts are never read. `context_rows` i32, `block * B + offset` of every row of
+    the contexts in order, is for backends that read all sequences at once (npu). `scale` is `D^-0.5` by default.
+
+    A context that is shorter than its tokens or longer than its blocks is an `IndexError` wherever the tensors are.
+    """
+    out = q.new_empty(q.shape) if out is None else out
+    torch.ops.xgdn.paged_attention(
+        q,
+        k,
+        v,
+        block_ids,
+        num_tokens,
+        context_lens,
+        num_blocks,
+        out,
+        context_rows=context_rows,
+        scale=scale,
+        backend=backend,
+    )
+    return out
+
+
+def moe_experts(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """For each token of `x` `[T, D]` the sum over its `A` experts of `weights[t, a] * expert(x[t])`, `[T, D]`.
+
+    Expert `e` is `chosen[t, a]`, i64 of `[T, A]`: `down[e] @ (silu(gate) * up)`, where `gate_up[e] @ x[t]` is `gate`,
+    then `up`. `gate_up` `[E, 2 I, D]`, `down` `[E, D, I]` and `weights` `[T, A]` are of the dtype of `x`; everything
+    but `x` is contiguous.
+    """
+    out = x.new_empty(x.shape) if out is None else out
+    torch.ops.xgdn.moe_experts(x, weights, chosen, gate_up, down, out, backend=backend)
     return out

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xgdn import ops
+
 
 @dataclass
 class AttentionCall:
@@ -64,15 +66,15 @@ class AttentionCall:
         q = self.q.to(device)
         if self.strided:
             q = torch.cat([q, torch.full_like(q, torch.nan)], -1)[..., : self.D]
-        torch.ops.xgdn.paged_attention(
+        ops.paged_attention(
             q,
             self.k.to(device),
             self.v.to(device),
-            torch.cat(self.blocks).to(device),
-            [t for t, _ in self.sequences],
-            [c for _, c in self.sequences],
-            [len(blocks) for blocks in self.blocks],
-            out,
+            block_ids=torch.cat(self.blocks).to(device),
+            num_tokens=[t for t, _ in self.sequences],
+            context_lens=[c for _, c in self.sequences],
+            num_blocks=[len(blocks) for blocks in self.blocks],
+            out=out,
             context_rows=torch.cat(self.rows).int().to(device) if with_rows else None,
             scale=self.scale,
             backend=backend,
@@ -125,7 +127,7 @@ class ExpertsCall:
     def run(self, device: str = "cpu", backend: str = "auto") -> Tensor:
         out = torch.full((self.T, self.D), torch.nan, dtype=self.dtype).to(device)
         tensors = (self.x, self.weights, self.chosen, self.gate_up, self.down)
-        torch.ops.xgdn.moe_experts(*(t.to(device) for t in tensors), out, backend=backend)
+        ops.moe_experts(*(t.to(device) for t in tensors), out=out, backend=backend)
         return out.cpu()
 
     def expected(self) -> Tensor:

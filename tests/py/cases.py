@@ -4,13 +4,37 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import reference
 import xgdn
+from xgdn import ops
+
+# Every op's function.
+OPS: dict[str, Callable[..., Any]] = {
+    name: getattr(ops, name)
+    for name in (
+        "recurrent_gated_delta_rule",
+        "chunk_gated_delta_rule",
+        "packed_decode",
+        "causal_conv1d",
+        "causal_conv1d_update",
+        "gdn_gating",
+        "l2_norm",
+        "rms_norm_gated",
+        "rms_norm",
+        "silu_and_mul",
+        "linear",
+        "gdn_decode_step",
+        "paged_attention",
+        "moe_experts",
+    )
+}
 
 _SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -3,38 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 import xgdn
-from cases import assert_bits_equal, i32
+from cases import OPS, assert_bits_equal, i32
 from xgdn import ops
 
 Arguments = dict[str, Any]
-
-
-def raw(op: str) -> Callable[..., None]:
-    """An operator that has no function in xgdn.ops; `out` is among its arguments."""
-    return getattr(torch.ops.xgdn, op)
-
-
-OPS: dict[str, Callable[..., Any]] = {
-    name: getattr(ops, name)
-    for name in (
-        "recurrent_gated_delta_rule",
-        "chunk_gated_delta_rule",
-        "packed_decode",
-        "causal_conv1d",
-        "causal_conv1d_update",
-        "gdn_gating",
-        "l2_norm",
-        "rms_norm_gated",
-        "gdn_decode_step",
-    )
-} | {name: raw(name) for name in ("rms_norm", "silu_and_mul", "linear")}
 
 
 def good_arguments(op: str) -> Arguments:
@@ -71,15 +50,29 @@ def good_arguments(op: str) -> Arguments:
         "rms_norm": {
             "x": torch.randn(T, H, K),
             "weight": torch.randn(K),
-            "out": torch.empty(T, H, K),
             "residual": torch.randn(T, H, K),
         },
-        "silu_and_mul": {"gate": torch.randn(T, D), "up": torch.randn(T, D), "out": torch.empty(T, D)},
+        "silu_and_mul": {"gate": torch.randn(T, D), "up": torch.randn(T, D)},
         "linear": {
             "x": torch.randn(T, D),
             "weight": torch.randn(K, D),
-            "out": torch.empty(T, K),
             "bias": torch.randn(K),
+        },
+        "paged_attention": {
+            "q": torch.randn(T, HV, K),
+            "k": torch.randn(3, 4, H, K),
+            "v": torch.randn(3, 4, H, K),
+            "block_ids": i32([2, 0, 1]),
+            "num_tokens": [3, 2],
+            "context_lens": [7, 2],
+            "num_blocks": [2, 1],
+        },
+        "moe_experts": {
+            "x": torch.randn(T, D),
+            "weights": torch.rand(T, 2),
+            "chosen": torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]]),
+            "gate_up": torch.randn(3, 2 * K, D),
+            "down": torch.randn(3, D, K),
         },
         "gdn_decode_step": {
             "projected": torch.randn(N, 2 * H * K + 2 * HV * V + 2 * HV),
@@ -95,6 +88,8 @@ def good_arguments(op: str) -> Arguments:
 
 RECURRENT = "recurrent_gated_delta_rule"
 STEP = "gdn_decode_step"
+ATTENTION = "paged_attention"
+EXPERTS = "moe_experts"
 VERIFY = {"state_indices": i32([[0, 1, 2], [3, 4, 5]]), "num_accepted": i32([1, 3]), "state": torch.randn(6, 4, 32, 16)}
 
 # (op, changed arguments, exception, words of the message)
@@ -105,7 +100,7 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     (RECURRENT, {"g": torch.randn(5, 4).half()}, TypeError, ("g", "Float", "Half")),
     (RECURRENT, {"state": torch.randn(4, 4, 32, 16).half()}, TypeError, ("state", "Half")),
     (
-        "recurrent_gated_delta_rule",
+        RECURRENT,
         {"state_indices": torch.tensor([0, 2])},
         TypeError,
         ("state_indices", "Long"),
@@ -116,6 +111,11 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ("causal_conv1d", {"weight": torch.randn(24, 4).half()}, TypeError, ("weight", "Float", "Half")),
     ("causal_conv1d_update", {"x": torch.randn(5, 24).int()}, TypeError, ("x", "Int")),
     ("gdn_gating", {"b": torch.randn(5, 4).half()}, TypeError, ("b", "Float", "Half")),
+    *(
+        (op, {name: torch.randn(4).half()}, TypeError, (name, "Float", "Half"))
+        for op in ("gdn_gating", "packed_decode", "gdn_decode_step")
+        for name in ("A_log", "dt_bias")
+    ),
     ("l2_norm", {"out": torch.empty(5, 2, 16).half()}, TypeError, ("out", "Float", "Half")),
     ("rms_norm_gated", {"weight": torch.randn(32).double()}, TypeError, ("weight", "Float", "Double")),
     # shape
@@ -137,6 +137,7 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ("causal_conv1d_update", {"max_len": 4}, ValueError, ("conv_state", "R >= 6", "5")),
     ("causal_conv1d_update", {"max_len": 0}, ValueError, ("max_len", "at least 1", "0")),
     ("gdn_gating", {"A_log": torch.randn(3)}, ValueError, ("A_log", "HV=4 (set by a)", "[3]")),
+    ("gdn_gating", {"dt_bias": torch.randn(5)}, ValueError, ("dt_bias", "HV=4 (set by a)", "[5]")),
     ("l2_norm", {"x": torch.randn(5, 16)}, ValueError, ("x", "T, H, K", "[5, 16]")),
     ("rms_norm_gated", {"weight": torch.randn(16)}, ValueError, ("weight", "V=32 (set by x)", "[16]")),
     # strides
@@ -175,6 +176,31 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ("linear", {"x": torch.randn(5, 1, 24)}, ValueError, ("x", "T, D", "[5, 1, 24]")),
     ("linear", {"weight": torch.randn(24, 16).T}, ValueError, ("weight", "contiguous")),
     ("linear", {"bias": torch.empty(16, device="meta")}, ValueError, ("bias", "cpu", "meta")),
+    ("linear", {"x": torch.tensor(1.0)}, ValueError, ("x", "T, D", "[]")),
+    (ATTENTION, {"k": torch.randn(3, 4, 2, 16).half()}, TypeError, ("k", "Float", "Half")),
+    (ATTENTION, {"block_ids": torch.tensor([2, 0, 1])}, TypeError, ("block_ids", "Int", "Long")),
+    (ATTENTION, {"v": torch.randn(3, 4, 2, 8)}, ValueError, ("v", "D=16 (set by q)", "[3, 4, 2, 8]")),
+    (ATTENTION, {"k": torch.randn(3, 4, 16, 2).mT}, ValueError, ("k", "contiguous")),
+    (ATTENTION, {"q": torch.randn(5, 3, 16)}, ValueError, ("k", "HQ=3 (set by q)", "HKV=2")),
+    (ATTENTION, {"out": torch.empty(5, 2, 16)}, ValueError, ("out", "HQ=4 (set by q)", "[5, 2, 16]")),
+    (ATTENTION, {"num_tokens": [5]}, ValueError, ("context_lens and num_blocks", "N=1 (set by num_tokens)", "2 and 2")),
+    (ATTENTION, {"num_tokens": [3, 1]}, ValueError, ("sequences", "T=5 tokens (set by q)", "got 4")),
+    (ATTENTION, {"context_lens": [7, 1]}, IndexError, ("sequences", "context", "num_tokens=2 context_len=1")),
+    (ATTENTION, {"context_lens": [9, 2]}, IndexError, ("sequences", "blocks of B=4 rows", "context_len=9")),
+    (ATTENTION, {"num_blocks": [2, 2]}, IndexError, ("sequences", "M=3", "num_blocks=2")),
+    (ATTENTION, {"block_ids": i32([2, 3, 1])}, IndexError, ("block_ids", "0..2", "got 3 at index 1")),
+    (ATTENTION, {"context_rows": i32([0] * 8)}, ValueError, ("context_rows", "C=9 (set by sequences)", "got 8")),
+    (ATTENTION, {"context_rows": i32([12] * 9)}, IndexError, ("context_rows", "0..11", "got 12")),
+    (EXPERTS, {"weights": torch.rand(5, 2).half()}, TypeError, ("weights", "Float", "Half")),
+    (EXPERTS, {"chosen": i32([[0, 1]] * 5)}, TypeError, ("chosen", "Long", "Int")),
+    (EXPERTS, {"chosen": torch.zeros(5, 1).long()}, ValueError, ("chosen", "A=2 (set by weights)", "[5, 1]")),
+    (EXPERTS, {"chosen": torch.arange(10).view(5, 2)}, IndexError, ("chosen", "an expert 0..2", "got 3 at index 3")),
+    *(
+        (EXPERTS, {name: torch.randn(shape)}, ValueError, ("gate_up and down", "[E, 2I, D] and [E, D, I]", str(shape)))
+        for name, shape in (("down", [2, 24, 16]), ("gate_up", [3, 30, 24]), ("gate_up", [96, 24]))
+    ),
+    (EXPERTS, {"x": torch.randn(5, 23)}, ValueError, ("experts.gate", "D=23 (set by x)", "[16, 24]")),
+    (EXPERTS, {"out": torch.empty(5, 48)[:, ::2]}, ValueError, ("out", "contiguous")),
     # cu_seqlens
     (RECURRENT, {"cu_seqlens": i32([1, 3, 5])}, IndexError, ("cu_seqlens", "start at 0", "1")),
     (RECURRENT, {"cu_seqlens": i32([0, 6, 5])}, IndexError, ("cu_seqlens", "never fall", "5")),
@@ -234,6 +260,12 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     (STEP, {"cu_seqlens": i32([0, 2, 2])}, IndexError, ("cu_seqlens", "one token a sequence", "got 2 at index 1")),
     (STEP, {"state_indices": i32([2, 2])}, IndexError, ("state_indices", "once")),
     (STEP, {"conv_indices": i32([3, 3])}, IndexError, ("conv_indices", "once")),
+    (
+        STEP,
+        {"conv_indices": i32([1, 3]), "write_indices": i32([3, 1])},
+        IndexError,
+        ("conv_indices", "no other row writes", "got 1 at index 0"),
+    ),
     (STEP, {"conv_indices": i32([3, 4])}, IndexError, ("conv_indices", "0..3", "got 4")),
     (STEP, {"conv_indices": i32([-1, 3])}, IndexError, ("conv_indices", "where state_indices has one", "got -1")),
     # chunk metadata
@@ -275,8 +307,20 @@ def test_bad_input(op: str, changes: Arguments, error: type[Exception], words: t
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_good_arguments_are_good(op: str, backend: str) -> None:
-    OPS[op](**good_arguments(op), backend=backend)
+def test_a_result_that_is_made_has_the_bits_of_one_that_is_given(op: str, backend: str) -> None:
+    names = ("g", "beta") if op == "gdn_gating" else ("out",)
+    arguments = good_arguments(op)
+
+    def results(**given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        returned = OPS[op](**copy.deepcopy(arguments), **given, backend=backend)
+        return returned if isinstance(returned, tuple) else (returned,)
+
+    made = results()
+    given = {name: torch.full_like(x, torch.nan) for name, x in zip(names, made, strict=True)}
+    for name, returned, want in zip(names, results(**given), made, strict=True):
+        assert returned is given[name]
+        assert want.isfinite().all()
+        assert_bits_equal(name, returned, want)
 
 
 @pytest.mark.parametrize("op", OPS)

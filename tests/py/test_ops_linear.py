@@ -14,6 +14,7 @@ from torch import Tensor
 
 import xgdn
 from cases import assert_bits_equal, assert_close
+from xgdn import ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -106,7 +107,7 @@ class Inputs:
         empty = torch.full((len(x), self.call.O), torch.nan, dtype=self.call.out_dtype or self.call.dtype)
         out = Matrix(empty, self.call.gaps[2], around=3.0)
         before = out.memory.clone()
-        torch.ops.xgdn.linear(x, self.weight.values, out.values, bias=self.bias, backend=backend)
+        ops.linear(x, self.weight.values, bias=self.bias, out=out.values, backend=backend)
         assert xgdn.last_backend("linear") == backend
         after = out.memory.clone()
         out.within(after).fill_(torch.nan)
@@ -152,6 +153,13 @@ def test_a_nan_token_spoils_its_own_row_alone(width: int, out_dtype: torch.dtype
     got = x.run(backend)
     assert got[~others].isnan().all()
     assert_bits_equal("other tokens", got[others], clean[others])
+
+
+def test_out_is_made_like_x(backend: str) -> None:
+    x = Call(17, bias=True).make()
+    got = ops.linear(x.x.values, x.weight.values, bias=x.bias, backend=backend)
+    assert got.dtype == BF16
+    assert_bits_equal("out", got, x.run(backend))
 
 
 @NEEDS_PRODUCTS

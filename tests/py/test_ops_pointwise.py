@@ -116,7 +116,7 @@ def test_rms_norm(
     if view:
         x, residual, out = strided(x), strided(residual), strided(out)
     before = x.clone()
-    torch.ops.xgdn.rms_norm(x, w, out, residual=residual if has_residual else None, eps=1e-5, backend=backend)
+    ops.rms_norm(x, w, residual=residual if has_residual else None, eps=1e-5, out=out, backend=backend)
     assert xgdn.last_backend("rms_norm") == backend
     assert_close("out", out, reference.rms_norm(summed, w, 1e-5), BOUND[dtype], parts=(0, 1))
     assert_bits_equal("x", x, before)
@@ -130,16 +130,13 @@ def test_rms_norm(
 def test_rms_norm_norms_the_rounded_sum(dtype: torch.dtype, backend: str) -> None:
     """So a layer that reads the residual again sees what was normed."""
     x, residual, w = torch.randn(5, 1, 96).to(dtype), torch.randn(5, 1, 96).to(dtype), torch.randn(96)
-    out, want = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-    torch.ops.xgdn.rms_norm(x, w, out, residual=residual, backend=backend)
-    torch.ops.xgdn.rms_norm(residual, w, want, backend=backend)
-    assert_bits_equal("out", out, want)
+    out = ops.rms_norm(x, w, residual=residual, backend=backend)
+    assert_bits_equal("out", out, ops.rms_norm(residual, w, backend=backend))
 
 
 def test_rms_norm_uses_eps(backend: str) -> None:
-    x, w, out = torch.full((1, 1, 16), 0.5), torch.zeros(16), torch.empty(1, 1, 16)
-    torch.ops.xgdn.rms_norm(x, w, out, eps=12.0, backend=backend)
-    assert_close("out", out, reference.rms_norm(x, w, 12.0), 1e-6)
+    x, w = torch.full((1, 1, 16), 0.5), torch.zeros(16)
+    assert_close("out", ops.rms_norm(x, w, eps=12.0, backend=backend), reference.rms_norm(x, w, 12.0), 1e-6)
 
 
 @pytest.mark.parametrize("D", [50, 96])
@@ -149,14 +146,14 @@ def test_rms_norm_of_a_nan_token_spoils_its_own_row_alone(D: int, has_residual: 
     out, clean = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
     for values, result in ((x, clean), (x.index_fill(0, torch.tensor([1]), torch.nan), out)):
         residual = torch.ones_like(x) if has_residual else None
-        torch.ops.xgdn.rms_norm(values, w, result, residual=residual, backend=backend)
+        ops.rms_norm(values, w, residual=residual, out=result, backend=backend)
     assert out[1].isnan().all()
     for token in (0, 2, 3, 4):
         assert_bits_equal(f"token {token}", out[token], clean[token])
 
 
 def run_silu_and_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, backend: str) -> None:
-    torch.ops.xgdn.silu_and_mul(gate, up, out, backend=backend)
+    ops.silu_and_mul(gate, up, out=out, backend=backend)
     assert xgdn.last_backend("silu_and_mul") == backend
 
 

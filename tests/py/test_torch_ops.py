@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-from cases import assert_bits_equal, i32
+from cases import OPS, assert_bits_equal, i32
 from xgdn import ops
 
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
@@ -98,24 +99,6 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
     }[op]
 
 
-OPS = [
-    "recurrent_gated_delta_rule",
-    "chunk_gated_delta_rule",
-    "packed_decode",
-    "causal_conv1d",
-    "causal_conv1d_update",
-    "gdn_gating",
-    "l2_norm",
-    "rms_norm_gated",
-    "rms_norm",
-    "silu_and_mul",
-    "linear",
-    "gdn_decode_step",
-    "paged_attention",
-    "moe_experts",
-]
-
-
 def packet(op: str) -> Callable[..., None]:
     return getattr(torch.ops.xgdn, op).default
 
@@ -186,6 +169,14 @@ def test_schema_names_what_is_written(op: str) -> None:
     assert written == ({"g", "beta"} if op == "gdn_gating" else {"out"} | pools)
     assert not packet(op)._schema.returns
     assert torch.Tag.pt2_compliant_tag in packet(op).tags
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_function_has_the_defaults_of_the_schema(op: str) -> None:
+    assert op in ops.__all__
+    parameters = inspect.signature(OPS[op]).parameters
+    defaults = {a.name: a.default_value for a in packet(op)._schema.arguments if a.has_default_value()}
+    assert {name: parameters[name].default for name in defaults} == defaults
 
 
 @pytest.mark.parametrize("op", OPS)

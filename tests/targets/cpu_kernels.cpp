@@ -199,35 +199,29 @@ Doubles doubles(const Numbers& x, size_t count) {
   return wide;
 }
 
-void test_rule(int64_t tokens, int64_t K, int64_t V, DType dtype, DType state_dtype) {
-  const std::string name = "delta rule, " + std::to_string(tokens) + " tokens, K=" + std::to_string(K) +
-                           (state_dtype == DType::kFloat32 ? ", f32 state" : ", bf16 state");
-  Rule rule{tokens, K, V, dtype};
-  Numbers state = Numbers::random(state_dtype, Rule::N * Rule::HV * V * K);
-  Doubles want_state = doubles(state, state.size());
-  const int32_t slots[] = {0, 1};
-  const int32_t cu_seqlens[] = {0, static_cast<int32_t>(tokens), static_cast<int32_t>(2 * tokens)};
-  GatedDeltaRuleArgs args = rule.args(state, state_dtype);
-  args.read_slots = args.write_slots = slots;
-  args.cu_seqlens = cu_seqlens;
+void run(const GatedDeltaRuleArgs& args) {
   gated_delta_rule(args, 0, num_work_items(args));
-  const Doubles want = rule.in_double(want_state);
-  expect_close(name + ", out", rule.out, want, tolerance(dtype));
-  expect_close(name + ", state", state, want_state, tolerance(state_dtype));
 }
 
-void test_chunks(int64_t tokens, int64_t K, int64_t V, DType dtype, DType state_dtype) {
-  const std::string name = "chunks, " + std::to_string(tokens) + " tokens, K=" + std::to_string(K) +
+void run(const ChunkGatedDeltaRuleArgs& args) {
+  for (int64_t item = 0; item < num_work_items(args); ++item) chunk_gated_delta_rule(args, item);
+}
+
+// `make_args` is Rule::args or Rule::chunk_args.
+template <typename Args>
+void test_rule(const std::string& kernel, Args (Rule::*make_args)(Numbers&, DType), int64_t tokens, int64_t K,
+               int64_t V, DType dtype, DType state_dtype) {
+  const std::string name = kernel + ", " + std::to_string(tokens) + " tokens, K=" + std::to_string(K) +
                            (state_dtype == DType::kFloat32 ? ", f32 state" : ", bf16 state");
   Rule rule{tokens, K, V, dtype};
   Numbers state = Numbers::random(state_dtype, Rule::N * Rule::HV * V * K);
   Doubles want_state = doubles(state, state.size());
   const int32_t slots[] = {0, 1};
   const int32_t cu_seqlens[] = {0, static_cast<int32_t>(tokens), static_cast<int32_t>(2 * tokens)};
-  ChunkGatedDeltaRuleArgs args = rule.chunk_args(state, state_dtype);
+  Args args = (rule.*make_args)(state, state_dtype);
   args.read_slots = args.write_slots = slots;
   args.cu_seqlens = cu_seqlens;
-  for (int64_t item = 0; item < num_work_items(args); ++item) chunk_gated_delta_rule(args, item);
+  run(args);
   const Doubles want = rule.in_double(want_state);
   expect_close(name + ", out", rule.out, want, tolerance(dtype));
   expect_close(name + ", state", state, want_state, tolerance(state_dtype));
@@ -250,7 +244,7 @@ void test_verification(int64_t K, int64_t V, DType state_dtype) {
   args.read_slots = table;
   args.num_accepted = accepted;
   args.cu_seqlens = cu_seqlens;
-  gated_delta_rule(args, 0, num_work_items(args));
+  run(args);
   const Numbers out = rule.out;
 
   const std::string name = "verification, K=" + std::to_string(K);
@@ -261,7 +255,7 @@ void test_verification(int64_t K, int64_t V, DType state_dtype) {
       one.N = 1;
       one.read_slots = one.write_slots = table + n;
       one.cu_seqlens = row;
-      gated_delta_rule(one, 0, num_work_items(one));
+      run(one);
       bool same = true;
       for (size_t i = 0; i < slot; ++i) same = same && drafted[(n * 3 + t) * slot + i] == decoded[n * slot + i];
       expect(same, name + ": a state differs from decode's");
@@ -367,7 +361,7 @@ void test_decode_step(int64_t K, int64_t V, DType dtype, DType state_dtype) {
   a.rule.q = mixed.in(D, K), a.rule.k = mixed.in(D, K, H * K), a.rule.v = mixed.in(D, V, 2 * H * K);
   a.norm.x = o.in(HV * V, V), a.norm.out = other_out.out(HV * V, V);
   causal_conv1d(a.conv, 0, num_work_items(a.conv));
-  gated_delta_rule(a.rule, 0, num_work_items(a.rule));
+  run(a.rule);
   rms_norm_gated(a.norm, 0, N * HV);
   bool same = true;
   for (int64_t i = 0; i < N * HV * V; ++i) same = same && out[i] == other_out[i];  // 0 may be -0 in the padded row
@@ -542,8 +536,12 @@ void test_target(int64_t target) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     for (const DType state_dtype : {DType::kFloat32, DType::kBFloat16}) {
       for (const int64_t K : {16, 48, 128}) {
-        for (const int64_t tokens : {1, 4}) test_rule(tokens, K, /*V=*/32, dtype, state_dtype);
-        for (const int64_t tokens : {1, 64, 70}) test_chunks(tokens, K, /*V=*/48, dtype, state_dtype);
+        for (const int64_t tokens : {1, 4}) {
+          test_rule("delta rule", &Rule::args, tokens, K, /*V=*/32, dtype, state_dtype);
+        }
+        for (const int64_t tokens : {1, 64, 70}) {
+          test_rule("chunks", &Rule::chunk_args, tokens, K, /*V=*/48, dtype, state_dtype);
+        }
         test_verification(K, /*V=*/32, state_dtype);
         test_decode_step(K, /*V=*/48, dtype, state_dtype);
       }

@@ -2,18 +2,15 @@
 // residual <- residual + x;  out = (1 + weight) * (residual / rms(residual)) over the last dimension.
 //
 // Loop: row -> lanes. Rounding: inputs are widened exactly; the residual is rounded once, and what is normed is the
-// rounded sum; out is rounded once. Order of the sum of squares: lane i adds elements i, i + lanes, ... ascending, then
-// the lanes.
+// rounded sum; out is rounded once; the rest: rms_norm-inl.h.
 #include "core/kernels/cpu/rms_norm.h"
-
-#include <cmath>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "core/kernels/cpu/rms_norm.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
-#include "core/kernels/cpu/simd-inl.h"
+#include "core/kernels/cpu/rms_norm-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
@@ -44,15 +41,9 @@ void rms_norm(const RmsNormArgs& args, int64_t begin_row, int64_t end_row) {
     const int64_t head = i % args.H;
     load_row(args.x.dtype, args.x.at(token, head), args.D, x);
     if (args.residual.data != nullptr) add_residual(args, args.residual.at(token, head), x, before);
-    VF squares = hn::Zero(d);
+    const VF scale = inverse_rms(x, args.D, args.eps);
     for (size_t j = 0; j < width; j += hn::Lanes(d)) {
-      const VF xj = hn::Load(d, x + j);
-      squares = hn::MulAdd(xj, xj, squares);
-    }
-    const float mean = hn::GetLane(hn::SumOfLanes(d, squares)) / static_cast<float>(args.D);
-    const VF inverse_rms = hn::Set(d, 1.0f / std::sqrt(mean + args.eps));
-    for (size_t j = 0; j < width; j += hn::Lanes(d)) {
-      const VF normed = hn::Mul(hn::Load(d, x + j), inverse_rms);
+      const VF normed = hn::Mul(hn::Load(d, x + j), scale);
       hn::Store(hn::MulAdd(normed, hn::Load(d, weight + j), normed), d, out + j);
     }
     store_row(args.out.dtype, out, args.D, args.out.at(token, head));

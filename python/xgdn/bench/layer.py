@@ -89,9 +89,9 @@ class LayerBenchmark:
         summed = torch.empty_like(hidden)
 
         # Weights of its own for each, as the layer has: shared ones would be found in a cache more often.
-        def projection(x: Tensor, weight: Tensor, out: Tensor) -> Callable[[], None]:
+        def projection(x: Tensor, weight: Tensor, out: Tensor) -> Callable[[], Tensor]:
             own = weight.clone()
-            return lambda: torch.ops.xgdn.linear(x, own, out)
+            return lambda: xgdn.ops.linear(x, own, out=out)
 
         before, after, before_alone, after_alone = (
             projection(*tensors)
