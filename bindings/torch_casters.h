@@ -24,8 +24,8 @@ struct DeviceArgument {
     try {
       return c10::Device(name);
     } catch (const c10::Error&) {
-      throw DeviceError(
-          c10::str("[", where, "] device: expected a name that torch knows, such as cpu or npu:0, got '", name, "'"));
+      throw DeviceError(c10::str(
+          "[", where, "] device: expected a name that torch knows (npu: where torch_npu is loaded), got '", name, "'"));
     }
   }
 };

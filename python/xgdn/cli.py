@@ -50,6 +50,7 @@ ModelArgument = Annotated[
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activations; default the checkpoint's.")]
 StateDtypeOption = Annotated[StateDtype, typer.Option(help="Of the delta-rule states.")]
+DeviceOption = Annotated[str, typer.Option(help="Of weights, activations and pools: cpu or npu:0.")]
 PrefillBackendOption = Annotated[str, typer.Option(help="Runs prompts; see `xgdn doctor`.")]
 DecodeBackendOption = Annotated[str, typer.Option(help="Runs single tokens; see `xgdn doctor`.")]
 MaxBatchSizeOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Sequences that run at once.")]
@@ -187,6 +188,7 @@ def _load_engine(
     runner: xgdn.RunnerOptions,
     dtype: Dtype | None,
     state_dtype: StateDtype,
+    device: str,
     prefill_backend: str,
     decode_backend: str,
     memory_limit: int | None,
@@ -197,6 +199,7 @@ def _load_engine(
             model,
             dtype=None if dtype is None else getattr(torch, dtype.value),
             state_dtype=getattr(torch, state_dtype.value),
+            device=device,
             runner=runner,
             prefill_backend=prefill_backend,
             decode_backend=decode_backend,
@@ -265,6 +268,7 @@ def generate(
     ] = None,
     dtype: DtypeOption = None,
     state_dtype: StateDtypeOption = StateDtype.float32,
+    device: DeviceOption = "cpu",
     prefill_backend: PrefillBackendOption = "auto",
     decode_backend: DecodeBackendOption = "auto",
     max_batch_size: MaxBatchSizeOption = 32,
@@ -304,6 +308,7 @@ def generate(
             ),
             dtype,
             state_dtype,
+            device,
             prefill_backend,
             decode_backend,
             limit,
@@ -387,6 +392,7 @@ def serve(
     ] = 30,
     dtype: DtypeOption = None,
     state_dtype: StateDtypeOption = StateDtype.float32,
+    device: DeviceOption = "cpu",
     prefill_backend: PrefillBackendOption = "auto",
     decode_backend: DecodeBackendOption = "auto",
     max_batch_size: MaxBatchSizeOption = 32,
@@ -432,6 +438,7 @@ def serve(
             ),
             dtype,
             state_dtype,
+            device,
             prefill_backend,
             decode_backend,
             limit,
@@ -593,7 +600,9 @@ def bench_model(
     batches, counts = _parse_counts(batch, "--batch"), _parse_counts(threads, "--threads")
     with _errors_in_one_line():
         benchmark = ModelBenchmark(
-            lambda runner: _load_engine(model, runner, dtype, state_dtype, prefill_backend, decode_backend, None),
+            lambda runner: _load_engine(
+                model, runner, dtype, state_dtype, "cpu", prefill_backend, decode_backend, None
+            ),
             prompt_tokens=prompt_tokens,
             steps=steps,
         )
