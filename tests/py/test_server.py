@@ -7,7 +7,6 @@ import json
 import random
 import re
 import resource
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,32 +26,17 @@ from live_server import (
     SLOTS,
     TOKENIZER,
     TOKENS,
-    engine,
     is_at_rest,
-    live,
     metrics,
     post,
     single,
     wait_until,
     want,
-    with_template,
 )
 from xgdn.detokenize import Detokenizer
 from xgdn.server.api_error import ApiError
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.stop_strings import StopStrings
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with live(engine(), with_template(tmp_path_factory.mktemp("chat"))) as address:
-        yield address
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as it:
-        yield it
 
 
 def resident_bytes() -> int:
