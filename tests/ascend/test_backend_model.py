@@ -174,6 +174,7 @@ import ledger, xgdn
 
 engine = xgdn.Engine("{directory}", device="npu:0", dtype=torch.bfloat16, state_dtype=torch.bfloat16,
                      runner=xgdn.RunnerOptions(max_batch_size=2, max_tokens_per_step=64))
+print(engine.device_error == "")
 request = xgdn.Request([1] * 150, max_new_tokens=12, ignore_eos=True)
 want = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True)[0].tokens
 ids = [engine.submit(request) for _ in range(3)]  # the third waits for a slot
@@ -194,9 +195,10 @@ with ledger.switched(FAIL="{op}"):
 print(all(tokens[id] == want[: len(tokens[id])] and len(tokens[id]) < 12 for id in ids))
 print(all(ended[id].finish_reason == xgdn.FinishReason.ERROR and "aclnn{op}" in ended[id].error for id in ids))
 (later,) = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True)
+print(engine.device_error == later.error)
 print(later.tokens, later.finish_reason, "npu:0 that has stopped" in later.error, "aclnn{op}" in later.error)
 print(engine.num_free_slots)
 """
     in_tests_only = ("TASK_QUEUE_ENABLE", "PYTORCH_NO_NPU_MEMORY_CACHING")
     environment = {name: value for name, value in os.environ.items() if name not in in_tests_only}
-    assert run_python(code, environment) == ["True", "True", "[] FinishReason.ERROR True True", "2"]
+    assert run_python(code, environment) == ["True", "True", "True", "True", "[] FinishReason.ERROR True True", "2"]

@@ -121,13 +121,15 @@ CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content"
 
 
 class SteppedEngine:
-    """The engine with a gate before each step, and steps that fail on demand."""
+    """The engine with a gate before each step, and steps that fail, devices that stop, on demand."""
 
     def __init__(self) -> None:
         self._engine = engine()
         self._allowed = threading.Semaphore(0)
         self._is_open = False
         self.failures = 0
+        self.death: BaseException | None = None
+        self.device_error = ""
         self.num_steps = 0
         self.cancelled: set[int | None] = set()  # branches
 
@@ -147,6 +149,8 @@ class SteppedEngine:
     def step(self) -> list[xgdn.RequestEvent]:
         assert self._is_open or self._allowed.acquire(timeout=60)
         self.num_steps += 1
+        if self.death:
+            raise self.death
         if self.failures:
             self.failures -= 1
             raise RuntimeError("the step broke")

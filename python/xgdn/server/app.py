@@ -108,8 +108,10 @@ class Server:
         return self._model_card()
 
     def health(self) -> Response:
-        is_alive = self._engine.is_alive()
-        return JSONResponse({"status": "ok" if is_alive else "stopped"}, 200 if is_alive else 503)
+        refusal = self._engine.refusal()
+        if refusal is None:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "stopped", "reason": refusal.message}, refusal.status)
 
     def render_metrics(self) -> Response:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
@@ -119,7 +121,9 @@ class Server:
         gauges = ("requests_waiting", "requests_running", "slots_used", "slots_total")
         pools = ("kv_blocks_used", "kv_blocks_total", "prompt_tokens_total", "generated_tokens_total")
         values = {name: int(self.metrics.value(name)) for name in (*gauges, *pools)}
-        return {"model": self._settings.model_name, "time": time.monotonic(), **values}
+        refusal = self._engine.refusal()
+        stopped = "" if refusal is None else refusal.message
+        return {"model": self._settings.model_name, "time": time.monotonic(), "stopped": stopped, **values}
 
     def page(self) -> HTMLResponse:
         return HTMLResponse((importlib.resources.files("xgdn.server") / "page.html").read_text(encoding="utf-8"))
