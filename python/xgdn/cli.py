@@ -413,7 +413,6 @@ def serve(
     settings = Settings(
         model_dir=model,
         model_name=model_name or model.resolve().name,
-        max_cached_tokens=max_cached_tokens,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         api_key=api_key,

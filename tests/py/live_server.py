@@ -36,10 +36,10 @@ KEY = "the key"
 SLOTS, TOKENS, QUEUE, BODY_BYTES = 8, 1024, 56, 20_000
 
 
-def engine(**options: Any) -> xgdn.Engine:
+def engine(model_dir: Path = CHECKPOINT, **options: Any) -> xgdn.Engine:
     torch.set_num_threads(1)
     runner = xgdn.RunnerOptions(max_batch_size=SLOTS, max_cached_tokens=TOKENS, max_tokens_per_step=64)
-    return xgdn.Engine(CHECKPOINT, dtype=torch.float32, runner=runner, **options)
+    return xgdn.Engine(model_dir, dtype=torch.float32, runner=runner, **options)
 
 
 @cache
@@ -60,7 +60,7 @@ def with_template(folder: Path) -> Path:
 def live(served: Any, model_dir: Path = CHECKPOINT, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread."""
     settings = {"max_queue": QUEUE, "max_body_bytes": BODY_BYTES, "api_key": KEY} | settings
-    app = create_app(served, TOKENIZER, Settings(model_dir, "tiny", max_cached_tokens=TOKENS, **settings))
+    app = create_app(served, TOKENIZER, Settings(model_dir, "tiny", **settings))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, args=([listener],))

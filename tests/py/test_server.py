@@ -7,6 +7,7 @@ import json
 import random
 import re
 import resource
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,16 @@ from live_server import (
     SLOTS,
     TOKENIZER,
     TOKENS,
+    engine,
     is_at_rest,
+    live,
     metrics,
     post,
     single,
+    tokens_of,
     wait_until,
     want,
+    with_template,
 )
 from xgdn.detokenize import Detokenizer
 from xgdn.server.api_error import ApiError
@@ -226,6 +231,42 @@ def test_a_bad_request_has_a_reason_and_the_server_goes_on(
     assert word in error["message"]
     assert metrics(url)[f"xgdn_errors_total {code}"] == before + 1
     assert post(url, GOOD | {"max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("limit", ["the model's positions", "the cache"])
+def test_what_exceeds_the_context_is_refused_with_both_numbers(limit: str, tmp_path: Path) -> None:
+    context = TOKENS
+    with_template(tmp_path)
+    if limit == "the model's positions":
+        context = 100
+        config = json.loads((CHECKPOINT / "config.json").read_text())
+        (tmp_path / "config.json").unlink()
+        (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    with (
+        live(engine(tmp_path), tmp_path) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as client,
+    ):
+
+        def refused(ask: Callable[..., Any], param: str, total: int, **options: Any) -> None:
+            with pytest.raises(openai.BadRequestError) as info:
+                ask(model="tiny", **options)
+            assert (info.value.code, info.value.param) == ("context_length_exceeded", param)
+            assert f"is {context} tokens, got {total}:" in info.value.message
+
+        messages: Any = [{"role": "user", "content": "a"}]
+        size = len(tokens_of("# user: a\n# assistant:"))
+        complete, chat = client.completions.create, client.chat.completions.create
+        refused(complete, "prompt", context + 1, prompt=[1] * 10, max_tokens=context - 9)
+        refused(complete, "prompt", context + 1, prompt=[1] * context)
+        refused(complete, "prompt", context + 1, prompt=[[1], [1] * context])
+        refused(chat, "messages", context + 1, messages=messages, max_tokens=context - size + 1)
+        refused(chat, "messages", context + 1, messages=messages, max_completion_tokens=context - size + 1, stream=True)
+        # What fits exactly; and without a limit of its own a request gets what is left.
+        assert greedy(client, [1] * 10, max_tokens=context - 10).usage.total_tokens == context
+        rest = client.completions.create(model="tiny", prompt=[1] * (context - 3), extra_body=IGNORE_EOS)
+        assert rest.usage.completion_tokens == 3
+        rest = chat(model="tiny", messages=messages, extra_body=IGNORE_EOS)
+        assert rest.usage.completion_tokens == min(512, context - size)
 
 
 def test_neutral_values_and_nulls_are_accepted(url: str) -> None:

@@ -28,8 +28,7 @@ from xgdn.server.logprobs import Vocabulary
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
 
-_COMPLETION_TOKENS = 16  # OpenAI's default
-_CHAT_TOKENS = 512  # at most, where a chat request names no limit
+_MAX_TOKENS = 2**31 - 1  # of a sequence, where neither the model nor the pools have a limit
 _CLIENT_GONE = 499  # read by nobody
 
 
@@ -37,7 +36,6 @@ _CLIENT_GONE = 499  # read by nobody
 class Settings:
     model_dir: Path
     model_name: str
-    max_cached_tokens: int  # over all sequences
     max_queue: int = 256  # sequences that wait, beside those that run
     max_body_bytes: int = 4 * 2**20
     api_key: str | None = None
@@ -65,6 +63,7 @@ class Server:
         self._vocabulary = Vocabulary(tokenizer)
         self._settings = settings
         self._vocab_size = engine.vocab_size
+        self._max_context = engine.max_context or _MAX_TOKENS
         self._chat_template = ChatTemplate(settings.model_dir)
         self.metrics = Metrics()
         self._engine = EngineThread(engine, self.metrics, settings.max_queue)
@@ -89,16 +88,14 @@ class Server:
         if len(prompts) > self._engine.capacity:
             raise bad_request(f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.")
         ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return await self._generate(request, body, ids, body.max_tokens or _COMPLETION_TOKENS, CompletionFormat())
+        return await self._generate(request, body, ids, body.max_tokens, CompletionFormat())
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(ChatBody, await self._read(request))
         self._check_model(body.model)
         text = self._chat_template.render(body.messages)
         ids = await self._encode(text, add_special_tokens=False)
-        rest = max(1, self._settings.max_cached_tokens - len(ids))
-        max_tokens = body.max_completion_tokens or body.max_tokens or min(_CHAT_TOKENS, rest)
-        return await self._generate(request, body, [ids], max_tokens, ChatFormat())
+        return await self._generate(request, body, [ids], body.max_completion_tokens or body.max_tokens, ChatFormat())
 
     def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model_card()]}
@@ -160,28 +157,32 @@ class Server:
         ids: list[int] = encoding.ids
         return ids
 
-    def _check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
+    def _check_prompt(self, ids: Sequence[int], max_tokens: int, param: str) -> None:
         if not ids:
-            raise bad_request("'prompt': expected at least one token, got none.", "prompt", "empty_prompt")
+            raise bad_request(f"'{param}': expected at least one token, got none.", param, "empty_prompt")
         if max(ids) >= self._vocab_size:
-            raise bad_request(f"'prompt': expected token ids below {self._vocab_size}, got {max(ids)}.", "prompt")
-        limit = self._settings.max_cached_tokens
-        if len(ids) + max_tokens > limit:
-            message = (
-                f"The prompt has {len(ids)} tokens; with max_tokens of {max_tokens} it exceeds the {limit} that fit."
+            raise bad_request(f"'{param}': expected token ids below {self._vocab_size}, got {max(ids)}.", param)
+        if len(ids) + max_tokens > self._max_context:
+            raise bad_request(
+                f"This model's maximum context length is {self._max_context} tokens, got {len(ids) + max_tokens}: "
+                f"{len(ids)} of the prompt and up to {max_tokens} to generate.",
+                param,
+                "context_length_exceeded",
             )
-            raise bad_request(message, "prompt", "context_length_exceeded")
 
     async def _generate(
         self,
         request: Request,
         body: GenerationBody,
         prompts: Sequence[Sequence[int]],
-        max_tokens: int,
+        max_tokens: int | None,
         form: CompletionFormat | ChatFormat,
     ) -> Response:
+        if max_tokens is None:  # as many as the form gives unasked, where there is room for them
+            rest = self._max_context - max(map(len, prompts), default=0)
+            max_tokens = max(1, min(form.default_max_tokens, rest))
         for ids in prompts:
-            self._check_prompt(ids, max_tokens)
+            self._check_prompt(ids, max_tokens, form.prompt_param)
         generation = Generation(body, prompts, max_tokens, self._vocabulary, self._engine, self.metrics)
         answer = Answer(generation, form, body.model, self.metrics)
         if body.stream:

@@ -114,6 +114,8 @@ class CompletionFormat:
     name = "text_completion"
     chunk_name = "text_completion"
     id_prefix = "cmpl"
+    prompt_param = "prompt"
+    default_max_tokens = 16  # OpenAI's
 
     def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
         return completion_logprobs(reports)
@@ -134,6 +136,8 @@ class ChatFormat:
     name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl"
+    prompt_param = "messages"
+    default_max_tokens = 512
 
     def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
         return chat_logprobs(reports)
