@@ -369,7 +369,7 @@ def plan(
 def serve(
     model: ModelArgument,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+        str, typer.Option(help="Address to listen at, or a name for several; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
     model_name: Annotated[
@@ -418,7 +418,7 @@ def serve(
         api_key=api_key,
     )
     try:
-        listener = bind(host, port)  # before the model is loaded, which may take long
+        listeners = bind(host, port)  # before the model is loaded, which may take long
     except OSError as error:
         _fail(f"{host}:{port}: {error.strerror}")
     with _errors_in_one_line():
@@ -441,14 +441,15 @@ def serve(
         _fail(error)
 
     def announce() -> None:
-        where = {"address": address_of(listener), "model": settings.model_name}
+        addresses = [address_of(listener) for listener in listeners]
         if as_json:
+            where = {"address": addresses[0], "addresses": addresses, "model": settings.model_name}
             typer.echo(json.dumps(where))
         else:
-            typer.echo(f"xgdn: serving {where['model']} at {where['address']}", err=True)
+            typer.echo(f"xgdn: serving {settings.model_name} at {', '.join(addresses)}", err=True)
 
     try:
-        serve_app(server_app, listener, shutdown_seconds, announce)
+        serve_app(server_app, listeners, shutdown_seconds, announce)
     except OSError as error:
         _fail(f"{host}:{port}: {error.strerror}")
 
