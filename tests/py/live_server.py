@@ -30,6 +30,7 @@ TEMPLATE = """
 {{- "# " + message.role + ": " + message.content + "\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "# assistant:" }}{% endif %}
+{%- if thought %}{{ thought }}{% endif %}
 """
 PROMPT = "def __init__(self"
 KEY = "the key"

@@ -167,6 +167,7 @@ def test_the_page_is_complete_in_itself(url: str) -> None:
         (b"\xff\xfe", 400, "invalid_json", "JSON"),
         (b"[" * 10_000, 400, "invalid_json", "JSON"),
         (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "invalid_json", "JSON"),
+        (b'{"model": "tiny", "prompt": "a", "max_tokens": 1' + b"0" * 4000 + b"}", 400, "invalid_value", "max_tokens"),
         ({"model": "tiny"}, 400, "missing_required_parameter", "prompt"),
         ({"prompt": "a"}, 400, "missing_required_parameter", "model"),
         (GOOD | {"model": "other"}, 404, "model_not_found", "other"),
@@ -188,29 +189,29 @@ def test_the_page_is_complete_in_itself(url: str) -> None:
         (GOOD | {"prompt": "a" * BODY_BYTES}, 413, "body_too_large", str(BODY_BYTES)),
         (GOOD | {"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
         (GOOD | {"max_tokens": 2**40}, 400, "invalid_value", "max_tokens"),
-        (GOOD | {"max_tokens": "3"}, 400, "invalid_value", "max_tokens"),
-        (GOOD | {"max_tokens": 2.5}, 400, "invalid_value", "max_tokens"),
+        (GOOD | {"max_tokens": "3"}, 400, "invalid_type", "max_tokens"),
+        (GOOD | {"max_tokens": 2.5}, 400, "invalid_type", "max_tokens"),
         (GOOD | {"temperature": -1}, 400, "invalid_value", "temperature"),
         (GOOD | {"temperature": float("nan")}, 400, "invalid_value", "temperature"),
         (GOOD | {"top_p": 0}, 400, "invalid_value", "top_p"),
         (GOOD | {"seed": 2**64}, 400, "invalid_value", "seed"),
         (GOOD | {"n": 0}, 400, "invalid_value", "n"),
-        (GOOD | {"stream": 1}, 400, "invalid_value", "stream"),
+        (GOOD | {"stream": 1}, 400, "invalid_type", "stream"),
         (GOOD | {"stop": ["a"] * 5}, 400, "invalid_value", "stop"),
         (GOOD | {"stop": ""}, 400, "invalid_value", "stop"),
         (GOOD | {"stop_token_ids": [-1]}, 400, "invalid_value", "stop_token_ids"),
         (GOOD | {"n": SLOTS + 1}, 400, "invalid_value", f"at most {SLOTS} branches"),
         (GOOD | {"prompt": ["a", "b"], "n": SLOTS + 1}, 400, "invalid_value", f"at most {SLOTS} branches"),
-        (GOOD | {"n": True}, 400, "invalid_value", "n"),
-        (GOOD | {"logprobs": True}, 400, "invalid_value", "logprobs"),
+        (GOOD | {"n": True}, 400, "invalid_type", "n"),
+        (GOOD | {"logprobs": True}, 400, "invalid_type", "logprobs"),
         (GOOD | {"logprobs": 6}, 400, "invalid_value", "logprobs"),
         (GOOD | {"logprobs": -1}, 400, "invalid_value", "logprobs"),
         (GOOD | {"top_logprobs": 1}, 400, "unknown_parameter", "top_logprobs"),
-        (CHAT | {"logprobs": 1}, 400, "invalid_value", "logprobs"),
+        (CHAT | {"logprobs": 1}, 400, "invalid_type", "logprobs"),
         (CHAT | {"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
         (CHAT | {"top_logprobs": 2}, 400, "invalid_value", "'logprobs' to be true"),
-        (CHAT | {"messages": "a"}, 400, "invalid_value", "messages"),
-        (CHAT | {"messages": [{"role": "user", "content": 1}]}, 400, "invalid_value", "messages"),
+        (CHAT | {"messages": "a"}, 400, "invalid_type", "messages"),
+        (CHAT | {"messages": [{"role": "user", "content": 1}]}, 400, "invalid_type", "messages"),
         (GOOD | {"echo": True}, 400, "unsupported_parameter", "not supported"),
         (GOOD | {"presence_penalty": 0.5}, 400, "unsupported_parameter", "not supported"),
         (CHAT | {"messages": []}, 400, "invalid_value", "messages"),
@@ -269,10 +270,76 @@ def test_what_exceeds_the_context_is_refused_with_both_numbers(limit: str, tmp_p
         assert rest.usage.completion_tokens == min(512, context - size)
 
 
+TURN: dict[str, Any] = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        (GOOD | {"max_tokens": "3"}, "invalid_type", "max_tokens"),
+        (GOOD | {"stop": ["a", ""]}, "invalid_value", "stop[1]"),
+        (GOOD | {"stop": ["a", 1]}, "invalid_type", "stop[1]"),
+        (GOOD | {"prompt": ["a"] * 100}, "invalid_value", "prompt"),
+        (GOOD | {"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
+        (GOOD | {"stream": True, "stream_options": {"colour": 1}}, "unknown_parameter", "stream_options.colour"),
+        (GOOD | {"top_k": -2}, "invalid_value", "top_k"),
+        (CHAT | {"messages": [TURN, {"role": "user"}]}, "missing_required_parameter", "messages[1].content"),
+        (CHAT | {"messages": [TURN, {"role": "king", "content": "a"}]}, "invalid_value", "messages[1].role"),
+        (CHAT | {"messages": [TURN, TURN | {"content": None}]}, "invalid_type", "messages[1].content"),
+        (CHAT | {"messages": [TURN | {"content": {"str": 1}}]}, "invalid_type", "messages[0].content.str"),
+        (
+            CHAT | {"messages": [TURN | {"content": [{"type": "image_url"}]}]},
+            "invalid_value",
+            "messages[0].content[0].type",
+        ),
+        (CHAT | {"messages": [TURN | {"colour": 1}]}, "unknown_parameter", "messages[0].colour"),
+        (CHAT | {"messages": [TURN, TURN | {"tool_calls": [{}]}]}, "unsupported_parameter", "messages[1].tool_calls"),
+        (CHAT | {"messages": [TURN, TURN | {"refusal": "no"}]}, "unsupported_parameter", "messages[1].refusal"),
+        (CHAT | {"functions": [{}]}, "unsupported_parameter", "functions"),
+        (CHAT | {"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
+        (CHAT | {"reasoning_effort": "low"}, "unsupported_parameter", "reasoning_effort"),
+        (CHAT | {"chat_template_kwargs": {"tools": 1}}, "unsupported_parameter", "chat_template_kwargs.tools"),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, str) else "",
+)
+def test_the_place_of_what_is_wrong_is_told(url: str, body: Any, code: str, param: str) -> None:
+    answer = post(url, body, "/v1/chat/completions" if "messages" in body else "/v1/completions")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, code, param)
+    assert param in error["message"]
+
+
+def test_an_answer_s_message_may_be_sent_back(client: openai.OpenAI) -> None:
+    options: Any = {"model": "tiny", "temperature": 0, "max_tokens": 8, "extra_body": IGNORE_EOS}
+    first = client.chat.completions.create(messages=[TURN], **options).choices[0].message
+    text = want(f"# user: a\n# assistant: {first.content}\n# user: a\n# assistant:", 8)
+    for message in (first, first.model_dump(), first.model_dump() | {"annotations": [], "tool_calls": []}):
+        answer = client.chat.completions.create(messages=[TURN, message, TURN], **options)
+        assert answer.choices[0].message.content == text
+
+
+def test_a_developer_s_message_is_the_system_s(client: openai.OpenAI) -> None:
+    options: Any = {"model": "tiny", "temperature": 0, "max_tokens": 16, "extra_body": IGNORE_EOS}
+    answer = client.chat.completions.create(messages=[{"role": "developer", "content": "Be brief."}, TURN], **options)
+    assert answer.choices[0].message.content == want("# system: Be brief.\n# user: a\n# assistant:")
+
+
+def test_the_template_gets_further_variables(client: openai.OpenAI) -> None:
+    extra = IGNORE_EOS | {"chat_template_kwargs": {"thought": " Well"}}
+    options: Any = {"model": "tiny", "temperature": 0, "max_tokens": 16, "messages": [TURN]}
+    answer = client.chat.completions.create(extra_body=extra, **options)
+    assert answer.choices[0].message.content == want("# user: a\n# assistant: Well")
+
+
 def test_neutral_values_and_nulls_are_accepted(url: str) -> None:
     nulls = dict.fromkeys(["n", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "logprobs", "suffix"])
     neutral = {"echo": False, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me"}
     assert post(url, GOOD | nulls | neutral).status_code == 200
+    tier = {"service_tier": "auto", "safety_identifier": "a", "prompt_cache_key": "a", "top_k": -1}
+    stream = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    assert post(url, GOOD | tier | stream).status_code == 200
+    neutral = {"parallel_tool_calls": True, "modalities": ["text"], "verbosity": "medium", "functions": []}
+    assert post(url, CHAT | tier | neutral, "/v1/chat/completions").status_code == 200
 
 
 def test_keys_paths_and_methods(url: str) -> None:

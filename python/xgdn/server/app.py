@@ -86,14 +86,16 @@ class Server:
         self._check_model(body.model)
         prompts = body.prompts()
         if len(prompts) > self._engine.capacity:
-            raise bad_request(f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.")
+            raise bad_request(
+                f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.", "prompt"
+            )
         ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         return await self._generate(request, body, ids, body.max_tokens, CompletionFormat())
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(ChatBody, await self._read(request))
         self._check_model(body.model)
-        text = self._chat_template.render(body.messages)
+        text = self._chat_template.render(body.messages, body.chat_template_kwargs)
         ids = await self._encode(text, add_special_tokens=False)
         return await self._generate(request, body, [ids], body.max_completion_tokens or body.max_tokens, ChatFormat())
 

@@ -45,7 +45,7 @@ class Generation:
                 max_new_tokens=max_tokens,
                 sampling=SamplingParams(
                     temperature=1.0 if body.temperature is None else body.temperature,
-                    top_k=body.top_k or 0,
+                    top_k=max(body.top_k or 0, 0),
                     top_p=1.0 if body.top_p is None else body.top_p,
                     seed=seed % _UINT64,
                     logprobs=body.num_logprobs,
