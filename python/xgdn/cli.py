@@ -378,6 +378,13 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="XGDN_API_KEY", help="What clients of /v1 must present; default nothing.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Web pages that may call: http://localhost:3000, or * for all; repeatable. Default none.",
+        ),
+    ] = None,
     max_queue: Annotated[
         int, typer.Option(min=0, max=_MAX, metavar="N", help="Sequences that wait before further ones are refused.")
     ] = 256,
@@ -416,6 +423,7 @@ def serve(
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         api_key=api_key,
+        allowed_origins=allow_origin or (),
     )
     try:
         listeners = bind(host, port)  # before the model is loaded, which may take long

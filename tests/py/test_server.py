@@ -147,6 +147,7 @@ def test_stop_strings_do_not_depend_on_the_pieces(size: int) -> None:
 def test_models_and_health(client: openai.OpenAI, url: str) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
+    assert client.models.retrieve("tiny").model_dump()["max_model_len"] == TOKENS
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{url}/stats").json()["slots_total"] == SLOTS
 
@@ -349,6 +350,37 @@ def test_keys_paths_and_methods(url: str) -> None:
     assert httpx.get(f"{url}/v1/models").status_code == 401
     assert post(url, GOOD, "/v1/nothing").json()["error"]["code"] == "not_found"
     assert httpx.get(f"{url}/v1/completions").json()["error"]["code"] == "method_not_allowed"
+
+
+def test_what_can_be_read_can_be_probed(url: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for path in ("/", "/health", "/metrics", "/stats", "/v1/models", "/v1/models/tiny"):
+        answer = httpx.head(url + path, headers=headers)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert httpx.head(f"{url}/v1/models").status_code == 401
+    assert httpx.head(f"{url}/v1/completions", headers=headers).headers["Allow"] == "POST"
+
+
+def test_headers_for_browsers_and_proxies(url: str) -> None:
+    assert httpx.get(f"{url}/v1/models").headers["WWW-Authenticate"] == "Bearer"
+    assert post(url, GOOD | {"stream": True}).headers["X-Accel-Buffering"] == "no"
+    assert httpx.get(f"{url}/health", headers={"Origin": "http://a"}).headers.get("Access-Control-Allow-Origin") is None
+
+
+def test_pages_of_allowed_origins_may_call() -> None:
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    with live(engine(), allowed_origins=["http://a"]) as url:
+        preflight = httpx.options(f"{url}/v1/completions", headers=ask | {"Origin": "http://a"})
+        assert preflight.status_code == 200
+        assert preflight.headers["Access-Control-Allow-Origin"] == "http://a"
+        assert "authorization" in preflight.headers["Access-Control-Allow-Headers"]
+        for headers, status in (({"Authorization": f"Bearer {KEY}"}, 200), ({}, 401)):
+            answer = httpx.post(f"{url}/v1/completions", json=GOOD, headers=headers | {"Origin": "http://a"})
+            assert answer.status_code == status
+            assert answer.headers["Access-Control-Allow-Origin"] == "http://a"
+        other = httpx.options(f"{url}/v1/completions", headers=ask | {"Origin": "http://b"})
+        assert other.status_code == 400
+        assert "Access-Control-Allow-Origin" not in other.headers
 
 
 def test_a_model_without_template_refuses_chat(tmp_path: Path) -> None:

@@ -54,8 +54,11 @@ def command(*options: str, step_seconds: float = 0) -> Iterator[tuple[subprocess
 
 
 def test_the_json_document_is_all_of_stdout_and_comes_when_requests_are_taken() -> None:
-    with command() as (process, url):
-        assert httpx.get(f"{url}/health").status_code == 200
+    with command("--allow-origin", "http://a", "--allow-origin", "http://b") as (process, url):
+        for origin in ("http://a", "http://b"):
+            answer = httpx.get(f"{url}/health", headers={"Origin": origin})
+            assert answer.status_code == 200
+            assert answer.headers["Access-Control-Allow-Origin"] == origin
         assert post(url, GOOD).status_code == 200
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=60)

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Respons
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -29,6 +30,8 @@ from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
 
 _MAX_TOKENS = 2**31 - 1  # of a sequence, where neither the model nor the pools have a limit
+# The second for nginx, which would hold events back until it has a buffer full.
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _CLIENT_GONE = 499  # read by nobody
 
 
@@ -39,13 +42,14 @@ class Settings:
     max_queue: int = 256  # sequences that wait, beside those that run
     max_body_bytes: int = 4 * 2**20
     api_key: str | None = None
+    allowed_origins: Sequence[str] = ()  # of web pages that may call
 
 
 class _EventStream(StreamingResponse):
     """Drops its generation when it ends early, whether or not a byte was sent."""
 
     def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +83,8 @@ class Server:
         key = self._settings.api_key
         given = request.headers.get("Authorization", "")
         if key is not None and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise ApiError(401, "invalid_api_key", "Expected the server's API key as 'Authorization: Bearer KEY'.")
+            message = "Expected the server's API key as 'Authorization: Bearer KEY'."
+            raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionBody, await self._read(request))
@@ -138,6 +143,7 @@ class Server:
             "object": "model",
             "created": self._start_time,
             "owned_by": "xgdn",
+            "max_model_len": self._max_context,
         }
 
     def _check_model(self, name: str) -> None:
@@ -221,18 +227,26 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
         ValueError: the model directory's chat template cannot be read.
     """
     server = Server(engine, tokenizer, settings)
-    # FastAPI's pages of documentation load their scripts from elsewhere.
-    app = FastAPI(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None)
+    # FastAPI's pages of documentation load their scripts from elsewhere, and it does not see the bodies' schemas.
+    app = FastAPI(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    to_read = ["GET", "HEAD"]  # probes ask with the second
     api = APIRouter(prefix="/v1", dependencies=[Depends(server.check_key)])
     api.add_api_route("/completions", server.completions, methods=["POST"], response_model=None)
     api.add_api_route("/chat/completions", server.chat_completions, methods=["POST"], response_model=None)
-    api.add_api_route("/models", server.models)
-    api.add_api_route("/models/{name:path}", server.model)
+    api.add_api_route("/models", server.models, methods=to_read)
+    api.add_api_route("/models/{name:path}", server.model, methods=to_read)
     app.include_router(api)
-    app.add_api_route("/health", server.health, response_model=None)
-    app.add_api_route("/metrics", server.render_metrics, response_model=None)
-    app.add_api_route("/stats", server.stats)
-    app.add_api_route("/", server.page, response_model=None)
+    app.add_api_route("/health", server.health, methods=to_read, response_model=None)
+    app.add_api_route("/metrics", server.render_metrics, methods=to_read, response_model=None)
+    app.add_api_route("/stats", server.stats, methods=to_read)
+    app.add_api_route("/", server.page, methods=to_read, response_model=None)
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
