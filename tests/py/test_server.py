@@ -41,6 +41,7 @@ from live_server import (
 from xgdn.detokenize import Detokenizer
 from xgdn.server.api_error import ApiError
 from xgdn.server.chat_template import ChatTemplate
+from xgdn.server.schemas import Message
 from xgdn.server.stop_strings import StopStrings
 
 
@@ -287,7 +288,7 @@ TURN: dict[str, Any] = {"role": "user", "content": "a"}
         (CHAT | {"messages": [TURN, {"role": "user"}]}, "missing_required_parameter", "messages[1].content"),
         (CHAT | {"messages": [TURN, {"role": "king", "content": "a"}]}, "invalid_value", "messages[1].role"),
         (CHAT | {"messages": [TURN, TURN | {"content": None}]}, "invalid_type", "messages[1].content"),
-        (CHAT | {"messages": [TURN | {"content": {"str": 1}}]}, "invalid_type", "messages[0].content.str"),
+        (CHAT | {"messages": [TURN | {"content": {"text": "a"}}]}, "invalid_type", "messages[0].content"),
         (
             CHAT | {"messages": [TURN | {"content": [{"type": "image_url"}]}]},
             "invalid_value",
@@ -319,10 +320,10 @@ def test_an_answer_s_message_may_be_sent_back(client: openai.OpenAI) -> None:
         assert answer.choices[0].message.content == text
 
 
-def test_a_developer_s_message_is_the_system_s(client: openai.OpenAI) -> None:
-    options: Any = {"model": "tiny", "temperature": 0, "max_tokens": 16, "extra_body": IGNORE_EOS}
-    answer = client.chat.completions.create(messages=[{"role": "developer", "content": "Be brief."}, TURN], **options)
-    assert answer.choices[0].message.content == want("# system: Be brief.\n# user: a\n# assistant:")
+def test_a_developer_s_message_is_the_system_s(tmp_path: Path) -> None:
+    messages = [Message(role="developer", content="Be brief."), Message(role="user", content="a")]
+    text = ChatTemplate(with_template(tmp_path)).render(messages)
+    assert text == "# system: Be brief.\n# user: a\n# assistant:"
 
 
 def test_the_template_gets_further_variables(client: openai.OpenAI) -> None:
