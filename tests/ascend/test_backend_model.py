@@ -157,6 +157,12 @@ def test_a_kernel_that_fails_ends_the_requests_of_its_step(engines: Engines) -> 
     assert (again.tokens, again.error) == (want.tokens, "")
 
 
+def task_queue_environment() -> dict[str, str]:
+    """torch_npu's default mode, which the other tests are not in."""
+    in_tests_only = ("TASK_QUEUE_ENABLE", "PYTORCH_NO_NPU_MEMORY_CACHING")
+    return {name: value for name, value in os.environ.items() if name not in in_tests_only}
+
+
 @pytest.mark.parametrize(
     ("op", "steps_before"),
     [("ChunkGatedDeltaRule", 0), ("ChunkGatedDeltaRule", 1), (FAILS, 4), ("Matmul", 5)],
@@ -199,6 +205,33 @@ print(engine.device_error == later.error)
 print(later.tokens, later.finish_reason, "npu:0 that has stopped" in later.error, "aclnn{op}" in later.error)
 print(engine.num_free_slots)
 """
-    in_tests_only = ("TASK_QUEUE_ENABLE", "PYTORCH_NO_NPU_MEMORY_CACHING")
-    environment = {name: value for name, value in os.environ.items() if name not in in_tests_only}
-    assert run_python(code, environment) == ["True", "True", "True", "True", "[] FinishReason.ERROR True True", "2"]
+    assert run_python(code, task_queue_environment()) == [
+        "True",
+        "True",
+        "True",
+        "True",
+        "[] FinishReason.ERROR True True",
+        "2",
+    ]
+
+
+def test_a_server_tells_that_its_device_has_stopped(tmp_path: Path) -> None:
+    layers = {"layer_types": ["linear_attention"] * 4}
+    directory, _ = checkpoints.make(replace(DENSE, changes=HEAD_DIMS | layers), tmp_path)
+    code = f"""
+import httpx, ledger, xgdn
+from live_server import live, post
+
+engine = xgdn.Engine("{directory}", device="npu:0", dtype=torch.bfloat16, state_dtype=torch.bfloat16,
+                     runner=xgdn.RunnerOptions(max_batch_size=2, max_tokens_per_step=64))
+body = {{"model": "tiny", "prompt": [1] * 150, "max_tokens": 4, "ignore_eos": True}}
+with live(engine) as url:
+    print(post(url, body).status_code, httpx.get(f"{{url}}/health").status_code)
+    with ledger.switched(FAIL="{FAILS}"):
+        print(post(url, body).json()["error"]["code"])
+    health = httpx.get(f"{{url}}/health")
+    print(health.status_code, "npu:0 that has stopped" in health.json()["reason"])
+    print(post(url, body).json()["error"]["code"])
+"""
+    answers = run_python(code, task_queue_environment())
+    assert answers == ["200 200", "engine_error", "503 True", "engine_stopped"]
