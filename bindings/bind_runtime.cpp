@@ -304,6 +304,8 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); })
       .def_prop_ro("num_free_kv_blocks", [](const Engine& self) { return self.runner().num_free_kv_blocks(); })
       .def_prop_ro("num_preemptions", [](const Engine& self) { return self.runner().num_preemptions(); })
+      .def_prop_ro("device_error", [](const Engine& self) { return self.runner().device_error(); })
+      .def_prop_ro("max_context", [](const Engine& self) { return self.runner().max_context(); })
       .def_prop_ro("last_step", [](const Engine& self) { return self.runner().last_step(); })
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
       .def_prop_ro("state_bytes", [](const Engine& self) { return self.runner().state_bytes(); })

@@ -116,21 +116,18 @@ Plan make_plan(const ModelConfig& config, const Checkpoint& checkpoint, DecoderO
   const HybridDecoder model(config, Shapes(checkpoint), options);
   const LayerWidths widths{config, static_cast<int64_t>(c10::elementSize(options.dtype))};
   const bool has_attention = model.num_attention_layers() > 0;
-  Plan plan{.weight_bytes = model.weight_bytes(),
-            .state_slot_bytes = Runner::state_slot_bytes(model),
-            .num_state_slots = runner.max_batch_size,
-            .kv_block_bytes = Runner::kv_spec(model, runner).block_bytes(),
-            .num_kv_blocks = Runner::num_kv_blocks(model, runner),
-            .kv_block_size = runner.kv_block_size,
-            .step_token_bytes = widths.token(),
-            .step_logits_bytes = widths.logits(),
-            .step_context_bytes = has_attention ? widths.context() : 0,
-            .step_mask_bytes = has_attention ? 1 + 2 * widths.e : 0,
-            .max_tokens_per_step = runner.max_tokens_per_step};
-  plan.max_context = config.max_position_embeddings;
-  const int64_t capacity = plan.num_kv_blocks * plan.kv_block_size;
-  if (has_attention && (plan.max_context == 0 || capacity < plan.max_context)) plan.max_context = capacity;
-  return plan;
+  return {.weight_bytes = model.weight_bytes(),
+          .state_slot_bytes = Runner::state_slot_bytes(model),
+          .num_state_slots = runner.max_batch_size,
+          .kv_block_bytes = Runner::kv_spec(model, runner).block_bytes(),
+          .num_kv_blocks = Runner::num_kv_blocks(model, runner),
+          .kv_block_size = runner.kv_block_size,
+          .step_token_bytes = widths.token(),
+          .step_logits_bytes = widths.logits(),
+          .step_context_bytes = has_attention ? widths.context() : 0,
+          .step_mask_bytes = has_attention ? 1 + 2 * widths.e : 0,
+          .max_tokens_per_step = runner.max_tokens_per_step,
+          .max_context = Runner::max_context(model, runner)};
 }
 
 }  // namespace xgdn

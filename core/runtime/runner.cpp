@@ -97,8 +97,16 @@ int64_t Runner::num_kv_blocks(const HybridDecoder& model, const RunnerOptions& o
   return (options.max_cached_tokens + options.kv_block_size - 1) / options.kv_block_size;
 }
 
+int64_t Runner::max_context(const HybridDecoder& model, const RunnerOptions& options) {
+  const int64_t num_positions = model.config().max_position_embeddings;
+  const int64_t capacity = num_kv_blocks(model, options) * options.kv_block_size;
+  if (model.num_attention_layers() == 0) return num_positions;
+  return num_positions == 0 ? capacity : std::min(num_positions, capacity);
+}
+
 Runner::Runner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options)
     : model_(std::move(model)),
+      max_context_(max_context(*model_, options)),
       states_(model_->state_specs(), checked(options).max_batch_size, model_->device(), options.poison_freed_slots),
       kv_(kv_spec(*model_, options), num_kv_blocks(*model_, options), model_->device()),
       scheduler_({.max_tokens_per_step = options.max_tokens_per_step}, states_, kv_),

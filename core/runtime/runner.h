@@ -75,6 +75,9 @@ class Runner {
   /// Of the last step() that ran the model.
   const StepStats& last_step() const { return last_step_; }
 
+  /// Why every request ends with an error from now on: the device has stopped. Empty while it computes.
+  const std::string& device_error() const { return device_error_; }
+
   int64_t num_free_slots() const { return states_.num_free(); }             // sequences that could start
   int64_t num_free_kv_blocks() const { return kv_.num_free(); }             // of kv_block_size tokens
   int64_t num_preemptions() const { return scheduler_.num_preemptions(); }  // so far; a preempted request goes on later
@@ -85,6 +88,11 @@ class Runner {
   static int64_t state_slot_bytes(const HybridDecoder& model);
   static KvCacheSpec kv_spec(const HybridDecoder& model, const RunnerOptions& options);    // of one block
   static int64_t num_kv_blocks(const HybridDecoder& model, const RunnerOptions& options);  // 0 without full attention
+
+  /// Tokens of the longest sequence, prompt and reply, that a runner of these options would serve: what the model has
+  /// positions and the KV cache has room for. 0: any.
+  static int64_t max_context(const HybridDecoder& model, const RunnerOptions& options);
+  int64_t max_context() const { return max_context_; }  // of this runner
 
  private:
   void check(const Request& request) const;
@@ -104,6 +112,7 @@ class Runner {
   bool is_stop_token(const Request& request, int32_t token) const;
 
   std::shared_ptr<const HybridDecoder> model_;
+  int64_t max_context_;
   StatePool states_;
   KvCache kv_;
   Scheduler scheduler_;

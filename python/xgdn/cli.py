@@ -374,7 +374,7 @@ def plan(
 def serve(
     model: ModelArgument,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+        str, typer.Option(help="Address to listen at, or a name for several; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
     model_name: Annotated[
@@ -382,6 +382,13 @@ def serve(
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="XGDN_API_KEY", help="What clients of /v1 must present; default nothing.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Web pages that may call: http://localhost:3000, or * for all; repeatable. Default none.",
+        ),
     ] = None,
     max_queue: Annotated[
         int, typer.Option(min=0, max=_MAX, metavar="N", help="Sequences that wait before further ones are refused.")
@@ -419,13 +426,13 @@ def serve(
     settings = Settings(
         model_dir=model,
         model_name=model_name or model.resolve().name,
-        max_cached_tokens=max_cached_tokens,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         api_key=api_key,
+        allowed_origins=allow_origin or (),
     )
     try:
-        listener = bind(host, port)  # before the model is loaded, which may take long
+        listeners = bind(host, port)  # before the model is loaded, which may take long
     except OSError as error:
         _fail(f"{host}:{port}: {error.strerror}")
     with _errors_in_one_line():
@@ -449,14 +456,15 @@ def serve(
         _fail(error)
 
     def announce() -> None:
-        where = {"address": address_of(listener), "model": settings.model_name}
+        addresses = [address_of(listener) for listener in listeners]
         if as_json:
+            where = {"address": addresses[0], "addresses": addresses, "model": settings.model_name}
             typer.echo(json.dumps(where))
         else:
-            typer.echo(f"xgdn: serving {where['model']} at {where['address']}", err=True)
+            typer.echo(f"xgdn: serving {settings.model_name} at {', '.join(addresses)}", err=True)
 
     try:
-        serve_app(server_app, listener, shutdown_seconds, announce)
+        serve_app(server_app, listeners, shutdown_seconds, announce)
     except OSError as error:
         _fail(f"{host}:{port}: {error.strerror}")
 

@@ -186,6 +186,16 @@ class Engine:
         return self._engine.num_preemptions
 
     @property
+    def device_error(self) -> str:
+        """Why every request ends with an error from now on: the device has stopped. Empty while it computes."""
+        return self._engine.device_error
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest sequence, prompt and reply, for which there are positions and room; 0: any."""
+        return self._engine.max_context
+
+    @property
     def last_step(self) -> StepStats:
         """What the last step that ran the model did, and its seconds; zeros before the first."""
         return self._engine.last_step

@@ -157,6 +157,12 @@ def test_a_kernel_that_fails_ends_the_requests_of_its_step(engines: Engines) -> 
     assert (again.tokens, again.error) == (want.tokens, "")
 
 
+def task_queue_environment() -> dict[str, str]:
+    """torch_npu's default mode, which the other tests are not in."""
+    in_tests_only = ("TASK_QUEUE_ENABLE", "PYTORCH_NO_NPU_MEMORY_CACHING")
+    return {name: value for name, value in os.environ.items() if name not in in_tests_only}
+
+
 @pytest.mark.parametrize(
     ("op", "steps_before"),
     [("ChunkGatedDeltaRule", 0), ("ChunkGatedDeltaRule", 1), (FAILS, 4), ("Matmul", 5)],
@@ -174,6 +180,7 @@ import ledger, xgdn
 
 engine = xgdn.Engine("{directory}", device="npu:0", dtype=torch.bfloat16, state_dtype=torch.bfloat16,
                      runner=xgdn.RunnerOptions(max_batch_size=2, max_tokens_per_step=64))
+print(engine.device_error == "")
 request = xgdn.Request([1] * 150, max_new_tokens=12, ignore_eos=True)
 want = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True)[0].tokens
 ids = [engine.submit(request) for _ in range(3)]  # the third waits for a slot
@@ -194,9 +201,37 @@ with ledger.switched(FAIL="{op}"):
 print(all(tokens[id] == want[: len(tokens[id])] and len(tokens[id]) < 12 for id in ids))
 print(all(ended[id].finish_reason == xgdn.FinishReason.ERROR and "aclnn{op}" in ended[id].error for id in ids))
 (later,) = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True)
+print(engine.device_error == later.error)
 print(later.tokens, later.finish_reason, "npu:0 that has stopped" in later.error, "aclnn{op}" in later.error)
 print(engine.num_free_slots)
 """
-    in_tests_only = ("TASK_QUEUE_ENABLE", "PYTORCH_NO_NPU_MEMORY_CACHING")
-    environment = {name: value for name, value in os.environ.items() if name not in in_tests_only}
-    assert run_python(code, environment) == ["True", "True", "[] FinishReason.ERROR True True", "2"]
+    assert run_python(code, task_queue_environment()) == [
+        "True",
+        "True",
+        "True",
+        "True",
+        "[] FinishReason.ERROR True True",
+        "2",
+    ]
+
+
+def test_a_server_tells_that_its_device_has_stopped(tmp_path: Path) -> None:
+    layers = {"layer_types": ["linear_attention"] * 4}
+    directory, _ = checkpoints.make(replace(DENSE, changes=HEAD_DIMS | layers), tmp_path)
+    code = f"""
+import httpx, ledger, xgdn
+from live_server import live, post
+
+engine = xgdn.Engine("{directory}", device="npu:0", dtype=torch.bfloat16, state_dtype=torch.bfloat16,
+                     runner=xgdn.RunnerOptions(max_batch_size=2, max_tokens_per_step=64))
+body = {{"model": "tiny", "prompt": [1] * 150, "max_tokens": 4, "ignore_eos": True}}
+with live(engine) as url:
+    print(post(url, body).status_code, httpx.get(f"{{url}}/health").status_code)
+    with ledger.switched(FAIL="{FAILS}"):
+        print(post(url, body).json()["error"]["code"])
+    health = httpx.get(f"{{url}}/health")
+    print(health.status_code, "npu:0 that has stopped" in health.json()["reason"])
+    print(post(url, body).json()["error"]["code"])
+"""
+    answers = run_python(code, task_queue_environment())
+    assert answers == ["200 200", "engine_error", "503 True", "engine_stopped"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from cases import backends_for_cpu_tensors
+
+if TYPE_CHECKING:
+    import openai
 
 
 @pytest.fixture(params=backends_for_cpu_tensors())
@@ -32,3 +36,24 @@ def num_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a live server of the small model, with a chat template and live_server's KEY."""
+    import live_server  # here, so that the tests of the ops need no package of the server
+
+    folder = live_server.with_template(tmp_path_factory.mktemp("chat"))
+    with live_server.live(live_server.engine(), folder) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client of that server. It repeats nothing, so that each error is seen."""
+    import openai
+
+    from live_server import KEY
+
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as it:
+        yield it

@@ -30,16 +30,17 @@ TEMPLATE = """
 {{- "# " + message.role + ": " + message.content + "\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "# assistant:" }}{% endif %}
+{%- if thought %}{{ thought }}{% endif %}
 """
 PROMPT = "def __init__(self"
 KEY = "the key"
 SLOTS, TOKENS, QUEUE, BODY_BYTES = 8, 1024, 56, 20_000
 
 
-def engine(**options: Any) -> xgdn.Engine:
+def engine(model_dir: Path = CHECKPOINT, **options: Any) -> xgdn.Engine:
     torch.set_num_threads(1)
     runner = xgdn.RunnerOptions(max_batch_size=SLOTS, max_cached_tokens=TOKENS, max_tokens_per_step=64)
-    return xgdn.Engine(CHECKPOINT, dtype=torch.float32, runner=runner, **options)
+    return xgdn.Engine(model_dir, dtype=torch.float32, runner=runner, **options)
 
 
 @cache
@@ -60,7 +61,7 @@ def with_template(folder: Path) -> Path:
 def live(served: Any, model_dir: Path = CHECKPOINT, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread."""
     settings = {"max_queue": QUEUE, "max_body_bytes": BODY_BYTES, "api_key": KEY} | settings
-    app = create_app(served, TOKENIZER, Settings(model_dir, "tiny", max_cached_tokens=TOKENS, **settings))
+    app = create_app(served, TOKENIZER, Settings(model_dir, "tiny", **settings))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -121,13 +122,15 @@ CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content"
 
 
 class SteppedEngine:
-    """The engine with a gate before each step, and steps that fail on demand."""
+    """The engine with a gate before each step, and steps that fail, devices that stop, on demand."""
 
     def __init__(self) -> None:
         self._engine = engine()
         self._allowed = threading.Semaphore(0)
         self._is_open = False
         self.failures = 0
+        self.death: BaseException | None = None
+        self.device_error = ""
         self.num_steps = 0
         self.cancelled: set[int | None] = set()  # branches
 
@@ -147,6 +150,8 @@ class SteppedEngine:
     def step(self) -> list[xgdn.RequestEvent]:
         assert self._is_open or self._allowed.acquire(timeout=60)
         self.num_steps += 1
+        if self.death:
+            raise self.death
         if self.failures:
             self.failures -= 1
             raise RuntimeError("the step broke")

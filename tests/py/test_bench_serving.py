@@ -535,6 +535,13 @@ def test_an_own_server_that_does_not_start_says_why() -> None:
     assert result.stderr.count("\n") == 1
 
 
+def test_an_own_server_may_be_called_anything_and_be_asked_for_help() -> None:
+    with running_server(CHECKPOINT, [*FLOAT32, "--model-name", "not http://127.0.0.1:1", "--json"], None) as address:
+        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "not http://127.0.0.1:1"
+    with pytest.raises(ServerError, match="ended with status 0"), running_server(CHECKPOINT, ["--help"], None):
+        pass
+
+
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

@@ -101,6 +101,7 @@ def test_the_longest_sequence_is_that_of_the_model_or_of_the_cache(checkpoint: P
     for max_cached_tokens, longest in ((100, 112), (positions + 1000, positions)):
         runner = xgdn.RunnerOptions(max_cached_tokens=max_cached_tokens)
         assert xgdn.plan(checkpoint, runner=runner).max_context == longest
+        assert xgdn.Engine(checkpoint, runner=runner).max_context == longest
         options = ["--max-cached-tokens", max_cached_tokens]
         assert f"a sequence may have {longest} tokens" in run("plan", checkpoint, *options).stdout
         assert json.loads(run("plan", checkpoint, *options, "--json").stdout)["max_context"] == longest

@@ -7,7 +7,7 @@ import json
 import random
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from live_server import (
     metrics,
     post,
     single,
+    tokens_of,
     wait_until,
     want,
     with_template,
@@ -40,19 +41,8 @@ from live_server import (
 from xgdn.detokenize import Detokenizer
 from xgdn.server.api_error import ApiError
 from xgdn.server.chat_template import ChatTemplate
+from xgdn.server.schemas import Message
 from xgdn.server.stop_strings import StopStrings
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with live(engine(), with_template(tmp_path_factory.mktemp("chat"))) as address:
-        yield address
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as it:
-        yield it
 
 
 def resident_bytes() -> int:
@@ -158,6 +148,7 @@ def test_stop_strings_do_not_depend_on_the_pieces(size: int) -> None:
 def test_models_and_health(client: openai.OpenAI, url: str) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
+    assert client.models.retrieve("tiny").model_dump()["max_model_len"] == TOKENS
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{url}/stats").json()["slots_total"] == SLOTS
 
@@ -178,6 +169,7 @@ def test_the_page_is_complete_in_itself(url: str) -> None:
         (b"\xff\xfe", 400, "invalid_json", "JSON"),
         (b"[" * 10_000, 400, "invalid_json", "JSON"),
         (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "invalid_json", "JSON"),
+        (b'{"model": "tiny", "prompt": "a", "max_tokens": 1' + b"0" * 4000 + b"}", 400, "invalid_value", "max_tokens"),
         ({"model": "tiny"}, 400, "missing_required_parameter", "prompt"),
         ({"prompt": "a"}, 400, "missing_required_parameter", "model"),
         (GOOD | {"model": "other"}, 404, "model_not_found", "other"),
@@ -199,29 +191,29 @@ def test_the_page_is_complete_in_itself(url: str) -> None:
         (GOOD | {"prompt": "a" * BODY_BYTES}, 413, "body_too_large", str(BODY_BYTES)),
         (GOOD | {"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
         (GOOD | {"max_tokens": 2**40}, 400, "invalid_value", "max_tokens"),
-        (GOOD | {"max_tokens": "3"}, 400, "invalid_value", "max_tokens"),
-        (GOOD | {"max_tokens": 2.5}, 400, "invalid_value", "max_tokens"),
+        (GOOD | {"max_tokens": "3"}, 400, "invalid_type", "max_tokens"),
+        (GOOD | {"max_tokens": 2.5}, 400, "invalid_type", "max_tokens"),
         (GOOD | {"temperature": -1}, 400, "invalid_value", "temperature"),
         (GOOD | {"temperature": float("nan")}, 400, "invalid_value", "temperature"),
         (GOOD | {"top_p": 0}, 400, "invalid_value", "top_p"),
         (GOOD | {"seed": 2**64}, 400, "invalid_value", "seed"),
         (GOOD | {"n": 0}, 400, "invalid_value", "n"),
-        (GOOD | {"stream": 1}, 400, "invalid_value", "stream"),
+        (GOOD | {"stream": 1}, 400, "invalid_type", "stream"),
         (GOOD | {"stop": ["a"] * 5}, 400, "invalid_value", "stop"),
         (GOOD | {"stop": ""}, 400, "invalid_value", "stop"),
         (GOOD | {"stop_token_ids": [-1]}, 400, "invalid_value", "stop_token_ids"),
         (GOOD | {"n": SLOTS + 1}, 400, "invalid_value", f"at most {SLOTS} branches"),
         (GOOD | {"prompt": ["a", "b"], "n": SLOTS + 1}, 400, "invalid_value", f"at most {SLOTS} branches"),
-        (GOOD | {"n": True}, 400, "invalid_value", "n"),
-        (GOOD | {"logprobs": True}, 400, "invalid_value", "logprobs"),
+        (GOOD | {"n": True}, 400, "invalid_type", "n"),
+        (GOOD | {"logprobs": True}, 400, "invalid_type", "logprobs"),
         (GOOD | {"logprobs": 6}, 400, "invalid_value", "logprobs"),
         (GOOD | {"logprobs": -1}, 400, "invalid_value", "logprobs"),
         (GOOD | {"top_logprobs": 1}, 400, "unknown_parameter", "top_logprobs"),
-        (CHAT | {"logprobs": 1}, 400, "invalid_value", "logprobs"),
+        (CHAT | {"logprobs": 1}, 400, "invalid_type", "logprobs"),
         (CHAT | {"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
         (CHAT | {"top_logprobs": 2}, 400, "invalid_value", "'logprobs' to be true"),
-        (CHAT | {"messages": "a"}, 400, "invalid_value", "messages"),
-        (CHAT | {"messages": [{"role": "user", "content": 1}]}, 400, "invalid_value", "messages"),
+        (CHAT | {"messages": "a"}, 400, "invalid_type", "messages"),
+        (CHAT | {"messages": [{"role": "user", "content": 1}]}, 400, "invalid_type", "messages"),
         (GOOD | {"echo": True}, 400, "unsupported_parameter", "not supported"),
         (GOOD | {"presence_penalty": 0.5}, 400, "unsupported_parameter", "not supported"),
         (CHAT | {"messages": []}, 400, "invalid_value", "messages"),
@@ -244,10 +236,112 @@ def test_a_bad_request_has_a_reason_and_the_server_goes_on(
     assert post(url, GOOD | {"max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.parametrize("limit", ["the model's positions", "the cache"])
+def test_what_exceeds_the_context_is_refused_with_both_numbers(limit: str, tmp_path: Path) -> None:
+    context = TOKENS
+    with_template(tmp_path)
+    if limit == "the model's positions":
+        context = 100
+        config = json.loads((CHECKPOINT / "config.json").read_text())
+        (tmp_path / "config.json").unlink()
+        (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    with (
+        live(engine(tmp_path), tmp_path) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as client,
+    ):
+
+        def refused(ask: Callable[..., Any], param: str, total: int, **options: Any) -> None:
+            with pytest.raises(openai.BadRequestError) as info:
+                ask(model="tiny", **options)
+            assert (info.value.code, info.value.param) == ("context_length_exceeded", param)
+            assert f"is {context} tokens, got {total}:" in info.value.message
+
+        messages: Any = [{"role": "user", "content": "a"}]
+        size = len(tokens_of("# user: a\n# assistant:"))
+        complete, chat = client.completions.create, client.chat.completions.create
+        refused(complete, "prompt", context + 1, prompt=[1] * 10, max_tokens=context - 9)
+        refused(complete, "prompt", context + 1, prompt=[1] * context)
+        refused(complete, "prompt", context + 1, prompt=[[1], [1] * context])
+        refused(chat, "messages", context + 1, messages=messages, max_tokens=context - size + 1)
+        refused(chat, "messages", context + 1, messages=messages, max_completion_tokens=context - size + 1, stream=True)
+        # What fits exactly; and without a limit of its own a request gets what is left.
+        assert greedy(client, [1] * 10, max_tokens=context - 10).usage.total_tokens == context
+        rest = client.completions.create(model="tiny", prompt=[1] * (context - 3), extra_body=IGNORE_EOS)
+        assert rest.usage.completion_tokens == 3
+        rest = chat(model="tiny", messages=messages, extra_body=IGNORE_EOS)
+        assert rest.usage.completion_tokens == min(512, context - size)
+
+
+TURN: dict[str, Any] = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        (GOOD | {"max_tokens": "3"}, "invalid_type", "max_tokens"),
+        (GOOD | {"stop": ["a", ""]}, "invalid_value", "stop[1]"),
+        (GOOD | {"stop": ["a", 1]}, "invalid_type", "stop[1]"),
+        (GOOD | {"prompt": ["a"] * 100}, "invalid_value", "prompt"),
+        (GOOD | {"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
+        (GOOD | {"stream": True, "stream_options": {"colour": 1}}, "unknown_parameter", "stream_options.colour"),
+        (GOOD | {"top_k": -2}, "invalid_value", "top_k"),
+        (CHAT | {"messages": [TURN, {"role": "user"}]}, "missing_required_parameter", "messages[1].content"),
+        (CHAT | {"messages": [TURN, {"role": "king", "content": "a"}]}, "invalid_value", "messages[1].role"),
+        (CHAT | {"messages": [TURN, TURN | {"content": None}]}, "invalid_type", "messages[1].content"),
+        (CHAT | {"messages": [TURN | {"content": {"text": "a"}}]}, "invalid_type", "messages[0].content"),
+        (
+            CHAT | {"messages": [TURN | {"content": [{"type": "image_url"}]}]},
+            "invalid_value",
+            "messages[0].content[0].type",
+        ),
+        (CHAT | {"messages": [TURN | {"colour": 1}]}, "unknown_parameter", "messages[0].colour"),
+        (CHAT | {"messages": [TURN, TURN | {"tool_calls": [{}]}]}, "unsupported_parameter", "messages[1].tool_calls"),
+        (CHAT | {"messages": [TURN, TURN | {"refusal": "no"}]}, "unsupported_parameter", "messages[1].refusal"),
+        (CHAT | {"functions": [{}]}, "unsupported_parameter", "functions"),
+        (CHAT | {"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
+        (CHAT | {"reasoning_effort": "low"}, "unsupported_parameter", "reasoning_effort"),
+        (CHAT | {"chat_template_kwargs": {"tools": 1}}, "unsupported_parameter", "chat_template_kwargs.tools"),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, str) else "",
+)
+def test_the_place_of_what_is_wrong_is_told(url: str, body: Any, code: str, param: str) -> None:
+    answer = post(url, body, "/v1/chat/completions" if "messages" in body else "/v1/completions")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, code, param)
+    assert param in error["message"]
+
+
+def test_an_answer_s_message_may_be_sent_back(client: openai.OpenAI) -> None:
+    options: Any = {"model": "tiny", "temperature": 0, "max_tokens": 8, "extra_body": IGNORE_EOS}
+    first = client.chat.completions.create(messages=[TURN], **options).choices[0].message
+    text = want(f"# user: a\n# assistant: {first.content}\n# user: a\n# assistant:", 8)
+    for message in (first, first.model_dump(), first.model_dump() | {"annotations": [], "tool_calls": []}):
+        answer = client.chat.completions.create(messages=[TURN, message, TURN], **options)
+        assert answer.choices[0].message.content == text
+
+
+def test_a_developer_s_message_is_the_system_s(tmp_path: Path) -> None:
+    messages = [Message(role="developer", content="Be brief."), Message(role="user", content="a")]
+    text = ChatTemplate(with_template(tmp_path)).render(messages)
+    assert text == "# system: Be brief.\n# user: a\n# assistant:"
+
+
+def test_the_template_gets_further_variables(client: openai.OpenAI) -> None:
+    extra = IGNORE_EOS | {"chat_template_kwargs": {"thought": " Well"}}
+    options: Any = {"model": "tiny", "temperature": 0, "max_tokens": 16, "messages": [TURN]}
+    answer = client.chat.completions.create(extra_body=extra, **options)
+    assert answer.choices[0].message.content == want("# user: a\n# assistant: Well")
+
+
 def test_neutral_values_and_nulls_are_accepted(url: str) -> None:
     nulls = dict.fromkeys(["n", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "logprobs", "suffix"])
     neutral = {"echo": False, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me"}
     assert post(url, GOOD | nulls | neutral).status_code == 200
+    tier = {"service_tier": "auto", "safety_identifier": "a", "prompt_cache_key": "a", "top_k": -1}
+    stream = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    assert post(url, GOOD | tier | stream).status_code == 200
+    neutral = {"parallel_tool_calls": True, "modalities": ["text"], "verbosity": "medium", "functions": []}
+    assert post(url, CHAT | tier | neutral, "/v1/chat/completions").status_code == 200
 
 
 def test_keys_paths_and_methods(url: str) -> None:
@@ -257,6 +351,37 @@ def test_keys_paths_and_methods(url: str) -> None:
     assert httpx.get(f"{url}/v1/models").status_code == 401
     assert post(url, GOOD, "/v1/nothing").json()["error"]["code"] == "not_found"
     assert httpx.get(f"{url}/v1/completions").json()["error"]["code"] == "method_not_allowed"
+
+
+def test_what_can_be_read_can_be_probed(url: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for path in ("/", "/health", "/metrics", "/stats", "/v1/models", "/v1/models/tiny"):
+        answer = httpx.head(url + path, headers=headers)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert httpx.head(f"{url}/v1/models").status_code == 401
+    assert httpx.head(f"{url}/v1/completions", headers=headers).headers["Allow"] == "POST"
+
+
+def test_headers_for_browsers_and_proxies(url: str) -> None:
+    assert httpx.get(f"{url}/v1/models").headers["WWW-Authenticate"] == "Bearer"
+    assert post(url, GOOD | {"stream": True}).headers["X-Accel-Buffering"] == "no"
+    assert httpx.get(f"{url}/health", headers={"Origin": "http://a"}).headers.get("Access-Control-Allow-Origin") is None
+
+
+def test_pages_of_allowed_origins_may_call() -> None:
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    with live(engine(), allowed_origins=["http://a"]) as url:
+        preflight = httpx.options(f"{url}/v1/completions", headers=ask | {"Origin": "http://a"})
+        assert preflight.status_code == 200
+        assert preflight.headers["Access-Control-Allow-Origin"] == "http://a"
+        assert "authorization" in preflight.headers["Access-Control-Allow-Headers"]
+        for headers, status in (({"Authorization": f"Bearer {KEY}"}, 200), ({}, 401)):
+            answer = httpx.post(f"{url}/v1/completions", json=GOOD, headers=headers | {"Origin": "http://a"})
+            assert answer.status_code == status
+            assert answer.headers["Access-Control-Allow-Origin"] == "http://a"
+        other = httpx.options(f"{url}/v1/completions", headers=ask | {"Origin": "http://b"})
+        assert other.status_code == 400
+        assert "Access-Control-Allow-Origin" not in other.headers
 
 
 def test_a_model_without_template_refuses_chat(tmp_path: Path) -> None:

@@ -224,6 +224,42 @@ def test_a_failing_step_ends_its_requests_alone() -> None:
         assert post(url, GOOD).status_code == 200
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("cause", ["device", "thread"])
+def test_a_stopped_engine_is_told_everywhere(cause: str, is_stream: bool) -> None:
+    with ThreadPoolExecutor(1) as clients, live_stepped() as (stepped, url):
+        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 50, "stream": is_stream})
+        stepped.allow(2)
+        wait_until(lambda: metrics(url)["xgdn_generated_tokens_total"] == 2)
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert metrics(url)["xgdn_healthy"] == 1
+        assert httpx.get(f"{url}/stats").json()["stopped"] == ""
+        if cause == "device":
+            stepped.device_error = "npu:0 broke"
+        else:
+            stepped.death = SystemExit("it broke")
+        stepped.open()
+        answer = running.result()
+        error = json.loads(answer.text.split("\n\n")[-2].removeprefix("data: ")) if is_stream else answer.json()
+        assert (answer.status_code, error["error"]["code"]) == (200 if is_stream else 500, "engine_error")
+        assert "broke" in error["error"]["message"]
+
+        health = httpx.get(f"{url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "stopped")
+        assert "broke" in health.json()["reason"]
+        assert httpx.get(f"{url}/stats").json()["stopped"] == health.json()["reason"]
+        refused = post(url, GOOD | {"stream": is_stream})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stopped")
+        assert (refused.json()["error"]["type"], refused.json()["error"]["message"]) == (
+            "server_error",
+            health.json()["reason"],
+        )
+        now = metrics(url)
+        assert (now["xgdn_healthy"], now["xgdn_requests_running"], now["xgdn_requests_waiting"]) == (0, 0, 0)
+        assert now["xgdn_finished_total error"] == 1
+        assert (now["xgdn_errors_total engine_error"], now["xgdn_errors_total engine_stopped"]) == (1, 1)
+
+
 def test_the_documentation_names_every_metric() -> None:
     with live_stepped() as (stepped, url):
         stepped.open()

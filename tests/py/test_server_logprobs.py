@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +20,8 @@ from live_server import (
     PROMPT,
     TOKENIZER,
     continuation,
-    engine,
-    live,
     single,
     tokens_of,
-    with_template,
 )
 from xgdn.server.logprobs import Vocabulary
 from xgdn.server.metrics import Metrics
@@ -32,18 +29,6 @@ from xgdn.server.sequence import Delta, TextSequence
 
 CHAT_PROMPT = "# user: é 日本\n# assistant:"
 HOT = {"temperature": 2.0, "seed": 22}  # so hot that tokens of some bytes of a character are drawn
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with live(engine(), with_template(tmp_path_factory.mktemp("chat"))) as address:
-        yield address
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as it:
-        yield it
 
 
 def complete(client: openai.OpenAI, **options: Any) -> Any:

@@ -3,23 +3,18 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-import httpx
-
 from xgdn.bench.client import ServerError
 
 _PROGRAM = "from xgdn.cli import app; app()"
-_POLL_SECONDS = 0.1
 _STOP_SECONDS = 60  # the server itself gives running requests 30
 
 
@@ -46,12 +41,12 @@ def running_server(model: Path, options: Sequence[str], api_key: str | None) -> 
     Raises:
         ServerError: the server ended by itself.
     """
-    arguments = [sys.executable, "-c", _PROGRAM, "serve", str(model), "--port", "0", *options]
+    arguments = [sys.executable, "-c", _PROGRAM, "serve", str(model), "--port", "0", "--json", *options]
     environment = os.environ | ({} if api_key is None else {"XGDN_API_KEY": api_key})
     with tempfile.TemporaryFile("w+") as log, _sigterm_as_exception():
-        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=log)
         try:
-            yield _wait_until_healthy(process, log)
+            yield _address(process, log)
             _check_alive(process, log)
         except ServerError:
             _check_alive(process, log)  # its own last words say more
@@ -79,17 +74,17 @@ def _sigterm_as_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], log: TextIO) -> str:
-    while True:
-        _check_alive(process, log)
-        if match := re.search(r"http://[0-9.]+:[0-9]+", _text(log)):
-            url = match[0]
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    return url
-            except httpx.TransportError:
-                pass
-        time.sleep(_POLL_SECONDS)
+def _address(process: subprocess.Popen[bytes], log: TextIO) -> str:
+    """Of the document that the server prints when it takes requests."""
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        try:
+            return str(json.loads(stdout.readline())["address"])
+        except ValueError:
+            stdout.read()  # until it ends: it does not serve
+            process.wait()
+            _check_alive(process, log)
+            raise
 
 
 def _check_alive(process: subprocess.Popen[bytes], log: TextIO) -> None:

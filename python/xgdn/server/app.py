@@ -15,6 +15,7 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Respons
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
@@ -28,8 +29,9 @@ from xgdn.server.logprobs import Vocabulary
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
 
-_COMPLETION_TOKENS = 16  # OpenAI's default
-_CHAT_TOKENS = 512  # at most, where a chat request names no limit
+_MAX_TOKENS = 2**31 - 1  # of a sequence, where neither the model nor the pools have a limit
+# The second for nginx, which would hold events back until it has a buffer full.
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _CLIENT_GONE = 499  # read by nobody
 
 
@@ -37,17 +39,17 @@ _CLIENT_GONE = 499  # read by nobody
 class Settings:
     model_dir: Path
     model_name: str
-    max_cached_tokens: int  # over all sequences
     max_queue: int = 256  # sequences that wait, beside those that run
     max_body_bytes: int = 4 * 2**20
     api_key: str | None = None
+    allowed_origins: Sequence[str] = ()  # of web pages that may call
 
 
 class _EventStream(StreamingResponse):
     """Drops its generation when it ends early, whether or not a byte was sent."""
 
     def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,6 +67,7 @@ class Server:
         self._vocabulary = Vocabulary(tokenizer)
         self._settings = settings
         self._vocab_size = engine.vocab_size
+        self._max_context = engine.max_context or _MAX_TOKENS
         self._chat_template = ChatTemplate(settings.model_dir)
         self.metrics = Metrics()
         self._engine = EngineThread(engine, self.metrics, settings.max_queue)
@@ -80,25 +83,26 @@ class Server:
         key = self._settings.api_key
         given = request.headers.get("Authorization", "")
         if key is not None and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise ApiError(401, "invalid_api_key", "Expected the server's API key as 'Authorization: Bearer KEY'.")
+            message = "Expected the server's API key as 'Authorization: Bearer KEY'."
+            raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionBody, await self._read(request))
         self._check_model(body.model)
         prompts = body.prompts()
         if len(prompts) > self._engine.capacity:
-            raise bad_request(f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.")
+            raise bad_request(
+                f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.", "prompt"
+            )
         ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return await self._generate(request, body, ids, body.max_tokens or _COMPLETION_TOKENS, CompletionFormat())
+        return await self._generate(request, body, ids, body.max_tokens, CompletionFormat())
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(ChatBody, await self._read(request))
         self._check_model(body.model)
-        text = self._chat_template.render(body.messages)
+        text = self._chat_template.render(body.messages, body.chat_template_kwargs)
         ids = await self._encode(text, add_special_tokens=False)
-        rest = max(1, self._settings.max_cached_tokens - len(ids))
-        max_tokens = body.max_completion_tokens or body.max_tokens or min(_CHAT_TOKENS, rest)
-        return await self._generate(request, body, [ids], max_tokens, ChatFormat())
+        return await self._generate(request, body, [ids], body.max_completion_tokens or body.max_tokens, ChatFormat())
 
     def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model_card()]}
@@ -108,8 +112,10 @@ class Server:
         return self._model_card()
 
     def health(self) -> Response:
-        is_alive = self._engine.is_alive()
-        return JSONResponse({"status": "ok" if is_alive else "stopped"}, 200 if is_alive else 503)
+        refusal = self._engine.refusal()
+        if refusal is None:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "stopped", "reason": refusal.message}, refusal.status)
 
     def render_metrics(self) -> Response:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
@@ -119,7 +125,9 @@ class Server:
         gauges = ("requests_waiting", "requests_running", "slots_used", "slots_total")
         pools = ("kv_blocks_used", "kv_blocks_total", "prompt_tokens_total", "generated_tokens_total")
         values = {name: int(self.metrics.value(name)) for name in (*gauges, *pools)}
-        return {"model": self._settings.model_name, "time": time.monotonic(), **values}
+        refusal = self._engine.refusal()
+        stopped = "" if refusal is None else refusal.message
+        return {"model": self._settings.model_name, "time": time.monotonic(), "stopped": stopped, **values}
 
     def page(self) -> HTMLResponse:
         return HTMLResponse((importlib.resources.files("xgdn.server") / "page.html").read_text(encoding="utf-8"))
@@ -135,6 +143,7 @@ class Server:
             "object": "model",
             "created": self._start_time,
             "owned_by": "xgdn",
+            "max_model_len": self._max_context,
         }
 
     def _check_model(self, name: str) -> None:
@@ -156,28 +165,32 @@ class Server:
         ids: list[int] = encoding.ids
         return ids
 
-    def _check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
+    def _check_prompt(self, ids: Sequence[int], max_tokens: int, param: str) -> None:
         if not ids:
-            raise bad_request("'prompt': expected at least one token, got none.", "prompt", "empty_prompt")
+            raise bad_request(f"'{param}': expected at least one token, got none.", param, "empty_prompt")
         if max(ids) >= self._vocab_size:
-            raise bad_request(f"'prompt': expected token ids below {self._vocab_size}, got {max(ids)}.", "prompt")
-        limit = self._settings.max_cached_tokens
-        if len(ids) + max_tokens > limit:
-            message = (
-                f"The prompt has {len(ids)} tokens; with max_tokens of {max_tokens} it exceeds the {limit} that fit."
+            raise bad_request(f"'{param}': expected token ids below {self._vocab_size}, got {max(ids)}.", param)
+        if len(ids) + max_tokens > self._max_context:
+            raise bad_request(
+                f"This model's maximum context length is {self._max_context} tokens, got {len(ids) + max_tokens}: "
+                f"{len(ids)} of the prompt and up to {max_tokens} to generate.",
+                param,
+                "context_length_exceeded",
             )
-            raise bad_request(message, "prompt", "context_length_exceeded")
 
     async def _generate(
         self,
         request: Request,
         body: GenerationBody,
         prompts: Sequence[Sequence[int]],
-        max_tokens: int,
+        max_tokens: int | None,
         form: CompletionFormat | ChatFormat,
     ) -> Response:
+        if max_tokens is None:  # as many as the form gives unasked, where there is room for them
+            rest = self._max_context - max(map(len, prompts), default=0)
+            max_tokens = max(1, min(form.default_max_tokens, rest))
         for ids in prompts:
-            self._check_prompt(ids, max_tokens)
+            self._check_prompt(ids, max_tokens, form.prompt_param)
         generation = Generation(body, prompts, max_tokens, self._vocabulary, self._engine, self.metrics)
         answer = Answer(generation, form, body.model, self.metrics)
         if body.stream:
@@ -214,18 +227,26 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
         ValueError: the model directory's chat template cannot be read.
     """
     server = Server(engine, tokenizer, settings)
-    # FastAPI's pages of documentation load their scripts from elsewhere.
-    app = FastAPI(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None)
+    # FastAPI's pages of documentation load their scripts from elsewhere, and it does not see the bodies' schemas.
+    app = FastAPI(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    to_read = ["GET", "HEAD"]  # probes ask with the second
     api = APIRouter(prefix="/v1", dependencies=[Depends(server.check_key)])
     api.add_api_route("/completions", server.completions, methods=["POST"], response_model=None)
     api.add_api_route("/chat/completions", server.chat_completions, methods=["POST"], response_model=None)
-    api.add_api_route("/models", server.models)
-    api.add_api_route("/models/{name:path}", server.model)
+    api.add_api_route("/models", server.models, methods=to_read)
+    api.add_api_route("/models/{name:path}", server.model, methods=to_read)
     app.include_router(api)
-    app.add_api_route("/health", server.health, response_model=None)
-    app.add_api_route("/metrics", server.render_metrics, response_model=None)
-    app.add_api_route("/stats", server.stats)
-    app.add_api_route("/", server.page, response_model=None)
+    app.add_api_route("/health", server.health, methods=to_read, response_model=None)
+    app.add_api_route("/metrics", server.render_metrics, methods=to_read, response_model=None)
+    app.add_api_route("/stats", server.stats, methods=to_read)
+    app.add_api_route("/", server.page, methods=to_read, response_model=None)
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:

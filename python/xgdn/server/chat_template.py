@@ -3,7 +3,7 @@
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,21 +31,24 @@ class ChatTemplate:
             except TemplateError as error:
                 raise ValueError(f"{model_dir}: chat template: {error}") from None
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt that asks for the assistant's next message; raises ApiError."""
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
+        """The prompt that asks for the assistant's next message, with further variables; raises ApiError."""
         if self._template is None:
             raise bad_request(
                 "This model has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
                 "use /v1/completions.",
                 code="no_chat_template",
             )
+        own = {
+            "messages": [{"role": _role(message), "content": message.text()} for message in messages],
+            "tools": None,
+            "add_generation_prompt": True,
+        }
+        if taken := sorted(own.keys() & (variables or {}).keys()):
+            name = f"chat_template_kwargs.{taken[0]}"
+            raise bad_request(f"'{name}' is not supported.", name, "unsupported_parameter")
         try:
-            return self._template.render(
-                messages=[{"role": message.role, "content": message.text()} for message in messages],
-                tools=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
+            return self._template.render({**self._special_tokens, **(variables or {}), **own})
         except Exception as error:  # a template computes with what the client sent, so anything may be raised
             raise bad_request(f"The model's chat template refused the messages: {error}.", "messages") from None
 
@@ -69,6 +72,11 @@ class ChatTemplate:
         if template is not None and not isinstance(template, str):
             raise ValueError(f"{config_path}: expected a text as chat_template")
         return template
+
+
+def _role(message: Message) -> str:
+    # OpenAI's newer name; the templates of Qwen's models know the older one alone.
+    return "system" if message.role == "developer" else message.role
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

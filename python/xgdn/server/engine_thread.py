@@ -26,6 +26,7 @@ class _Reading:
     free_slots: int
     free_kv_blocks: int
     num_preemptions: int
+    device_error: str
 
 
 class EngineThread:
@@ -38,9 +39,11 @@ class EngineThread:
         self._requests: dict[int, dict[int, TextSequence]] = {}
         self._work = threading.Event()
         self._is_stopping = False
+        self._failure = ""  # why it steps no more, or in vain
         self._thread = threading.Thread(target=self._run, name="xgdn-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._publish(self._idle)
+        metrics.healthy.set_function(lambda: self.refusal() is None)
 
     def start(self) -> None:
         """Begin to step, with events delivered to the running event loop."""
@@ -54,13 +57,18 @@ class EngineThread:
         await asyncio.to_thread(self._thread.join)
         self._fail_all("the server was shut down")
 
-    def is_alive(self) -> bool:
-        return self._thread.is_alive() and not self._is_stopping
+    def refusal(self) -> ApiError | None:
+        """What every request is told, whatever it asks for; None while requests are served."""
+        if self._is_stopping:
+            return ApiError(503, "shutting_down", "The server is shutting down.")
+        if self._failure:
+            return ApiError(503, "engine_stopped", f"The engine has stopped: {self._failure}")
+        return None
 
     def check_room(self, count: int) -> None:
-        """Raise ApiError when `count` further sequences are too many."""
-        if self._is_stopping:
-            raise ApiError(503, "shutting_down", "The server is shutting down.")
+        """Raise ApiError when `count` further sequences are too many, or nothing is served."""
+        if refusal := self.refusal():
+            raise refusal
         if count > self.capacity:
             raise bad_request(f"Expected at most {self.capacity} sequences (prompts x n), got {count}.")
         num_sequences = len(self._sequences())
@@ -93,6 +101,13 @@ class EngineThread:
 
     def _run(self) -> None:
         assert self._loop is not None
+        try:
+            self._step_until_stopped(self._loop)
+        except BaseException as error:
+            _log.exception("the engine's thread ends")
+            self._loop.call_soon_threadsafe(self._halt, f"its thread ended with {error!r}")
+
+    def _step_until_stopped(self, loop: asyncio.AbstractEventLoop) -> None:
         while not self._is_stopping:
             self._work.clear()
             if self._engine.is_idle():
@@ -100,10 +115,10 @@ class EngineThread:
                 continue
             try:
                 events = self._engine.step()
-                self._loop.call_soon_threadsafe(self._deliver, events, self._read(), time.perf_counter())
+                loop.call_soon_threadsafe(self._deliver, events, self._read(), time.perf_counter())
             except Exception as error:  # whatever it was, the requests end and the server goes on
                 _log.exception("a step failed")
-                self._loop.call_soon_threadsafe(self._fail_all, str(error))
+                loop.call_soon_threadsafe(self._fail_all, str(error))
                 time.sleep(_PAUSE_AFTER_FAILURE)
 
     def _deliver(self, events: Sequence[RequestEvent], reading: _Reading, now: float) -> None:
@@ -127,6 +142,14 @@ class EngineThread:
                     del self._requests[event.id]
         self.cancel_finished()
         self._publish(reading)
+        if reading.device_error and not self._failure:
+            _log.error("%s", reading.device_error)
+            self._halt(reading.device_error)
+
+    def _halt(self, reason: str) -> None:
+        """Serve nobody from now on."""
+        self._failure = reason
+        self._fail_all(reason)
 
     def _fail_all(self, message: str) -> None:
         for sequence in self._sequences():
@@ -140,7 +163,8 @@ class EngineThread:
         return [sequence for branches in self._requests.values() for sequence in branches.values()]
 
     def _read(self) -> _Reading:
-        return _Reading(self._engine.num_free_slots, self._engine.num_free_kv_blocks, self._engine.num_preemptions)
+        engine = self._engine
+        return _Reading(engine.num_free_slots, engine.num_free_kv_blocks, engine.num_preemptions, engine.device_error)
 
     def _publish(self, now: _Reading) -> None:
         self._metrics.slots_total.set(self._idle.free_slots)

@@ -45,7 +45,7 @@ class Generation:
                 max_new_tokens=max_tokens,
                 sampling=SamplingParams(
                     temperature=1.0 if body.temperature is None else body.temperature,
-                    top_k=body.top_k or 0,
+                    top_k=max(body.top_k or 0, 0),
                     top_p=1.0 if body.top_p is None else body.top_p,
                     seed=seed % _UINT64,
                     logprobs=body.num_logprobs,
@@ -114,6 +114,8 @@ class CompletionFormat:
     name = "text_completion"
     chunk_name = "text_completion"
     id_prefix = "cmpl"
+    prompt_param = "prompt"
+    default_max_tokens = 16  # OpenAI's
 
     def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
         return completion_logprobs(reports)
@@ -134,6 +136,8 @@ class ChatFormat:
     name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl"
+    prompt_param = "messages"
+    default_max_tokens = 512
 
     def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
         return chat_logprobs(reports)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bodies of requests, checked as OpenAI does: strict types, no unknown fields, null for a default."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, from_json
 
 from xgdn.server.api_error import ApiError, bad_request
 
@@ -22,6 +24,17 @@ _NEUTRAL_VALUES: dict[str, list[object]] = {
     "tools": [None, []],
     "tool_choice": [None, "none", "auto"],
     "response_format": [None, {"type": "text"}],
+    "functions": [None, []],
+    "function_call": [None, "none", "auto"],
+    "modalities": [None, ["text"]],
+    "audio": [None],
+    "reasoning_effort": [None],
+    "verbosity": [None, "medium"],
+    "web_search_options": [None],
+    # Of messages.
+    "refusal": [None],
+    "tool_calls": [None, []],
+    "tool_call_id": [None],
 }
 
 
@@ -31,6 +44,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    include_obfuscation: bool = False  # of no effect: nothing is padded
 
 
 class GenerationBody(_Body):
@@ -46,13 +60,17 @@ class GenerationBody(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Beyond OpenAI.
-    top_k: int | None = Field(None, ge=0, le=_MAX)
+    top_k: int | None = Field(None, ge=-1, le=_MAX)  # -1, as 0: all
     stop_token_ids: list[_Token] = []
     ignore_eos: bool = False
     # Of no effect.
     user: str | None = None
     metadata: Any = None
     store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
     # Refused, but for neutral values.
     presence_penalty: Any = None
     frequency_penalty: Any = None
@@ -96,6 +114,14 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
     name: str | None = None
+    # As answers of OpenAI's have them; of no effect.
+    annotations: Any = None
+    # Refused, but for neutral values.
+    refusal: Any = None
+    audio: Any = None
+    function_call: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
 
     def text(self) -> str:
         if isinstance(self.content, str):
@@ -108,9 +134,21 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = None  # beyond OpenAI
+    # Of no effect.
+    parallel_tool_calls: Any = None
+    prediction: Any = None
+    # Refused, but for neutral values.
     tools: Any = None
     tool_choice: Any = None
     response_format: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    audio: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -127,27 +165,58 @@ def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
     try:
         body = schema.model_validate_json(data)
     except ValidationError as error:
-        raise _explain(error) from None
-    for name, neutral_values in _NEUTRAL_VALUES.items():
-        value = getattr(body, name, None)
-        if not any(value == neutral and type(value) is type(neutral) for neutral in neutral_values):
-            raise bad_request(f"'{name}' is not supported.", name, "unsupported_parameter")
+        raise _explain(error, data) from None
+    _refuse_unsupported(body)
+    for i, message in enumerate(body.messages if isinstance(body, ChatBody) else []):
+        _refuse_unsupported(message, f"messages[{i}].")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("'stream_options': expected 'stream' to be true with it.", "stream_options")
     return body
 
 
-def _explain(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    if first["type"] == "json_invalid":
-        return bad_request(f"The body is no JSON document. {first['msg']}.", code="invalid_json")
-    place = [str(part) for part in first["loc"]]
-    if not place:
+def _refuse_unsupported(body: _Body, prefix: str = "") -> None:
+    for name, neutral_values in _NEUTRAL_VALUES.items():
+        value = getattr(body, name, None)
+        if not any(value == neutral and type(value) is type(neutral) for neutral in neutral_values):
+            raise bad_request(f"'{prefix}{name}' is not supported.", f"{prefix}{name}", "unsupported_parameter")
+
+
+def _explain(error: ValidationError, data: bytes) -> ApiError:
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    if errors[0]["type"] == "json_invalid":
+        return bad_request(f"The body is no JSON document. {errors[0]['msg']}.", code="invalid_json")
+    if not errors[0]["loc"]:
         return bad_request("The body is no JSON object.", code="invalid_json")
-    name = place[0]
+    document = from_json(data)
+    name = str(errors[0]["loc"][0])
+    # Where a value may have one of several types there is an error for each: that of the type which comes farthest.
+    places = [(_place(it, document), it) for it in errors if it["loc"][0] == name]
+    place, first = max(places, key=lambda entry: (len(entry[0]), not _is_of_wrong_type(entry[1])))
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     if first["type"] == "extra_forbidden":
-        return bad_request(f"Unrecognized request argument supplied: {'.'.join(place)}.", name, "unknown_parameter")
+        return bad_request(f"Unrecognized request argument supplied: {path}.", path, "unknown_parameter")
     if first["type"] == "missing":
-        return bad_request(f"'{'.'.join(place)}' is required.", name, "missing_required_parameter")
+        return bad_request(f"'{path}' is required.", path, "missing_required_parameter")
     if name == "prompt":
         what = "a string, a list of strings, a list of token ids (32 bits, not negative) or a list of such lists"
         return bad_request(f"'prompt': expected {what}.", name, "invalid_type")
-    return bad_request(f"'{name}': {first['msg']}.", name)
+    return bad_request(
+        f"'{path}': {first['msg']}.", path, "invalid_type" if _is_of_wrong_type(first) else "invalid_value"
+    )
+
+
+def _is_of_wrong_type(error: ErrorDetails) -> bool:
+    return error["type"].endswith("_type") or error["type"] == "int_from_float"
+
+
+def _place(error: ErrorDetails, document: Any) -> Sequence[int | str]:
+    """Keys and indices of the value in question, without the names of types that pydantic puts between them."""
+    place: list[int | str] = []
+    for part in error["loc"]:
+        if isinstance(document, list) and isinstance(part, int):
+            document = document[part]
+            place.append(part)
+        elif isinstance(document, dict) and (part in document or error["type"] == "missing"):
+            document = document.get(part)
+            place.append(part)
+    return place

@@ -409,6 +409,7 @@ TEST_F(RunnerTest, AFailingStepFailsTheRequestsThatWereInIt) {
     EXPECT_FALSE(event.token.has_value());
   }
   EXPECT_EQ(runner.num_free_slots(), 2);
+  EXPECT_EQ(runner.device_error(), "") << "the device itself still computes";
   norm.resize_({config_.hidden_size}).copy_(sound);
   const std::map<RequestId, GenerationResult> rest = drain(runner);
   ASSERT_EQ(rest.size(), 1u);
@@ -493,10 +494,12 @@ TEST_F(RunnerTest, RefusesMoreTokensThanTheModelHasPositions) {
   refused(request(30, 11), "got 30 + 11");
   refused(request(41, 1), "got 41 + 1");
   refused(request(3, std::numeric_limits<int64_t>::max()), "got 3 + 9223372036854775807");
+  EXPECT_EQ(runner.max_context(), 40);
   EXPECT_EQ(runner.generate({request(30, 10)}).at(0).tokens.size(), 10u);
 
   config_.max_position_embeddings = 0;
   Runner without_limit(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
+  EXPECT_EQ(without_limit.max_context(), 0);
   EXPECT_EQ(without_limit.generate({request(30, 11)}).at(0).tokens.size(), 11u);
 }
 
