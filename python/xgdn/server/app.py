@@ -187,8 +187,8 @@ class Server:
         form: CompletionFormat | ChatFormat,
     ) -> Response:
         if max_tokens is None:  # as many as the form gives unasked, where there is room for them
-            rest = self._max_context - max(map(len, prompts), default=0)
-            max_tokens = max(1, min(form.default_max_tokens, rest))
+            rest = max(1, self._max_context - max(map(len, prompts), default=0))
+            max_tokens = rest if form.default_max_tokens is None else min(form.default_max_tokens, rest)
         for ids in prompts:
             self._check_prompt(ids, max_tokens, form.prompt_param)
         generation = Generation(body, prompts, max_tokens, self._vocabulary, self._engine, self.metrics)

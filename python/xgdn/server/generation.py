@@ -115,7 +115,7 @@ class CompletionFormat:
     chunk_name = "text_completion"
     id_prefix = "cmpl"
     prompt_param = "prompt"
-    default_max_tokens = 16  # OpenAI's
+    default_max_tokens: int | None = 16  # OpenAI's
 
     def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
         return completion_logprobs(reports)
@@ -137,7 +137,7 @@ class ChatFormat:
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl"
     prompt_param = "messages"
-    default_max_tokens = 512
+    default_max_tokens: int | None = None  # to the end of the context
 
     def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
         return chat_logprobs(reports)
