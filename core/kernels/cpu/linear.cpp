@@ -5,7 +5,8 @@
 //        +---------+   16 tokens      in its order; fetching them ahead by instructions made it 10% slower.
 //   O    | weight  | x  | x |         Many tokens: block of 128 -> pair of panels -> pieces of D -> 32 outputs. A piece
 //        +---------+    | | |         of the pair stays in the first-level cache, the block in the second, and tokens
-//                                     come a quarter as often. The first pair still takes D at once, as above.
+//                                     come a quarter as often. The first pair takes D at once, as above. Weights copied
+//                                     to rows that share no sets of a cache gained nothing.
 //                                     Rounding: sums are f32, a token's in ascending D whatever tokens are beside it;
 //                                     the bias is added in f32; out is rounded once.
 #include "core/kernels/cpu/linear.h"
@@ -25,9 +26,9 @@ namespace HWY_NAMESPACE {
 inline constexpr size_t kTransposed = 4;  // rows that `transpose` takes at once
 inline constexpr int64_t kTokens = kPanel;
 inline constexpr int64_t kPanelsAtOnce = 2;
-inline constexpr int64_t kManyPanels = 16;
-inline constexpr int64_t kMostItems = 4;  // of a block
-inline constexpr int64_t kPiece = 256;    // of D: 16 KiB of a pair of panels
+inline constexpr int64_t kManyPanels = 16;  // with fewer, larger blocks are no faster
+inline constexpr int64_t kMostItems = 4;    // of a block
+inline constexpr int64_t kPiece = 256;      // of D: 16 KiB of a pair of panels
 inline constexpr size_t kMostRows = kMostItems * kLinearBlock;
 inline constexpr size_t kSums = kMostRows * kPanel;  // of a panel
 
@@ -95,11 +96,10 @@ void write_panel(const LinearArgs& args, float* sums, int64_t output, size_t row
 void linear(const LinearArgs& args, int64_t begin_item, int64_t end_item) {
   const int64_t panels = num_panels(args);
   const auto panel_size = static_cast<size_t>(args.D) * kPanel;
-  float* sums = scratch<LinearArgs>(kPanelsAtOnce * kSums);
-  float bias[kMostRows];
-
   const bool is_long = panels >= kManyPanels;
   const int64_t items = is_long ? kMostItems : 1;
+  float* sums = scratch<LinearArgs>(kPanelsAtOnce * kSums);
+  float bias[kMostRows];
 
   args.products->begin();
   for (int64_t item = begin_item; item < end_item; item += items) {
