@@ -120,6 +120,8 @@ class Inputs:
 
 
 TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 33, 130)
+# From 241 tokens on the cpu backend takes blocks of 128 outputs and, after the first 32 tokens, pieces of 256 of D.
+MANY_TOKENS = (240, 241, 256, 257, 275)
 CALLS = [
     *(Call(T, O=width) for T in TOKENS for width in (16, 32, 48, 80)),
     *(Call(T, O=width, bias=True) for T in TOKENS for width in (48, 80)),
@@ -132,6 +134,10 @@ CALLS = [
     *(Call(T, O=80, gaps=gaps) for T in (2, 17, 33) for gaps in ((3, 0, 0), (0, 3, 0), (0, 0, 3), (3, 3, 3))),
     *(Call(T, O=80, out_dtype=F32, gaps=gaps) for T in (2, 17) for gaps in ((4, 6, 8), (6, 3, 4), (4, 4, 3))),
     *(Call(T, dtype=dtype, bias=True, gaps=(3, 5, 7)) for T in (1, 17) for dtype in (F32, F16)),
+    *(Call(T, D=544, O=width, bias=True) for T in MANY_TOKENS for width in (16, 112, 128, 144, 304)),
+    *(Call(T, D=D, O=144) for T in (240, 241, 275) for D in (32, 256, 288, 512, 1024)),
+    *(Call(T, D=288, O=144, out_dtype=F32, bias=bias) for T in (241, 275) for bias in (False, True)),
+    *(Call(275, D=544, O=272, gaps=gaps) for gaps in ((4, 0, 0), (0, 3, 0), (0, 0, 4), (6, 5, 2))),
 ]
 
 
@@ -143,11 +149,12 @@ def test_linear(call: Call, backend: str) -> None:
 
 @pytest.mark.parametrize("out_dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("width", [41, 80])
-def test_a_nan_token_spoils_its_own_row_alone(width: int, out_dtype: torch.dtype, backend: str) -> None:
-    x = Call(33, O=width, out_dtype=out_dtype, bias=True).make()
+@pytest.mark.parametrize("T", [33, 257])
+def test_a_nan_token_spoils_its_own_row_alone(T: int, width: int, out_dtype: torch.dtype, backend: str) -> None:
+    x = Call(T, D=288, O=width, out_dtype=out_dtype, bias=True).make()
     clean = x.run(backend)
-    others = torch.ones(33, dtype=torch.bool)
-    for token in (3, 17, 32):  # of a whole panel, of another, of the remainder
+    others = torch.ones(T, dtype=torch.bool)
+    for token in (3, 17, T - 1):  # of a whole panel, of another, of the remainder
         x.x.values[token, 5] = torch.nan
         others[token] = False
     got = x.run(backend)
@@ -166,23 +173,25 @@ def test_out_is_made_like_x(backend: str) -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("out_dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("width", [48, 1040])
+@pytest.mark.parametrize("T", [130, 275])
 def test_other_tokens_do_not_change_bits(
-    width: int, out_dtype: torch.dtype, bias: bool, num_threads: Callable[[int], None]
+    T: int, width: int, out_dtype: torch.dtype, bias: bool, num_threads: Callable[[int], None]
 ) -> None:
-    x = Call(130, D=1024, O=width, out_dtype=out_dtype, bias=bias).make()
+    x = Call(T, D=1056, O=width, out_dtype=out_dtype, bias=bias).make()
     num_threads(1)
     together = x.run("cpu")
-    for count in (2, 3, 5, 15, 16, 17, 33):
+    for count in (2, 3, 5, 15, 16, 17, 33, 240, 241, 256):
         assert_bits_equal(f"the first {count} tokens", x.run("cpu", slice(count)), together[:count])
-    for token in (0, 1, 15, 16, 31, 32, 127, 128, 129):
+    for token in (0, 1, 15, 16, 31, 32, 127, 128, T - 1):
         assert_bits_equal(f"token {token}", x.run("cpu", slice(token, token + 1)), together[token : token + 1])
     num_threads(3)
     assert_bits_equal("three threads", x.run("cpu"), together)
 
 
 @NEEDS_PRODUCTS
-def test_gaps_do_not_change_bits() -> None:
-    x = Call(17, O=80, bias=True).make()
+@pytest.mark.parametrize("T", [17, 257])
+def test_gaps_do_not_change_bits(T: int) -> None:
+    x = Call(T, D=544, O=144, bias=True).make()
     want = x.run("cpu")
     for gaps in ((4, 0, 0), (0, 3, 0), (0, 0, 4), (2, 1, 6)):
         moved = Inputs(
@@ -192,7 +201,7 @@ def test_gaps_do_not_change_bits() -> None:
 
 
 @NEEDS_PRODUCTS
-@pytest.mark.parametrize("T", [1, 17])
+@pytest.mark.parametrize("T", [1, 17, 257])
 def test_out_is_rounded_once(T: int) -> None:
     """With bias: the bf16 result is the f32 one rounded, so the sum was not rounded before the bias."""
     x = Call(T, D=1024, O=80, bias=True).make()

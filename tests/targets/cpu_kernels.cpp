@@ -467,12 +467,13 @@ void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, f
 void multiply_plainly(const Product<uint16_t>& p) {
   for (size_t i = 0; i < p.panels * p.rows * kPanel; ++i) {
     const size_t panel = i / (p.rows * kPanel), row = i / kPanel % p.rows, column = i % kPanel;
-    float sum = 0;
+    float& c = p.c[panel * p.c_stride + row * kPanel + column];
+    float sum = p.accumulate ? c : 0;
     for (size_t d = 0; d < p.terms[0].depth; ++d) {
       sum += from_bfloat16(p.terms[0].a[row * p.a_stride + d]) *
              from_bfloat16(p.terms[0].b[panel * p.b_stride + d / 2 * 2 * kPanel + 2 * column + d % 2]);
     }
-    p.c[panel * p.c_stride + row * kPanel + column] = sum;
+    c = sum;
   }
 }
 constexpr BFloat16Products kPlainProducts = {[] {}, [] {}, multiply_plainly};
@@ -528,6 +529,7 @@ void test_linear_with(const BFloat16Products* products) {
       for (const int64_t O : {16, 80}) test_linear(T, /*D=*/96, O, out_dtype, /*has_bias=*/T % 2 == 1, products);
     }
   }
+  test_linear(/*T=*/257, /*D=*/544, /*O=*/144, DType::kBFloat16, /*has_bias=*/true, products);
 }
 
 void test_target(int64_t target) {

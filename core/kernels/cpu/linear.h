@@ -40,7 +40,7 @@ inline int64_t num_work_items(const LinearArgs& args) {
 /// Brings panels of 16 tokens into the form of packed_product.h.
 void pack_tokens(const LinearArgs& args, int64_t begin_panel, int64_t end_panel);
 
-/// Computes blocks of outputs for all tokens.
+/// Computes blocks of outputs for all tokens. With many tokens neighbouring items in one call share their loads.
 void linear(const LinearArgs& args, int64_t begin_item, int64_t end_item);
 
 }  // namespace xgdn::kernel::cpu
