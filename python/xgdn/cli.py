@@ -570,6 +570,37 @@ def bench_layer(
     print_layer_rows(rows)
 
 
+@bench_app.command("linear")
+def bench_linear(
+    tokens: Annotated[str, typer.Option(metavar="T,..", help="Rows of the product.")] = "1,8,32,128,512,2048",
+    threads: Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")] = "1,2",
+    seconds: Annotated[float, typer.Option(min=0, help="Per contestant and product.")] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """The projections of a layer of Qwen3.5-0.8B in bf16, beside torch's."""
+    from xgdn.bench.linear import SHAPES, LinearBenchmark
+    from xgdn.bench.report import machine, print_linear_rows
+
+    sizes, counts = _parse_counts(tokens, "--tokens"), _parse_counts(threads, "--threads")
+    torch.manual_seed(0)
+    problems = [(matrix, size, count) for count in counts for matrix in SHAPES for size in sizes]
+    bar = Bar("measuring")
+    rows = []
+    with torch.no_grad(), _errors_in_one_line():
+        benchmark = LinearBenchmark(seconds=seconds)
+        try:
+            for i, problem in enumerate(problems):
+                bar.update(i, len(problems))
+                rows.append(benchmark.run(*problem))
+        finally:
+            bar.hide()
+    if as_json:
+        typer.echo(json.dumps({"machine": machine(), "rows": [row.document() for row in rows]}))
+        return
+    typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
+    print_linear_rows(rows)
+
+
 def _parse_rates(text: str) -> list[float]:
     try:
         rates = [float(word) for word in text.split(",")]

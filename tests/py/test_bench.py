@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import xgdn
 from xgdn.bench import DecodeProblem, DecodeStepProblem, PrefillProblem, VerifyProblem, WrongResult, check, ours
 from xgdn.bench.measure import take_turns
 from xgdn.cli import app
@@ -93,6 +94,29 @@ def test_bench_model_prints_one_document() -> None:
         assert 0 < row["engine"] < 1
         assert row["limit"] > 0
         assert row["prefill"] > 0
+
+
+def test_bench_linear_prints_one_document() -> None:
+    options = ["--tokens", "1,17", "--threads", "1", "--seconds", "0", "--json"]
+    result = CliRunner().invoke(app, ["bench", "linear", *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["tokens"] for row in rows] == [1, 17] * 4
+    for row in rows:
+        assert 0 < row["min"] <= row["median"]
+        assert row["ratio"] == pytest.approx(row["torch_median"] / row["median"])
+        assert row["share"] == pytest.approx(row["limit"] / row["median"])
+        assert 0 < row["error"] < 2.5e-3
+
+
+def test_bench_linear_refuses_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        return torch.mm(1.01 * x, weight.t(), out=out)
+
+    monkeypatch.setattr(xgdn.ops, "linear", off)
+    result = CliRunner().invoke(app, ["bench", "linear", "--tokens", "1", "--threads", "1", "--seconds", "0"])
+    assert result.exit_code == 1
+    assert "linear of 1 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
 
 
 def test_bench_layer_prints_one_document() -> None:

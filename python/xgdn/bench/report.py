@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xgdn.bench.layer import LayerRow
+from xgdn.bench.linear import LinearRow
 from xgdn.bench.measure import Row
 from xgdn.bench.model import ModelRow
 from xgdn.bench.timeline import Distribution, ServingRow
@@ -64,6 +65,24 @@ def layer_table(rows: Iterable[LayerRow]) -> Table:
         times = (row.layer, row.projections, row.between, row.rule)
         cells = (*(f"{time:,.0f}" for time in times), f"{row.between / row.rule:.2f}")
         shown.add_row(str(row.batch), row.state_dtype, str(row.threads), *cells)
+    return shown
+
+
+def linear_table(rows: Iterable[LinearRow]) -> Table:
+    shown = Table("matrix", "outputs", "depth", "tokens", "threads", box=None)
+    for heading in ("min us", "median us", "torch min us", "torch median us", "torch / xgdn", "of limit", "error"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        sizes = (row.outputs, row.depth, row.tokens, row.threads)
+        times = (row.min, row.median, row.torch_min, row.torch_median)
+        shown.add_row(
+            row.matrix,
+            *(str(size) for size in sizes),
+            *(f"{time:,.0f}" for time in times),
+            f"{row.ratio:.2f}",
+            f"{row.share:.2f}",
+            f"{row.error:.1e}",
+        )
     return shown
 
 
@@ -149,6 +168,10 @@ def print_rows(rows: Iterable[Row]) -> None:
 
 def print_layer_rows(rows: Iterable[LayerRow]) -> None:
     _print(layer_table(rows))
+
+
+def print_linear_rows(rows: Iterable[LinearRow]) -> None:
+    _print(linear_table(rows))
 
 
 def print_model_rows(rows: Iterable[ModelRow]) -> None:

@@ -75,16 +75,17 @@ def _sigterm_as_exception() -> Iterator[None]:
 
 
 def _address(process: subprocess.Popen[bytes], log: TextIO) -> str:
-    """Of the document that the server prints when it takes requests."""
+    """Of the document that the server prints when it takes requests; what libraries print before it is passed over."""
     assert process.stdout is not None
     with process.stdout as stdout:
-        try:
-            return str(json.loads(stdout.readline())["address"])
-        except ValueError:
-            stdout.read()  # until it ends: it does not serve
-            process.wait()
-            _check_alive(process, log)
-            raise
+        for line in stdout:
+            try:
+                return str(json.loads(line)["address"])
+            except (ValueError, LookupError, TypeError):
+                continue
+    process.wait()  # its output has ended, so it does not serve
+    _check_alive(process, log)
+    raise ServerError("the server ended before it took requests")
 
 
 def _check_alive(process: subprocess.Popen[bytes], log: TextIO) -> None:

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The projections of a small model in bf16 beside torch's own: `xgdn bench linear`."""
+
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import xgdn
+from xgdn.bench.measure import WrongResult, relative_error, take_turns
+from xgdn.bench.problems import GEMM_SIZE
+
+# Outputs and depth of the matrices of a layer of Qwen3.5-0.8B.
+SHAPES = {
+    "GDN input": (8224, 1024),
+    "GDN output": (1024, 2048),
+    "MLP gate and up": (7168, 1024),
+    "MLP down": (1024, 3584),
+}
+_ROTATE_BYTES = 256 * 2**20  # of weights: beyond a share of any cache
+_TOLERANCE = 2.5e-3  # rounding out to bf16 costs 1.7e-3
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """A product of `tokens` rows; times in microseconds."""
+
+    matrix: str
+    outputs: int
+    depth: int
+    tokens: int
+    threads: int
+    min: float
+    median: float
+    torch_min: float
+    torch_median: float
+    limit: float  # the longer of reading the weights once and of as many flops in torch's 1024^3 matmul
+    error: float  # ||got - truth|| / ||truth||
+
+    @property
+    def share(self) -> float:
+        """Of the limit's speed."""
+        return self.limit / self.median
+
+    @property
+    def ratio(self) -> float:
+        """torch's time over xgdn's, medians."""
+        return self.torch_median / self.median
+
+    def document(self) -> dict[str, Any]:
+        return {**asdict(self), "share": self.share, "ratio": self.ratio}
+
+
+class LinearBenchmark:
+    def __init__(self, *, seconds: float = 1.0) -> None:
+        """`seconds` for each of xgdn, torch and the two limits."""
+        self._seconds = seconds
+
+    def run(self, matrix: str, tokens: int, threads: int) -> LinearRow:
+        """Raises WrongResult where xgdn's product is further from float64 than rounding takes it."""
+        torch.set_num_threads(threads)
+        outputs, depth = SHAPES[matrix]
+        x = torch.randn(tokens, depth).bfloat16()
+        out = torch.full((tokens, outputs), torch.nan, dtype=torch.bfloat16)
+        parts = -(-_ROTATE_BYTES // (outputs * depth * 2))
+        first = (torch.randn(outputs, depth) / depth**0.5).bfloat16()
+        weights, torch_weights = (first.repeat(parts, 1, 1).unbind() for _ in range(2))
+        memory = torch.ones(parts, outputs * depth // 2).unbind()
+        factors = torch.randn(2, GEMM_SIZE, GEMM_SIZE).bfloat16().unbind()
+
+        xgdn.ops.linear(x, weights[0], out=out)
+        error = relative_error(out, x.double() @ first.double().t())
+        if not error <= _TOLERANCE:
+            raise WrongResult(f"linear of {tokens} tokens: expected an error of at most {_TOLERANCE}, got {error:.1e}")
+
+        ours, theirs, stream, gemm = take_turns(
+            [
+                lambda i: xgdn.ops.linear(x, weights[i % parts], out=out),
+                lambda i: torch.nn.functional.linear(x, torch_weights[i % parts]),
+                lambda i: memory[i % parts].sum(),
+                lambda _: factors[0] @ factors[1],
+            ],
+            self._seconds,
+        )
+        work = tokens * outputs * depth / GEMM_SIZE**3
+        return LinearRow(
+            matrix=matrix,
+            outputs=outputs,
+            depth=depth,
+            tokens=tokens,
+            threads=threads,
+            min=min(ours),
+            median=statistics.median(ours),
+            torch_min=min(theirs),
+            torch_median=statistics.median(theirs),
+            limit=max(statistics.median(stream), work * statistics.median(gemm)),
+            error=error,
+        )
