@@ -70,7 +70,17 @@ def layer_table(rows: Iterable[LayerRow]) -> Table:
 
 def linear_table(rows: Iterable[LinearRow]) -> Table:
     shown = Table("matrix", "outputs", "depth", "tokens", "threads", box=None)
-    for heading in ("min us", "median us", "torch min us", "torch median us", "torch / xgdn", "of limit", "error"):
+    headings = (
+        "min us",
+        "median us",
+        "torch min us",
+        "torch median us",
+        "torch / xgdn",
+        "GFLOP/s",
+        "of limit",
+        "error",
+    )
+    for heading in headings:
         shown.add_column(heading, justify="right")
     for row in rows:
         sizes = (row.outputs, row.depth, row.tokens, row.threads)
@@ -80,6 +90,7 @@ def linear_table(rows: Iterable[LinearRow]) -> Table:
             *(str(size) for size in sizes),
             *(f"{time:,.0f}" for time in times),
             f"{row.ratio:.2f}",
+            f"{row.gflops:,.0f}",
             f"{row.share:.2f}",
             f"{row.error:.1e}",
         )
