@@ -53,11 +53,12 @@ void bind_layers(nb::module_& m) {
       .def_static(
           "build",
           [](const std::vector<int64_t>& lengths, int64_t num_v_heads_local, const DeviceArgument& device) {
+            const c10::Device target = device.resolve("ChunkMetadata");
             kernel::ChunkMetadata tables = kernel::build_chunk_metadata(lengths, num_v_heads_local);
             for (at::Tensor* table : {&tables.chunk_indices_chunk64, &tables.chunk_offsets_chunk64,
                                       &tables.update_chunk_offsets_chunk64, &tables.final_chunk_indices_chunk64,
                                       &tables.chunk_indices_large_block, &tables.block_indices_cumsum}) {
-              *table = table->to(device.resolve("ChunkMetadata"));
+              *table = table->to(target);
             }
             return tables;
           },

@@ -5,11 +5,11 @@ import importlib.metadata
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
 import torch
 import typer
@@ -509,6 +509,24 @@ def _parse_counts(text: str, option: str) -> list[int]:
     return counts
 
 
+class _Row(Protocol):
+    def document(self) -> dict[str, Any]: ...
+
+
+_AnyRow = TypeVar("_AnyRow", bound=_Row)
+
+
+def _show_rows(rows: Sequence[_AnyRow], print_table: Callable[[Sequence[_AnyRow]], None], as_json: bool) -> None:
+    """What was measured, and on which machine."""
+    from xgdn.bench.report import machine
+
+    if as_json:
+        typer.echo(json.dumps({"machine": machine(), "rows": [row.document() for row in rows]}))
+        return
+    typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
+    print_table(rows)
+
+
 @bench_app.command("ops")
 def bench_ops(
     decode: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes of decode.")] = "1,8,32",
@@ -520,7 +538,7 @@ def bench_ops(
 ) -> None:
     """The ops in the shape of Qwen3-Next-80B and Qwen3.5-35B: 16 key heads, 32 value heads, head dims of 128."""
     from xgdn.bench.ops import OpsBenchmark, Plan
-    from xgdn.bench.report import machine, print_rows
+    from xgdn.bench.report import print_rows
 
     plan = Plan(
         decode=_parse_counts(decode, "--decode"),
@@ -535,11 +553,7 @@ def bench_ops(
             rows = OpsBenchmark(seconds=seconds).run(plan, bar.update)
         finally:
             bar.hide()
-    if as_json:
-        typer.echo(json.dumps({"machine": machine(), "rows": [row.document() for row in rows]}))
-        return
-    typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
-    print_rows(rows)
+    _show_rows(rows, print_rows, as_json)
 
 
 @bench_app.command("layer")
@@ -551,7 +565,7 @@ def bench_layer(
 ) -> None:
     """A layer's decode step in bf16, of the same shape, hidden size 2048: what it takes beside its projections."""
     from xgdn.bench.layer import LayerBenchmark
-    from xgdn.bench.report import machine, print_layer_rows
+    from xgdn.bench.report import print_layer_rows
 
     batches, counts = _parse_counts(batch, "--batch"), _parse_counts(threads, "--threads")
     torch.manual_seed(0)
@@ -563,11 +577,7 @@ def bench_layer(
             for dtype in (torch.float32, torch.bfloat16)
             for size in batches
         ]
-    if as_json:
-        typer.echo(json.dumps({"machine": machine(), "rows": [row.document() for row in rows]}))
-        return
-    typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
-    print_layer_rows(rows)
+    _show_rows(rows, print_layer_rows, as_json)
 
 
 @bench_app.command("linear")
@@ -579,7 +589,7 @@ def bench_linear(
 ) -> None:
     """The projections of a layer of Qwen3.5-0.8B in bf16, beside torch's."""
     from xgdn.bench.linear import SHAPES, LinearBenchmark
-    from xgdn.bench.report import machine, print_linear_rows
+    from xgdn.bench.report import print_linear_rows
 
     sizes, counts = _parse_counts(tokens, "--tokens"), _parse_counts(threads, "--threads")
     torch.manual_seed(0)
@@ -594,11 +604,7 @@ def bench_linear(
                 rows.append(benchmark.run(*problem))
         finally:
             bar.hide()
-    if as_json:
-        typer.echo(json.dumps({"machine": machine(), "rows": [row.document() for row in rows]}))
-        return
-    typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
-    print_linear_rows(rows)
+    _show_rows(rows, print_linear_rows, as_json)
 
 
 def _parse_rates(text: str) -> list[float]:
@@ -634,7 +640,7 @@ def bench_model(
 ) -> None:
     """Decode steps of a whole model, and what of them is not its forward. The limit reads its weights once."""
     from xgdn.bench.model import ModelBenchmark
-    from xgdn.bench.report import machine, print_model_rows
+    from xgdn.bench.report import print_model_rows
 
     batches, counts = _parse_counts(batch, "--batch"), _parse_counts(threads, "--threads")
     with _errors_in_one_line():
@@ -646,11 +652,7 @@ def bench_model(
             steps=steps,
         )
         rows = [row for count in counts for row in benchmark.run(batches, count)]
-    if as_json:
-        typer.echo(json.dumps({"machine": machine(), "rows": [row.document() for row in rows]}))
-        return
-    typer.echo("  ".join(f"{name} {value}" for name, value in machine().items()))
-    print_model_rows(rows)
+    _show_rows(rows, print_model_rows, as_json)
 
 
 @bench_app.command("serving")
