@@ -87,8 +87,8 @@ struct ChunkGatedDeltaRuleParams {
   bool may_have_padding = true;                      // false: the caller promises that no slot is kPadSlot
   std::optional<double> scale = {};                  // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
-  // "fast" may round the operands of matrix products to bf16, with f32 sums; "exact" is f32 throughout; "auto" is fast
-  // for bf16 inputs and exact for others. A backend may be more exact than asked.
+  // "fast" may multiply sums of two bf16 numbers, with f32 sums, and rounds q and k to bf16; "exact" is f32 throughout;
+  // "auto" is fast for bf16 inputs and exact for others. A backend may be more exact than asked.
   std::string accuracy = "auto";
   std::string backend = "auto";
 };

@@ -168,9 +168,9 @@ def chunk_gated_delta_rule(
 
     `chunk` comes from `build_chunk_metadata`, on the device of `q`; without it the op raises, it never rebuilds the
     tables. `has_initial_state` `[N]` bool: where false the sequence starts from zero, whatever its slot holds.
-    `accuracy`: `"fast"` may round the operands of matrix products to bf16, with f32 sums; `"exact"` is f32 throughout;
-    `"auto"` is fast for bf16 inputs, else exact. `cu_seqlens_cpu`, `may_have_padding`: as in
-    `recurrent_gated_delta_rule`.
+    `accuracy`: `"fast"` may multiply sums of two bf16 numbers, with f32 sums, and rounds q and k to bf16; `"exact"` is
+    f32 throughout; `"auto"` is fast for bf16 inputs, else exact. A backend may be more exact than asked.
+    `cu_seqlens_cpu`, `may_have_padding`: as in `recurrent_gated_delta_rule`.
     """
     out = v.new_empty(v.shape) if out is None else out
     torch.ops.xgdn.chunk_gated_delta_rule(

@@ -51,6 +51,21 @@ GATES = {
     "mixed": (-380.0, 0.0),
 }
 
+# How alike the keys of a sequence are: a common key, and the share of each token's own in it.
+KEYS = {"random": None, "same": 0.0, "near1%": 0.01, "near3%": 0.03, "near10%": 0.1, "near30%": 0.3}
+KEY_GEOMETRIES = (*KEYS, "alternating", "rank8")  # alternating: in sign, near3% else; rank8: of 8 directions
+
+
+def make_keys(geometry: str, T: int, H: int, K: int, gen: torch.Generator) -> Tensor:
+    own = torch.randn((T, H, K), generator=gen)
+    if geometry == "rank8":
+        return torch.einsum("thr,rhk->thk", own[..., :8], torch.randn((8, H, K), generator=gen))
+    share = KEYS["near3%" if geometry == "alternating" else geometry]
+    if share is None:
+        return own
+    k = own[:1] + share * own
+    return k * (1 - 2 * (torch.arange(T) % 2))[:, None, None] if geometry == "alternating" else k
+
 
 @dataclass(frozen=True)
 class Case:
@@ -67,7 +82,7 @@ class Case:
     beta_dtype: torch.dtype = torch.float32
     gates: str = "typical"
     beta: float | None = None  # None: uniform in (0, 1)
-    identical_keys: bool = False
+    keys: str = "random"  # one of KEY_GEOMETRIES
     key_size: float = 1.0  # of a component of q and k; where it is small the norm's eps counts
     initial: str = "some"  # all | none | some: which sequences start from their slot (prefill)
     strided: bool = False  # inputs are views of one packed projection, a state slot is a view of a wider one
@@ -85,7 +100,7 @@ class Case:
         parts += [f"beta_{_SHORT[self.beta_dtype]}"] if self.beta_dtype != torch.float32 else []
         parts += [self.gates] if self.gates != "typical" else []
         parts += [f"beta{self.beta:g}"] if self.beta is not None else []
-        parts += ["samekeys"] if self.identical_keys else []
+        parts += [f"keys_{self.keys}"] if self.keys != "random" else []
         parts += [f"keysize{self.key_size:g}"] if self.key_size != 1 else []
         parts += [f"init_{self.initial}"] if self.initial != "some" else []
         parts += ["strided"] if self.strided else []
@@ -118,7 +133,7 @@ class Case:
 
     @property
     def is_extreme(self) -> bool:
-        return self.identical_keys or GATES[self.gates][0] < -100
+        return self.keys != "random" or GATES[self.gates][0] < -100
 
 
 RAGGED = (0, 1, 63, 0, 64, 65, 0, 2)
@@ -144,8 +159,8 @@ SHAPE_CASES = [
     *(Case((130, 65), gates=gates, dtype=torch.bfloat16) for gates in ("g380", "mixed")),
     Case((130,), beta=0.0),
     Case((130,), beta=1.0),
-    Case((130,), identical_keys=True),
-    Case((130,), identical_keys=True, beta=1.0, gates="near0"),
+    Case((130,), keys="same"),
+    Case((130,), keys="same", beta=1.0, gates="near0"),
     *(Case((70,), key_size=size) for size in (1e-3, 0.0)),
     Case((70, 65), use_qk_l2norm=False),
     Case((70,), scale=0.3),
@@ -182,7 +197,7 @@ DECODE_CASES = [
     *(Case((1, 3), gates=gates) for gates in GATES if gates != "typical"),
     Case((1, 3), beta=0.0),
     Case((1, 3), beta=1.0),
-    Case((40,), identical_keys=True),
+    Case((40,), keys="same"),
     Case((70, 20)),
     *(Case((1, 3), key_size=size) for size in (1e-3, 0.0)),
     Case((1, 3), use_qk_l2norm=False),
@@ -256,11 +271,10 @@ def make_inputs(case: Case, seed: int = 0, *, prefill: bool) -> Inputs:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=gen)
 
-    q, k, v = case.key_size * randn(T, H, K), case.key_size * randn(T, H, K), randn(T, HV, V)
+    q, k = case.key_size * randn(T, H, K), case.key_size * make_keys(case.keys, T, H, K, gen)
+    v = randn(T, HV, V)
     if not case.use_qk_l2norm:
         q, k = (reference.l2_norm(x).float() for x in (q, k))
-    if case.identical_keys:
-        k = k[:1].expand(T, H, K).clone()
     low, high = GATES[case.gates]
     g = low + (high - low) * torch.rand((T, HV), generator=gen)
     if case.gates == "mixed":  # most tokens keep the state, some wipe it

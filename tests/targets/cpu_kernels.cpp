@@ -117,6 +117,26 @@ double sigmoid(double x) {
   return 1 / (1 + std::exp(-x));
 }
 
+// ---- bf16 products --------------------------------------------------------------------------------------------------
+
+// The products of packed_product.h as plain loops, so that what is built on them is tested where no instructions are.
+void multiply_plainly(const Product<uint16_t>& p) {
+  for (size_t i = 0; i < p.panels * p.rows * kPanel; ++i) {
+    const size_t panel = i / (p.rows * kPanel), row = i / kPanel % p.rows, column = i % kPanel;
+    float& c = p.c[panel * p.c_stride + row * kPanel + column];
+    float sum = p.accumulate ? c : 0;
+    for (size_t t = 0; t < p.num_terms; ++t) {
+      const uint16_t* a = p.terms[t].a + row * p.a_stride;
+      const uint16_t* b = p.terms[t].b + panel * p.b_stride + 2 * column;
+      for (size_t d = 0; d < p.terms[t].depth; ++d) {
+        sum += from_bfloat16(a[d]) * from_bfloat16(b[d / 2 * 2 * kPanel + d % 2]);
+      }
+    }
+    c = sum;
+  }
+}
+constexpr BFloat16Products kPlainProducts = {[] {}, [] {}, multiply_plainly, /*are_tiles=*/false};
+
 // ---- the delta rule -------------------------------------------------------------------------------------------------
 
 struct Rule {
@@ -225,6 +245,52 @@ void test_rule(const std::string& kernel, Args (Rule::*make_args)(Numbers&, DTyp
   const Doubles want = rule.in_double(want_state);
   expect_close(name + ", out", rule.out, want, tolerance(dtype));
   expect_close(name + ", state", state, want_state, tolerance(state_dtype));
+}
+
+// How alike the keys of a sequence are: a common key, and another one's share of each token's.
+struct Keys {
+  const char* name;
+  float common;
+  float own;
+  bool alternates;  // in sign
+};
+constexpr Keys kKeys[] = {{"random", 0, 1, false},        {"same", 1, 0, false},        {"near 1%", 1, 0.01f, false},
+                          {"near 3%", 1, 0.03f, false},   {"near 10%", 1, 0.1f, false}, {"near 30%", 1, 0.3f, false},
+                          {"alternating", 1, 0.03f, true}};
+
+// bf16 products keep their bounds (docs/gated_delta_rule.md) whatever the keys are. One rounding of S, R or U to bf16
+// breaks them for some of these.
+void test_fast_chunks(int32_t tokens, const Keys& keys, float g, float beta, const BFloat16Products* products) {
+  constexpr int64_t K = 64, V = 32;
+  constexpr double kOutBound = 2e-3, kStateBound = 1e-4;
+  const std::string name = std::string("fast chunks, keys ") + keys.name + ", g=" + std::to_string(g);
+  Rule rule{tokens, K, V, DType::kBFloat16};
+  const Numbers common = Numbers::random(DType::kFloat32, K);
+  for (size_t i = 0; i < rule.k.size(); ++i) {
+    const double x = keys.common * common[i % K] + keys.own * rule.k[i];
+    rule.k.set(i, static_cast<float>(keys.alternates && i / K % 2 == 1 ? -x : x));
+  }
+  for (size_t i = 0; i < rule.g.size(); ++i) rule.g.set(i, g), rule.beta.set(i, beta);
+  Numbers state = Numbers::random(DType::kFloat32, Rule::N * Rule::HV * V * K, 0.5f);
+  Doubles want_state = doubles(state, state.size());
+  const int32_t slots[] = {0, 1}, cu_seqlens[] = {0, tokens, 2 * tokens};
+  ChunkGatedDeltaRuleArgs args = rule.chunk_args(state, DType::kFloat32);
+  args.read_slots = args.write_slots = slots;
+  args.cu_seqlens = cu_seqlens;
+  args.products = products;
+  run(args);
+  const Doubles want = rule.in_double(want_state);
+  expect_close(name + ", out", rule.out, want, kOutBound);
+  expect_close(name + ", state", state, want_state, kStateBound);
+}
+
+void test_fast_chunks_with(const BFloat16Products* products) {
+  if (products == nullptr) return;
+  for (const Keys& keys : kKeys) {
+    test_fast_chunks(/*tokens=*/130, keys, /*g=*/0, /*beta=*/1, products);
+    test_fast_chunks(/*tokens=*/400, keys, /*g=*/-0.01f, /*beta=*/0.9f, products);
+    test_fast_chunks(/*tokens=*/65, keys, /*g=*/-0.5f, /*beta=*/0.1f, products);
+  }
 }
 
 // Verification writes every state and gives the bits of decode, token by token.
@@ -463,21 +529,6 @@ void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, f
   expect_close(name, out, want, tolerance(dtype) * (dtype == DType::kFloat32 ? q_size : 1.0f));
 }
 
-// The products of packed_product.h as plain loops, so that linear's own work is tested where no instructions are.
-void multiply_plainly(const Product<uint16_t>& p) {
-  for (size_t i = 0; i < p.panels * p.rows * kPanel; ++i) {
-    const size_t panel = i / (p.rows * kPanel), row = i / kPanel % p.rows, column = i % kPanel;
-    float& c = p.c[panel * p.c_stride + row * kPanel + column];
-    float sum = p.accumulate ? c : 0;
-    for (size_t d = 0; d < p.terms[0].depth; ++d) {
-      sum += from_bfloat16(p.terms[0].a[row * p.a_stride + d]) *
-             from_bfloat16(p.terms[0].b[panel * p.b_stride + d / 2 * 2 * kPanel + 2 * column + d % 2]);
-    }
-    c = sum;
-  }
-}
-constexpr BFloat16Products kPlainProducts = {[] {}, [] {}, multiply_plainly};
-
 // All tokens at once, and each by itself with the same bits. Rows of x, weight and out lie apart.
 void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias, const BFloat16Products* products) {
   constexpr int64_t kGap = 2;
@@ -559,8 +610,10 @@ void test_target(int64_t target) {
       test_attention(/*group=*/4, /*D=*/64, /*block_size=*/1, dtype, q_size);
     }
   }
-  test_linear_with(&kPlainProducts);
-  test_linear_with(bfloat16_products());
+  for (const BFloat16Products* products : {&kPlainProducts, bfloat16_products()}) {
+    test_linear_with(products);
+    test_fast_chunks_with(products);
+  }
 }
 
 }  // namespace

@@ -17,10 +17,12 @@
 //
 // Rounding, f32 (exact): everything is f32, the state too, which is rounded to its own type after the last token. Where
 // exp(b_C) > 0.6 the state's step is S + (S expm1(b_C) + U^T K), rounded once.
-// Rounding, bf16 products (fast): sums, gates, norms, the inverse and the state are f32 as above. Rounded to bf16 are k
-// and q (exact if they are bf16), S for K S^T and Q S^T, and R where it meets the inverse below its diagonal. The other
-// operands, that inverse, tril(D Q K^T), U and exp(b_C - b) U, are sums of two bf16 numbers, which hold 16 bits:
-// rounded to one, the last alone would put an error of 1.7e-3 into S.
+// Rounding, bf16 products (fast): sums, gates, norms, the inverse and the state are f32 as above. k and q are rounded
+// to bf16 (exact if they are bf16). Every other operand is a sum of two bf16 numbers, which hold 16 bits: S, the
+// inverse below its diagonal, R, tril(D Q K^T), U and exp(b_C - b) U. One bf16 does for none of them, because what
+// errors do depends on the keys: where they are alike, U is made of differences of neighbouring rows of R, whose sum
+// keeps every error of R (S off by 1e-2), o of differences of S q and tril(D Q K^T) U; where they span all of K and
+// nothing decays, errors of S k return in every chunk.
 //
 // Order of sums: each element of a product is summed in ascending depth by one accumulator (packed_product.h), whatever
 // is computed beside it. So a call's bits depend on the instruction set and the accuracy alone: not on threads, on
@@ -58,9 +60,9 @@ struct BFloat16Mode {
   using Element = uint16_t;
   static constexpr size_t kDepthStep = 32;
   static constexpr size_t kKeys = 1;
-  static constexpr size_t kState = 1;
+  static constexpr size_t kState = 2;
   static constexpr size_t kInverse = 2;
-  static constexpr size_t kErrors = 1;
+  static constexpr size_t kErrors = 2;
   static constexpr size_t kScores = 2;
   static constexpr size_t kWrites = 2;
   static constexpr size_t kUpdates = 2;

@@ -19,7 +19,7 @@ namespace HWY_NAMESPACE {
 
 // ---- operands -------------------------------------------------------------------------------------------------------
 
-// The upper halves of x as numbers: x without the bits that bf16 has not.
+// The upper halves of x as numbers.
 HWY_INLINE VF upper_half(F32 d, VF x) {
   return hn::BitCast(d, hn::And(hn::BitCast(U32(), x), hn::Set(U32(), 0xFFFF0000u)));
 }
@@ -29,20 +29,19 @@ HWY_INLINE VF rounded_up(F32 d, VF x) {
   return hn::BitCast(d, hn::Add(hn::BitCast(U32(), x), hn::Set(U32(), 0x8000u)));
 }
 
-// Two rows of a panel of B, in kParts parts: all but the last are cut off, so that what remains is exact.
+// Two rows of a panel of B, in kParts parts. Each part is what remains rounded to nearest: the next has a sign of its
+// own, so that the product of two last parts, which set_terms leaves out, has no preferred sign either.
 template <size_t kParts>
 HWY_INLINE void store_pair(F32 d, VF even, VF odd, uint16_t* to, size_t part_stride) {
   const U32 u;
   for (size_t part = 0; part < kParts; ++part) {
-    const bool is_last = part + 1 == kParts;
-    const VF low = is_last ? rounded_up(d, even) : even;
-    const VF high = is_last ? rounded_up(d, odd) : odd;
-    const auto upper = hn::And(hn::BitCast(u, high), hn::Set(u, 0xFFFF0000u));
-    const auto words = hn::Or(hn::ShiftRight<16>(hn::BitCast(u, low)), upper);
+    const VF low = rounded_up(d, even);
+    const VF high = upper_half(d, rounded_up(d, odd));
+    const auto words = hn::Or(hn::ShiftRight<16>(hn::BitCast(u, low)), hn::BitCast(u, high));
     hn::StoreU(words, u, reinterpret_cast<uint32_t*>(to + part * part_stride));
-    if (is_last) return;
-    even = hn::Sub(even, upper_half(d, even));
-    odd = hn::Sub(odd, hn::BitCast(d, upper));
+    if (part + 1 == kParts) return;
+    even = hn::Sub(even, upper_half(d, low));
+    odd = hn::Sub(odd, high);
   }
 }
 
@@ -56,10 +55,10 @@ HWY_INLINE void store_pair(F32 d, VF even, VF odd, float* to, size_t) {
 template <size_t kParts>
 HWY_INLINE void store_lanes(F32 d, VF x, uint16_t* to, size_t part_stride) {
   for (size_t part = 0; part < kParts; ++part) {
-    const bool is_last = part + 1 == kParts;
-    store_low_halves(hn::ShiftRight<16>(hn::BitCast(U32(), is_last ? rounded_up(d, x) : x)), to + part * part_stride);
-    if (is_last) return;
-    x = hn::Sub(x, upper_half(d, x));
+    const VF rounded = rounded_up(d, x);
+    store_low_halves(hn::ShiftRight<16>(hn::BitCast(U32(), rounded)), to + part * part_stride);
+    if (part + 1 == kParts) return;
+    x = hn::Sub(x, upper_half(d, rounded));
   }
 }
 

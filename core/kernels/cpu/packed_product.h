@@ -42,6 +42,7 @@ struct BFloat16Products {
   void (*begin)();
   void (*end)();
   void (*multiply)(const Product<uint16_t>&);
+  bool are_tiles;  // many times the rate of f32 vectors; else about twice at best, which splitting operands uses up
 };
 
 /// The fastest bf16 products that this machine has and instruction_sets.h allows; null: there are none.

@@ -166,8 +166,8 @@ XGDN_AVX512_BF16 void multiply_avx512(const Product<uint16_t>& p) {
 
 // ---- what the machine has -------------------------------------------------------------------------------------------
 
-constexpr BFloat16Products kAmx = {begin_tiles, end_tiles, multiply_amx};
-constexpr BFloat16Products kAvx512 = {[] {}, [] {}, multiply_avx512};
+constexpr BFloat16Products kAmx = {begin_tiles, end_tiles, multiply_amx, /*are_tiles=*/true};
+constexpr BFloat16Products kAvx512 = {[] {}, [] {}, multiply_avx512, /*are_tiles=*/false};
 
 bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
