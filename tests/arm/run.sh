@@ -21,8 +21,7 @@ trap 'rm -rf "$work"' EXIT
 # Highway's folder alone: what else is beside it belongs to the host.
 mkdir "$work/include"
 ln -s "$highway/hwy" "$work/include/hwy"
-kernels=(core/kernels/cpu/{causal_conv1d,chunk_gated_delta_rule,gated_delta_rule,gdn_decode_step,gdn_gating}.cpp
-  core/kernels/cpu/{linear,packed_product_x86,paged_attention,rms_norm,rms_norm_gated,silu_and_mul}.cpp)
+mapfile -t kernels < <(printf '%s\n' core/kernels/cpu/*.cpp | grep -v /cpu_backend.cpp)
 
 build() {  # name, architecture; one instruction set, known to the compiler: needs nothing of Highway's library
   "$compiler" -std=c++20 -O2 -Wall -Wextra -Werror -static -march="$2" -DHWY_COMPILE_ONLY_STATIC -I. \
