@@ -8,8 +8,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <functional>
+#include <utility>
 
 #include "bindings/bind.h"
 #include "bindings/torch_casters.h"
@@ -87,23 +87,17 @@ void bind_layers(nb::module_& m) {
              const std::optional<at::Tensor>& write_indices, const std::optional<at::Tensor>& has_initial_state,
              const std::optional<at::Tensor>& num_accepted, const std::optional<kernel::ChunkMetadata>& chunk,
              bool may_have_padding) {
-            const int32_t* cu = cu_seqlens_cpu.const_data_ptr<int32_t>();
-            const int64_t N = cu_seqlens_cpu.numel() - 1;
-            int64_t max_len = 1;
-            for (int64_t n = 0; n < N; ++n) max_len = std::max<int64_t>(max_len, cu[n + 1] - cu[n]);
-            new (self) Segment{.kind = kind,
-                               .token_begin = token_begin,
-                               .num_tokens = cu[N],
-                               .max_len = max_len,
-                               .cu_seqlens = cu_seqlens_cpu.to(state_indices.device()),
-                               .state_indices = state_indices,
-                               .conv_indices = conv_indices,
-                               .write_indices = write_indices.value_or(at::Tensor()),
-                               .has_initial_state = has_initial_state.value_or(at::Tensor()),
-                               .num_accepted = num_accepted.value_or(at::Tensor()),
-                               .chunk = chunk.value_or(kernel::ChunkMetadata{}),
-                               .cu_seqlens_cpu = cu_seqlens_cpu,
-                               .may_have_padding = may_have_padding};
+            Segment segment{.kind = kind,
+                            .token_begin = token_begin,
+                            .state_indices = state_indices,
+                            .conv_indices = conv_indices,
+                            .write_indices = write_indices.value_or(at::Tensor()),
+                            .has_initial_state = has_initial_state.value_or(at::Tensor()),
+                            .num_accepted = num_accepted.value_or(at::Tensor()),
+                            .chunk = chunk.value_or(kernel::ChunkMetadata{}),
+                            .may_have_padding = may_have_padding};
+            set_lengths(segment, cu_seqlens_cpu);
+            new (self) Segment(std::move(segment));
           },
           nb::kw_only(), "kind"_a, "token_begin"_a = 0, "cu_seqlens_cpu"_a, "state_indices"_a, "conv_indices"_a,
           "write_indices"_a = nb::none(), "has_initial_state"_a = nb::none(), "num_accepted"_a = nb::none(),

@@ -48,6 +48,8 @@ ExpertWeights stacked_experts(const at::Tensor& gate_up, const at::Tensor& down)
     throw ShapeError(c10::str("[moe_experts] gate_up and down: expected [E, 2I, D] and [E, D, I], got ",
                               gate_up.sym_sizes(), " and ", down.sym_sizes()));
   }
+  check_storage("moe_experts", "gate_up", gate_up);
+  check_storage("moe_experts", "down", down);
   ExpertWeights experts{.stacked_gate_up = gate_up, .stacked_down = down};
   const int64_t I = down.size(2);
   for (int64_t e = 0; e < down.size(0); ++e) {

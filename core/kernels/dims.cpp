@@ -6,6 +6,8 @@
 #include <charconv>
 #include <sstream>
 
+#include "core/kernels/ops_api.h"
+
 namespace xgdn::kernel {
 namespace {
 
@@ -97,6 +99,8 @@ Dims& Dims::match(std::string_view arg, const at::Tensor& t, std::string_view na
     throw DeviceError(c10::str("[", op_, "] ", arg, ": expected a tensor on ", device_->str(), " (set by ", device_arg_,
                                "), got one on ", t.device().str()));
   }
+  check_storage(op_, arg, t);
+  arguments_.push_back({.arg = arg, .tensor = &t, .memory = Memory(t), .is_written = false, .in_place = {}});
   return *this;
 }
 
@@ -143,6 +147,41 @@ Dims& Dims::contiguous(std::string_view arg, const at::Tensor& t, int64_t free) 
 
 Dims& Dims::contiguous(std::string_view arg, const std::optional<at::Tensor>& t) {
   return t ? contiguous(arg, *t) : *this;
+}
+
+Dims& Dims::written(std::string_view arg, std::string_view in_place) {
+  for (Argument& a : arguments_) {
+    if (a.arg != arg) continue;
+    a.is_written = true;
+    a.in_place = in_place;
+    const std::optional<int64_t> dim = overlapping_dim(*a.tensor);
+    if (!dim) continue;
+    std::ostringstream got;
+    got << "strides " << a.tensor->sym_strides() << " for sizes " << a.tensor->sym_sizes();
+    fail(arg, c10::str("memory of its own for every element, with a larger stride of dimension ", *dim), got.str());
+  }
+  return *this;
+}
+
+void Dims::check_written() const {
+  for (const Argument& written : arguments_) {
+    if (!written.is_written) continue;
+    for (const Argument& other : arguments_) {
+      if (&other == &written || !written.memory.overlaps(other.memory)) continue;
+      bool is_in_place = false;
+      for_each_name(written.in_place, [&](std::string_view name) { is_in_place |= name == other.arg; });
+      if (is_in_place && written.memory.is_same(other.memory)) continue;
+      fail(written.arg, "memory of its own", c10::str("memory that ", other.arg, " lies in"));
+    }
+  }
+}
+
+void check_storage(std::string_view op, std::string_view arg, const at::Tensor& t) {
+  const std::optional<int64_t> reached = bytes_reached(t);
+  const std::optional<int64_t> held = bytes_held(t);
+  if (!reached || !held || *reached <= *held) return;
+  throw ShapeError(c10::str("[", op, "] ", arg, ": expected a storage of at least ", *reached,
+                            " bytes, which its sizes and strides reach, got one of ", *held));
 }
 
 }  // namespace xgdn::kernel

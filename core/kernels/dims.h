@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/errors.h"
+#include "core/kernels/memory.h"
 
 namespace xgdn::kernel {
 
@@ -20,11 +21,14 @@ namespace xgdn::kernel {
 class Dims {
  public:
   /// The names of the op, of arguments and of dimensions must outlive the checks: they are literals.
-  explicit Dims(std::string_view op) : op_(op) { bindings_.reserve(kTypicalBindings); }
+  explicit Dims(std::string_view op) : op_(op) {
+    bindings_.reserve(kTypicalBindings);
+    arguments_.reserve(kTypicalBindings);
+  }
 
   /// `names` is the expected shape, e.g. "T H K"; a name may be a number. Binds unknown letters; throws ShapeError
-  /// where a bound letter disagrees, DeviceError where the device differs from that of the first tensor. An absent
-  /// optional matches.
+  /// where a bound letter disagrees or the storage holds less than sizes and strides reach, DeviceError where the
+  /// device differs from that of the first tensor. An absent optional matches. `t` must outlive the checks.
   Dims& match(std::string_view arg, const at::Tensor& t, std::string_view names);
   Dims& match(std::string_view arg, const std::optional<at::Tensor>& t, std::string_view names);
 
@@ -37,6 +41,13 @@ class Dims {
   /// Throws ShapeError unless all dimensions but the first `free` are contiguous.
   Dims& contiguous(std::string_view arg, const at::Tensor& t, int64_t free = 0);
   Dims& contiguous(std::string_view arg, const std::optional<at::Tensor>& t);
+
+  /// Says that the op writes `arg`, which has been matched. Throws ShapeError where elements of it share memory.
+  /// `in_place` names the inputs, e.g. "gate up", whose elements it may replace one by one.
+  Dims& written(std::string_view arg, std::string_view in_place = {});
+  /// Throws ShapeError where a written tensor shares memory with another tensor that has been matched, unless both are
+  /// the same elements and the other was named `in_place`.
+  void check_written() const;
 
   /// Throws ShapeError with the op's name and the sentence made of `parts` unless `ok`.
   template <class... Parts>
@@ -60,6 +71,13 @@ class Dims {
     c10::SymInt size;
     std::string_view arg;  // which argument bound it
   };
+  struct Argument {
+    std::string_view arg;
+    const at::Tensor* tensor;
+    Memory memory;
+    bool is_written;
+    std::string_view in_place;  // with is_written
+  };
   const Binding* find(std::string_view name) const;
   [[noreturn]] void fail(std::string_view arg, const std::string& expected, const std::string& got) const;
 
@@ -67,6 +85,7 @@ class Dims {
 
   std::string_view op_;
   std::vector<Binding> bindings_;
+  std::vector<Argument> arguments_;
   std::optional<c10::Device> device_;
   std::string_view device_arg_;
 };

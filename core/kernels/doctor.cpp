@@ -42,7 +42,9 @@ std::vector<BackendReport> doctor() {
   at::Tensor cu_seqlens = at::zeros({2}, at::kInt);
   cu_seqlens.data_ptr<int32_t>()[1] = 1;
   const ChunkMetadata chunk = build_chunk_metadata({1}, kHeads);
+  const at::Tensor out = at::empty_like(head);
   const at::Tensor out_row = at::empty_like(row);
+  const at::Tensor beta = at::empty_like(gate);
 
   std::vector<BackendReport> rows;
   report<RecurrentGatedDeltaRuleParams>(rows, {.q = head,
@@ -53,7 +55,7 @@ std::vector<BackendReport> doctor() {
                                                .state = state,
                                                .cu_seqlens = cu_seqlens,
                                                .state_indices = slot,
-                                               .out = head});
+                                               .out = out});
   report<ChunkGatedDeltaRuleParams>(rows, {.q = head,
                                            .k = head,
                                            .v = head,
@@ -64,7 +66,7 @@ std::vector<BackendReport> doctor() {
                                            .state_indices = slot,
                                            .chunk_indices = chunk.chunk_indices_chunk64,
                                            .chunk_offsets = chunk.chunk_offsets_chunk64,
-                                           .out = head});
+                                           .out = out});
   report<PackedDecodeParams>(rows, {.mixed_qkv = row,
                                     .a = logit,
                                     .b = logit,
@@ -72,7 +74,7 @@ std::vector<BackendReport> doctor() {
                                     .dt_bias = per_head,
                                     .state = state,
                                     .state_indices = slot,
-                                    .out = head});
+                                    .out = out});
   report<CausalConv1dParams>(rows, {.x = row,
                                     .weight = taps,
                                     .conv_state = conv_state,
@@ -86,9 +88,9 @@ std::vector<BackendReport> doctor() {
                                           .state_indices = slot,
                                           .out = out_row});
   report<GdnGatingParams>(rows,
-                          {.a = logit, .b = logit, .A_log = per_head, .dt_bias = per_head, .g = gate, .beta = gate});
-  report<L2NormParams>(rows, {.x = head, .out = head});
-  report<RmsNormGatedParams>(rows, {.x = head, .z = head, .weight = at::zeros({kDim}, at::kFloat), .out = head});
+                          {.a = logit, .b = logit, .A_log = per_head, .dt_bias = per_head, .g = gate, .beta = beta});
+  report<L2NormParams>(rows, {.x = head, .out = out});
+  report<RmsNormGatedParams>(rows, {.x = head, .z = head, .weight = at::zeros({kDim}, at::kFloat), .out = out});
   report<GdnDecodeStepParams>(rows, {.projected = at::zeros({1, 4 * kDim + 2}, at::kBFloat16),
                                      .conv_weight = taps,
                                      .conv_state = conv_state,
@@ -97,24 +99,26 @@ std::vector<BackendReport> doctor() {
                                      .state = state,
                                      .norm_weight = at::zeros({kDim}, at::kFloat),
                                      .state_indices = slot,
-                                     .out = head});
+                                     .out = out});
 
   const at::Tensor token = at::zeros({1, kDim}, at::kBFloat16);
+  const at::Tensor out_token = at::empty_like(token);
   const at::Tensor square = at::zeros({kDim, kDim}, at::kBFloat16);
-  report<RmsNormParams>(rows, {.x = head, .weight = at::zeros({kDim}, at::kFloat), .out = head});
-  report<SiluAndMulParams>(rows, {.gate = token, .up = token, .out = token});
-  report<LinearParams>(rows, {.x = token, .weight = square, .out = token});
+  report<RmsNormParams>(rows, {.x = head, .weight = at::zeros({kDim}, at::kFloat), .out = out});
+  report<SiluAndMulParams>(rows, {.gate = token, .up = token, .out = out_token});
+  report<LinearParams>(rows, {.x = token, .weight = square, .out = out_token});
   const at::Tensor block = at::zeros({1, 1, kHeads, kDim}, at::kBFloat16);
   report<PagedAttentionParams>(rows, {.q = head,
                                       .k = block,
                                       .v = block,
                                       .block_ids = slot,
                                       .sequences = {{.num_tokens = 1, .context_len = 1, .num_blocks = 1}},
-                                      .out = head,
+                                      .out = out,
                                       .context_rows = slot});
   const ExpertWeights experts{.gate = {square}, .up = {square}, .down = {square}};
   report<MoeExpertsParams>(
-      rows, {.x = token, .weights = logit, .chosen = at::zeros({1, 1}, at::kLong), .experts = experts, .out = token});
+      rows,
+      {.x = token, .weights = logit, .chosen = at::zeros({1, 1}, at::kLong), .experts = experts, .out = out_token});
   return rows;
 }
 

@@ -32,7 +32,14 @@ void match_indices(Dims& d, std::string_view arg, const T& indices, std::string_
 // Slots may have gaps between them.
 void match_pool(Dims& d, std::string_view arg, const at::Tensor& pool, std::string_view names,
                 std::initializer_list<at::ScalarType> allowed) {
-  d.match(arg, pool, names).dtype(arg, pool, allowed).contiguous(arg, pool, 1);
+  d.match(arg, pool, names).dtype(arg, pool, allowed).contiguous(arg, pool, 1).written(arg);
+}
+
+// A result. `in_place` as in Dims::written.
+void match_out(Dims& d, std::string_view arg, const at::Tensor& out, std::string_view names,
+               std::initializer_list<at::ScalarType> allowed, std::string_view in_place = {}) {
+  match_strided(d, arg, out, names, allowed);
+  d.written(arg, in_place);
 }
 
 void match_delta_state(Dims& d, const at::Tensor& state) {
@@ -67,6 +74,7 @@ void match_host_copy(const Dims& d, const std::optional<at::Tensor>& cu_seqlens_
                               d.sym("N+1"), " (set by cu_seqlens) on cpu, got ", c10::toString(t.scalar_type()), " ",
                               t.sym_sizes(), " on ", t.device().str()));
   }
+  check_storage(d.op(), "cu_seqlens_cpu", t);
 }
 
 // The arguments that both delta rules share.
@@ -84,7 +92,7 @@ Dims match_delta_rule(const Params& p) {
   match_delta_state(d, p.state);
   bind_sequences(d, p.cu_seqlens);
   match_host_copy(d, p.cu_seqlens_cpu);
-  match_strided(d, "out", p.out, "T HV V", {at::kFloat, in});
+  match_out(d, "out", p.out, "T HV V", {at::kFloat, in});
   return d;
 }
 
@@ -142,7 +150,7 @@ Dims match(const PackedDecodeParams& p) {
   match_delta_state(d, p.state);
   match_indices(d, "state_indices", p.state_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
-  match_strided(d, "out", p.out, "N HV V", {at::kFloat, in});
+  match_out(d, "out", p.out, "N HV V", {at::kFloat, in});
   bind_key_heads(d, "mixed_qkv");
   d.bind("T", d.sym("N"), "mixed_qkv");
   d.bind("L", 1, "state_indices");
@@ -160,9 +168,7 @@ Dims match_conv(const Params& p) {
   bind_sequences(d, p.cu_seqlens);
   match_indices(d, "state_indices", p.state_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
-  match_strided(d, "out", p.out, "T D", {in});
-  d.require(!p.out.is_alias_of(p.x) || p.out.storage_offset() != p.x.storage_offset(),
-            "out: expected memory of its own, got x's");
+  match_out(d, "out", p.out, "T D", {in});
   return d;
 }
 
@@ -194,13 +200,14 @@ Dims match(const GdnGatingParams& p) {
   match_gate_weights(d, p, in);
   match_contiguous(d, "g", p.g, "T HV", {at::kFloat});
   match_contiguous(d, "beta", p.beta, "T HV", {at::kFloat});
+  d.written("g").written("beta");
   return d;
 }
 
 Dims match(const L2NormParams& p) {
   Dims d(Op<L2NormParams>::name);
   match_strided(d, "x", p.x, "T H K", kInputTypes);
-  match_strided(d, "out", p.out, "T H K", {p.x.scalar_type()});
+  match_out(d, "out", p.out, "T H K", {p.x.scalar_type()}, "x");
   return d;
 }
 
@@ -210,7 +217,7 @@ Dims match(const RmsNormGatedParams& p) {
   match_strided(d, "z", p.z, "T HV V", kInputTypes);
   const at::ScalarType in = p.z.scalar_type();
   match_contiguous(d, "weight", p.weight, "V", {at::kFloat, in});
-  match_strided(d, "out", p.out, "T HV V", {in});
+  match_out(d, "out", p.out, "T HV V", {in}, "x z");
   return d;
 }
 
@@ -234,7 +241,7 @@ Dims match(const GdnDecodeStepParams& p) {
     d.require(d.sym("N+1") == d.sym("N") + 1, "cu_seqlens: expected [N+1] with N=", d.sym("N"),
               " (set by projected), got [", d.sym("N+1"), "]");
   }
-  match_strided(d, "out", p.out, "N HV V", {in});
+  match_out(d, "out", p.out, "N HV V", {in});
   bind_key_heads(d, "conv_weight");
   const c10::SymInt width = d.sym("D") + d.sym("HV") * d.sym("V") + d.sym("HV") * 2;
   d.require(d.sym("P") == width, "projected: expected a width of D + HV V + 2 HV = ", width, " with D=", d.sym("D"),
@@ -277,7 +284,7 @@ Dims match(const PagedAttentionParams& p) {
             " (set by q) to be a multiple of HKV, got HKV=", d.sym("HKV"));
   match_indices(d, "block_ids", p.block_ids, "M");
   match_indices(d, "context_rows", p.context_rows, "C");
-  match_strided(d, "out", p.out, "T HQ D", {in});
+  match_out(d, "out", p.out, "T HQ D", {in});
   require_sequences(d, p);
   return d;
 }
@@ -287,8 +294,8 @@ Dims match(const RmsNormParams& p) {
   match_strided(d, "x", p.x, "T H D", kInputTypes);
   const at::ScalarType in = p.x.scalar_type();
   match_contiguous(d, "weight", p.weight, "D", {at::kFloat, in});
-  if (p.residual) match_strided(d, "residual", *p.residual, "T H D", {in});
-  match_strided(d, "out", p.out, "T H D", {in});
+  if (p.residual) match_out(d, "residual", *p.residual, "T H D", {in});
+  match_out(d, "out", p.out, "T H D", {in}, "x");
   return d;
 }
 
@@ -297,7 +304,7 @@ Dims match(const SiluAndMulParams& p) {
   match_strided(d, "gate", p.gate, "T I", kInputTypes);
   const at::ScalarType in = p.gate.scalar_type();
   match_strided(d, "up", p.up, "T I", {in});
-  match_strided(d, "out", p.out, "T I", {in});
+  match_out(d, "out", p.out, "T I", {in}, "gate up");
   return d;
 }
 
@@ -307,7 +314,7 @@ Dims match(const LinearParams& p) {
   const at::ScalarType in = p.x.scalar_type();
   match_strided(d, "weight", p.weight, "O D", {in});
   match_contiguous(d, "bias", p.bias, "O", {in});
-  match_strided(d, "out", p.out, "T O", {at::kFloat, in});
+  match_out(d, "out", p.out, "T O", {at::kFloat, in});
   return d;
 }
 
@@ -328,7 +335,20 @@ Dims match(const MoeExpertsParams& p) {
   d.bind("G", d.sym("I") * 2, "experts.gate");
   match_contiguous(d, "experts.stacked_gate_up", e.stacked_gate_up, "E G D", {in});
   match_contiguous(d, "experts.stacked_down", e.stacked_down, "E D I", {in});
+  if (!e.stacked_gate_up || !e.stacked_down) {
+    for (const auto* experts : {&e.gate, &e.up, &e.down}) {
+      for (const at::Tensor& expert : *experts) check_storage(d.op(), "experts", expert);
+    }
+  }
   match_contiguous(d, "out", p.out, "T D", {in});
+  d.written("out");
+  return d;
+}
+
+template <typename Params>
+Dims matched(const Params& p) {
+  Dims d = match(p);
+  d.check_written();
   return d;
 }
 
@@ -393,89 +413,89 @@ void check_accuracy_name(const std::string& accuracy) {
 }
 
 GdnShape checked_shape(const RecurrentGatedDeltaRuleParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 GdnShape checked_shape(const ChunkGatedDeltaRuleParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 GdnShape checked_shape(const PackedDecodeParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 ConvShape checked_shape(const CausalConv1dParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 ConvShape checked_shape(const CausalConv1dUpdateParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 GdnShape checked_shape(const GdnGatingParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 GdnShape checked_shape(const L2NormParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 GdnShape checked_shape(const RmsNormGatedParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 DecodeStepShape checked_shape(const GdnDecodeStepParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 AttentionShape checked_shape(const PagedAttentionParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 NormShape checked_shape(const RmsNormParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 LinearShape checked_shape(const SiluAndMulParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 LinearShape checked_shape(const LinearParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 ExpertsShape checked_shape(const MoeExpertsParams& p) {
-  return shape(p, match(p));
+  return shape(p, matched(p));
 }
 
 void check(const RecurrentGatedDeltaRuleParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const ChunkGatedDeltaRuleParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const PackedDecodeParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const CausalConv1dParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const CausalConv1dUpdateParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const GdnGatingParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const L2NormParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const RmsNormGatedParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const GdnDecodeStepParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const PagedAttentionParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const RmsNormParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const SiluAndMulParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const LinearParams& p) {
-  match(p);
+  matched(p);
 }
 void check(const MoeExpertsParams& p) {
-  match(p);
+  matched(p);
 }
 
 }  // namespace xgdn::kernel

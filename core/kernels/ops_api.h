@@ -14,6 +14,10 @@
 // unchanged; every row of `out` is written; rows of padded sequences are zero.
 //
 // "strided" below: the last dimension is contiguous, all others are free. Everything else is contiguous.
+//
+// What an op writes has memory of its own: no element shares it with another one, nor with another tensor of the call,
+// whether read or written. Where a comment says that `out` may be an input it may be that tensor, element for element.
+// A storage that holds less than sizes and strides reach, as after resize_, is a ShapeError.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -115,7 +119,6 @@ void packed_decode(const PackedDecodeParams& p);
 
 /// Depthwise causal convolution with SiLU over packed sequences (prefill). Reads the W-1 rows before the sequence from
 /// the conv pool where has_initial_state, else zeros; leaves the sequence's last W-1 inputs in rows 0..W-2.
-/// x and out must not overlap.
 struct CausalConv1dParams {
   at::Tensor x;                         // [T, D]     f32 | bf16 | f16, strided
   at::Tensor weight;                    // [D, W]     as x, W = 2..4, tap W-1 is the current token
@@ -163,7 +166,7 @@ struct GdnGatingParams {
 };
 void gdn_gating(const GdnGatingParams& p);
 
-/// out = x / sqrt(sum(x^2) + eps) over the last dimension, computed in fp32.
+/// out = x / sqrt(sum(x^2) + eps) over the last dimension, computed in fp32. out may be x.
 struct L2NormParams {
   at::Tensor x;    // [T, H, K]  f32 | bf16 | f16, strided
   at::Tensor out;  // [T, H, K]  as x, strided, written
@@ -172,7 +175,8 @@ struct L2NormParams {
 };
 void l2_norm(const L2NormParams& p);
 
-/// out = weight * (x / rms(x)) * silu(z) over the last dimension, computed in fp32, rounded once at the end.
+/// out = weight * (x / rms(x)) * silu(z) over the last dimension, computed in fp32, rounded once at the end. out may be
+/// x or z.
 struct RmsNormGatedParams {
   at::Tensor x;       // [T, HV, V]  f32 | bf16 | f16, strided
   at::Tensor z;       // [T, HV, V]  f32 | bf16 | f16, strided
@@ -185,7 +189,7 @@ void rms_norm_gated(const RmsNormGatedParams& p);
 
 /// out = (1 + weight) * (x / rms(x)) over the last dimension, computed in fp32, rounded once at the end (the
 /// checkpoints store weight around zero). With a residual stream: residual <- residual + x first, and the sum is what
-/// is normed.
+/// is normed. out may be x.
 struct RmsNormParams {
   at::Tensor x;                             // [T, H, D]  f32 | bf16 | f16, strided
   at::Tensor weight;                        // [D]        f32 | as x
@@ -309,6 +313,10 @@ void check(const LinearParams& p);
 void check(const GdnDecodeStepParams& p);
 void check(const PagedAttentionParams& p);
 void check(const MoeExpertsParams& p);
+
+/// Throws ShapeError where the storage of `t` holds less than its sizes and strides reach. The ops ask it of every
+/// tensor; it is for those that others hand to ATen.
+void check_storage(std::string_view op, std::string_view arg, const at::Tensor& t);
 
 /// Checks the values inside the index tensors, which must be on the CPU: cu_seqlens starts at 0, never falls and ends
 /// at T; slots are kPadSlot or 0..S-1; num_accepted is 1..L; no slot is written twice; blocks, rows and experts exist.

@@ -37,6 +37,9 @@ std::vector<at::Tensor> GatedAttention::weights() const {
 
 at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
                                    KvPool& kv) const {
+  kernel::check_storage("GatedAttention", "kv.k", kv.k);
+  kernel::check_storage("GatedAttention", "kv.v", kv.v);
+  kernel::check_storage("GatedAttention", "kv_rows", batch.kv_rows);
   const int64_t dim = config_.head_dim;
   const at::Tensor query_gate = project(hidden, q_.weight, q_.bias).unflatten(1, {config_.num_heads, 2 * dim});
   const at::Tensor query = query_gate.narrow(-1, 0, dim);

@@ -32,6 +32,11 @@ struct Segment {
   bool may_have_padding = true;  // false: no sequence has kPadSlot
 };
 
+/// Fills in what follows from cu_seqlens_cpu: num_tokens, max_len, and cu_seqlens beside state_indices. Throws
+/// ShapeError, DtypeError, DeviceError or RangeError unless it is [N+1] int32 on the host that starts at 0 and never
+/// falls.
+void set_lengths(Segment& segment, const at::Tensor& cu_seqlens_cpu);
+
 /// One step. The segments cover the tokens 0..num_tokens-1 in order, without gaps.
 struct GdnBatch {
   int64_t num_tokens = 0;

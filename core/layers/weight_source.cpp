@@ -13,6 +13,7 @@ at::Tensor TensorMap::get(const std::string& name, at::IntArrayRef shape) const 
   if (it->second.sizes() != shape) {
     throw CheckpointError(c10::str("[TensorMap] ", name, ": expected ", shape, ", got ", it->second.sizes()));
   }
+  kernel::check_storage("TensorMap", name, it->second);
   return it->second;
 }
 

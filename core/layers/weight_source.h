@@ -25,7 +25,7 @@ class WeightSource {
   virtual bool contains(const std::string& name) const = 0;
 
   /// The tensor as stored; it may alias a memory-mapped file. Throws CheckpointError when the name is missing or the
-  /// shape differs from `shape`.
+  /// shape differs from `shape`, ShapeError when its storage holds less.
   virtual at::Tensor get(const std::string& name, at::IntArrayRef shape) const = 0;
 
   /// Whether tensors alias files: they may leave memory at any time, and lie in small pages.

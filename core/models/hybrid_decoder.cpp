@@ -140,6 +140,10 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
     throw DeviceError(c10::str("[HybridDecoder] input: expected a step built for ", device_.str(), ", got one on ",
                                input.token_ids.device().str()));
   }
+  kernel::check_storage("HybridDecoder", "token_ids", input.token_ids);
+  kernel::check_storage("HybridDecoder", "logit_rows", input.logit_rows);
+  kernel::check_storage("HybridDecoder", "positions", input.attention.positions);
+  kernel::check_storage("HybridDecoder", "embed_tokens", embedding_);
   const at::Tensor residual = at::index_select(embedding_, 0, input.token_ids);
   at::Tensor delta;  // what the part before adds to the residual stream
   const auto normed = [&](const at::Tensor& weight) {

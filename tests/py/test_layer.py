@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
+from cases import i32
 from checkpoints import MOE, SMALL, randomize
 from xgdn import _C, errors
 
@@ -257,3 +258,56 @@ def test_missing_and_misshapen_weights_are_refused() -> None:
     weights["A_log"] = torch.zeros(5)
     with pytest.raises(errors.CheckpointError, match=r"A_log.*\[4\].*\[5\]"):
         _C.Qwen3GatedDeltaNet(layer.config(), weights, dtype=torch.float32)
+
+
+def freed(t: torch.Tensor) -> torch.Tensor:
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def test_storages_that_were_freed_are_refused() -> None:
+    """Weights, hidden states, pools, the host's lengths: all but an error would read where nothing is."""
+    module = LAYERS[0].reference()
+    host = Host(LAYERS[0].ours(module))
+    expected = "expected a storage of at least .* got one of 0"
+    (x,) = hidden_states(3)
+    host.step([(x, prefill(0))])
+    for kind, name in ((_C.StateKind.CONV, "conv_state"), (_C.StateKind.DELTA, "state")):
+        broken = Host(LAYERS[0].ours(module))
+        batch = broken.builder.build([_C.SequenceStep(tokens=[0], **prefill(0))]).input.gdn
+        freed(broken.state.pool(kind))
+        with pytest.raises(errors.ShapeError, match=rf"{name}: {expected}"):
+            broken.net.forward(x[:1], batch, broken.state)
+    batch = host.builder.build([_C.SequenceStep(tokens=[0] * 3, **prefill(0))]).input.gdn
+    freed(batch.segments[0].state_indices)
+    with pytest.raises(errors.ShapeError, match=expected):
+        host.net.forward(x, batch, host.state)
+    batch = host.builder.build([_C.SequenceStep(tokens=[0] * 3, **prefill(0))]).input.gdn
+    with pytest.raises(errors.ShapeError, match=rf"x: {expected}"):
+        host.net.forward(freed(x), batch, host.state)
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    freed(weights["out_proj.weight"])
+    with pytest.raises(errors.ShapeError, match=rf"out_proj.weight: {expected}"):
+        _C.Qwen3GatedDeltaNet(LAYERS[0].config(), weights, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "words"),
+    [
+        (i32([0, 1, 2]).long(), errors.DtypeError, "Int, got Long"),
+        (i32([0, 1, 2]).float(), errors.DtypeError, "Int, got Float"),
+        (i32([[0, 1]]), errors.ShapeError, r"\[N\+1\], got \[1, 2\]"),
+        (i32([]), errors.ShapeError, r"\[N\+1\], got \[0\]"),
+        (i32([0, 9, 1, 9, 2])[::2], errors.ShapeError, "contiguous"),
+        (i32([1, 2]), errors.RangeError, "start at 0, got 1"),
+        (i32([0, 3, 2]), errors.RangeError, r"never fall \(3 before\), got 2"),
+        (torch.empty(3, dtype=torch.int32, device="meta"), errors.DeviceError, "on cpu, got meta"),
+        (freed(i32([0, 1, 2])), errors.ShapeError, "a storage of at least 12 bytes, .* got one of 0"),
+    ],
+    ids=["long", "float", "rank", "empty", "strided", "start", "falls", "meta", "freed"],
+)
+def test_lengths_of_a_segment_are_checked(lengths: torch.Tensor, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=rf"\[Segment\] cu_seqlens_cpu: expected .*{words}"):
+        _C.Segment(
+            kind=_C.SegmentKind.DECODE, cu_seqlens_cpu=lengths, state_indices=i32([0, 1]), conv_indices=i32([0, 1])
+        )

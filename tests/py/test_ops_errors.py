@@ -359,3 +359,190 @@ def test_cpu_says_which_head_dims_it_serves(op: str, K: int, V: int) -> None:
     # Left to itself the choice falls on the next backend, and that can be asked for.
     OPS[op](**arguments)
     assert xgdn.last_backend(op) != "cpu"
+
+
+# ---- memory: what a tensor's storage holds, and who shares it --------------------------------------------------------
+
+# Arguments that an op also takes, beside those of good_arguments.
+OPTIONAL: dict[str, Arguments] = {
+    RECURRENT: {"write_indices": i32([1, 3]), "cu_seqlens_cpu": i32([0, 3, 5])},
+    "chunk_gated_delta_rule": {
+        "write_indices": i32([1, 3]),
+        "cu_seqlens_cpu": i32([0, 3, 5]),
+        "has_initial_state": torch.tensor([True, False]),
+    },
+    "packed_decode": {"write_indices": i32([1, 3])},
+    "causal_conv1d": {
+        "bias": torch.randn(24),
+        "write_indices": i32([1, 3]),
+        "has_initial_state": torch.tensor([True, False]),
+    },
+    "causal_conv1d_update": {
+        "bias": torch.randn(24),
+        "write_indices": i32([1, 3]),
+        "num_accepted": i32([1, 3]),
+    },
+    ATTENTION: {"context_rows": i32([8, 9, 10, 11, 0, 1, 2, 4, 5])},
+    STEP: {
+        "conv_bias": torch.randn(192),
+        "conv_indices": i32([0, 2]),
+        "write_indices": i32([1, 3]),
+        "cu_seqlens": i32([0, 1, 2]),
+    },
+}
+
+OUT_SHAPES = {
+    RECURRENT: (5, 4, 32),
+    "chunk_gated_delta_rule": (5, 4, 32),
+    "packed_decode": (2, 4, 32),
+    "causal_conv1d": (5, 24),
+    "causal_conv1d_update": (5, 24),
+    "l2_norm": (5, 2, 16),
+    "rms_norm_gated": (5, 4, 32),
+    "rms_norm": (5, 2, 16),
+    "silu_and_mul": (5, 24),
+    "linear": (5, 16),
+    ATTENTION: (5, 4, 16),
+    EXPERTS: (5, 24),
+    STEP: (2, 4, 32),
+}
+
+
+def every_argument(op: str) -> Arguments:
+    """Those that good_arguments has, the optional ones and what is written, each in memory of its own."""
+    arguments = copy.deepcopy({**good_arguments(op), **OPTIONAL.get(op, {})})
+    if op == "gdn_gating":
+        return arguments | {"g": torch.empty(5, 4), "beta": torch.empty(5, 4)}
+    return arguments | {"out": torch.empty(OUT_SHAPES[op])}
+
+
+def tensors(op: str) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in every_argument(op).items() if isinstance(value, torch.Tensor)}
+
+
+WRITTEN = {op: ["g", "beta"] if op == "gdn_gating" else ["out"] for op in OPS}
+for _op in OPS:
+    WRITTEN[_op] += [name for name in ("state", "conv_state", "residual") if name in tensors(_op)]
+
+# The inputs that an op may replace element by element.
+IN_PLACE = {"l2_norm": ["x"], "rms_norm": ["x"], "rms_norm_gated": ["x", "z"], "silu_and_mul": ["gate", "up"]}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in tensors(op)])
+@pytest.mark.parametrize("rest", [0, -1], ids=["freed", "truncated"])
+def test_a_storage_that_holds_less_than_the_tensor_reaches(op: str, name: str, rest: int) -> None:
+    arguments = every_argument(op)
+    OPS[op](**copy.deepcopy(arguments))
+    storage = arguments[name].untyped_storage()
+    needed = storage.nbytes()
+    storage.resize_(needed + rest if rest else 0)
+    pattern = rf"\[{op}\] {name}: expected a storage of at least \d+ bytes, .* got one of {storage.nbytes()}$"
+    with pytest.raises(ValueError, match=pattern):
+        OPS[op](**arguments)
+
+
+@pytest.mark.parametrize("table", ["chunk_indices_chunk64", "chunk_offsets_chunk64"])
+def test_chunk_tables_that_were_freed(table: str) -> None:
+    arguments = good_arguments("chunk_gated_delta_rule")
+    getattr(arguments["chunk"], table).untyped_storage().resize_(0)
+    argument = table.removesuffix("_chunk64")
+    with pytest.raises(ValueError, match=rf"\[chunk_gated_delta_rule\] {argument}: expected a storage of at least"):
+        ops.chunk_gated_delta_rule(**arguments)
+
+
+def test_a_view_may_end_where_its_storage_does() -> None:
+    whole = torch.randn(7, 2, 16)
+    end = whole[2:]
+    assert ops.l2_norm(end).isfinite().all()
+    whole.untyped_storage().resize_(6 * 2 * 16 * 4)
+    assert ops.l2_norm(whole[:6]).isfinite().all()
+    with pytest.raises(ValueError, match=r"x: expected a storage of at least 896 bytes, .* got one of 768"):
+        ops.l2_norm(end)
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in WRITTEN[op]])
+@pytest.mark.parametrize("missing", [1, None], ids=["by_one", "expanded"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_written_memory_may_not_share_elements(op: str, name: str, missing: int | None, device: str) -> None:
+    """Rows or slots that begin before their predecessor ends; where the op wants them contiguous it says that."""
+    arguments = every_argument(op)
+    t = arguments[name]
+    stride = 0 if missing is None else t[0].numel() - missing
+    arguments[name] = torch.zeros(t.numel()).as_strided(t.shape, (stride, *t.stride()[1:]))
+    if device == "meta":
+        arguments = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        arguments[name] = torch.zeros(t.numel(), device="meta").as_strided(t.shape, (stride, *t.stride()[1:]))
+        arguments |= {"cu_seqlens_cpu": i32([0, 3, 5])} if "cu_seqlens_cpu" in arguments else {}
+        if arguments.get("chunk"):
+            arguments["chunk"] = type(arguments["chunk"])(*(table.to("meta") for table in arguments["chunk"]))
+    with pytest.raises(ValueError, match=rf"\[{op}\] {name}: expected (memory of its own|a contiguous).*strides"):
+        OPS[op](**arguments)
+
+
+def test_slots_may_interleave_with_those_of_another_pool() -> None:
+    """Two pools of one allocation, slot by slot; and rows of a result between those of its inputs."""
+    arguments = good_arguments(STEP)
+    slot, conv_slot = arguments["state"][0].numel(), arguments["conv_state"][0].numel()
+    both = torch.randn(4, slot + conv_slot)
+    shared = {
+        "state": both[:, :slot].view(arguments["state"].shape),
+        "conv_state": both[:, slot:].unflatten(1, arguments["conv_state"].shape[1:]),
+    }
+    apart = {name: value.contiguous() for name, value in shared.items()}
+    assert_bits_equal("out", ops.gdn_decode_step(**(arguments | shared)), ops.gdn_decode_step(**(arguments | apart)))
+    for name, value in shared.items():
+        assert_bits_equal(name, value, apart[name])
+
+    rows = torch.randn(5, 3, 24)
+    want = ops.silu_and_mul(rows[:, 0], rows[:, 2])
+    ops.silu_and_mul(rows[:, 0], rows[:, 2], out=rows[:, 1])
+    assert_bits_equal("out", rows[:, 1], want)
+
+
+def in_one_storage(t: torch.Tensor, other: torch.Tensor, offset: int) -> list[torch.Tensor]:
+    """Both again, of 4 bytes an element, with `other` from element `offset` of `t` on."""
+    memory = torch.zeros(t.numel() + other.numel() + offset)
+    return [
+        memory.view(x.dtype)[begin : begin + x.numel()].view(x.shape).copy_(x) for x, begin in ((t, 0), (other, offset))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "other"),
+    [
+        (op, name, other)
+        for op in OPS
+        for name in WRITTEN[op]
+        for other, value in tensors(op).items()
+        if other != name and value.element_size() == 4 and other != "cu_seqlens_cpu"
+    ],
+)
+def test_written_memory_may_not_be_another_arguments(op: str, name: str, other: str) -> None:
+    arguments = every_argument(op)
+    last = arguments[name].numel() - 1
+    for offset in (0, last):
+        shares = dict(arguments)
+        shares[name], shares[other] = in_one_storage(arguments[name], arguments[other], offset)
+        if offset == 0 and name == "out" and other in IN_PLACE.get(op, []):
+            continue
+        names = {"gate_up": "experts.*", "down": "experts.down"}.get(other, other)
+        pair = rf"({name}: .* memory that {names} lies in|{other}: .* memory that {name} lies in)"
+        with pytest.raises(ValueError, match=rf"\[{op}\] {pair}") as caught:
+            OPS[op](**shares)
+        assert "expected memory of its own, got" in str(caught.value)
+
+
+def test_memory_that_two_storages_hold_is_shared() -> None:
+    arguments = good_arguments("linear")
+    memory = torch.zeros(5 * 40).numpy()
+    x = torch.from_numpy(memory[: 5 * 24]).view(5, 24)
+    out = torch.from_numpy(memory[5 * 24 - 1 :][: 5 * 16]).view(5, 16)
+    with pytest.raises(ValueError, match=r"\[linear\] out: expected memory of its own, got memory that x lies in"):
+        ops.linear(**(arguments | {"x": x}), out=out)
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in IN_PLACE for name in IN_PLACE[op]])
+def test_results_that_may_replace_an_input(op: str, name: str, backend: str) -> None:
+    arguments = every_argument(op)
+    want = OPS[op](**copy.deepcopy(arguments), backend=backend)
+    assert_bits_equal(name, OPS[op](**(arguments | {"out": arguments[name]}), backend=backend), want)

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "tests/cpp/support/compare.h"
+#include "tests/cpp/support/expect_error.h"
 #include "tests/cpp/support/random_weights.h"
 
 namespace xgdn::testing {
@@ -169,6 +170,21 @@ TEST_F(GatedAttentionTest, NaNStaysInItsSequence) {
   const at::Tensor got = forward({sound, broken}, {{0, 20, first}, {0, 20, second}});
   EXPECT_TRUE(same_bits(got.narrow(0, 0, 20), want.narrow(0, 0, 20)));
   EXPECT_FALSE(at::isfinite(got.narrow(0, 23, 17)).any().item<bool>());
+}
+
+TEST_F(GatedAttentionTest, RefusesACacheThatWasFreed) {
+  const at::Tensor x = RandomTensors(5).normal({3, 48});
+  for (at::Tensor KvPool::*pool : {&KvPool::k, &KvPool::v}) {
+    const at::Tensor whole = kv_.*pool;
+    kv_.*pool = whole.clone();
+    (kv_.*pool).storage().unsafeGetStorageImpl()->set_nbytes(100);
+    expect_error<ShapeError>(
+        [&] {
+          forward({x}, {{0, 3, {2}}});
+        },
+        {pool == &KvPool::k ? "kv.k" : "kv.v", "storage of at least", "got one of 100"});
+    kv_.*pool = whole;
+  }
 }
 
 }  // namespace
