@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 import xgdn
 from xgdn.detokenize import Detokenizer
 from xgdn.progress import Bar
+from xgdn.vocabulary import Vocabulary
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Serves models with the gated delta rule (Qwen3-Next, Qwen3.5)."
@@ -63,7 +64,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 class Reply:
     """What has been generated for one branch of a prompt: ids, and text where there is a tokenizer."""
 
-    def __init__(self, index: int, branch: int, request: xgdn.Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, index: int, branch: int, request: xgdn.Request, vocabulary: Vocabulary | None) -> None:
         self.name = f"{index}.{branch}" if request.n > 1 else str(index)
         self.index = index
         self.branch = branch
@@ -71,7 +72,7 @@ class Reply:
         self.tokens: list[int] = []
         self.logprobs: list[xgdn.Logprobs] | None = None if request.sampling.logprobs is None else []
         self.text = ""
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.prompt)
+        self._detokenizer = None if vocabulary is None else Detokenizer(vocabulary, self.prompt)
         self._begin = time.perf_counter()
         self._token_times: list[float] = []
 
@@ -210,12 +211,12 @@ def _load_engine(
         loading.hide()
 
 
-def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Tokenizer | None, as_json: bool) -> bool:
+def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], vocabulary: Vocabulary | None, as_json: bool) -> bool:
     """Print the replies as they come; False when one of them ended with an error."""
     is_single = sum(request.n for request in requests) == 1 and not as_json
     ids = [engine.submit(request) for request in requests]
     replies = {
-        (ids[index], branch): Reply(index, branch, request, tokenizer)
+        (ids[index], branch): Reply(index, branch, request, vocabulary)
         for index, request in enumerate(requests)
         for branch in range(request.n)
     }
@@ -326,7 +327,7 @@ def generate(
             )
             for ids in prompts
         ]
-        succeeded = _run(engine, requests, tokenizer, as_json)
+        succeeded = _run(engine, requests, None if tokenizer is None else Vocabulary(tokenizer), as_json)
     if not succeeded:
         raise typer.Exit(1)
 

@@ -25,9 +25,9 @@ from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.engine_thread import EngineThread
 from xgdn.server.generation import Answer, ChatFormat, CompletionFormat, Generation
-from xgdn.server.logprobs import Vocabulary
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
+from xgdn.vocabulary import Vocabulary
 
 _MAX_TOKENS = 2**31 - 1  # of a sequence, where neither the model nor the pools have a limit
 # The second for nginx, which would hold events back until it has a buffer full.

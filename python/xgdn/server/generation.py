@@ -12,10 +12,11 @@ from typing import Any
 from xgdn.engine import Request, SamplingParams
 from xgdn.server.api_error import ApiError
 from xgdn.server.engine_thread import EngineThread
-from xgdn.server.logprobs import TokenReport, Vocabulary, chat_logprobs, completion_logprobs
+from xgdn.server.logprobs import TokenReport, chat_logprobs, completion_logprobs
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import GenerationBody
 from xgdn.server.sequence import Delta, TextSequence
+from xgdn.vocabulary import Vocabulary
 
 _UINT64 = 2**64
 

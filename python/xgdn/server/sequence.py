@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from xgdn.detokenize import Detokenizer
 from xgdn.engine import FinishReason, RequestEvent
-from xgdn.server.logprobs import LogprobQueue, TokenReport, Vocabulary
+from xgdn.server.logprobs import LogprobQueue, TokenReport
 from xgdn.server.metrics import Metrics
 from xgdn.server.stop_strings import StopStrings
-
-_CONTEXT_TOKENS = 64  # of the prompt, for the decoder; a whole long one would hold up the event loop
+from xgdn.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class TextSequence:
         self.has_begun = False
         self.is_finished = False
         self._index = index
-        self._detokenizer = Detokenizer(vocabulary.tokenizer, prompt[-_CONTEXT_TOKENS:])
+        self._detokenizer = Detokenizer(vocabulary, prompt)
         self._stop_strings = StopStrings(stops)
         self._logprobs = LogprobQueue(vocabulary)
         self._num_decoded = 0  # characters
