@@ -25,6 +25,8 @@ class Vocabulary:
         self.tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special_tokens: dict[int, str] = {i: token.content for i, token in added.items() if token.special}
+        names = sorted(self.special_tokens.values(), key=len, reverse=True)  # one may begin with another
+        self.special_names = re.compile("|".join(map(re.escape, names))) if names else None
         steps = _steps(tokenizer)
         self._is_byte_level = [step["type"] for step in steps] == ["ByteLevel"]
         self._has_byte_fallback = any(step["type"] == "ByteFallback" for step in steps)

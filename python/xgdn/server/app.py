@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from xgdn.engine import Engine
+from xgdn.sampling_defaults import SamplingDefaults
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.engine_thread import EngineThread
-from xgdn.server.generation import Answer, ChatFormat, CompletionFormat, Generation
+from xgdn.server.generation import Answer, ChatFormat, CompletionFormat, Generation, ModelDefaults
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
+from xgdn.tokenizer_files import eos_token_ids
 from xgdn.vocabulary import Vocabulary
 
 _MAX_TOKENS = 2**31 - 1  # of a sequence, where neither the model nor the pools have a limit
@@ -43,6 +45,7 @@ class Settings:
     max_body_bytes: int = 4 * 2**20
     api_key: str | None = None
     allowed_origins: Sequence[str] = ()  # of web pages that may call
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 class _EventStream(StreamingResponse):
@@ -68,6 +71,7 @@ class Server:
         self._settings = settings
         self._vocab_size = engine.vocab_size
         self._max_context = engine.max_context or _MAX_TOKENS
+        self._defaults = ModelDefaults(settings.sampling_defaults, eos_token_ids(settings.model_dir, tokenizer))
         self._chat_template = ChatTemplate(settings.model_dir)
         self.metrics = Metrics()
         self._engine = EngineThread(engine, self.metrics, settings.max_queue)
@@ -144,6 +148,7 @@ class Server:
             "created": self._start_time,
             "owned_by": "xgdn",
             "max_model_len": self._max_context,
+            "default_sampling_params": self._defaults.sampling.values(),
         }
 
     def _check_model(self, name: str) -> None:
@@ -191,10 +196,10 @@ class Server:
             max_tokens = rest if form.default_max_tokens is None else min(form.default_max_tokens, rest)
         for ids in prompts:
             self._check_prompt(ids, max_tokens, form.prompt_param)
-        generation = Generation(body, prompts, max_tokens, self._vocabulary, self._engine, self.metrics)
+        generation = Generation(body, prompts, max_tokens, self._defaults, self._vocabulary, self._engine, self.metrics)
         answer = Answer(generation, form, body.model, self.metrics)
         if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
             return _EventStream(answer.events(include_usage), generation)
         try:
             document = await _while_connected(request, answer.document())
@@ -224,7 +229,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     """The application. It steps the engine while it runs.
 
     Raises:
-        ValueError: the model directory's chat template cannot be read.
+        ValueError: the files of the model directory's tokenizer cannot be read.
     """
     server = Server(engine, tokenizer, settings)
     # FastAPI's pages of documentation load their scripts from elsewhere, and it does not see the bodies' schemas.

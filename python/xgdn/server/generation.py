@@ -7,9 +7,11 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from xgdn.engine import Request, SamplingParams
+from xgdn.sampling_defaults import SamplingDefaults, first_given
 from xgdn.server.api_error import ApiError
 from xgdn.server.engine_thread import EngineThread
 from xgdn.server.logprobs import TokenReport, chat_logprobs, completion_logprobs
@@ -21,6 +23,14 @@ from xgdn.vocabulary import Vocabulary
 _UINT64 = 2**64
 
 
+@dataclass(frozen=True)
+class ModelDefaults:
+    """What the model's files say about every answer."""
+
+    sampling: SamplingDefaults
+    eos_token_ids: Sequence[int]  # of the tokenizer; the engine knows those of the model
+
+
 class Generation:
     """Queued when constructed; raises ApiError when it is refused. Choice i is answer i % n to prompt i // n."""
 
@@ -29,6 +39,7 @@ class Generation:
         body: GenerationBody,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
+        defaults: ModelDefaults,
         vocabulary: Vocabulary,
         engine: EngineThread,
         metrics: Metrics,
@@ -40,19 +51,21 @@ class Generation:
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._num_prompt_tokens = sum(map(len, prompts))
         seed = secrets.randbits(63) if body.seed is None else body.seed
+        sampling = defaults.sampling
+        eos = [] if body.ignore_eos else defaults.eos_token_ids
         requests = [
             Request(
                 list(prompt),
                 max_new_tokens=max_tokens,
                 sampling=SamplingParams(
-                    temperature=1.0 if body.temperature is None else body.temperature,
-                    top_k=max(body.top_k or 0, 0),
-                    top_p=1.0 if body.top_p is None else body.top_p,
+                    temperature=first_given(body.temperature, sampling.temperature, 1.0),
+                    top_k=max(first_given(body.top_k, sampling.top_k, 0), 0),
+                    top_p=first_given(body.top_p, sampling.top_p, 1.0),
                     seed=seed % _UINT64,
                     logprobs=body.num_logprobs,
                 ),
-                stop_token_ids=body.stop_token_ids,
-                ignore_eos=body.ignore_eos,
+                stop_token_ids=[*(body.stop_token_ids or []), *eos],
+                ignore_eos=bool(body.ignore_eos),
                 n=n,
             )
             for prompt in prompts

@@ -43,8 +43,8 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    include_usage: bool = False
-    include_obfuscation: bool = False  # of no effect: nothing is padded
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # of no effect: nothing is padded
 
 
 class GenerationBody(_Body):
@@ -61,8 +61,8 @@ class GenerationBody(_Body):
     stream_options: StreamOptions | None = None
     # Beyond OpenAI.
     top_k: int | None = Field(None, ge=-1, le=_MAX)  # -1, as 0: all
-    stop_token_ids: list[_Token] = []
-    ignore_eos: bool = False
+    stop_token_ids: list[_Token] | None = None
+    ignore_eos: bool | None = None
     # Of no effect.
     user: str | None = None
     metadata: Any = None
