@@ -509,6 +509,9 @@ def serve(
     if settings.sampling_defaults.values():
         typer.echo(f"xgdn: requests without them get {settings.sampling_defaults} (generation_config.json)", err=True)
 
+    if server_app.state.problem:
+        typer.echo(f"xgdn: chat is not served: {server_app.state.problem}", err=True)
+
     def announce() -> None:
         addresses = [address_of(listener) for listener in listeners]
         if as_json:

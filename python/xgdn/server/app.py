@@ -73,6 +73,7 @@ class Server:
         self._max_context = engine.max_context or _MAX_TOKENS
         self._defaults = ModelDefaults(settings.sampling_defaults, eos_token_ids(settings.model_dir, tokenizer))
         self._chat_template = ChatTemplate(settings.model_dir)
+        self.problem = self._chat_template.problem
         self.metrics = Metrics()
         self._engine = EngineThread(engine, self.metrics, settings.max_queue)
         self._start_time = int(time.time())
@@ -226,7 +227,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
-    """The application. It steps the engine while it runs.
+    """The application. It steps the engine while it runs; `state.problem` says what it does not serve, and why.
 
     Raises:
         ValueError: the files of the model directory's tokenizer cannot be read.
@@ -234,6 +235,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     server = Server(engine, tokenizer, settings)
     # FastAPI's pages of documentation load their scripts from elsewhere, and it does not see the bodies' schemas.
     app = FastAPI(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.problem = server.problem
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
