@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import to_json
+
 from xgdn.engine import Request, SamplingParams
 from xgdn.sampling_defaults import SamplingDefaults, first_given
 from xgdn.server.api_error import ApiError
@@ -177,10 +179,11 @@ class Answer:
         self._metrics = metrics
         self._head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    async def document(self) -> dict[str, Any]:
-        whole = await self._generation.choices()
+    def document(self, whole: Sequence[Delta]) -> bytes:
+        """The choices as a JSON document; any thread may call it, as a long one takes a while."""
         choices = [self._choice(choice, self._form.choice(choice.text)) for choice in whole]
-        return {**self._head, "object": self._form.name, "choices": choices, "usage": self._generation.usage()}
+        document = {**self._head, "object": self._form.name, "choices": choices, "usage": self._generation.usage()}
+        return to_json(document)
 
     async def events(self, include_usage: bool) -> AsyncIterator[str]:
         """The same as server-sent events; an error that comes later than the status is an event too."""
