@@ -306,8 +306,19 @@ std::vector<int64_t> read_token_list(const JsonObject& object, const std::string
   return tokens;
 }
 
+// Adds what ends a sequence: files of one model name different tokens (the end of a text, the end of a turn), and all
+// of them end one.
+void read_eos_tokens(const JsonObject& object, ModelConfig& c) {
+  if (!object.has("eos_token_id")) return;
+  for (const int64_t token : read_token_list(object, "eos_token_id", c.vocab_size)) {
+    if (std::find(c.eos_token_ids.begin(), c.eos_token_ids.end(), token) == c.eos_token_ids.end()) {
+      c.eos_token_ids.push_back(token);
+    }
+  }
+}
+
 void read_tokens(const JsonObject& object, ModelConfig& c) {
-  if (object.has("eos_token_id")) c.eos_token_ids = read_token_list(object, "eos_token_id", c.vocab_size);
+  read_eos_tokens(object, c);
   if (object.has("bos_token_id")) c.bos_token_id = read_token(object, "bos_token_id", c.vocab_size);
   if (object.has("pad_token_id")) c.pad_token_id = read_token(object, "pad_token_id", c.vocab_size);
 }

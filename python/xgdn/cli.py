@@ -21,6 +21,9 @@ from tokenizers import Tokenizer
 import xgdn
 from xgdn.detokenize import Detokenizer
 from xgdn.progress import Bar
+from xgdn.sampling_defaults import SamplingDefaults, first_given, read_sampling_defaults
+from xgdn.tokenizer_files import eos_token_ids, load_tokenizer
+from xgdn.vocabulary import Vocabulary
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Serves models with the gated delta rule (Qwen3-Next, Qwen3.5)."
@@ -57,13 +60,21 @@ MaxBatchSizeOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", h
 MaxCachedTokensOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Size of the KV cache.")]
 MaxTokensPerStepOption = Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest piece of a prompt.")]
 MemoryLimitOption = Annotated[str, typer.Option(metavar="BYTES", help="Refuse to exceed it: 8GiB, 500MiB, 123456.")]
+GenerationConfigOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|none|PATH",
+        help="Where temperature, top_k and top_p come from when nothing else sets them: auto is the model's "
+        "generation_config.json.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 
 class Reply:
     """What has been generated for one branch of a prompt: ids, and text where there is a tokenizer."""
 
-    def __init__(self, index: int, branch: int, request: xgdn.Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, index: int, branch: int, request: xgdn.Request, vocabulary: Vocabulary | None) -> None:
         self.name = f"{index}.{branch}" if request.n > 1 else str(index)
         self.index = index
         self.branch = branch
@@ -71,7 +82,7 @@ class Reply:
         self.tokens: list[int] = []
         self.logprobs: list[xgdn.Logprobs] | None = None if request.sampling.logprobs is None else []
         self.text = ""
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.prompt)
+        self._detokenizer = None if vocabulary is None else Detokenizer(vocabulary, self.prompt)
         self._begin = time.perf_counter()
         self._token_times: list[float] = []
 
@@ -144,9 +155,26 @@ def _load_tokenizer(model: Path) -> Tokenizer:
     if not path.is_file():
         _fail(f"{path} is missing, so text cannot be read; `xgdn generate` takes token ids with --prompt-ids")
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower type
-        _fail(f"{path}: {error}")
+        return load_tokenizer(model)
+    except ValueError as error:
+        _fail(error)
+
+
+def _eos_token_ids(model: Path, tokenizer: Tokenizer) -> list[int]:
+    try:
+        return eos_token_ids(model, tokenizer)
+    except ValueError as error:
+        _fail(error)
+
+
+def _sampling_defaults(source: str, model: Path) -> SamplingDefaults:
+    try:
+        defaults = read_sampling_defaults(source, model)
+    except ValueError as error:
+        _fail(error)
+    for problem in defaults.problems:
+        typer.echo(f"xgdn: {problem}", err=True)
+    return defaults
 
 
 def _parse_bytes(text: str) -> int | None:
@@ -210,12 +238,12 @@ def _load_engine(
         loading.hide()
 
 
-def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], tokenizer: Tokenizer | None, as_json: bool) -> bool:
+def _run(engine: xgdn.Engine, requests: Sequence[xgdn.Request], vocabulary: Vocabulary | None, as_json: bool) -> bool:
     """Print the replies as they come; False when one of them ended with an error."""
     is_single = sum(request.n for request in requests) == 1 and not as_json
     ids = [engine.submit(request) for request in requests]
     replies = {
-        (ids[index], branch): Reply(index, branch, request, tokenizer)
+        (ids[index], branch): Reply(index, branch, request, vocabulary)
         for index, request in enumerate(requests)
         for branch in range(request.n)
     }
@@ -253,9 +281,20 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt, taken as it is; repeatable.")] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option(help="A prompt as token ids: 1,2,3; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Longest reply.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, max=_MAX, metavar="N", help="Sample among the k likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this share.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token. Default the model's, else 0.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=_MAX, metavar="N", help="Sample among the k likeliest; 0: all. Default the model's, else 0."
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample among the likeliest that reach this share. Default the model's, else 1."),
+    ] = None,
+    generation_config: GenerationConfigOption = "auto",
     seed: Annotated[
         int, typer.Option(min=0, max=_MAX, metavar="N", help="Of the random choice; counts up within --n.")
     ] = 0,
@@ -290,9 +329,10 @@ def generate(
         raise typer.BadParameter("expected --json with it", param_hint="--logprobs")
     stop_ids = _parse_ids(stop_token_ids, "--stop-token-ids")
     limit = _parse_bytes(memory_limit)
-    tokenizer: Tokenizer | None = None
-    if prompt or (as_json and (model / "tokenizer.json").is_file()):
-        tokenizer = _load_tokenizer(model)
+    defaults = _sampling_defaults(generation_config, model)
+    tokenizer = _load_tokenizer(model) if prompt or (model / "tokenizer.json").is_file() else None
+    if tokenizer is not None and not ignore_eos:
+        stop_ids += _eos_token_ids(model, tokenizer)
     if prompt and tokenizer is not None:
         prompts = [tokenizer.encode(text).ids for text in prompt]
     else:
@@ -313,12 +353,20 @@ def generate(
             decode_backend,
             limit,
         )
+        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        recommended = defaults.without(name for name, value in asked.items() if value is not None)
+        if recommended.values():
+            typer.echo(f"xgdn: {recommended}, as the model's generation_config.json says", err=True)
         requests = [
             xgdn.Request(
                 ids,
                 max_new_tokens=max_new_tokens,
                 sampling=xgdn.SamplingParams(
-                    temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, logprobs=logprobs
+                    temperature=first_given(temperature, defaults.temperature, 0.0),
+                    top_k=first_given(top_k, defaults.top_k, 0),
+                    top_p=first_given(top_p, defaults.top_p, 1.0),
+                    seed=seed,
+                    logprobs=logprobs,
                 ),
                 stop_token_ids=stop_ids,
                 ignore_eos=ignore_eos,
@@ -326,7 +374,8 @@ def generate(
             )
             for ids in prompts
         ]
-        succeeded = _run(engine, requests, tokenizer, as_json)
+        vocabulary = Vocabulary(tokenizer) if tokenizer is not None and (prompt or as_json) else None
+        succeeded = _run(engine, requests, vocabulary, as_json)
     if not succeeded:
         raise typer.Exit(1)
 
@@ -397,6 +446,7 @@ def serve(
     shutdown_seconds: Annotated[
         int, typer.Option(min=0, max=_MAX, metavar="N", help="How long running requests may go on after SIGTERM.")
     ] = 30,
+    generation_config: GenerationConfigOption = "auto",
     dtype: DtypeOption = None,
     state_dtype: StateDtypeOption = StateDtype.float32,
     device: DeviceOption = "cpu",
@@ -430,6 +480,7 @@ def serve(
         max_body_bytes=max_body_bytes,
         api_key=api_key,
         allowed_origins=allow_origin or (),
+        sampling_defaults=_sampling_defaults(generation_config, model),
     )
     try:
         listeners = bind(host, port)  # before the model is loaded, which may take long
@@ -454,6 +505,12 @@ def serve(
         server_app = create_app(engine, tokenizer, settings)
     except ValueError as error:
         _fail(error)
+
+    if settings.sampling_defaults.values():
+        typer.echo(f"xgdn: requests without them get {settings.sampling_defaults} (generation_config.json)", err=True)
+
+    if server_app.state.problem:
+        typer.echo(f"xgdn: chat is not served: {server_app.state.problem}", err=True)
 
     def announce() -> None:
         addresses = [address_of(listener) for listener in listeners]

@@ -58,10 +58,10 @@ def with_template(folder: Path) -> Path:
 
 
 @contextmanager
-def live(served: Any, model_dir: Path = CHECKPOINT, **settings: Any) -> Iterator[str]:
+def live(served: Any, model_dir: Path = CHECKPOINT, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread."""
     settings = {"max_queue": QUEUE, "max_body_bytes": BODY_BYTES, "api_key": KEY} | settings
-    app = create_app(served, TOKENIZER, Settings(model_dir, "tiny", **settings))
+    app = create_app(served, tokenizer, Settings(model_dir, "tiny", **settings))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, args=([listener],))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: what goes to stdout, what to stderr, exit codes; text that never splits a character."""
+"""The command line: what goes to stdout, what to stderr, exit codes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner, Result
 
 import xgdn
 from checkpoints import Tiny, make, qwen3_5
+from tiny_tokenizers import byte_tokenizer
 from xgdn.cli import app
-from xgdn.detokenize import Detokenizer
 
 VOCAB_SIZE = 260  # every byte, and some ids without text
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte, so that most characters beyond ASCII are split."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
-    )
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -285,58 +272,3 @@ def test_version() -> None:
 def test_transformers_is_not_imported() -> None:
     program = "import sys, xgdn, xgdn.cli; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-TEXTS = ["plain", "né à Zürich", "日本語 text", "😀👩‍👩‍👧", "\ufffd literal \ufffd", ""]
-
-
-@pytest.mark.parametrize("prompt", ["", "before", "é"])
-@pytest.mark.parametrize("text", TEXTS)
-def test_detokenizer_never_splits_a_character(text: str, prompt: str) -> None:
-    tokenizer = byte_tokenizer()
-    detokenizer = Detokenizer(tokenizer, tokenizer.encode(prompt).ids)
-    pieces = [detokenizer.push(token) for token in tokenizer.encode(text).ids]
-    assert [piece for piece in pieces if piece] == list(text.rstrip("\ufffd")) or "\ufffd" in text
-    assert "".join([*pieces, detokenizer.finish()]) == text
-
-
-@pytest.mark.parametrize("data", [b"a\xffb", b"\xe6\x97", b"a\xe6\x97b\xc3\xa9", b"\xff" * 20, b"\x80\x80a\xf0\x9f"])
-def test_detokenizer_agrees_with_the_whole_for_bytes_that_are_no_text(data: bytes) -> None:
-    tokenizer = byte_tokenizer()
-    # The byte-level alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in printable)}
-    ids = [tokenizer.token_to_id(letters[byte]) for byte in data]
-    detokenizer = Detokenizer(tokenizer, [])
-    text = "".join([*map(detokenizer.push, ids), detokenizer.finish()])
-    assert text == tokenizer.decode(ids) == data.decode(errors="replace")
-
-
-def test_detokenizer_keeps_the_space_that_a_decoder_drops_at_the_beginning() -> None:
-    tokenizer = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "s": 2, "▁": 3}))
-    tokenizer.decoder = decoders.Metaspace()
-    detokenizer = Detokenizer(tokenizer, [0])
-    assert [detokenizer.push(token) for token in [1, 2, 0]] == [" two", "s", " one"]
-
-
-def test_detokenizer_with_bytes_that_are_decoded_in_runs() -> None:
-    tokenizer = Tokenizer(models.WordLevel({"<0xC3>": 0, "<0xA9>": 1, "a": 2}))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    detokenizer = Detokenizer(tokenizer, [])
-    assert [detokenizer.push(token) for token in [0, 1, 0, 1, 2]] == ["", "é", "", "é", "a"]
-
-
-def test_detokenizer_decodes_a_few_tokens_at_a_time() -> None:
-    class Spy:
-        num_tokens = 0
-
-        def decode(self, ids: list[int], **options: bool) -> str:
-            self.num_tokens = max(self.num_tokens, len(ids))
-            return tokenizer.decode(ids, **options)
-
-    tokenizer, spy = byte_tokenizer(), Spy()
-    detokenizer = Detokenizer(spy, [])
-    for token in tokenizer.encode("aé😀" * 20).ids:
-        detokenizer.push(token)
-    assert spy.num_tokens <= 8  # two characters of four bytes

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 
 import xgdn
 from live_server import (
@@ -23,9 +23,10 @@ from live_server import (
     single,
     tokens_of,
 )
-from xgdn.server.logprobs import Vocabulary
+from tiny_tokenizers import byte_tokenizer
 from xgdn.server.metrics import Metrics
 from xgdn.server.sequence import Delta, TextSequence
+from xgdn.vocabulary import Vocabulary
 
 CHAT_PROMPT = "# user: é 日本\n# assistant:"
 HOT = {"temperature": 2.0, "seed": 22}  # so hot that tokens of some bytes of a character are drawn
@@ -60,9 +61,18 @@ def check_name(name: str, token: int) -> None:
         assert name.startswith("bytes:\\x")
 
 
+GO_ON = [TOKENIZER.token_to_id(letter) for letter in "Ģ¿"]  # bytes 0x80 and 0xbf, which begin no character
+
+
 def begins(prompt: list[int], tokens: list[int]) -> list[int]:
     """The characters at which tokens begin, by decoding what comes before each."""
-    return [len(continuation(prompt, tokens[:i]).rstrip("\ufffd")) for i in range(len(tokens))]
+
+    def num_settled(before: list[int]) -> int:
+        length = len(continuation(prompt, before))
+        is_inside = before and any(len(continuation(prompt, [*before, byte])) == length for byte in GO_ON)
+        return length - bool(is_inside)
+
+    return [num_settled(tokens[:i]) for i in range(len(tokens))]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -164,15 +174,6 @@ def test_nothing_is_told_unasked(client: openai.OpenAI, url: str) -> None:
     assert {choice["logprobs"] for choice in choices} == {None}
 
 
-def byte_tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
-    return tokenizer
-
-
 def deltas(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str] = ()) -> list[Delta]:
     """What a sequence gives for these tokens; the logprob of token i is -i."""
     got: list[Delta] = []
@@ -190,7 +191,7 @@ def shown(delta: Delta) -> tuple[str, list[tuple[str, float, int]]]:
 
 
 def test_a_token_comes_with_the_first_character_that_it_has_a_part_in() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(["<|end|>"])
     end = tokenizer.token_to_id("<|end|>")
     tokens = [*tokenizer.encode("aé").ids, end, *tokenizer.encode("b").ids, end]
     got = deltas(tokenizer, tokens)
@@ -210,7 +211,7 @@ def test_a_token_comes_with_the_first_character_that_it_has_a_part_in() -> None:
 
 
 def test_tokens_wait_with_the_text_that_may_become_a_stop_string() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(["<|end|>"])
     assert [shown(delta) for delta in deltas(tokenizer, tokenizer.encode("xabyab").ids, stops=["abc"])] == [
         ("x", [("x", 0.0, 0)]),
         ("aby", [("a", -1.0, 1), ("b", -2.0, 2), ("y", -3.0, 3)]),
@@ -223,7 +224,7 @@ def test_tokens_wait_with_the_text_that_may_become_a_stop_string() -> None:
 
 
 def test_bytes_of_every_token_of_other_tokenizers() -> None:
-    alphabet = byte_tokenizer()
+    alphabet = byte_tokenizer(["<|end|>"])
     vocabulary = Vocabulary(alphabet)
     data = "aé 日\n😀\x00".encode()
     assert b"".join(vocabulary.bytes(token) or b"" for token in alphabet.encode(data.decode()).ids) == data

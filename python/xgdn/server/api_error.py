@@ -3,6 +3,8 @@
 
 from collections.abc import Mapping
 
+_MAX_LENGTH = 1000  # of a text that may repeat what a client sent
+
 
 class ApiError(Exception):
     """An answer with an error status; `code` is one of a fixed few, for the client's program and for /metrics."""
@@ -17,10 +19,12 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        if len(message) > _MAX_LENGTH:
+            message = message[:_MAX_LENGTH] + "..."
         self.status = status
         self.code = code
         self.message = message
-        self.param = param
+        self.param = None if param is None else param[:_MAX_LENGTH]
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, object]:

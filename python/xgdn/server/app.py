@@ -5,11 +5,11 @@ import asyncio
 import importlib.resources
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -21,18 +21,26 @@ from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from xgdn.engine import Engine
+from xgdn.sampling_defaults import SamplingDefaults
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.engine_thread import EngineThread
-from xgdn.server.generation import Answer, ChatFormat, CompletionFormat, Generation
-from xgdn.server.logprobs import Vocabulary
+from xgdn.server.generation import Answer, ChatFormat, CompletionFormat, Generation, ModelDefaults
 from xgdn.server.metrics import Metrics
+from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
 from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
+from xgdn.server.workers import Workers
+from xgdn.tokenizer_files import eos_token_ids
+from xgdn.vocabulary import Vocabulary
 
 _MAX_TOKENS = 2**31 - 1  # of a sequence, where neither the model nor the pools have a limit
 # The second for nginx, which would hold events back until it has a buffer full.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _CLIENT_GONE = 499  # read by nobody
+_REPORT_BYTES = 1024  # about what a token's log probabilities take in an answer
+
+_Format = CompletionFormat | ChatFormat
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Settings:
     max_body_bytes: int = 4 * 2**20
     api_key: str | None = None
     allowed_origins: Sequence[str] = ()  # of web pages that may call
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 class _EventStream(StreamingResponse):
@@ -63,12 +72,15 @@ class Server:
     """The handlers of one engine's application."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings) -> None:
-        self._tokenizer = tokenizer
+        self._encoder = PromptEncoder(tokenizer)
+        self._workers = Workers()
         self._vocabulary = Vocabulary(tokenizer)
         self._settings = settings
         self._vocab_size = engine.vocab_size
         self._max_context = engine.max_context or _MAX_TOKENS
+        self._defaults = ModelDefaults(settings.sampling_defaults, eos_token_ids(settings.model_dir, tokenizer))
         self._chat_template = ChatTemplate(settings.model_dir)
+        self.problem = self._chat_template.problem
         self.metrics = Metrics()
         self._engine = EngineThread(engine, self.metrics, settings.max_queue)
         self._start_time = int(time.time())
@@ -78,6 +90,7 @@ class Server:
         self._engine.start()
         yield
         await self._engine.stop()
+        self._workers.stop()
 
     def check_key(self, request: Request) -> None:
         key = self._settings.api_key
@@ -87,22 +100,10 @@ class Server:
             raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
 
     async def completions(self, request: Request) -> Response:
-        body = parse(CompletionBody, await self._read(request))
-        self._check_model(body.model)
-        prompts = body.prompts()
-        if len(prompts) > self._engine.capacity:
-            raise bad_request(
-                f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.", "prompt"
-            )
-        ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return await self._generate(request, body, ids, body.max_tokens, CompletionFormat())
+        return await self._generate(request, self._prepare_completion)
 
     async def chat_completions(self, request: Request) -> Response:
-        body = parse(ChatBody, await self._read(request))
-        self._check_model(body.model)
-        text = self._chat_template.render(body.messages, body.chat_template_kwargs)
-        ids = await self._encode(text, add_special_tokens=False)
-        return await self._generate(request, body, [ids], body.max_completion_tokens or body.max_tokens, ChatFormat())
+        return await self._generate(request, self._prepare_chat)
 
     def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model_card()]}
@@ -144,6 +145,7 @@ class Server:
             "created": self._start_time,
             "owned_by": "xgdn",
             "max_model_len": self._max_context,
+            "default_sampling_params": self._defaults.sampling.values(),
         }
 
     def _check_model(self, name: str) -> None:
@@ -160,50 +162,89 @@ class Server:
                 raise ApiError(413, "body_too_large", f"Expected a body of at most {limit} bytes.")
         return bytes(body)
 
-    async def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        encoding = await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        return ids
+    def _prepare_completion(self, data: bytes) -> "_Order":
+        body = parse(CompletionBody, data)
+        self._check_model(body.model)
+        prompts = body.prompts()
+        if len(prompts) > self._engine.capacity:
+            raise bad_request(
+                f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.", "prompt"
+            )
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        form = CompletionFormat()
+        return self._order(body, ids or self._encode(texts, form, add_special_tokens=True), body.max_tokens, form)
 
-    def _check_prompt(self, ids: Sequence[int], max_tokens: int, param: str) -> None:
+    def _prepare_chat(self, data: bytes) -> "_Order":
+        body = parse(ChatBody, data)
+        self._check_model(body.model)
+        text = self._chat_template.render(body.messages, body.chat_template_kwargs)
+        form = ChatFormat()
+        ids = self._encode([text], form, add_special_tokens=False)
+        return self._order(body, ids, body.max_completion_tokens or body.max_tokens, form)
+
+    def _encode(self, texts: Sequence[str], form: _Format, *, add_special_tokens: bool) -> list[list[int]]:
+        try:
+            return self._encoder.encode(texts, self._max_context, add_special_tokens=add_special_tokens)
+        except TooManyTokens as error:
+            raise self._too_long(f"at least {error.count} of the prompt", form) from None
+
+    def _too_long(self, what: str, form: _Format) -> ApiError:
+        message = f"This model's maximum context length is {self._max_context} tokens, got {what}."
+        return bad_request(message, form.prompt_param, "context_length_exceeded")
+
+    def _check_prompt(self, ids: Sequence[int], max_tokens: int, form: _Format) -> None:
+        param = form.prompt_param
         if not ids:
             raise bad_request(f"'{param}': expected at least one token, got none.", param, "empty_prompt")
         if max(ids) >= self._vocab_size:
             raise bad_request(f"'{param}': expected token ids below {self._vocab_size}, got {max(ids)}.", param)
         if len(ids) + max_tokens > self._max_context:
-            raise bad_request(
-                f"This model's maximum context length is {self._max_context} tokens, got {len(ids) + max_tokens}: "
-                f"{len(ids)} of the prompt and up to {max_tokens} to generate.",
-                param,
-                "context_length_exceeded",
-            )
+            total = len(ids) + max_tokens
+            raise self._too_long(f"{total}: {len(ids)} of the prompt and up to {max_tokens} to generate", form)
 
-    async def _generate(
-        self,
-        request: Request,
-        body: GenerationBody,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int | None,
-        form: CompletionFormat | ChatFormat,
-    ) -> Response:
+    def _order(
+        self, body: GenerationBody, prompts: Sequence[Sequence[int]], max_tokens: int | None, form: _Format
+    ) -> "_Order":
         if max_tokens is None:  # as many as the form gives unasked, where there is room for them
             rest = max(1, self._max_context - max(map(len, prompts), default=0))
             max_tokens = rest if form.default_max_tokens is None else min(form.default_max_tokens, rest)
         for ids in prompts:
-            self._check_prompt(ids, max_tokens, form.prompt_param)
-        generation = Generation(body, prompts, max_tokens, self._vocabulary, self._engine, self.metrics)
-        answer = Answer(generation, form, body.model, self.metrics)
-        if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            self._check_prompt(ids, max_tokens, form)
+        return _Order(body, prompts, max_tokens, form)
+
+    async def _generate(self, request: Request, prepare: Callable[[bytes], "_Order"]) -> Response:
+        data = await self._read(request)
+        order = await self._workers.run(len(data), lambda: prepare(data))
+        generation = Generation(
+            order.body, order.prompts, order.max_tokens, self._defaults, self._vocabulary, self._engine, self.metrics
+        )
+        answer = Answer(generation, order.form, order.body.model, self.metrics)
+        if order.body.stream:
+            include_usage = bool(order.body.stream_options and order.body.stream_options.include_usage)
             return _EventStream(answer.events(include_usage), generation)
         try:
-            document = await _while_connected(request, answer.document())
+            choices = await _while_connected(request, generation.choices())
         finally:
             generation.drop()
-        return Response(status_code=_CLIENT_GONE) if document is None else JSONResponse(document)
+        if choices is None:
+            return Response(status_code=_CLIENT_GONE)
+        size = sum(len(choice.text) + len(choice.logprobs) * _REPORT_BYTES for choice in choices)
+        content = await self._workers.run(size, lambda: answer.document(choices))
+        return Response(content, media_type="application/json")
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Order:
+    """What a request asks for, ready for the engine."""
+
+    body: GenerationBody
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int
+    form: _Format
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result | None:
     """The result of `work`; None when the client leaves before."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_wait_for_disconnect(request))
@@ -221,14 +262,15 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
-    """The application. It steps the engine while it runs.
+    """The application. It steps the engine while it runs; `state.problem` says what it does not serve, and why.
 
     Raises:
-        ValueError: the model directory's chat template cannot be read.
+        ValueError: the files of the model directory's tokenizer cannot be read.
     """
     server = Server(engine, tokenizer, settings)
     # FastAPI's pages of documentation load their scripts from elsewhere, and it does not see the bodies' schemas.
     app = FastAPI(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.problem = server.problem
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

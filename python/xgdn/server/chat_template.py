@@ -1,38 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chat template of a model directory: messages in, the prompt's text out."""
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template
 
-from xgdn.server.api_error import bad_request
+from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.schemas import Message
+from xgdn.server.template_environment import template_environment
+from xgdn.tokenizer_files import read_json_object, read_tokenizer_config, token_names
 
 
 class ChatTemplate:
-    """Of chat_template.jinja, else of tokenizer_config.json; there may be none.
+    """The template that transformers would take; there may be none, or one that cannot be used.
 
     Raises:
-        ValueError: the files cannot be read or hold no template.
+        ValueError: tokenizer_config.json is damaged.
     """
 
     def __init__(self, model_dir: Path) -> None:
-        self._special_tokens: dict[str, str] = {}
+        config = read_tokenizer_config(model_dir)
+        self._special_tokens = _special_tokens(config)
         self._template: Template | None = None
-        source = self._read(model_dir)
-        if source is not None:
-            try:
-                self._template = _environment().from_string(source)
-            except TemplateError as error:
-                raise ValueError(f"{model_dir}: chat template: {error}") from None
+        self.problem = ""  # why chat is not served, although there is a template
+        try:
+            source = _choose(_read_templates(model_dir, config))
+            if source is not None:
+                self._template = template_environment().from_string(source)
+        except Exception as error:  # compiling raises Python's errors too, for what is nested too deep, for one
+            self.problem = f"{model_dir}: the chat template cannot be used: {_in_one_line(error)}"
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt that asks for the assistant's next message, with further variables; raises ApiError."""
+        if self.problem:
+            raise ApiError(400, "invalid_chat_template", f"{self.problem}. Use /v1/completions.")
         if self._template is None:
             raise bad_request(
                 "This model has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
@@ -42,6 +45,7 @@ class ChatTemplate:
         own = {
             "messages": [{"role": _role(message), "content": message.text()} for message in messages],
             "tools": None,
+            "documents": None,
             "add_generation_prompt": True,
         }
         if taken := sorted(own.keys() & (variables or {}).keys()):
@@ -52,45 +56,51 @@ class ChatTemplate:
         except Exception as error:  # a template computes with what the client sent, so anything may be raised
             raise bad_request(f"The model's chat template refused the messages: {error}.", "messages") from None
 
-    def _read(self, model_dir: Path) -> str | None:
-        config_path = model_dir / "tokenizer_config.json"
-        config: Any = {}
-        if config_path.is_file():
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise ValueError(f"{config_path}: expected a JSON object")
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = config.get(name)
-            self._special_tokens[name] = str(token.get("content", "") if isinstance(token, dict) else token or "")
 
-        template_path = model_dir / "chat_template.jinja"
-        if template_path.is_file():
-            return template_path.read_text(encoding="utf-8")
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-        if template is not None and not isinstance(template, str):
-            raise ValueError(f"{config_path}: expected a text as chat_template")
-        return template
+def _read_templates(model_dir: Path, config: Mapping[str, Any]) -> object:
+    """A template or several by name, from the first place that has one: files, the tokenizer's or processor's JSON."""
+    files = {path.stem: path for path in sorted(model_dir.glob("additional_chat_templates/*.jinja"))}
+    if (model_dir / "chat_template.jinja").is_file():
+        files["default"] = model_dir / "chat_template.jinja"
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    if config.get("chat_template") is not None:
+        return config["chat_template"]
+    return read_json_object(model_dir / "chat_template.json").get("chat_template")
+
+
+def _choose(templates: object) -> str | None:
+    """The one for a chat without tools.
+
+    Raises:
+        ValueError: there are some, but none of this kind.
+    """
+    if isinstance(templates, list):  # the form of tokenizer_config.json
+        if not all(isinstance(entry, Mapping) and {"name", "template"} <= entry.keys() for entry in templates):
+            raise ValueError("expected objects with name and template in the list chat_template")
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    if isinstance(templates, Mapping):
+        if "default" not in templates:
+            raise ValueError(f"expected a template called default, got {', '.join(map(str, templates)) or 'none'}")
+        templates = templates["default"]
+    if templates is not None and not isinstance(templates, str):
+        raise ValueError(f"expected a text as chat_template, got {type(templates).__name__}")
+    return templates
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Variables such as eos_token: of the tokenizer's own and of those that the model adds, the ones that it has."""
+    more = config.get("extra_special_tokens")
+    entries = {key: value for key, value in config.items() if key.endswith("_token")}
+    entries |= more if isinstance(more, Mapping) else {}
+    named = {key: token_names(value) for key, value in entries.items() if not isinstance(value, list)}
+    return {key: names[0] for key, names in named.items() if names}
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _role(message: Message) -> str:
     # OpenAI's newer name; the templates of Qwen's models know the older one alone.
     return "system" if message.role == "developer" else message.role
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    """Unlike jinja's own, for a prompt instead of a page: nothing is escaped."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)

@@ -7,17 +7,30 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import to_json
+
 from xgdn.engine import Request, SamplingParams
+from xgdn.sampling_defaults import SamplingDefaults, first_given
 from xgdn.server.api_error import ApiError
 from xgdn.server.engine_thread import EngineThread
-from xgdn.server.logprobs import TokenReport, Vocabulary, chat_logprobs, completion_logprobs
+from xgdn.server.logprobs import TokenReport, chat_logprobs, completion_logprobs
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import GenerationBody
 from xgdn.server.sequence import Delta, TextSequence
+from xgdn.vocabulary import Vocabulary
 
 _UINT64 = 2**64
+
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """What the model's files say about every answer."""
+
+    sampling: SamplingDefaults
+    eos_token_ids: Sequence[int]  # of the tokenizer; the engine knows those of the model
 
 
 class Generation:
@@ -28,6 +41,7 @@ class Generation:
         body: GenerationBody,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
+        defaults: ModelDefaults,
         vocabulary: Vocabulary,
         engine: EngineThread,
         metrics: Metrics,
@@ -39,19 +53,21 @@ class Generation:
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._num_prompt_tokens = sum(map(len, prompts))
         seed = secrets.randbits(63) if body.seed is None else body.seed
+        sampling = defaults.sampling
+        eos = [] if body.ignore_eos else defaults.eos_token_ids
         requests = [
             Request(
                 list(prompt),
                 max_new_tokens=max_tokens,
                 sampling=SamplingParams(
-                    temperature=1.0 if body.temperature is None else body.temperature,
-                    top_k=max(body.top_k or 0, 0),
-                    top_p=1.0 if body.top_p is None else body.top_p,
+                    temperature=first_given(body.temperature, sampling.temperature, 1.0),
+                    top_k=max(first_given(body.top_k, sampling.top_k, 0), 0),
+                    top_p=first_given(body.top_p, sampling.top_p, 1.0),
                     seed=seed % _UINT64,
                     logprobs=body.num_logprobs,
                 ),
-                stop_token_ids=body.stop_token_ids,
-                ignore_eos=body.ignore_eos,
+                stop_token_ids=[*(body.stop_token_ids or []), *eos],
+                ignore_eos=bool(body.ignore_eos),
                 n=n,
             )
             for prompt in prompts
@@ -163,10 +179,11 @@ class Answer:
         self._metrics = metrics
         self._head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    async def document(self) -> dict[str, Any]:
-        whole = await self._generation.choices()
+    def document(self, whole: Sequence[Delta]) -> bytes:
+        """The choices as a JSON document; any thread may call it, as a long one takes a while."""
         choices = [self._choice(choice, self._form.choice(choice.text)) for choice in whole]
-        return {**self._head, "object": self._form.name, "choices": choices, "usage": self._generation.usage()}
+        document = {**self._head, "object": self._form.name, "choices": choices, "usage": self._generation.usage()}
+        return to_json(document)
 
     async def events(self, include_usage: bool) -> AsyncIterator[str]:
         """The same as server-sent events; an error that comes later than the status is an event too."""

@@ -1,58 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log probabilities of tokens, in the two shapes of OpenAI's: tokens as text and as bytes, and where they begin."""
 
-import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from xgdn.engine import Logprobs
+from xgdn.vocabulary import Vocabulary
 
 _LEAST_LOGPROB = -9999.0  # OpenAI's for what cannot be; JSON has no infinity
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_level_alphabet()
-
-
-class Vocabulary:
-    """What each token of a tokenizer adds to a text."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._special_tokens = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._is_byte_level = tokenizer.decoder is not None and tokenizer.decoder.decode(["Ġ"]) == " "
-
-    def name(self, token: int) -> str:
-        """The token's text; `bytes:\\xe6\\x97` for bytes that are no characters by themselves."""
-        data = self.bytes(token)
-        if data is None:
-            return self.tokenizer.id_to_token(token) or f"<{token}>"
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def bytes(self, token: int) -> bytes | None:
-        """The token's bytes in UTF-8; None for a token that is no text."""
-        word = self.tokenizer.id_to_token(token)
-        if word is None or token in self._special_tokens:
-            return None
-        if self._is_byte_level and all(character in _BYTES for character in word):
-            return bytes(_BYTES[character] for character in word)
-        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", word):
-            return bytes.fromhex(match[1])
-        # The second of two, as a decoder may drop the space at the beginning of a text.
-        return str(self.tokenizer.decode([token, token])[len(self.tokenizer.decode([token])) :]).encode()
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from xgdn.detokenize import Detokenizer
 from xgdn.engine import FinishReason, RequestEvent
-from xgdn.server.logprobs import LogprobQueue, TokenReport, Vocabulary
+from xgdn.server.logprobs import LogprobQueue, TokenReport
 from xgdn.server.metrics import Metrics
 from xgdn.server.stop_strings import StopStrings
-
-_CONTEXT_TOKENS = 64  # of the prompt, for the decoder; a whole long one would hold up the event loop
+from xgdn.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class TextSequence:
         self.has_begun = False
         self.is_finished = False
         self._index = index
-        self._detokenizer = Detokenizer(vocabulary.tokenizer, prompt[-_CONTEXT_TOKENS:])
-        self._stop_strings = StopStrings(stops)
+        self._vocabulary = vocabulary
+        self._detokenizer = Detokenizer(vocabulary, prompt)
+        self._stop_strings = StopStrings(stops, vocabulary.special_names)
         self._logprobs = LogprobQueue(vocabulary)
         self._num_decoded = 0  # characters
         self._num_given = 0
@@ -64,7 +64,7 @@ class TextSequence:
             if event.finish_reason != FinishReason.STOP:  # a stop token is no text
                 if event.logprobs is not None:
                     self._logprobs.push(event.token, event.logprobs, self._num_decoded)
-                text = self._settle(self._detokenizer.push(event.token))
+                text = self._text_of(event.token)
         if event.finish_reason != FinishReason.RUNNING and not self._stop_strings.is_found:
             text += self._settle(self._detokenizer.finish())
             if not self._stop_strings.is_found:
@@ -83,6 +83,13 @@ class TextSequence:
     def drop(self) -> None:
         """End for a client that is gone."""
         self._finish("cancelled", "")
+
+    def _text_of(self, token: int) -> str:
+        name = self._vocabulary.special_tokens.get(token)
+        if name is None or not self._stop_strings.watches(name):
+            return self._settle(self._detokenizer.push(token))
+        text = self._settle(self._detokenizer.finish())  # what comes behind the token completes no character before it
+        return text if self._stop_strings.is_found else text + self._stop_strings.push_special(name)
 
     def _settle(self, piece: str) -> str:
         self._num_decoded += len(piece)

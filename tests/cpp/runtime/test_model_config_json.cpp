@@ -120,8 +120,8 @@ TEST_F(ModelConfigTest, OldStyle) {
 
 TEST_F(ModelConfigTest, Wrapper) {
   const ModelConfig c = read(R"({"model_type":"qwen3_5","architectures":["Qwen3_5ForConditionalGeneration"],
-    "dtype":"float32","tie_word_embeddings":true,"vision_config":{"hidden_size":1},"text_config":)" +
-                             model("qwen3_5_text", kSizes + R"(,"tie_word_embeddings":false,"eos_token_id":3,
+    "dtype":"float32","tie_word_embeddings":true,"eos_token_id":5,"vision_config":{"hidden_size":1},"text_config":)" +
+                             model("qwen3_5_text", kSizes + R"(,"tie_word_embeddings":false,"eos_token_id":[3,5],
     "rope_parameters":{"rope_theta":1e7,"partial_rotary_factor":0.5},"full_attention_interval":2)") +
                              "}");
   expect_sizes(c);
@@ -129,7 +129,7 @@ TEST_F(ModelConfigTest, Wrapper) {
   EXPECT_TRUE(c.tie_word_embeddings) << "the outer level decides";
   EXPECT_EQ(c.dtype, at::kFloat);
   EXPECT_EQ(c.weight_prefix, "model.language_model.");
-  EXPECT_EQ(c.eos_token_ids, std::vector<int64_t>{3});
+  EXPECT_EQ(c.eos_token_ids, (std::vector<int64_t>{5, 3}));
 }
 
 TEST_F(ModelConfigTest, Qwen3_5Moe) {
@@ -213,10 +213,10 @@ TEST_F(ModelConfigTest, ArchitecturesAloneSuffice) {
   EXPECT_EQ(read(R"({"architectures":["Qwen3NextForCausalLM"]})").architecture, Architecture::kQwen3Next);
 }
 
-TEST_F(ModelConfigTest, GenerationConfigDecidesTokens) {
-  dir_.write("generation_config.json", R"({"eos_token_id":[5,6],"bos_token_id":4,"pad_token_id":null})");
+TEST_F(ModelConfigTest, GenerationConfigAddsEosTokensAndDecidesOthers) {
+  dir_.write("generation_config.json", R"({"eos_token_id":[5,7,6],"bos_token_id":4,"pad_token_id":null})");
   const ModelConfig c = read(model("qwen3_5_text", R"("eos_token_id":7,"bos_token_id":8,"pad_token_id":9)"));
-  EXPECT_EQ(c.eos_token_ids, (std::vector<int64_t>{5, 6}));
+  EXPECT_EQ(c.eos_token_ids, (std::vector<int64_t>{7, 5, 6}));
   EXPECT_EQ(c.bos_token_id, 4);
   EXPECT_EQ(c.pad_token_id, 9);
 }

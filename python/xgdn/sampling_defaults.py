@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's generation_config.json recommends for sampling, for requests that leave it open."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from xgdn.tokenizer_files import read_json_object
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """Values of generation_config.json, None where it has none.
+
+    As in vLLM and SGLang they count whatever `do_sample` says: a request that wants greedy decoding says temperature 0.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None  # 0: all tokens
+    top_p: float | None = None
+    problems: tuple[str, ...] = ()  # values that no sampler can take, which are left out
+
+    def __str__(self) -> str:
+        """The values that are there: `temperature 0.6, top_k 20`."""
+        return ", ".join(f"{name} {value:g}" for name, value in self.values().items())
+
+    def values(self) -> dict[str, Any]:
+        """By name, those that are there."""
+        return {name: value for name in _RULES if (value := getattr(self, name)) is not None}
+
+    def without(self, names: Iterable[str]) -> "SamplingDefaults":
+        """The same but for values of these names."""
+        left_out = set(names)
+        return SamplingDefaults(**{name: value for name, value in self.values().items() if name not in left_out})
+
+
+_Value = TypeVar("_Value", int, float)
+
+
+def first_given(*values: _Value | None) -> _Value:
+    """The first that is not None: what was asked for, what the model's files recommend, what there is otherwise."""
+    return next(value for value in values if value is not None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Name, what is expected, whether a value is that.
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "temperature": ("a number of at least 0", lambda it: _is_number(it) and it >= 0),
+    "top_k": (
+        "an integer from -1 to 2147483647",
+        lambda it: isinstance(it, int) and not isinstance(it, bool) and -1 <= it < 2**31,
+    ),
+    "top_p": ("a number above 0 and at most 1", lambda it: _is_number(it) and 0 < it <= 1),
+}
+
+
+def read_sampling_defaults(source: str, model_dir: Path) -> SamplingDefaults:
+    """Read them from `source`: `auto` for the model's directory, `none`, or the path of a file or a directory.
+
+    Raises:
+        ValueError: the file is damaged, or there is none at the path given.
+    """
+    if source == "none":
+        return SamplingDefaults()
+    path = model_dir if source == "auto" else Path(source)
+    if path.is_dir():
+        path = path / "generation_config.json"
+    if source != "auto" and not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    return _parse(read_json_object(path), path)
+
+
+def _parse(document: Mapping[str, Any], path: Path) -> SamplingDefaults:
+    given = {name: document[name] for name in _RULES if document.get(name) is not None}
+    good = {name: value for name, value in given.items() if _RULES[name][1](value)}
+    problems = tuple(
+        f"{path}: {name}: expected {_RULES[name][0]}, got {value!r}; it is left out"
+        for name, value in given.items()
+        if name not in good
+    )
+    if good.get("top_k") == -1:  # as 0
+        good["top_k"] = 0
+    return SamplingDefaults(**good, problems=problems)

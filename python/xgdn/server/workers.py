@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads for work whose time grows with a body, so that the event loop goes on meanwhile."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+_LONG_BYTES = 64 * 2**10
+_NUM_SHORT, _NUM_LONG = 8, 2  # few for the long ones: each takes its share of Python's lock
+
+_Result = TypeVar("_Result")
+
+
+class Workers:
+    """Two pools: what is short never waits for what is long."""
+
+    def __init__(self) -> None:
+        self._short = ThreadPoolExecutor(_NUM_SHORT, "xgdn-short")
+        self._long = ThreadPoolExecutor(_NUM_LONG, "xgdn-long")
+
+    async def run(self, num_bytes: int, work: Callable[[], _Result]) -> _Result:
+        """The result of work on so many bytes; it goes on when nobody waits any more."""
+        pool = self._long if num_bytes > _LONG_BYTES else self._short
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        for pool in (self._short, self._long):
+            pool.shutdown(wait=False, cancel_futures=True)
