@@ -19,12 +19,12 @@ void bind_kernels(nb::module_& m) {
   m.def(
       "doctor",
       [] {
-        std::vector<std::tuple<std::string, std::string, std::optional<std::string>, bool>> rows;
+        std::vector<std::tuple<std::string, std::string, std::optional<std::string>, bool, bool>> rows;
         for (const kernel::BackendReport& r : kernel::doctor())
-          rows.emplace_back(r.op, r.backend, r.why_not, r.is_selected);
+          rows.emplace_back(r.op, r.backend, r.why_not, r.is_selected, r.is_batch_invariant);
         return rows;
       },
-      nb::call_guard<nb::gil_scoped_release>(), "Rows (op, backend, why not, is selected).");
+      nb::call_guard<nb::gil_scoped_release>(), "Rows (op, backend, why not, is selected, is batch-invariant).");
 }
 
 }  // namespace xgdn

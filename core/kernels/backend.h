@@ -102,6 +102,24 @@ class Backend {
   virtual std::optional<std::string> why_not(const PagedAttentionParams&, const AttentionShape&) const { return {}; }
   virtual std::optional<std::string> why_not(const MoeExpertsParams&, const ExpertsShape&) const { return {}; }
 
+  // Whether the call is batch-invariant: what a sequence (or a token, where an op has no sequences) gets has the same
+  // bits whatever else is in the call, in whatever order, and with any number of threads. A backend promises it where
+  // its own kernel serves the whole call; a library chooses by machine, sizes, threads and alignment.
+  virtual bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const { return false; }
+  virtual bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const { return false; }
+  virtual bool is_batch_invariant(const PackedDecodeParams&, const GdnShape&) const { return false; }
+  virtual bool is_batch_invariant(const CausalConv1dParams&, const ConvShape&) const { return false; }
+  virtual bool is_batch_invariant(const CausalConv1dUpdateParams&, const ConvShape&) const { return false; }
+  virtual bool is_batch_invariant(const GdnGatingParams&, const GdnShape&) const { return false; }
+  virtual bool is_batch_invariant(const L2NormParams&, const GdnShape&) const { return false; }
+  virtual bool is_batch_invariant(const RmsNormGatedParams&, const GdnShape&) const { return false; }
+  virtual bool is_batch_invariant(const RmsNormParams&, const NormShape&) const { return false; }
+  virtual bool is_batch_invariant(const SiluAndMulParams&, const LinearShape&) const { return false; }
+  virtual bool is_batch_invariant(const LinearParams&, const LinearShape&) const { return false; }
+  virtual bool is_batch_invariant(const GdnDecodeStepParams&, const DecodeStepShape&) const { return false; }
+  virtual bool is_batch_invariant(const PagedAttentionParams&, const AttentionShape&) const { return false; }
+  virtual bool is_batch_invariant(const MoeExpertsParams&, const ExpertsShape&) const { return false; }
+
   virtual void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const = 0;
   virtual void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const = 0;
   virtual void run(const PackedDecodeParams& p, const GdnShape& s) const;

@@ -18,6 +18,7 @@ void report(std::vector<BackendReport>& rows, const Params& sample) {
     BackendReport row{std::string(Op<Params>::name), std::string(b->name()), why_not(*b, sample, s), false};
     row.is_selected = !found && !row.why_not && (chosen == "auto" || chosen == b->name());
     found = found || row.is_selected;
+    row.is_batch_invariant = !row.why_not && b->is_batch_invariant(sample, s);
     rows.push_back(row);
   }
   for (const AbsentBackend& absent : absent_backends()) {

@@ -14,6 +14,7 @@ void dispatch(const Params& p) {
   const Backend& backend = select(p, s);
   backend.run(p, s);
   last_used<Params>.store(&backend, std::memory_order_relaxed);
+  last_was_invariant<Params>.store(backend.is_batch_invariant(p, s), std::memory_order_relaxed);
 }
 
 }  // namespace

@@ -352,12 +352,19 @@ std::vector<std::string> available_backends();
 /// The backend that served the last call of `op` in this process, or "" before the first.
 std::string last_backend(std::string_view op);
 
+/// Whether the last call of `op` in this process was batch-invariant: each of its sequences (tokens, where the op has
+/// no sequences) has the bits that it would have alone, in any other batch, and with any number of threads. Backends
+/// promise it where their own kernels serve the call, never where a library makes a product. False before the first
+/// call.
+bool last_is_batch_invariant(std::string_view op);
+
 /// One row of doctor(): whether `backend` serves `op` on CPU tensors of a typical shape, else its sentence.
 struct BackendReport {
   std::string op;
   std::string backend;
   std::optional<std::string> why_not;  // nullopt: it serves the op
   bool is_selected;                    // what "auto" runs now
+  bool is_batch_invariant = false;     // it serves the op, and that call is (last_is_batch_invariant)
 };
 /// A row for each op and each backend of this build.
 std::vector<BackendReport> doctor();

@@ -26,16 +26,30 @@ DefaultBackends& defaults() {
   return instance;
 }
 
+struct LastCall {
+  const Backend* backend = nullptr;  // null before the first
+  bool is_batch_invariant = false;
+};
+
 template <class... Params>
-std::optional<const Backend*> last_of(std::string_view op, OpList<Params...>) {
-  std::optional<const Backend*> found;
-  ((Op<Params>::name == op ? void(found = last_used<Params>.load(std::memory_order_relaxed)) : void()), ...);
+std::optional<LastCall> last_of(std::string_view op, OpList<Params...>) {
+  std::optional<LastCall> found;
+  ((Op<Params>::name == op ? void(found = {last_used<Params>.load(std::memory_order_relaxed),
+                                           last_was_invariant<Params>.load(std::memory_order_relaxed)})
+                           : void()),
+   ...);
   return found;
 }
 
 template <class... Params>
 std::string op_names(OpList<Params...>) {
   return c10::Join(", ", std::array{Op<Params>::name...});
+}
+
+LastCall last_call(std::string_view function, std::string_view op) {
+  const std::optional<LastCall> found = last_of(op, AllOps{});
+  if (found) return *found;
+  throw UnsupportedError(c10::str("[", function, "] op: expected one of ", op_names(AllOps{}), ", got '", op, "'"));
 }
 
 }  // namespace
@@ -80,11 +94,12 @@ std::vector<std::string> available_backends() {
 }
 
 std::string last_backend(std::string_view op) {
-  const std::optional<const Backend*> backend = last_of(op, AllOps{});
-  if (!backend) {
-    throw UnsupportedError(c10::str("[last_backend] op: expected one of ", op_names(AllOps{}), ", got '", op, "'"));
-  }
-  return *backend != nullptr ? std::string((*backend)->name()) : "";
+  const Backend* backend = last_call("last_backend", op).backend;
+  return backend != nullptr ? std::string(backend->name()) : "";
+}
+
+bool last_is_batch_invariant(std::string_view op) {
+  return last_call("last_is_batch_invariant", op).is_batch_invariant;
 }
 
 }  // namespace xgdn::kernel

@@ -20,6 +20,9 @@ std::string absence(std::string_view context, std::string_view name);
 /// Written by every call, read by last_backend().
 template <class Params>
 inline std::atomic<const Backend*> last_used = nullptr;
+/// Written by every call, read by last_is_batch_invariant().
+template <class Params>
+inline std::atomic<bool> last_was_invariant = false;
 
 /// nullopt: the backend can serve the call; else its sentence.
 template <class Params, class Shape>

@@ -435,6 +435,8 @@ TORCH_LIBRARY(xgdn, m) {
   m.def("available_backends() -> str[]", [] { return with_torch_errors([] { return available_backends(); }); });
   m.def("last_backend(str op) -> str",
         [](const std::string& op) { return with_torch_errors([&] { return last_backend(op); }); });
+  m.def("last_is_batch_invariant(str op) -> bool",
+        [](const std::string& op) { return with_torch_errors([&] { return last_is_batch_invariant(op); }); });
 }
 
 TORCH_LIBRARY_IMPL(xgdn, CPU, m) {

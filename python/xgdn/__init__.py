@@ -12,7 +12,14 @@ import torch  # noqa: F401  (libxgdn needs torch's libraries in the process)
 
 import xgdn._C  # noqa: F401  (loads libxgdn, which registers torch.ops.xgdn)
 from xgdn import errors, ops
-from xgdn.backends import BackendReport, available_backends, doctor, last_backend, use_backend
+from xgdn.backends import (
+    BackendReport,
+    available_backends,
+    doctor,
+    last_backend,
+    last_is_batch_invariant,
+    use_backend,
+)
 from xgdn.engine import (
     Engine,
     FinishReason,
@@ -51,6 +58,7 @@ __all__ = [
     "errors",
     "fused_recurrent_gated_delta_rule",
     "last_backend",
+    "last_is_batch_invariant",
     "ops",
     "plan",
     "use_backend",

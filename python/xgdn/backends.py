@@ -13,12 +13,16 @@ _PHASES = ("prefill", "decode")
 
 
 class BackendReport(NamedTuple):
-    """Whether `backend` serves `op` here; if not, `why_not` is its sentence."""
+    """Whether `backend` serves `op` here; if not, `why_not` is its sentence.
+
+    `is_batch_invariant` speaks of a call of typical shape, in bfloat16; see `last_is_batch_invariant`.
+    """
 
     op: str
     backend: str
     why_not: str | None
     is_selected: bool
+    is_batch_invariant: bool
 
 
 def available_backends() -> list[str]:
@@ -29,6 +33,16 @@ def available_backends() -> list[str]:
 def last_backend(op: str) -> str:
     """The backend that served the last call of `op` in this process; empty before the first."""
     return str(torch.ops.xgdn.last_backend(op))
+
+
+def last_is_batch_invariant(op: str) -> bool:
+    """Whether the last call of `op` in this process was batch-invariant.
+
+    If so, each of its sequences (tokens, where the op has no sequences) has the bits that it would have alone, in any
+    other batch, and with any number of threads. Promised where a backend's own kernel serves the call, never where a
+    library makes a product. False before the first call.
+    """
+    return bool(torch.ops.xgdn.last_is_batch_invariant(op))
 
 
 def doctor() -> list[BackendReport]:

@@ -528,7 +528,7 @@ def serve(
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """Show which backend serves which op here, and why the others do not."""
+    """Show which backend serves which op here, why the others do not, and whose bits do not depend on the batch."""
     versions = {
         "xgdn": importlib.metadata.version("xgdn"),
         "torch": torch.__version__,
@@ -557,6 +557,9 @@ def doctor(as_json: JsonOption = False) -> None:
             names = [op for op in ops if by_cell[op, backend].why_not == why]
             about = "" if len(names) == len(ops) else f" ({', '.join(names)})"
             console.print(Text(f"{backend}: {why}{about}"), soft_wrap=True)
+        invariant = [op for op in ops if by_cell[op, backend].is_batch_invariant]
+        if invariant:
+            console.print(Text(f"{backend}: batch-invariant: {', '.join(invariant)}"), soft_wrap=True)
 
 
 def _parse_counts(text: str, option: str) -> list[int]:

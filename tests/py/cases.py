@@ -422,6 +422,15 @@ def assert_bits_equal(name: str, got: Tensor, want: Tensor) -> None:
     assert not differs.any(), f"{name}: bits differ first at {differs.nonzero()[0].tolist()}"
 
 
+def assert_batch_invariant(op: str, name: str, got: Tensor, want: Tensor, bound: float) -> None:
+    """The bits of another batch, where the last call of `op` promised them; elsewhere a library made a product, and its
+    result is within `bound`."""
+    if xgdn.last_is_batch_invariant(op):
+        assert_bits_equal(name, got, want)
+    else:
+        assert_close(name, got, want, bound)
+
+
 def assert_untouched(x: Inputs, slots: dict[int, Tensor]) -> None:
     """Every slot that the call did not write has the bits that it had before."""
     others = [slot for slot in range(x.state.shape[0]) if slot not in slots]

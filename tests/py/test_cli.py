@@ -257,6 +257,8 @@ def test_doctor_lists_every_op_and_backend() -> None:
         cell = cells[1 + backends.index(report.backend)]
         assert cell == ("selected" if report.is_selected else "-" if report.why_not else "yes")
         assert report.why_not is None or f"{report.backend}: {report.why_not}" in lines
+        promises = next((line for line in lines if line.startswith(f"{report.backend}: batch-invariant: ")), "")
+        assert report.is_batch_invariant == (report.op in promises.replace(",", "").split())
 
 
 def test_doctor_json() -> None:

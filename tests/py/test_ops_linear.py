@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import xgdn
-from cases import assert_bits_equal, assert_close
+from cases import assert_batch_invariant, assert_bits_equal, assert_close
 from xgdn import ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -159,14 +159,14 @@ def test_a_nan_token_spoils_its_own_row_alone(T: int, width: int, out_dtype: tor
         others[token] = False
     got = x.run(backend)
     assert got[~others].isnan().all()
-    assert_bits_equal("other tokens", got[others], clean[others])
+    assert_batch_invariant("linear", "other tokens", got[others], clean[others], x.call.bound(backend))
 
 
 def test_out_is_made_like_x(backend: str) -> None:
     x = Call(17, bias=True).make()
     got = ops.linear(x.x.values, x.weight.values, bias=x.bias, backend=backend)
     assert got.dtype == BF16
-    assert_bits_equal("out", got, x.run(backend))
+    assert_batch_invariant("linear", "out", got, x.run(backend), x.call.bound(backend))
 
 
 @NEEDS_PRODUCTS
@@ -180,6 +180,7 @@ def test_other_tokens_do_not_change_bits(
     x = Call(T, D=1056, O=width, out_dtype=out_dtype, bias=bias).make()
     num_threads(1)
     together = x.run("cpu")
+    assert xgdn.last_is_batch_invariant("linear")
     for count in (2, 3, 5, 15, 16, 17, 33, 240, 241, 256):
         assert_bits_equal(f"the first {count} tokens", x.run("cpu", slice(count)), together[:count])
     for token in (0, 1, 15, 16, 31, 32, 127, 128, T - 1):

@@ -287,11 +287,15 @@ void run_products(const LinearParams& p, const LinearShape& s) {
 // A sequence with more tokens is left to ATen, whose products suit it.
 constexpr int64_t kMostAttentionTokens = 8;
 
+bool is_short(const AttentionSequence& sequence) {
+  return sequence.num_tokens <= kMostAttentionTokens;
+}
+
 // Tokens of short sequences, each with what it sees.
 std::vector<cpu::AttentionToken> attention_tokens(const PagedAttentionParams& p) {
   std::vector<cpu::AttentionToken> tokens;
   for (const AttentionSequence& sequence : p.sequences) {
-    if (sequence.num_tokens > kMostAttentionTokens) continue;
+    if (!is_short(sequence)) continue;
     const int32_t* blocks = p.block_ids.const_data_ptr<int32_t>() + sequence.block_begin;
     for (int64_t i = 0; i < sequence.num_tokens; ++i) {
       tokens.push_back({.token = sequence.token_begin + i,
@@ -316,6 +320,7 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend() { cpu::limit_highway_targets(); }
 
+  using Backend::is_batch_invariant;
   using Backend::run;
   using Backend::why_not;
 
@@ -337,6 +342,21 @@ class CpuBackend final : public Backend {
   }
   std::optional<std::string> why_not(const GdnDecodeStepParams&, const DecodeStepShape& s) const override {
     return why_not_head_dims(s.rule);
+  }
+
+  bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const PackedDecodeParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const CausalConv1dParams&, const ConvShape&) const override { return true; }
+  bool is_batch_invariant(const CausalConv1dUpdateParams&, const ConvShape&) const override { return true; }
+  bool is_batch_invariant(const GdnGatingParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const RmsNormGatedParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const RmsNormParams&, const NormShape&) const override { return true; }
+  bool is_batch_invariant(const SiluAndMulParams&, const LinearShape&) const override { return true; }
+  bool is_batch_invariant(const GdnDecodeStepParams&, const DecodeStepShape&) const override { return true; }
+  bool is_batch_invariant(const LinearParams& p, const LinearShape& s) const override { return has_products(p, s); }
+  bool is_batch_invariant(const PagedAttentionParams& p, const AttentionShape&) const override {
+    return std::all_of(p.sequences.begin(), p.sequences.end(), is_short);
   }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {

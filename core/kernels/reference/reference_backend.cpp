@@ -88,6 +88,7 @@ void write_state(const Matrix& S, const at::Tensor& pool, int64_t slot, int64_t 
 
 class ReferenceBackend final : public Backend {
  public:
+  using Backend::is_batch_invariant;
   using Backend::run;
   using Backend::why_not;
 
@@ -97,6 +98,9 @@ class ReferenceBackend final : public Backend {
     if (device.is_cpu()) return std::nullopt;
     return c10::str("it runs on the CPU, the tensors are on ", device.str());
   }
+
+  bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
     Inputs inputs(p, s);

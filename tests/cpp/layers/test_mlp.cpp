@@ -106,7 +106,7 @@ TEST_P(SparseMoeTest, ExpertsMayBeOneTensor) {
   }
   fused["moe.experts.gate_up_proj"] = at::stack(gate_up);
   fused["moe.experts.down_proj"] = at::stack(down);
-  EXPECT_TRUE(same_bits(moe(fused).forward(x_), moe(weights_).forward(x_)));
+  EXPECT_LE(relative_error(moe(fused).forward(x_), moe(weights_).forward(x_)), kBound);
   fused.erase("moe.experts.down_proj");
   expect_error<CheckpointError>([&] { moe(fused); }, {"moe.experts.down_proj"});
 }

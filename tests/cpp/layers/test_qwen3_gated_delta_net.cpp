@@ -326,7 +326,7 @@ TEST_P(LayerTest, DecodeWritesWhereItIsTold) {
   EXPECT_TRUE(same_bits(slot(state, StateKind::kDelta, 1), delta)) << "the fork's origin changed";
 }
 
-TEST_P(LayerTest, BothCheckpointLayoutsGiveTheSameBits) {
+TEST_P(LayerTest, BothCheckpointLayoutsAreTheSameLayer) {
   const Weights fused = interleaved(weights_, config_);
   const at::Tensor x = hidden(22, 70);
   for (int64_t rank = 0; rank < config_.num_k_heads; ++rank) {
@@ -335,9 +335,9 @@ TEST_P(LayerTest, BothCheckpointLayoutsGiveTheSameBits) {
     const Qwen3GatedDeltaNet b(config_, TensorMap(fused), kPrefix, at::kFloat, shard);
     GdnState state_a = make_state(a, 1), state_b = make_state(b, 1);
     const GdnBatch batch = batch_of({prefill(0, {70}, {0}, {false}, a.local_config().num_v_heads)});
-    EXPECT_TRUE(same_bits(a.forward(x, batch, state_a), b.forward(x, batch, state_b)));
+    EXPECT_LE(relative_error(a.forward(x, batch, state_a), b.forward(x, batch, state_b)), kBound);
     for (StateKind kind : {StateKind::kConv, StateKind::kDelta}) {
-      EXPECT_TRUE(same_bits(state_a.pool(kind), state_b.pool(kind)));
+      EXPECT_LE(relative_error(slot(state_a, kind, 0), slot(state_b, kind, 0)), kBound);
     }
   }
 }

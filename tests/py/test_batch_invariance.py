@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op's promise of bits that do not depend on the batch, and where it is not given, a result within rounding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import xgdn
+from attention_calls import AttentionCall
+from cases import OPS, assert_batch_invariant, i32
+from xgdn import ops
+
+LENGTHS = (1, 3, 70, 2, 65)  # of the ops on sequences of several tokens
+H, HV, K, V, W = 2, 4, 32, 48, 4
+QKV = 2 * H * K + HV * V
+ROWS = [slice(a, b) for a, b in itertools.pairwise(itertools.accumulate(LENGTHS, initial=0))]
+T, N = sum(LENGTHS), len(LENGTHS)
+
+# Of two results of a library, both rounded to the type; between are at most three ops.
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+Results = list[tuple[Tensor, ...]]  # for each sequence what the call gave it
+Call = Callable[[Sequence[int]], Results]  # of these sequences, in this order
+
+
+def starts(order: Sequence[int], lengths: Sequence[int] = LENGTHS) -> Tensor:
+    return i32([0, *itertools.accumulate(lengths[n] for n in order)])
+
+
+def tokens(x: Tensor, order: Sequence[int]) -> Tensor:
+    return torch.cat([x[ROWS[n]] for n in order])
+
+
+def by_sequence(out: Tensor, state: Tensor, order: Sequence[int]) -> Results:
+    return list(zip(out.split([LENGTHS[n] for n in order]), (state[n] for n in order), strict=True))
+
+
+def delta_rule(op: str, dtype: torch.dtype, backend: str) -> Call:
+    q, k, v = (torch.randn(T, heads, dim).to(dtype) for heads, dim in ((H, K), (H, K), (HV, V)))
+    g, beta, state = -torch.rand(T, HV), torch.rand(T, HV), torch.randn(N, HV, V, K)
+
+    def call(order: Sequence[int]) -> Results:
+        pool = state.clone()
+        chunk = {"chunk": ops.build_chunk_metadata([LENGTHS[n] for n in order], HV)} if op.startswith("chunk") else {}
+        inputs = (tokens(x, order) for x in (q, k, v, g, beta))
+        out = OPS[op](*inputs, pool, cu_seqlens=starts(order), state_indices=i32(order), backend=backend, **chunk)
+        return by_sequence(out, pool, order)
+
+    return call
+
+
+def convolution(op: str, dtype: torch.dtype, backend: str) -> Call:
+    x, weight, bias = torch.randn(T, QKV).to(dtype), torch.randn(QKV, W).to(dtype), torch.randn(QKV).to(dtype)
+    max_len = {"max_len": max(LENGTHS)} if op.endswith("update") else {}
+    state = torch.randn(N, W - 2 + max(LENGTHS), QKV).to(dtype)
+
+    def call(order: Sequence[int]) -> Results:
+        pool, indices = state.clone(), {"cu_seqlens": starts(order), "state_indices": i32(order)}
+        out = OPS[op](tokens(x, order), weight, pool, bias=bias, backend=backend, **indices, **max_len)
+        return by_sequence(out, pool, order)
+
+    return call
+
+
+def decode(op: str, dtype: torch.dtype, backend: str) -> Call:
+    projected, conv = torch.randn(N, QKV + HV * V + 2 * HV).to(dtype), torch.randn(N, W - 1, QKV).to(dtype)
+    A_log, dt_bias, state = torch.randn(HV), torch.randn(HV), torch.randn(N, HV, V, K)
+    taps, norm = torch.randn(QKV, W).to(dtype), torch.randn(V)
+
+    def call(order: Sequence[int]) -> Results:
+        rows, pool, conv_pool, indices = projected[list(order)], state.clone(), conv.clone(), i32(order)
+        if op == "packed_decode":
+            b, a = rows[:, -2 * HV :].split(HV, 1)
+            out = ops.packed_decode(rows[:, :QKV], a, b, A_log, dt_bias, pool, state_indices=indices, backend=backend)
+        else:
+            pools = (conv_pool, A_log, dt_bias, pool)
+            out = ops.gdn_decode_step(rows, taps, *pools, norm, state_indices=indices, backend=backend)
+        return [(out[i], pool[n], conv_pool[n]) for i, n in enumerate(order)]
+
+    return call
+
+
+def token_op(op: str, dtype: torch.dtype, backend: str) -> Call:
+    """An op without sequences: each token is one."""
+    heads, other = torch.randn(N, HV, 50).to(dtype), torch.randn(N, HV, 50).to(dtype)
+    x, weight, bias = torch.randn(N, 96).to(dtype), torch.randn(80, 96).to(dtype), torch.randn(80).to(dtype)
+    norm, A_log = torch.randn(50), torch.randn(HV)
+    experts = torch.randn(6, 64, 96).to(dtype), torch.randn(6, 96, 32).to(dtype)
+    weights, chosen = torch.rand(N, 2).to(dtype), torch.stack([torch.randperm(6)[:2] for _ in range(N)])
+    calls: dict[str, Callable[[list[int]], Tensor | tuple[Tensor, ...]]] = {
+        "gdn_gating": lambda n: ops.gdn_gating(heads[n, :, 0], other[n, :, 0], A_log, A_log, backend=backend),
+        "l2_norm": lambda n: ops.l2_norm(heads[n], backend=backend),
+        "rms_norm_gated": lambda n: ops.rms_norm_gated(heads[n], other[n], norm, backend=backend),
+        "rms_norm": lambda n: ops.rms_norm(heads[n], norm, backend=backend),
+        "silu_and_mul": lambda n: ops.silu_and_mul(heads[n, 0], other[n, 0], backend=backend),
+        "linear": lambda n: ops.linear(x[n], weight, bias=bias, backend=backend),
+        "moe_experts": lambda n: ops.moe_experts(x[n], weights[n], chosen[n], *experts, backend=backend),
+    }
+
+    def call(order: Sequence[int]) -> Results:
+        got = calls[op](list(order))
+        return list(zip(*(got if isinstance(got, tuple) else (got,)), strict=True))
+
+    return call
+
+
+def attention(op: str, dtype: torch.dtype, backend: str) -> Call:
+    whole = AttentionCall(((1, 40), (3, 9), (20, 20), (8, 50), (1, 17)), HQ=8, D=64, dtype=dtype).make()
+    queries = whole.q.split([t for t, _ in whole.sequences])
+
+    def call(order: Sequence[int]) -> Results:
+        some = whole.alone(order[0])
+        some.sequences = tuple(whole.sequences[n] for n in order)
+        some.blocks, some.rows = tuple(whole.blocks[n] for n in order), [whole.rows[n] for n in order]
+        some.q = torch.cat([queries[n] for n in order])
+        return [(part,) for part in some.run(backend=backend).split([t for t, _ in some.sequences])]
+
+    return call
+
+
+MAKE = {
+    "recurrent_gated_delta_rule": delta_rule,
+    "chunk_gated_delta_rule": delta_rule,
+    "causal_conv1d": convolution,
+    "causal_conv1d_update": convolution,
+    "packed_decode": decode,
+    "gdn_decode_step": decode,
+    "paged_attention": attention,
+}
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=["f32", "bf16"])
+@pytest.mark.parametrize("op", OPS)
+def test_the_batch_changes_no_promised_bit(
+    op: str, dtype: torch.dtype, num_threads: Callable[[int], None], backend: str
+) -> None:
+    call = MAKE.get(op, token_op)(op, dtype, backend)
+    num_threads(3)
+    together = {order: call(order) for order in ((0, 1, 2, 3, 4), (3, 1, 4, 0, 2), (2, 0))}
+    num_threads(1)
+    for n in range(N):
+        (alone,) = call((n,))
+        for order, results in together.items():
+            if n in order:
+                for got, want in zip(results[order.index(n)], alone, strict=True):
+                    assert_batch_invariant(op, f"sequence {n} of {order}", got, want, BOUND[dtype])
+
+
+def test_what_is_promised() -> None:
+    """The backends' own kernels; where `linear` has one, test_ops_linear.py asks it."""
+    promised = {
+        backend: {row.op for row in xgdn.doctor() if row.backend == backend and row.is_batch_invariant}
+        for backend in ("cpu", "reference", "npu", "cuda")
+    }
+    assert promised["cpu"] - {"linear"} == set(OPS) - {"l2_norm", "linear", "moe_experts"}
+    assert promised["reference"] == {"recurrent_gated_delta_rule", "chunk_gated_delta_rule"}
+    assert promised["npu"] == promised["cuda"] == set()
+
+
+def test_the_promise_is_that_of_the_call() -> None:
+    """A prompt is attended by ATen; a call that has one promises nothing."""
+    for sequences, promised in ((((1, 5), (8, 9)), True), (((1, 5), (9, 9)), False)):
+        AttentionCall(sequences).make().run(backend="cpu")
+        assert xgdn.last_is_batch_invariant("paged_attention") == promised
+    ops.linear(torch.randn(3, 32), torch.randn(16, 32), backend="cpu")
+    assert not xgdn.last_is_batch_invariant("linear")
+
+
+def test_an_unknown_op_is_an_error() -> None:
+    with pytest.raises(NotImplementedError, match=r"\[last_is_batch_invariant\] op: expected one of .*'l3_norm'"):
+        xgdn.last_is_batch_invariant("l3_norm")
