@@ -179,6 +179,7 @@ TURN = {"role": "user", "content": "a"}
         (CompletionBody, GOOD | {"prompt": [-1] * MANY}),
         (CompletionBody, GOOD | {"prompt": [[-1]] * MANY}),
         (CompletionBody, GOOD | {"stop": [1] * MANY}),
+        (CompletionBody, GOOD | {"stop": "a" * MANY}),
         (CompletionBody, GOOD | {"stop_token_ids": ["a"] * MANY}),
         (CompletionBody, GOOD | {"stop_token_ids": [1] * MANY}),
         (CompletionBody, GOOD | {f"field {i}": 1 for i in range(MANY)}),

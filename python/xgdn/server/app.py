@@ -2,11 +2,12 @@
 """The HTTP application: routes, limits, answers to errors."""
 
 import asyncio
+import gc
 import importlib.resources
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ _MAX_TOKENS = 2**31 - 1  # of a sequence, where neither the model nor the pools 
 # The second for nginx, which would hold events back until it has a buffer full.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _CLIENT_GONE = 499  # read by nobody
+_COLLECT_AFTER = 50_000  # new objects
 _REPORT_BYTES = 1024  # about what a token's log probabilities take in an answer
 
 _Format = CompletionFormat | ChatFormat
@@ -88,7 +90,8 @@ class Server:
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self._engine.start()
-        yield
+        with _rare_collections():
+            yield
         await self._engine.stop()
         self._workers.stop()
 
@@ -242,6 +245,19 @@ class _Order:
     prompts: Sequence[Sequence[int]]
     max_tokens: int
     form: _Format
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Else a body of many small lists has the garbage collector walk them and all modules, again and again."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(_COLLECT_AFTER, *thresholds[1:])
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result | None:

@@ -14,7 +14,7 @@ from xgdn.server.api_error import ApiError, bad_request
 
 _MAX = 2**31 - 1
 _Token = Annotated[int, Field(ge=0, le=_MAX)]
-_StopString = Annotated[str, Field(min_length=1)]
+_StopString = Annotated[str, Field(min_length=1, max_length=4096)]
 _UNKNOWN = "unknown_field"
 
 # Fields of OpenAI's that would change the answer and are not supported, with the values that ask for nothing.
