@@ -42,7 +42,7 @@ def test_a_skip_needs_a_listed_reason(pytester: pytest.Pytester, body: str, opti
 
 GTEST = """<testsuites><testsuite name="Suite">
 <testcase name="a" status="run" result="completed" classname="Suite"/>
-<testcase name="b" status="run" result="skipped" classname="Suite"><skipped message="file.cpp:3&#x0A;{reason}"/></testcase>
+<testcase name="b" status="run" result="skipped" classname="Suite"><skipped message="a.cpp:3&#x0A;{reason}"/></testcase>
 </testsuite></testsuites>"""
 
 
