@@ -20,11 +20,18 @@ BUILD := build/python
 PIP_INSTALL := python -m pip install -v --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp')
 
-.PHONY: help demo test check fmt bench clean docs package package-with-tests cpp-test py-test ascend-test install-test \
-	arm-test
+# The kernels, a layer, a model and the engine; a server with its clients.
+QUICK_TESTS := test_ops_backends test_ops_recurrent test_ops_decode_step test_batch_invariance test_fork test_layering test_plan \
+	test_server_engine
+
+.PHONY: help demo test test-quick check fmt bench clean docs package package-with-tests cpp-test py-test ascend-test \
+	install-test arm-test sanitize environments
 help:
 	@echo "make demo   a small trained Qwen3.5 writes here and in transformers, side by side"
 	@echo "make test   C++ tests, Python tests, the Ascend route, installation tests"
+	@echo "make test-quick  the part of the C++ and Python tests for work in between, about a minute after a build"
+	@echo "make environments  the suites with fewer instructions and other numbers of threads (tools/environments.sh)"
+	@echo "make sanitize  C++ tests, kernels and a call of every op under ASan with UBSan, and under TSan"
 	@echo "make arm-test  the CPU kernels on Arm, cross-compiled and emulated"
 	@echo "make check  format, lint, types, layering, C++ pages, then make test: the gate of every change"
 	@echo "make docs   the pages of the C++ headers, by Doxygen"
@@ -36,6 +43,10 @@ demo: package
 	python examples/demo.py
 
 test: cpp-test py-test ascend-test install-test
+
+test-quick: package-with-tests
+	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS) -E cpu_targets
+	python -m pytest -q -x $(QUICK_TESTS:%=tests/py/%.py)
 
 check: .venv/.dev
 	clang-format --dry-run -Werror $(CXX_FILES)
@@ -69,6 +80,11 @@ clean:
 	tools/bootstrap.sh dev
 	@touch $@
 
+# Where there is no browser; the page's tests need one.
+.PHONY: browser
+browser:
+	tools/bootstrap.sh browser
+
 # The package is installed as a user gets it, built in $(BUILD); a later call compiles only what changed.
 package: .venv/.test
 	$(PIP_INSTALL) .
@@ -78,13 +94,20 @@ package-with-tests: .venv/.test
 
 cpp-test: package-with-tests
 	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
+	python tests/py/allowed_skips.py --gtest $(BUILD)/gtest/*.xml
 
-py-test: package-with-tests
-	python -m pytest tests/py
+py-test: package-with-tests browser
+	python -m pytest tests/py --strict-skips
 
 # The real torch_npu wheel above an emulated CANN; skipped with a reason where there is no wheel.
 ascend-test: package-with-tests
 	tests/ascend/run.sh $(BUILD)
+
+environments: package-with-tests browser
+	tools/environments.sh $(BUILD)
+
+sanitize: .venv/.test
+	tools/sanitize.sh
 
 # Skipped with a reason where there is no cross-compiler or no emulator.
 arm-test:

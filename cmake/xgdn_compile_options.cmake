@@ -7,6 +7,6 @@ target_compile_options(xgdn_compile_options INTERFACE
   # g++ 12 sees overlapping copies in string concatenation (GCC bug 105651).
   $<$<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>:-Wno-restrict>)
 if(XGDN_SANITIZE)
-  target_compile_options(xgdn_compile_options INTERFACE -fsanitize=${XGDN_SANITIZE} -fno-omit-frame-pointer -g)
+  target_compile_options(xgdn_compile_options INTERFACE -fsanitize=${XGDN_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
   target_link_options(xgdn_compile_options INTERFACE -fsanitize=${XGDN_SANITIZE})
 endif()

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Prepares this checkout: system packages (installed by root on Debian and Ubuntu, else named), the virtual environment
 # .venv, and the pinned Python packages of requirements/<test|dev>.txt.
+# Usage: tools/bootstrap.sh [test|dev|browser]; "browser" prepares a Chromium for the tests of the server's page, no more.
 #   PYTHON              the interpreter that makes the environment (python3)
 #   TORCH_INSTALL_ARGS  further arguments of `pip install torch`, for example another package index
 set -euo pipefail
@@ -29,9 +30,14 @@ missing_packages() {
   "$python" -c 'import ensurepip' 2>/dev/null || echo python3-venv
 }
 
+has_browser() { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null
+
+missing_browser() { has_browser || echo chromium; }
+
+# install_system_packages MISSING: until the function MISSING names no package any more.
 install_system_packages() {
   local packages
-  mapfile -t packages < <(missing_packages)
+  mapfile -t packages < <("$1")
   if [[ ${#packages[@]} -eq 0 ]]; then return; fi
   if ! command -v apt-get >/dev/null; then
     fail "install the counterparts of these Debian packages first: ${packages[*]}."
@@ -40,9 +46,9 @@ install_system_packages() {
   fi
   echo "xgdn: installing ${packages[*]}"
   apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}" >/dev/null
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
   # A compiler that has just come may lack headers that could not be looked for before.
-  mapfile -t packages < <(missing_packages)
+  mapfile -t packages < <("$1")
   [[ ${#packages[@]} -eq 0 ]] || fail "still missing after apt-get install: ${packages[*]}."
 }
 
@@ -51,10 +57,14 @@ has_cmake() {
     printf '3.25\n%s\n' "$(cmake --version | sed -n 's/^cmake version \([0-9.]*\).*/\1/p')" | sort -C -V
 }
 
+if [[ "${1:-}" == browser ]]; then
+  install_system_packages missing_browser
+  exit
+fi
 command -v "$python" >/dev/null || fail "no '$python' here; name an interpreter with PYTHON=..."
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   fail "the pinned test environment needs Python 3.11 or later, '$python' is $("$python" -V); name another with PYTHON=..."
-install_system_packages
+install_system_packages missing_packages
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 
 export PATH="$PWD/.venv/bin:$PATH"

@@ -56,7 +56,7 @@ consumer() {
 embed_server() {
   local name="$1" prefix_path="$2" library="$3"
   build_example "$name" embed_server "$prefix_path" "$library"
-  python -m pytest -q tests/install --server "$work/$name/embed_server" --model "$work/model" \
+  python -m pytest -q tests/install --strict-skips --server "$work/$name/embed_server" --model "$work/model" \
     --prompt "${prompt[*]}" --expected "$expected" || fail "$name: the lines above"
   pass "$name: a C++ server serves concurrent clients over HTTP, without Python"
 }

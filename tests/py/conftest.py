@@ -13,6 +13,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from allowed_skips import (  # noqa: F401  hooks of pytest
+    pytest_addoption,
+    pytest_configure,
+    pytest_sessionfinish,
+    pytest_sessionstart,
+    pytest_terminal_summary,
+)
 from cases import backends_for_cpu_tensors
 
 if TYPE_CHECKING:
