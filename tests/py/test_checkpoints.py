@@ -55,6 +55,10 @@ def load(directory: Path, dtype: torch.dtype | None = torch.float32) -> xgdn.Eng
     return xgdn.Engine(directory, dtype=dtype, runner=OPTIONS)
 
 
+def weight_bytes(directory: Path, dtype: torch.dtype | None = torch.float32) -> int:
+    return xgdn.engine.plan(directory, dtype=dtype, runner=OPTIONS).weight_bytes
+
+
 def assert_logits(engine: xgdn.Engine, model: nn.Module) -> None:
     with torch.no_grad(), one_thread():
         want = model(torch.tensor([PROMPT])).logits[0].double()
@@ -70,6 +74,7 @@ def dense(tmp_path: Path) -> tuple[Path, nn.Module]:
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.lm_head.weight", "language_model.lm_head.weight"])
 def test_own_head_beside_a_tied_flag_is_used(dense: tuple[Path, nn.Module], name: str, capfd: Any) -> None:
     directory, model = dense
+    size = weight_bytes(directory)
     rename(directory, "lm_head.weight", name)
     configure(directory, tie_word_embeddings=True)
     if name == "lm_head.weight":
@@ -78,13 +83,13 @@ def test_own_head_beside_a_tied_flag_is_used(dense: tuple[Path, nn.Module], name
     assert_logits(engine, model)
     assert engine.load_report.uses_own_head
     assert "tie_word_embeddings" in capfd.readouterr().err
-    assert xgdn.engine.plan(directory, dtype=torch.float32, runner=OPTIONS).weight_bytes == engine.weight_bytes
+    assert weight_bytes(directory) == size
 
 
 @pytest.mark.parametrize("kept", ["both", "embedding", "head"])
 def test_tied_tables_are_one(tmp_path: Path, kept: str) -> None:
     directory, model = make(Tiny("tied", qwen3_5, {"tie_word_embeddings": True}), tmp_path)
-    size = load(directory).weight_bytes
+    size = weight_bytes(directory)
 
     def change(tensors: Tensors) -> Tensors:
         table = tensors.pop("model.embed_tokens.weight")
@@ -94,7 +99,7 @@ def test_tied_tables_are_one(tmp_path: Path, kept: str) -> None:
     rewrite(directory, change)
     engine = load(directory)
     assert_logits(engine, model)
-    assert engine.weight_bytes == size
+    assert weight_bytes(directory) == size
     assert not engine.load_report.warnings
 
 
@@ -128,11 +133,26 @@ def test_tensors_of_a_quantizer_are_refused(dense: tuple[Path, nn.Module], modul
         xgdn.engine.plan(directory)
 
 
-def test_scales_of_fused_experts_are_refused(tmp_path: Path) -> None:
-    directory, _ = make(MOE, tmp_path)
-    add(directory, ["model.layers.0.mlp.experts.gate_up_proj_scale_inv"])
-    with pytest.raises(xgdn.errors.CheckpointError, match="gate_up_proj_scale_inv"):
-        load(directory)
+def test_scales_of_experts_are_refused(tmp_path: Path) -> None:
+    directory, model = make(MOE, tmp_path)
+    experts = "model.layers.0.mlp.experts."
+
+    def fuse(tensors: Tensors) -> Tensors:
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(experts)}
+        stacked = {
+            kind: torch.stack([tensors[f"{experts}{i}.{kind}_proj.weight"] for i in range(6)])
+            for kind in ("gate", "up", "down")
+        }
+        gate_up = torch.cat([stacked["gate"], stacked["up"]], dim=1)
+        return kept | {experts + "gate_up_proj": gate_up, experts + "down_proj": stacked["down"]}
+
+    rewrite(directory, fuse)
+    assert_logits(load(directory), model)
+    for name in (experts + "gate_up_proj_scale_inv", "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"):
+        add(directory, [name])
+        with pytest.raises(xgdn.errors.CheckpointError, match=name):
+            load(directory)
+        rewrite(directory, lambda tensors: {n: t for n, t in tensors.items() if "scale" not in n})
 
 
 def test_packed_weights_in_place_of_a_weight_are_named(dense: tuple[Path, nn.Module]) -> None:
@@ -209,8 +229,8 @@ def test_dtype_is_that_of_the_file(tmp_path: Path, level: str, value: Any) -> No
     configure(directory, dtype=... if level == "inner" else value, torch_dtype=...)
     if level != "text":
         configure(directory, text_config=text)
-    wide = load(directory).weight_bytes
-    narrow = load(directory, None).weight_bytes
+    wide = weight_bytes(directory)
+    narrow = weight_bytes(directory, None)
     assert 0.5 * wide <= narrow < 0.6 * wide
 
 
