@@ -216,12 +216,9 @@ void bind_engine(nb::module_& m) {
       "load_decoder",
       [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
          const DeviceArgument& device) {
-        const ModelConfig config = read_model_config(dir);
-        DecoderOptions options;
-        options.dtype = dtype.value_or(config.dtype);
-        options.state_dtype = state_dtype;
-        options.device = device.resolve("load_decoder");
-        return std::make_shared<HybridDecoder>(config, Checkpoint(dir), options);
+        LoadReport report;
+        return load_decoder(dir, {.dtype = dtype, .state_dtype = state_dtype, .device = device.resolve("load_decoder")},
+                            report);
       },
       "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu", WithoutGil(),
       "The decoder of a Hugging Face directory, for a Runner.");
@@ -286,6 +283,14 @@ void bind_engine(nb::module_& m) {
       .def_ro("seconds", &StepStats::seconds, "The step as a whole.")
       .def_ro("forward_seconds", &StepStats::forward_seconds, "The model in it, until its logits are on the host.");
 
+  nb::class_<LoadReport>(m, "LoadReport", "What a user should know about a load that succeeded.")
+      .def_ro("unused_tensors", &LoadReport::unused_tensors,
+              "Tensors of the files that the model does not have, in alphabetical order; not in: draft heads (mtp.*), "
+              "vision and rotary tables.")
+      .def_ro("uses_own_head", &LoadReport::uses_own_head,
+              "The config ties the head to the token embedding; the file holds another head, which is used.")
+      .def_prop_ro("warnings", &LoadReport::warnings, "The lines that were written to stderr.");
+
   nb::class_<Engine>(m, "Engine", "A model directory, ready to serve.")
       .def_static(
           "load", [](const std::string& dir, const EngineOptions& options) { return Engine::load(dir, options); },
@@ -299,6 +304,7 @@ void bind_engine(nb::module_& m) {
       .def("is_idle", &Engine::is_idle, WithoutGil())
       .def("generate", &Engine::generate, "requests"_a, WithoutGil())
       .def("prompt_logits", &Engine::prompt_logits, "prompt"_a, WithoutGil(), "Logits [T, vocab] f32 of one prompt.")
+      .def_prop_ro("load_report", &Engine::load_report, nb::rv_policy::copy)
       .def_prop_ro("vocab_size", [](const Engine& self) { return self.config().vocab_size; })
       .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
       .def_prop_ro("num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); })

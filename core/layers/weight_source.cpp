@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/weight_source.h"
 
+#include <ATen/ops/equal.h>
 #include <c10/util/StringUtil.h>
 
 #include "core/kernels/ops_api.h"
@@ -15,6 +16,13 @@ at::Tensor TensorMap::get(const std::string& name, at::IntArrayRef shape) const 
   }
   kernel::check_storage("TensorMap", name, it->second);
   return it->second;
+}
+
+bool TensorMap::is_same(const std::string& name, const std::string& other) const {
+  const auto a = tensors_.find(name);
+  const auto b = tensors_.find(other);
+  return a != tensors_.end() && b != tensors_.end() && a->second.dtype() == b->second.dtype() &&
+         at::equal(a->second, b->second);
 }
 
 at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,

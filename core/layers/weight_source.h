@@ -28,6 +28,9 @@ class WeightSource {
   /// shape differs from `shape`, ShapeError when its storage holds less.
   virtual at::Tensor get(const std::string& name, at::IntArrayRef shape) const = 0;
 
+  /// Whether both tensors are there, with the same dtype, shape and bytes.
+  virtual bool is_same(const std::string& name, const std::string& other) const = 0;
+
   /// Whether tensors alias files: they may leave memory at any time, and lie in small pages.
   virtual bool is_mapped() const { return false; }
 
@@ -43,6 +46,7 @@ class TensorMap : public WeightSource {
 
   bool contains(const std::string& name) const override { return tensors_.contains(name); }
   at::Tensor get(const std::string& name, at::IntArrayRef shape) const override;
+  bool is_same(const std::string& name, const std::string& other) const override;
 
  private:
   std::map<std::string, at::Tensor> tensors_;

@@ -72,6 +72,26 @@ c10::Device usable(c10::Device device) {
   }
 }
 
+// Stored tensors of the token embedding and of the head.
+struct TableNames {
+  std::string embedding;
+  std::string head;
+
+  bool is_tied() const { return embedding == head; }
+};
+
+// Where the config ties the two, one of them is enough; two that differ are both used, as transformers does.
+TableNames table_names(const ModelConfig& config, const WeightSource& weights) {
+  TableNames names{config.weight_prefix + "embed_tokens.weight", "lm_head.weight"};
+  if (!config.tie_word_embeddings) return names;
+  if (!weights.contains(names.head) || weights.is_same(names.embedding, names.head)) {
+    names.head = names.embedding;
+  } else if (!weights.contains(names.embedding)) {
+    names.embedding = names.head;
+  }
+  return names;
+}
+
 }  // namespace
 
 struct HybridDecoder::Layer {
@@ -89,9 +109,10 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& weig
   const std::string& root = config.weight_prefix;
   const at::TensorOptions tensor = weight_options(options);
   const std::vector<int64_t> table{config.vocab_size, config.hidden_size};
-  embedding_ = load_weight(weights, root + "embed_tokens.weight", table, tensor);
+  const TableNames names = table_names(config, weights);
+  embedding_ = load_weight(weights, names.embedding, table, tensor);
   norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
-  lm_head_ = config.tie_word_embeddings ? embedding_ : load_weight(weights, "lm_head.weight", table, tensor);
+  lm_head_ = names.is_tied() ? embedding_ : load_weight(weights, names.head, table, tensor);
   for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
     const std::string prefix = root + "layers." + std::to_string(i) + ".";
     const auto norm = [&](const char* name) {
@@ -120,9 +141,13 @@ int64_t HybridDecoder::num_attention_layers() const {
   return static_cast<int64_t>(layers_.size() - state_specs().size());
 }
 
+bool HybridDecoder::has_tied_head() const {
+  return lm_head_.is_same(embedding_);
+}
+
 int64_t HybridDecoder::weight_bytes() const {
   std::vector<at::Tensor> weights{embedding_, norm_};
-  if (!lm_head_.is_same(embedding_)) weights.push_back(lm_head_);
+  if (!has_tied_head()) weights.push_back(lm_head_);
   for (const auto& layer : layers_) {
     weights.insert(weights.end(), {layer->input_norm, layer->post_attention_norm});
     for (const std::vector<at::Tensor>& part :

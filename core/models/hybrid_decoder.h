@@ -60,6 +60,8 @@ class HybridDecoder {
   std::vector<std::vector<StateSpec>> state_specs() const;
   /// Layers with full attention, each with a KvPool.
   int64_t num_attention_layers() const;
+  /// Whether the head is the token embedding.
+  bool has_tied_head() const;
   /// Bytes of all tensors of the model, a tied head counted once.
   int64_t weight_bytes() const;
   const ModelConfig& config() const { return config_; }  // as given

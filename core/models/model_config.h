@@ -34,7 +34,7 @@ struct ModelConfig {
   int64_t head_dim = 0;                 // of full attention
   double rms_norm_eps = 1e-6;           // of every RMSNorm
   bool attention_bias = false;          // q, k, v and o projections carry a bias
-  bool tie_word_embeddings = false;     // the head is the token embedding
+  bool tie_word_embeddings = false;     // the head is the token embedding, unless the weights hold another
   double rope_theta = 10000.0;          // base of the rotary frequencies
   double partial_rotary_factor = 0.25;  // share of head_dim that rotates
   int64_t max_position_embeddings = 0;  // longest sequence the model was made for; 0: any
@@ -58,7 +58,7 @@ struct ModelConfig {
   std::optional<int64_t> bos_token_id;  // first token of a sequence, if the model has one
   std::optional<int64_t> pad_token_id;  // filler, if the model has one
 
-  at::ScalarType dtype = at::kBFloat16;  // of the checkpoint's weights
+  std::optional<at::ScalarType> dtype;   // of weights and activations; absent: that of the checkpoint's tensors
   std::string weight_prefix = "model.";  // before embed_tokens, layers, norm; "model.language_model." in a wrapper
 };
 

@@ -5,8 +5,11 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/util/StringUtil.h>
 
+#include <iostream>
+
 #include "core/runtime/checkpoint.h"
 #include "core/runtime/model_config_json.h"
+#include "core/runtime/trial_step.h"
 
 namespace xgdn {
 namespace {
@@ -23,19 +26,38 @@ void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype) {
 }
 
 // Checks what can be checked before a file of weights is opened.
-DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& options) {
+void check_options(const ModelConfig& config, const EngineOptions& options) {
   options.runner.check();
-  const at::ScalarType dtype = options.dtype.value_or(config.dtype);
-  check_dtypes(dtype, options.state_dtype);
+  check_dtypes(options.dtype.value_or(config.dtype.value_or(at::kFloat)), options.state_dtype);
   kernel::check_backend_name(options.backends.prefill);
   kernel::check_backend_name(options.backends.decode);
   kernel::check_accuracy_name(options.backends.prefill_accuracy);
-  return {.dtype = dtype,
-          .device = options.device,
-          .state_dtype = options.state_dtype,
-          .backends = options.backends,
-          .on_layer_loaded = options.on_layer_loaded};
 }
+
+// A model directory of which nothing but the config and the headers has been read.
+struct Directory {
+  Directory(const std::filesystem::path& dir, const EngineOptions& options)
+      : config(checked_config(dir, options)), checkpoint(dir) {
+    if (!config.dtype) config.dtype = checkpoint.prevailing_dtype();
+    decoder = {.dtype = options.dtype.value_or(*config.dtype),
+               .device = options.device,
+               .state_dtype = options.state_dtype,
+               .backends = options.backends,
+               .on_layer_loaded = options.on_layer_loaded};
+    check_dtypes(decoder.dtype, decoder.state_dtype);
+  }
+
+  ModelConfig config;
+  Checkpoint checkpoint;
+  DecoderOptions decoder;
+
+ private:
+  static ModelConfig checked_config(const std::filesystem::path& dir, const EngineOptions& options) {
+    ModelConfig config = read_model_config(dir);
+    check_options(config, options);
+    return config;
+  }
+};
 
 void check_fits(const Plan& plan, int64_t memory_limit) {
   if (plan.total_bytes() <= memory_limit) return;
@@ -47,24 +69,35 @@ void check_fits(const Plan& plan, int64_t memory_limit) {
 
 }  // namespace
 
+std::shared_ptr<HybridDecoder> load_decoder(const std::filesystem::path& dir, const EngineOptions& options,
+                                            LoadReport& report) {
+  const c10::InferenceMode inference;
+  const Directory opened(dir, options);
+  report = inspect(opened.config, opened.checkpoint, opened.decoder);
+  for (const std::string& warning : report.warnings()) std::cerr << "xgdn: " << dir.native() << ": " << warning << '\n';
+  if (options.memory_limit) {
+    check_fits(make_plan(opened.config, opened.checkpoint, opened.decoder, options.runner), *options.memory_limit);
+  }
+  try_step(opened.config, opened.decoder);
+  return std::make_shared<HybridDecoder>(opened.config, opened.checkpoint, opened.decoder);
+}
+
 std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
   const c10::InferenceMode inference;
-  const ModelConfig config = read_model_config(dir);
-  const DecoderOptions decoder = decoder_options(config, options);
-  const Checkpoint checkpoint(dir);
-  if (options.memory_limit) check_fits(make_plan(config, checkpoint, decoder, options.runner), *options.memory_limit);
-  auto model = std::make_shared<const HybridDecoder>(config, checkpoint, decoder);
-  return std::unique_ptr<Engine>(new Engine(std::move(model), options.runner));
+  LoadReport report;
+  auto model = load_decoder(dir, options, report);
+  return std::unique_ptr<Engine>(new Engine(std::move(model), options.runner, std::move(report)));
 }
 
 Plan Engine::plan(const std::filesystem::path& dir, const EngineOptions& options) {
   const c10::InferenceMode inference;
-  const ModelConfig config = read_model_config(dir);
-  return make_plan(config, Checkpoint(dir), decoder_options(config, options), options.runner);
+  const Directory opened(dir, options);
+  inspect(opened.config, opened.checkpoint, opened.decoder);
+  return make_plan(opened.config, opened.checkpoint, opened.decoder, options.runner);
 }
 
-Engine::Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options)
-    : model_(std::move(model)), runner_(model_, options) {}
+Engine::Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, LoadReport report)
+    : model_(std::move(model)), load_report_(std::move(report)), runner_(model_, options) {}
 
 Engine::~Engine() = default;
 

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "core/models/hybrid_decoder.h"
+#include "core/runtime/load_report.h"
 #include "core/runtime/plan.h"
 #include "core/runtime/runner.h"
 
@@ -25,18 +26,23 @@ struct EngineOptions {
   std::optional<int64_t> memory_limit = {};  // bytes that weights, pools and steps may take together
 };
 
+/// The decoder of a Hugging Face directory, checked and loaded as Engine::load does, and what is to say about it.
+std::shared_ptr<HybridDecoder> load_decoder(const std::filesystem::path& dir, const EngineOptions& options,
+                                            LoadReport& report);
+
 /// A model and the Runner that serves it.
 ///
 /// submit, cancel and is_idle may come from any thread at any time; the rest from one thread at a time.
 class Engine {
  public:
-  /// Loads a Hugging Face directory (config.json and safetensors). The weights are copied into memory.
-  /// Throws CheckpointError, DeviceError, UnsupportedError or RequestError; OutOfMemory before anything is allocated
-  /// when the plan exceeds options.memory_limit.
+  /// Loads a Hugging Face directory (config.json and safetensors). The weights are copied into memory. What the load
+  /// report warns of is written to stderr. Throws UnsupportedError for sizes that no backend can run, CheckpointError,
+  /// DeviceError, UnsupportedError or RequestError; OutOfMemory before anything is allocated when the plan exceeds
+  /// options.memory_limit.
   static std::unique_ptr<Engine> load(const std::filesystem::path& dir, const EngineOptions& options = {});
 
   /// What load would allocate. Reads config.json and the headers of the safetensors files, allocates nothing, and
-  /// throws as load does but for the memory limit, which it leaves alone.
+  /// throws as load does but for the memory limit, which it leaves alone, and for what only a backend can tell.
   static Plan plan(const std::filesystem::path& dir, const EngineOptions& options = {});
 
   Engine(const Engine&) = delete;
@@ -58,13 +64,15 @@ class Engine {
   at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;
 
   const ModelConfig& config() const { return model_->config(); }   // of config.json
+  const LoadReport& load_report() const { return load_report_; }   // what of the checkpoint was left unused
   const Runner& runner() const { return runner_; }                 // its figures: free slots and blocks
   int64_t weight_bytes() const { return model_->weight_bytes(); }  // of the model
 
  private:
-  Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);
+  Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, LoadReport report);
 
   std::shared_ptr<const HybridDecoder> model_;
+  LoadReport load_report_;
   Runner runner_;
 };
 

@@ -28,7 +28,7 @@ constexpr int64_t kMaxExperts = int64_t{1} << 16;
 constexpr int64_t kMaxConvKernel = 256;
 constexpr int64_t kMaxPositions = std::numeric_limits<int32_t>::max();
 
-// One row per model_type. A wrapper keeps the decoder's keys in text_config and its weights under language_model.
+// One row per model_type. A wrapper keeps the decoder's keys in text_config.
 struct ModelKind {
   std::string_view model_type;
   std::string_view class_name;  // the entry of "architectures"
@@ -67,7 +67,8 @@ std::string architecture_name(const JsonObject& config) {
   return names->front().get<std::string>();
 }
 
-// model_type decides; "architectures" must agree, and decides where model_type is absent.
+// model_type decides, and "architectures" where it is absent. The text part of a vision-language model often keeps the
+// class of its parent, so that only the family must agree.
 const ModelKind& find_kind(const JsonObject& config) {
   std::string model_type;
   config.read("model_type", model_type);
@@ -79,7 +80,7 @@ const ModelKind& find_kind(const JsonObject& config) {
   if (model_type.empty() && by_name != nullptr) return *by_name;
   const ModelKind* kind = find_kind(&ModelKind::model_type, model_type);
   if (kind == nullptr) throw config.error("model_type", known(&ModelKind::model_type));
-  if (by_name != nullptr && by_name != kind) {
+  if (by_name != nullptr && by_name->architecture != kind->architecture) {
     throw config.error("architectures", std::string(kind->class_name) + " (set by model_type)", quote(name));
   }
   return *kind;
@@ -110,7 +111,6 @@ ModelConfig defaults(Architecture architecture) {
   c.linear_key_head_dim = c.linear_value_head_dim = 128;
   c.linear_num_key_heads = 16;
   c.linear_num_value_heads = 32;
-  c.dtype = at::kFloat;
   switch (architecture) {
     case Architecture::kQwen3_5:
       c.hidden_size = 4096;
@@ -170,10 +170,17 @@ void read_linear_attention(const JsonObject& text, ModelConfig& c) {
                   c.linear_num_key_heads);
 }
 
-void read_activation(const JsonObject& text) {
+// Names of the one activation of the MLPs and of the gates.
+void require_silu(const JsonObject& text, const std::string& key) {
   std::string activation = "silu";
-  text.read("hidden_act", activation);
-  if (activation != "silu") throw text.error("hidden_act", "'silu'");
+  text.read(key, activation);
+  if (activation != "silu" && activation != "swish") throw text.error(key, "'silu'");
+}
+
+void refuse_sliding_window(const JsonObject& text) {
+  bool is_sliding = false;
+  text.read("use_sliding_window", is_sliding);
+  if (is_sliding) throw text.error("use_sliding_window", "false, attention over the whole context");
 }
 
 // Older files keep the rotary numbers beside the sizes and call the object rope_scaling; newer ones have everything in
@@ -184,6 +191,9 @@ void read_rope(const JsonObject& text, ModelConfig& c) {
   for (const char* key : {"rope_parameters", "rope_scaling"}) {
     const std::optional<JsonObject> rope = text.object(key);
     if (!rope) continue;
+    for (const auto& [name, value] : rope->value().items()) {
+      if (value.is_object()) throw rope->error(name, "the numbers of one rotary embedding for all layers");
+    }
     const char* type_key = rope->has("rope_type") ? "rope_type" : "type";
     std::string rope_type = "default";
     rope->read(type_key, rope_type);
@@ -221,10 +231,24 @@ void read_layer_types(const JsonObject& text, ModelConfig& c) {
   }
 }
 
+// transformers would build the same layers whatever these keys say, so that the file cannot be what they say.
+void refuse_mixed_layers(const JsonObject& text) {
+  int64_t step = 1;
+  text.read("decoder_sparse_step", step, 1, kMaxLayers);
+  if (step != 1) throw text.error("decoder_sparse_step", "1: layers of this model type are alike");
+  const json* dense = text.array("mlp_only_layers");
+  if (dense != nullptr && !dense->empty()) {
+    throw text.error("mlp_only_layers", "no layer: layers of this model type are alike");
+  }
+}
+
 // Which layers have experts. Qwen3.5 has one rule per model, Qwen3-Next may mix.
 void read_sparse_layers(const JsonObject& text, ModelConfig& c) {
   c.is_sparse_layer.assign(static_cast<size_t>(c.num_hidden_layers), c.num_experts > 0);
-  if (c.architecture != Architecture::kQwen3Next) return;
+  if (c.architecture != Architecture::kQwen3Next) {
+    refuse_mixed_layers(text);
+    return;
+  }
   int64_t step = 1;
   text.read("decoder_sparse_step", step, 1, kMaxLayers);
   for (int64_t i = 0; i < c.num_hidden_layers; ++i) {
@@ -243,7 +267,10 @@ void read_experts(const JsonObject& text, ModelConfig& c) {
   text.read("num_experts_per_tok", c.num_experts_per_tok, 1, kMaxExperts);
   text.read("moe_intermediate_size", c.moe_intermediate_size, 1, kMaxWidth);
   text.read("shared_expert_intermediate_size", c.shared_expert_intermediate_size, 1, kMaxWidth);
-  if (c.architecture == Architecture::kQwen3Next) text.read("norm_topk_prob", c.norm_topk_prob);
+  text.read("norm_topk_prob", c.norm_topk_prob);
+  if (c.architecture == Architecture::kQwen3_5Moe && !c.norm_topk_prob) {
+    throw text.error("norm_topk_prob", "true, the only router that this model type has");
+  }
   if (c.num_experts_per_tok > c.num_experts) {
     throw text.error("num_experts_per_tok", "at most num_experts=" + std::to_string(c.num_experts),
                      std::to_string(c.num_experts_per_tok));
@@ -267,31 +294,47 @@ void read_mlp(const JsonObject& text, ModelConfig& c) {
   }
 }
 
-at::ScalarType parse_dtype(const JsonObject& config, const std::string& key) {
-  std::string name;
-  config.read(key, name);
+// torch's names, with or without "torch."; "auto" leaves the choice to the next level, and in the end to the file.
+std::optional<at::ScalarType> parse_dtype(const JsonObject& config, const std::string& key) {
+  std::string stated;
+  config.read(key, stated);
+  std::string_view name = stated;
+  if (name.starts_with("torch.")) name.remove_prefix(6);
+  if (name == "auto") return std::nullopt;
   if (name == "bfloat16") return at::kBFloat16;
-  if (name == "float16") return at::kHalf;
-  if (name == "float32") return at::kFloat;
-  if (name == "float64") return at::kDouble;
-  throw config.error(key, "bfloat16, float16, float32 or float64");
+  if (name == "float16" || name == "half") return at::kHalf;
+  if (name == "float32" || name == "float") return at::kFloat;
+  if (name == "float64" || name == "double") return at::kDouble;
+  throw config.error(key, "auto, bfloat16, float16, float32 or float64");
 }
 
-// A wrapper may state the dtype at either level.
+// A wrapper may state the dtype at either level; the outer one decides.
 void read_dtype(const JsonObject& config, const JsonObject& text, ModelConfig& c) {
-  for (const JsonObject* level : {&text, &config}) {
+  for (const JsonObject* level : {&config, &text}) {
     for (const char* key : {"dtype", "torch_dtype"}) {
-      if (!level->has(key)) continue;
-      c.dtype = parse_dtype(*level, key);
-      return;
+      if (level->has(key) && !c.dtype) c.dtype = parse_dtype(*level, key);
     }
   }
+}
+
+// The outer level decides, as for transformers' wrapper class; where it is silent, the text part.
+void read_tie(const JsonObject& config, const JsonObject& text, ModelConfig& c) {
+  text.read("tie_word_embeddings", c.tie_word_embeddings);
+  config.read("tie_word_embeddings", c.tie_word_embeddings);
 }
 
 std::optional<int64_t> read_token(const JsonObject& object, const std::string& key, int64_t vocab_size) {
   if (!object.has(key)) return std::nullopt;
   int64_t token = 0;
   object.read(key, token, 0, vocab_size - 1);
+  return token;
+}
+
+// No step feeds this token to the model, so that one outside the vocabulary, such as -1, means that there is none.
+std::optional<int64_t> read_unused_token(const JsonObject& object, const std::string& key, int64_t vocab_size) {
+  int64_t token = 0;
+  object.read(key, token, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max());
+  if (token < 0 || token >= vocab_size) return std::nullopt;
   return token;
 }
 
@@ -319,13 +362,19 @@ void read_eos_tokens(const JsonObject& object, ModelConfig& c) {
 
 void read_tokens(const JsonObject& object, ModelConfig& c) {
   read_eos_tokens(object, c);
-  if (object.has("bos_token_id")) c.bos_token_id = read_token(object, "bos_token_id", c.vocab_size);
-  if (object.has("pad_token_id")) c.pad_token_id = read_token(object, "pad_token_id", c.vocab_size);
+  if (object.has("bos_token_id")) c.bos_token_id = read_unused_token(object, "bos_token_id", c.vocab_size);
+  if (object.has("pad_token_id")) c.pad_token_id = read_unused_token(object, "pad_token_id", c.vocab_size);
 }
 
 void refuse_quantization(const JsonObject& object) {
-  if (object.has("quantization_config")) {
-    throw object.error("quantization_config", "no such key: quantized weights are not supported");
+  for (const char* key : {"quantization_config", "compression_config"}) {
+    const json* found = object.find(key);
+    if (found == nullptr) continue;
+    std::string got = describe(*found);
+    if (found->is_object() && found->contains("quant_method")) {
+      got = "quant_method " + describe(found->at("quant_method"));
+    }
+    throw object.error(key, "no such key: quantized weights are not supported", got);
   }
 }
 
@@ -345,12 +394,14 @@ ModelConfig read_model_config(const std::filesystem::path& dir) {
   read_sizes(text, c);
   read_full_attention(text, c);
   read_linear_attention(text, c);
-  read_activation(text);
+  require_silu(text, "hidden_act");
+  require_silu(text, "output_gate_type");
+  refuse_sliding_window(text);
   read_rope(text, c);
   read_layer_types(text, c);
   read_mlp(text, c);
   read_dtype(config, text, c);
-  config.read("tie_word_embeddings", c.tie_word_embeddings);
+  read_tie(config, text, c);
   read_tokens(config, c);
   if (kind.is_wrapper()) read_tokens(text, c);
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/plan.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/StringUtil.h>
 
@@ -14,21 +13,6 @@ constexpr int64_t kFloatBytes = sizeof(float);
 // Ids, positions, cache rows and chunk tables of one token, as int32 and once more as the int64 that ATen indexes with.
 constexpr int64_t kMetadataBytes = 64;
 constexpr int64_t kMostMemory = int64_t{1} << 60;  // sums of twice as much still fit into 64 bits
-
-// A checkpoint's tensors without their elements.
-class Shapes : public WeightSource {
- public:
-  explicit Shapes(const Checkpoint& checkpoint) : checkpoint_(checkpoint) {}
-
-  bool contains(const std::string& name) const override { return checkpoint_.contains(name); }
-  at::Tensor get(const std::string& name, at::IntArrayRef shape) const override {
-    const at::ScalarType dtype = checkpoint_.entry(name, shape).dtype;
-    return at::empty(shape, at::TensorOptions().dtype(dtype).device(c10::kMeta));
-  }
-
- private:
-  const Checkpoint& checkpoint_;
-};
 
 // Bytes per token of the tensors that live at once in each part of a layer. `e` is the size of an activation.
 struct LayerWidths {
@@ -113,7 +97,7 @@ Plan make_plan(const ModelConfig& config, const Checkpoint& checkpoint, DecoderO
                const RunnerOptions& runner) {
   options.device = c10::kMeta;
   options.on_layer_loaded = nullptr;
-  const HybridDecoder model(config, Shapes(checkpoint), options);
+  const HybridDecoder model(config, CheckpointShapes(checkpoint), options);
   const LayerWidths widths{config, static_cast<int64_t>(c10::elementSize(options.dtype))};
   const bool has_attention = model.num_attention_layers() > 0;
   return {.weight_bytes = model.weight_bytes(),

@@ -89,35 +89,42 @@ using Entry = SafetensorsFile::Entry;
 
 constexpr size_t kMaxRank = 64;  // of ATen's iterators
 
+// Every dtype of the format. Those that ATen has no element for can be stored, measured and named, not read.
 struct DtypeName {
   std::string_view name;
   at::ScalarType dtype;
+  int64_t bits;
 };
 
-constexpr std::array<DtypeName, 13> kDtypeNames = {{
-    {"BF16", at::kBFloat16},
-    {"F16", at::kHalf},
-    {"F32", at::kFloat},
-    {"F64", at::kDouble},
-    {"BOOL", at::kBool},
-    {"U8", at::kByte},
-    {"I8", at::kChar},
-    {"U16", at::kUInt16},
-    {"I16", at::kShort},
-    {"U32", at::kUInt32},
-    {"I32", at::kInt},
-    {"U64", at::kUInt64},
-    {"I64", at::kLong},
+constexpr std::array<DtypeName, 22> kDtypeNames = {{
+    {"BF16", at::kBFloat16, 16},
+    {"F16", at::kHalf, 16},
+    {"F32", at::kFloat, 32},
+    {"F64", at::kDouble, 64},
+    {"BOOL", at::kBool, 8},
+    {"U8", at::kByte, 8},
+    {"I8", at::kChar, 8},
+    {"U16", at::kUInt16, 16},
+    {"I16", at::kShort, 16},
+    {"U32", at::kUInt32, 32},
+    {"I32", at::kInt, 32},
+    {"U64", at::kUInt64, 64},
+    {"I64", at::kLong, 64},
+    {"F8_E4M3", at::kFloat8_e4m3fn, 8},
+    {"F8_E5M2", at::kFloat8_e5m2, 8},
+    {"F8_E4M3FNUZ", at::kFloat8_e4m3fnuz, 8},
+    {"F8_E5M2FNUZ", at::kFloat8_e5m2fnuz, 8},
+    {"F8_E8M0", at::ScalarType::Undefined, 8},
+    {"F6_E2M3", at::ScalarType::Undefined, 6},
+    {"F6_E3M2", at::ScalarType::Undefined, 6},
+    {"F4", at::ScalarType::Undefined, 4},
+    {"C64", at::kComplexFloat, 64},
 }};
 
 std::string known_dtypes() {
   std::string names = "one of ";
   for (const DtypeName& row : kDtypeNames) names.append(&row == kDtypeNames.data() ? "" : ", ").append(row.name);
   return names;
-}
-
-int64_t element_bytes(at::ScalarType dtype) {
-  return static_cast<int64_t>(c10::elementSize(dtype));
 }
 
 // The length is little-endian, whatever the machine.
@@ -152,21 +159,23 @@ class EntryReader {
   // Offsets in the file count from the end of the header, entries from the file's first byte.
   Entry read(int64_t data_begin, int64_t data_bytes) const {
     Entry entry;
-    entry.dtype = read_dtype();
+    const DtypeName& dtype = read_dtype();
+    entry.dtype = dtype.dtype;
+    entry.dtype_name = dtype.name;
     entry.shape = read_shape();
     const auto [begin, end] = read_offsets(data_bytes);
-    require_bytes(entry, end - begin);
+    require_bytes(entry, dtype.bits, end - begin);
     entry.begin = data_begin + begin;
     entry.end = data_begin + end;
     return entry;
   }
 
  private:
-  at::ScalarType read_dtype() const {
+  const DtypeName& read_dtype() const {
     const json& name = field("dtype");
     const auto row = std::ranges::find_if(kDtypeNames, [&](const DtypeName& known) { return name == known.name; });
     if (row == kDtypeNames.end()) throw error("dtype " + known_dtypes(), describe(name));
-    return row->dtype;
+    return *row;
   }
 
   std::vector<int64_t> read_shape() const {
@@ -195,14 +204,16 @@ class EntryReader {
   }
 
   // Empty dimensions count as one in the overflow check, because strides are products over them too.
-  void require_bytes(const Entry& entry, int64_t num_bytes) const {
+  void require_bytes(const Entry& entry, int64_t element_bits, int64_t num_bytes) const {
     const std::string shape = describe_shape(entry.shape);
-    int64_t expected = element_bytes(entry.dtype);
+    int64_t expected = element_bits;
     for (const int64_t size : entry.shape) {
       if (__builtin_mul_overflow(expected, std::max<int64_t>(size, 1), &expected)) {
         throw error("shape whose bytes fit 64 bits", shape);
       }
     }
+    if (expected % 8 != 0) throw error("shape that fills whole bytes", shape);
+    expected /= 8;
     if (std::ranges::count(entry.shape, 0) > 0) expected = 0;
     if (num_bytes == expected) return;
     throw error(std::to_string(expected) + " bytes, dtype size times shape " + shape,
@@ -268,9 +279,12 @@ const SafetensorsFile::Entry& SafetensorsFile::entry(const std::string& name) co
 
 at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   const Entry& found = entry(name);
+  if (found.dtype == at::ScalarType::Undefined) {
+    throw checkpoint_error(path_, "tensor " + quote(name), "a dtype with elements to read", found.dtype_name);
+  }
   const auto options = at::TensorOptions(found.dtype);
   std::byte* first = mapping_->at(found.begin);
-  const bool aligned = reinterpret_cast<uintptr_t>(first) % static_cast<size_t>(element_bytes(found.dtype)) == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(first) % c10::elementSize(found.dtype) == 0;
   if (aligned && found.num_bytes() > 0) {
     return at::from_blob(
         first, found.shape, [keep = mapping_](void*) {}, options);
@@ -278,6 +292,11 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   at::Tensor copy = at::empty(found.shape, options);
   if (found.num_bytes() > 0) std::memcpy(copy.data_ptr(), first, static_cast<size_t>(found.num_bytes()));
   return copy;
+}
+
+std::string_view SafetensorsFile::bytes(const std::string& name) const {
+  const Entry& found = entry(name);
+  return {reinterpret_cast<const char*>(mapping_->at(found.begin)), static_cast<size_t>(found.num_bytes())};
 }
 
 void SafetensorsFile::release(const std::string& name) const {

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/errors.h"
@@ -23,7 +24,8 @@ class SafetensorsFile {
  public:
   /// Where a tensor lies and what it is.
   struct Entry {
-    at::ScalarType dtype = at::kFloat;
+    at::ScalarType dtype = at::kFloat;    // Undefined where ATen has no such element, as in F4
+    std::string_view dtype_name = "F32";  // in the file's words
     std::vector<int64_t> shape;
     int64_t begin = 0;  // byte range, from the file's first byte
     int64_t end = 0;
@@ -44,6 +46,9 @@ class SafetensorsFile {
   /// A view of the mapping, which it keeps alive; a copy only where the bytes are not aligned to the element. Tensors
   /// are read-only: the pages are mapped without write permission, so a write ends the process.
   at::Tensor tensor(const std::string& name) const;
+
+  /// The elements as they lie in the file, for as long as a tensor or this object keeps the mapping.
+  std::string_view bytes(const std::string& name) const;
 
   /// Drops the whole pages within the tensor from memory; a later read fetches them again from the file.
   void release(const std::string& name) const;

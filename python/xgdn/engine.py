@@ -10,6 +10,7 @@ from xgdn import _C
 from xgdn._C import (
     FinishReason,
     GenerationResult,
+    LoadReport,
     Logprobs,
     Plan,
     Request,
@@ -24,6 +25,7 @@ __all__ = [
     "Engine",
     "FinishReason",
     "GenerationResult",
+    "LoadReport",
     "Logprobs",
     "Plan",
     "Request",
@@ -45,7 +47,8 @@ def plan(
 ) -> Plan:
     """Return the bytes that an `Engine` of these arguments would take, and what fits into a given memory.
 
-    Reads config.json and the headers of the safetensors files, and allocates nothing. Raises as `Engine` does.
+    Reads config.json and the headers of the safetensors files, and allocates nothing. Raises as `Engine` does, but for
+    what only a backend can tell.
     """
     options = _C.EngineOptions(runner=runner or RunnerOptions(), dtype=dtype, state_dtype=state_dtype)
     return _C.Engine.plan(fspath(model_dir), options)
@@ -163,6 +166,11 @@ class Engine:
     def prompt_logits(self, prompt: Sequence[int]) -> torch.Tensor:
         """Logits `[T, vocab]` in float32 of one prompt, beside the running requests."""
         return self._engine.prompt_logits(list(prompt))
+
+    @property
+    def load_report(self) -> LoadReport:
+        """What of the checkpoint was left unused; its warnings were written to stderr."""
+        return self._engine.load_report
 
     @property
     def vocab_size(self) -> int:

@@ -89,7 +89,49 @@ TEST_F(CheckpointTest, GetChecksNameShapeAndDtype) {
   expect_refused([&] { checkpoint.get("w", {1, 2}); }, {"model.safetensors", "'w'", "expected [1, 2]", "got [2, 1]"});
   expect_refused([&] { checkpoint.get("w", {2}); }, {"'w'", "expected [2]", "got [2, 1]"});
   expect_refused([&] { checkpoint.get("w", {}); }, {"'w'", "expected []", "got [2, 1]"});
-  expect_refused([&] { checkpoint.get("ids", {1}); }, {"'ids'", "floating-point", "got Int"});
+  expect_refused([&] { checkpoint.get("ids", {1}); }, {"'ids'", "BF16, F16, F32 or F64", "quantized", "got I32"});
+}
+
+TEST_F(CheckpointTest, FindsTensorsUnderAnyWrapper) {
+  dir_.write("model.safetensors", shard_of({"language_model.model.a", "model.language_model.b", "c", "mtp.a"}, 1));
+  const Checkpoint checkpoint(dir_.path());
+  for (const std::string name : {"a", "b", "c"}) {
+    for (const std::string prefix : {"", "model.", "model.language_model."}) {
+      EXPECT_TRUE(checkpoint.contains(prefix + name));
+      EXPECT_EQ(checkpoint.get(prefix + name, {2}).numel(), 2);
+    }
+  }
+  EXPECT_EQ(checkpoint.stored_name("model.a"), "language_model.model.a");
+  EXPECT_TRUE(checkpoint.is_same("model.a", "model.b"));
+  EXPECT_FALSE(checkpoint.is_same("model.a", "model.d"));
+}
+
+TEST_F(CheckpointTest, SaysUnderWhichOtherNameATensorIs) {
+  dir_.write("model.safetensors", shard_of({"module.model.x.weight", "mtp.x.weight", "y.qweight", "y.scales"}, 1));
+  const Checkpoint checkpoint(dir_.path());
+  expect_refused([&] { checkpoint.get("model.x.weight", {2}); }, {"'model.x.weight'", "but 'module.model.x.weight'"});
+  expect_refused([&] { checkpoint.get("model.y.weight", {2}); }, {"'y.qweight', 'y.scales'", "quantized weights"});
+  expect_refused([&] { checkpoint.get("model.z.weight", {2}); }, {"'model.z.weight'", "got none"});
+}
+
+TEST_F(CheckpointTest, PrevailingDtypeIsThatOfMostElementsOfTheDecoder) {
+  const std::string big = R"("mtp.w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]})";
+  const std::string few = R"("model.A_log":{"dtype":"F32","shape":[1],"data_offsets":[16,20]})";
+  const std::string many = R"("model.w":{"dtype":"BF16","shape":[2],"data_offsets":[20,24]})";
+  dir_.write("model.safetensors", safetensors_bytes("{" + big + "," + few + "," + many + "}", std::string(24, '\0')));
+  EXPECT_EQ(Checkpoint(dir_.path()).prevailing_dtype(), at::kBFloat16);
+  dir_.write("model.safetensors", shard_of({"mtp.w"}, 1));
+  EXPECT_EQ(Checkpoint(dir_.path()).prevailing_dtype(), at::kFloat);
+}
+
+TEST_F(CheckpointTest, NamesOfQuantizers) {
+  for (const std::string name : {"weight_scale_inv", "scales", "qweight", "g_idx", "SCB", "weight.absmax",
+                                 "weight.quant_state.bitsandbytes__nf4", "input_quantizer._amax", "zero_point"}) {
+    EXPECT_TRUE(is_quantizer_part(name)) << name;
+  }
+  for (const std::string name : {"weight", "bias", "lora_A.weight", "lora_scaling", "A_log", "dt_bias", "inv_freq"}) {
+    EXPECT_FALSE(is_quantizer_part(name)) << name;
+  }
 }
 
 TEST_F(CheckpointTest, RefusesADirectoryWithoutWeights) {

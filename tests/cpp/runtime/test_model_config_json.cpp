@@ -252,7 +252,8 @@ TEST_F(ModelConfigTest, RefusesBrokenWrappers) {
 }
 
 TEST_F(ModelConfigTest, RefusesQuantization) {
-  refuse_dense(R"("quantization_config":{"quant_method":"fp8"})", {"quantization_config", "not supported"});
+  refuse_dense(R"("quantization_config":{"quant_method":"fp8"})",
+               {"quantization_config", "not supported", "quant_method 'fp8'"});
   refuse(R"({"model_type":"qwen3_5","text_config":{"quantization_config":{}}})", {"text_config.quantization_config"});
 }
 
@@ -272,6 +273,12 @@ TEST_F(ModelConfigTest, RefusesOtherRotaryEmbeddings) {
 TEST_F(ModelConfigTest, RefusesOtherComputations) {
   refuse_dense(R"("hidden_act":"gelu")", {"hidden_act", "'silu'", "'gelu'"});
   refuse_dense(R"("attn_output_gate":false)", {"attn_output_gate", "true"});
+  refuse_dense(R"("output_gate_type":"sigmoid")", {"output_gate_type", "'silu'", "'sigmoid'"});
+  refuse_dense(R"("use_sliding_window":true)", {"use_sliding_window", "false"});
+  refuse_dense(R"("rope_parameters":{"full_attention":{"rope_theta":1}})", {"rope_parameters.full_attention"});
+  refuse(model("qwen3_5_moe_text", R"("norm_topk_prob":false)"), {"norm_topk_prob", "true"});
+  refuse(model("qwen3_5_moe_text", R"("decoder_sparse_step":2)"), {"decoder_sparse_step", "alike"});
+  refuse(model("qwen3_5_moe_text", R"("mlp_only_layers":[0])"), {"mlp_only_layers", "alike"});
 }
 
 TEST_F(ModelConfigTest, RefusesSizes) {
@@ -326,7 +333,35 @@ TEST_F(ModelConfigTest, RefusesTokens) {
   refuse_dense(R"("eos_token_id":[1,248320])", {"eos_token_id", "below vocab_size=248320", "got 248320"});
   refuse_dense(R"("eos_token_id":"</s>")", {"eos_token_id", "an integer"});
   refuse_dense(R"("bos_token_id":1.5)", {"bos_token_id", "an integer"});
-  refuse_dense(R"("pad_token_id":248320)", {"pad_token_id", "from 0 to 248319"});
+}
+
+TEST_F(ModelConfigTest, UnusedTokensOutsideTheVocabularyAreNone) {
+  const ModelConfig c = read(model("qwen3_5_text", R"("pad_token_id":-1,"bos_token_id":248320)"));
+  EXPECT_FALSE(c.pad_token_id.has_value());
+  EXPECT_FALSE(c.bos_token_id.has_value());
+}
+
+TEST_F(ModelConfigTest, DtypeOfTheFile) {
+  for (const std::string keys : {"", R"("dtype":null)", R"("torch_dtype":"auto")"}) {
+    EXPECT_FALSE(read(model("qwen3_5_text", keys)).dtype.has_value()) << keys;
+  }
+  EXPECT_EQ(read(model("qwen3_5_text", R"("torch_dtype":"torch.bfloat16")")).dtype, at::kBFloat16);
+  const auto levels = [&](const std::string& outer, const std::string& inner) {
+    return read(model("qwen3_5", outer + R"("text_config":{)" + inner + "}")).dtype;
+  };
+  EXPECT_EQ(levels(R"("dtype":"float16",)", R"("dtype":"bfloat16")"), at::kHalf) << "the outer level decides";
+  EXPECT_EQ(levels(R"("dtype":"auto",)", R"("dtype":"bfloat16")"), at::kBFloat16);
+  EXPECT_FALSE(levels("", R"("dtype":null)").has_value());
+}
+
+TEST_F(ModelConfigTest, ParentsClassInArchitectures) {
+  EXPECT_EQ(read(model("qwen3_5_text", R"("architectures":["Qwen3_5ForConditionalGeneration"])")).architecture,
+            Architecture::kQwen3_5);
+  refuse_dense(R"("architectures":["Qwen3_5MoeForConditionalGeneration"])", {"architectures", "Qwen3_5ForCausalLM"});
+}
+
+TEST_F(ModelConfigTest, InnerTiedFlagCountsWhereTheOuterLevelIsSilent) {
+  EXPECT_TRUE(read(R"({"model_type":"qwen3_5","text_config":{"tie_word_embeddings":true}})").tie_word_embeddings);
 }
 
 TEST_F(ModelConfigTest, MutatedConfigsLoadOrThrow) {

@@ -151,8 +151,19 @@ TEST_F(SafetensorsTest, RefusesMalformedEntries) {
   refuse(R"({"x":{"shape":[1],"data_offsets":[0,1]}})", "1", {"tensor 'x'", "key dtype"});
   refuse(R"({"x":{"dtype":"U8","data_offsets":[0,1]}})", "1", {"tensor 'x'", "key shape"});
   refuse(R"({"x":{"dtype":"U8","shape":[1]}})", "1", {"tensor 'x'", "key data_offsets"});
-  refuse(R"({"x":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}})", "1", {"'x'", "BF16, F16", "'F8_E4M3'"});
+  refuse(R"({"x":{"dtype":"F9","shape":[1],"data_offsets":[0,1]}})", "1", {"'x'", "BF16, F16", "'F9'"});
+  refuse(R"({"x":{"dtype":"F4","shape":[3],"data_offsets":[0,1]}})", "1", {"'x'", "whole bytes", "[3]"});
   refuse(R"({"x":{"dtype":7,"shape":[1],"data_offsets":[0,1]}})", "1", {"'x'", "dtype one of", "got 7"});
+}
+
+TEST_F(SafetensorsTest, KeepsDtypesWithoutElements) {
+  const auto file = dir_.write("x.safetensors", safetensors_bytes(R"({"x":{"dtype":"F4","shape":[4],)"
+                                                                  R"("data_offsets":[0,2]}})",
+                                                                  "12"));
+  const SafetensorsFile opened(file);
+  EXPECT_EQ(opened.entry("x").dtype_name, "F4");
+  EXPECT_EQ(opened.bytes("x"), "12");
+  expect_refused([&] { opened.tensor("x"); }, {"'x'", "got F4"});
 }
 
 TEST_F(SafetensorsTest, RefusesShapes) {
