@@ -26,6 +26,16 @@ namespace {
 using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
 using Progress = std::function<void(int64_t, int64_t)>;
 
+// Without the GIL but between steps, where signal handlers run: an exception of theirs ends the call.
+template <class Self>
+std::vector<GenerationResult> generate(Self& self, const std::vector<Request>& requests, bool raise_on_error) {
+  const auto handle_signals = [] {
+    const nb::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  };
+  return self.generate(requests, {.throw_on_error = raise_on_error, .between_steps = handle_signals});
+}
+
 void bind_pools(nb::module_& m) {
   nb::class_<SlotHandle>(m, "SlotHandle", "Names a slot for as long as it is held.")
       .def_ro("slot", &SlotHandle::slot)
@@ -234,11 +244,15 @@ void bind_engine(nb::module_& m) {
       .def("step", &Runner::step, WithoutGil())
       .def("cancel", &Runner::cancel, "request_id"_a, "branch"_a = nb::none(), WithoutGil())
       .def("is_idle", &Runner::is_idle, WithoutGil())
-      .def("generate", &Runner::generate, "requests"_a, WithoutGil())
-      .def_prop_ro("num_free_slots", &Runner::num_free_slots)
-      .def_prop_ro("num_free_kv_blocks", &Runner::num_free_kv_blocks)
+      .def("generate", &generate<Runner>, "requests"_a, nb::kw_only(), "raise_on_error"_a = true, WithoutGil())
+      .def_prop_ro("num_free_slots", &Runner::num_free_slots, WithoutGil())
+      .def_prop_ro("num_free_kv_blocks", &Runner::num_free_kv_blocks, WithoutGil())
       .def_prop_ro("state_bytes", &Runner::state_bytes)
       .def_prop_ro("kv_bytes", &Runner::kv_bytes);
+
+  nb::class_<RequestStream>(m, "RequestStream", "Requests whose events come here alone.")
+      .def("next", &RequestStream::next, WithoutGil(), "At least one event; empty when all requests are finished.")
+      .def("close", &RequestStream::close, WithoutGil(), "Cancels what is unfinished.");
 
   nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
       .def(
@@ -302,17 +316,25 @@ void bind_engine(nb::module_& m) {
       .def("step", &Engine::step, WithoutGil())
       .def("cancel", &Engine::cancel, "request_id"_a, "branch"_a = nb::none(), WithoutGil())
       .def("is_idle", &Engine::is_idle, WithoutGil())
-      .def("generate", &Engine::generate, "requests"_a, WithoutGil())
+      .def("generate", &generate<Engine>, "requests"_a, nb::kw_only(), "raise_on_error"_a = true, WithoutGil())
+      .def(
+          "stream", [](Engine& self, const std::vector<Request>& requests) { return self.stream(requests); },
+          "requests"_a, nb::keep_alive<0, 1>(), WithoutGil())
       .def("prompt_logits", &Engine::prompt_logits, "prompt"_a, WithoutGil(), "Logits [T, vocab] f32 of one prompt.")
       .def_prop_ro("load_report", &Engine::load_report, nb::rv_policy::copy)
       .def_prop_ro("vocab_size", [](const Engine& self) { return self.config().vocab_size; })
       .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
-      .def_prop_ro("num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); })
-      .def_prop_ro("num_free_kv_blocks", [](const Engine& self) { return self.runner().num_free_kv_blocks(); })
-      .def_prop_ro("num_preemptions", [](const Engine& self) { return self.runner().num_preemptions(); })
-      .def_prop_ro("device_error", [](const Engine& self) { return self.runner().device_error(); })
+      .def_prop_ro(
+          "num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); }, WithoutGil())
+      .def_prop_ro(
+          "num_free_kv_blocks", [](const Engine& self) { return self.runner().num_free_kv_blocks(); }, WithoutGil())
+      .def_prop_ro(
+          "num_preemptions", [](const Engine& self) { return self.runner().num_preemptions(); }, WithoutGil())
+      .def_prop_ro(
+          "device_error", [](const Engine& self) { return self.runner().device_error(); }, WithoutGil())
       .def_prop_ro("max_context", [](const Engine& self) { return self.runner().max_context(); })
-      .def_prop_ro("last_step", [](const Engine& self) { return self.runner().last_step(); })
+      .def_prop_ro(
+          "last_step", [](const Engine& self) { return self.runner().last_step(); }, WithoutGil())
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
       .def_prop_ro("state_bytes", [](const Engine& self) { return self.runner().state_bytes(); })
       .def_prop_ro("kv_bytes", [](const Engine& self) { return self.runner().kv_bytes(); });

@@ -69,6 +69,12 @@ class NumericsError : public Error {
   using Error::Error;
 };
 
+/// A request ended with an error while it ran; the others went on (RuntimeError).
+class GenerationError : public Error {
+ public:
+  using Error::Error;
+};
+
 /// No state slot is free (RuntimeError).
 class OutOfSlots : public Error {
  public:

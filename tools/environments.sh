@@ -80,6 +80,10 @@ while read -r name flag settings; do
   begin=$SECONDS
   result=ok
   env "${variables[@]}" ctest --test-dir "$build" -j 1 --output-on-failure </dev/null >"$log" 2>&1 || { result="failed: $log"; failures=$((failures + 1)); }
+  if [[ "$result" == ok && "$(gtests 'result="completed"')" == 0 ]]; then
+    result="failed: no C++ test ran"
+    failures=$((failures + 1))
+  fi
   row "$name" ctest "$(gtests 'result="completed"')" "$(gtests '<failure')" "$(gtests 'result="skipped"')" \
     "$((SECONDS - begin))" "$result"
 

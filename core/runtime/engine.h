@@ -32,7 +32,8 @@ std::shared_ptr<HybridDecoder> load_decoder(const std::filesystem::path& dir, co
 
 /// A model and the Runner that serves it.
 ///
-/// submit, cancel and is_idle may come from any thread at any time; the rest from one thread at a time.
+/// Every member may be called from any thread at any time. Steps run one after the other, so several threads may
+/// generate: their requests share the steps. submit, cancel and is_idle never wait for a step.
 class Engine {
  public:
   /// Loads a Hugging Face directory (config.json and safetensors). The weights are copied into memory. What the load
@@ -58,7 +59,11 @@ class Engine {
   /// True when no request waits or runs, as Runner::is_idle.
   bool is_idle() const { return runner_.is_idle(); }
   /// Submits all and steps until they are finished, as Runner::generate.
-  std::vector<GenerationResult> generate(const std::vector<Request>& requests) { return runner_.generate(requests); }
+  std::vector<GenerationResult> generate(const std::vector<Request>& requests, const GenerateOptions& options = {}) {
+    return runner_.generate(requests, options);
+  }
+  /// Queues requests whose events come to the stream alone, as Runner::stream.
+  RequestStream stream(const std::vector<Request>& requests) { return runner_.stream(requests); }
 
   /// Logits [T, vocab] f32 of one prompt, computed in one piece beside the running requests and kept by nobody.
   at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;

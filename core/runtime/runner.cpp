@@ -138,6 +138,22 @@ void Runner::check(const Request& request) const {
 RequestId Runner::submit(Request request) {
   check(request);
   std::lock_guard lock(mutex_);
+  return enqueue(request);
+}
+
+RequestStream Runner::stream(const std::vector<Request>& requests) {
+  for (const Request& request : requests) check(request);
+  RequestStream stream(*this);
+  std::lock_guard lock(mutex_);
+  for (const Request& request : requests) {
+    stream.ids_.push_back(enqueue(request));
+    stream.num_running_ += request.n;
+    mailboxes_[stream.ids_.back()] = stream.mailbox_;
+  }
+  return stream;
+}
+
+RequestId Runner::enqueue(const Request& request) {
   const RequestId id = next_id_++;
   for (int64_t branch = 0; branch < request.n; ++branch) {
     submitted_.push_back(std::make_unique<Sequence>(id, request, branch));
@@ -270,7 +286,52 @@ std::vector<RequestEvent> Runner::fail(const std::vector<ScheduledPiece>& pieces
   return events;
 }
 
+// Hands each event to the stream that waits for it. A request's mailbox goes with its last event.
+void Runner::deliver(std::vector<RequestEvent>&& events) {
+  std::lock_guard lock(mutex_);
+  std::set<RequestId> finished;
+  for (RequestEvent& event : events) {
+    if (!alive_.contains(event.id)) finished.insert(event.id);
+    const auto mailbox = mailboxes_.find(event.id);
+    if (mailbox == mailboxes_.end()) {
+      unclaimed_.push_back(std::move(event));
+    } else if (const std::shared_ptr<Mailbox> wanted = mailbox->second.lock()) {
+      wanted->push_back(std::move(event));
+    }
+  }
+  for (const RequestId id : finished) mailboxes_.erase(id);
+}
+
 std::vector<RequestEvent> Runner::step() {
+  std::lock_guard step(step_mutex_);
+  deliver(run_step());
+  return std::exchange(unclaimed_, {});
+}
+
+std::vector<RequestEvent> RequestStream::next() {
+  while (mailbox_ && num_running_ > 0) {
+    const std::lock_guard step(runner_->step_mutex_);
+    if (mailbox_->empty()) runner_->deliver(runner_->run_step());
+    std::vector<RequestEvent> events = std::exchange(*mailbox_, {});
+    if (events.empty()) continue;
+    num_running_ -= std::ranges::count_if(
+        events, [](const RequestEvent& event) { return event.finish_reason != FinishReason::kRunning; });
+    return events;
+  }
+  return {};
+}
+
+void RequestStream::close() {
+  if (!mailbox_) return;
+  mailbox_.reset();
+  if (num_running_ == 0) return;
+  for (const RequestId id : ids_) runner_->cancel(id);
+  const c10::InferenceMode inference;
+  const std::lock_guard step(runner_->step_mutex_);  // their slots and blocks are free from here on
+  runner_->deliver(runner_->take_inbox());
+}
+
+std::vector<RequestEvent> Runner::run_step() {
   const c10::InferenceMode inference;
   const Stopwatch stopwatch;
   std::vector<RequestEvent> events = take_inbox();
@@ -311,29 +372,27 @@ std::vector<RequestEvent> Runner::step() {
   return events;
 }
 
-std::vector<GenerationResult> Runner::generate(const std::vector<Request>& requests) {
-  for (const Request& request : requests) check(request);
+std::vector<GenerationResult> Runner::generate(const std::vector<Request>& requests, const GenerateOptions& options) {
+  RequestStream stream = this->stream(requests);
   std::vector<GenerationResult> results;
-  std::map<std::pair<RequestId, int64_t>, size_t> unfinished;
-  for (const Request& request : requests) {
-    const RequestId id = submit(request);
-    for (int64_t branch = 0; branch < request.n; ++branch) {
-      unfinished[{id, branch}] = results.size();
-      results.push_back({.id = id, .branch = branch});
+  std::map<std::pair<RequestId, int64_t>, size_t> position;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    for (int64_t branch = 0; branch < requests[i].n; ++branch) {
+      position[{stream.ids()[i], branch}] = results.size();
+      results.push_back({.id = stream.ids()[i], .branch = branch});
     }
   }
-  while (!unfinished.empty()) {
-    for (const RequestEvent& event : step()) {
-      const auto it = unfinished.find({event.id, event.branch});
-      if (it == unfinished.end()) continue;
-      GenerationResult& result = results[it->second];
+  for (std::vector<RequestEvent> events; !(events = stream.next()).empty();) {
+    for (const RequestEvent& event : events) {
+      GenerationResult& result = results[position.at({event.id, event.branch})];
       if (event.token) result.tokens.push_back(*event.token);
       if (event.logprobs) result.logprobs.push_back(*event.logprobs);
-      if (event.finish_reason == FinishReason::kRunning) continue;
       result.finish_reason = event.finish_reason;
       result.error = event.error;
-      unfinished.erase(it);
+      if (event.finish_reason != FinishReason::kError || !options.throw_on_error) continue;
+      throw GenerationError(c10::str("[generate] result ", position.at({event.id, event.branch}), ": ", event.error));
     }
+    if (options.between_steps) options.between_steps();
   }
   return results;
 }

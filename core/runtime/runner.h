@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -40,8 +41,17 @@ struct StepStats {
   double forward_seconds = 0;      // the model in it, until its logits are on the host
 };
 
-/// Continuous batching over one model. submit, cancel and is_idle may be called from any thread at any time; step from
-/// one thread at a time.
+/// How Runner::generate goes on.
+struct GenerateOptions {
+  bool throw_on_error = true;                // false: a failed request has its error in its result
+  std::function<void()> between_steps = {};  // may throw, which ends the call; may be empty
+};
+
+class RequestStream;
+
+/// Continuous batching over one model. Every member may be called from any thread at any time. Steps run one after the
+/// other: who asks for one while another is under way waits for it, and so do the figures (num_free_slots and the
+/// like); submit, cancel and is_idle never wait for a step.
 class Runner {
  public:
   /// Allocates the pools. Throws RequestError for options that no runner can have.
@@ -51,9 +61,14 @@ class Runner {
   /// vocabulary, more tokens than the model has positions or the pools hold, sampling parameter out of range.
   RequestId submit(Request request);
 
+  /// Queues requests whose events come to the stream alone, whoever steps. Throws as submit, and queues none when one
+  /// is refused. The runner must outlive the stream.
+  RequestStream stream(const std::vector<Request>& requests);
+
   /// One model step. Every request that moved has one event; a request ends with an event whose finish_reason is not
   /// kRunning. A failing request does not touch the others; a failing step fails the requests that were in it, and all
-  /// others, later ones too, when the device computes no more.
+  /// others, later ones too, when the device computes no more. Events of streams are not among them; those of other
+  /// requests that came while a stream stepped are.
   std::vector<RequestEvent> step();
 
   /// Ends a request, or one branch of it; the last events come with the next step, which also frees slots and blocks.
@@ -67,22 +82,34 @@ class Runner {
   Runner(const Runner&) = delete;
   Runner& operator=(const Runner&) = delete;
 
-  /// Submits all, steps until they are finished; n results for each request, in the order given. Nothing is submitted
-  /// when one is refused.
-  /// For callers that do not step the runner elsewhere: events of other requests are dropped.
-  std::vector<GenerationResult> generate(const std::vector<Request>& requests);
+  /// Streams all and steps until they are finished; n results for each request, in the order given. Throws as submit,
+  /// and GenerationError for the first that ends with an error; whatever it throws, its unfinished requests are
+  /// cancelled.
+  std::vector<GenerationResult> generate(const std::vector<Request>& requests, const GenerateOptions& options = {});
 
-  /// Of the last step() that ran the model.
-  const StepStats& last_step() const { return last_step_; }
+  /// Of the last step that ran the model.
+  StepStats last_step() const {
+    return between_steps([&] { return last_step_; });
+  }
 
   /// Why every request ends with an error from now on: the device has stopped. Empty while it computes.
-  const std::string& device_error() const { return device_error_; }
+  std::string device_error() const {
+    return between_steps([&] { return device_error_; });
+  }
 
-  int64_t num_free_slots() const { return states_.num_free(); }             // sequences that could start
-  int64_t num_free_kv_blocks() const { return kv_.num_free(); }             // of kv_block_size tokens
-  int64_t num_preemptions() const { return scheduler_.num_preemptions(); }  // so far; a preempted request goes on later
-  int64_t state_bytes() const { return states_.bytes(); }                   // of all slots
-  int64_t kv_bytes() const { return kv_.bytes(); }                          // of all blocks
+  // Sequences that could start, blocks of kv_block_size tokens, and preemptions so far: a preempted request goes on
+  // later.
+  int64_t num_free_slots() const {
+    return between_steps([&] { return states_.num_free(); });
+  }
+  int64_t num_free_kv_blocks() const {
+    return between_steps([&] { return kv_.num_free(); });
+  }
+  int64_t num_preemptions() const {
+    return between_steps([&] { return scheduler_.num_preemptions(); });
+  }
+  int64_t state_bytes() const { return states_.bytes(); }  // of all slots
+  int64_t kv_bytes() const { return kv_.bytes(); }         // of all blocks
 
   /// Sizes of the pools that a runner of these options would allocate.
   static int64_t state_slot_bytes(const HybridDecoder& model);
@@ -95,9 +122,21 @@ class Runner {
   int64_t max_context() const { return max_context_; }  // of this runner
 
  private:
+  friend class RequestStream;
+  using Mailbox = std::vector<RequestEvent>;  // of the requests of one stream
+
+  template <class F>
+  auto between_steps(const F& f) const {
+    const std::lock_guard step(step_mutex_);
+    return f();
+  }
+
   void check(const Request& request) const;
+  RequestId enqueue(const Request& request);  // with mutex_ held
   void forget(RequestId id, int64_t branch);  // with mutex_ held
   std::vector<RequestEvent> take_inbox();
+  std::vector<RequestEvent> run_step();              // with step_mutex_ held
+  void deliver(std::vector<RequestEvent>&& events);  // to mailboxes, else to unclaimed_; with step_mutex_ held
   SequenceStep describe(const ScheduledPiece& piece) const;
   // A sequence whose next token is in a row of the logits, and the event that tells of it.
   struct Choice {
@@ -113,19 +152,52 @@ class Runner {
 
   std::shared_ptr<const HybridDecoder> model_;
   int64_t max_context_;
+
+  mutable std::mutex step_mutex_;  // of a step, and of what it changes; taken before mutex_
   StatePool states_;
   KvCache kv_;
   Scheduler scheduler_;
   BatchBuilder builder_;
   ModelState model_state_;
   StepStats last_step_;
-  std::string device_error_;  // empty while the device computes
+  std::string device_error_;             // empty while the device computes
+  std::vector<RequestEvent> unclaimed_;  // of requests without a stream, for the next step()
 
   mutable std::mutex mutex_;  // guards what follows
   RequestId next_id_ = 1;
   std::vector<std::unique_ptr<Sequence>> submitted_;   // not yet with the scheduler
   std::map<RequestId, std::set<int64_t>> alive_;       // branches, submitted and not finished
   std::set<std::pair<RequestId, int64_t>> to_cancel_;  // branches that were alive when asked
+  // Of alive requests that were streamed; expired where nobody wants the events any more.
+  std::map<RequestId, std::weak_ptr<Mailbox>> mailboxes_;
+};
+
+/// Requests whose events come here alone. For one thread at a time; other threads may use the runner meanwhile.
+/// Whatever is unfinished at the end of a stream's life is cancelled.
+class RequestStream {
+ public:
+  RequestStream(RequestStream&&) = default;
+  RequestStream& operator=(RequestStream&&) = delete;
+  ~RequestStream() { close(); }
+
+  /// Of the requests, in the order given.
+  const std::vector<RequestId>& ids() const { return ids_; }
+
+  /// What has come for the requests, at least one event: steps the runner where nothing has. Empty when all are
+  /// finished.
+  std::vector<RequestEvent> next();
+
+  /// Cancels what is unfinished, after the step that is under way, and frees its slots and blocks; no more events come.
+  void close();
+
+ private:
+  friend class Runner;
+  explicit RequestStream(Runner& runner) : runner_(&runner) {}
+
+  Runner* runner_;
+  std::vector<RequestId> ids_;
+  std::shared_ptr<Runner::Mailbox> mailbox_ = std::make_shared<Runner::Mailbox>();  // null: closed, or moved from
+  int64_t num_running_ = 0;                                                         // branches
 };
 
 }  // namespace xgdn

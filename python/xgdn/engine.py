@@ -57,6 +57,10 @@ def plan(
 class Engine:
     """A Hugging Face directory of Qwen3.5 or Qwen3-Next, ready to serve.
 
+    Every method may be called from any thread at any time. Steps run one after the other: who asks for one while
+    another is under way waits for it, as do the figures (`num_free_slots` and the like); `submit`, `cancel` and
+    `is_idle` never wait for a step.
+
     Args:
         model_dir: directory with config.json and safetensors.
         dtype: of weights and activations; default the checkpoint's.
@@ -107,7 +111,7 @@ class Engine:
         return self._engine.submit(request)
 
     def step(self) -> list[RequestEvent]:
-        """Run one model step: an event for every request that moved."""
+        """Run one model step: an event for every request that moved, but for those of `stream` and `generate`."""
         return self._engine.step()
 
     def cancel(self, request_id: int, branch: int | None = None) -> bool:
@@ -130,10 +134,18 @@ class Engine:
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         n: int = 1,
+        raise_on_error: bool = True,
     ) -> list[GenerationResult]:
         """Run all prompts to their end, in one batch as far as the pools allow; results in the order given.
 
         Each prompt has `n` results in a row; they share its computation, and their seeds count up from sampling's.
+        Several threads may call it at once: their requests share the steps. An exception, of a signal handler too (such
+        as Ctrl-C, within a step), ends the call and cancels its requests.
+
+        Raises:
+            xgdn.errors.RequestError, RangeError: a prompt or an option that can never be served; nothing has run.
+            xgdn.errors.GenerationError: a request ended with an error. With `raise_on_error=False` its result has
+                `finish_reason` ERROR and `error` instead, and the others run to their end.
         """
         return self._engine.generate(
             [
@@ -146,22 +158,22 @@ class Engine:
                     n=n,
                 )
                 for prompt in prompts
-            ]
+            ],
+            raise_on_error=raise_on_error,
         )
 
     def stream(self, requests: Sequence[Request]) -> Iterator[RequestEvent]:
         """Submit requests and yield their events until all are finished.
 
-        Events of other requests are dropped: to mix streams, use `submit` and `step`.
+        Stepping for them moves other requests too, whose events come to those that wait for them: another `stream` or
+        `generate`, in this thread or another, or the next `step`. A generator that is closed cancels its requests.
         """
-        unfinished = {(i, branch) for r in requests for i in [self.submit(r)] for branch in range(r.n)}
-        while unfinished:
-            for event in self.step():
-                key = (event.id, event.branch)
-                if key in unfinished:
-                    if event.finish_reason != FinishReason.RUNNING:
-                        unfinished.discard(key)
-                    yield event
+        stream = self._engine.stream(list(requests))
+        try:
+            while events := stream.next():
+                yield from events
+        finally:
+            stream.close()
 
     def prompt_logits(self, prompt: Sequence[int]) -> torch.Tensor:
         """Logits `[T, vocab]` in float32 of one prompt, beside the running requests."""

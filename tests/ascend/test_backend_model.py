@@ -200,7 +200,7 @@ with ledger.switched(FAIL="{op}"):
         step()
 print(all(tokens[id] == want[: len(tokens[id])] and len(tokens[id]) < 12 for id in ids))
 print(all(ended[id].finish_reason == xgdn.FinishReason.ERROR and "aclnn{op}" in ended[id].error for id in ids))
-(later,) = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True)
+(later,) = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True, raise_on_error=False)
 print(engine.device_error == later.error)
 print(later.tokens, later.finish_reason, "npu:0 that has stopped" in later.error, "aclnn{op}" in later.error)
 print(engine.num_free_slots)

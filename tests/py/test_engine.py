@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -149,12 +154,108 @@ def test_nan_in_one_request_never_reaches_another(checkpoint: Path, tmp_path: Pa
     engine = xgdn.Engine(directory, runner=xgdn.RunnerOptions(max_batch_size=3, max_cached_tokens=512))
     bad = [[7, 100, 8], [100] * 80]
     for _ in range(3):
-        results = engine.generate([bad[0], *PROMPTS[:2], bad[1], *PROMPTS[2:]], max_new_tokens=10, ignore_eos=True)
+        prompts = [bad[0], *PROMPTS[:2], bad[1], *PROMPTS[2:]]
+        results = engine.generate(prompts, max_new_tokens=10, ignore_eos=True, raise_on_error=False)
         for i in (0, 3):
             assert results[i].finish_reason == xgdn.FinishReason.ERROR
             assert "NaN" in results[i].error
         assert [results[i].tokens for i in (1, 2, 4, 5)] == want
     assert engine.num_free_slots == 3
+
+    with pytest.raises(errors.GenerationError, match=r"\[generate\] result 1: .*NaN"):
+        engine.generate([PROMPTS[0], bad[0]], max_new_tokens=10, ignore_eos=True)
+    assert engine.is_idle()
+    assert engine.num_free_slots == 3
+
+
+# ---- threads and signals --------------------------------------------------------------------------------------------
+
+
+def test_threads_share_the_steps(engine: xgdn.Engine) -> None:
+    """generate and stream of several threads, a thread that steps for itself, and one that reads the figures."""
+    want = [r.tokens for r in engine.generate(PROMPTS, max_new_tokens=20, ignore_eos=True)]
+    is_done = threading.Event()
+
+    def generate(i: int) -> list[int]:
+        return engine.generate([PROMPTS[i]], max_new_tokens=20, ignore_eos=True)[0].tokens
+
+    def stream(i: int) -> list[int]:
+        events = engine.stream([request(PROMPTS[i], max_new_tokens=20, ignore_eos=True)])
+        return [event.token for event in events if event.token is not None]
+
+    def step(i: int) -> list[int]:
+        id, tokens = engine.submit(request(PROMPTS[i], max_new_tokens=20, ignore_eos=True)), []
+        while len(tokens) < 20:
+            for event in engine.step():
+                assert event.id == id  # others' events are theirs
+                tokens += [event.token] if event.token is not None else []
+        return tokens
+
+    def watch() -> None:
+        while not is_done.is_set():
+            assert 0 <= engine.num_free_slots <= 4
+            assert engine.device_error == ""
+
+    with ThreadPoolExecutor(10) as pool:
+        watching = pool.submit(watch)
+        jobs = [(i, pool.submit(how, i)) for i in range(4) for how in (generate, stream)] + [(1, pool.submit(step, 1))]
+        for i, job in jobs:
+            assert job.result() == want[i]
+        is_done.set()
+        watching.result()
+    assert engine.is_idle()
+    assert (engine.num_free_slots, engine.num_free_kv_blocks) == (4, 64)
+
+
+def test_events_of_others_wait_for_the_next_step(engine: xgdn.Engine) -> None:
+    (want,) = engine.generate([PROMPTS[0]], max_new_tokens=3, ignore_eos=True)
+    id = engine.submit(request(PROMPTS[0], max_new_tokens=3, ignore_eos=True))
+    engine.generate([PROMPTS[1]], max_new_tokens=20, ignore_eos=True)
+    events = engine.step()
+    assert {event.id for event in events} == {id}
+    assert [event.token for event in events if event.token is not None] == want.tokens
+    assert engine.is_idle()
+
+
+def test_a_closed_stream_cancels_its_requests(engine: xgdn.Engine) -> None:
+    events = engine.stream([request(p, max_new_tokens=50, ignore_eos=True) for p in PROMPTS[:2]])
+    next(events)
+    assert not engine.is_idle()
+    events.close()
+    assert engine.is_idle()
+    assert (engine.num_free_slots, engine.num_free_kv_blocks) == (4, 64)
+    assert engine.step() == []
+
+
+@pytest.mark.parametrize("how", ["generate", "stream"])
+def test_ctrl_c_acts_within_a_step(engine: xgdn.Engine, how: str) -> None:
+    (want,) = engine.generate([PROMPTS[0]], max_new_tokens=8, ignore_eos=True)
+    other = engine.submit(request(PROMPTS[0], max_new_tokens=8, ignore_eos=True))
+    long = request(PROMPTS[1], max_new_tokens=900, ignore_eos=True)
+
+    def interrupt() -> None:
+        while engine.num_free_slots == 4:  # until it runs
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def run() -> None:
+        thread.start()
+        if how == "generate":
+            engine.generate([long.prompt], max_new_tokens=900, ignore_eos=True)
+        else:
+            list(engine.stream([long]))
+
+    thread = threading.Thread(target=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    thread.join()
+    tokens = [event.token for event in engine.step() if event.token is not None]
+    while not engine.is_idle():
+        events = engine.step()
+        assert {event.id for event in events} == {other}
+        tokens += [event.token for event in events if event.token is not None]
+    assert tokens == want.tokens
+    assert (engine.num_free_slots, engine.num_free_kv_blocks) == (4, 64)
 
 
 # ---- damaged checkpoints --------------------------------------------------------------------------------------------

@@ -345,7 +345,7 @@ TEST_F(NaNToken, EndsItsRequestAndLeavesTheOthersAlone) {
     Runner runner(model(), options);
     const std::vector<GenerationResult> want = sound.generate(requests);
     for (int run = 0; run < 2; ++run) {  // the second run reuses what the failed requests left
-      const std::vector<GenerationResult> got = runner.generate(requests);
+      const std::vector<GenerationResult> got = runner.generate(requests, {.throw_on_error = false});
       for (size_t i = 0; i < requests.size(); ++i) {
         if (i == 2 || i == 8 || i == 11) {
           EXPECT_EQ(got[i].finish_reason, FinishReason::kError) << "request " << i;
@@ -361,6 +361,17 @@ TEST_F(NaNToken, EndsItsRequestAndLeavesTheOthersAlone) {
   }
 }
 
+TEST_F(NaNToken, GenerateThrowsAndCancelsTheOthers) {
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024};
+  Runner runner(model(), options);
+  const Request other{.prompt = {1, 2, 3}, .max_new_tokens = 900};
+  const Request bad{.prompt = {1, kNaNToken}, .max_new_tokens = 4};
+  expect_error<GenerationError>([&] { runner.generate({other, bad}); }, {"[generate] result 1", "NaN"});
+  EXPECT_TRUE(runner.is_idle());
+  EXPECT_TRUE(runner.step().empty());
+  expect_all_free(runner, options);
+}
+
 TEST_F(NaNToken, DrawnInTheMiddleOfARequestEndsIt) {
   const RunnerOptions options{.max_batch_size = 8, .max_cached_tokens = 4096};
   std::vector<Request> requests;
@@ -370,7 +381,7 @@ TEST_F(NaNToken, DrawnInTheMiddleOfARequestEndsIt) {
                         .sampling = {.temperature = seed % 2 == 0 ? 50.0 : 0.0, .seed = seed}});
   }
   Runner runner(model(), options);
-  const std::vector<GenerationResult> results = runner.generate(requests);
+  const std::vector<GenerationResult> results = runner.generate(requests, {.throw_on_error = false});
   int num_failed = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
     if (results[i].finish_reason == FinishReason::kError) {
@@ -449,6 +460,54 @@ TEST_F(RunnerTest, SubmitsAndCancelsFromOtherThreads) {
       EXPECT_EQ(results.at(of_thread[i]).tokens, want[i]) << "request " << i;
     }
   }
+  expect_all_free(runner, options);
+}
+
+TEST_F(RunnerTest, ThreadsShareTheSteps) {
+  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 2048, .max_tokens_per_step = 64};
+  Runner runner(model(), options);
+  const std::vector<Request> requests = twelve_requests();
+  std::vector<std::vector<int32_t>> want;
+  for (const Request& request : requests) want.push_back(alone(request));
+  std::vector<std::vector<GenerationResult>> got(3);
+  std::vector<std::thread> threads;
+  for (auto& results : got) {
+    threads.emplace_back([&] { results = runner.generate(requests); });
+  }
+  // One thread more steps for a request of its own, reads the figures, and leaves streams unfinished.
+  const RequestId id = runner.submit(requests[0]);
+  std::vector<int32_t> tokens;
+  while (tokens.size() < want[0].size()) {
+    RequestStream stream = runner.stream({requests[1]});
+    stream.next();
+    for (const RequestEvent& event : runner.step()) {
+      EXPECT_EQ(event.id, id);
+      if (event.token) tokens.push_back(*event.token);
+    }
+    EXPECT_LE(runner.num_free_slots(), options.max_batch_size);
+    EXPECT_EQ(runner.device_error(), "");
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(tokens, want[0]);
+  for (const auto& results : got) {
+    ASSERT_EQ(results.size(), requests.size());
+    for (size_t i = 0; i < requests.size(); ++i) EXPECT_EQ(results[i].tokens, want[i]) << "request " << i;
+  }
+  EXPECT_TRUE(runner.is_idle());
+  expect_all_free(runner, options);
+}
+
+TEST_F(RunnerTest, WhatIsThrownBetweenStepsEndsTheCall) {
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 1024};
+  Runner runner(model(), options);
+  const Request request{.prompt = {1, 2, 3}, .max_new_tokens = 900};
+  int num_steps = 0;
+  const auto interrupt = [&] {
+    if (++num_steps == 3) throw Error("interrupted");
+  };
+  expect_error<Error>([&] { runner.generate({request}, {.between_steps = interrupt}); }, {"interrupted"});
+  EXPECT_EQ(num_steps, 3);
+  EXPECT_TRUE(runner.is_idle());
   expect_all_free(runner, options);
 }
 
