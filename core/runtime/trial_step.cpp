@@ -16,9 +16,8 @@
 namespace xgdn {
 namespace {
 
-// Sizes that no backend restricts are cut to these.
+// What backends take at any size that models have is cut to these.
 constexpr int64_t kWidth = 64;
-constexpr int64_t kExperts = 2;
 constexpr int64_t kVocab = 2;
 
 class Zeros : public WeightSource {
@@ -34,8 +33,6 @@ ModelConfig small_config(const ModelConfig& config) {
   c.vocab_size = std::min(c.vocab_size, kVocab);
   c.hidden_size = std::min(c.hidden_size, kWidth);
   c.intermediate_size = std::min(c.intermediate_size, kWidth);
-  c.num_experts = std::min(c.num_experts, kExperts);
-  c.num_experts_per_tok = std::min(c.num_experts_per_tok, c.num_experts);
   c.moe_intermediate_size = std::min(c.moe_intermediate_size, kWidth);
   c.shared_expert_intermediate_size = std::min(c.shared_expert_intermediate_size, kWidth);
   c.tie_word_embeddings = false;

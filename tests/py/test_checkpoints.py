@@ -287,7 +287,7 @@ def test_convolutions_that_no_backend_has_are_refused_at_load(tmp_path: Path, wi
         load(directory)
 
 
-def test_a_backend_without_the_head_dims_is_refused_at_load(dense: tuple[Path, nn.Module]) -> None:
+def test_a_backend_that_cannot_serve_is_refused_at_load(dense: tuple[Path, nn.Module]) -> None:
     with pytest.raises(xgdn.errors.UnsupportedError, match="backend"):
         xgdn.Engine(dense[0], prefill_backend="npu", runner=OPTIONS)
 

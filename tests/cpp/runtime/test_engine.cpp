@@ -102,6 +102,50 @@ TEST_F(EngineTest, GeneratesWhatTheRunnerGenerates) {
   EXPECT_EQ(engine->runner().num_free_kv_blocks(), 32);
 }
 
+TEST_F(EngineTest, ReportsWhatItLeavesUnused) {
+  EXPECT_TRUE(Engine::load(dir_.path())->load_report().warnings().empty());
+  Weights weights = weights_;
+  for (const std::string name :
+       {"model.layers.0.mlp.up_proj.bias", "model.layers.3.mlp.up_proj.weight", "mtp.fc.weight"}) {
+    weights[name] = weights_.at("model.norm.weight");
+  }
+  dir_.write("model.safetensors", safetensors(weights));
+  ::testing::internal::CaptureStderr();
+  const std::unique_ptr<Engine> engine = Engine::load(dir_.path());
+  const std::string written = ::testing::internal::GetCapturedStderr();
+  EXPECT_EQ(engine->load_report().unused_tensors,
+            (std::vector<std::string>{"model.layers.0.mlp.up_proj.bias", "model.layers.3.mlp.up_proj.weight"}));
+  EXPECT_NE(written.find("'model.layers.0.mlp.up_proj.bias'"), std::string::npos) << written;
+  EXPECT_EQ(written.find("mtp"), std::string::npos) << written;
+
+  weights["model.layers.0.mlp.up_proj.weight_scale"] = weights_.at("model.norm.weight");
+  dir_.write("model.safetensors", safetensors(weights));
+  expect_error<CheckpointError>([&] { Engine::load(dir_.path()); }, {"up_proj.weight_scale", "quantizer"});
+  expect_error<CheckpointError>([&] { Engine::plan(dir_.path()); }, {"up_proj.weight_scale", "quantizer"});
+}
+
+TEST_F(EngineTest, UsesTheHeadOfTheFileBesideATiedFlag) {
+  const at::Tensor want = Engine::load(dir_.path())->prompt_logits(prompt_);
+  nlohmann::json config = nlohmann::json::parse(config_json(config_));
+  config["tie_word_embeddings"] = true;
+  dir_.write("config.json", config.dump());
+  const std::unique_ptr<Engine> engine = Engine::load(dir_.path());
+  EXPECT_TRUE(engine->load_report().uses_own_head);
+  EXPECT_TRUE(same_bits(engine->prompt_logits(prompt_), want));
+}
+
+TEST_F(EngineTest, RefusesAtLoadWhatNoBackendRuns) {
+  ModelConfig config = config_;
+  config.linear_conv_kernel_dim = 5;
+  dir_.write("config.json", config_json(config));
+  dir_.write("model.safetensors", safetensors(tiny_weights(config)));
+  int64_t layers_loaded = 0;
+  const EngineOptions options{.on_layer_loaded = [&](int64_t loaded, int64_t) { layers_loaded = loaded; }};
+  expect_error<UnsupportedError>([&] { Engine::load(dir_.path(), options); },
+                                 {"[Engine] config", "linear_conv_kernel_dim=5", "width W"});
+  EXPECT_EQ(layers_loaded, 0) << "before weights are read";
+}
+
 TEST_F(EngineTest, PromptLogitsDisturbNobody) {
   const std::unique_ptr<Engine> engine = Engine::load(dir_.path());
   const Request request{.prompt = prompt_, .max_new_tokens = 8};
