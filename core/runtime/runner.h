@@ -11,6 +11,7 @@
 #include <set>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -126,7 +127,7 @@ class Runner {
   using Mailbox = std::vector<RequestEvent>;  // of the requests of one stream
 
   template <class F>
-  auto between_steps(const F& f) const {
+  std::invoke_result_t<F> between_steps(const F& f) const {
     const std::lock_guard step(step_mutex_);
     return f();
   }
