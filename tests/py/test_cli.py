@@ -19,6 +19,7 @@ from checkpoints import Tiny, make, qwen3_5
 from xgdn.cli import app
 from xgdn.detokenize import Detokenizer
 
+NO_COLOR = {"NO_COLOR": "1", "TERM": "dumb"}
 VOCAB_SIZE = 260  # every byte, and some ids without text
 
 
@@ -340,3 +341,13 @@ def test_detokenizer_decodes_a_few_tokens_at_a_time() -> None:
     for token in tokenizer.encode("aé😀" * 20).ids:
         detokenizer.push(token)
     assert spy.num_tokens <= 8  # two characters of four bytes
+
+
+def test_the_package_runs_as_a_module() -> None:
+    def output(*args: str) -> str:
+        command = [sys.executable, "-m", "xgdn", *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | NO_COLOR).stdout
+
+    assert "Usage: python -m xgdn [OPTIONS] COMMAND" in output("--help")
+    assert "Usage: python -m xgdn generate" in output("generate", "--help")
+    assert output("--version") == run("--version").stdout
