@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ops' backends say of themselves. The ops are in torch.ops.xgdn.
+// What the ops' backends say of themselves, and pooled chunk metadata. The ops are in torch.ops.xgdn.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -9,9 +9,11 @@
 #include <tuple>
 
 #include "bindings/bind.h"
+#include "bindings/chunk_metadata_caster.h"
 #include "core/kernels/ops_api.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace xgdn {
 
@@ -25,6 +27,15 @@ void bind_kernels(nb::module_& m) {
         return rows;
       },
       nb::call_guard<nb::gil_scoped_release>(), "Rows (op, backend, why not, is selected, is batch-invariant).");
+  m.def(
+      "allocate_chunk_metadata",
+      [](int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local, const DeviceArgument& device) {
+        return kernel::allocate_chunk_metadata(max_sequences, max_tokens, num_v_heads_local,
+                                               device.resolve("allocate_chunk_metadata"));
+      },
+      nb::kw_only(), "max_sequences"_a, "max_tokens"_a, "num_v_heads_local"_a, "device"_a = "cpu");
+  m.def("write_chunk_metadata", &kernel::write_chunk_metadata, "cu_seqlens"_a, "num_v_heads_local"_a, "tables"_a,
+        nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace xgdn

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "bindings/bind.h"
+#include "bindings/chunk_metadata_caster.h"
 #include "bindings/torch_casters.h"
 #include "core/layers/qwen3_gated_delta_net.h"
 
@@ -42,42 +43,6 @@ void bind_layers(nb::module_& m) {
   nb::enum_<StateKind>(m, "StateKind", "A component of a layer's state.")
       .value("CONV", StateKind::kConv)
       .value("DELTA", StateKind::kDelta);
-
-  nb::class_<kernel::ChunkMetadata>(m, "ChunkMetadata", "Chunk metadata of a prefill segment; six int32 tensors.")
-      .def_ro("chunk_indices_chunk64", &kernel::ChunkMetadata::chunk_indices_chunk64)
-      .def_ro("chunk_offsets_chunk64", &kernel::ChunkMetadata::chunk_offsets_chunk64)
-      .def_ro("update_chunk_offsets_chunk64", &kernel::ChunkMetadata::update_chunk_offsets_chunk64)
-      .def_ro("final_chunk_indices_chunk64", &kernel::ChunkMetadata::final_chunk_indices_chunk64)
-      .def_ro("chunk_indices_large_block", &kernel::ChunkMetadata::chunk_indices_large_block)
-      .def_ro("block_indices_cumsum", &kernel::ChunkMetadata::block_indices_cumsum)
-      .def_static(
-          "build",
-          [](const std::vector<int64_t>& lengths, int64_t num_v_heads_local, const DeviceArgument& device) {
-            const c10::Device target = device.resolve("ChunkMetadata");
-            kernel::ChunkMetadata tables = kernel::build_chunk_metadata(lengths, num_v_heads_local);
-            for (at::Tensor* table : {&tables.chunk_indices_chunk64, &tables.chunk_offsets_chunk64,
-                                      &tables.update_chunk_offsets_chunk64, &tables.final_chunk_indices_chunk64,
-                                      &tables.chunk_indices_large_block, &tables.block_indices_cumsum}) {
-              *table = table->to(target);
-            }
-            return tables;
-          },
-          "lengths"_a, "num_v_heads_local"_a, nb::kw_only(), "device"_a = "cpu")
-      .def_static(
-          "allocate",
-          [](int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local, const DeviceArgument& device) {
-            return kernel::allocate_chunk_metadata(max_sequences, max_tokens, num_v_heads_local,
-                                                   device.resolve("ChunkMetadata"));
-          },
-          nb::kw_only(), "max_sequences"_a, "max_tokens"_a, "num_v_heads_local"_a, "device"_a = "cpu",
-          "Pooled tables, uninitialised.")
-      .def(
-          "write",
-          [](const kernel::ChunkMetadata& self, const at::Tensor& cu_seqlens, int64_t num_v_heads_local) {
-            kernel::write_chunk_metadata(cu_seqlens, num_v_heads_local, self);
-          },
-          "cu_seqlens"_a, "num_v_heads_local"_a, WithoutGil(),
-          "Writes a step's tables to the front, on the device; behind them are (-1, -1), -1, and the last offset.");
 
   nb::class_<Segment>(m, "Segment", "A run of tokens that one op call serves.")
       .def(
@@ -118,7 +83,9 @@ void bind_layers(nb::module_& m) {
                    })
       .def_ro("has_initial_state", &Segment::has_initial_state)
       .def_ro("num_accepted", &Segment::num_accepted)
-      .def_ro("chunk", &Segment::chunk);
+      .def_prop_ro("chunk", [](const Segment& self) {
+        return self.chunk.chunk_indices_chunk64.defined() ? std::optional(self.chunk) : std::nullopt;
+      });
 
   nb::class_<GdnBatch>(m, "GdnBatch", "One step, as a GDN layer sees it.")
       .def(

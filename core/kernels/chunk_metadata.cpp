@@ -12,6 +12,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
+
+#include "core/kernels/dims.h"
 
 namespace xgdn::kernel {
 namespace {
@@ -73,6 +76,27 @@ void write_offsets(const at::Tensor& lengths, int64_t extra, const at::Tensor& t
   table.slice(0, N + 1).copy_(sums.narrow(0, N - 1, 1).expand({table.size(0) - N - 1}));
 }
 
+void check_count(std::string_view where, std::string_view what, int64_t least, int64_t got) {
+  if (got >= least && got <= kMaxIndex) return;
+  throw RangeError(c10::str("[", where, "] ", what, ": expected ", least, "..", kMaxIndex, ", got ", got));
+}
+
+// Every table holds int32: the last offset, which counts chunks and sequences, and tokens as cu_seqlens does.
+void check_lengths(const std::vector<int64_t>& lengths) {
+  auto sum = static_cast<int64_t>(lengths.size());
+  check_count("build_chunk_metadata", "lengths: number of sequences", 0, sum);
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    if (lengths[i] < 0) {
+      throw RangeError(c10::str("[build_chunk_metadata] lengths: expected values >= 0, got ", lengths[i], " at ", i));
+    }
+    if (lengths[i] > kMaxIndex - sum) {
+      throw RangeError(c10::str("[build_chunk_metadata] lengths: expected at most ", kMaxIndex,
+                                " tokens and sequences together, got ", lengths[i], " at ", i, " beside ", sum));
+    }
+    sum += lengths[i];
+  }
+}
+
 }  // namespace
 
 int64_t cumsum_block(int64_t num_v_heads_local) {
@@ -86,11 +110,8 @@ int64_t cumsum_block(int64_t num_v_heads_local) {
 
 ChunkMetadataHost build_chunk_metadata_host(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
                                             SequenceIds ids) {
-  for (size_t i = 0; i < lengths.size(); ++i) {
-    if (lengths[i] < 0) {
-      throw RangeError(c10::str("[build_chunk_metadata] lengths: expected values >= 0, got ", lengths[i], " at ", i));
-    }
-  }
+  check_lengths(lengths);
+  const int64_t block = cumsum_block(num_v_heads_local);
   ChunkMetadataHost host;
   host.chunk_indices_chunk64 = index_rows(lengths, kChunkSize, ids);
   host.chunk_offsets_chunk64 = offsets(lengths, 0);
@@ -99,24 +120,26 @@ ChunkMetadataHost build_chunk_metadata_host(const std::vector<int64_t>& lengths,
     host.final_chunk_indices_chunk64.push_back(host.update_chunk_offsets_chunk64[i + 1] - 1);
   }
   host.chunk_indices_large_block = index_rows(lengths, kLargeBlock, ids);
-  host.block_indices_cumsum = index_rows(lengths, cumsum_block(num_v_heads_local), ids);
+  host.block_indices_cumsum = index_rows(lengths, block, ids);
   return host;
 }
 
-ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t num_v_heads_local, SequenceIds ids) {
+ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t num_v_heads_local, SequenceIds ids,
+                                   c10::Device device) {
   const ChunkMetadataHost host = build_chunk_metadata_host(lengths, num_v_heads_local, ids);
   const std::vector<const std::vector<int32_t>*> tables = {
       &host.chunk_indices_chunk64,       &host.chunk_offsets_chunk64,     &host.update_chunk_offsets_chunk64,
       &host.final_chunk_indices_chunk64, &host.chunk_indices_large_block, &host.block_indices_cumsum};
   int64_t total = 0;
   for (const auto* table : tables) total += static_cast<int64_t>(table->size());
-  const at::Tensor arena = at::empty({total}, at::kInt);
-  int64_t at_row = 0;
+  const at::Tensor host_arena = at::empty({total}, at::kInt);
+  auto* end = host_arena.mutable_data_ptr<int32_t>();
+  for (const auto* table : tables) end = std::copy(table->begin(), table->end(), end);
+  const at::Tensor arena = host_arena.to(device);
+  int64_t begin = 0;
   const auto place = [&](const std::vector<int32_t>& table) {
-    at::Tensor view = arena.narrow(0, at_row, static_cast<int64_t>(table.size()));
-    std::copy(table.begin(), table.end(), view.data_ptr<int32_t>());
-    at_row += static_cast<int64_t>(table.size());
-    return view;
+    const auto size = static_cast<int64_t>(table.size());
+    return arena.narrow(0, std::exchange(begin, begin + size), size);
   };
   return {.chunk_indices_chunk64 = place(host.chunk_indices_chunk64).view({-1, 2}),
           .chunk_offsets_chunk64 = place(host.chunk_offsets_chunk64),
@@ -128,6 +151,9 @@ ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t 
 
 ChunkMetadata allocate_chunk_metadata(int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local,
                                       c10::Device device) {
+  check_count("allocate_chunk_metadata", "max_sequences", 0, max_sequences);
+  check_count("allocate_chunk_metadata", "max_tokens", 0, max_tokens);
+  check_count("allocate_chunk_metadata", "max_sequences and max_tokens together", 0, max_sequences + max_tokens);
   const at::TensorOptions options = at::TensorOptions().dtype(at::kInt).device(device);
   const auto index_table = [&](int64_t chunk) {
     return at::empty({max_rows(max_sequences, max_tokens, chunk), 2}, options);
@@ -141,6 +167,21 @@ ChunkMetadata allocate_chunk_metadata(int64_t max_sequences, int64_t max_tokens,
 }
 
 void write_chunk_metadata(const at::Tensor& cu_seqlens, int64_t num_v_heads_local, const ChunkMetadata& tables) {
+  Dims d("write_chunk_metadata");
+  const auto table = [&](std::string_view arg, const at::Tensor& t, std::string_view names) {
+    d.match(arg, t, names).dtype(arg, t, {at::kInt}).contiguous(arg, t);
+    if (arg != "cu_seqlens") d.written(arg);
+  };
+  table("cu_seqlens", cu_seqlens, "N+1");
+  table("final_chunk_indices_chunk64", tables.final_chunk_indices_chunk64, "max_sequences");
+  d.bind("max_sequences+1", d.sym("max_sequences") + 1, "final_chunk_indices_chunk64");
+  table("chunk_offsets_chunk64", tables.chunk_offsets_chunk64, "max_sequences+1");
+  table("update_chunk_offsets_chunk64", tables.update_chunk_offsets_chunk64, "max_sequences+1");
+  table("chunk_indices_chunk64", tables.chunk_indices_chunk64, "M 2");
+  table("chunk_indices_large_block", tables.chunk_indices_large_block, "M_large 2");
+  table("block_indices_cumsum", tables.block_indices_cumsum, "M_cumsum 2");
+  d.check_written();
+
   const int64_t N = cu_seqlens.size(0) - 1;
   const int64_t max_sequences = tables.final_chunk_indices_chunk64.size(0);
   if (N < 1 || N > max_sequences) {

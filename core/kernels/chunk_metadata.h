@@ -5,8 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "core/errors.h"
@@ -16,6 +16,8 @@ namespace xgdn::kernel {
 inline constexpr int64_t kChunkSize = 64;       // C of the delta rule
 inline constexpr int64_t kLargeBlock = 1216;    // chunk size of chunk_indices_large_block
 inline constexpr int64_t kMaxCumsumHeads = 64;  // block_indices_cumsum is refused above
+/// The largest token, row, slot or block that an index tensor can name.
+inline constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
 
 /// With n_i(C) = ceil(len_i / C) over the N sequences of the batch. All int32.
 struct ChunkMetadata {
@@ -45,23 +47,25 @@ struct ChunkMetadataHost {
   std::vector<int32_t> block_indices_cumsum;
 };
 
-/// Builds the tables from sequence lengths (each >= 0, else RangeError).
+/// Builds the tables from sequence lengths. Throws RangeError, before anything is allocated, for one below 0 and for
+/// more than kMaxIndex tokens and sequences together.
 ChunkMetadataHost build_chunk_metadata_host(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
                                             SequenceIds ids = SequenceIds::kTrue);
 
-/// The same as tensors: views of one CPU arena.
+/// The same as tensors: views of one arena on `device`.
 ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
-                                   SequenceIds ids = SequenceIds::kTrue);
+                                   SequenceIds ids = SequenceIds::kTrue, c10::Device device = c10::kCPU);
 
 /// Tables with room for every step of at most max_sequences sequences and max_tokens tokens, uninitialised: pooled
-/// memory, so that a captured step finds its tables where they were.
+/// memory, so that a captured step finds its tables where they were. Throws RangeError as build_chunk_metadata_host.
 ChunkMetadata allocate_chunk_metadata(int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local,
                                       c10::Device device);
 
 /// Writes the tables of the sequences in cu_seqlens [N+1] (true ids) to the front of `tables`, by work on their device
 /// alone: nothing is read on the host and every shape is that of the pool. Behind the step's rows the index tables hold
 /// (-1, -1), final_chunk_indices -1, and the offsets repeat their last value: no chunks. Throws ShapeError when N
-/// sequences do not fit; that their chunks fit is the caller's promise.
+/// sequences do not fit, and DtypeError, ShapeError or DeviceError for tensors that are no int32 tables of one device or
+/// share memory; that the chunks fit is the caller's promise.
 void write_chunk_metadata(const at::Tensor& cu_seqlens, int64_t num_v_heads_local, const ChunkMetadata& tables);
 
 }  // namespace xgdn::kernel

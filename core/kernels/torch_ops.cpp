@@ -347,10 +347,12 @@ Phase phase_named(const std::string& name) {
   throw UnsupportedError("phase: expected prefill or decode, got " + name);
 }
 
-std::vector<Tensor> build_chunk_metadata_op(at::IntArrayRef lengths, int64_t num_v_heads_local, bool compact_ranks) {
+std::vector<Tensor> build_chunk_metadata_op(at::IntArrayRef lengths, int64_t num_v_heads_local, bool compact_ranks,
+                                            std::optional<c10::Device> device) {
   return with_torch_errors([&] {
     const ChunkMetadata m = build_chunk_metadata(lengths.vec(), num_v_heads_local,
-                                                 compact_ranks ? SequenceIds::kCompactRanks : SequenceIds::kTrue);
+                                                 compact_ranks ? SequenceIds::kCompactRanks : SequenceIds::kTrue,
+                                                 device.value_or(c10::kCPU));
     // An operator's results may not share storage; the arena that these are views of stays behind.
     return std::vector<Tensor>{m.chunk_indices_chunk64.clone(),        m.chunk_offsets_chunk64.clone(),
                                m.update_chunk_offsets_chunk64.clone(), m.final_chunk_indices_chunk64.clone(),
@@ -424,7 +426,10 @@ TORCH_LIBRARY(xgdn, m) {
 
   // Without tensor arguments there is no key to choose by: one implementation serves all. The fake implementation of
   // build_chunk_metadata is in python/xgdn/ops.py.
-  m.def("build_chunk_metadata(int[] lengths, int num_v_heads_local, bool compact_ranks=False) -> Tensor[]", tags);
+  m.def(
+      "build_chunk_metadata(int[] lengths, int num_v_heads_local, bool compact_ranks=False, *, Device? device=None) "
+      "-> Tensor[]",
+      tags);
   m.impl("build_chunk_metadata", c10::DispatchKey::CompositeExplicitAutograd, build_chunk_metadata_op);
   m.def("set_default_backend(str phase, str name) -> ()", [](const std::string& phase, const std::string& name) {
     with_torch_errors([&] { set_default_backend(phase_named(phase), name); });

@@ -63,7 +63,14 @@ class Checker {
       : limits_(limits), state_writer_(limits.num_slots, -1), conv_writer_(limits.num_slots, -1) {}
 
   void check(const std::vector<SequenceStep>& sequences) {
-    for (index_ = 0; index_ < std::ssize(sequences); ++index_) check_one(sequences[index_]);
+    int64_t num_tokens = 0;
+    for (index_ = 0; index_ < std::ssize(sequences); ++index_) {
+      check_one(sequences[index_]);
+      num_tokens += std::ssize(sequences[index_].tokens);
+      if (num_tokens > kernel::kMaxIndex) {
+        fail_request("tokens", c10::str("at most ", kernel::kMaxIndex, " tokens in a step"), num_tokens);
+      }
+    }
     for (index_ = 0; index_ < std::ssize(sequences); ++index_) check_reads(sequences[index_]);
   }
 
@@ -76,6 +83,8 @@ class Checker {
     if (s.num_cached < 0) fail_request("num_cached", "at least 0", s.num_cached);
     check_slots(s);
     for (int32_t block : s.kv_blocks) range("kv_blocks", "a block", block, limits_.num_kv_blocks);
+    const int64_t most = kernel::kMaxIndex - std::ssize(s.tokens);
+    if (s.num_cached > most) fail_request("num_cached", c10::str("at most ", most), s.num_cached);
     const int64_t context = s.num_cached + static_cast<int64_t>(s.tokens.size());
     const int64_t room = static_cast<int64_t>(s.kv_blocks.size()) * limits_.kv_block_size;
     if (limits_.has_attention && room < context)
@@ -191,6 +200,10 @@ void put_segment(Arena& arena, Segment& segment, const SegmentRows& rows, int64_
 
 BatchBuilder::BatchBuilder(const BatchLimits& limits, c10::Device device) : limits_(limits), device_(device) {
   kernel::cumsum_block(limits.num_v_heads);
+  if (limits.kv_block_size < 1 || limits.num_kv_blocks > kernel::kMaxIndex / limits.kv_block_size) {
+    throw RequestError(c10::str("[BatchBuilder] num_kv_blocks and kv_block_size: expected at most ", kernel::kMaxIndex,
+                                " rows, got ", limits.num_kv_blocks, " blocks of ", limits.kv_block_size));
+  }
 }
 
 BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) const {

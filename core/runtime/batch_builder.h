@@ -43,7 +43,8 @@ struct BuiltStep {
 /// Checks what the sequences do in a step and packs it.
 class BatchBuilder {
  public:
-  /// Throws UnsupportedError when the model's value heads exceed what the chunk metadata can describe.
+  /// Throws UnsupportedError when the model's value heads exceed what the chunk metadata can describe, RequestError for
+  /// more cache rows than an index can name.
   BatchBuilder(const BatchLimits& limits, c10::Device device);
 
   /// Packs decode first, then verification, then prefill, each in the given order. Throws RangeError or RequestError

@@ -5,6 +5,8 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/StringUtil.h>
 
+#include "core/kernels/ops_api.h"
+
 namespace xgdn {
 namespace {
 
@@ -14,6 +16,9 @@ void check_at_least(const char* name, int64_t least, int64_t got) {
 
 size_t checked_count(int64_t num_blocks) {
   check_at_least("num_blocks", 0, num_blocks);
+  if (num_blocks > kernel::kMaxIndex) {
+    throw RequestError(c10::str("[KvCache] num_blocks: expected at most ", kernel::kMaxIndex, ", got ", num_blocks));
+  }
   return static_cast<size_t>(num_blocks);
 }
 
@@ -26,6 +31,10 @@ int64_t KvCacheSpec::block_bytes() const {
 KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device)
     : spec_(spec), device_(device), ref_counts_(checked_count(num_blocks), 0) {
   check_at_least("block_size", 1, spec.block_size);
+  if (num_blocks > 0 && spec.block_size > kernel::kMaxIndex / num_blocks) {
+    throw RequestError(c10::str("[KvCache] num_blocks: expected at most ", kernel::kMaxIndex / spec.block_size,
+                                " blocks of ", spec.block_size, " tokens, got ", num_blocks));
+  }
   const at::TensorOptions options = at::TensorOptions().dtype(spec.dtype).device(device);
   const std::vector<int64_t> shape{num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim};
   for (int64_t i = 0; i < spec.num_layers; ++i)

@@ -69,13 +69,14 @@ const RunnerOptions& checked(const RunnerOptions& options) {
 }  // namespace
 
 void RunnerOptions::check() const {
-  const auto at_least = [](const char* name, int64_t least, int64_t got) {
-    if (got < least)
-      throw RequestError(c10::str("[RunnerOptions] ", name, ": expected at least ", least, ", got ", got));
+  const auto check_size = [](const char* name, int64_t most, int64_t got) {
+    if (got < 1) throw RequestError(c10::str("[RunnerOptions] ", name, ": expected at least 1, got ", got));
+    if (got > most) throw RequestError(c10::str("[RunnerOptions] ", name, ": expected at most ", most, ", got ", got));
   };
-  at_least("max_batch_size", 1, max_batch_size);
-  at_least("max_cached_tokens", 1, max_cached_tokens);
-  at_least("kv_block_size", 1, kv_block_size);
+  check_size("max_batch_size", kernel::kMaxIndex, max_batch_size);
+  check_size("kv_block_size", kernel::kMaxIndex, kv_block_size);
+  check_size("max_cached_tokens", kernel::kMaxIndex / kv_block_size * kv_block_size, max_cached_tokens);
+  check_size("max_tokens_per_step", kernel::kMaxIndex, max_tokens_per_step);
   SchedulerOptions{.max_tokens_per_step = max_tokens_per_step}.check();
 }
 

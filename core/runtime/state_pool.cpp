@@ -5,12 +5,17 @@
 
 #include <limits>
 
+#include "core/kernels/ops_api.h"
+
 namespace xgdn {
 namespace {
 
 size_t checked_count(int64_t num_slots) {
-  if (num_slots >= 0) return static_cast<size_t>(num_slots);
-  throw RequestError(c10::str("[StatePool] num_slots: expected at least 0, got ", num_slots));
+  if (num_slots < 0) throw RequestError(c10::str("[StatePool] num_slots: expected at least 0, got ", num_slots));
+  if (num_slots > kernel::kMaxIndex) {
+    throw RequestError(c10::str("[StatePool] num_slots: expected at most ", kernel::kMaxIndex, ", got ", num_slots));
+  }
+  return static_cast<size_t>(num_slots);
 }
 
 }  // namespace

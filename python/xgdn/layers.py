@@ -4,6 +4,8 @@
 layer = Qwen3GatedDeltaNet(config, state_dict, prefix="model.layers.0.linear_attn.", dtype=torch.bfloat16)
 state = GdnState.allocate(layer.state_specs(), num_slots)
 out = layer.forward(hidden, GdnBatch([Segment(kind=SegmentKind.DECODE, ...)]), state)
+
+A segment of prompts (`SegmentKind.PREFILL`) takes `chunk=build_chunk_metadata(lengths, num_v_heads)`.
 """
 
 from xgdn._C import (
@@ -16,8 +18,10 @@ from xgdn._C import (
     StateKind,
     StateSpec,
 )
+from xgdn.ops import ChunkMetadata, build_chunk_metadata
 
 __all__ = [
+    "ChunkMetadata",
     "GdnBatch",
     "GdnConfig",
     "GdnState",
@@ -26,4 +30,5 @@ __all__ = [
     "SegmentKind",
     "StateKind",
     "StateSpec",
+    "build_chunk_metadata",
 ]

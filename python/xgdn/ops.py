@@ -22,11 +22,14 @@ stride, a device or missing chunk metadata; `IndexError` for values of index ten
 `NotImplementedError` for a backend that is unknown or cannot serve the call, and an input that requires a gradient.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from xgdn import _C
 
 __all__ = [
     "PAD_SLOT_ID",
@@ -65,27 +68,56 @@ class ChunkMetadata(NamedTuple):
     chunk_indices_large_block: Tensor  # [sum n_i(1216), 2]
     block_indices_cumsum: Tensor  # [sum n_i(B), 2]      B = next_pow2(2^18 / (64 num_v_heads_local))
 
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        max_sequences: int,
+        max_tokens: int,
+        num_v_heads_local: int,
+        device: torch.device | str = "cpu",
+    ) -> "ChunkMetadata":
+        """Pooled tables, uninitialised, with room for every step of these sizes."""
+        tables = _C.allocate_chunk_metadata(
+            max_sequences=max_sequences, max_tokens=max_tokens, num_v_heads_local=num_v_heads_local, device=device
+        )
+        return cls(*tables)
+
+    def write(self, cu_seqlens: Tensor, num_v_heads_local: int) -> None:
+        """Write the tables of the sequences in `cu_seqlens` to the front, by work on their device alone.
+
+        Behind them are no chunks: (-1, -1) in the index tables, -1, and the last offset again.
+        """
+        _C.write_chunk_metadata(cu_seqlens, num_v_heads_local, self)
+
 
 def build_chunk_metadata(
     lengths: Sequence[int],
     num_v_heads_local: int,
     *,
     sequence_ids: Literal["true", "compact_ranks"] = "true",
+    device: torch.device | str | None = None,
 ) -> ChunkMetadata:
-    """The tables of one prefill step, on the CPU. Build them once per step and pass them to every layer's op.
+    """The tables of one prefill step, on `device` (default the CPU): the ops want them beside `q`. Build them once per
+    step and pass them to every layer's op.
 
-    `sequence_ids="compact_ranks"` numbers non-empty sequences only, as vllm-ascend's kernels expect.
+    `sequence_ids="compact_ranks"` numbers non-empty sequences only, as vllm-ascend's kernels expect. A negative length,
+    and more than 2^31 - 1 tokens and sequences together, are an `IndexError`.
     """
     if sequence_ids not in ("true", "compact_ranks"):
         raise ValueError(
             f"[build_chunk_metadata] sequence_ids: expected 'true' or 'compact_ranks', got {sequence_ids!r}"
         )
     compact_ranks = sequence_ids == "compact_ranks"
-    return ChunkMetadata(*torch.ops.xgdn.build_chunk_metadata(list(lengths), num_v_heads_local, compact_ranks))
+    whole = [operator.index(length) for length in lengths]  # a length of 30.9 is an error, in a list or in a tensor
+    tables = torch.ops.xgdn.build_chunk_metadata(whole, num_v_heads_local, compact_ranks, device=device)
+    return ChunkMetadata(*tables)
 
 
 @torch.library.register_fake("xgdn::build_chunk_metadata")  # type: ignore[untyped-decorator]
-def _(lengths: Sequence[int], num_v_heads_local: int, compact_ranks: bool = False) -> list[Tensor]:
+def _(
+    lengths: Sequence[int], num_v_heads_local: int, compact_ranks: bool = False, device: torch.device | None = None
+) -> list[Tensor]:
     def rows(chunk: int) -> int:
         return sum((length + chunk - 1) // chunk for length in lengths)
 
@@ -93,7 +125,7 @@ def _(lengths: Sequence[int], num_v_heads_local: int, compact_ranks: bool = Fals
     cumsum_block = 1 << max(0, _CUMSUM_ELEMENTS // (num_v_heads_local * _CHUNK) - 1).bit_length()
     n = len(lengths)
     shapes = [(rows(_CHUNK), 2), (n + 1,), (n + 1,), (n,), (rows(_LARGE_BLOCK), 2), (rows(cumsum_block), 2)]
-    return [torch.empty(shape, dtype=torch.int32, device="cpu") for shape in shapes]
+    return [torch.empty(shape, dtype=torch.int32, device=device or "cpu") for shape in shapes]
 
 
 def recurrent_gated_delta_rule(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cases import assert_bits_equal
 from test_layer import HIDDEN, Layer
-from xgdn import _C
+from xgdn import _C, ops
 
 NUM_SLOTS = 40
 WHOLE, ONE_SEQUENCE, STATE = 0.03, 0.15, 0.01
@@ -77,7 +77,7 @@ class Side:
         if kind == PREFILL:
             heads = self.net.local_config.num_v_heads
             optional["has_initial_state"] = torch.tensor([s.has_initial for s in sequences]).to(self.device)
-            optional["chunk"] = _C.ChunkMetadata.build(lengths, heads, device=self.device)
+            optional["chunk"] = ops.build_chunk_metadata(lengths, heads, device=self.device)
         return _C.Segment(
             kind=kind,
             token_begin=begin,

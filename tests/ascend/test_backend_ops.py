@@ -14,7 +14,7 @@ import xgdn
 from cases import Case, Inputs, assert_bits_equal, assert_call, assert_close, cu_seqlens_of, i32, make_inputs
 from ledger import recorded
 from test_chunk_metadata import STEPS, assert_written_is_built
-from xgdn import _C, ops
+from xgdn import ops
 
 BF16 = {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16}
 
@@ -89,7 +89,7 @@ def run_recurrent(x: Inputs, **options: object) -> Tensor:
 
 def run_chunk(x: Inputs) -> Tensor:
     t = to_npu(x)
-    chunk = xgdn.ChunkMetadata(*(m.npu() for m in ops.build_chunk_metadata(x.case.lengths, x.case.HV)))
+    chunk = ops.build_chunk_metadata(x.case.lengths, x.case.HV, device="npu")
     got = ops.chunk_gated_delta_rule(
         *(t[name] for name in ("q", "k", "v", "g", "beta", "state")),
         cu_seqlens=t["cu_seqlens"],
@@ -288,7 +288,7 @@ def test_mixed_devices_are_refused() -> None:
 
 @pytest.mark.parametrize("lengths", STEPS, ids=str)
 def test_chunk_metadata_is_written_on_the_device(lengths: tuple[int, ...]) -> None:
-    pooled = _C.ChunkMetadata.allocate(max_sequences=7, max_tokens=4000, num_v_heads_local=8, device="npu:0")
+    pooled = ops.ChunkMetadata.allocate(max_sequences=7, max_tokens=4000, num_v_heads_local=8, device="npu:0")
     cu_seqlens = cu_seqlens_of(lengths).npu()
     with recorded() as ledger:
         pooled.write(cu_seqlens, 8)
@@ -340,7 +340,7 @@ def test_limits_of_the_recurrent_op(name: str) -> None:
 def test_limits_of_the_chunk_op(name: str) -> None:
     changes, sentence = CHUNK_LIMITS.get(name, ({}, "the lengths must be known on the host: pass cu_seqlens_cpu"))
     sizes = {"T": 1, "H": 1, "HV": 1, "K": 128, "V": 128, "S": 1, "state_dtype": torch.bfloat16} | changes
-    chunk = xgdn.ChunkMetadata(*(table.npu() for table in ops.build_chunk_metadata([1], 1)))
+    chunk = ops.build_chunk_metadata([1], 1, device="npu")
     with pytest.raises(NotImplementedError, match=f"backend npu cannot serve this call: .*{sentence}"):
         ops.chunk_gated_delta_rule(
             **delta_tensors(**sizes),

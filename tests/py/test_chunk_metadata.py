@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import cu_seqlens_of
-from xgdn import _C, ops
+import xgdn
+from cases import cu_seqlens_of, i32
+from xgdn import layers, ops
 
 
 def test_worked_values() -> None:
@@ -80,7 +81,7 @@ def test_tables_own_their_memory() -> None:
 STEPS = [(1,), (64, 65, 0, 1), (0,), (0, 0, 130), (130, 0, 0), (1300, 3, 0, 1216, 1217), (1, 1, 1, 1, 1, 1)]
 
 
-def assert_written_is_built(lengths: tuple[int, ...], heads: int, pooled: _C.ChunkMetadata) -> None:
+def assert_written_is_built(lengths: tuple[int, ...], heads: int, pooled: ops.ChunkMetadata) -> None:
     """The step's rows, bit for bit, and behind them no chunks."""
     built = ops.build_chunk_metadata(lengths, heads)
     for name, want in built._asdict().items():
@@ -94,7 +95,7 @@ def assert_written_is_built(lengths: tuple[int, ...], heads: int, pooled: _C.Chu
 @pytest.mark.parametrize("heads", [1, 8, 31])
 @pytest.mark.parametrize("lengths", STEPS, ids=str)
 def test_tables_written_by_device_code_are_the_same(lengths: tuple[int, ...], heads: int) -> None:
-    pooled = _C.ChunkMetadata.allocate(max_sequences=7, max_tokens=4000, num_v_heads_local=heads)
+    pooled = ops.ChunkMetadata.allocate(max_sequences=7, max_tokens=4000, num_v_heads_local=heads)
     before = [getattr(pooled, name).data_ptr() for name in ops.ChunkMetadata._fields]
     for step in (STEPS[-2], lengths):  # over what a larger step has left
         pooled.write(cu_seqlens_of(step), heads)
@@ -105,13 +106,13 @@ def test_tables_written_by_device_code_are_the_same(lengths: tuple[int, ...], he
 def test_pools_have_room_for_the_worst_step() -> None:
     """Every sequence one token over a whole number of chunks."""
     lengths = (65, 129, 1, 1, 193)
-    pooled = _C.ChunkMetadata.allocate(max_sequences=5, max_tokens=sum(lengths), num_v_heads_local=8)
+    pooled = ops.ChunkMetadata.allocate(max_sequences=5, max_tokens=sum(lengths), num_v_heads_local=8)
     pooled.write(cu_seqlens_of(lengths), 8)
     assert_written_is_built(lengths, 8, pooled)
 
 
 def test_too_many_sequences_for_the_pool_are_refused() -> None:
-    pooled = _C.ChunkMetadata.allocate(max_sequences=2, max_tokens=100, num_v_heads_local=8)
+    pooled = ops.ChunkMetadata.allocate(max_sequences=2, max_tokens=100, num_v_heads_local=8)
     with pytest.raises(ValueError, match=r"cu_seqlens: expected 1\.\.2 sequences \(set by the tables\), got 3"):
         pooled.write(cu_seqlens_of((1, 2, 3)), 8)
 
@@ -130,3 +131,83 @@ def test_a_negative_length() -> None:
 def test_an_unknown_kind_of_ids() -> None:
     with pytest.raises(ValueError, match="sequence_ids: expected 'true' or 'compact_ranks', got 'ranks'"):
         ops.build_chunk_metadata([5], 8, sequence_ids="ranks")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ([2**33], r"at most 2147483647 tokens and sequences together, got 8589934592 at 0"),
+        ([2**40, 5], r"got 1099511627776 at 0"),
+        ([5, 2**63 - 1], r"got 9223372036854775807 at 1"),
+        ([2**30, 2**30], r"got 1073741824 at 1"),
+    ],
+    ids=str,
+)
+def test_more_tokens_than_an_index_can_name(lengths: list[int], words: str) -> None:
+    with pytest.raises(IndexError, match=rf"\[build_chunk_metadata\] lengths: expected {words}|{words}"):
+        ops.build_chunk_metadata(lengths, 8)
+    with pytest.raises(IndexError, match=r"\[allocate_chunk_metadata\] max_"):
+        ops.ChunkMetadata.allocate(max_sequences=len(lengths), max_tokens=min(sum(lengths), 2**62), num_v_heads_local=8)
+
+
+@pytest.mark.parametrize("size", [-1, 2**31])
+@pytest.mark.parametrize("name", ["max_sequences", "max_tokens"])
+def test_pools_of_impossible_sizes(name: str, size: int) -> None:
+    with pytest.raises(IndexError, match=rf"{name}: expected 0\.\.2147483647, got {size}"):
+        ops.ChunkMetadata.allocate(**{"max_sequences": 1, "max_tokens": 1, name: size}, num_v_heads_local=8)
+
+
+@pytest.mark.parametrize("lengths", [[30.9], [torch.tensor(30.9)], torch.tensor([30.9, 2.0])], ids=str)
+def test_lengths_are_whole_numbers(lengths: list[int]) -> None:
+    with pytest.raises(TypeError):
+        ops.build_chunk_metadata(lengths, 8)
+    assert ops.build_chunk_metadata(torch.tensor([65, 1]), 8).chunk_offsets_chunk64.tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("device", ["meta", torch.device("cpu"), None], ids=str)
+def test_tables_are_built_where_they_are_wanted(device: torch.device | str | None) -> None:
+    want = ops.build_chunk_metadata([130, 64], 8)
+    got = ops.build_chunk_metadata([130, 64], 8, device=device)
+    for table, other in zip(got, want, strict=True):
+        assert table.device.type == ("meta" if device == "meta" else "cpu")
+        assert (table.shape, table.dtype) == (other.shape, other.dtype)
+
+
+def test_written_tables_are_checked() -> None:
+    pooled = ops.ChunkMetadata.allocate(max_sequences=3, max_tokens=100, num_v_heads_local=8)
+    with pytest.raises(TypeError, match=r"\[write_chunk_metadata\] cu_seqlens: expected Int, got Float"):
+        pooled.write(torch.tensor([0.0, 3.5]), 8)
+    with pytest.raises(ValueError, match=r"chunk_offsets_chunk64: expected .* got \[3\]"):
+        pooled._replace(chunk_offsets_chunk64=pooled.chunk_offsets_chunk64[:3]).write(cu_seqlens_of((1, 2)), 8)
+    twice = pooled._replace(update_chunk_offsets_chunk64=pooled.chunk_offsets_chunk64)
+    with pytest.raises(
+        ValueError, match=r"expected memory of its own, got memory that .*chunk_offsets_chunk64 lies in"
+    ):
+        twice.write(cu_seqlens_of((1, 2)), 8)
+
+
+def test_one_class_serves_ops_and_layers() -> None:
+    assert xgdn.ChunkMetadata is ops.ChunkMetadata is layers.ChunkMetadata
+    chunk = ops.build_chunk_metadata([65, 1], 4)
+    slots = i32([0, 1])
+    segment = layers.Segment(
+        kind=layers.SegmentKind.PREFILL,
+        cu_seqlens_cpu=cu_seqlens_of((65, 1)),
+        state_indices=slots,
+        conv_indices=slots,
+        chunk=chunk,
+    )
+    assert isinstance(segment.chunk, ops.ChunkMetadata)
+    assert all(torch.equal(got, want) for got, want in zip(segment.chunk, chunk, strict=True))
+    decode = layers.Segment(
+        kind=layers.SegmentKind.DECODE, cu_seqlens_cpu=cu_seqlens_of((1, 1)), state_indices=slots, conv_indices=slots
+    )
+    assert decode.chunk is None
+    with pytest.raises(TypeError):
+        layers.Segment(
+            kind=layers.SegmentKind.PREFILL,
+            cu_seqlens_cpu=cu_seqlens_of((65, 1)),
+            state_indices=slots,
+            conv_indices=slots,
+            chunk=tuple(chunk)[:5],
+        )

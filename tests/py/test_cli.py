@@ -18,6 +18,7 @@ from checkpoints import Tiny, make, qwen3_5
 from tiny_tokenizers import byte_tokenizer
 from xgdn.cli import app
 
+NO_COLOR = {"NO_COLOR": "1", "TERM": "dumb"}
 VOCAB_SIZE = 260  # every byte, and some ids without text
 
 

@@ -193,11 +193,8 @@ def test_recurrent_without_gates() -> None:
 @pytest.mark.parametrize(
     ("function", "option", "value"),
     [
-        (chunk_gated_delta_rule, "allow_neg_eigval", True),
         (chunk_gated_delta_rule, "cp_context", object()),
         (chunk_gated_delta_rule, "head_first", True),
-        (chunk_gated_delta_rule, "transpose_state_layout", True),
-        (fused_recurrent_gated_delta_rule, "allow_neg_eigval", True),
         (fused_recurrent_gated_delta_rule, "gk", torch.zeros(2, 70, 2, 32)),
         (fused_recurrent_gated_delta_rule, "gv", torch.zeros(2, 70, 2, 48)),
         (fused_recurrent_gated_delta_rule, "head_first", True),
@@ -225,6 +222,167 @@ def test_unknown_and_inconsistent_arguments(function: Any) -> None:
         function(q, k, v, **gates, use_gate_in_kernel=True)
     with pytest.raises(NotImplementedError, match="requires grad"):
         function(q.requires_grad_(), k, v, **gates)
+
+
+def laid_out_by_head(t: torch.Tensor) -> torch.Tensor:
+    """The same values in memory of [B, H, T, ...]."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@both
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("arguments", [(3,), (4,), (0, 1, 2), (0, 1, 2, 3, 4)], ids=str)
+def test_any_strides(function: Any, B: int, arguments: tuple[int, ...]) -> None:
+    x = make(B=B, H=2, HV=4)
+    state = torch.randn(B, 4, 32, 48)
+    kwargs = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    want = function(*x[:3], g=x[3], beta=x[4], initial_state=state, **kwargs)
+    views = [laid_out_by_head(t) if i in arguments else t for i, t in enumerate(x)]
+    assert not all(t.is_contiguous() for t in views)
+    got = function(*views[:3], g=views[3], beta=views[4], initial_state=laid_out_by_head(state), **kwargs)
+    assert_bits_equal("o", got[0], want[0])
+    assert_bits_equal("final_state", got[1], want[1])
+
+
+@both
+def test_columns_that_are_not_contiguous_and_heads_that_are_expanded(function: Any) -> None:
+    q, k, v, g, beta = make(H=2, HV=4)
+    wide = [torch.stack([t, t.new_full(t.shape, torch.nan)], -1)[..., 0] for t in (q, k, v, g, beta)]
+    shared = [wide[0], wide[1], wide[2], wide[3][..., :1].expand(g.shape), wide[4][..., :1].expand(beta.shape)]
+    o, _ = function(*shared[:3], g=shared[3], beta=shared[4], use_qk_l2norm_in_kernel=True)
+    want, _ = truth((q, k, v, g[..., :1].expand(g.shape), beta[..., :1].expand(beta.shape)))
+    assert_close("o", o, want, 1e-6)
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@both
+@pytest.mark.parametrize(
+    ("qk", "of_v", "of_beta", "of_g"),
+    [
+        (F32, F16, F16, F32),
+        (F32, BF16, F32, F32),
+        (BF16, F32, BF16, BF16),
+        (F16, BF16, F32, F16),
+        (F16, F16, BF16, F32),
+    ],
+    ids=str,
+)
+def test_dtypes_that_differ(
+    function: Any, qk: torch.dtype, of_v: torch.dtype, of_beta: torch.dtype, of_g: torch.dtype, backend: str
+) -> None:
+    q, k, v, g, beta = make()
+    x = (q.to(qk), k.to(qk), v.to(of_v), g.to(of_g), beta.to(of_beta))
+    with xgdn.use_backend(backend):
+        o, final = function(*x[:3], g=x[3], beta=x[4], use_qk_l2norm_in_kernel=True, output_final_state=True)
+    want_o, want_final = truth(x)
+    assert o.dtype == (qk if function is chunk_gated_delta_rule else of_v)
+    assert_close("o", o, want_o, {F32: 1e-6, BF16: 4e-3, F16: 5e-4}[o.dtype])
+    assert_close("final_state", final, want_final, 1e-6 if torch.promote_types(qk, of_v) == F32 else 4e-3)
+
+
+@both
+def test_initial_states_of_other_dtypes(function: Any) -> None:
+    x = make()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        state = torch.randn(2, 2, 32, 48).to(dtype)
+        o, _ = function(*x[:3], g=x[3], beta=x[4], initial_state=state, use_qk_l2norm_in_kernel=True)
+        assert_close("o", o, truth(x, state)[0], 1e-6)
+
+
+BAD_ENDS = [
+    (torch.tensor([0.0, 30.9, 70.5]), TypeError, "expected int32 or int64, got torch.float32"),
+    (torch.tensor([0, 30, 70]).to(torch.int16), TypeError, "expected int32 or int64, got torch.int16"),
+    (torch.tensor([False, True]), TypeError, "expected int32 or int64, got torch.bool"),
+    (torch.tensor([[0, 70]]), ValueError, r"expected \[N \+ 1\], got \[1, 2\]"),
+    (torch.tensor([], dtype=torch.int64), ValueError, r"expected \[N \+ 1\], got \[0\]"),
+    (torch.tensor([0, 2**32 + 30, 70]), IndexError, r"never fall \(4294967326 before\), got 70 at index 2"),
+    (torch.tensor([0, -(2**32) + 30, 70]), IndexError, r"never fall \(0 before\), got -4294967266 at index 1"),
+    (torch.tensor([0, 30, 2**32 + 70]), IndexError, "from 0 to T=70 .*, got 0 to 4294967366"),
+    (torch.tensor([2**32, 30, 70]), IndexError, "from 0 to T=70 .*, got 4294967296 to 70"),
+    (torch.tensor([0, 30, 71]), IndexError, "from 0 to T=70 .*, got 0 to 71"),
+    (torch.tensor([0, 40, 30, 70], dtype=torch.int32), IndexError, r"never fall \(40 before\), got 30 at index 2"),
+]
+
+
+@pytest.mark.parametrize(("ends", "error", "words"), BAD_ENDS, ids=lambda value: str(getattr(value, "tolist", str)()))
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        (chunk_gated_delta_rule, "cu_seqlens"),
+        (chunk_gated_delta_rule, "cu_seqlens_cpu"),
+        (fused_recurrent_gated_delta_rule, "cu_seqlens"),
+    ],
+)
+def test_bad_cu_seqlens(function: Any, argument: str, ends: torch.Tensor, error: type[Exception], words: str) -> None:
+    q, k, v, g, beta = make(B=1)
+    given = {argument: ends}
+    if argument == "cu_seqlens_cpu" and ends.dim() == 1 and len(ends) > 1:
+        given["cu_seqlens"] = torch.linspace(0, 70, len(ends)).long()
+    name = function.__name__
+    with pytest.raises(error, match=rf"\[{name}\] cu_seqlens(_cpu)?: .*{words}"):
+        function(q, k, v, g=g, beta=beta, **given)
+
+
+def test_a_host_copy_of_another_number_of_sequences() -> None:
+    x = make(B=1)
+    with pytest.raises(ValueError, match=r"cu_seqlens_cpu: expected \[3\] \(set by cu_seqlens\), got \[2\]"):
+        chunk_gated_delta_rule(*x, cu_seqlens=torch.tensor([0, 30, 70]), cu_seqlens_cpu=torch.tensor([0, 70]))
+
+
+@both
+def test_shapes_that_only_agree_once_flattened(function: Any) -> None:
+    q, k, v, g, beta = make(B=2, T=70)
+    name = function.__name__
+    with pytest.raises(ValueError, match=rf"\[{name}\] g: expected \[B, T, HV\] = \[2, 70, 2\] .*got \[70, 2, 2\]"):
+        function(q, k, v, g=g.transpose(0, 1), beta=beta)
+    with pytest.raises(ValueError, match=rf"\[{name}\] k: expected \[B, T, ...\] = \[2, 70\] .*got \[70, 2, 1, 32\]"):
+        function(q, k.transpose(0, 1), v, g=g, beta=beta)
+    with pytest.raises(ValueError, match=rf"\[{name}\] q: expected \[B, T, H, K\]"):
+        function(q[0], k, v, g=g, beta=beta)
+
+
+@both
+def test_negative_eigenvalues(function: Any) -> None:
+    q, k, v, g, _ = make()
+    b = torch.randn(2, 70, 2)
+    options = {"g": g, "beta": b, "use_qk_l2norm_in_kernel": True, "allow_neg_eigval": True}
+    o, _ = function(q, k, v, use_beta_sigmoid_in_kernel=True, **options)
+    assert_close("o", o, truth((q, k, v, g, 2 * b.double().sigmoid()))[0], 3e-6)
+    with pytest.raises(ValueError, match="allow_neg_eigval: expected it with use_beta_sigmoid_in_kernel=True"):
+        function(q, k, v, **options)
+
+
+@both
+def test_the_older_name_of_state_v_first(function: Any) -> None:
+    x = make()
+    kwargs = {"g": x[3], "beta": x[4], "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    want = function(*x[:3], state_v_first=True, **kwargs)
+    with pytest.warns(DeprecationWarning, match="state_v_first"):
+        got = function(*x[:3], transpose_state_layout=True, **kwargs)
+    assert_bits_equal("final_state", got[1], want[1])
+    with pytest.raises(ValueError, match="transpose_state_layout"):
+        function(*x[:3], state_v_first=True, transpose_state_layout=True, **kwargs)
+
+
+def test_chunk_sizes() -> None:
+    x = make(B=1, T=73)
+    want, _ = chunk_gated_delta_rule(*x)
+    for chunk_size, num_chunks in ((16, 5), (32, 3), (64, 2)):
+        indices = torch.tensor([[0, i] for i in range(num_chunks)])
+        got, _ = chunk_gated_delta_rule(
+            *x, chunk_size=chunk_size, cu_seqlens=torch.tensor([0, 73]), chunk_indices=indices
+        )
+        assert_bits_equal("o", got, want)
+    with pytest.raises(ValueError, match=r"chunk_size: expected 16, 32 or 64, got 48"):
+        chunk_gated_delta_rule(*x, chunk_size=48)
+
+
+def test_a_raw_gate_is_wanted_where_it_is_computed() -> None:
+    q, k, v, _, beta = make()
+    with pytest.raises(ValueError, match=r"\[fused_recurrent_gated_delta_rule\] g: expected the raw gate"):
+        fused_recurrent_gated_delta_rule(q, k, v, beta=beta, use_gate_in_kernel=True, A_log=torch.zeros(2))
 
 
 def test_more_heads_than_the_chunk_tables_allow() -> None:

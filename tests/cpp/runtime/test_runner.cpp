@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -572,6 +573,15 @@ TEST_F(RunnerTest, RefusesImpossibleSizes) {
     refused({.kv_block_size = size}, "kv_block_size");
   }
   refused({.max_tokens_per_step = 63}, "max_tokens_per_step");
+  const auto too_large = [&](const RunnerOptions& options, std::string_view name) {
+    expect_error<RequestError>([&] { Runner(model(), options); }, {name, "expected at most"});
+  };
+  for (int64_t size : {int64_t{1} << 31, std::numeric_limits<int64_t>::max()}) {  // more than an int32 index can name
+    too_large({.max_batch_size = size}, "max_batch_size");
+    too_large({.max_cached_tokens = size}, "max_cached_tokens");
+    too_large({.kv_block_size = size}, "kv_block_size");
+    too_large({.max_tokens_per_step = size}, "max_tokens_per_step");
+  }
 }
 
 TEST_F(RunnerTest, CountsItsBytesExactly) {
