@@ -64,8 +64,8 @@ ChunkMetadata allocate_chunk_metadata(int64_t max_sequences, int64_t max_tokens,
 /// Writes the tables of the sequences in cu_seqlens [N+1] (true ids) to the front of `tables`, by work on their device
 /// alone: nothing is read on the host and every shape is that of the pool. Behind the step's rows the index tables hold
 /// (-1, -1), final_chunk_indices -1, and the offsets repeat their last value: no chunks. Throws ShapeError when N
-/// sequences do not fit, and DtypeError, ShapeError or DeviceError for tensors that are no int32 tables of one device or
-/// share memory; that the chunks fit is the caller's promise.
+/// sequences do not fit, and DtypeError, ShapeError or DeviceError for tensors that are no int32 tables of one device
+/// or share memory; that the chunks fit is the caller's promise.
 void write_chunk_metadata(const at::Tensor& cu_seqlens, int64_t num_v_heads_local, const ChunkMetadata& tables);
 
 }  // namespace xgdn::kernel

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -227,6 +228,15 @@ def test_a_closed_stream_cancels_its_requests(engine: xgdn.Engine) -> None:
     assert engine.step() == []
 
 
+@pytest.fixture
+def python_handles_ctrl_c() -> Iterator[None]:
+    """As in a terminal; whoever runs the tests in the background may have Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 @pytest.mark.parametrize("how", ["generate", "stream"])
 def test_ctrl_c_acts_within_a_step(engine: xgdn.Engine, how: str) -> None:
     (want,) = engine.generate([PROMPTS[0]], max_new_tokens=8, ignore_eos=True)
