@@ -19,6 +19,7 @@
 #include "core/runtime/batch_builder.h"
 #include "core/runtime/request.h"
 #include "core/runtime/scheduler.h"
+#include "core/runtime/turn_mutex.h"
 
 namespace xgdn {
 
@@ -51,8 +52,8 @@ struct GenerateOptions {
 class RequestStream;
 
 /// Continuous batching over one model. Every member may be called from any thread at any time. Steps run one after the
-/// other: who asks for one while another is under way waits for it, and so do the figures (num_free_slots and the
-/// like); submit, cancel and is_idle never wait for a step.
+/// other, in the order in which threads ask: who asks for one while another is under way waits for it, and so do the
+/// figures (num_free_slots and the like); submit, cancel and is_idle never wait for a step.
 class Runner {
  public:
   /// Allocates the pools. Throws RequestError for options that no runner can have.
@@ -154,7 +155,7 @@ class Runner {
   std::shared_ptr<const HybridDecoder> model_;
   int64_t max_context_;
 
-  mutable std::mutex step_mutex_;  // of a step, and of what it changes; taken before mutex_
+  mutable TurnMutex step_mutex_;  // of a step, and of what it changes; taken before mutex_
   StatePool states_;
   KvCache kv_;
   Scheduler scheduler_;

@@ -208,6 +208,25 @@ def test_threads_share_the_steps(engine: xgdn.Engine) -> None:
     assert (engine.num_free_slots, engine.num_free_kv_blocks) == (4, 64)
 
 
+def test_streams_of_two_threads_take_turns(engine: xgdn.Engine) -> None:
+    """Neither waits for the other's end: while one has events, so has the other."""
+    order: list[int] = []
+    barrier = threading.Barrier(2)
+
+    def stream(i: int) -> None:
+        barrier.wait()
+        for _ in engine.stream([request(PROMPTS[0], max_new_tokens=200, ignore_eos=True)]):
+            order.append(i)
+
+    threads = [threading.Thread(target=stream, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    middle = order[100:300]
+    assert min(middle.count(0), middle.count(1)) >= 50
+
+
 def test_events_of_others_wait_for_the_next_step(engine: xgdn.Engine) -> None:
     (want,) = engine.generate([PROMPTS[0]], max_new_tokens=3, ignore_eos=True)
     id = engine.submit(request(PROMPTS[0], max_new_tokens=3, ignore_eos=True))
