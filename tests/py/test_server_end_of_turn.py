@@ -167,6 +167,20 @@ def test_a_stop_string_may_be_a_special_token_or_have_one_in_it(
         assert streamed(url, body | {"stop": stop}) == (want, reason)
 
 
+def test_a_stop_string_may_end_with_the_token_that_ends_the_answer(tmp_path: Path) -> None:
+    tokens = said()
+    place = new_tokens(tokens)[6]
+    name = TOKENIZER.id_to_token(tokens[place])
+    folder = model_dir(tmp_path, special=[tokens[place]], tokenizer_config={"eos_token": name})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    before = str(tokenizer.decode(IDS + tokens[:place]))[len(tokenizer.decode(IDS)) :]
+    body = GOOD | {"prompt": IDS, "max_tokens": LENGTH, "temperature": 0, "stop": before[-2:] + name}
+    with live(engine(folder), folder, tokenizer) as url:
+        choice = post(url, body).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == (before[:-2], "stop")
+        assert streamed(url, body) == (before[:-2], "stop")
+
+
 def deltas(tokens: Sequence[int], stops: Sequence[str]) -> tuple[str, str | None, int]:
     """Text, finish_reason and number of tokens of what a sequence of bytes and special tokens gives."""
     got: list[Delta] = []

@@ -61,9 +61,11 @@ class TextSequence:
         text = ""
         if event.token is not None:
             self._count_token(now)
-            if event.finish_reason != FinishReason.STOP:  # a stop token is no text
-                if event.logprobs is not None:
-                    self._logprobs.push(event.token, event.logprobs, self._num_decoded)
+            is_stop = event.finish_reason == FinishReason.STOP
+            if not is_stop and event.logprobs is not None:
+                self._logprobs.push(event.token, event.logprobs, self._num_decoded)
+            # A token that ends the sequence is no text, but it may complete a stop string that names it.
+            if not is_stop or self._watched_name(event.token) is not None:
                 text = self._text_of(event.token)
         if event.finish_reason != FinishReason.RUNNING and not self._stop_strings.is_found:
             text += self._settle(self._detokenizer.finish())
@@ -84,9 +86,13 @@ class TextSequence:
         """End for a client that is gone."""
         self._finish("cancelled", "")
 
-    def _text_of(self, token: int) -> str:
+    def _watched_name(self, token: int) -> str | None:
         name = self._vocabulary.special_tokens.get(token)
-        if name is None or not self._stop_strings.watches(name):
+        return name if name is not None and self._stop_strings.watches(name) else None
+
+    def _text_of(self, token: int) -> str:
+        name = self._watched_name(token)
+        if name is None:
             return self._settle(self._detokenizer.push(token))
         text = self._settle(self._detokenizer.finish())  # what comes behind the token completes no character before it
         return text if self._stop_strings.is_found else text + self._stop_strings.push_special(name)
