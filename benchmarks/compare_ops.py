@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""xgdn's ops beside the machine's limit and beside other people's kernels, in one run.
+"""xgdn's ops against the roofline and against the kernels of other libraries, in one run.
 
     python benchmarks/compare_ops.py PEERS_DIR [--decode 1 8 32] [--prefill 512 2048] [--threads 1 2] [--json FILE]
 
 Installs the peers' wheels into PEERS_DIR (without their dependencies: only their kernels are loaded, into this torch).
-All contestants get the same inputs, are checked against float64, and take turns, call by call.
+All providers get the same inputs, are checked against float64, and take turns, call by call.
 """
 
 import argparse
@@ -16,10 +16,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from peers import hf_transformers, onnx_runtime, vllm_cpu, zen
 
-from xgdn.bench.ops import OpsBenchmark, Plan
-from xgdn.bench.report import machine, print_rows
+from kernels.ops import OpsBenchmark, Plan
+from kernels.report import print_rows
+from peers import hf_transformers, onnx_runtime, vllm_cpu, zen
+from xgdn.bench.report import machine
 
 PEERS = {"vllm": vllm_cpu, "zentorch": zen, "onnxruntime": onnx_runtime, "transformers": hf_transformers}
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--verify", type=int, nargs="*", default=[8], metavar="B", help="batch sizes of 4 drafts each")
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048, 8192], metavar="T", help="prompt lengths")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=1.0, help="per contestant and problem")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per provider and case (default: 1)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -21,10 +21,10 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(args.figures.read_text())["rows"]
     batches = sorted({row["batch"] for row in rows})
-    names = [name for name in COLOURS if any(row["contestant"] == name for row in rows)]
+    names = [name for name in COLOURS if any(row["provider"] == name for row in rows)]
     figure, (all_axes,) = panels(1, len(batches), (2.6, 2.6))
     for axes, batch in zip(all_axes, batches, strict=True):
-        median = {row["contestant"]: row["median"] for row in rows if row["batch"] == batch}
+        median = {row["provider"]: row["median"] for row in rows if row["batch"] == batch}
         speeds = [1e3 * batch / median[name] for name in names]
         bars = axes.bar(names, speeds, color=[COLOURS[name] for name in names])
         axes.bar_label(bars, [f"{speed:,.1f}" for speed in speeds], fontsize=8)

@@ -3,7 +3,7 @@
 
     python benchmarks/plot_ops.py FIGURES.json OUT.svg [--threads 1]
 
-Bars: the share of the machine's limit that each contestant reaches; 1 is the limit measured in the same run. Needs
+Bars: the fraction of the roofline that each provider reaches; 1 is the roofline measured in the same run. Needs
 matplotlib.
 """
 
@@ -13,23 +13,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from figure import markdown, panels, save
 from matplotlib.axes import Axes
+
+from figure import markdown, panels, save
 
 COLOURS = {"xgdn": "#1b6ca8", "vLLM": "#d1495b", "zentorch": "#edae49", "ONNX": "#66a182", "transformers": "#8d96a3"}
 
 
-def colour(contestant: str) -> str:
-    return next(value for name, value in COLOURS.items() if contestant.startswith(name))
+def colour(provider: str) -> str:
+    return next(value for name, value in COLOURS.items() if provider.startswith(name))
 
 
 def kind(row: dict[str, Any]) -> str:
     """decode, decode step, verify or prefill."""
-    return row["problem"].split(" B=")[0].split(" T=")[0]
+    return row["case"].split(" B=")[0].split(" T=")[0]
 
 
 def case(row: dict[str, Any]) -> str:
-    return row["problem"].removeprefix(kind(row) + " ")
+    return row["case"].removeprefix(kind(row) + " ")
 
 
 def unique(values: Iterable[str]) -> list[str]:
@@ -37,31 +38,31 @@ def unique(values: Iterable[str]) -> list[str]:
 
 
 def draw(axes: Axes, title: str, rows: list[dict[str, Any]]) -> None:
-    """One group of bars per problem."""
+    """One group of bars per case."""
     cases = unique(case(row) for row in rows)
-    contestants = unique(row["contestant"] for row in rows)
-    width = 0.8 / len(contestants)
-    for i, contestant in enumerate(contestants):
-        own = [row for row in rows if row["contestant"] == contestant]
-        places = [cases.index(case(row)) + (i - (len(contestants) - 1) / 2) * width for row in own]
-        shade = 1.0 - 0.3 * sum(other.split()[0] == contestant.split()[0] for other in contestants[:i])
-        axes.bar(places, [row["share"] for row in own], width, label=contestant, color=colour(contestant), alpha=shade)
+    providers = unique(row["provider"] for row in rows)
+    width = 0.8 / len(providers)
+    for i, provider in enumerate(providers):
+        own = [row for row in rows if row["provider"] == provider]
+        places = [cases.index(case(row)) + (i - (len(providers) - 1) / 2) * width for row in own]
+        shade = 1.0 - 0.3 * sum(other.split()[0] == provider.split()[0] for other in providers[:i])
+        axes.bar(places, [row["share"] for row in own], width, label=provider, color=colour(provider), alpha=shade)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(cases)), cases, fontsize=8)
     axes.set_title(title, loc="left", fontsize=10)
-    axes.set_ylabel("share of the limit", fontsize=8)
+    axes.set_ylabel("fraction of the roofline", fontsize=8)
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line per problem, a column per contestant: median in microseconds, in brackets the share of the limit."""
-    contestants = unique(row["contestant"] for row in rows)
+    """A line per case, a column per provider: median in microseconds, in brackets the fraction of the roofline."""
+    providers = unique(row["provider"] for row in rows)
     lines = []
     for name in unique(case(row) for row in rows):
-        found = {row["contestant"]: row for row in rows if case(row) == name}
-        cells = [f"{found[c]['median']:,.0f} ({found[c]['share']:.2f})" if c in found else "" for c in contestants]
-        lines.append([name, f"{next(iter(found.values()))['limit']:,.0f}", *cells])
-    return markdown([kind(rows[0]), "limit", *contestants], lines)
+        found = {row["provider"]: row for row in rows if case(row) == name}
+        cells = [f"{found[c]['median']:,.0f} ({found[c]['share']:.2f})" if c in found else "" for c in providers]
+        lines.append([name, f"{next(iter(found.values()))['roofline']:,.0f}", *cells])
+    return markdown([kind(rows[0]), "roofline", *providers], lines)
 
 
 def main() -> None:

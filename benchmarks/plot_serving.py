@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from figure import markdown, panels, save
 from matplotlib.axes import Axes
+
+from figure import markdown, panels, save
 
 PERCENTILES = {"p50": "#1b6ca8", "p90": "#66a182", "p99": "#d1495b"}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of prefill against float64, by how alike the keys are: the worst over gates and prompt lengths.
+"""Worst errors of prefill against float64 over gates and prompt lengths, by how similar the keys are.
 
     python benchmarks/prefill_accuracy.py [--lengths 65 512 8192]
 
@@ -24,7 +24,7 @@ ACCURACIES = ("fast", "exact")
 
 
 def errors(case: Case, g: float, beta: float, q_like_k: bool) -> dict[str, tuple[float, float]]:
-    """By accuracy: of the outputs and of the last state."""
+    """Return, by accuracy, the errors of the outputs and of the last state."""
     x = make_inputs(replace(case, beta=beta), prefill=True)
     x.g.fill_(g)
     if q_like_k:

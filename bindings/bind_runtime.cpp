@@ -124,14 +124,17 @@ void bind_requests(nb::module_& m) {
       .value("CANCELLED", FinishReason::kCancelled)
       .value("ERROR", FinishReason::kError);
 
+  const SamplingParams sampling_defaults;
   nb::class_<SamplingParams>(m, "SamplingParams", "How the next token is chosen; temperature 0 is greedy.")
       .def(
           "__init__",
           [](SamplingParams* self, double temperature, int64_t top_k, double top_p, uint64_t seed,
              std::optional<int64_t> logprobs) {
-            new (self) SamplingParams{temperature, top_k, top_p, seed, logprobs};
+            new (self) SamplingParams{
+                .temperature = temperature, .top_k = top_k, .top_p = top_p, .seed = seed, .logprobs = logprobs};
           },
-          nb::kw_only(), "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "seed"_a = 0, "logprobs"_a = nb::none())
+          nb::kw_only(), "temperature"_a = sampling_defaults.temperature, "top_k"_a = sampling_defaults.top_k,
+          "top_p"_a = sampling_defaults.top_p, "seed"_a = sampling_defaults.seed, "logprobs"_a = nb::none())
       .def_ro("temperature", &SamplingParams::temperature)
       .def_ro("top_k", &SamplingParams::top_k)
       .def_ro("top_p", &SamplingParams::top_p)
@@ -148,15 +151,22 @@ void bind_requests(nb::module_& m) {
       .def_ro("chosen", &Logprobs::chosen)
       .def_ro("top", &Logprobs::top);
 
+  const Request request_defaults;
   nb::class_<Request>(m, "Request", "A prompt and what is wanted of it.")
       .def(
           "__init__",
           [](Request* self, std::vector<int32_t> prompt, int64_t max_new_tokens, const SamplingParams& sampling,
              std::vector<int32_t> stop_token_ids, bool ignore_eos, int64_t n) {
-            new (self) Request{std::move(prompt), max_new_tokens, sampling, std::move(stop_token_ids), ignore_eos, n};
+            new (self) Request{.prompt = std::move(prompt),
+                               .max_new_tokens = max_new_tokens,
+                               .sampling = sampling,
+                               .stop_token_ids = std::move(stop_token_ids),
+                               .ignore_eos = ignore_eos,
+                               .n = n};
           },
-          "prompt"_a, nb::kw_only(), "max_new_tokens"_a = 16, "sampling"_a = SamplingParams{},
-          "stop_token_ids"_a = std::vector<int32_t>{}, "ignore_eos"_a = false, "n"_a = 1)
+          "prompt"_a, nb::kw_only(), "max_new_tokens"_a = request_defaults.max_new_tokens,
+          "sampling"_a = request_defaults.sampling, "stop_token_ids"_a = request_defaults.stop_token_ids,
+          "ignore_eos"_a = request_defaults.ignore_eos, "n"_a = request_defaults.n)
       .def_ro("prompt", &Request::prompt)
       .def_ro("max_new_tokens", &Request::max_new_tokens)
       .def_ro("sampling", &Request::sampling)
@@ -184,16 +194,28 @@ void bind_requests(nb::module_& m) {
 }
 
 void bind_engine(nb::module_& m) {
+  const RunnerOptions runner_defaults;
   nb::class_<RunnerOptions>(m, "RunnerOptions", "Sizes of the pools and of a step.")
       .def(
           "__init__",
           [](RunnerOptions* self, int64_t max_batch_size, int64_t max_cached_tokens, int64_t kv_block_size,
              int64_t max_tokens_per_step, bool poison_freed_slots) {
-            new (self) RunnerOptions{max_batch_size, max_cached_tokens, kv_block_size, max_tokens_per_step,
-                                     poison_freed_slots};
+            new (self) RunnerOptions{.max_batch_size = max_batch_size,
+                                     .max_cached_tokens = max_cached_tokens,
+                                     .kv_block_size = kv_block_size,
+                                     .max_tokens_per_step = max_tokens_per_step,
+                                     .poison_freed_slots = poison_freed_slots};
           },
-          nb::kw_only(), "max_batch_size"_a = 32, "max_cached_tokens"_a = 16384, "kv_block_size"_a = 16,
-          "max_tokens_per_step"_a = 2048, "poison_freed_slots"_a = poison_freed_by_default());
+          nb::kw_only(), "max_batch_size"_a = runner_defaults.max_batch_size,
+          "max_cached_tokens"_a = runner_defaults.max_cached_tokens, "kv_block_size"_a = runner_defaults.kv_block_size,
+          "max_tokens_per_step"_a = runner_defaults.max_tokens_per_step,
+          "poison_freed_slots"_a = runner_defaults.poison_freed_slots)
+      .def_ro("max_batch_size", &RunnerOptions::max_batch_size, "State slots: sequences that run at once.")
+      .def_ro("max_cached_tokens", &RunnerOptions::max_cached_tokens, "Capacity of the KV cache, over all sequences.")
+      .def_ro("kv_block_size", &RunnerOptions::kv_block_size, "Tokens in a block of the KV cache.")
+      .def_ro("max_tokens_per_step", &RunnerOptions::max_tokens_per_step,
+              "Token budget of a step: decodes and prompt chunks together.")
+      .def_ro("poison_freed_slots", &RunnerOptions::poison_freed_slots, "Fill freed slots with NaN, to find bugs.");
 
   nb::class_<HybridDecoder>(m, "HybridDecoder", "The decoder of Qwen3.5 and Qwen3-Next.")
       .def(
@@ -254,25 +276,37 @@ void bind_engine(nb::module_& m) {
       .def("next", &RequestStream::next, WithoutGil(), "At least one event; empty when all requests are finished.")
       .def("close", &RequestStream::close, WithoutGil(), "Cancels what is unfinished.");
 
+  const EngineOptions engine_defaults;
   nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
       .def(
           "__init__",
           [](EngineOptions* self, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
-             at::ScalarType state_dtype, const DeviceArgument& device, std::string prefill_backend,
+             std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<int64_t> memory_limit) {
-            new (self) EngineOptions{
-                .runner = runner,
-                .dtype = dtype,
-                .state_dtype = state_dtype,
-                .device = device.resolve("Engine"),
-                .backends = {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)},
-                .on_layer_loaded = on_layer_loaded.value_or(Progress()),
-                .memory_limit = memory_limit};
+            new (self) EngineOptions{.runner = runner,
+                                     .dtype = dtype,
+                                     .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
+                                     .device = device.resolve("Engine"),
+                                     .backends = {.prefill = std::move(prefill_backend),
+                                                  .decode = std::move(decode_backend),
+                                                  .prefill_accuracy = std::move(prefill_accuracy)},
+                                     .on_layer_loaded = on_layer_loaded.value_or(Progress()),
+                                     .memory_limit = memory_limit};
           },
-          nb::kw_only(), "runner"_a = RunnerOptions{}, "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
-          "prefill_backend"_a = "auto", "decode_backend"_a = "auto", "prefill_accuracy"_a = "auto",
-          "on_layer_loaded"_a = nb::none(), "memory_limit"_a = nb::none());
+          nb::kw_only(), "runner"_a = engine_defaults.runner, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
+          "device"_a = engine_defaults.device.str(), "prefill_backend"_a = engine_defaults.backends.prefill,
+          "decode_backend"_a = engine_defaults.backends.decode,
+          "prefill_accuracy"_a = engine_defaults.backends.prefill_accuracy, "on_layer_loaded"_a = nb::none(),
+          "memory_limit"_a = nb::none())
+      .def_ro("runner", &EngineOptions::runner)
+      .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")
+      .def_ro("state_dtype", &EngineOptions::state_dtype)
+      .def_prop_ro("device", [](const EngineOptions& self) { return self.device.str(); })
+      .def_prop_ro("prefill_backend", [](const EngineOptions& self) { return self.backends.prefill; })
+      .def_prop_ro("decode_backend", [](const EngineOptions& self) { return self.backends.decode; })
+      .def_prop_ro("prefill_accuracy", [](const EngineOptions& self) { return self.backends.prefill_accuracy; })
+      .def_ro("memory_limit", &EngineOptions::memory_limit);
 
   nb::class_<Plan>(m, "Plan", "What an engine will allocate, in bytes.")
       .def_ro("weight_bytes", &Plan::weight_bytes, "The model's tensors in their dtype.")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's kernels as contestants. Each module has `load(folder)`, which returns what it loaded, and `decode`,
-`verify` and `prefill`, which return contestants for a problem (none where the peer has no such op).
+"""Other people's kernels as providers. Each module has `load(folder)`, which returns what it loaded, and `decode`,
+`verify` and `prefill`, which return providers for a case (none where the peer has no such op).
 
 Their tolerances are wide: what a peer's rounding costs is shown in the table, a wrong result is not.
 """

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.cases import DecodeCase, PrefillCase, VerifyCase
+from kernels.compare import Provider
 from peers import OUT_TOLERANCE, STATE_TOLERANCE
-from xgdn.bench import Contestant, DecodeProblem, PrefillProblem, VerifyProblem
 
 REQUIREMENT = None  # of the environment
 NAME = "transformers"
@@ -21,23 +22,23 @@ def load(_: Path) -> str:
     return f"{NAME} {importlib.metadata.version('transformers')}"
 
 
-def decode(problem: DecodeProblem) -> list[Contestant]:
+def decode(case: DecodeCase) -> list[Provider]:
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
-    if problem.pool.dtype != torch.float32:
+    if case.pool.dtype != torch.float32:
         return []
-    pool = problem.pool.make().transpose(2, 3).contiguous()
+    pool = case.pool.make().transpose(2, 3).contiguous()
     results: tuple[Tensor, Tensor] = (pool, pool)
 
     def call(i: int) -> None:
         nonlocal results
-        slots = problem.pool.slots(i)
+        slots = case.pool.slots(i)
         results = torch_recurrent_gated_delta_rule(
-            problem.q[:, None],
-            problem.k[:, None],
-            problem.v[:, None],
-            problem.gates.g[:, None],
-            problem.gates.beta[:, None],
+            case.q[:, None],
+            case.k[:, None],
+            case.v[:, None],
+            case.gates.g[:, None],
+            case.gates.beta[:, None],
             initial_state=pool[slots[0] : slots[-1] + 1],
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
@@ -46,28 +47,28 @@ def decode(problem: DecodeProblem) -> list[Contestant]:
     def result() -> tuple[Tensor, Tensor]:
         return results[0][:, 0], results[1].transpose(2, 3)
 
-    return [Contestant(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
 
 
-def verify(_: VerifyProblem) -> list[Contestant]:
+def verify(_: VerifyCase) -> list[Provider]:
     return []
 
 
-def prefill(problem: PrefillProblem) -> list[Contestant]:
+def prefill(case: PrefillCase) -> list[Provider]:
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-    if len(problem.lengths) > 1:
+    if len(case.lengths) > 1:
         return []
-    results: tuple[Tensor, Tensor] = (problem.v, problem.v)
+    results: tuple[Tensor, Tensor] = (case.v, case.v)
 
     def call(_: int) -> None:
         nonlocal results
         results = torch_chunk_gated_delta_rule(
-            problem.q[None],
-            problem.k[None],
-            problem.v[None],
-            problem.gates.g[None],
-            problem.gates.beta[None],
+            case.q[None],
+            case.k[None],
+            case.v[None],
+            case.gates.g[None],
+            case.gates.beta[None],
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
         )
@@ -75,4 +76,4 @@ def prefill(problem: PrefillProblem) -> list[Contestant]:
     def result() -> tuple[Tensor, Tensor]:
         return results[0][0], results[1].transpose(2, 3)
 
-    return [Contestant(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]

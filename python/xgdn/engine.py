@@ -20,9 +20,11 @@ from xgdn._C import (
     StepStats,
     TokenLogprob,
 )
+from xgdn.engine_args import EngineArgs, documents_engine_args
 
 __all__ = [
     "Engine",
+    "EngineArgs",
     "FinishReason",
     "GenerationResult",
     "LoadReport",
@@ -37,40 +39,40 @@ __all__ = [
     "plan",
 ]
 
+_REQUEST = Request([])  # of default options
+
 
 def plan(
     model_dir: str | PathLike[str],
     *,
-    dtype: torch.dtype | None = None,
-    state_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = EngineArgs.dtype,
+    state_dtype: torch.dtype = EngineArgs.state_dtype,
     runner: RunnerOptions | None = None,
 ) -> Plan:
-    """Return the bytes that an `Engine` of these arguments would take, and what fits into a given memory.
+    """Return the bytes that an `Engine` with these arguments would take, and what fits into a given memory.
 
-    Reads config.json and the headers of the safetensors files, and allocates nothing. Raises as `Engine` does, but for
-    what only a backend can tell.
+    Reads config.json and the headers of the safetensors files, and allocates nothing. Raises what `Engine` raises,
+    except for errors that only a backend can find.
     """
     options = _C.EngineOptions(runner=runner or RunnerOptions(), dtype=dtype, state_dtype=state_dtype)
     return _C.Engine.plan(fspath(model_dir), options)
 
 
+@documents_engine_args
 class Engine:
     """A Hugging Face directory of Qwen3.5 or Qwen3-Next, ready to serve.
 
-    Every method may be called from any thread at any time. Steps run one after the other: who asks for one while
-    another is under way waits for it, as do the figures (`num_free_slots` and the like); `submit`, `cancel` and
-    `is_idle` never wait for a step.
+    Every method may be called from any thread at any time. Steps run one after the other: a thread that asks for one
+    while another is running waits for it, and so do the counters (`num_free_slots` and the like); `submit`, `cancel`
+    and `is_idle` never wait for a step.
 
     Args:
         model_dir: directory with config.json and safetensors.
-        dtype: of weights and activations; default the checkpoint's.
-        state_dtype: of the delta-rule states, `torch.float32` or `torch.bfloat16`.
-        device: of weights, activations and pools, such as "cpu" or "npu:0".
-        runner: sizes of the pools and of a step.
-        prefill_backend, decode_backend: a name of `xgdn.available_backends()`, or "auto".
-        prefill_accuracy: "fast", "exact" or "auto", as in `xgdn.ops.chunk_gated_delta_rule`.
+        runner: sizes of the pools and of a step: `max_batch_size`, `max_cached_tokens`, `kv_block_size` and
+            `max_tokens_per_step`.
         on_layer_loaded: called with (loaded, total) while loading.
-        memory_limit: bytes that weights, pools and steps may take together; default no limit.
+
+    The other arguments are listed at the end, with those of `runner`; `from_args` takes all of them as `EngineArgs`.
 
     Raises:
         xgdn.errors.CheckpointError, DeviceError, UnsupportedError, RequestError; OutOfMemory before anything is
@@ -81,15 +83,15 @@ class Engine:
         self,
         model_dir: str | PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
-        state_dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = EngineArgs.dtype,
+        state_dtype: torch.dtype = EngineArgs.state_dtype,
+        device: torch.device | str = EngineArgs.device,
         runner: RunnerOptions | None = None,
-        prefill_backend: str = "auto",
-        decode_backend: str = "auto",
-        prefill_accuracy: str = "auto",
+        prefill_backend: str = EngineArgs.prefill_backend,
+        decode_backend: str = EngineArgs.decode_backend,
+        prefill_accuracy: str = EngineArgs.prefill_accuracy,
         on_layer_loaded: Callable[[int, int], None] | None = None,
-        memory_limit: int | None = None,
+        memory_limit: int | None = EngineArgs.memory_limit,
     ) -> None:
         options = _C.EngineOptions(
             runner=runner or RunnerOptions(),
@@ -104,43 +106,65 @@ class Engine:
         )
         self._engine = _C.Engine.load(fspath(model_dir), options)
 
+    @classmethod
+    def from_args(
+        cls,
+        model_dir: str | PathLike[str],
+        args: EngineArgs,
+        *,
+        on_layer_loaded: Callable[[int, int], None] | None = None,
+    ) -> "Engine":
+        """Load a model with the arguments in `args`."""
+        return cls(
+            model_dir,
+            dtype=args.dtype,
+            state_dtype=args.state_dtype,
+            device=args.device,
+            runner=args.runner_options(),
+            prefill_backend=args.prefill_backend,
+            decode_backend=args.decode_backend,
+            prefill_accuracy=args.prefill_accuracy,
+            on_layer_loaded=on_layer_loaded,
+            memory_limit=args.memory_limit,
+        )
+
     plan = staticmethod(plan)
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id; any thread may call it. Raises RequestError or RangeError."""
+        """Queue a request and return its id. Raises RequestError or RangeError."""
         return self._engine.submit(request)
 
     def step(self) -> list[RequestEvent]:
-        """Run one model step: an event for every request that moved, but for those of `stream` and `generate`."""
+        """Run one model step; return an event for every request that moved, except those of `stream` and `generate`."""
         return self._engine.step()
 
     def cancel(self, request_id: int, branch: int | None = None) -> bool:
-        """End a request, or one of its n branches, with the next step; False when it is not there.
+        """End a request, or one of its n branches, at the next step; False if there is no such request.
 
-        The tokens of the other branches do not change, whether or not the prompt is computed already.
+        The tokens of the other branches do not change, even while the prompt is still being prefilled.
         """
         return self._engine.cancel(request_id, branch)
 
     def is_idle(self) -> bool:
-        """True when no request waits or runs."""
+        """Return whether no request is waiting or running."""
         return self._engine.is_idle()
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        max_new_tokens: int = 16,
+        max_new_tokens: int = _REQUEST.max_new_tokens,
         sampling: SamplingParams | None = None,
         stop_token_ids: Sequence[int] = (),
-        ignore_eos: bool = False,
-        n: int = 1,
+        ignore_eos: bool = _REQUEST.ignore_eos,
+        n: int = _REQUEST.n,
         raise_on_error: bool = True,
     ) -> list[GenerationResult]:
-        """Run all prompts to their end, in one batch as far as the pools allow; results in the order given.
+        """Run all prompts to completion, in one batch as far as the pools allow, and return results in prompt order.
 
-        Each prompt has `n` results in a row; they share its computation, and their seeds count up from sampling's.
-        Several threads may call it at once: their requests share the steps. An exception, of a signal handler too (such
-        as Ctrl-C, within a step), ends the call and cancels its requests.
+        Each prompt has `n` results in a row, which share its prefill; result i uses the seed `sampling.seed + i`.
+        Several threads may call this at once: their requests share the steps. An exception ends the call and cancels
+        its requests, also one that a signal handler raises between steps (Ctrl-C).
 
         Raises:
             xgdn.errors.RequestError, RangeError: a prompt or an option that can never be served; nothing has run.
@@ -165,8 +189,8 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[RequestEvent]:
         """Submit requests and yield their events until all are finished.
 
-        Stepping for them moves other requests too, whose events come to those that wait for them: another `stream` or
-        `generate`, in this thread or another, or the next `step`. A generator that is closed cancels its requests.
+        Its steps advance other requests too; their events go to the `stream` or `generate` that submitted them, in
+        this thread or another, or to the next `step`. Closing the generator cancels its requests.
         """
         stream = self._engine.stream(list(requests))
         try:
@@ -176,12 +200,12 @@ class Engine:
             stream.close()
 
     def prompt_logits(self, prompt: Sequence[int]) -> torch.Tensor:
-        """Logits `[T, vocab]` in float32 of one prompt, beside the running requests."""
+        """Return the logits `[T, vocab]` of one prompt in float32; running requests are not affected."""
         return self._engine.prompt_logits(list(prompt))
 
     @property
     def load_report(self) -> LoadReport:
-        """What of the checkpoint was left unused; its warnings were written to stderr."""
+        """Tensors of the checkpoint that were not used; the warnings have been written to stderr."""
         return self._engine.load_report
 
     @property
@@ -202,22 +226,22 @@ class Engine:
 
     @property
     def num_preemptions(self) -> int:
-        """How often a request so far had to give its KV blocks to an older one; it goes on when blocks are free."""
+        """Preemptions so far: a request gave its KV blocks to an older one and resumes when blocks are free."""
         return self._engine.num_preemptions
 
     @property
     def device_error(self) -> str:
-        """Why every request ends with an error from now on: the device has stopped. Empty while it computes."""
+        """Error of a device that has stopped, with which every request ends from then on; empty while it works."""
         return self._engine.device_error
 
     @property
     def max_context(self) -> int:
-        """Tokens of the longest sequence, prompt and reply, for which there are positions and room; 0: any."""
+        """Maximum length of a sequence in tokens, prompt and reply, by positions and KV cache; 0: no maximum."""
         return self._engine.max_context
 
     @property
     def last_step(self) -> StepStats:
-        """What the last step that ran the model did, and its seconds; zeros before the first."""
+        """Counts and seconds of the last step that ran the model; zeros before the first."""
         return self._engine.last_step
 
     @property

@@ -20,7 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 import xgdn
-from xgdn.server.app import Settings, create_app
+from xgdn.server.app import create_app
+from xgdn.server.settings import Settings
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_model/checkpoint"
 TOKENIZER = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))

@@ -12,55 +12,65 @@ import torch
 from typer.testing import CliRunner
 
 import xgdn
-from xgdn.bench import DecodeProblem, DecodeStepProblem, PrefillProblem, VerifyProblem, WrongResult, check, ours
-from xgdn.bench.measure import take_turns
+from bench import app as kernels_app
+from kernels import xgdn_ops
+from kernels.cases import DecodeCase, DecodeStepCase, PrefillCase, VerifyCase
+from kernels.compare import WrongResult, check
+from xgdn.bench.turns import take_turns
 from xgdn.cli import app
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_model/checkpoint"
 
-PROBLEMS = {
-    "decode": lambda: DecodeProblem(2, torch.float32, rotate_mib=1),
-    "decode_step": lambda: DecodeStepProblem(2, torch.float32, rotate_mib=1),
-    "verify": lambda: VerifyProblem(1, 3, torch.bfloat16, rotate_mib=1),
-    "prefill": lambda: PrefillProblem([65, 3]),
+CASES = {
+    "decode": lambda: DecodeCase(2, torch.float32, rotate_mib=1),
+    "decode_step": lambda: DecodeStepCase(2, torch.float32, rotate_mib=1),
+    "verify": lambda: VerifyCase(1, 3, torch.bfloat16, rotate_mib=1),
+    "prefill": lambda: PrefillCase([65, 3]),
 }
 
 
-@pytest.mark.parametrize("kind", PROBLEMS)
-def test_own_contestants_are_right_and_a_wrong_one_is_found(kind: str) -> None:
-    problem = PROBLEMS[kind]()
-    truth = problem.truth_of_step() if kind == "decode_step" else problem.truth()
-    for contestant in getattr(ours, kind)(problem):
-        check(contestant, truth)
-        out, states = contestant.result()
+@pytest.mark.parametrize("kind", CASES)
+def test_own_providers_are_right_and_a_wrong_one_is_found(kind: str) -> None:
+    case = CASES[kind]()
+    truth = case.truth_of_step() if kind == "decode_step" else case.truth()
+    for provider in getattr(xgdn_ops, kind)(case):
+        check(provider, truth)
+        out, states = provider.result()
         for wrong in ((out.roll(1, dims=1), states), (out, states.transpose(2, 3)), (out * torch.nan, states)):
-            broken = dataclasses.replace(contestant, call=lambda _: None, result=lambda wrong=wrong: wrong)
+            broken = dataclasses.replace(provider, call=lambda _: None, result=lambda wrong=wrong: wrong)
             with pytest.raises(WrongResult, match="differs from the float64 recurrence"):
                 check(broken, truth)
 
 
 def test_truth_leaves_the_inputs_alone() -> None:
-    problem = DecodeProblem(1, torch.float32, rotate_mib=1)
-    before = problem.pool.first.clone()
-    problem.truth()
-    assert torch.equal(problem.pool.first, before)
+    case = DecodeCase(1, torch.float32, rotate_mib=1)
+    before = case.pool.first.clone()
+    case.truth()
+    assert torch.equal(case.pool.first, before)
 
 
-def test_contestants_take_turns() -> None:
+def test_providers_take_turns() -> None:
     order: list[str] = []
     times = take_turns([lambda _: order.append("a"), lambda _: order.append("b")], seconds=0)
     assert "".join(order[2:]) == "ab" * 5  # after one call each that estimates the time
     assert [len(taken) for taken in times] == [5, 5]
 
 
+@pytest.mark.parametrize("command", ["ops", "layer", "linear"])
+def test_every_kernel_benchmark_has_json(command: str) -> None:
+    result = CliRunner(env={"FORCE_COLOR": None}).invoke(kernels_app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.stdout
+
+
 def test_bench_ops_prints_one_document() -> None:
-    arguments = "bench ops --decode 1 --verify 1 --prefill 64 --threads 1 --seconds 0 --json"
-    result = CliRunner().invoke(app, arguments.split())
+    arguments = "ops --decode 1 --verify 1 --prefill 64 --threads 1 --seconds 0 --json"
+    result = CliRunner().invoke(kernels_app, arguments.split())
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["machine"]["torch"] == torch.__version__
-    problems = [row["problem"] for row in document["rows"]]
-    assert set(problems) == {
+    cases = [row["case"] for row in document["rows"]]
+    assert set(cases) == {
         "decode B=1 f32",
         "decode B=1 bf16",
         "decode step B=1 f32",
@@ -72,11 +82,11 @@ def test_bench_ops_prints_one_document() -> None:
     }
     for row in document["rows"]:
         assert 0 < row["min"] <= row["median"]
-        assert row["share"] == pytest.approx(row["limit"] / row["median"])
+        assert row["share"] == pytest.approx(row["roofline"] / row["median"])
 
 
 def test_bench_ops_refuses_counts_that_are_none() -> None:
-    result = CliRunner().invoke(app, ["bench", "ops", "--decode", "1,0"])
+    result = CliRunner().invoke(kernels_app, ["ops", "--decode", "1,0"])
     assert result.exit_code == 2
     assert "expected counts like 1,8,32" in result.output
 
@@ -92,20 +102,20 @@ def test_bench_model_prints_one_document() -> None:
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["median"])
         assert 0 < min(row["times"]) <= row["median"] <= max(row["times"])
         assert 0 < row["engine"] < 1
-        assert row["limit"] > 0
+        assert row["roofline"] > 0
         assert row["prefill"] > 0
 
 
 def test_bench_linear_prints_one_document() -> None:
     options = ["--tokens", "1,17", "--threads", "1", "--seconds", "0", "--json"]
-    result = CliRunner().invoke(app, ["bench", "linear", *options])
+    result = CliRunner().invoke(kernels_app, ["linear", *options])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     assert [row["tokens"] for row in rows] == [1, 17] * 4
     for row in rows:
         assert 0 < row["min"] <= row["median"]
         assert row["ratio"] == pytest.approx(row["torch_median"] / row["median"])
-        assert row["share"] == pytest.approx(row["limit"] / row["median"])
+        assert row["share"] == pytest.approx(row["roofline"] / row["median"])
         assert 0 < row["error"] < 2.5e-3
 
 
@@ -114,13 +124,13 @@ def test_bench_linear_refuses_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -
         return torch.mm(1.01 * x, weight.t(), out=out)
 
     monkeypatch.setattr(xgdn.ops, "linear", off)
-    result = CliRunner().invoke(app, ["bench", "linear", "--tokens", "1", "--threads", "1", "--seconds", "0"])
+    result = CliRunner().invoke(kernels_app, ["linear", "--tokens", "1", "--threads", "1", "--seconds", "0"])
     assert result.exit_code == 1
     assert "linear of 1 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
 
 
 def test_bench_layer_prints_one_document() -> None:
-    result = CliRunner().invoke(app, ["bench", "layer", "--batch", "1", "--threads", "1", "--seconds", "0", "--json"])
+    result = CliRunner().invoke(kernels_app, ["layer", "--batch", "1", "--threads", "1", "--seconds", "0", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     assert [row["state_dtype"] for row in rows] == ["f32", "bf16"]

@@ -23,12 +23,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from xgdn.bench.client import LoadClient, ServerError, Target
-from xgdn.bench.measure import WrongResult
 from xgdn.bench.server_metrics import compare
 from xgdn.bench.server_process import running_server, vocab_size
-from xgdn.bench.serving import LoadPlan, ServingBenchmark, problems
+from xgdn.bench.serving import ServingBenchmark, WrongAnswer, problems
 from xgdn.bench.timeline import Answer, Comparison, Distribution, ServingRow
-from xgdn.bench.workload import Lengths, LoadRequest, Workload
+from xgdn.bench.workload import Lengths, LoadPlan, LoadRequest, Workload
 from xgdn.cli import app
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_model/checkpoint"
@@ -406,7 +405,7 @@ def test_answers_under_load_must_be_those_alone(monkeypatch: pytest.MonkeyPatch)
 
         return respond
 
-    with pytest.raises(WrongResult, match="2 of 2 answers under load differ"):
+    with pytest.raises(WrongAnswer, match="2 of 2 answers under load differ"):
         benchmark_of(respond_from(2), monkeypatch)
     answers = 0
     (row,) = benchmark_of(respond_from(4), monkeypatch)

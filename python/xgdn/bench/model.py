@@ -3,29 +3,29 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 import xgdn
-from xgdn.bench.measure import take_turns
+from xgdn.bench.turns import take_turns
 
 _WARM_UP = 4  # steps; the first ones touch memory that nobody has read yet
 _KV_BLOCK = 16  # tokens
-_STEP_TOKENS = 2048  # of prompts
+_STEP_TOKENS = 2048  # token budget of a step
 _STREAM_BYTES = 256 * 2**20  # beyond a share of any cache
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """Steps of `batch` sequences that decode, times in milliseconds."""
+    """Decode steps of `batch` sequences; times in milliseconds."""
 
     batch: int
     threads: int
     times: list[float]  # of every step
     engine: float  # median share of a step that is not the model's forward
-    limit: float  # to read the weights once, and to read and write the states once
+    roofline: float  # time to read the weights once, and to read and write the states once
     prefill: float  # tokens per second of the prompts before
 
     @property
@@ -38,8 +38,8 @@ class ModelRow:
 
     @property
     def share(self) -> float:
-        """Of the limit's speed."""
-        return self.limit / self.median
+        """Fraction of the roofline's speed."""
+        return self.roofline / self.median
 
     def document(self) -> dict[str, Any]:
         return {
@@ -53,26 +53,35 @@ class ModelRow:
 class ModelBenchmark:
     """One engine, in which batches of requests with prompts of one length decode in lockstep."""
 
-    def __init__(self, load: Callable[[xgdn.RunnerOptions], xgdn.Engine], *, prompt_tokens: int, steps: int) -> None:
-        """`load` gets the sizes that the largest batch needs."""
+    def __init__(
+        self,
+        load: Callable[[xgdn.EngineArgs], xgdn.Engine],
+        args: xgdn.EngineArgs,
+        *,
+        prompt_tokens: int,
+        steps: int,
+    ) -> None:
+        """`load` gets `args` with the sizes that the largest batch needs."""
         self._load = load
+        self._args = args
         self._prompt_tokens = prompt_tokens
         self._steps = steps + _WARM_UP
 
     def run(self, batches: Sequence[int], threads: int) -> list[ModelRow]:
         torch.set_num_threads(threads)
         length = self._prompt_tokens + self._max_new_tokens(max(batches)) + _KV_BLOCK
-        sizes = xgdn.RunnerOptions(
+        args = replace(
+            self._args,
             max_batch_size=max(batches),
             max_cached_tokens=max(batches) * length,
             kv_block_size=_KV_BLOCK,
             max_tokens_per_step=_STEP_TOKENS,
         )
-        engine = self._load(sizes)
+        engine = self._load(args)
         return [self._decode(engine, batch, max(batches), threads) for batch in batches]
 
     def _max_new_tokens(self, batch: int) -> int:
-        """So many that the first sequence still decodes when the last one has decoded `steps` times."""
+        """Return how many tokens the first sequence needs to still decode when the last has decoded `steps` times."""
         return self._steps + 2 + batch * self._prompt_tokens // _STEP_TOKENS
 
     def _decode(self, engine: xgdn.Engine, batch: int, slots: int, threads: int) -> ModelRow:
@@ -95,13 +104,13 @@ class ModelBenchmark:
             threads=threads,
             times=[1e3 * step.seconds for step in timed],
             engine=statistics.median(1 - step.forward_seconds / step.seconds for step in timed),
-            limit=1e3 * _limit(engine.memory_bytes["weights"], engine.memory_bytes["states"] * batch // slots),
+            roofline=1e3 * _roofline(engine.memory_bytes["weights"], engine.memory_bytes["states"] * batch // slots),
             prefill=batch * self._prompt_tokens / prefill_seconds,
         )
 
 
-def _limit(read_bytes: int, updated_bytes: int) -> float:
-    """Seconds of a sum over so many bytes and of an update in place of so many others."""
+def _roofline(read_bytes: int, updated_bytes: int) -> float:
+    """Return the seconds to sum over `read_bytes` and to update `updated_bytes` in place."""
     memory = torch.ones(_STREAM_BYTES // 4)
     times = take_turns([lambda _: memory.sum(), lambda _: memory.mul_(1.0)], 0.3)
     read, update = (1e-6 * min(taken) / _STREAM_BYTES for taken in times)

@@ -2,24 +2,30 @@
 """How figures are printed, and what they were measured on."""
 
 import importlib.metadata
+import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from xgdn.bench.layer import LayerRow
-from xgdn.bench.linear import LinearRow
-from xgdn.bench.measure import Row
 from xgdn.bench.model import ModelRow
 from xgdn.bench.timeline import Distribution, ServingRow
 
 
+class _Row(Protocol):
+    def document(self) -> dict[str, Any]: ...
+
+
+_AnyRow = TypeVar("_AnyRow", bound=_Row)
+
+
 def machine() -> dict[str, str | int]:
-    """The processor, its vector width as torch sees it, cores, and the versions that decide speed."""
+    """Return the processor, its vector width as torch sees it, cores, and the versions that decide speed."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -32,74 +38,29 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def table(rows: Iterable[Row]) -> Table:
-    """One line per row; lines of one problem stand together."""
-    shown = Table("problem", "threads", "contestant", box=None)
-    for heading in ("min us", "median us", "rate", "limit us", "of limit", "error out", "error S"):
-        shown.add_column(heading, justify="right")
-    last = None
-    for row in rows:
-        if last is not None and last != (row.problem, row.threads):
-            shown.add_section()
-        last = (row.problem, row.threads)
-        shown.add_row(
-            row.problem,
-            str(row.threads),
-            row.contestant,
-            f"{row.min:,.0f}",
-            f"{row.median:,.0f}",
-            f"{row.rate:,.1f} {row.unit}",
-            f"{row.limit:,.0f}",
-            f"{row.share:.2f}",
-            f"{row.out_error:.1e}",
-            f"{row.state_error:.1e}",
-        )
-    return shown
-
-
-def layer_table(rows: Iterable[LayerRow]) -> Table:
-    shown = Table("batch", "state", "threads", box=None)
-    for heading in ("layer us", "projections us", "between us", "rule us", "between / rule"):
-        shown.add_column(heading, justify="right")
-    for row in rows:
-        times = (row.layer, row.projections, row.between, row.rule)
-        cells = (*(f"{time:,.0f}" for time in times), f"{row.between / row.rule:.2f}")
-        shown.add_row(str(row.batch), row.state_dtype, str(row.threads), *cells)
-    return shown
-
-
-def linear_table(rows: Iterable[LinearRow]) -> Table:
-    shown = Table("matrix", "outputs", "depth", "tokens", "threads", box=None)
-    headings = (
-        "min us",
-        "median us",
-        "torch min us",
-        "torch median us",
-        "torch / xgdn",
-        "GFLOP/s",
-        "of limit",
-        "error",
-    )
-    for heading in headings:
-        shown.add_column(heading, justify="right")
-    for row in rows:
-        sizes = (row.outputs, row.depth, row.tokens, row.threads)
-        times = (row.min, row.median, row.torch_min, row.torch_median)
-        shown.add_row(
-            row.matrix,
-            *(str(size) for size in sizes),
-            *(f"{time:,.0f}" for time in times),
-            f"{row.ratio:.2f}",
-            f"{row.gflops:,.0f}",
-            f"{row.share:.2f}",
-            f"{row.error:.1e}",
-        )
-    return shown
+def show(
+    rows: Sequence[_AnyRow], print_rows: Callable[[Sequence[_AnyRow]], None], as_json: bool, **more: object
+) -> None:
+    """Print the machine and the rows: by `print_rows`, or as one JSON document, which has `more` too."""
+    if as_json:
+        print(json.dumps({"machine": machine(), **more, "rows": [row.document() for row in rows]}))
+        return
+    print("  ".join(f"{name} {value}" for name, value in machine().items()))
+    print_rows(rows)
 
 
 def model_table(rows: Iterable[ModelRow]) -> Table:
     shown = Table("batch", "threads", box=None)
-    for heading in ("steps", "min ms", "median ms", "tokens/s", "limit ms", "of limit", "engine", "prompt tokens/s"):
+    for heading in (
+        "steps",
+        "min ms",
+        "median ms",
+        "tokens/s",
+        "roofline ms",
+        "of roofline",
+        "engine",
+        "prompt tokens/s",
+    ):
         shown.add_column(heading, justify="right")
     for row in rows:
         shown.add_row(
@@ -109,7 +70,7 @@ def model_table(rows: Iterable[ModelRow]) -> Table:
             f"{min(row.times):,.1f}",
             f"{row.median:,.1f}",
             f"{row.tokens_per_second:,.1f}",
-            f"{row.limit:,.1f}",
+            f"{row.roofline:,.1f}",
             f"{row.share:.2f}",
             f"{row.engine:.2%}",
             f"{row.prefill:,.0f}",
@@ -168,29 +129,17 @@ def metrics_sentence(row: ServingRow) -> str:
     return f"rate {row.rate:g}: /metrics disagrees with the answers"
 
 
-def _print(shown: Table) -> None:
-    # Wide enough for a whole line, so that a file or a pipe gets the figures unbroken.
+def print_wide(shown: Table) -> None:
+    """Print a table wide enough for whole lines, so that a file or a pipe gets the figures unbroken."""
     Console(width=max(Console().width, 150)).print(shown)
 
 
-def print_rows(rows: Iterable[Row]) -> None:
-    _print(table(rows))
-
-
-def print_layer_rows(rows: Iterable[LayerRow]) -> None:
-    _print(layer_table(rows))
-
-
-def print_linear_rows(rows: Iterable[LinearRow]) -> None:
-    _print(linear_table(rows))
-
-
 def print_model_rows(rows: Iterable[ModelRow]) -> None:
-    _print(model_table(rows))
+    print_wide(model_table(rows))
 
 
 def print_serving_rows(rows: Sequence[ServingRow]) -> None:
-    _print(load_table(rows))
-    _print(latency_table(rows))
+    print_wide(load_table(rows))
+    print_wide(latency_table(rows))
     for row in rows:
         print(metrics_sentence(row))

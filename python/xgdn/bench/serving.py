@@ -6,23 +6,15 @@ A sample of the requests is answered alone first; under load their answers must 
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from xgdn.bench.client import LoadClient, ServerError, Target, first_model
-from xgdn.bench.measure import WrongResult
 from xgdn.bench.server_metrics import compare, scrape
 from xgdn.bench.timeline import Answer, ServingRow
-from xgdn.bench.workload import Workload
+from xgdn.bench.workload import LoadPlan, Workload
 
 
-@dataclass(frozen=True)
-class LoadPlan:
-    """`rates` in requests per second. Of `check` requests the share `min_equal` must be answered as they are alone."""
-
-    rates: Sequence[float]
-    max_concurrency: int | None = None
-    check: int = 8
-    min_equal: float = 1.0
+class WrongAnswer(RuntimeError):
+    """Too many answers under load differ from those that the same requests get alone."""
 
 
 class ServingBenchmark:
@@ -30,7 +22,7 @@ class ServingBenchmark:
 
     Raises:
         ServerError: the server does not answer, or refuses a request of the sample.
-        WrongResult: answers under load differ from those alone, before anything was measured.
+        WrongAnswer: answers under load differ from those alone, before anything was measured.
     """
 
     def __init__(self, target: Target, workload: Workload, plan: LoadPlan) -> None:
@@ -82,7 +74,7 @@ class ServingBenchmark:
                 why = f"{answer.failure}: {answer.message}" if answer.message else answer.failure
                 raise ServerError(f"{self._target.url}: a request of the sample failed: {why}")
         if problem := inequality(_equal(together, alone), self._plan.min_equal):
-            raise WrongResult(problem)
+            raise WrongAnswer(problem)
         return alone
 
 

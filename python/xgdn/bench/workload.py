@@ -9,6 +9,16 @@ from itertools import accumulate
 
 
 @dataclass(frozen=True)
+class LoadPlan:
+    """`rates` in requests per second; of `check` requests, the share `min_equal` must be answered as they are alone."""
+
+    rates: Sequence[float]
+    max_concurrency: int | None = None
+    check: int = 8
+    min_equal: float = 1.0
+
+
+@dataclass(frozen=True)
 class Lengths:
     """Numbers of tokens, each from `lowest` to `highest` equally likely."""
 

@@ -8,8 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
@@ -22,7 +21,6 @@ from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from xgdn.engine import Engine
-from xgdn.sampling_defaults import SamplingDefaults
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.engine_thread import EngineThread
@@ -30,6 +28,7 @@ from xgdn.server.generation import Answer, ChatFormat, CompletionFormat, Generat
 from xgdn.server.metrics import Metrics
 from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
 from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
+from xgdn.server.settings import Settings
 from xgdn.server.workers import Workers
 from xgdn.tokenizer_files import eos_token_ids
 from xgdn.vocabulary import Vocabulary
@@ -43,17 +42,6 @@ _REPORT_BYTES = 1024  # about what a token's log probabilities take in an answer
 
 _Format = CompletionFormat | ChatFormat
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Settings:
-    model_dir: Path
-    model_name: str
-    max_queue: int = 256  # sequences that wait, beside those that run
-    max_body_bytes: int = 4 * 2**20
-    api_key: str | None = None
-    allowed_origins: Sequence[str] = ()  # of web pages that may call
-    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 class _EventStream(StreamingResponse):

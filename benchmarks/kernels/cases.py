@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs as a layer of Qwen3-Next-80B or Qwen3.5-35B has them, their truth and their limit."""
+"""Inputs as a layer of Qwen3-Next-80B or Qwen3.5-35B has them, their truth and their roofline."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class StatePool:
         self._memory: tuple[Tensor, ...] = torch.ones(self.parts, self.batch_bytes // 4).unbind()
 
     def make(self) -> Tensor:
-        """A contestant's own pool `[S, HV, V, K]`."""
+        """A provider's own pool `[S, HV, V, K]`."""
         return self.first.repeat(self.parts, 1, 1, 1)
 
     def slots(self, i: int) -> Tensor:
@@ -67,11 +67,11 @@ class StatePool:
         return self.memory(i).mul_(1.0001)
 
 
-class RuleProblem(ABC):
+class RuleCase(ABC):
     """The rule over a pool of states, token by token."""
 
     unit = "GB/s"
-    limit_scale = 1.0
+    roofline_scale = 1.0
     q: Tensor
     k: Tensor
     v: Tensor
@@ -103,7 +103,7 @@ class RuleProblem(ABC):
         return out, state
 
 
-class DecodeProblem(RuleProblem):
+class DecodeCase(RuleCase):
     """One token for each of `batch` sequences, after the convolution."""
 
     def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
@@ -119,12 +119,12 @@ class DecodeProblem(RuleProblem):
     def indices(self, i: int) -> Tensor:
         return self.pool.slots(i)
 
-    def limit(self, i: int) -> object:
+    def roofline(self, i: int) -> object:
         return self.pool.stream(i)
 
 
-class DecodeStepProblem(DecodeProblem):
-    """What lies between the projections of a layer: convolution, rule and gated norm. The limit is the rule's."""
+class DecodeStepCase(DecodeCase):
+    """What lies between the projections of a layer: convolution, rule and gated norm. The roofline is the rule's."""
 
     def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
         super().__init__(batch, state_dtype, rotate_mib)
@@ -161,7 +161,7 @@ class DecodeStepProblem(DecodeProblem):
         return out, state
 
 
-class VerifyProblem(RuleProblem):
+class VerifyCase(RuleCase):
     """`drafts` tokens for each of `batch` sequences, the state after each of them kept."""
 
     def __init__(self, batch: int, drafts: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
@@ -175,7 +175,7 @@ class VerifyProblem(RuleProblem):
         self.work = self.pool.batch_bytes * (drafts + 1) / drafts
         self._table = (batch, drafts)
 
-    def limit(self, i: int) -> object:
+    def roofline(self, i: int) -> object:
         """Reads one state of each sequence and writes all of them."""
         for first, *others in self.pool.memory(i).view(*self._table, -1):
             first.mul_(1.0001)
@@ -187,7 +187,7 @@ class VerifyProblem(RuleProblem):
         return self.pool.slots(i).view(self._table)
 
 
-class PrefillProblem:
+class PrefillCase:
     """Prompts of these lengths, packed, that start from nothing. q, k, v and out have `dtype`, the states are f32."""
 
     unit = "GFLOP/s"
@@ -204,20 +204,20 @@ class PrefillProblem:
         self.state_indices = torch.arange(len(self.lengths), dtype=torch.int32)
         self.chunk = xgdn.ops.build_chunk_metadata(self.lengths, HV)
         self.work = float(count * FLOPS_PER_TOKEN)
-        self.limit_scale = self.work / (2.0 * GEMM_SIZE**3)
+        self.roofline_scale = self.work / (2.0 * GEMM_SIZE**3)
         self._factors = torch.randn(2, GEMM_SIZE, GEMM_SIZE).to(dtype).unbind()
 
-    def limit(self, _: int) -> object:
+    def roofline(self, _: int) -> object:
         return self._factors[0] @ self._factors[1]
 
-    def short(self) -> "PrefillProblem":
+    def short(self) -> "PrefillCase":
         """Of the same kind, short enough for truth()."""
         left = LONGEST_CHECK
         lengths = []
         for length in self.lengths:
             lengths.append(min(length, left))
             left -= lengths[-1]
-        return PrefillProblem(lengths, self.dtype)
+        return PrefillCase(lengths, self.dtype)
 
     def make_pool(self) -> Tensor:
         return torch.full((len(self.lengths), HV, V, K), torch.nan)

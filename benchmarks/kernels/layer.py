@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's decode step costs beside its two projections, and what the rule alone would cost in their place."""
+"""A layer's decode step: the time of everything between its two projections, against that of the rule alone."""
 
 import statistics
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import xgdn
-from xgdn.bench.measure import take_turns
-from xgdn.bench.problems import CONV_WIDTH, HV, SHORT, DecodeProblem, H, K, V
+from kernels.cases import CONV_WIDTH, HV, SHORT, DecodeCase, H, K, V
+from xgdn.bench.turns import take_turns
 from xgdn.layers import GdnBatch, GdnConfig, GdnState, Qwen3GatedDeltaNet, Segment, SegmentKind, StateKind
 
 HIDDEN = 2048  # of Qwen3-Next-80B and Qwen3.5-35B
@@ -27,16 +27,16 @@ class LayerRow:
     threads: int
     layer: float
     with_rule: float  # the projections with packed_decode alone between them
-    projections: float  # the two alone
+    projections: float  # the projections alone, the baseline
 
     @property
     def between(self) -> float:
-        """The layer without its projections."""
+        """Time of the layer without its projections."""
         return self.layer - self.projections
 
     @property
     def rule(self) -> float:
-        """The rule where it stands in a layer: after a projection that has read its weights through the caches."""
+        """Time of the rule as it runs in a layer: after a projection whose weights have passed through the caches."""
         return self.with_rule - self.projections
 
     def document(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class LayerRow:
 
 
 def _weights() -> dict[str, torch.Tensor]:
-    """Of a layer in Qwen3.5's layout."""
+    """Random weights of a layer in Qwen3.5's layout."""
     channels, values = 2 * H * K + HV * V, HV * V
     shapes = {
         "in_proj_qkv.weight": (channels, HIDDEN),
@@ -76,14 +76,14 @@ class LayerBenchmark:
             hidden_size=HIDDEN, num_k_heads=H, num_v_heads=HV, head_k_dim=K, head_v_dim=V, state_dtype=state_dtype
         )
         layer = Qwen3GatedDeltaNet(config, self._weights, dtype=torch.bfloat16)
-        problem = DecodeProblem(batch, state_dtype, ROTATE_MIB)
-        state = GdnState.allocate(layer.state_specs(), problem.pool.parts * batch)
+        case = DecodeCase(batch, state_dtype, ROTATE_MIB)
+        state = GdnState.allocate(layer.state_specs(), case.pool.parts * batch)
         state.pool(StateKind.DELTA).normal_()
-        batches = [self._batch(problem, i) for i in range(problem.pool.parts)]
+        batches = [self._batch(case, i) for i in range(case.pool.parts)]
         hidden = torch.randn(batch, HIDDEN).bfloat16()
         values = torch.randn(batch, HV * V).bfloat16()
-        rule_pool, out = problem.pool.make(), torch.empty_like(problem.v)
-        gates = problem.gates
+        rule_pool, out = case.pool.make(), torch.empty_like(case.v)
+        gates = case.gates
 
         projected = torch.empty(batch, len(self._in_proj), dtype=torch.bfloat16)
         summed = torch.empty_like(hidden)
@@ -101,9 +101,9 @@ class LayerBenchmark:
 
         def with_rule(i: int) -> None:
             before()
-            slots = problem.pool.slots(i)
+            slots = case.pool.slots(i)
             xgdn.ops.packed_decode(
-                problem.mixed_qkv, gates.a, gates.b, gates.A_log, gates.dt_bias, rule_pool, state_indices=slots, out=out
+                case.mixed_qkv, gates.a, gates.b, gates.A_log, gates.dt_bias, rule_pool, state_indices=slots, out=out
             )
             after()
 
@@ -117,11 +117,11 @@ class LayerBenchmark:
         return LayerRow(batch, SHORT[state_dtype], threads, *(statistics.median(taken) for taken in times))
 
     @staticmethod
-    def _batch(problem: DecodeProblem, i: int) -> GdnBatch:
-        slots = problem.pool.slots(i)
+    def _batch(case: DecodeCase, i: int) -> GdnBatch:
+        slots = case.pool.slots(i)
         segment = Segment(
             kind=SegmentKind.DECODE,
-            cu_seqlens_cpu=problem.cu_seqlens,
+            cu_seqlens_cpu=case.cu_seqlens,
             state_indices=slots,
             conv_indices=slots,
             may_have_padding=False,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The projections of a small model in bf16 beside torch's own: `xgdn bench linear`."""
+"""The projections of a small model in bf16, with torch's as the baseline."""
 
 import statistics
 from dataclasses import asdict, dataclass
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 import xgdn
-from xgdn.bench.measure import WrongResult, relative_error, take_turns
+from kernels.compare import WrongResult, relative_error
+from xgdn.bench.turns import take_turns
 
 # Outputs and depth of the matrices of a layer of Qwen3.5-0.8B.
 SHAPES = {
@@ -23,7 +24,7 @@ _TOLERANCE = 2.5e-3  # rounding out to bf16 costs 1.7e-3
 
 @dataclass(frozen=True)
 class LinearRow:
-    """A product of `tokens` rows; times in microseconds."""
+    """One matrix product with `tokens` rows; times in microseconds."""
 
     matrix: str
     outputs: int
@@ -34,22 +35,22 @@ class LinearRow:
     median: float
     torch_min: float
     torch_median: float
-    limit: float  # to read the weights once, which bounds products of few tokens
+    roofline: float  # time to read the weights once, which bounds products of few tokens
     error: float  # ||got - truth|| / ||truth||
 
     @property
     def share(self) -> float:
-        """Of the limit's speed."""
-        return self.limit / self.median
+        """Fraction of the roofline's speed."""
+        return self.roofline / self.median
 
     @property
     def gflops(self) -> float:
-        """A second, of the median."""
+        """GFLOP/s of the median."""
         return 2e-3 * self.tokens * self.outputs * self.depth / self.median
 
     @property
     def ratio(self) -> float:
-        """torch's time over xgdn's, medians."""
+        """Speedup over torch: its median time over xgdn's."""
         return self.torch_median / self.median
 
     def document(self) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class LinearRow:
 
 class LinearBenchmark:
     def __init__(self, *, seconds: float = 1.0) -> None:
-        """`seconds` for each of xgdn, torch and the limit."""
+        """`seconds` is the time for each of xgdn, torch and the roofline."""
         self._seconds = seconds
 
     def run(self, matrix: str, tokens: int, threads: int) -> LinearRow:
@@ -95,6 +96,6 @@ class LinearBenchmark:
             median=statistics.median(ours),
             torch_min=min(theirs),
             torch_median=statistics.median(theirs),
-            limit=statistics.median(stream),
+            roofline=statistics.median(stream),
             error=error,
         )

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of the ops, of a layer and of its projections against the roofline.
+
+python benchmarks/bench.py ops|layer|linear --help
+"""
+
+from typing import Annotated
+
+import torch
+import typer
+
+from kernels.layer import LayerBenchmark
+from kernels.linear import SHAPES, LinearBenchmark
+from kernels.ops import OpsBenchmark, Plan
+from kernels.report import print_layer_rows, print_linear_rows, print_rows
+from xgdn.bench.report import show
+from xgdn.cli.failure import errors_in_one_line
+from xgdn.cli.options import JsonOption, parse_counts
+from xgdn.progress import Bar
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Measures kernels against the roofline, after a check of their results.",
+)
+
+ThreadsOption = Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")]
+
+
+@app.command()
+def ops(
+    decode: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes of decode.")] = "1,8,32",
+    verify: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes of verification, 4 drafts each.")] = "8",
+    prefill: Annotated[str, typer.Option(metavar="T,..", help="Prompt lengths in tokens.")] = "512,2048,8192",
+    threads: ThreadsOption = "1,2",
+    seconds: Annotated[float, typer.Option(min=0, help="Time per provider and case.")] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the ops in the shape of Qwen3-Next-80B and Qwen3.5-35B: 16 key and 32 value heads, head dims of 128."""
+    plan = Plan(
+        decode=parse_counts(decode, "--decode"),
+        verify=parse_counts(verify, "--verify"),
+        prefill=parse_counts(prefill, "--prefill"),
+        threads=parse_counts(threads, "--threads"),
+    )
+    torch.manual_seed(0)
+    bar = Bar("measuring")
+    with torch.no_grad(), errors_in_one_line():
+        try:
+            rows = OpsBenchmark(seconds=seconds).run(plan, bar.update)
+        finally:
+            bar.hide()
+    show(rows, print_rows, as_json)
+
+
+@app.command()
+def layer(
+    batch: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes.")] = "1,8,32",
+    threads: ThreadsOption = "1,2",
+    seconds: Annotated[float, typer.Option(min=0, help="Time per provider and batch size.")] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a layer's decode step in bf16, of the same shape, hidden size 2048: the time beside its projections."""
+    batches, counts = parse_counts(batch, "--batch"), parse_counts(threads, "--threads")
+    torch.manual_seed(0)
+    with torch.no_grad(), errors_in_one_line():
+        benchmark = LayerBenchmark(seconds=seconds)
+        rows = [
+            benchmark.decode(size, dtype, count)
+            for count in counts
+            for dtype in (torch.float32, torch.bfloat16)
+            for size in batches
+        ]
+    show(rows, print_layer_rows, as_json)
+
+
+@app.command()
+def linear(
+    tokens: Annotated[str, typer.Option(metavar="T,..", help="Rows of the product.")] = "1,8,32,128,512,2048",
+    threads: ThreadsOption = "1,2",
+    seconds: Annotated[float, typer.Option(min=0, help="Time per provider and product.")] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the projections of a layer of Qwen3.5-0.8B in bf16, with torch's as the baseline."""
+    sizes, counts = parse_counts(tokens, "--tokens"), parse_counts(threads, "--threads")
+    torch.manual_seed(0)
+    cases = [(matrix, size, count) for count in counts for matrix in SHAPES for size in sizes]
+    bar = Bar("measuring")
+    rows = []
+    with torch.no_grad(), errors_in_one_line():
+        benchmark = LinearBenchmark(seconds=seconds)
+        try:
+            for i, case in enumerate(cases):
+                bar.update(i, len(cases))
+                rows.append(benchmark.run(*case))
+        finally:
+            bar.hide()
+    show(rows, print_linear_rows, as_json)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""xgdn's ops as providers. Their tolerances are those of bf16 inputs and outputs, or the accuracy that is asked for."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import xgdn
+from kernels.cases import NORM_EPS, DecodeCase, DecodeStepCase, PrefillCase, RuleCase, VerifyCase
+from kernels.compare import Provider
+
+_OUT = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}  # rounding out to bf16 costs 1.7e-3
+_STATE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
+
+
+def decode(case: DecodeCase) -> list[Provider]:
+    return [_recurrent(case), _packed_decode(case)]
+
+
+def _recurrent(case: RuleCase) -> Provider:
+    pool = case.pool.make()
+    out = torch.full_like(case.v, torch.nan)
+
+    def call(i: int) -> None:
+        xgdn.ops.recurrent_gated_delta_rule(
+            case.q,
+            case.k,
+            case.v,
+            case.gates.g,
+            case.gates.beta,
+            pool,
+            cu_seqlens=case.cu_seqlens,
+            state_indices=case.indices(i),
+            num_accepted=case.num_accepted,
+            out=out,
+        )
+
+    return _provider("xgdn recurrent_gated_delta_rule", call, out, pool, len(case.q))
+
+
+def _packed_decode(case: DecodeCase) -> Provider:
+    pool = case.pool.make()
+    out = torch.full_like(case.v, torch.nan)
+
+    def call(i: int) -> None:
+        xgdn.ops.packed_decode(
+            case.mixed_qkv,
+            case.gates.a,
+            case.gates.b,
+            case.gates.A_log,
+            case.gates.dt_bias,
+            pool,
+            state_indices=case.pool.slots(i),
+            out=out,
+        )
+
+    return _provider("xgdn packed_decode", call, out, pool, case.batch)
+
+
+def decode_step(case: DecodeStepCase) -> list[Provider]:
+    """The fused step; decode() has the rule alone to compare it with."""
+    pool, conv_pool = case.pool.make(), case.make_conv_pool()
+    out = torch.full_like(case.v, torch.nan)
+
+    def call(i: int) -> None:
+        xgdn.ops.gdn_decode_step(
+            case.projected,
+            case.conv_weight,
+            conv_pool,
+            case.gates.A_log,
+            case.gates.dt_bias,
+            pool,
+            case.norm_weight,
+            state_indices=case.pool.slots(i),
+            norm_eps=NORM_EPS,
+            out=out,
+        )
+
+    # The rule's input and output are rounded to bf16, as they are between the ops that the step consists of; a few
+    # values lie so close to the middle of two that they round the other way than the truth does.
+    provider = _provider("xgdn gdn_decode_step", call, out, pool, case.batch)
+    state_tolerance = provider.state_tolerance + 1e-4
+    return [dataclasses.replace(provider, out_tolerance=5e-3, state_tolerance=state_tolerance)]
+
+
+def verify(case: VerifyCase) -> list[Provider]:
+    provider = _recurrent(case)
+    if case.pool.dtype == torch.bfloat16:  # a token starts from the state as the one before it was written, rounded
+        provider = dataclasses.replace(provider, out_tolerance=4e-3, state_tolerance=4e-3)
+    return [provider]
+
+
+def prefill(case: PrefillCase) -> list[Provider]:
+    accuracies = ("fast", "exact") if case.dtype == torch.bfloat16 else ("exact",)
+    return [_prefill(case, accuracy) for accuracy in accuracies]
+
+
+def _prefill(case: PrefillCase, accuracy: str) -> Provider:
+    pool = case.make_pool()
+    out = torch.full_like(case.v, torch.nan)
+    has_initial_state = torch.zeros(len(case.lengths), dtype=torch.bool)
+
+    def call(_: int) -> None:
+        xgdn.ops.chunk_gated_delta_rule(
+            case.q,
+            case.k,
+            case.v,
+            case.gates.g,
+            case.gates.beta,
+            pool,
+            cu_seqlens=case.cu_seqlens,
+            state_indices=case.state_indices,
+            chunk=case.chunk,
+            has_initial_state=has_initial_state,
+            out=out,
+            accuracy=accuracy,
+        )
+
+    return Provider(
+        name=f"xgdn chunk_gated_delta_rule {accuracy}",
+        call=call,
+        result=lambda: (out, pool),
+        out_tolerance=_OUT[case.dtype],
+        state_tolerance=1.5e-3 if accuracy == "fast" else 1e-6,
+    )
+
+
+def _provider(name: str, call: Callable[[int], None], out: Tensor, pool: Tensor, num_slots: int) -> Provider:
+    return Provider(
+        name=name,
+        call=call,
+        result=lambda: (out, pool[:num_slots]),
+        out_tolerance=_OUT[out.dtype],
+        state_tolerance=_STATE[pool.dtype],
+    )

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model is loaded and served: one list of names, docs and defaults, for the command line and for Python.
+
+The defaults are those of the C++ structs `RunnerOptions` and `EngineOptions`.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+
+from xgdn._C import EngineOptions, RunnerOptions
+
+_DEFAULTS = EngineOptions()
+_SIZES = RunnerOptions()
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def _documented(doc: str, *, choices: Sequence[torch.dtype] = ()) -> dict[str, Any]:
+    """Metadata of a field: its doc and, for a dtype, the values that it may have."""
+    return {"doc": doc, "choices": tuple(choices)}
+
+
+def documents_engine_args(cls: _Class) -> _Class:
+    """Append the doc of every field of EngineArgs to the class's own."""
+    if cls.__doc__ is not None:  # python -OO has none
+        lines = [f"    {argument.name}: {argument.metadata['doc']}" for argument in fields(EngineArgs)]
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__), "", "Arguments of an engine:", *lines, ""])
+    return cls
+
+
+@dataclass(frozen=True)
+class EngineArgs:
+    """How a model is loaded and served."""
+
+    dtype: torch.dtype | None = field(
+        default=_DEFAULTS.dtype,
+        metadata=_documented(
+            "Dtype of weights and activations (default: the checkpoint's).",
+            choices=[torch.float32, torch.bfloat16, torch.float16],
+        ),
+    )
+    state_dtype: torch.dtype = field(
+        default=_DEFAULTS.state_dtype,
+        metadata=_documented("Dtype of the delta-rule states.", choices=[torch.float32, torch.bfloat16]),
+    )
+    device: str = field(
+        default=_DEFAULTS.device,
+        metadata=_documented("Device of weights, activations and pools: cpu or npu:0."),
+    )
+    prefill_backend: str = field(
+        default=_DEFAULTS.prefill_backend,
+        metadata=_documented("Backend for prefill; see `xgdn doctor`."),
+    )
+    decode_backend: str = field(
+        default=_DEFAULTS.decode_backend,
+        metadata=_documented("Backend for decode; see `xgdn doctor`."),
+    )
+    prefill_accuracy: str = field(
+        default=_DEFAULTS.prefill_accuracy,
+        metadata=_documented(
+            "Accuracy of the delta rule in prefill: fast (bf16 products), exact (float32), or auto (fast for bf16)."
+        ),
+    )
+    max_batch_size: int = field(
+        default=_SIZES.max_batch_size,
+        metadata=_documented("Maximum number of sequences that run at once."),
+    )
+    max_cached_tokens: int = field(
+        default=_SIZES.max_cached_tokens,
+        metadata=_documented("Capacity of the KV cache in tokens, over all sequences."),
+    )
+    kv_block_size: int = field(
+        default=_SIZES.kv_block_size,
+        metadata=_documented("Tokens in a block of the KV cache."),
+    )
+    max_tokens_per_step: int = field(
+        default=_SIZES.max_tokens_per_step,
+        metadata=_documented("Token budget of a step for decodes and chunked prefill together."),
+    )
+    memory_limit: int | None = field(
+        default=_DEFAULTS.memory_limit,
+        metadata=_documented("Maximum memory of weights, pools and steps together, in bytes (default: no limit)."),
+    )
+
+    def runner_options(self) -> RunnerOptions:
+        """Return the sizes of the pools and of a step."""
+        return RunnerOptions(
+            max_batch_size=self.max_batch_size,
+            max_cached_tokens=self.max_cached_tokens,
+            kv_block_size=self.kv_block_size,
+            max_tokens_per_step=self.max_tokens_per_step,
+        )
+
+
+documents_engine_args(EngineArgs)
