@@ -3,9 +3,9 @@
 
 - `xgdn.chunk_gated_delta_rule`, `xgdn.fused_recurrent_gated_delta_rule`: FLA's functions, names, order and defaults.
 - `xgdn.Engine`: loads a checkpoint and generates, with continuous batching.
-- `xgdn.plan`: the bytes that an engine would take, before anything is allocated.
+- `xgdn.plan`: the memory that an engine would take, before anything is allocated.
 - `xgdn.ops`: a function for each op, which updates state pools in place.
-- `xgdn.available_backends`, `use_backend`, `last_backend`, `doctor`: what runs the ops here, and why.
+- `xgdn.available_backends`, `use_backend`, `last_backend`, `doctor`: which backend runs which op, and why.
 """
 
 import torch  # noqa: F401  (libxgdn needs torch's libraries in the process)

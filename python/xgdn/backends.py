@@ -13,9 +13,9 @@ _PHASES = ("prefill", "decode")
 
 
 class BackendReport(NamedTuple):
-    """Whether `backend` serves `op` here; if not, `why_not` is its sentence.
+    """Whether `backend` serves `op` on this machine; if not, `why_not` is the reason.
 
-    `is_batch_invariant` speaks of a call of typical shape, in bfloat16; see `last_is_batch_invariant`.
+    `is_batch_invariant` holds for a call of typical shape in bfloat16; see `last_is_batch_invariant`.
     """
 
     op: str
@@ -26,27 +26,27 @@ class BackendReport(NamedTuple):
 
 
 def available_backends() -> list[str]:
-    """Names of the backends in this build, in order of preference."""
+    """Return the names of the backends in this build, in order of preference."""
     return list(torch.ops.xgdn.available_backends())
 
 
 def last_backend(op: str) -> str:
-    """The backend that served the last call of `op` in this process; empty before the first."""
+    """Return the backend that served the last call of `op` in this process; empty before the first."""
     return str(torch.ops.xgdn.last_backend(op))
 
 
 def last_is_batch_invariant(op: str) -> bool:
-    """Whether the last call of `op` in this process was batch-invariant.
+    """Return whether the last call of `op` in this process was batch-invariant.
 
-    If so, each of its sequences (tokens, where the op has no sequences) has the bits that it would have alone, in any
-    other batch, and with any number of threads. Promised where a backend's own kernel serves the call, never where a
+    If so, each of its sequences (tokens, if the op has no sequences) has the same bits as alone, in any other batch,
+    and with any number of threads. Promised where a backend's own kernel serves the call, never where a
     library makes a product. False before the first call.
     """
     return bool(torch.ops.xgdn.last_is_batch_invariant(op))
 
 
 def doctor() -> list[BackendReport]:
-    """For every op and backend: is it able to serve the op here, and which one runs now.
+    """Report for every op and backend whether it can serve the op on this machine, and which one is selected.
 
     Raises:
         xgdn.errors.UnsupportedError: `XGDN_CPU_ISA` names no instruction set.

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a sequence that grows token by token."""
+"""Incremental detokenization of a growing sequence."""
 
 import codecs
 from collections.abc import Sequence
 
 from xgdn.vocabulary import Vocabulary
 
-_REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8 decode to
+_REPLACEMENT = "\ufffd"  # stands for bytes that are not UTF-8
 _MAX_CHARACTER = 4  # bytes in UTF-8
-_MAX_LOOK_BACK = 64  # tokens of the prompt, of which special ones tell nothing
+_MAX_LOOK_BACK = 64  # tokens of the prompt; special ones give no context
 
 
 class Detokenizer:
@@ -34,10 +34,10 @@ class Detokenizer:
                 break
             data = raw + data
         self._utf8.decode(data[-_MAX_CHARACTER:])
-        self._begun = self._utf8.getstate()[0]  # bytes of a character that has begun in the prompt
+        self._begun = self._utf8.getstate()[0]  # bytes of a character that begins in the prompt
 
     def push(self, token: int) -> str:
-        """The text that `token` settles; empty inside a character."""
+        """Return the text that is final after `token`; empty inside a character."""
         if self._vocabulary.is_invisible(token):
             return ""
         data = self._vocabulary.raw_bytes(token)
@@ -49,7 +49,7 @@ class Detokenizer:
         return text
 
     def finish(self) -> str:
-        """What is still held back, a character that stayed unfinished. Further tokens may follow."""
+        """Return the text that is still held back: an incomplete character. Further tokens may follow."""
         return self._decode(b"", is_end=True)
 
     def _decode(self, data: bytes, is_end: bool = False) -> str:
@@ -59,6 +59,6 @@ class Detokenizer:
             if text:
                 is_complete = self._begun.startswith(text[0].encode())
                 self._begun = b""
-                if not is_complete:  # a replacement character stands for what is no UTF-8
+                if not is_complete:  # a replacement character stands for bytes that are not UTF-8
                     return text.removeprefix(_REPLACEMENT)
         return text

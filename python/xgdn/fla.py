@@ -149,7 +149,7 @@ def _refuse(name: str, **options: Any) -> None:
 
 
 def _state_v_first(name: str, state_v_first: bool, kwargs: dict[str, Any]) -> bool:
-    """The option, which older callers know as `transpose_state_layout`."""
+    """Return the option, also under its former name `transpose_state_layout`."""
     if "transpose_state_layout" not in kwargs:
         return state_v_first
     if state_v_first:
@@ -166,7 +166,7 @@ def _refuse_unknown(name: str, kwargs: dict[str, Any]) -> None:
 
 
 def _check_tokens(name: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
-    """What the ops cannot see once batch and tokens are one dimension."""
+    """Check what the ops cannot see once batch and tokens are one dimension."""
     if q.dim() != 4:
         raise ValueError(f"[{name}] q: expected [B, T, H, K], got {list(q.shape)}")
     if beta.dim() == 4:
@@ -230,7 +230,7 @@ def _checked_lengths(name: str, argument: str, cu_seqlens: Tensor, num_tokens: i
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`[B, T, ...]` as `[B T, ...]` with a contiguous last dimension; q, k and v of one dtype."""
+    """Return `[B, T, ...]` as `[B T, ...]` with a contiguous last dimension; q, k and v in one dtype."""
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
     def rows(x: Tensor) -> Tensor:
@@ -243,12 +243,12 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[T
 
 
 def _out(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for the result: of `dtype` where the ops can write that, else of f32, to be rounded once."""
+    """Allocate the result in `dtype` if the ops can write it, else in f32, to be rounded once."""
     return v.new_empty(v.shape, dtype=dtype if dtype == v.dtype else torch.float32)
 
 
 def _cu_seqlens(name: str, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """As the ops want it: int32, beside q."""
+    """Return the offsets in int32 on the device of q, as the ops expect them."""
     if cu_seqlens is None:
         return torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device) * q.shape[1]
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
@@ -267,7 +267,7 @@ def _gates(
     A_log: Tensor | None,
     dt_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The log decay in f32 and beta after its sigmoid, both `[B, T, HV]`."""
+    """Return the log decay in f32 and beta after its sigmoid, both `[B, T, HV]`."""
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         raise ValueError(f"[{name}] allow_neg_eigval: expected it with use_beta_sigmoid_in_kernel=True, got it alone")
     if use_beta_sigmoid_in_kernel:
@@ -285,7 +285,7 @@ def _gates(
 def _pool(
     name: str, v: Tensor, k: Tensor, num_sequences: int, initial_state: Tensor | None, state_v_first: bool
 ) -> Tensor:
-    """A state pool of `num_sequences` slots, `[N, HV, V, K]` f32, that the caller does not hold."""
+    """Return a new state pool of `num_sequences` slots, `[N, HV, V, K]` f32."""
     heads, key_dim, value_dim = v.shape[2], k.shape[3], v.shape[3]
     if initial_state is None:
         return v.new_zeros((num_sequences, heads, value_dim, key_dim), dtype=torch.float32)

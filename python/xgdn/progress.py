@@ -6,7 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 class Bar:
-    """A progress bar on stderr; nothing when stderr is no terminal. Erased when done."""
+    """A progress bar on stderr, erased when done; nothing if stderr is not a terminal."""
 
     def __init__(self, description: str) -> None:
         console = Console(stderr=True)
@@ -30,5 +30,5 @@ class Bar:
             self.hide()
 
     def hide(self) -> None:
-        """Take the bar away until the next update, so that other lines can be printed."""
+        """Hide the bar until the next update, so that other lines can be printed."""
         self._progress.stop()

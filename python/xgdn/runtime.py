@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the engine, for who drives the steps of a model from Python.
+"""The parts of the engine, for callers that drive the step loop from Python.
 
 decoder = load_decoder(model_dir, state_dtype=torch.float32)
 states = StatePool(decoder.state_specs(), num_slots=8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's generation_config.json recommends for sampling, for requests that leave it open."""
+"""Sampling defaults from a model's generation_config.json, for requests that do not set a value."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -12,26 +12,26 @@ from xgdn.tokenizer_files import read_json_object
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """Values of generation_config.json, None where it has none.
+    """Values of generation_config.json; None for an absent one.
 
-    As in vLLM and SGLang they count whatever `do_sample` says: a request that wants greedy decoding says temperature 0.
+    As in vLLM and SGLang they apply whatever `do_sample` says: a request for greedy decoding sets temperature 0.
     """
 
     temperature: float | None = None
     top_k: int | None = None  # 0: all tokens
     top_p: float | None = None
-    problems: tuple[str, ...] = ()  # values that no sampler can take, which are left out
+    problems: tuple[str, ...] = ()  # invalid values, which are ignored
 
     def __str__(self) -> str:
-        """The values that are there: `temperature 0.6, top_k 20`."""
+        """Return the values as text: `temperature 0.6, top_k 20`."""
         return ", ".join(f"{name} {value:g}" for name, value in self.values().items())
 
     def values(self) -> dict[str, Any]:
-        """By name, those that are there."""
+        """Return the values by name, without absent ones."""
         return {name: value for name in _RULES if (value := getattr(self, name)) is not None}
 
     def without(self, names: Iterable[str]) -> "SamplingDefaults":
-        """The same but for values of these names."""
+        """Return a copy without the values of these names."""
         left_out = set(names)
         return SamplingDefaults(**{name: value for name, value in self.values().items() if name not in left_out})
 
@@ -40,7 +40,7 @@ _Value = TypeVar("_Value", int, float)
 
 
 def first_given(*values: _Value | None) -> _Value:
-    """The first that is not None: what was asked for, what the model's files recommend, what there is otherwise."""
+    """Return the first value that is not None: of the request, of the model's files, of the program."""
     return next(value for value in values if value is not None)
 
 
@@ -48,7 +48,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# Name, what is expected, whether a value is that.
+# Name, expected value, check.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "temperature": ("a number of at least 0", lambda it: _is_number(it) and it >= 0),
     "top_k": (
@@ -60,7 +60,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def read_sampling_defaults(source: str, model_dir: Path) -> SamplingDefaults:
-    """Read them from `source`: `auto` for the model's directory, `none`, or the path of a file or a directory.
+    """Read the defaults from `source`: `auto` for the model's directory, `none`, or the path of a file or directory.
 
     Raises:
         ValueError: the file is damaged, or there is none at the path given.
@@ -83,6 +83,6 @@ def _parse(document: Mapping[str, Any], path: Path) -> SamplingDefaults:
         for name, value in given.items()
         if name not in good
     )
-    if good.get("top_k") == -1:  # as 0
+    if good.get("top_k") == -1:  # the same as 0
         good["top_k"] = 0
     return SamplingDefaults(**good, problems=problems)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
-    """Read tokenizer.json for whole texts: what it says about truncation and padding is for training.
+    """Read tokenizer.json for whole texts: its truncation and padding are meant for training and ignored.
 
     Raises:
         ValueError: the file cannot be read.
@@ -26,7 +26,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file.
+    """Return the object in a JSON file; empty if there is no such file.
 
     Raises:
         ValueError: it is damaged, or something else than an object.
@@ -43,7 +43,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer_config(model_dir: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with the special tokens that older directories keep in special_tokens_map.json.
+    """Return tokenizer_config.json, with the special tokens that older directories keep in special_tokens_map.json.
 
     Raises:
         ValueError: a file is damaged.
@@ -55,7 +55,7 @@ def read_tokenizer_config(model_dir: Path) -> dict[str, Any]:
 
 
 def token_names(entry: object) -> list[str]:
-    """The names in an entry of tokenizer_config.json: a name, an object with one as its content, or a list of these."""
+    """Return the names in an entry of tokenizer_config.json: a name, an object with one, or a list of these."""
     if isinstance(entry, list):
         return [name for part in entry for name in token_names(part)]
     if isinstance(entry, Mapping):
@@ -64,7 +64,7 @@ def token_names(entry: object) -> list[str]:
 
 
 def eos_token_ids(model_dir: Path, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a text or a turn for the tokenizer, whatever the model's own files say.
+    """Return the tokens that end a text or a turn according to the tokenizer, apart from the model's own.
 
     Raises:
         ValueError: tokenizer_config.json is damaged.

@@ -20,8 +20,8 @@ from tokenizers import AddedToken, Encoding, Tokenizer, models, normalizers, pre
 from live_server import CHAT, CHECKPOINT, GOOD, TOKENIZER, TOKENS, engine, live, post, with_template
 from tiny_tokenizers import byte_tokenizer
 from xgdn.server import app
+from xgdn.server.answer import Answer
 from xgdn.server.chat_template import ChatTemplate
-from xgdn.server.generation import Answer
 from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
 from xgdn.server.schemas import ChatBody, CompletionBody
 from xgdn.server.workers import Workers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends a workload to /v1/completions of a server, each request when it is due, and times what comes back."""
+"""A client that sends a workload to /v1/completions, each request when it is due, and times the answers."""
 
 import asyncio
 import json
@@ -13,11 +13,13 @@ import httpx
 from xgdn.bench.timeline import Answer
 from xgdn.bench.workload import LoadRequest
 
-_KEEP_SECONDS = 2.0  # below the 5 s after which servers close idle connections: none is closed while it is taken
+_KEEP_SECONDS = (
+    2.0  # less than the 5 s after which servers close idle connections, so that none is closed as it is reused
+)
 
 
 class ServerError(RuntimeError):
-    """The server cannot be measured; the message says why."""
+    """A server that cannot be benchmarked; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,13 @@ class Target:
     """A server with OpenAI's interface: `url` without /v1."""
 
     url: str
-    model_name: str | None = None  # default the first one that it lists
+    model_name: str | None = None  # default: the first that it lists
     api_key: str | None = None
-    ignore_eos: bool = True  # beyond OpenAI's interface; xgdn, vLLM and SGLang know it
-    timeout: float = 600.0  # seconds of silence that end a request
+    ignore_eos: bool = True  # an extension of OpenAI's interface that xgdn, vLLM and SGLang support
+    timeout: float = 600.0  # seconds without data after which a request has failed
 
     def connect(self) -> httpx.AsyncClient:
-        """A client without a limit of its own on the number of connections."""
+        """Return a client without a maximum number of connections."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_SECONDS)
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
@@ -71,7 +73,7 @@ class LoadClient:
         max_concurrency: int | None = None,
         on_answer: Callable[[], object] = lambda: None,
     ) -> list[Answer]:
-        """An answer for each request, in order; what goes wrong with a request is in its answer.
+        """Send the requests and return an answer for each, in order; the failure of a request is in its answer.
 
         With `max_concurrency` a request whose time has come waits until fewer are under way.
         """
@@ -104,7 +106,7 @@ class _Exchange:
         self._http = http
         self._answer = answer
         self._start = start
-        self._finish_time: float | None = None  # of a last event without text
+        self._finish_time: float | None = None  # time of a last event without text
         self._is_done = False
         self._has_usage = False
 
@@ -170,7 +172,7 @@ class _Exchange:
 
 
 def _refusal(response: httpx.Response) -> tuple[str, str]:
-    """The server's code and message."""
+    """Return the server's code and message."""
     try:
         error = response.json()["error"]
         return str(error["code"]), str(error.get("message", ""))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How figures are printed, and what they were measured on."""
+"""Tables of the figures, and the machine that they were measured on."""
 
 import importlib.metadata
 import json
@@ -79,9 +79,9 @@ def model_table(rows: Iterable[ModelRow]) -> Table:
 
 
 def load_table(rows: Iterable[ServingRow]) -> Table:
-    """What became of the requests of each run, and how much a second."""
+    """Counts and throughput of each run."""
     shown = Table("req/s", box=None)
-    for heading in ("sent", "finished", "short", "failed", "tokens asked", "received", "in shared events"):
+    for heading in ("sent", "finished", "short", "failed", "tokens requested", "received", "in shared events"):
         shown.add_column(heading, justify="right")
     for heading in ("seconds", "requests/s", "output tok/s", "all tok/s", "as alone", "errors"):
         shown.add_column(heading, justify="right")
@@ -100,7 +100,7 @@ def load_table(rows: Iterable[ServingRow]) -> Table:
 
 
 def latency_table(rows: Iterable[ServingRow]) -> Table:
-    """A line per run and kind of time."""
+    """Latencies, a line per run and kind of time."""
     shown = Table("req/s", "ms", box=None)
     for heading in ("count", "mean", "p50", "p90", "p95", "p99", "max"):
         shown.add_column(heading, justify="right")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares what a server of xgdn says in /metrics with what its clients have seen."""
+"""Comparison of a server's /metrics with what its clients have seen."""
 
 import asyncio
 import time
@@ -20,13 +20,13 @@ _FINISHED = 'xgdn_finished_total{reason="%s"}'
 _ERRORS = 'xgdn_errors_total{type="%s"}'
 _AT_WORK = ("xgdn_requests_waiting", "xgdn_requests_running")
 
-_REST_SECONDS = 60.0  # a step under way may take long
+_REST_SECONDS = 60.0  # the running step may take long
 
 Samples = Mapping[str, int]
 
 
 async def scrape(http: httpx.AsyncClient) -> Samples | None:
-    """Counts and gauges of a server of xgdn, once it is at rest; None of another server."""
+    """Return the counters and gauges of an xgdn server once it is idle; None for another server."""
     deadline = time.monotonic() + _REST_SECONDS
     while True:
         try:
@@ -46,7 +46,7 @@ async def scrape(http: httpx.AsyncClient) -> Samples | None:
 def _parse(text: str) -> dict[str, int]:
     try:
         families = list(text_string_to_metric_families(text))
-    except ValueError:  # a page that is none of Prometheus
+    except ValueError:  # not the text format of Prometheus
         return {}
     return {
         sample.name + "".join(f'{{{name}="{value}"}}' for name, value in sample.labels.items()): int(sample.value)
@@ -57,7 +57,7 @@ def _parse(text: str) -> dict[str, int]:
 
 
 def compare(before: Samples, after: Samples, answers: Sequence[Answer]) -> list[Comparison]:
-    """What the server counted between the two beside what the answers say.
+    """Compare what the server counted between the two scrapes with what the answers imply.
 
     Of an answer that broke off the server may have counted anything from nothing to all that was asked for.
     """

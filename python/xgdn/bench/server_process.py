@@ -19,10 +19,10 @@ _STOP_SECONDS = 60  # the server itself gives running requests 30
 
 
 def vocab_size(model: Path) -> int:
-    """Of a checkpoint's config.json.
+    """Return the vocabulary size in a checkpoint's config.json.
 
     Raises:
-        ServerError: there is none.
+        ServerError: it cannot be read.
     """
     path = model / "config.json"
     try:
@@ -34,12 +34,12 @@ def vocab_size(model: Path) -> int:
 
 @contextmanager
 def running_server(model: Path, options: Sequence[str], api_key: str | None) -> Iterator[str]:
-    """The address of `xgdn serve MODEL OPTIONS` on a free port, which ends with the block, also by SIGTERM.
+    """Run `xgdn serve MODEL OPTIONS` on a free port for the block and yield its address; SIGTERM ends it too.
 
-    Belongs into the main thread.
+    To be called from the main thread.
 
     Raises:
-        ServerError: the server ended by itself.
+        ServerError: the server exited on its own.
     """
     arguments = [sys.executable, "-c", _PROGRAM, "serve", str(model), "--port", "0", "--json", *options]
     environment = os.environ | ({} if api_key is None else {"XGDN_API_KEY": api_key})
@@ -49,7 +49,7 @@ def running_server(model: Path, options: Sequence[str], api_key: str | None) -> 
             yield _address(process, log)
             _check_alive(process, log)
         except ServerError:
-            _check_alive(process, log)  # its own last words say more
+            _check_alive(process, log)  # its log says more
             raise
         finally:
             process.terminate()
@@ -62,7 +62,7 @@ def running_server(model: Path, options: Sequence[str], api_key: str | None) -> 
 
 @contextmanager
 def _sigterm_as_exception() -> Iterator[None]:
-    """The default action would end this process and leave the child."""
+    """Raise an exception on SIGTERM: the default action would end this process and leave the child running."""
 
     def leave(*_: object) -> NoReturn:
         raise SystemExit(128 + signal.SIGTERM)
@@ -75,7 +75,7 @@ def _sigterm_as_exception() -> Iterator[None]:
 
 
 def _address(process: subprocess.Popen[bytes], log: TextIO) -> str:
-    """Of the document that the server prints when it takes requests; what libraries print before it is passed over."""
+    """Return the address in the document that the server prints once it is ready; other output before it is skipped."""
     assert process.stdout is not None
     with process.stdout as stdout:
         for line in stdout:
@@ -83,7 +83,7 @@ def _address(process: subprocess.Popen[bytes], log: TextIO) -> str:
                 return str(json.loads(line)["address"])
             except (ValueError, LookupError, TypeError):
                 continue
-    process.wait()  # its output has ended, so it does not serve
+    process.wait()  # its output has ended, so it is exiting
     _check_alive(process, log)
     raise ServerError("the server ended before it took requests")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load on a server of OpenAI's interface: `xgdn bench serving`.
+"""A load on a server with OpenAI's interface: `xgdn bench serving`.
 
 A sample of the requests is answered alone first; under load their answers must be the same.
 """
@@ -32,7 +32,7 @@ class ServingBenchmark:
         self._sample = workload.sample(plan.check)
 
     def run(self, on_progress: Callable[[int, int], object] = lambda done, all: None) -> list[ServingRow]:
-        """A row per rate."""
+        """Run the workload at every rate and return a row for each."""
         return asyncio.run(self._run(on_progress))
 
     async def _run(self, on_progress: Callable[[int, int], object]) -> list[ServingRow]:
@@ -64,7 +64,7 @@ class ServingBenchmark:
             return rows
 
     async def _answer_sample(self, client: LoadClient, on_answer: Callable[[], object]) -> list[Answer]:
-        """What the sample is answered alone. Then it goes at once, which also warms the server up, and is compared."""
+        """Return the sample's answers alone, once they equal those to all at once, which also warms the server up."""
         requests = [self._workload.requests[index] for index in self._sample]
         at_once = [0.0] * len(requests)
         alone = await client.run(requests, at_once, max_concurrency=1, on_answer=on_answer)
@@ -79,23 +79,23 @@ class ServingBenchmark:
 
 
 def _equal(got: Sequence[Answer], expected: Sequence[Answer]) -> list[bool]:
-    """Of the answers that finished, whether they are the expected ones."""
+    """Return, for the answers that finished, whether they are equal to the expected ones."""
     return [a.content == b.content for a, b in zip(got, expected, strict=True) if a.is_finished]
 
 
 def inequality(equal: Sequence[bool], min_equal: float) -> str | None:
-    """A sentence where too few answers are equal."""
+    """Return an error message if too few answers are equal."""
     if sum(equal) >= min_equal * len(equal):
         return None
     return (
         f"{len(equal) - sum(equal)} of {len(equal)} answers under load differ from those to the same requests alone. "
-        "In bfloat16 sums may be rounded otherwise in another batch: measure in float32, or say with --min-equal "
-        "which share must be equal"
+        "In bfloat16 sums may be rounded differently in another batch: measure in float32, or set with --min-equal "
+        "the share that must be equal"
     )
 
 
 def problems(row: ServingRow, min_equal: float) -> list[str]:
-    """What makes a row worthless, in sentences; empty where it is sound."""
+    """Return error messages for a row that cannot be trusted; empty if it is sound."""
     found = []
     if row.sent != row.planned:
         found.append(f"{row.planned} requests were to be sent, {row.sent} are accounted for")

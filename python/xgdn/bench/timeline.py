@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When what came of a request, and the statistics of many."""
+"""The timeline of one request, and the statistics of many."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ _SHARES = (0.5, 0.9, 0.95, 0.99)
 
 @dataclass
 class Answer:
-    """One request of a run and what came back. Times are in seconds from the start of the run.
+    """One request of a run and its answer. Times are in seconds from the start of the run.
 
     A token arrives with the event that carries its text; a token without text of its own (a part of a character, a
     special token) arrives with the next event. So several tokens may arrive at once.
@@ -22,17 +22,17 @@ class Answer:
 
     num_prompt_tokens: int
     num_asked: int
-    scheduled: float = 0.0  # by the arrivals
-    due: float = 0.0  # the same, or later where a limit of concurrency held the request back
+    scheduled: float = 0.0  # by the Poisson process
+    due: float = 0.0  # the same, or later if --max-concurrency held the request back
     sent: float = 0.0
     end: float = 0.0
-    arrivals: list[float] = field(default_factory=list)  # of events that bring tokens
-    num_tokens: int = 0  # what the server's usage says; of an answer that broke off the events that came
+    arrivals: list[float] = field(default_factory=list)  # of events with tokens
+    num_tokens: int = 0  # by the server's usage; for an answer that broke off, the number of events
     text: str = ""
     finish_reason: str | None = None
-    status: int | None = None  # of HTTP; None where none came
-    error: str | None = None  # the server's code, or what broke the answer off
-    message: str = ""  # the server's, of an error status
+    status: int | None = None  # of HTTP; None without an answer
+    error: str | None = None  # the server's code, or the reason why the answer broke off
+    message: str = ""  # the server's, with an error status
 
     @property
     def is_finished(self) -> bool:
@@ -40,12 +40,12 @@ class Answer:
 
     @property
     def is_refused(self) -> bool:
-        """Answered by an error status, so that nothing was generated."""
+        """Whether it was answered with an error status, so that nothing was generated."""
         return self.error is not None and self.status not in (None, 200)
 
     @property
     def is_broken(self) -> bool:
-        """Neither answered nor refused: how much the server generated for it is not known."""
+        """Whether it was neither answered nor refused: how much the server generated for it is unknown."""
         return self.error is not None and not self.is_refused
 
     @property
@@ -54,21 +54,21 @@ class Answer:
 
     @property
     def failure(self) -> str:
-        """What a table calls its error."""
+        """Name of its error in tables."""
         return f"{self.status} {self.error}" if self.is_refused else str(self.error)
 
     @property
     def content(self) -> tuple[str, int, str | None]:
-        """What must not depend on other requests."""
+        """The part that must not depend on other requests."""
         return self.text, self.num_tokens, self.finish_reason
 
     @property
     def num_shared(self) -> int:
-        """Tokens that came in the event of another one."""
+        """Number of tokens that arrived in the event of another token."""
         return max(0, self.num_tokens - len(self.arrivals))
 
     def gaps(self) -> list[float]:
-        """The time between each token and the next; 0 between tokens that arrived at once."""
+        """Time between each token and the next; 0 between tokens of one event."""
         return [later - earlier for earlier, later in pairwise(self.arrivals)] + [0.0] * (
             self.num_shared if self.arrivals else 0
         )
@@ -76,7 +76,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Percentiles are interpolated between the two nearest values."""
+    """Statistics of many values; percentiles are interpolated between the two nearest ones."""
 
     count: int
     mean: float
@@ -88,7 +88,7 @@ class Distribution:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Distribution | None":
-        """None where there are no values."""
+        """Return the statistics of `values`; None if there are none."""
         all_values = torch.tensor(list(values), dtype=torch.float64)
         if not len(all_values):
             return None
@@ -98,7 +98,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A figure of the server's /metrics beside what the answers say it must be.
+    """A figure of the server's /metrics, and the range that the answers imply.
 
     `lowest` and `highest` differ only by what answers that broke off leave open.
     """
@@ -125,14 +125,14 @@ class ServingRow:
     planned: int  # requests of the workload
     sent: int
     finished: int
-    short: int  # finished with fewer tokens than asked for
+    short: int  # finished with fewer tokens than requested
     failed: int
-    errors: dict[str, int]  # the failed ones by kind
+    errors: dict[str, int]  # failed requests by kind
     prompt_tokens: int  # of finished requests
-    tokens_asked: int  # of all
+    tokens_asked: int  # of all requests
     tokens_received: int
     tokens_sharing_an_event: int
-    seconds: float  # from the first request to the last answer's end
+    seconds: float  # from the first request to the end of the last answer
     requests_per_second: float
     output_tokens_per_second: float
     total_tokens_per_second: float
@@ -140,11 +140,11 @@ class ServingRow:
     itl: Distribution | None  # inter-token times: every gap of every answer
     tpot: Distribution | None  # time per output token after the first, a value per answer
     e2e: Distribution | None
-    lag: Distribution | None  # by how much the client was late
-    held: Distribution | None  # by the limit of concurrency
-    compared: int  # answers beside those that the same requests got alone
+    lag: Distribution | None  # delay of the client behind its schedule
+    held: Distribution | None  # delay by --max-concurrency
+    compared: int  # answers compared with those that the same requests got alone
     equal: int
-    metrics: Sequence[Comparison] | None  # None where the server has none of xgdn's
+    metrics: Sequence[Comparison] | None  # None if the server is not xgdn
 
     @classmethod
     def of(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a load consists of: prompts, output lengths and arrivals, drawn from a seed."""
+"""A workload: prompts, output lengths and arrivals, drawn from a seed."""
 
 import math
 import random
@@ -20,7 +20,7 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Numbers of tokens, each from `lowest` to `highest` equally likely."""
+    """Numbers of tokens, uniform from `lowest` to `highest`."""
 
     lowest: int
     highest: int
@@ -36,9 +36,9 @@ class LoadRequest:
 
 
 class Workload:
-    """`count` requests; the same arguments give the same ones.
+    """`count` requests; the same arguments give the same requests.
 
-    Token ids are equally likely in 0 .. `vocab_size` - 1. Each kind of draw has its own stream of random numbers, so
+    Token ids are uniform in 0 .. `vocab_size` - 1. Each kind of draw has its own stream of random numbers, so
     that another range of lengths leaves the arrivals as they are.
     """
 
@@ -56,7 +56,7 @@ class Workload:
         ]
 
     def arrivals(self, rate: float) -> list[float]:
-        """When each request is due, in seconds from the start: a Poisson process of `rate` requests per second.
+        """Return when each request is due, in seconds from the start: a Poisson process of `rate` requests per second.
 
         All rates share the same draws, stretched. An infinite rate has them all due at once.
         """
@@ -66,6 +66,6 @@ class Workload:
         return list(accumulate(chance.expovariate(1.0) / rate for _ in self.requests))
 
     def sample(self, count: int) -> list[int]:
-        """Indices of at most `count` requests, spread over the workload."""
+        """Return the indices of at most `count` requests, spread over the workload."""
         count = min(count, len(self.requests))
         return [i * len(self.requests) // count for i in range(count)]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client is told when its request cannot be served, in OpenAI's shape."""
+"""Errors that a client gets, in OpenAI's format."""
 
 from collections.abc import Mapping
 
-_MAX_LENGTH = 1000  # of a text that may repeat what a client sent
+_MAX_LENGTH = 1000  # maximum length of a message, which may repeat what a client sent
 
 
 class ApiError(Exception):
-    """An answer with an error status; `code` is one of a fixed few, for the client's program and for /metrics."""
+    """An answer with an error status; `code` is one of a small fixed set, for programs and for /metrics."""
 
     def __init__(
         self,

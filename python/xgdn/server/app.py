@@ -21,10 +21,12 @@ from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from xgdn.engine import Engine
+from xgdn.server.answer import Answer
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.engine_thread import EngineThread
-from xgdn.server.generation import Answer, ChatFormat, CompletionFormat, Generation, ModelDefaults
+from xgdn.server.formats import ChatFormat, CompletionFormat, Format
+from xgdn.server.generation import Generation, ModelDefaults
 from xgdn.server.metrics import Metrics
 from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
 from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
@@ -33,19 +35,18 @@ from xgdn.server.workers import Workers
 from xgdn.tokenizer_files import eos_token_ids
 from xgdn.vocabulary import Vocabulary
 
-_MAX_TOKENS = 2**31 - 1  # of a sequence, where neither the model nor the pools have a limit
-# The second for nginx, which would hold events back until it has a buffer full.
+_MAX_TOKENS = 2**31 - 1  # of a sequence, if neither the model nor the pools have a maximum
+# The second is for nginx, which would otherwise hold events back until a buffer is full.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_CLIENT_GONE = 499  # read by nobody
-_COLLECT_AFTER = 50_000  # new objects
-_REPORT_BYTES = 1024  # about what a token's log probabilities take in an answer
+_CLIENT_GONE = 499  # nobody is left to read it
+_COLLECT_AFTER = 50_000  # new objects between two collections
+_REPORT_BYTES = 1024  # approximate size of a token's log-probabilities in an answer
 
-_Format = CompletionFormat | ChatFormat
 _Result = TypeVar("_Result")
 
 
 class _EventStream(StreamingResponse):
-    """Drops its generation when it ends early, whether or not a byte was sent."""
+    """An event stream that drops its generation when it ends early, whether or not a byte was sent."""
 
     def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
@@ -113,7 +114,7 @@ class Server:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     def stats(self) -> dict[str, Any]:
-        """What the page shows."""
+        """Return the figures that the page shows."""
         gauges = ("requests_waiting", "requests_running", "slots_used", "slots_total")
         pools = ("kv_blocks_used", "kv_blocks_total", "prompt_tokens_total", "generated_tokens_total")
         values = {name: int(self.metrics.value(name)) for name in (*gauges, *pools)}
@@ -125,7 +126,7 @@ class Server:
         return HTMLResponse((importlib.resources.files("xgdn.server") / "page.html").read_text(encoding="utf-8"))
 
     def refuse(self, error: ApiError) -> Response:
-        """The answer to an error, counted."""
+        """Count an error and return its answer."""
         self.metrics.errors.labels(error.code).inc()
         return JSONResponse(error.body(), error.status, error.headers)
 
@@ -174,17 +175,17 @@ class Server:
         ids = self._encode([text], form, add_special_tokens=False)
         return self._order(body, ids, body.max_completion_tokens or body.max_tokens, form)
 
-    def _encode(self, texts: Sequence[str], form: _Format, *, add_special_tokens: bool) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], form: Format, *, add_special_tokens: bool) -> list[list[int]]:
         try:
             return self._encoder.encode(texts, self._max_context, add_special_tokens=add_special_tokens)
         except TooManyTokens as error:
             raise self._too_long(f"at least {error.count} of the prompt", form) from None
 
-    def _too_long(self, what: str, form: _Format) -> ApiError:
+    def _too_long(self, what: str, form: Format) -> ApiError:
         message = f"This model's maximum context length is {self._max_context} tokens, got {what}."
         return bad_request(message, form.prompt_param, "context_length_exceeded")
 
-    def _check_prompt(self, ids: Sequence[int], max_tokens: int, form: _Format) -> None:
+    def _check_prompt(self, ids: Sequence[int], max_tokens: int, form: Format) -> None:
         param = form.prompt_param
         if not ids:
             raise bad_request(f"'{param}': expected at least one token, got none.", param, "empty_prompt")
@@ -195,9 +196,9 @@ class Server:
             raise self._too_long(f"{total}: {len(ids)} of the prompt and up to {max_tokens} to generate", form)
 
     def _order(
-        self, body: GenerationBody, prompts: Sequence[Sequence[int]], max_tokens: int | None, form: _Format
+        self, body: GenerationBody, prompts: Sequence[Sequence[int]], max_tokens: int | None, form: Format
     ) -> "_Order":
-        if max_tokens is None:  # as many as the form gives unasked, where there is room for them
+        if max_tokens is None:  # the format's default, as far as the context has room
             rest = max(1, self._max_context - max(map(len, prompts), default=0))
             max_tokens = rest if form.default_max_tokens is None else min(form.default_max_tokens, rest)
         for ids in prompts:
@@ -227,17 +228,17 @@ class Server:
 
 @dataclass(frozen=True)
 class _Order:
-    """What a request asks for, ready for the engine."""
+    """A checked request, ready for the engine."""
 
     body: GenerationBody
     prompts: Sequence[Sequence[int]]
     max_tokens: int
-    form: _Format
+    form: Format
 
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Else a body of many small lists has the garbage collector walk them and all modules, again and again."""
+    """Collect garbage rarely: a body of many small lists would make the collector walk all modules again and again."""
     thresholds = gc.get_threshold()
     gc.set_threshold(_COLLECT_AFTER, *thresholds[1:])
     gc.freeze()
@@ -249,7 +250,7 @@ def _rare_collections() -> Iterator[None]:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result | None:
-    """The result of `work`; None when the client leaves before."""
+    """Return the result of `work`; None if the client disconnects first."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_wait_for_disconnect(request))
     try:
@@ -266,13 +267,13 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
-    """The application. It steps the engine while it runs; `state.problem` says what it does not serve, and why.
+    """Return the application. It steps the engine while it runs; `state.problem` is the reason why chat is not served.
 
     Raises:
         ValueError: the files of the model directory's tokenizer cannot be read.
     """
     server = Server(engine, tokenizer, settings)
-    # FastAPI's pages of documentation load their scripts from elsewhere, and it does not see the bodies' schemas.
+    # FastAPI's documentation pages load scripts from elsewhere, and it does not see the schemas of the bodies.
     app = FastAPI(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.problem = server.problem
     if settings.allowed_origins:
@@ -282,7 +283,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    to_read = ["GET", "HEAD"]  # probes ask with the second
+    to_read = ["GET", "HEAD"]  # probes use HEAD
     api = APIRouter(prefix="/v1", dependencies=[Depends(server.check_key)])
     api.add_api_route("/completions", server.completions, methods=["POST"], response_model=None)
     api.add_api_route("/chat/completions", server.chat_completions, methods=["POST"], response_model=None)

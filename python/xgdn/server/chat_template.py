@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chat template of a model directory: messages in, the prompt's text out."""
+"""The chat template of a model directory, which renders messages as the text of a prompt."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,16 +24,16 @@ class ChatTemplate:
         config = read_tokenizer_config(model_dir)
         self._special_tokens = _special_tokens(config)
         self._template: Template | None = None
-        self.problem = ""  # why chat is not served, although there is a template
+        self.problem = ""  # reason why chat is not served although there is a template
         try:
             source = _choose(_read_templates(model_dir, config))
             if source is not None:
                 self._template = template_environment().from_string(source)
-        except Exception as error:  # compiling raises Python's errors too, for what is nested too deep, for one
+        except Exception as error:  # compiling may also raise Python's errors, for example for too deep a nesting
             self.problem = f"{model_dir}: the chat template cannot be used: {_in_one_line(error)}"
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
-        """The prompt that asks for the assistant's next message, with further variables; raises ApiError."""
+        """Return the prompt for the assistant's next message, rendered with further variables; raises ApiError."""
         if self.problem:
             raise ApiError(400, "invalid_chat_template", f"{self.problem}. Use /v1/completions.")
         if self._template is None:
@@ -53,12 +53,12 @@ class ChatTemplate:
             raise bad_request(f"'{name}' is not supported.", name, "unsupported_parameter")
         try:
             return self._template.render({**self._special_tokens, **(variables or {}), **own})
-        except Exception as error:  # a template computes with what the client sent, so anything may be raised
+        except Exception as error:  # a template computes with the client's input, so it may raise anything
             raise bad_request(f"The model's chat template refused the messages: {error}.", "messages") from None
 
 
 def _read_templates(model_dir: Path, config: Mapping[str, Any]) -> object:
-    """A template or several by name, from the first place that has one: files, the tokenizer's or processor's JSON."""
+    """Return a template, or several by name, from the first source that has one: files, tokenizer or processor JSON."""
     files = {path.stem: path for path in sorted(model_dir.glob("additional_chat_templates/*.jinja"))}
     if (model_dir / "chat_template.jinja").is_file():
         files["default"] = model_dir / "chat_template.jinja"
@@ -70,7 +70,7 @@ def _read_templates(model_dir: Path, config: Mapping[str, Any]) -> object:
 
 
 def _choose(templates: object) -> str | None:
-    """The one for a chat without tools.
+    """Return the template for a chat without tools.
 
     Raises:
         ValueError: there are some, but none of this kind.
@@ -89,7 +89,7 @@ def _choose(templates: object) -> str | None:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Variables such as eos_token: of the tokenizer's own and of those that the model adds, the ones that it has."""
+    """Return variables such as eos_token: the special tokens of the tokenizer and those that the model adds."""
     more = config.get("extra_special_tokens")
     entries = {key: value for key, value in config.items() if key.endswith("_token")}
     entries |= more if isinstance(more, Mapping) else {}
@@ -102,5 +102,5 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _role(message: Message) -> str:
-    # OpenAI's newer name; the templates of Qwen's models know the older one alone.
+    # OpenAI's newer name; the templates of Qwen's models only know the older one.
     return "system" if message.role == "developer" else message.role

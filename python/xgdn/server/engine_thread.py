@@ -21,7 +21,7 @@ _log = logging.getLogger("uvicorn.error")
 
 @dataclass(frozen=True)
 class _Reading:
-    """Of the engine's figures, between two steps."""
+    """Snapshot of the engine's counters, taken between steps."""
 
     free_slots: int
     free_kv_blocks: int

@@ -1,22 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All sequences of one HTTP request, and the documents that answer it."""
+"""All sequences of one HTTP request, on the engine's side."""
 
 import asyncio
-import json
 import secrets
-import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from pydantic_core import to_json
 
 from xgdn.engine import Request, SamplingParams
 from xgdn.sampling_defaults import SamplingDefaults, first_given
 from xgdn.server.api_error import ApiError
 from xgdn.server.engine_thread import EngineThread
-from xgdn.server.logprobs import TokenReport, chat_logprobs, completion_logprobs
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import GenerationBody
 from xgdn.server.sequence import Delta, TextSequence
@@ -27,14 +20,17 @@ _UINT64 = 2**64
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What the model's files say about every answer."""
+    """Defaults for every answer, from the model's files."""
 
     sampling: SamplingDefaults
     eos_token_ids: Sequence[int]  # of the tokenizer; the engine knows those of the model
 
 
 class Generation:
-    """Queued when constructed; raises ApiError when it is refused. Choice i is answer i % n to prompt i // n."""
+    """The sequences of one request, queued by the constructor, which raises ApiError when they are refused.
+
+    Choice i is answer i % n to prompt i // n.
+    """
 
     def __init__(
         self,
@@ -84,7 +80,7 @@ class Generation:
         return len(self._sequences)
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """Pieces of all choices as they come; raises ApiError when a sequence fails."""
+        """Yield pieces of all choices as they come; raises ApiError when a sequence fails."""
         num_left = self.num_choices
         while num_left > 0:
             delta = await self._deltas.get()
@@ -94,7 +90,7 @@ class Generation:
             yield delta
 
     async def choices(self) -> list[Delta]:
-        """Every choice in one piece, when all are finished."""
+        """Return every choice in one piece, once all are finished."""
         pieces: list[list[Delta]] = [[] for _ in self._sequences]
         async for delta in self.deltas():
             pieces[delta.index].append(delta)
@@ -109,7 +105,7 @@ class Generation:
         ]
 
     def drop(self) -> None:
-        """End what still runs; the engine's thread frees what it held."""
+        """End the sequences that still run; the engine's thread frees their memory."""
         for sequence in self._sequences:
             if not sequence.is_finished:
                 sequence.drop()
@@ -122,90 +118,3 @@ class Generation:
             "completion_tokens": num_generated,
             "total_tokens": self._num_prompt_tokens + num_generated,
         }
-
-
-class CompletionFormat:
-    """/v1/completions."""
-
-    name = "text_completion"
-    chunk_name = "text_completion"
-    id_prefix = "cmpl"
-    prompt_param = "prompt"
-    default_max_tokens: int | None = 16  # OpenAI's
-
-    def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
-        return completion_logprobs(reports)
-
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def first_deltas(self) -> list[dict[str, Any]]:
-        return []
-
-
-class ChatFormat:
-    """/v1/chat/completions."""
-
-    name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
-    id_prefix = "chatcmpl"
-    prompt_param = "messages"
-    default_max_tokens: int | None = None  # to the end of the context
-
-    def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
-        return chat_logprobs(reports)
-
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
-
-    def first_deltas(self) -> list[dict[str, Any]]:
-        return [{"delta": {"role": "assistant", "content": ""}}]
-
-
-class Answer:
-    """Writes a generation in one of the two formats."""
-
-    def __init__(
-        self, generation: Generation, form: CompletionFormat | ChatFormat, model: str, metrics: Metrics
-    ) -> None:
-        self._generation = generation
-        self._form = form
-        self._metrics = metrics
-        self._head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def document(self, whole: Sequence[Delta]) -> bytes:
-        """The choices as a JSON document; any thread may call it, as a long one takes a while."""
-        choices = [self._choice(choice, self._form.choice(choice.text)) for choice in whole]
-        document = {**self._head, "object": self._form.name, "choices": choices, "usage": self._generation.usage()}
-        return to_json(document)
-
-    async def events(self, include_usage: bool) -> AsyncIterator[str]:
-        """The same as server-sent events; an error that comes later than the status is an event too."""
-        usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        for content in self._form.first_deltas():
-            for index in range(self._generation.num_choices):
-                yield self._event([self._choice(Delta(index, ""), content)], usage)
-        try:
-            async for delta in self._generation.deltas():
-                yield self._event([self._choice(delta, self._form.delta(delta.text))], usage)
-        except ApiError as error:
-            self._metrics.errors.labels(error.code).inc()
-            yield f"data: {json.dumps(error.body())}\n\n"
-            return
-        if include_usage:
-            yield self._event([], {"usage": self._generation.usage()})
-        yield "data: [DONE]\n\n"
-
-    def _choice(self, delta: Delta, content: dict[str, Any]) -> dict[str, Any]:
-        logprobs = self._form.logprobs(delta.logprobs) if self._generation.has_logprobs else None
-        return {"index": delta.index, **content, "logprobs": logprobs, "finish_reason": delta.finish_reason}
-
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> str:
-        document = {**self._head, "object": self._form.chunk_name, "choices": choices, **usage}
-        return f"data: {json.dumps(document)}\n\n"

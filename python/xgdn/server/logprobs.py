@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log probabilities of tokens, in the two shapes of OpenAI's: tokens as text and as bytes, and where they begin."""
+"""Log-probabilities of a sequence's tokens, with their text, their bytes and where they begin in the text."""
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from xgdn.engine import Logprobs
 from xgdn.vocabulary import Vocabulary
 
-_LEAST_LOGPROB = -9999.0  # OpenAI's for what cannot be; JSON has no infinity
+_LEAST_LOGPROB = -9999.0  # OpenAI's value for an impossible token; JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class NamedLogprob:
 
 @dataclass(frozen=True)
 class TokenReport:
-    """A chosen token beside its likeliest rivals, and the character of the text at which it begins."""
+    """Log-probabilities of the chosen token and of the top alternatives, and the offset of the token in the text."""
 
     chosen: NamedLogprob
     top: list[NamedLogprob]
@@ -29,18 +27,18 @@ class TokenReport:
 
 
 class LogprobQueue:
-    """Holds a sequence's reports until the text of their tokens is given."""
+    """Holds a sequence's reports until the text of their tokens has been sent."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._waiting: deque[TokenReport] = deque()
 
     def push(self, token: int, logprobs: Logprobs, text_offset: int) -> None:
-        top = [self._named(rival.token, rival.logprob) for rival in logprobs.top]
+        top = [self._named(it.token, it.logprob) for it in logprobs.top]
         self._waiting.append(TokenReport(self._named(token, logprobs.chosen), top, text_offset))
 
     def pop_before(self, text_offset: float) -> list[TokenReport]:
-        """Those of the tokens that begin before a character."""
+        """Return the reports of tokens that begin before a character."""
         reports = []
         while self._waiting and self._waiting[0].text_offset < text_offset:
             reports.append(self._waiting.popleft())
@@ -50,27 +48,3 @@ class LogprobQueue:
         data = self._vocabulary.bytes(token)
         name = self._vocabulary.name(token)
         return NamedLogprob(name, None if data is None else list(data), max(logprob, _LEAST_LOGPROB))
-
-
-def completion_logprobs(reports: Sequence[TokenReport]) -> dict[str, Any]:
-    """As in answers of /v1/completions: parallel lists."""
-    return {
-        "tokens": [report.chosen.token for report in reports],
-        "token_logprobs": [report.chosen.logprob for report in reports],
-        "top_logprobs": [_by_text([*report.top, report.chosen]) for report in reports],
-        "text_offset": [report.text_offset for report in reports],
-    }
-
-
-def _by_text(entries: Sequence[NamedLogprob]) -> dict[str, float]:
-    """Of entries with the same text the first stays."""
-    logprobs: dict[str, float] = {}
-    for entry in entries:
-        logprobs.setdefault(entry.token, entry.logprob)
-    return logprobs
-
-
-def chat_logprobs(reports: Sequence[TokenReport]) -> dict[str, Any]:
-    """As in answers of /v1/chat/completions: an object per token."""
-    content = [{**vars(report.chosen), "top_logprobs": [vars(it) for it in report.top]} for report in reports]
-    return {"content": content, "refusal": None}

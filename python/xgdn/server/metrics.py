@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of /metrics, in a registry of their own."""
+"""Counters, gauges and histograms of /metrics, in a registry of their own."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -26,11 +26,11 @@ class Metrics:
         self.inter_token_time = self._histogram("inter_token_seconds", "Between two tokens of a sequence.")
 
     def render(self) -> bytes:
-        """In the text format of Prometheus."""
+        """Return all of them in the text format of Prometheus."""
         return generate_latest(self.registry)
 
     def value(self, name: str) -> float:
-        """The value of a sample without labels."""
+        """Return the value of a sample without labels."""
         return self.registry.get_sample_value(f"xgdn_{name}") or 0.0
 
     def _gauge(self, name: str, about: str) -> Gauge:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts to token ids, at a cost that a context bounds."""
+"""Tokenizing of prompts, at a cost bounded by the context length."""
 
 import json
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-_CHARACTERS_PER_TOKEN = 8  # more than texts have, so that a prefix of so many tells which ones are too long
-_NFC_SHRINKAGE = 3  # the most bytes of UTF-8 that NFC makes one of: U+0390 and its letters
+_CHARACTERS_PER_TOKEN = 8  # more than real texts have, so that a prefix of this length tells which texts are too long
+_NFC_SHRINKAGE = 3  # how many bytes of UTF-8 NFC may turn into one: U+0390 and its letters
 
 
 class TooManyTokens(Exception):
-    """A text has at least `count` tokens, which is more than there may be."""
+    """A text has at least `count` tokens, which is more than the context length."""
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
@@ -19,7 +19,7 @@ class TooManyTokens(Exception):
 
 
 class PromptEncoder:
-    """Encodes with no lock held that Python needs: other threads go on. Any thread may call it.
+    """Encodes without holding Python's lock, so that other threads continue. Any thread may call it.
 
     A text that cannot fit is refused before it is tokenized as a whole: by the bytes that a token can hold, where the
     tokenizer loses none, and by the tokens of a prefix.
@@ -30,7 +30,7 @@ class PromptEncoder:
         self._max_bytes_per_token = _max_bytes_per_token(tokenizer)
 
     def encode(self, texts: Sequence[str], max_tokens: int, *, add_special_tokens: bool) -> list[list[int]]:
-        """The token ids of each text.
+        """Return the token ids of each text.
 
         Raises:
             TooManyTokens: a text has more than `max_tokens`.
@@ -38,7 +38,7 @@ class PromptEncoder:
         for text in texts:
             if (least := self._least_tokens(text, max_tokens)) > max_tokens:
                 raise TooManyTokens(least)
-        # Unlike `encode` the batch releases Python's lock, and the fast one computes no offsets.
+        # Unlike `encode`, the batch call releases Python's lock, and the fast one computes no offsets.
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         for encoding in encodings:
             if len(encoding) > max_tokens:
@@ -46,7 +46,7 @@ class PromptEncoder:
         return [encoding.ids for encoding in encodings]
 
     def _least_tokens(self, text: str, max_tokens: int) -> int:
-        """A number of tokens that the text has at least; 0 where it may fit by its length alone."""
+        """Return a lower bound of the number of tokens; 0 where the text may fit by its length alone."""
         num_characters = _CHARACTERS_PER_TOKEN * max_tokens
         if len(text) <= num_characters:
             return 0
@@ -55,14 +55,14 @@ class PromptEncoder:
             if least > max_tokens:
                 return least
         (prefix,) = self._tokenizer.encode_batch([text[:num_characters]], add_special_tokens=False)
-        # Words are split from left to right, so what follows can change the last ones alone.
+        # Words are split from left to right, so what follows can change only the last ones.
         words = prefix.word_ids
         last = words[-1] if words else None
         return 0 if last is None else sum(word is not None and word < last - 1 for word in words)
 
 
 def _max_bytes_per_token(tokenizer: Tokenizer) -> int | None:
-    """The bytes of a text that one token may stand for; None where there is no limit, or none that is known."""
+    """Return the maximum number of bytes that one token stands for; None where there is no known maximum."""
     state = json.loads(tokenizer.to_str())
     components = {name: state[name] or {"type": None} for name in ("normalizer", "pre_tokenizer", "decoder")}
     is_byte_level = components["decoder"]["type"] == "ByteLevel" and state["model"]["type"] == "BPE"
@@ -71,7 +71,7 @@ def _max_bytes_per_token(tokenizer: Tokenizer) -> int | None:
     removes = '"Removed"' in json.dumps(components["pre_tokenizer"])
     if not is_byte_level or components["normalizer"]["type"] not in (None, "NFC") or strips or removes:
         return None
-    # A character of a byte-level word is a byte, but not of an added token.
+    # A character of a byte-level word is one byte; that of an added token is not.
     longest = max(map(len, state["model"]["vocab"]), default=1)
     longest_added = max((len(token["content"].encode()) for token in added), default=1)
     return max(longest, longest_added) * (1 if components["normalizer"]["type"] is None else _NFC_SHRINKAGE)

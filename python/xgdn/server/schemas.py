@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bodies of requests, checked as OpenAI does: strict types, no unknown fields, null for a default.
+"""Request bodies, checked as OpenAI checks them: strict types, no unknown fields, null for a default.
 
 A check ends with the first thing that is wrong, so that a long body full of mistakes costs no more than another.
 """
@@ -17,7 +17,7 @@ _Token = Annotated[int, Field(ge=0, le=_MAX)]
 _StopString = Annotated[str, Field(min_length=1, max_length=4096)]
 _UNKNOWN = "unknown_field"
 
-# Fields of OpenAI's that would change the answer and are not supported, with the values that ask for nothing.
+# OpenAI's fields that would change the answer and are not supported, with their neutral values.
 _NEUTRAL_VALUES: dict[str, list[object]] = {
     "best_of": [None, 1],
     "echo": [None, False],
@@ -35,7 +35,7 @@ _NEUTRAL_VALUES: dict[str, list[object]] = {
     "reasoning_effort": [None],
     "verbosity": [None, "medium"],
     "web_search_options": [None],
-    # Of messages.
+    # Fields of messages.
     "refusal": [None],
     "tool_calls": [None, []],
     "tool_call_id": [None],
@@ -56,11 +56,11 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # of no effect: nothing is padded
+    include_obfuscation: bool | None = None  # without effect: nothing is padded
 
 
 class GenerationBody(_Body):
-    """What completions and chat completions have in common."""
+    """Fields that completions and chat completions share."""
 
     model: str
     n: int | None = Field(None, ge=1, le=128)
@@ -71,11 +71,11 @@ class GenerationBody(_Body):
     stop: _StopString | Annotated[list[_StopString], Field(max_length=4, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Beyond OpenAI.
-    top_k: int | None = Field(None, ge=-1, le=_MAX)  # -1, as 0: all
+    # Extensions of OpenAI's interface.
+    top_k: int | None = Field(None, ge=-1, le=_MAX)  # -1 and 0: all tokens
     stop_token_ids: Annotated[list[_Token], Field(max_length=4096, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
-    # Of no effect.
+    # Accepted without effect.
     user: str | None = None
     metadata: Any = None
     store: Any = None
@@ -83,7 +83,7 @@ class GenerationBody(_Body):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-    # Refused, but for neutral values.
+    # Refused, except for neutral values.
     presence_penalty: Any = None
     frequency_penalty: Any = None
     logit_bias: Any = None
@@ -94,12 +94,12 @@ class GenerationBody(_Body):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many likeliest tokens to tell beside each chosen one; None to tell nothing."""
+        """Number of top alternatives to report for each token; None: no log-probabilities at all."""
         raise NotImplementedError
 
 
 def _check_prompt(prompt: object) -> object:
-    """Look at the elements of long lists in C, a few times as fast as by types of pydantic's."""
+    """Check the elements of long lists in C, a few times as fast as pydantic's types do."""
     if isinstance(prompt, str) or _are_tokens(prompt):
         return prompt
     if isinstance(prompt, list):
@@ -125,7 +125,7 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
-        """One entry per prompt: text or token ids."""
+        """Return one entry per prompt: text or token ids."""
         is_one = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
         return [self.prompt] if is_one else self.prompt
 
@@ -139,9 +139,9 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
-    # As answers of OpenAI's have them; of no effect.
+    # Fields of OpenAI's answers, accepted without effect.
     annotations: Any = None
-    # Refused, but for neutral values.
+    # Refused, except for neutral values.
     refusal: Any = None
     audio: Any = None
     function_call: Any = None
@@ -159,11 +159,11 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    chat_template_kwargs: dict[str, Any] | None = None  # beyond OpenAI
-    # Of no effect.
+    chat_template_kwargs: dict[str, Any] | None = None  # an extension
+    # Accepted without effect.
     parallel_tool_calls: Any = None
     prediction: Any = None
-    # Refused, but for neutral values.
+    # Refused, except for neutral values.
     tools: Any = None
     tool_choice: Any = None
     response_format: Any = None
@@ -186,7 +186,7 @@ _AnyBody = TypeVar("_AnyBody", bound=GenerationBody)
 
 
 def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
-    """The request in `data`; raises ApiError with the first thing that is wrong with it."""
+    """Return the request in `data`; raises ApiError for its first error."""
     try:
         document = from_json(data)
     except ValueError as error:
@@ -214,7 +214,7 @@ def _refuse_unsupported(body: _Body, prefix: str = "") -> None:
 
 def _explain(error: ValidationError, document: dict[str, Any]) -> ApiError:
     errors = error.errors(include_url=False, include_input=False)
-    # Where a value may have one of several types there is an error for each: that of the type which comes farthest.
+    # A value that may have one of several types has an error for each; choose that of the type that came furthest.
     name = errors[0]["loc"][:1]
     places = [(_place(it, document), it) for it in errors if it["loc"][:1] == name]
     place, first = max(places, key=lambda entry: (len(entry[0]), not _is_of_wrong_type(entry[1])))
@@ -236,7 +236,7 @@ def _is_of_wrong_type(error: ErrorDetails) -> bool:
 
 
 def _place(error: ErrorDetails, body: dict[str, Any]) -> Sequence[int | str]:
-    """Keys and indices of the value in question, without the names of types that pydantic puts between them."""
+    """Return the keys and indices that lead to the value, without the type names that pydantic puts between them."""
     place: list[int | str] = []
     document: Any = body
     for part in error["loc"]:

@@ -16,17 +16,17 @@ from xgdn.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new of one choice of an answer."""
+    """The next piece of one choice of an answer."""
 
     index: int
     text: str
-    logprobs: Sequence[TokenReport] = ()  # of the tokens that begin in the text given so far, where asked for
+    logprobs: Sequence[TokenReport] = ()  # of tokens that begin in the text so far, if requested
     finish_reason: str | None = None  # stop, length or error
     error: str = ""
 
 
 class TextSequence:
-    """Lives in the event loop's thread. `give` is called with every piece of text and with the end, once."""
+    """A sequence in the event loop's thread. `give` is called with every piece of text, and once with the end."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class TextSequence:
         self._last_time = time.perf_counter()
 
     def apply(self, event: RequestEvent, now: float) -> None:
-        """Book what a step did for it; nothing once it is finished."""
+        """Process the event of a step; nothing once the sequence is finished."""
         if self.is_finished:
             return
         if event.finish_reason == FinishReason.ERROR:
@@ -64,7 +64,7 @@ class TextSequence:
             is_stop = event.finish_reason == FinishReason.STOP
             if not is_stop and event.logprobs is not None:
                 self._logprobs.push(event.token, event.logprobs, self._num_decoded)
-            # A token that ends the sequence is no text, but it may complete a stop string that names it.
+            # A token that ends the sequence has no text, but it may complete a stop string that contains its name.
             if not is_stop or self._watched_name(event.token) is not None:
                 text = self._text_of(event.token)
         if event.finish_reason != FinishReason.RUNNING and not self._stop_strings.is_found:
@@ -83,7 +83,7 @@ class TextSequence:
         self._finish("error", "", message)
 
     def drop(self) -> None:
-        """End for a client that is gone."""
+        """End for a client that has disconnected."""
         self._finish("cancelled", "")
 
     def _watched_name(self, token: int) -> str | None:
@@ -94,7 +94,7 @@ class TextSequence:
         name = self._watched_name(token)
         if name is None:
             return self._settle(self._detokenizer.push(token))
-        text = self._settle(self._detokenizer.finish())  # what comes behind the token completes no character before it
+        text = self._settle(self._detokenizer.finish())  # nothing after the token completes a character before it
         return text if self._stop_strings.is_found else text + self._stop_strings.push_special(name)
 
     def _settle(self, piece: str) -> str:
@@ -115,7 +115,7 @@ class TextSequence:
 
     def _give_text(self, text: str, reason: str | None = None, error: str = "") -> None:
         self._num_given += len(text)
-        # Without a stop string nothing is cut, so a token without text at the very end is told too.
+        # Without a stop string nothing is cut, so a token without text at the very end is reported too.
         is_uncut_end = reason is not None and not self._stop_strings.is_found
         reports = self._logprobs.pop_before(math.inf if is_uncut_end else self._num_given)
         self._give(Delta(self._index, text, reports, reason, error))

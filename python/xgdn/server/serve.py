@@ -19,7 +19,7 @@ _Address = tuple[int, tuple[Any, ...]]  # family, what socket.bind takes
 
 
 class _UvicornServer(uvicorn.Server):
-    """Ends like a program that did what it was told: uvicorn's own raises the signal again after the shutdown."""
+    """A server that returns after a signal; uvicorn's own raises the signal again after the shutdown."""
 
     def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -44,16 +44,16 @@ class _UvicornServer(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """A socket of every address of this machine that the name stands for, not yet listening.
+    """Return a socket for every address of this machine that the name stands for, not yet listening.
 
-    All have the same port, with port 0 one that is free at each.
+    All have the same port; with port 0, one that is free at every address.
 
     Raises:
-        OSError: the name is none, no address is this machine's, or the port is taken at one of them.
+        OSError: the name is unknown, no address is of this machine, or the port is taken at one of them.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:  # no name of a host can be like this
+    except UnicodeError as error:  # not a possible host name
         raise OSError(errno.EINVAL, str(error)) from None
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     for _ in range(_PORT_ATTEMPTS if port == 0 else 0):
@@ -115,6 +115,6 @@ def serve(
         OSError: another program has begun to listen at an address since `bind`.
     """
     log_config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"  # stdout is for what was asked for
+    log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"  # stdout is for the announcement
     config = uvicorn.Config(app, timeout_graceful_shutdown=shutdown_seconds, log_config=log_config)
     _UvicornServer(config, on_listening).run(sockets=list(listeners))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts a text that comes in pieces at the first stop string."""
+"""Truncation of a streamed text at the first stop string."""
 
 import re
 from bisect import bisect_left
@@ -10,7 +10,7 @@ _NUM_SURROGATES = 0x800
 
 
 class StopStrings:
-    """The text up to the stop string that is complete first; wherever the pieces begin, the result is the same.
+    """The text up to the stop string that is complete first; how the text is split into pieces makes no difference.
 
     What may be the beginning of a stop string is held back until further text settles it. The name of a special token
     in a stop string stands for the token, which leaves no text, and for its letters as well.
@@ -21,7 +21,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str], special_names: re.Pattern[str] | None = None) -> None:
-        self._symbols: dict[str, str] = {}  # of the special tokens that are in a stop string
+        self._symbols: dict[str, str] = {}  # stand-ins for the special tokens that occur in a stop string
         self._by_text = [_Matcher(stop) for stop in stops]
         marked = [] if special_names is None else [special_names.sub(self._mark, stop) for stop in stops]
         self._by_tokens = [_Matcher(pattern) for pattern, stop in zip(marked, stops, strict=False) if pattern != stop]
@@ -30,7 +30,7 @@ class StopStrings:
         self.is_found = False
 
     def push(self, piece: str) -> str:
-        """The text that `piece` settles. Nothing may follow once a stop string is found."""
+        """Return the text that is final after `piece`. Nothing may follow once a stop string is found."""
         num_held = len(self._held)
         text = self._held + piece
         for i, character in enumerate(piece if self._matchers else ""):
@@ -39,18 +39,18 @@ class StopStrings:
         return self._settle(text)
 
     def watches(self, special_token: str) -> bool:
-        """True when a stop string names this token."""
+        """Return whether a stop string contains the name of this token."""
         return special_token in self._symbols
 
     def push_special(self, special_token: str) -> str:
-        """The text that a token of those it watches settles."""
+        """Return the text that is final after a token that `watches`."""
         symbol = self._symbols[special_token]
         if found := [it.num_characters for it in self._by_tokens if it.push(symbol)]:
             return self._cut(self._held, len(self._held) - max(found))
         return self._settle(self._held)
 
     def finish(self) -> str:
-        """What was held back and has not become a stop string."""
+        """Return the text that was held back and did not become a stop string."""
         held, self._held = self._held, ""
         return held
 
@@ -71,7 +71,7 @@ class StopStrings:
 
 
 class _Matcher:
-    """Knuth, Morris and Pratt's, of a string of characters and of surrogates for special tokens.
+    """Matcher of Knuth, Morris and Pratt for a string of characters and of surrogates for special tokens.
 
     Its table grows with the part that has been matched, so a long stop string costs no more than the text does.
     """
@@ -84,18 +84,18 @@ class _Matcher:
 
     @property
     def num_characters(self) -> int:
-        """How many characters of the text are in the part that has been matched."""
+        """Number of characters of the text in the matched part."""
         return self._num_matched - bisect_left(self._specials, self._num_matched)
 
     def push(self, symbol: str) -> bool:
-        """Match one more symbol; True when the pattern is complete, and nothing may follow."""
+        """Match one more symbol; return whether the pattern is complete, after which nothing may follow."""
         self._num_matched = self._continue(self._num_matched, symbol)
         while len(self._borders) < self._num_matched:
             self._borders.append(self._continue(self._borders[-1], self._pattern[len(self._borders)]))
         return self._num_matched == len(self._pattern)
 
     def _continue(self, length: int, symbol: str) -> int:
-        """The longest beginning of the pattern at the text's end, from `length` before `symbol`."""
+        """Return the longest prefix of the pattern that the text ends with, from `length` before `symbol`."""
         while length > 0 and self._pattern[length] != symbol:
             length = self._borders[length - 1]
         return length + (self._pattern[length] == symbol)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chat template may use: the environment that transformers gives to it."""
+"""The environment of a chat template, as transformers provides it."""
 
 import datetime
 import json
@@ -14,7 +14,7 @@ from jinja2.utils import Namespace
 
 
 def template_environment() -> ImmutableSandboxedEnvironment:
-    """An environment that compiles and renders as transformers' `apply_chat_template` does."""
+    """Return an environment that compiles and renders as transformers' `apply_chat_template` does."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
     )
@@ -77,7 +77,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike jinja's own, for a prompt instead of a page: nothing is escaped."""
+    """The filter without jinja's escaping of HTML, since the output is a prompt."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
