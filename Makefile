@@ -27,7 +27,7 @@ QUICK_TESTS := test_ops_backends test_ops_recurrent test_ops_decode_step test_ba
 .PHONY: help demo test test-quick check fmt bench clean docs package package-with-tests cpp-test py-test ascend-test \
 	install-test arm-test sanitize environments
 help:
-	@echo "make demo   a small trained Qwen3.5 writes here and in transformers, side by side"
+	@echo "make demo   a small trained Qwen3.5 generates in xgdn and in transformers, side by side"
 	@echo "make test   C++ tests, Python tests, the Ascend route, installation tests"
 	@echo "make test-quick  the part of the C++ and Python tests for work in between, about a minute after a build"
 	@echo "make environments  the suites with fewer instructions and other numbers of threads (tools/environments.sh)"
@@ -36,7 +36,7 @@ help:
 	@echo "make check  format, lint, types, layering, C++ pages, then make test: the gate of every change"
 	@echo "make docs   the pages of the C++ headers, by Doxygen"
 	@echo "make fmt    format C++ and Python"
-	@echo "make bench  measure the ops"
+	@echo "make bench  the ops against the roofline, after a check of their results"
 	@echo "make clean  remove build/ and caches, keep .venv"
 
 demo: package
