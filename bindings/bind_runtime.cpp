@@ -37,7 +37,7 @@ std::vector<GenerationResult> generate(Self& self, const std::vector<Request>& r
 }
 
 void bind_pools(nb::module_& m) {
-  nb::class_<SlotHandle>(m, "SlotHandle", "Names a slot for as long as it is held.")
+  nb::class_<SlotHandle>(m, "SlotHandle", "Reference to a slot while it is held.")
       .def_ro("slot", &SlotHandle::slot)
       .def_ro("generation", &SlotHandle::generation);
 
@@ -48,9 +48,9 @@ void bind_pools(nb::module_& m) {
              const DeviceArgument& device,
              bool poison_freed) { new (self) StatePool(layers, num_slots, device.resolve("StatePool"), poison_freed); },
           "layers"_a, nb::kw_only(), "num_slots"_a, "device"_a = "cpu", "poison_freed"_a = poison_freed_by_default())
-      .def("allocate", &StatePool::allocate, "A free slot; raises OutOfSlots.")
-      .def("share", &StatePool::share, "handle"_a, "One more holder of the slot.")
-      .def("release", &StatePool::release, "handle"_a, "One holder less; the last one frees the slot.")
+      .def("allocate", &StatePool::allocate, "Allocate a slot; raises OutOfSlots.")
+      .def("share", &StatePool::share, "handle"_a, "Add a reference to the slot.")
+      .def("release", &StatePool::release, "handle"_a, "Drop a reference; the last one frees the slot.")
       .def("slot", &StatePool::slot, "handle"_a, "The slot's index; raises StaleHandleError.")
       .def("ref_count", &StatePool::ref_count, "handle"_a)
       .def(
@@ -63,7 +63,7 @@ void bind_pools(nb::module_& m) {
 }
 
 void bind_batch(nb::module_& m) {
-  nb::class_<SequenceStep>(m, "SequenceStep", "What one sequence does in a step.")
+  nb::class_<SequenceStep>(m, "SequenceStep", "One sequence's part of a step.")
       .def(
           "__init__",
           [](SequenceStep* self, SegmentKind kind, std::vector<int32_t> tokens, int64_t num_cached,
@@ -117,7 +117,7 @@ void bind_batch(nb::module_& m) {
 }
 
 void bind_requests(nb::module_& m) {
-  nb::enum_<FinishReason>(m, "FinishReason", "How a request ended.")
+  nb::enum_<FinishReason>(m, "FinishReason", "Why generation ended.")
       .value("RUNNING", FinishReason::kRunning)
       .value("STOP", FinishReason::kStop)
       .value("LENGTH", FinishReason::kLength)
@@ -125,7 +125,7 @@ void bind_requests(nb::module_& m) {
       .value("ERROR", FinishReason::kError);
 
   const SamplingParams sampling_defaults;
-  nb::class_<SamplingParams>(m, "SamplingParams", "How the next token is chosen; temperature 0 is greedy.")
+  nb::class_<SamplingParams>(m, "SamplingParams", "How tokens are sampled; temperature 0 is greedy.")
       .def(
           "__init__",
           [](SamplingParams* self, double temperature, int64_t top_k, double top_p, uint64_t seed,
@@ -140,19 +140,19 @@ void bind_requests(nb::module_& m) {
       .def_ro("top_p", &SamplingParams::top_p)
       .def_ro("seed", &SamplingParams::seed)
       .def_ro("logprobs", &SamplingParams::logprobs,
-              "Report the chosen token's and those of as many likeliest tokens, 0..20.");
+              "Number of top alternatives to report log-probabilities for, beside the chosen token's, 0..20.");
 
-  nb::class_<TokenLogprob>(m, "TokenLogprob", "A token and the natural logarithm of its probability.")
+  nb::class_<TokenLogprob>(m, "TokenLogprob", "A token and its log-probability, natural.")
       .def_ro("token", &TokenLogprob::token)
       .def_ro("logprob", &TokenLogprob::logprob);
 
   nb::class_<Logprobs>(m, "Logprobs",
-                       "Of the model's own distribution, before temperature, top_k and top_p; likeliest first.")
+                       "Log-probabilities of the model itself, before temperature, top_k and top_p; the highest first.")
       .def_ro("chosen", &Logprobs::chosen)
       .def_ro("top", &Logprobs::top);
 
   const Request request_defaults;
-  nb::class_<Request>(m, "Request", "A prompt and what is wanted of it.")
+  nb::class_<Request>(m, "Request", "A prompt, and how to continue it.")
       .def(
           "__init__",
           [](Request* self, std::vector<int32_t> prompt, int64_t max_new_tokens, const SamplingParams& sampling,
@@ -174,23 +174,25 @@ void bind_requests(nb::module_& m) {
       .def_ro("ignore_eos", &Request::ignore_eos)
       .def_ro("n", &Request::n, "Replies: branches that share the prompt, branch i with the seed sampling.seed + i.");
 
-  nb::class_<RequestEvent>(m, "RequestEvent", "What one step did for one request.")
+  nb::class_<RequestEvent>(m, "RequestEvent", "The outcome of one step for one request, or for one branch of it.")
       .def_ro("id", &RequestEvent::id)
       .def_ro("token", &RequestEvent::token)
       .def_ro("num_prefilled", &RequestEvent::num_prefilled)
       .def_ro("prompt_size", &RequestEvent::prompt_size)
       .def_ro("finish_reason", &RequestEvent::finish_reason)
       .def_ro("error", &RequestEvent::error)
-      .def_ro("branch", &RequestEvent::branch, "Of the request's n.")
-      .def_ro("logprobs", &RequestEvent::logprobs, "Of the new token, where the sampling asks for them.");
+      .def_ro("branch", &RequestEvent::branch, "Branch, 0..n-1.")
+      .def_ro("logprobs", &RequestEvent::logprobs,
+              "Log-probabilities of the new token, if sampling.logprobs asks for them.");
 
   nb::class_<GenerationResult>(m, "GenerationResult", "A finished request.")
       .def_ro("id", &GenerationResult::id)
       .def_ro("tokens", &GenerationResult::tokens)
       .def_ro("finish_reason", &GenerationResult::finish_reason)
       .def_ro("error", &GenerationResult::error)
-      .def_ro("branch", &GenerationResult::branch, "Of the request's n.")
-      .def_ro("logprobs", &GenerationResult::logprobs, "Of each token, where the sampling asks for them.");
+      .def_ro("branch", &GenerationResult::branch, "Branch, 0..n-1.")
+      .def_ro("logprobs", &GenerationResult::logprobs,
+              "Log-probabilities of each token, if sampling.logprobs asks for them.");
 }
 
 void bind_engine(nb::module_& m) {
@@ -238,8 +240,8 @@ void bind_engine(nb::module_& m) {
           "model"_a, nb::kw_only(), "num_blocks"_a, "block_size"_a = 16)
       .def("allocate", &KvCache::allocate, "count"_a,
            "Block ids; raises OutOfBlocks and takes none when fewer are free.")
-      .def("share", &KvCache::share, "blocks"_a, "One more holder of each block.")
-      .def("release", &KvCache::release, "blocks"_a, "One holder less of each block.")
+      .def("share", &KvCache::share, "blocks"_a, "Add a reference to each block.")
+      .def("release", &KvCache::release, "blocks"_a, "Drop a reference to each block.")
       .def("blocks_for", &KvCache::blocks_for, "tokens"_a)
       .def_prop_ro("num_blocks", &KvCache::num_blocks)
       .def_prop_ro("num_free", &KvCache::num_free)
@@ -272,9 +274,10 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("state_bytes", &Runner::state_bytes)
       .def_prop_ro("kv_bytes", &Runner::kv_bytes);
 
-  nb::class_<RequestStream>(m, "RequestStream", "Requests whose events come here alone.")
-      .def("next", &RequestStream::next, WithoutGil(), "At least one event; empty when all requests are finished.")
-      .def("close", &RequestStream::close, WithoutGil(), "Cancels what is unfinished.");
+  nb::class_<RequestStream>(m, "RequestStream", "Requests whose events come only here.")
+      .def("next", &RequestStream::next, WithoutGil(),
+           "Return at least one event; empty when all requests are finished.")
+      .def("close", &RequestStream::close, WithoutGil(), "Cancel unfinished requests.");
 
   const EngineOptions engine_defaults;
   nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
@@ -308,7 +311,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("prefill_accuracy", [](const EngineOptions& self) { return self.backends.prefill_accuracy; })
       .def_ro("memory_limit", &EngineOptions::memory_limit);
 
-  nb::class_<Plan>(m, "Plan", "What an engine will allocate, in bytes.")
+  nb::class_<Plan>(m, "Plan", "The memory that an engine will allocate, in bytes.")
       .def_ro("weight_bytes", &Plan::weight_bytes, "The model's tensors in their dtype.")
       .def_ro("state_slot_bytes", &Plan::state_slot_bytes, "One sequence's recurrent states.")
       .def_ro("num_state_slots", &Plan::num_state_slots)
@@ -325,13 +328,14 @@ void bind_engine(nb::module_& m) {
       .def("max_sequences", &Plan::max_sequences, "length"_a, "memory_limit"_a,
            "The most sequences of `length` tokens that fit into `memory_limit` bytes, weights and workspace included.");
 
-  nb::class_<StepStats>(m, "StepStats", "What a step did and how long it took.")
+  nb::class_<StepStats>(m, "StepStats", "Counts and times of a step.")
       .def_ro("num_decodes", &StepStats::num_decodes, "Sequences that computed one token.")
       .def_ro("num_prefill_tokens", &StepStats::num_prefill_tokens, "Tokens of prompts.")
-      .def_ro("seconds", &StepStats::seconds, "The step as a whole.")
-      .def_ro("forward_seconds", &StepStats::forward_seconds, "The model in it, until its logits are on the host.");
+      .def_ro("seconds", &StepStats::seconds, "Time of the whole step.")
+      .def_ro("forward_seconds", &StepStats::forward_seconds,
+              "Time of the model's forward in it, until its logits are on the host.");
 
-  nb::class_<LoadReport>(m, "LoadReport", "What a user should know about a load that succeeded.")
+  nb::class_<LoadReport>(m, "LoadReport", "Notes on a successful load.")
       .def_ro("unused_tensors", &LoadReport::unused_tensors,
               "Tensors of the files that the model does not have, in alphabetical order; not in: draft heads (mtp.*), "
               "vision and rotary tables.")
