@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small Qwen3.5 trained on Python's standard library continues the same prompts here and in transformers.
+"""A small Qwen3.5, trained on Python's standard library, continues the same prompts in xgdn and in transformers.
 
 Exits with 1 when a single token differs, or when the perplexity of a held-out text does in its first four digits.
 """
@@ -34,7 +34,7 @@ NUM_WINDOWS = 8
 
 @dataclass
 class Run:
-    """The continuations of all prompts, and how long they took."""
+    """The continuations of all prompts, and the time they took."""
 
     name: str
     tokens: list[list[int]]
@@ -47,7 +47,7 @@ class Run:
 
 
 def run_engine(engine: xgdn.Engine, prompts: Sequence[Sequence[int]], name: str, num_new: int = NEW_TOKENS) -> Run:
-    """All prompts at once, as a server would run them."""
+    """Run all prompts at once, as a server would."""
     begin = time.perf_counter()
     ids = [engine.submit(xgdn.Request(list(prompt), max_new_tokens=num_new)) for prompt in prompts]
     tokens: dict[int, list[int]] = {request_id: [] for request_id in ids}
@@ -63,7 +63,7 @@ def run_engine(engine: xgdn.Engine, prompts: Sequence[Sequence[int]], name: str,
 
 
 class Stopwatch(transformers.generation.BaseStreamer):
-    """Notes when the first new token comes; `generate` hands in the prompt before it."""
+    """A streamer that records the time of the first new token; `generate` passes the prompt before it."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -78,7 +78,7 @@ class Stopwatch(transformers.generation.BaseStreamer):
 def run_transformers(
     model: transformers.Qwen3_5ForCausalLM, prompts: Sequence[Sequence[int]], name: str, num_new: int = NEW_TOKENS
 ) -> Run:
-    """One prompt after the other."""
+    """Run one prompt after the other."""
     tokens, first = [], []
     begin = time.perf_counter()
     for prompt in prompts:
@@ -97,7 +97,7 @@ def run_transformers(
 
 
 def one_by_one(engine: xgdn.Engine, prompts: Sequence[Sequence[int]], name: str) -> Run:
-    """One prompt after the other, for a comparison with transformers under the same conditions."""
+    """Run one prompt after the other, for a comparison with transformers under the same conditions."""
     runs = [run_engine(engine, [prompt], name) for prompt in prompts]
     return Run(
         name,
@@ -110,7 +110,7 @@ def one_by_one(engine: xgdn.Engine, prompts: Sequence[Sequence[int]], name: str)
 def print_continuations(
     console: Console, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], ours: Run, theirs: Run
 ) -> bool:
-    """True when all are identical."""
+    """Print the continuations; return whether all are identical."""
     num_identical = 0
     for prompt, mine, other in zip(prompts, ours.tokens, theirs.tokens, strict=True):
         is_identical = mine == other
@@ -126,7 +126,7 @@ def print_continuations(
 
 
 def perplexity(logits_of: Callable[[list[int]], torch.Tensor], windows: Sequence[list[int]]) -> float:
-    """`logits_of` maps T tokens to logits [T, vocab]."""
+    """Return the perplexity; `logits_of` maps T tokens to logits [T, vocab]."""
     losses = [
         torch.nn.functional.cross_entropy(logits_of(window)[:-1].double(), torch.tensor(window[1:]))
         for window in windows
@@ -135,7 +135,7 @@ def perplexity(logits_of: Callable[[list[int]], torch.Tensor], windows: Sequence
 
 
 def write(engine: xgdn.Engine, tokenizer: Tokenizer) -> str:
-    """A sampled text: greedy ones of so small a model repeat themselves."""
+    """Return a sampled text, since greedy ones of so small a model repeat themselves."""
     prompt = tokenizer.encode(WRITING_PROMPT).ids
     sampling = xgdn.SamplingParams(temperature=0.7, top_p=0.95, seed=5)
     [result] = engine.generate([prompt], max_new_tokens=WRITING_TOKENS, sampling=sampling)

@@ -47,10 +47,10 @@ def chunk_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Process whole sequences in chunks of 64 tokens, for prompts; `o` has the dtype of `q`.
 
-    `cu_seqlens_cpu` spares reading `cu_seqlens` back from a device. `chunk_indices` is accepted and its shape checked;
+    `cu_seqlens_cpu` avoids reading `cu_seqlens` back from a device. `chunk_indices` is accepted and its shape checked;
     the tables that the kernels need are built from the lengths. As in FLA, `use_gate_in_kernel`, `A_log` and `dt_bias`
     are further keyword arguments: `g` then holds the raw gate. So is `chunk_size` of 16, 32 or 64, which the kernels
-    here have no use for.
+    here ignore.
     """
     name = "chunk_gated_delta_rule"
     _refuse(name, cp_context=cp_context)
@@ -112,7 +112,7 @@ def fused_recurrent_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Process sequences token by token, for decode; `o` has the dtype of `v`.
 
-    Without `g` nothing decays, without `beta` it is one.
+    Without `g` nothing decays; without `beta` it is 1.
     """
     name = "fused_recurrent_gated_delta_rule"
     _refuse(name, gk=gk, gv=gv)

@@ -15,7 +15,7 @@ a verification table, `I` and `O` widths.
     write_indices   [N]            i32, the slot written; default `state_indices`
 
 Slots that a call does not name are bitwise unchanged. Tensors may be strided views as long as their last dimension is
-contiguous, where nothing else is said. `out` is memory for the result, which is returned; without it the result is new.
+contiguous, unless stated otherwise. `out` is memory for the result, which is returned; without it the result is new.
 
 Errors name the op, the argument, what was expected and what came: `TypeError` for a dtype; `ValueError` for a shape, a
 stride, a device or missing chunk metadata; `IndexError` for values of index tensors, checked where they are on the CPU;
@@ -59,7 +59,7 @@ _CUMSUM_ELEMENTS = 2**18
 
 
 class ChunkMetadata(NamedTuple):
-    """Which chunk of which sequence a prefill program works on; int32. With n_i(C) = ceil(len_i / C):"""
+    """Tables that map a prefill program to its chunk of a sequence; int32. With n_i(C) = ceil(len_i / C):"""
 
     chunk_indices_chunk64: Tensor  # [sum n_i(64), 2]    rows (i, j), j < n_i(64)
     chunk_offsets_chunk64: Tensor  # [N + 1]             0, cumsum n_i(64)
@@ -77,16 +77,16 @@ class ChunkMetadata(NamedTuple):
         num_v_heads_local: int,
         device: torch.device | str = "cpu",
     ) -> "ChunkMetadata":
-        """Pooled tables, uninitialised, with room for every step of these sizes."""
+        """Allocate uninitialised tables with room for every step of these sizes."""
         tables = _C.allocate_chunk_metadata(
             max_sequences=max_sequences, max_tokens=max_tokens, num_v_heads_local=num_v_heads_local, device=device
         )
         return cls(*tables)
 
     def write(self, cu_seqlens: Tensor, num_v_heads_local: int) -> None:
-        """Write the tables of the sequences in `cu_seqlens` to the front, by work on their device alone.
+        """Write the tables of the sequences in `cu_seqlens` to the front, by code on their device alone.
 
-        Behind them are no chunks: (-1, -1) in the index tables, -1, and the last offset again.
+        The rest holds no chunks: (-1, -1) in the index tables, -1, and the last offset repeated.
         """
         _C.write_chunk_metadata(cu_seqlens, num_v_heads_local, self)
 
@@ -98,8 +98,8 @@ def build_chunk_metadata(
     sequence_ids: Literal["true", "compact_ranks"] = "true",
     device: torch.device | str | None = None,
 ) -> ChunkMetadata:
-    """The tables of one prefill step, on `device` (default the CPU): the ops want them beside `q`. Build them once per
-    step and pass them to every layer's op.
+    """Build the tables of one prefill step on `device` (default: the CPU), which must be that of `q`. Build them once
+    per step and pass them to every layer's op.
 
     `sequence_ids="compact_ranks"` numbers non-empty sequences only, as vllm-ascend's kernels expect. A negative length,
     and more than 2^31 - 1 tokens and sequences together, are an `IndexError`.
@@ -199,7 +199,7 @@ def chunk_gated_delta_rule(
     """Prefill: read initial states from `state`, write final states to it, return `[T, HV, V]`.
 
     `chunk` comes from `build_chunk_metadata`, on the device of `q`; without it the op raises, it never rebuilds the
-    tables. `has_initial_state` `[N]` bool: where false the sequence starts from zero, whatever its slot holds.
+    tables. `has_initial_state` `[N]` bool: if false, the sequence starts from zero, whatever its slot holds.
     `accuracy`: `"fast"` may multiply sums of two bf16 numbers, with f32 sums, and rounds q and k to bf16; `"exact"` is
     f32 throughout; `"auto"` is fast for bf16 inputs, else exact. A backend may be more exact than asked.
     `cu_seqlens_cpu`, `may_have_padding`: as in `recurrent_gated_delta_rule`.
@@ -245,8 +245,8 @@ def packed_decode(
     use_qk_l2norm_in_kernel: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """One token per sequence straight from the conv output `[N, 2HK + HV V]` and the raw gates `[N, HV]`; returns
-    `[N, HV, V]`. Gating, l2norm and recurrence in one kernel.
+    """Decode one token per sequence straight from the conv output `[N, 2HK + HV V]` and the raw gates `[N, HV]`;
+    returns `[N, HV, V]`. Gating, l2norm and recurrence in one kernel.
     """
     out = mixed_qkv.new_empty((mixed_qkv.shape[0], state.shape[1], state.shape[2])) if out is None else out
     torch.ops.xgdn.packed_decode(
@@ -400,7 +400,7 @@ def gdn_decode_step(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """A layer's decode step between its two projections, one token per sequence: `causal_conv1d_update`,
+    """Run a layer's decode step between its two projections, one token per sequence: `causal_conv1d_update`,
     `packed_decode` and `rms_norm_gated` in one kernel where the backend has one; returns `[N, HV, V]`.
 
     A row of `projected` is `[q | k | v | z | b | a]`. `conv_indices` names the slots of `conv_state` where they differ
@@ -452,7 +452,7 @@ def rms_norm(
     """`(1 + weight) * (x / rms(x))` over the last dimension of `[T, H, D]`, computed in f32; `rms(x)` is
     `sqrt(mean(x^2) + eps)`. `weight` `[D]` is f32 or as `x`, contiguous, and around zero, as checkpoints store it.
 
-    `residual` `[T, H, D]`, as `x`, is updated in place: `x` is added to it, and the sum is what is normed.
+    `residual` `[T, H, D]`, as `x`, is updated in place: `x` is added to it, and the sum is normed.
     """
     out = x.new_empty(x.shape) if out is None else out
     torch.ops.xgdn.rms_norm(x, weight, out, residual=residual, eps=eps, backend=backend)
