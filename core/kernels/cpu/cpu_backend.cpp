@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The cpu backend: tensors become pointers and strides, work items are spread over ATen's threads.
+#include "core/kernels/cpu/cpu_backend.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
@@ -9,7 +11,6 @@
 #include <cmath>
 #include <vector>
 
-#include "core/kernels/backend.h"
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
 #include "core/kernels/cpu/gated_delta_rule.h"
@@ -21,7 +22,6 @@
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/cpu/silu_and_mul.h"
-#include "core/kernels/registry.h"
 
 namespace xgdn::kernel {
 namespace {

@@ -9,6 +9,8 @@
 //   any length                             at most 8 tokens: longer sequences take the chunk op, or pieces of 8
 //
 // Rounding: q and k are rounded to bf16 after the norm, beta to bf16, the read-out to bf16; the state in its own type.
+#include "core/kernels/npu/npu_backend.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/arange.h>
@@ -32,13 +34,11 @@
 #include <map>
 #include <mutex>
 
-#include "core/kernels/backend.h"
-#include "core/kernels/device_slots.h"
+#include "core/kernels/aten/indexing.h"
 #include "core/kernels/npu/moe_experts.h"
 #include "core/kernels/npu/paged_attention.h"
 #include "core/kernels/npu/probe.h"
 #include "core/kernels/npu/torch_npu_ops.h"
-#include "core/kernels/registry.h"
 
 namespace xgdn::kernel {
 namespace {

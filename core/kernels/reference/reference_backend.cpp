@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The maths as plain loops on the CPU. Rounding: inputs are widened to double, all arithmetic is double, states and
 // outputs are rounded once when they are written.
+#include "core/kernels/reference/reference_backend.h"
+
 #include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
 
 #include <cmath>
 
-#include "core/kernels/backend.h"
 #include "core/kernels/reference/delta_rule_head.h"
-#include "core/kernels/registry.h"
 
 namespace xgdn::kernel {
 namespace {

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one place that knows which backends a build has.
-#include "core/kernels/registry.h"
+#include "core/kernels/dispatch/registry.h"
+
+#include "core/kernels/cpu/cpu_backend.h"
+#include "core/kernels/npu/npu_backend.h"
+#include "core/kernels/reference/reference_backend.h"
 
 namespace xgdn::kernel {
 

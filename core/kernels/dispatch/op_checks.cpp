@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/kernels/op_checks.h"
+#include "core/kernels/dispatch/op_checks.h"
 
 #include <c10/util/StringUtil.h>
 
-#include "core/kernels/dims.h"
-#include "core/kernels/op_traits.h"
+#include "core/kernels/dispatch/dims.h"
+#include "core/kernels/dispatch/op_traits.h"
 
 namespace xgdn::kernel {
 namespace {
@@ -405,6 +405,25 @@ ExpertsShape shape(const MoeExpertsParams&, const Dims& d) {
 }
 
 }  // namespace
+
+ExpertWeights stacked_experts(const at::Tensor& gate_up, const at::Tensor& down) {
+  const bool is_stacked = gate_up.dim() == 3 && down.dim() == 3 && gate_up.sym_size(0) == down.sym_size(0) &&
+                          gate_up.sym_size(1) == down.sym_size(2) * 2;
+  if (!is_stacked) {
+    throw ShapeError(c10::str("[moe_experts] gate_up and down: expected [E, 2I, D] and [E, D, I], got ",
+                              gate_up.sym_sizes(), " and ", down.sym_sizes()));
+  }
+  check_storage("moe_experts", "gate_up", gate_up);
+  check_storage("moe_experts", "down", down);
+  ExpertWeights experts{.stacked_gate_up = gate_up, .stacked_down = down};
+  const int64_t I = down.size(2);
+  for (int64_t e = 0; e < down.size(0); ++e) {
+    experts.gate.push_back(gate_up[e].narrow(0, 0, I));
+    experts.up.push_back(gate_up[e].narrow(0, I, I));
+    experts.down.push_back(down[e]);
+  }
+  return experts;
+}
 
 void check_accuracy_name(const std::string& accuracy) {
   if (accuracy == "auto" || accuracy == "fast" || accuracy == "exact") return;

@@ -19,8 +19,8 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "core/kernels/aten/indexing.h"
 #include "core/kernels/backend.h"
-#include "core/kernels/device_slots.h"
 
 namespace xgdn::kernel {
 namespace {

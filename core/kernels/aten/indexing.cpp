@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/kernels/device_slots.h"
+#include "core/kernels/aten/indexing.h"
 
 #include <ATen/TensorIndexing.h>
 #include <ATen/TensorOperators.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/kernels/dims.h"
+#include "core/kernels/dispatch/dims.h"
 
 #include <algorithm>
 #include <cctype>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/kernels/memory.h"
+#include "core/kernels/dispatch/memory.h"
 
 #include <c10/core/impl/COW.h>
 

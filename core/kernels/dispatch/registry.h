@@ -9,10 +9,6 @@
 
 namespace xgdn::kernel {
 
-const Backend* reference_backend();
-const Backend* cpu_backend();
-const Backend* npu_backend();
-
 /// Every backend of this build, in order of preference.
 const std::vector<const Backend*>& backends();
 

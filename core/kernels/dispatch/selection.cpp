@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/kernels/selection.h"
+#include "core/kernels/dispatch/selection.h"
 
 #include <array>
 #include <cstdlib>

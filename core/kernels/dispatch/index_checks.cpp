@@ -2,8 +2,8 @@
 // The values inside index tensors, for callers that did not make them.
 #include <c10/util/StringUtil.h>
 
-#include "core/kernels/op_checks.h"
-#include "core/kernels/op_traits.h"
+#include "core/kernels/dispatch/op_checks.h"
+#include "core/kernels/dispatch/op_traits.h"
 
 namespace xgdn::kernel {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory of state pools and weights.
+// Memory of state pools and weights: where the kernel gives huge pages on request, it is asked for them.
 #include <ATen/ops/empty.h>
 
 #include "core/kernels/ops_api.h"

@@ -3,8 +3,8 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
-#include "core/kernels/op_checks.h"
-#include "core/kernels/selection.h"
+#include "core/kernels/dispatch/op_checks.h"
+#include "core/kernels/dispatch/selection.h"
 
 namespace xgdn::kernel {
 namespace {

@@ -14,7 +14,7 @@
 #include <bit>
 #include <utility>
 
-#include "core/kernels/dims.h"
+#include "core/kernels/dispatch/dims.h"
 
 namespace xgdn::kernel {
 namespace {

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "core/errors.h"
-#include "core/kernels/memory.h"
+#include "core/kernels/dispatch/memory.h"
 
 namespace xgdn::kernel {
 

@@ -2,8 +2,8 @@
 // Check once, select a backend, run.
 #include "core/kernels/ops_api.h"
 
-#include "core/kernels/op_checks.h"
-#include "core/kernels/selection.h"
+#include "core/kernels/dispatch/op_checks.h"
+#include "core/kernels/dispatch/selection.h"
 
 namespace xgdn::kernel {
 namespace {
