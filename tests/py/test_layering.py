@@ -115,7 +115,7 @@ def test_the_core_knows_no_python(source: str) -> None:
         ("core/kernels/dispatch/dispatch.cpp", "core/layers/gdn_batch.h", "above"),
         ("core/layers/linear.cpp", "core/kernels/backend.h", "only ops_api.h"),
         ("core/kernels/cpu/cpu_backend.cpp", "core/kernels/reference/delta_rule_head.h", "reference backend"),
-        (REGISTRY, "core/kernels/cpu/rows.h", "cpu backend"),
+        (REGISTRY, "core/kernels/cpu/simd-inl.h", "cpu backend"),
         ("core/kernels/dispatch/doctor.cpp", "core/kernels/cpu/cpu_backend.h", "cpu backend"),
         ("core/kernels/cpu/cpu_backend.cpp", "core/kernels/dispatch/dims.h", "above"),
         ("core/kernels/aten/indexing.cpp", "core/kernels/dispatch/dims.h", "above"),

@@ -138,7 +138,7 @@ void run_sequence(const ChunkGatedDeltaRuleArgs& args, const Item& item) {
   for (int64_t i = 0; i < item.num_heads; ++i) {
     float* S = w.S + i * state_size;
     if (has_initial_state) {
-      read_state(pool_rows<State>(args, item, args.read_slots[item.n], item.head + i), panels, w.K, S);
+      read_state(pool_rows<State>(args, item, args.state.read[item.n], item.head + i), panels, w.K, S);
     } else {
       std::fill_n(S, state_size, 0.0f);
     }
@@ -161,7 +161,7 @@ void run_sequence(const ChunkGatedDeltaRuleArgs& args, const Item& item) {
       }
     }
   }
-  const int32_t slot = args.write_slots[item.n];
+  const int32_t slot = args.state.write[item.n];
   if (slot < 0) return;
   for (int64_t i = 0; i < item.num_heads; ++i) {
     write_state(w.S + i * state_size, panels, w.K, pool_rows<State>(args, item, slot, item.head + i));
@@ -179,7 +179,7 @@ void clear_outputs(const ChunkGatedDeltaRuleArgs& args, const Item& item) {
 
 template <class M>
 void run_item(const ChunkGatedDeltaRuleArgs& args, const Item& item) {
-  if (args.is_state_bfloat16) {
+  if (args.state.dtype == DType::kBFloat16) {
     run_sequence<M, BFloat16Bits>(args, item);
   } else {
     run_sequence<M, float>(args, item);
@@ -198,7 +198,7 @@ void chunk_gated_delta_rule(const ChunkGatedDeltaRuleArgs& args, int64_t index) 
   item.num_panels = std::min(args.v_block, args.V - item.v_begin) / kPanel;
   item.begin = args.cu_seqlens[item.n];
   item.end = args.cu_seqlens[item.n + 1];
-  if (args.read_slots[item.n] < 0) {
+  if (args.state.read[item.n] < 0) {
     clear_outputs(args, item);
   } else if (args.products == nullptr) {
     run_item<Float32Mode>(args, item);

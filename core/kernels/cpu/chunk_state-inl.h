@@ -17,7 +17,7 @@ namespace HWY_NAMESPACE {
 
 template <typename State>
 State* pool_rows(const ChunkGatedDeltaRuleArgs& args, const Item& item, int32_t slot, int64_t head) {
-  return static_cast<State*>(args.state) + slot * args.slot_stride + (head * args.V + item.v_begin) * args.K;
+  return args.state.slot<State>(slot) + (head * args.V + item.v_begin) * args.K;
 }
 
 // A NaN of the pool becomes the plain one, which survives every rounding.

@@ -15,11 +15,11 @@
 // adds k = i, i + lanes, i + 2 lanes, ...; of a bf16 pool k = 2 i, 2 i + 1, 2 (i + lanes), ...; an odd last vector of
 // 16 lanes is read in place. Then lanes 4 apart in steps of two (fold_rows). The order depends on the instruction set
 // and the pool's type alone, so a call's bits do not depend on threads, batch or split.
-#if defined(XGDN_CORE_KERNELS_CPU_GATED_DELTA_RULE_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef XGDN_CORE_KERNELS_CPU_GATED_DELTA_RULE_INL_H_
-#undef XGDN_CORE_KERNELS_CPU_GATED_DELTA_RULE_INL_H_
+#if defined(XGDN_CORE_KERNELS_CPU_RECURRENT_GATED_DELTA_RULE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef XGDN_CORE_KERNELS_CPU_RECURRENT_GATED_DELTA_RULE_INL_H_
+#undef XGDN_CORE_KERNELS_CPU_RECURRENT_GATED_DELTA_RULE_INL_H_
 #else
-#define XGDN_CORE_KERNELS_CPU_GATED_DELTA_RULE_INL_H_
+#define XGDN_CORE_KERNELS_CPU_RECURRENT_GATED_DELTA_RULE_INL_H_
 #endif
 
 #include <algorithm>
@@ -340,4 +340,4 @@ float stage_keys(float* HWY_RESTRICT k, float* HWY_RESTRICT q, size_t K, bool no
 }  // namespace xgdn::kernel::cpu
 HWY_AFTER_NAMESPACE();
 
-#endif  // XGDN_CORE_KERNELS_CPU_GATED_DELTA_RULE_INL_H_
+#endif  // XGDN_CORE_KERNELS_CPU_RECURRENT_GATED_DELTA_RULE_INL_H_

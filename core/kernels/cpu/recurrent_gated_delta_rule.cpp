@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gated delta rule, token by token: recurrent_gated_delta_rule and packed_decode. Several tokens pass through tiles of
 // state rows that stay in the first-level cache. The maths, its rounding and the order of its sums:
-// gated_delta_rule-inl.h.
+// recurrent_gated_delta_rule-inl.h.
 //
 //            K ->            Loop: sequence, value head, block of V rows (a work item) -> chunk of tokens -> tile of
 //        +---------+         rows -> token -> 4 rows -> K lanes.
@@ -12,17 +12,17 @@
 // Rounding: S is rounded to its own type where it is written: after each token of a verification, whose bits are those
 // of decode token by token, otherwise after the call's last token. q, k, v are widened exactly; the norms, k.q and the
 // gates are f32; o is rounded to its type once.
-#include "core/kernels/cpu/gated_delta_rule.h"
+#include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 
 #include <algorithm>
 #include <cstring>
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "core/kernels/cpu/gated_delta_rule.cpp"
+#define HWY_TARGET_INCLUDE "core/kernels/cpu/recurrent_gated_delta_rule.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
-#include "core/kernels/cpu/gated_delta_rule-inl.h"
+#include "core/kernels/cpu/recurrent_gated_delta_rule-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
@@ -49,11 +49,11 @@ struct Item {
 };
 
 template <typename State>
-State* state_rows(const GatedDeltaRuleArgs& args, const Item& item, int32_t slot) {
-  return static_cast<State*>(args.state) + slot * args.slot_stride + (item.h * args.V + item.v_begin) * args.K;
+State* state_rows(const RecurrentGatedDeltaRuleArgs& args, const Item& item, int32_t slot) {
+  return args.state.slot<State>(slot) + (item.h * args.V + item.v_begin) * args.K;
 }
 
-void stage_gates(const GatedDeltaRuleArgs& args, const Item& item, int64_t index, Token& token) {
+void stage_gates(const RecurrentGatedDeltaRuleArgs& args, const Item& item, int64_t index, Token& token) {
   const float g = load_scalar(args.g.dtype, args.g.at(index, item.h));
   const float beta = load_scalar(args.beta.dtype, args.beta.at(index, item.h));
   if (args.A_log.data == nullptr) {
@@ -68,7 +68,7 @@ void stage_gates(const GatedDeltaRuleArgs& args, const Item& item, int64_t index
 
 // Stages up to kChunk tokens from `first`; returns how many.
 template <typename State>
-size_t stage(const GatedDeltaRuleArgs& args, const Item& item, int64_t first, Chunk& c) {
+size_t stage(const RecurrentGatedDeltaRuleArgs& args, const Item& item, int64_t first, Chunk& c) {
   const size_t count = std::min<int64_t>(kChunk, item.end - first);
   const int64_t key_head = item.h / (args.HV / args.H);
   const int64_t v_offset = item.v_begin * size_of(args.v.dtype);
@@ -91,11 +91,12 @@ size_t stage(const GatedDeltaRuleArgs& args, const Item& item, int64_t first, Ch
   return count;
 }
 
-void* out_rows(const GatedDeltaRuleArgs& args, const Item& item, int64_t token) {
+void* out_rows(const RecurrentGatedDeltaRuleArgs& args, const Item& item, int64_t token) {
   return static_cast<char*>(args.out.at(token, item.h)) + item.v_begin * size_of(args.out.dtype);
 }
 
-void write_outputs(const GatedDeltaRuleArgs& args, const Item& item, int64_t first, size_t count, const Chunk& c) {
+void write_outputs(const RecurrentGatedDeltaRuleArgs& args, const Item& item, int64_t first, size_t count,
+                   const Chunk& c) {
   for (size_t t = 0; t < count; ++t) {
     store_row(args.out.dtype, c.tokens[t].o, item.num_rows, out_rows(args, item, first + t));
   }
@@ -143,7 +144,7 @@ void copy_rows(const Src* src, Dst* dst, size_t num_rows, size_t K) {
 
 // Any number of tokens, none included: the state is widened to c.S, advanced there, and written at the end.
 template <typename State>
-void step_sequence(const GatedDeltaRuleArgs& args, const Item& item, const State* src, Chunk& c) {
+void step_sequence(const RecurrentGatedDeltaRuleArgs& args, const Item& item, const State* src, Chunk& c) {
   const size_t K = args.K;
   copy_rows(src, c.S, item.num_rows, K);
   for (int64_t token = item.begin; token < item.end; token += kChunk) {
@@ -154,14 +155,14 @@ void step_sequence(const GatedDeltaRuleArgs& args, const Item& item, const State
     }
     write_outputs(args, item, token, count, c);
   }
-  const int32_t slot = args.write_slots[item.n];
+  const int32_t slot = args.state.write[item.n];
   if (slot >= 0) copy_rows(c.S, state_rows<State>(args, item, slot), item.num_rows, K);
 }
 
 // Each token's state goes straight to its slot; one without a slot goes to c.S, from where the next token reads it.
 template <typename State>
-void verify_sequence(const GatedDeltaRuleArgs& args, const Item& item, const State* src, Chunk& c) {
-  const int32_t* slots = args.read_slots + item.n * args.L;
+void verify_sequence(const RecurrentGatedDeltaRuleArgs& args, const Item& item, const State* src, Chunk& c) {
+  const int32_t* slots = args.state.read + item.n * args.L;
   const auto rows_after = [&](int64_t token) {
     const int32_t slot = slots[token - item.begin];
     return slot >= 0 ? state_rows<State>(args, item, slot) : reinterpret_cast<State*>(c.S);
@@ -178,16 +179,17 @@ void verify_sequence(const GatedDeltaRuleArgs& args, const Item& item, const Sta
 }
 
 template <typename State>
-void step_token(const GatedDeltaRuleArgs& args, const Item& item, const State* src, const void* next, Chunk& c) {
+void step_token(const RecurrentGatedDeltaRuleArgs& args, const Item& item, const State* src, const void* next,
+                Chunk& c) {
   prefetch(src, kPrefetchBytes);  // while the token is staged
   stage<State>(args, item, item.begin, c);
-  const int32_t slot = args.num_accepted != nullptr ? args.read_slots[item.n * args.L] : args.write_slots[item.n];
+  const int32_t slot = args.num_accepted != nullptr ? args.state.read[item.n * args.L] : args.state.write[item.n];
   State* dst = slot >= 0 ? state_rows<State>(args, item, slot) : nullptr;
   step(c.tokens[0], src, dst, item.num_rows, args.K, next);
   write_outputs(args, item, item.begin, 1, c);
 }
 
-Item make_item(const GatedDeltaRuleArgs& args, int64_t index) {
+Item make_item(const RecurrentGatedDeltaRuleArgs& args, int64_t index) {
   const int64_t blocks = (args.V + args.v_block - 1) / args.v_block;
   Item item;
   item.n = index / (blocks * args.HV);
@@ -199,20 +201,20 @@ Item make_item(const GatedDeltaRuleArgs& args, int64_t index) {
   return item;
 }
 
-int32_t read_slot(const GatedDeltaRuleArgs& args, const Item& item) {
+int32_t read_slot(const RecurrentGatedDeltaRuleArgs& args, const Item& item) {
   const int64_t column = args.num_accepted != nullptr ? args.num_accepted[item.n] - 1 : 0;
-  return args.read_slots[item.n * args.L + column];
+  return args.state.read[item.n * args.L + column];
 }
 
 // The rows that an item reads; null: padding.
 template <typename State>
-const State* source_rows(const GatedDeltaRuleArgs& args, const Item& item) {
+const State* source_rows(const RecurrentGatedDeltaRuleArgs& args, const Item& item) {
   const int32_t slot = read_slot(args, item);
   return slot >= 0 ? state_rows<State>(args, item, slot) : nullptr;
 }
 
 template <typename State>
-void run_item(const GatedDeltaRuleArgs& args, const Item& item, const void* next, Chunk& c) {
+void run_item(const RecurrentGatedDeltaRuleArgs& args, const Item& item, const void* next, Chunk& c) {
   const State* src = source_rows<State>(args, item);
   if (src == nullptr) {
     for (int64_t t = item.begin; t < item.end; ++t) {
@@ -230,7 +232,7 @@ void run_item(const GatedDeltaRuleArgs& args, const Item& item, const void* next
 }
 
 template <typename State>
-void run_items(const GatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
+void run_items(const RecurrentGatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
   const size_t keys = kChunk * args.K;
   const size_t values = kChunk * args.v_block;
   Chunk c;
@@ -245,8 +247,8 @@ void run_items(const GatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-void gated_delta_rule(const GatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
-  with_state_type(args.is_state_bfloat16, [&](auto element) { run_items<decltype(element)>(args, begin, end); });
+void recurrent_gated_delta_rule(const RecurrentGatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
+  with_state_type(args.state.dtype, [&](auto element) { run_items<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace HWY_NAMESPACE
@@ -256,10 +258,10 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace xgdn::kernel::cpu {
 
-HWY_EXPORT(gated_delta_rule);
+HWY_EXPORT(recurrent_gated_delta_rule);
 
-void gated_delta_rule(const GatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
-  HWY_DYNAMIC_DISPATCH(gated_delta_rule)(args, begin, end);
+void recurrent_gated_delta_rule(const RecurrentGatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
+  HWY_DYNAMIC_DISPATCH(recurrent_gated_delta_rule)(args, begin, end);
 }
 
 }  // namespace xgdn::kernel::cpu
