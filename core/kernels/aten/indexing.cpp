@@ -8,7 +8,7 @@
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/where.h>
 
-namespace xgdn::kernel {
+namespace xgdn::kernel::aten {
 
 TokenPlaces token_places(const at::Tensor& cu_seqlens, int64_t num_tokens) {
   const at::Tensor token = at::arange(num_tokens, cu_seqlens.options().dtype(at::kLong));
@@ -36,4 +36,4 @@ void write_slots(const at::Tensor& pool, const at::Tensor& slots, const at::Tens
   pool.index_put_({target}, at::where(along(valid, rows), rows, fallback_row));
 }
 
-}  // namespace xgdn::kernel
+}  // namespace xgdn::kernel::aten

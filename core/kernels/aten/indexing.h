@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace xgdn::kernel {
+namespace xgdn::kernel::aten {
 
 /// Which sequence a token belongs to, and where it stands in it.
 struct TokenPlaces {
@@ -22,4 +22,4 @@ at::Tensor along(const at::Tensor& t, const at::Tensor& rows);
 /// pool[slots[n]] = rows[n] where valid[n]; no other bit of the pool changes. slots [N] i64, valid [N] bool.
 void write_slots(const at::Tensor& pool, const at::Tensor& slots, const at::Tensor& valid, const at::Tensor& rows);
 
-}  // namespace xgdn::kernel
+}  // namespace xgdn::kernel::aten

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "core/kernels/aten/host_backend.h"
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
@@ -168,20 +169,15 @@ std::optional<std::string> why_not_head_dims(const GdnShape& s) {
   return std::nullopt;
 }
 
-class CpuBackend final : public Backend {
+class CpuBackend final : public HostBackend {
  public:
   CpuBackend() { cpu::limit_highway_targets(); }
 
-  using Backend::is_batch_invariant;
-  using Backend::run;
-  using Backend::why_not;
+  using HostBackend::is_batch_invariant;
+  using HostBackend::run;
+  using HostBackend::why_not;
 
   std::string_view name() const override { return "cpu"; }
-
-  std::optional<std::string> why_not_device(c10::Device device) const override {
-    if (device.is_cpu()) return std::nullopt;
-    return c10::str("it runs on the CPU, the tensors are on ", device.str());
-  }
 
   std::optional<std::string> why_not(const RecurrentGatedDeltaRuleParams&, const GdnShape& s) const override {
     return why_not_head_dims(s);
@@ -301,7 +297,7 @@ class CpuBackend final : public Backend {
   }
 
   void run(const LinearParams& p, const LinearShape& s) const override {
-    has_products(p, s) ? run_products(p, s) : Backend::run(p, s);
+    has_products(p, s) ? run_products(p, s) : aten::linear(p);
   }
 
   void run(const PagedAttentionParams& p, const AttentionShape& s) const override {
@@ -323,7 +319,7 @@ class CpuBackend final : public Backend {
         cpu::paged_attention(args, tokens[static_cast<size_t>(item / s.HKV)], item % s.HKV);
       }
     });
-    attend_one_by_one(p, kMostAttentionTokens);
+    aten::attend_one_by_one(p, kMostAttentionTokens);
   }
 
   void run(const RmsNormGatedParams& p, const GdnShape& s) const override {

@@ -3,7 +3,7 @@
 #include <c10/util/StringUtil.h>
 
 #include "core/kernels/dispatch/op_checks.h"
-#include "core/kernels/dispatch/op_traits.h"
+#include "core/kernels/op_list.h"
 
 namespace xgdn::kernel {
 namespace {

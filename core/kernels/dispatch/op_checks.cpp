@@ -4,7 +4,7 @@
 #include <c10/util/StringUtil.h>
 
 #include "core/kernels/dispatch/dims.h"
-#include "core/kernels/dispatch/op_traits.h"
+#include "core/kernels/op_list.h"
 
 namespace xgdn::kernel {
 namespace {

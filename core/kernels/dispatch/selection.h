@@ -6,8 +6,8 @@
 
 #include <atomic>
 
-#include "core/kernels/dispatch/op_traits.h"
 #include "core/kernels/dispatch/registry.h"
+#include "core/kernels/op_list.h"
 
 namespace xgdn::kernel {
 

@@ -7,7 +7,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -57,7 +56,6 @@ void serve(const Params& p, const Tensor& first, Run run) {
       check(p);
     } else {
       if constexpr (key == Key::kHost && requires { check_indices(p); }) check_indices(p);
-      const c10::OptionalDeviceGuard guard(first.device());
       run(p);
     }
   });
