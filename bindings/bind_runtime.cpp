@@ -10,10 +10,10 @@
 
 #include "bindings/bind.h"
 #include "bindings/torch_casters.h"
+#include "core/checkpoint/checkpoint.h"
+#include "core/checkpoint/model_config_json.h"
 #include "core/runtime/batch_builder.h"
-#include "core/runtime/checkpoint.h"
 #include "core/runtime/engine.h"
-#include "core/runtime/model_config_json.h"
 #include "core/runtime/runner.h"
 #include "core/runtime/state_pool.h"
 
@@ -226,9 +226,8 @@ void bind_engine(nb::module_& m) {
       "load_decoder",
       [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
          const DeviceArgument& device) {
-        LoadReport report;
-        return load_decoder(dir, {.dtype = dtype, .state_dtype = state_dtype, .device = device.resolve("load_decoder")},
-                            report);
+        return load_decoder(dir, {.dtype = dtype, .state_dtype = state_dtype, .device = device.resolve("load_decoder")})
+            .model;
       },
       "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu", WithoutGil(),
       "The decoder of a Hugging Face directory, for a Runner.");
