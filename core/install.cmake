@@ -11,11 +11,11 @@ target_include_directories(xgdn PUBLIC
 set_target_properties(xgdn PROPERTIES INSTALL_RPATH "$ORIGIN;${XGDN_TORCH_RPATH}")
 install(TARGETS xgdn EXPORT xgdnTargets LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT devel)
 
-# Of core/kernels only the op surface is public; headers named *json* show a private dependency.
+# Of core/kernels only ops_api.h and what it includes is public; headers named *json* show a private dependency.
 install(FILES errors.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/xgdn/core" COMPONENT devel)
-install(FILES kernels/ops_api.h kernels/chunk_metadata.h
+install(FILES kernels/ops_api.h kernels/allocation.h kernels/backend_choice.h kernels/chunk_metadata.h
         DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/xgdn/core/kernels" COMPONENT devel)
-foreach(_level layers models runtime)
+foreach(_level kernels/ops layers models runtime)
   file(GLOB _headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/${_level}/*.h")
   list(FILTER _headers EXCLUDE REGEX "json[^/]*$")
   install(FILES ${_headers} DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/xgdn/core/${_level}" COMPONENT devel)
