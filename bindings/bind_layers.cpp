@@ -33,17 +33,11 @@ class CallableAllReduce : public AllReduce {
   std::function<void(const at::Tensor&)> sum_;
 };
 
-}  // namespace
-
-void bind_layers(nb::module_& m) {
+void bind_segments(nb::module_& m) {
   nb::enum_<SegmentKind>(m, "SegmentKind", "What a segment's tokens are.")
       .value("DECODE", SegmentKind::kDecode)
       .value("VERIFY", SegmentKind::kVerify)
       .value("PREFILL", SegmentKind::kPrefill);
-  nb::enum_<StateKind>(m, "StateKind", "A component of a layer's state.")
-      .value("CONV", StateKind::kConv)
-      .value("DELTA", StateKind::kDelta);
-
   nb::class_<Segment>(m, "Segment", "A run of tokens that one op call serves.")
       .def(
           "__init__",
@@ -68,8 +62,7 @@ void bind_layers(nb::module_& m) {
           "write_indices"_a = nb::none(), "has_initial_state"_a = nb::none(), "num_accepted"_a = nb::none(),
           "chunk"_a = nb::none(), "may_have_padding"_a = true,
           "For hosts with a batch of their own. Index tensors are int32 on the layer's device; cu_seqlens_cpu is on "
-          "the "
-          "CPU.")
+          "the CPU.")
       .def_ro("kind", &Segment::kind)
       .def_ro("token_begin", &Segment::token_begin)
       .def_ro("num_tokens", &Segment::num_tokens)
@@ -90,14 +83,16 @@ void bind_layers(nb::module_& m) {
   nb::class_<GdnBatch>(m, "GdnBatch", "One step, as a GDN layer sees it.")
       .def(
           "__init__",
-          [](GdnBatch* self, std::vector<Segment> segments) {
-            int64_t num_tokens = 0;
-            for (const Segment& segment : segments) num_tokens += segment.num_tokens;
-            new (self) GdnBatch{num_tokens, std::move(segments)};
-          },
+          [](GdnBatch* self, std::vector<Segment> segments) { new (self) GdnBatch(join(std::move(segments))); },
           "segments"_a)
       .def_ro("num_tokens", &GdnBatch::num_tokens)
       .def_ro("segments", &GdnBatch::segments);
+}
+
+void bind_state(nb::module_& m) {
+  nb::enum_<StateKind>(m, "StateKind", "A component of a layer's state.")
+      .value("CONV", StateKind::kConv)
+      .value("DELTA", StateKind::kDelta);
 
   nb::class_<StateSpec>(m, "StateSpec", "Shape of one component of one slot.")
       .def_ro("kind", &StateSpec::kind)
@@ -113,18 +108,29 @@ void bind_layers(nb::module_& m) {
           },
           "specs"_a, "num_slots"_a, nb::kw_only(), "device"_a = "cpu", "Zeroed pools of num_slots slots.")
       .def("pool", &GdnState::pool, "kind"_a, "The pool itself, not a copy.");
+}
 
+void bind_layer(nb::module_& m) {
+  const GdnConfig defaults;
   nb::class_<GdnConfig>(m, "GdnConfig", "Sizes of a GDN layer.")
       .def(
           "__init__",
           [](GdnConfig* self, int64_t hidden_size, int64_t num_k_heads, int64_t num_v_heads, int64_t head_k_dim,
              int64_t head_v_dim, int64_t conv_kernel_dim, double rms_norm_eps, at::ScalarType state_dtype,
              int64_t max_draft_tokens) {
-            new (self) GdnConfig{hidden_size,     num_k_heads,  num_v_heads, head_k_dim,      head_v_dim,
-                                 conv_kernel_dim, rms_norm_eps, state_dtype, max_draft_tokens};
+            new (self) GdnConfig{.hidden_size = hidden_size,
+                                 .num_k_heads = num_k_heads,
+                                 .num_v_heads = num_v_heads,
+                                 .head_k_dim = head_k_dim,
+                                 .head_v_dim = head_v_dim,
+                                 .conv_kernel_dim = conv_kernel_dim,
+                                 .rms_norm_eps = rms_norm_eps,
+                                 .state_dtype = state_dtype,
+                                 .max_draft_tokens = max_draft_tokens};
           },
           nb::kw_only(), "hidden_size"_a, "num_k_heads"_a, "num_v_heads"_a, "head_k_dim"_a, "head_v_dim"_a,
-          "conv_kernel_dim"_a = 4, "rms_norm_eps"_a = 1e-6, "state_dtype"_a, "max_draft_tokens"_a = 0)
+          "conv_kernel_dim"_a = defaults.conv_kernel_dim, "rms_norm_eps"_a = defaults.rms_norm_eps, "state_dtype"_a,
+          "max_draft_tokens"_a = defaults.max_draft_tokens)
       .def_ro("hidden_size", &GdnConfig::hidden_size)
       .def_ro("num_k_heads", &GdnConfig::num_k_heads)
       .def_ro("num_v_heads", &GdnConfig::num_v_heads)
@@ -145,21 +151,30 @@ void bind_layers(nb::module_& m) {
              std::string decode_backend, std::string prefill_accuracy) {
             Shard shard{.rank = rank, .world = world};
             if (all_reduce) shard.group = std::make_shared<CallableAllReduce>(std::move(*all_reduce));
-            new (self) Qwen3GatedDeltaNet(
-                config, TensorMap(std::move(weights)), prefix,
-                at::TensorOptions().dtype(dtype).device(device.resolve("Qwen3GatedDeltaNet")), shard,
-                {std::move(prefill_backend), std::move(decode_backend), std::move(prefill_accuracy)});
+            new (self)
+                Qwen3GatedDeltaNet(config, TensorMap(std::move(weights)), prefix,
+                                   at::TensorOptions().dtype(dtype).device(device.resolve("Qwen3GatedDeltaNet")), shard,
+                                   {.prefill = std::move(prefill_backend),
+                                    .decode = std::move(decode_backend),
+                                    .prefill_accuracy = std::move(prefill_accuracy)});
           },
           "config"_a, "weights"_a, nb::kw_only(), "prefix"_a = "", "dtype"_a, "device"_a = "cpu", "rank"_a = 0,
           "world"_a = 1, "all_reduce"_a = nb::none(), "prefill_backend"_a = "auto", "decode_backend"_a = "auto",
           "prefill_accuracy"_a = "auto",
           "weights: a state dict of either checkpoint layout. all_reduce sums a tensor over the ranks in place; "
-          "without "
-          "it forward returns this rank's partial sum.")
+          "without it forward returns this rank's partial sum.")
       .def("forward", &Qwen3GatedDeltaNet::forward, "hidden"_a, "batch"_a, "state"_a, WithoutGil(),
            "Computes the step; updates state in place.")
       .def("state_specs", &Qwen3GatedDeltaNet::state_specs)
       .def_prop_ro("local_config", &Qwen3GatedDeltaNet::local_config);
+}
+
+}  // namespace
+
+void bind_layers(nb::module_& m) {
+  bind_segments(m);
+  bind_state(m);
+  bind_layer(m);
 }
 
 }  // namespace xgdn

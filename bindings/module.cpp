@@ -11,4 +11,5 @@ NB_MODULE(_C, m) {
   xgdn::bind_kernels(m);
   xgdn::bind_layers(m);
   xgdn::bind_runtime(m);
+  xgdn::bind_engine(m);
 }

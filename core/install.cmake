@@ -11,14 +11,52 @@ target_include_directories(xgdn PUBLIC
 set_target_properties(xgdn PROPERTIES INSTALL_RPATH "$ORIGIN;${XGDN_TORCH_RPATH}")
 install(TARGETS xgdn EXPORT xgdnTargets LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT devel)
 
-# Of core/kernels only ops_api.h and what it includes is public; headers named *json* show a private dependency.
-install(FILES errors.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/xgdn/core" COMPONENT devel)
-install(FILES kernels/ops_api.h kernels/allocation.h kernels/backend_choice.h kernels/chunk_metadata.h
-        DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/xgdn/core/kernels" COMPONENT devel)
-foreach(_level kernels/ops layers models runtime)
-  file(GLOB _headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/${_level}/*.h")
-  list(FILTER _headers EXCLUDE REGEX "json[^/]*$")
-  install(FILES ${_headers} DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/xgdn/core/${_level}" COMPONENT devel)
+# The public headers: what a program may include, and what those include.
+set(xgdn_public_headers
+  errors.h
+  kernels/allocation.h
+  kernels/backend_choice.h
+  kernels/chunk_metadata.h
+  kernels/ops/attention.h
+  kernels/ops/causal_conv1d.h
+  kernels/ops/contract.h
+  kernels/ops/delta_rule.h
+  kernels/ops/linear.h
+  kernels/ops/moe.h
+  kernels/ops/norm.h
+  kernels/ops_api.h
+  layers/attention_batch.h
+  layers/gated_attention.h
+  layers/gdn_batch.h
+  layers/gdn_state.h
+  layers/mlp.h
+  layers/projection.h
+  layers/qwen3_gated_delta_net.h
+  layers/rms_norm.h
+  layers/rotary.h
+  layers/shard.h
+  layers/weight_source.h
+  models/hybrid_decoder.h
+  models/model_config.h
+  checkpoint/checkpoint.h
+  checkpoint/load_report.h
+  checkpoint/model_directory.h
+  checkpoint/safetensors.h
+  runtime/batch_builder.h
+  runtime/engine.h
+  runtime/kv_cache.h
+  runtime/logprobs.h
+  runtime/plan.h
+  runtime/request.h
+  runtime/runner.h
+  runtime/sampler.h
+  runtime/scheduler.h
+  runtime/state_pool.h
+  runtime/turn_mutex.h
+)
+foreach(_header IN LISTS xgdn_public_headers)
+  get_filename_component(_folder "${_header}" DIRECTORY)
+  install(FILES "${_header}" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/xgdn/core/${_folder}" COMPONENT devel)
 endforeach()
 
 install(EXPORT xgdnTargets NAMESPACE xgdn:: DESTINATION "${_package_dir}" COMPONENT devel)

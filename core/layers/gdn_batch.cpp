@@ -4,6 +4,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace xgdn {
 
@@ -29,6 +30,12 @@ void set_lengths(Segment& segment, const at::Tensor& cu_seqlens_cpu) {
   segment.num_tokens = cu[t.numel() - 1];
   segment.cu_seqlens_cpu = t;
   segment.cu_seqlens = t.to(segment.state_indices.device());
+}
+
+GdnBatch join(std::vector<Segment> segments) {
+  GdnBatch batch{.segments = std::move(segments)};
+  for (const Segment& segment : batch.segments) batch.num_tokens += segment.num_tokens;
+  return batch;
 }
 
 }  // namespace xgdn

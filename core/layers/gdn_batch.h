@@ -43,4 +43,7 @@ struct GdnBatch {
   std::vector<Segment> segments;
 };
 
+/// The step of these segments, in their order.
+GdnBatch join(std::vector<Segment> segments);
+
 }  // namespace xgdn

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a layer gets its weights from when it is built. The runtime implements it over safetensors files.
+// Where a layer gets its weights from when it is built. core/checkpoint implements it over safetensors files.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -8,8 +8,8 @@
 #include <memory>
 #include <optional>
 
+#include "core/checkpoint/load_report.h"
 #include "core/models/hybrid_decoder.h"
-#include "core/runtime/load_report.h"
 #include "core/runtime/plan.h"
 #include "core/runtime/runner.h"
 
@@ -26,9 +26,14 @@ struct EngineOptions {
   std::optional<int64_t> memory_limit = {};  // bytes that weights, pools and steps may take together
 };
 
-/// The decoder of a Hugging Face directory, checked and loaded as Engine::load does, and what is to say about it.
-std::shared_ptr<HybridDecoder> load_decoder(const std::filesystem::path& dir, const EngineOptions& options,
-                                            LoadReport& report);
+/// A decoder, and what a user should know about its load.
+struct LoadedDecoder {
+  std::shared_ptr<HybridDecoder> model;
+  LoadReport report;
+};
+
+/// The decoder of a Hugging Face directory, checked and loaded as Engine::load does.
+LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions& options = {});
 
 /// A model and the Runner that serves it.
 ///
@@ -65,7 +70,7 @@ class Engine {
   /// Queues requests whose events come to the stream alone, as Runner::stream.
   RequestStream stream(const std::vector<Request>& requests) { return runner_.stream(requests); }
 
-  /// Logits [T, vocab] f32 of one prompt, computed in one piece beside the running requests and kept by nobody.
+  /// Logits [T, vocab] f32 of one prompt, in one pass with temporary pools; running requests are not affected.
   at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;
 
   const ModelConfig& config() const { return model_->config(); }   // of config.json
@@ -74,7 +79,7 @@ class Engine {
   int64_t weight_bytes() const { return model_->weight_bytes(); }  // of the model
 
  private:
-  Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, LoadReport report);
+  Engine(LoadedDecoder loaded, const RunnerOptions& options);
 
   std::shared_ptr<const HybridDecoder> model_;
   LoadReport load_report_;

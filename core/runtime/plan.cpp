@@ -93,12 +93,11 @@ int64_t Plan::max_sequences(int64_t length, int64_t memory_limit) const {
   return fits;
 }
 
-Plan make_plan(const ModelConfig& config, const Checkpoint& checkpoint, DecoderOptions options,
-               const RunnerOptions& runner) {
+Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const RunnerOptions& runner) {
   options.device = c10::kMeta;
   options.on_layer_loaded = nullptr;
-  const HybridDecoder model(config, CheckpointShapes(checkpoint), options);
-  const LayerWidths widths{config, static_cast<int64_t>(c10::elementSize(options.dtype))};
+  const HybridDecoder model(opened.config, CheckpointShapes(opened.checkpoint), options);
+  const LayerWidths widths{opened.config, static_cast<int64_t>(c10::elementSize(options.dtype))};
   const bool has_attention = model.num_attention_layers() > 0;
   return {.weight_bytes = model.weight_bytes(),
           .state_slot_bytes = Runner::state_slot_bytes(model),

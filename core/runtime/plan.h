@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "core/checkpoint/model_directory.h"
 #include "core/models/hybrid_decoder.h"
-#include "core/runtime/checkpoint.h"
 #include "core/runtime/runner.h"
 
 namespace xgdn {
@@ -45,8 +45,7 @@ struct Plan {
   int64_t bytes_with(int64_t num_sequences, int64_t length) const;
 };
 
-/// Reads the checkpoint's headers only. `options` are those that the model would be loaded with.
-Plan make_plan(const ModelConfig& config, const Checkpoint& checkpoint, DecoderOptions options,
-               const RunnerOptions& runner);
+/// `options` are those that the model would be loaded with.
+Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const RunnerOptions& runner);
 
 }  // namespace xgdn

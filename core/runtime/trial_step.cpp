@@ -10,8 +10,7 @@
 #include <utility>
 
 #include "core/errors.h"
-#include "core/runtime/batch_builder.h"
-#include "core/runtime/runner.h"
+#include "core/runtime/sequence_logits.h"
 
 namespace xgdn {
 namespace {
@@ -48,33 +47,6 @@ ModelConfig small_config(const ModelConfig& config) {
   return c;
 }
 
-void run_steps(const ModelConfig& config, const DecoderOptions& options) {
-  const HybridDecoder decoder(config, Zeros(), options);
-  StatePool states(decoder.state_specs(), /*num_slots=*/1, decoder.device());
-  const KvCacheSpec spec = Runner::kv_spec(decoder, {});
-  KvCache kv(spec, /*num_blocks=*/1, decoder.device());
-  const BatchBuilder builder({.num_slots = 1,
-                              .num_kv_blocks = 1,
-                              .kv_block_size = spec.block_size,
-                              .vocab_size = config.vocab_size,
-                              .num_v_heads = config.linear_num_value_heads},
-                             decoder.device());
-  ModelState state{states.layers(), kv.layers()};
-  SequenceStep step{.kind = SegmentKind::kPrefill,
-                    .tokens = {0, 0},
-                    .state_slots = {0},
-                    .write_slot = 0,
-                    .conv_slot = 0,
-                    .has_initial_state = false,
-                    .kv_blocks = {0}};
-  decoder.forward(builder.build({step}).input, state);
-  step.kind = SegmentKind::kDecode;
-  step.num_cached = std::ssize(step.tokens);
-  step.tokens = {0};
-  step.has_initial_state = true;
-  decoder.forward(builder.build({step}).input, state);
-}
-
 UnsupportedError unsupported(const ModelConfig& c, const Error& error) {
   return UnsupportedError(c10::str(
       "[Engine] config: expected sizes that a backend can run, got linear_conv_kernel_dim=", c.linear_conv_kernel_dim,
@@ -90,7 +62,7 @@ void try_step(const ModelConfig& config, const DecoderOptions& options) {
   DecoderOptions quiet = options;
   quiet.on_layer_loaded = nullptr;
   try {
-    run_steps(small_config(config), quiet);
+    sequence_logits(HybridDecoder(small_config(config), Zeros(), quiet), {0, 0}, {0});
   } catch (const ShapeError& error) {
     throw unsupported(config, error);
   } catch (const DtypeError& error) {

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVELS = ("core/kernels", "core/layers", "core/models", "core/runtime", "bindings")  # from the bottom up
+LEVELS = (
+    "core/kernels",
+    "core/layers",
+    "core/models",
+    "core/checkpoint",
+    "core/runtime",
+    "bindings",
+)  # from the bottom up
 FREE_FOR_ALL = {"core/errors.h"}
 # What other levels may include of the kernels.
 KERNEL_API = {"core/kernels/ops_api.h", "core/kernels/chunk_metadata.h"}
@@ -19,6 +26,11 @@ KERNEL_FOLDERS = (("", "ops"), ("aten",), BACKENDS, ("dispatch",))
 # The one file that sees a backend from outside, and of a backend its header alone.
 REGISTRY = "core/kernels/dispatch/registry.cpp"
 BACKEND_HEADERS = {f"core/kernels/{name}/{name}_backend.h" for name in BACKENDS}
+
+# The headers that are installed, in core/install.cmake.
+PUBLIC_HEADERS = {
+    f"core/{header}" for header in re.findall(r"^  (\S+\.h)$", (ROOT / "core/install.cmake").read_text(), re.MULTILINE)
+}
 
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -83,6 +95,7 @@ def violations(source: str, included: list[str]) -> list[str]:
 def test_there_is_something_to_check() -> None:
     assert {"core/kernels/ops_api.h", REGISTRY} <= set(SOURCES)
     assert any(includes(source) for source in SOURCES)
+    assert {"core/errors.h", "core/runtime/engine.h"} <= PUBLIC_HEADERS
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -114,6 +127,12 @@ def test_a_device_would_be_found() -> None:
         "cpu",
         "CUDA",
     ]
+
+
+@pytest.mark.parametrize("header", sorted(PUBLIC_HEADERS))
+def test_public_headers_include_public_headers_alone(header: str) -> None:
+    assert set(includes(header)) <= PUBLIC_HEADERS
+    assert "nlohmann" not in (ROOT / header).read_text(), "a private dependency"
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -149,6 +168,8 @@ def test_the_core_knows_no_python(source: str) -> None:
         ("core/kernels/backend.h", "core/kernels/aten/indexing.h", "above"),
         ("core/kernels/strange/strange.cpp", "core/kernels/backend.h", "no known folder"),
         ("core/runtime/engine.cpp", "bindings/module.h", "above"),
+        ("core/checkpoint/load_report.cpp", "core/runtime/engine.h", "above"),
+        ("core/models/hybrid_decoder.cpp", "core/checkpoint/checkpoint.h", "above"),
         ("core/kernels/dispatch/dispatch.cpp", "core/strange.h", "no level"),
     ],
 )

@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "tests/cpp/runtime/checkpoint_files.h"
+#include "tests/cpp/support/checkpoint_files.h"
 #include "tests/cpp/support/compare.h"
 #include "tests/cpp/support/expect_error.h"
 #include "tests/cpp/support/tiny_model.h"

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "core/checkpoint/model_directory.h"
 #include "core/models/hybrid_decoder.h"
-#include "core/runtime/checkpoint.h"
 
 namespace xgdn {
 
@@ -24,6 +24,6 @@ struct LoadReport {
 
 /// Asks the checkpoint for every tensor of the decoder, reads headers only, and throws as loading would. Throws
 /// CheckpointError, too, for tensors of a quantizer beside weights that are used: without them the weights are others.
-LoadReport inspect(const ModelConfig& config, const Checkpoint& checkpoint, DecoderOptions options);
+LoadReport inspect(const ModelDirectory& opened, DecoderOptions options);
 
 }  // namespace xgdn

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The JSON of a checkpoint directory, which may be damaged or hostile: parsing with limits, typed reads, and the one
-// wording of CheckpointError. Internal to core/runtime; public headers do not include it.
+// wording of CheckpointError. Internal to core/checkpoint; public headers do not include it.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/runtime/model_config_json.h"
+#include "core/checkpoint/model_config_json.h"
 
 #include <algorithm>
 #include <array>
@@ -11,7 +11,7 @@
 #include <system_error>
 #include <vector>
 
-#include "core/runtime/json_object.h"
+#include "core/checkpoint/json_object.h"
 
 namespace xgdn {
 namespace {

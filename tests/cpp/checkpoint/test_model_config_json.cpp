@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // config.json of every model type in its old and its new style, transformers' defaults, and each refusal.
-#include "core/runtime/model_config_json.h"
+#include "core/checkpoint/model_config_json.h"
 
 #include <random>
 #include <string>
 #include <vector>
 
-#include "tests/cpp/runtime/checkpoint_files.h"
+#include "tests/cpp/support/checkpoint_files.h"
 
 namespace xgdn {
 namespace {

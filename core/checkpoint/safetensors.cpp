@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/runtime/safetensors.h"
+#include "core/checkpoint/safetensors.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -19,7 +19,7 @@
 #include <system_error>
 #include <utility>
 
-#include "core/runtime/json_object.h"
+#include "core/checkpoint/json_object.h"
 
 namespace xgdn {
 

@@ -11,8 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "core/checkpoint/safetensors.h"
 #include "core/layers/weight_source.h"
-#include "core/runtime/safetensors.h"
 
 namespace xgdn {
 

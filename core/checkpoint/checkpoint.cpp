@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/runtime/checkpoint.h"
+#include "core/checkpoint/checkpoint.h"
 
 #include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
@@ -12,7 +12,7 @@
 #include <optional>
 #include <system_error>
 
-#include "core/runtime/json_object.h"
+#include "core/checkpoint/json_object.h"
 
 namespace xgdn {
 namespace {

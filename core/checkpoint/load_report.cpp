@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/runtime/load_report.h"
+#include "core/checkpoint/load_report.h"
 
 #include <c10/util/StringUtil.h>
 
@@ -8,7 +8,7 @@
 #include <set>
 #include <string_view>
 
-#include "core/runtime/json_object.h"
+#include "core/checkpoint/json_object.h"
 
 namespace xgdn {
 namespace {
@@ -58,7 +58,8 @@ std::vector<std::string> LoadReport::warnings() const {
   return lines;
 }
 
-LoadReport inspect(const ModelConfig& config, const Checkpoint& checkpoint, DecoderOptions options) {
+LoadReport inspect(const ModelDirectory& opened, DecoderOptions options) {
+  const auto& [config, checkpoint] = opened;
   options.device = c10::kMeta;
   options.on_layer_loaded = nullptr;
   const CheckpointShapes shapes(checkpoint);

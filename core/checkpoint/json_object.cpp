@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/runtime/json_object.h"
+#include "core/checkpoint/json_object.h"
 
 #include <cmath>
 #include <fstream>

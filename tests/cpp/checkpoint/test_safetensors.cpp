@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Round trips of hand-written safetensors files, and the refusal of every way such a file can lie.
-#include "core/runtime/safetensors.h"
+#include "core/checkpoint/safetensors.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "tests/cpp/runtime/checkpoint_files.h"
+#include "tests/cpp/support/checkpoint_files.h"
 
 namespace xgdn {
 namespace {

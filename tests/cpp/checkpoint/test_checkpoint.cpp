@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checkpoint directories: one file, shards with an index, and what is refused of either.
-#include "core/runtime/checkpoint.h"
+#include "core/checkpoint/checkpoint.h"
 
 #include <ATen/core/Tensor.h>
 
 #include <cstring>
 #include <string>
 
-#include "tests/cpp/runtime/checkpoint_files.h"
+#include "tests/cpp/support/checkpoint_files.h"
 
 namespace xgdn {
 namespace {

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// Models that serve: options, plans, the decoder, runner and engine.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/bind.h"
+#include "bindings/torch_casters.h"
+#include "core/runtime/engine.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace xgdn {
+namespace {
+
+using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
+using Progress = std::function<void(int64_t, int64_t)>;
+
+// Without the GIL but between steps, where signal handlers run: an exception of theirs ends the call.
+template <class Self>
+std::vector<GenerationResult> generate(Self& self, const std::vector<Request>& requests, bool raise_on_error) {
+  const auto handle_signals = [] {
+    const nb::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  };
+  return self.generate(requests, {.throw_on_error = raise_on_error, .between_steps = handle_signals});
+}
+
+void bind_options(nb::module_& m) {
+  const EngineOptions defaults;
+  nb::class_<RunnerOptions>(m, "RunnerOptions", "Sizes of the pools and of a step.")
+      .def(
+          "__init__",
+          [](RunnerOptions* self, int64_t max_batch_size, int64_t max_cached_tokens, int64_t kv_block_size,
+             int64_t max_tokens_per_step, bool poison_freed_slots) {
+            new (self) RunnerOptions{.max_batch_size = max_batch_size,
+                                     .max_cached_tokens = max_cached_tokens,
+                                     .kv_block_size = kv_block_size,
+                                     .max_tokens_per_step = max_tokens_per_step,
+                                     .poison_freed_slots = poison_freed_slots};
+          },
+          nb::kw_only(), "max_batch_size"_a = defaults.runner.max_batch_size,
+          "max_cached_tokens"_a = defaults.runner.max_cached_tokens, "kv_block_size"_a = defaults.runner.kv_block_size,
+          "max_tokens_per_step"_a = defaults.runner.max_tokens_per_step,
+          "poison_freed_slots"_a = defaults.runner.poison_freed_slots)
+      .def_ro("max_batch_size", &RunnerOptions::max_batch_size, "State slots: sequences that run at once.")
+      .def_ro("max_cached_tokens", &RunnerOptions::max_cached_tokens, "Capacity of the KV cache, over all sequences.")
+      .def_ro("kv_block_size", &RunnerOptions::kv_block_size, "Tokens in a block of the KV cache.")
+      .def_ro("max_tokens_per_step", &RunnerOptions::max_tokens_per_step,
+              "Token budget of a step: decodes and prompt chunks together.")
+      .def_ro("poison_freed_slots", &RunnerOptions::poison_freed_slots, "Fill freed slots with NaN, to find bugs.");
+
+  nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
+      .def(
+          "__init__",
+          [](EngineOptions* self, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
+             std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
+             std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
+             std::optional<int64_t> memory_limit) {
+            new (self) EngineOptions{.runner = runner,
+                                     .dtype = dtype,
+                                     .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
+                                     .device = device.resolve("Engine"),
+                                     .backends = {.prefill = std::move(prefill_backend),
+                                                  .decode = std::move(decode_backend),
+                                                  .prefill_accuracy = std::move(prefill_accuracy)},
+                                     .on_layer_loaded = on_layer_loaded.value_or(Progress()),
+                                     .memory_limit = memory_limit};
+          },
+          nb::kw_only(), "runner"_a = defaults.runner, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
+          "device"_a = defaults.device.str(), "prefill_backend"_a = defaults.backends.prefill,
+          "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
+          "on_layer_loaded"_a = nb::none(), "memory_limit"_a = nb::none())
+      .def_ro("runner", &EngineOptions::runner)
+      .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")
+      .def_ro("state_dtype", &EngineOptions::state_dtype)
+      .def_prop_ro("device", [](const EngineOptions& self) { return self.device.str(); })
+      .def_prop_ro("prefill_backend", [](const EngineOptions& self) { return self.backends.prefill; })
+      .def_prop_ro("decode_backend", [](const EngineOptions& self) { return self.backends.decode; })
+      .def_prop_ro("prefill_accuracy", [](const EngineOptions& self) { return self.backends.prefill_accuracy; })
+      .def_ro("memory_limit", &EngineOptions::memory_limit);
+}
+
+void bind_reports(nb::module_& m) {
+  nb::class_<Plan>(m, "Plan", "What an engine will allocate, in bytes.")
+      .def_ro("weight_bytes", &Plan::weight_bytes, "The model's tensors in their dtype.")
+      .def_ro("state_slot_bytes", &Plan::state_slot_bytes, "One sequence's recurrent states.")
+      .def_ro("num_state_slots", &Plan::num_state_slots)
+      .def_ro("kv_block_bytes", &Plan::kv_block_bytes, "One block of the KV cache.")
+      .def_ro("num_kv_blocks", &Plan::num_kv_blocks)
+      .def_ro("kv_block_size", &Plan::kv_block_size, "Tokens of a block.")
+      .def_ro("max_context", &Plan::max_context, "Tokens of the longest sequence that is served; 0: any.")
+      .def_prop_ro("state_bytes", &Plan::state_bytes)
+      .def_prop_ro("kv_bytes", &Plan::kv_bytes)
+      .def_prop_ro(
+          "workspace_bytes", [](const Plan& self) { return self.workspace_bytes(); },
+          "An upper bound on the tensors of the largest step.")
+      .def_prop_ro("total_bytes", &Plan::total_bytes)
+      .def("max_sequences", &Plan::max_sequences, "length"_a, "memory_limit"_a,
+           "The most sequences of `length` tokens that fit into `memory_limit` bytes, weights and workspace included.");
+
+  nb::class_<StepStats>(m, "StepStats", "What a step did and how long it took.")
+      .def_ro("num_decodes", &StepStats::num_decodes, "Sequences that computed one token.")
+      .def_ro("num_prefill_tokens", &StepStats::num_prefill_tokens, "Tokens of prompts.")
+      .def_ro("seconds", &StepStats::seconds, "The step as a whole.")
+      .def_ro("forward_seconds", &StepStats::forward_seconds, "The model in it, until its logits are on the host.");
+
+  nb::class_<LoadReport>(m, "LoadReport", "What a user should know about a load that succeeded.")
+      .def_ro("unused_tensors", &LoadReport::unused_tensors,
+              "Tensors of the files that the model does not have, in alphabetical order; not in: draft heads (mtp.*), "
+              "vision and rotary tables.")
+      .def_ro("uses_own_head", &LoadReport::uses_own_head,
+              "The config ties the head to the token embedding; the file holds another head, which is used.")
+      .def_prop_ro("warnings", &LoadReport::warnings, "The lines that were written to stderr.");
+}
+
+void bind_decoder(nb::module_& m) {
+  nb::class_<HybridDecoder>(m, "HybridDecoder", "The decoder of Qwen3.5 and Qwen3-Next.")
+      .def(
+          "forward",
+          [](const HybridDecoder& self, const StepInput& input, StatePool& states, KvCache& kv) {
+            ModelState state{states.layers(), kv.layers()};
+            return self.forward(input, state);
+          },
+          "input"_a, "states"_a, "kv"_a, WithoutGil(), "Logits [R, vocab] f32 of one step; updates the pools in place.")
+      .def("state_specs", &HybridDecoder::state_specs, "Pools of each GDN layer.")
+      .def_prop_ro("num_attention_layers", &HybridDecoder::num_attention_layers)
+      .def_prop_ro("dtype", &HybridDecoder::dtype)
+      .def_prop_ro("device", [](const HybridDecoder& self) { return self.device().str(); });
+  nb::class_<KvCache>(m, "KvCache", "Paged keys and values of a decoder's full-attention layers, on its device.")
+      .def(
+          "__init__",
+          [](KvCache* self, const HybridDecoder& model, int64_t num_blocks, int64_t block_size) {
+            new (self) KvCache(Runner::kv_spec(model, {.kv_block_size = block_size}), num_blocks, model.device());
+          },
+          "model"_a, nb::kw_only(), "num_blocks"_a, "block_size"_a = 16)
+      .def("allocate", &KvCache::allocate, "count"_a,
+           "Block ids; raises OutOfBlocks and takes none when fewer are free.")
+      .def("share", &KvCache::share, "blocks"_a, "One more holder of each block.")
+      .def("release", &KvCache::release, "blocks"_a, "One holder less of each block.")
+      .def("blocks_for", &KvCache::blocks_for, "tokens"_a)
+      .def_prop_ro("num_blocks", &KvCache::num_blocks)
+      .def_prop_ro("num_free", &KvCache::num_free)
+      .def_prop_ro("bytes", &KvCache::bytes);
+
+  m.def(
+      "load_decoder",
+      [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
+         const DeviceArgument& device) {
+        return load_decoder(dir, {.dtype = dtype, .state_dtype = state_dtype, .device = device.resolve("load_decoder")})
+            .model;
+      },
+      "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu", WithoutGil(),
+      "The decoder of a Hugging Face directory, for a Runner.");
+}
+
+void bind_runner(nb::module_& m) {
+  nb::class_<Runner>(m, "Runner", "Continuous batching over one decoder: submit, step, cancel.")
+      .def(
+          "__init__",
+          [](Runner* self, std::shared_ptr<HybridDecoder> model, const RunnerOptions& options) {
+            new (self) Runner(std::move(model), options);
+          },
+          "model"_a, "options"_a = RunnerOptions{})
+      .def("submit", &Runner::submit, "request"_a, WithoutGil())
+      .def("step", &Runner::step, WithoutGil())
+      .def("cancel", &Runner::cancel, "request_id"_a, "branch"_a = nb::none(), WithoutGil())
+      .def("is_idle", &Runner::is_idle, WithoutGil())
+      .def("generate", &generate<Runner>, "requests"_a, nb::kw_only(), "raise_on_error"_a = true, WithoutGil())
+      .def_prop_ro("num_free_slots", &Runner::num_free_slots, WithoutGil())
+      .def_prop_ro("num_free_kv_blocks", &Runner::num_free_kv_blocks, WithoutGil())
+      .def_prop_ro("state_bytes", &Runner::state_bytes)
+      .def_prop_ro("kv_bytes", &Runner::kv_bytes);
+
+  nb::class_<RequestStream>(m, "RequestStream", "Requests whose events come here alone.")
+      .def("next", &RequestStream::next, WithoutGil(), "At least one event; empty when all requests are finished.")
+      .def("close", &RequestStream::close, WithoutGil(), "Cancels what is unfinished.");
+}
+
+void bind_engine_class(nb::module_& m) {
+  nb::class_<Engine>(m, "Engine", "A model directory, ready to serve.")
+      .def_static(
+          "load", [](const std::string& dir, const EngineOptions& options) { return Engine::load(dir, options); },
+          "model_dir"_a, "options"_a, WithoutGil())
+      .def_static(
+          "plan", [](const std::string& dir, const EngineOptions& options) { return Engine::plan(dir, options); },
+          "model_dir"_a, "options"_a, WithoutGil())
+      .def("submit", &Engine::submit, "request"_a, WithoutGil())
+      .def("step", &Engine::step, WithoutGil())
+      .def("cancel", &Engine::cancel, "request_id"_a, "branch"_a = nb::none(), WithoutGil())
+      .def("is_idle", &Engine::is_idle, WithoutGil())
+      .def("generate", &generate<Engine>, "requests"_a, nb::kw_only(), "raise_on_error"_a = true, WithoutGil())
+      .def(
+          "stream", [](Engine& self, const std::vector<Request>& requests) { return self.stream(requests); },
+          "requests"_a, nb::keep_alive<0, 1>(), WithoutGil())
+      .def("prompt_logits", &Engine::prompt_logits, "prompt"_a, WithoutGil(), "Logits [T, vocab] f32 of one prompt.")
+      .def_prop_ro("load_report", &Engine::load_report, nb::rv_policy::copy)
+      .def_prop_ro("vocab_size", [](const Engine& self) { return self.config().vocab_size; })
+      .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
+      .def_prop_ro(
+          "num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); }, WithoutGil())
+      .def_prop_ro(
+          "num_free_kv_blocks", [](const Engine& self) { return self.runner().num_free_kv_blocks(); }, WithoutGil())
+      .def_prop_ro(
+          "num_preemptions", [](const Engine& self) { return self.runner().num_preemptions(); }, WithoutGil())
+      .def_prop_ro(
+          "device_error", [](const Engine& self) { return self.runner().device_error(); }, WithoutGil())
+      .def_prop_ro("max_context", [](const Engine& self) { return self.runner().max_context(); })
+      .def_prop_ro(
+          "last_step", [](const Engine& self) { return self.runner().last_step(); }, WithoutGil())
+      .def_prop_ro("weight_bytes", &Engine::weight_bytes)
+      .def_prop_ro("state_bytes", [](const Engine& self) { return self.runner().state_bytes(); })
+      .def_prop_ro("kv_bytes", [](const Engine& self) { return self.runner().kv_bytes(); });
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  bind_options(m);
+  bind_reports(m);
+  bind_decoder(m);
+  bind_runner(m);
+  bind_engine_class(m);
+}
+
+}  // namespace xgdn
