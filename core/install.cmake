@@ -14,7 +14,16 @@ install(TARGETS xgdn EXPORT xgdnTargets LIBRARY DESTINATION "${CMAKE_INSTALL_LIB
 # The public headers: what a program may include, and what those include.
 set(xgdn_public_headers
   errors.h
+  kernels/allocation.h
+  kernels/backend_choice.h
   kernels/chunk_metadata.h
+  kernels/ops/attention.h
+  kernels/ops/causal_conv1d.h
+  kernels/ops/contract.h
+  kernels/ops/delta_rule.h
+  kernels/ops/linear.h
+  kernels/ops/moe.h
+  kernels/ops/norm.h
   kernels/ops_api.h
   layers/attention_batch.h
   layers/gated_attention.h

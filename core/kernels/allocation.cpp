@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory of state pools and weights: where the kernel gives huge pages on request, it is asked for them.
-#include <ATen/ops/empty.h>
+#include "core/kernels/allocation.h"
 
-#include "core/kernels/ops_api.h"
+#include <ATen/ops/empty.h>
 
 #ifdef __linux__
 #include <sys/mman.h>

@@ -29,8 +29,8 @@ struct ChunkMetadata {
   at::Tensor block_indices_cumsum;          // [sum n_i(B), 2]     as the first, C = cumsum_block(HV_local)
 };
 
-/// Which sequence ids the index rows carry. kCompactRanks counts non-empty sequences only (vllm-ascend's kernels expect
-/// it; behind an interior empty sequence it names the wrong one, so it is never the default).
+/// Which sequence ids the index rows carry. kCompactRanks counts non-empty sequences only, as kernels elsewhere
+/// expect it; behind an interior empty sequence it names the wrong one, so it is never the default.
 enum class SequenceIds { kTrue, kCompactRanks };
 
 /// Block length of block_indices_cumsum: next_pow2(max(1, 2^18 / (num_v_heads_local * 64))). Throws UnsupportedError

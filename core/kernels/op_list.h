@@ -9,21 +9,24 @@
 #include "core/kernels/ops_api.h"
 #include "core/kernels/shapes.h"
 
+// clang-format off
 // op(parameters, name, sizes, phase, the tensor whose device decides)
-#define XGDN_OPS(op)                                                                                                 \
-  op(RecurrentGatedDeltaRuleParams, recurrent_gated_delta_rule, GdnShape, kDecode, q)                                \
-      op(ChunkGatedDeltaRuleParams, chunk_gated_delta_rule, GdnShape, kPrefill, q)                                   \
-          op(PackedDecodeParams, packed_decode, GdnShape, kDecode, mixed_qkv) op(CausalConv1dParams, causal_conv1d,  \
-                                                                                 ConvShape, kPrefill, x)             \
-              op(CausalConv1dUpdateParams, causal_conv1d_update, ConvShape, kDecode, x) op(                          \
-                  GdnGatingParams, gdn_gating, GdnShape, kDecode, a) op(L2NormParams, l2_norm, GdnShape, kDecode, x) \
-                  op(RmsNormGatedParams, rms_norm_gated, GdnShape, kDecode, x)                                       \
-                      op(RmsNormParams, rms_norm, NormShape, kDecode, x)                                             \
-                          op(SiluAndMulParams, silu_and_mul, LinearShape, kDecode, gate)                             \
-                              op(LinearParams, linear, LinearShape, kDecode, x)                                      \
-                                  op(GdnDecodeStepParams, gdn_decode_step, DecodeStepShape, kDecode, projected)      \
-                                      op(PagedAttentionParams, paged_attention, AttentionShape, kDecode, q)          \
-                                          op(MoeExpertsParams, moe_experts, ExpertsShape, kDecode, x)
+#define XGDN_OPS(op)                                                                  \
+  op(RecurrentGatedDeltaRuleParams, recurrent_gated_delta_rule, GdnShape, kDecode, q) \
+  op(ChunkGatedDeltaRuleParams, chunk_gated_delta_rule, GdnShape, kPrefill, q)        \
+  op(PackedDecodeParams, packed_decode, GdnShape, kDecode, mixed_qkv)                 \
+  op(CausalConv1dParams, causal_conv1d, ConvShape, kPrefill, x)                       \
+  op(CausalConv1dUpdateParams, causal_conv1d_update, ConvShape, kDecode, x)           \
+  op(GdnGatingParams, gdn_gating, GdnShape, kDecode, a)                               \
+  op(GdnDecodeStepParams, gdn_decode_step, DecodeStepShape, kDecode, projected)       \
+  op(L2NormParams, l2_norm, GdnShape, kDecode, x)                                     \
+  op(RmsNormGatedParams, rms_norm_gated, GdnShape, kDecode, x)                        \
+  op(RmsNormParams, rms_norm, NormShape, kDecode, x)                                  \
+  op(SiluAndMulParams, silu_and_mul, LinearShape, kDecode, gate)                      \
+  op(LinearParams, linear, LinearShape, kDecode, x)                                   \
+  op(PagedAttentionParams, paged_attention, AttentionShape, kDecode, q)               \
+  op(MoeExpertsParams, moe_experts, ExpertsShape, kDecode, x)
+// clang-format on
 
 namespace xgdn::kernel {
 
@@ -38,6 +41,7 @@ struct Op;
     static constexpr std::string_view name = #op_name;                         \
     static constexpr Phase phase = Phase::op_phase;                            \
     static const at::Tensor& primary(const Params& p) { return p.op_primary; } \
+    static void call(const Params& p) { op_name(p); }                          \
   };
 XGDN_OPS(XGDN_OP_ROW)
 #undef XGDN_OP_ROW

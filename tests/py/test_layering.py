@@ -18,11 +18,11 @@ LEVELS = (
     "bindings",
 )  # from the bottom up
 FREE_FOR_ALL = {"core/errors.h"}
-# What other levels may include of the kernels: ops_api.h, and what it is made of.
+# What other levels may include of the kernels.
 KERNEL_API = {"core/kernels/ops_api.h", "core/kernels/chunk_metadata.h"}
 BACKENDS = ("reference", "cpu", "cuda", "npu")
 # Inside the kernels, from the bottom up: the contract of the ops, compositions of ATen, the backends, dispatch.
-KERNEL_FOLDERS = (("",), ("aten",), BACKENDS, ("dispatch",))
+KERNEL_FOLDERS = (("", "ops"), ("aten",), BACKENDS, ("dispatch",))
 # The one file that sees a backend from outside, and of a backend its header alone.
 REGISTRY = "core/kernels/dispatch/registry.cpp"
 BACKEND_HEADERS = {f"core/kernels/{name}/{name}_backend.h" for name in BACKENDS}
@@ -101,6 +101,32 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_includes(source: str) -> None:
     assert violations(source, includes(source)) == []
+
+
+def public_kernel_headers() -> list[str]:
+    """ops_api.h and what it includes of the kernels."""
+    found = ["core/kernels/ops_api.h"]
+    for header in found:
+        found += [path for path in includes(header) if path not in FREE_FOR_ALL and path not in found]
+    return found
+
+
+# The words for devices, but for a function whose name is that of the device's own op.
+DEVICE_WORDS = re.compile(r"(?<![A-Za-z_])(?:cpu|gpu|cuda|npu|ascend|nvidia|x86|arm)s?(?![A-Za-z_(])", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("header", public_kernel_headers())
+def test_the_ops_name_no_device(header: str) -> None:
+    assert header.startswith("core/kernels/")
+    assert DEVICE_WORDS.findall((ROOT / header).read_text()) == []
+
+
+def test_a_device_would_be_found() -> None:
+    assert len(public_kernel_headers()) > 8
+    assert DEVICE_WORDS.findall("on the cpu backend; spares CUDA; c10::kCPU; cu_seqlens_cpu; npu_op(p)") == [
+        "cpu",
+        "CUDA",
+    ]
 
 
 @pytest.mark.parametrize("header", sorted(PUBLIC_HEADERS))

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products with bf16 weights on the CPU over pointers, strides and sizes.
+// Products with bf16 weights on the CPU over pointers, strides and sizes. The weights are read once, at memory speed, for
+// as many tokens as a decode step has.
 #pragma once
 
 #include <cstdint>

@@ -2,8 +2,6 @@
 // Check once, select a backend, run it with the call's device as the current one.
 #include <c10/core/DeviceGuard.h>
 
-#include "core/kernels/ops_api.h"
-
 #include "core/kernels/dispatch/op_checks.h"
 #include "core/kernels/dispatch/selection.h"
 
@@ -22,7 +20,13 @@ void dispatch(const Params& p) {
 
 }  // namespace
 
+template <class Params>
+void check(const Params& p) {
+  checked(p);
+}
+
 #define XGDN_OP_FUNCTION(Params, name, ...) \
+  template void check(const Params& p);     \
   void name(const Params& p) {              \
     dispatch(p);                            \
   }

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the checks of the ops have in common: roles that a tensor plays in a call.
+#pragma once
+
+#include <initializer_list>
+
+#include "core/kernels/dispatch/dims.h"
+
+namespace xgdn::kernel {
+
+// The dtypes of the first tensor of an op, which most of the others share.
+inline constexpr std::initializer_list<at::ScalarType> kInputTypes = {at::kFloat, at::kBFloat16, at::kHalf};
+
+inline void match_strided(Dims& d, std::string_view arg, const at::Tensor& t, std::string_view names,
+                          std::initializer_list<at::ScalarType> allowed) {
+  d.match(arg, t, names).dtype(arg, t, allowed).last_contiguous(arg, t);
+}
+
+// `t` is a tensor, or one that may be absent.
+template <typename T>
+void match_contiguous(Dims& d, std::string_view arg, const T& t, std::string_view names,
+                      std::initializer_list<at::ScalarType> allowed) {
+  d.match(arg, t, names).dtype(arg, t, allowed).contiguous(arg, t);
+}
+
+template <typename T>
+void match_indices(Dims& d, std::string_view arg, const T& indices, std::string_view names) {
+  match_contiguous(d, arg, indices, names, {at::kInt});
+}
+
+// Slots may have gaps between them.
+inline void match_pool(Dims& d, std::string_view arg, const at::Tensor& pool, std::string_view names,
+                       std::initializer_list<at::ScalarType> allowed) {
+  d.match(arg, pool, names).dtype(arg, pool, allowed).contiguous(arg, pool, 1).written(arg);
+}
+
+// A result. `in_place` as in Dims::written.
+inline void match_out(Dims& d, std::string_view arg, const at::Tensor& out, std::string_view names,
+                      std::initializer_list<at::ScalarType> allowed, std::string_view in_place = {}) {
+  match_strided(d, arg, out, names, allowed);
+  d.written(arg, in_place);
+}
+
+inline void match_taps(Dims& d, std::string_view arg, const at::Tensor& weight, at::ScalarType in) {
+  match_contiguous(d, arg, weight, "D W", {in});
+  d.require(d.sym("W") >= 2 && d.sym("W") <= 4, arg, ": expected a width W of 2 to 4, got ", d.sym("W"));
+}
+
+inline void bind_sequences(Dims& d, const at::Tensor& cu_seqlens) {
+  match_indices(d, "cu_seqlens", cu_seqlens, "N+1");
+  d.require(d.sym("N+1") >= 1, "cu_seqlens: expected at least one entry, got [0]");
+  d.bind("N", d.sym("N+1") - 1, "cu_seqlens");
+}
+
+}  // namespace xgdn::kernel

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with weights, and the gate between the two of an MLP.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "core/kernels/ops/contract.h"
+
+namespace xgdn::kernel {
+
+/// out = silu(gate) * up. out may be gate or up.
+struct SiluAndMulParams {
+  at::Tensor gate;  // [T, I]  f32 | bf16 | f16, strided
+  at::Tensor up;    // [T, I]  as gate, strided
+  at::Tensor out;   // [T, I]  as gate, strided, written
+  std::string backend = "auto";
+};
+void silu_and_mul(const SiluAndMulParams& p);
+
+/// out = x weight^T + bias, summed in fp32. Where last_is_batch_invariant promises it, a token's result has the same
+/// bits whatever tokens are beside it.
+struct LinearParams {
+  at::Tensor x;                         // [T, D]  f32 | bf16 | f16, strided
+  at::Tensor weight;                    // [O, D]  as x, strided
+  at::Tensor out;                       // [T, O]  f32 | as x, strided, written
+  std::optional<at::Tensor> bias = {};  // [O]     as x
+  std::string backend = "auto";
+};
+void linear(const LinearParams& p);
+
+}  // namespace xgdn::kernel
