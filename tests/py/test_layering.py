@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Includes point down only, backends do not know each other, and one file knows what a build has."""
+"""Includes point down only, in core/kernels too; backends do not know each other; one file knows what a build has."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ FREE_FOR_ALL = {"core/errors.h"}
 # What other levels may include of the kernels: ops_api.h, and what it is made of.
 KERNEL_API = {"core/kernels/ops_api.h", "core/kernels/chunk_metadata.h"}
 BACKENDS = ("reference", "cpu", "cuda", "npu")
+# Inside the kernels, from the bottom up: the contract of the ops, compositions of ATen, the backends, dispatch.
+KERNEL_FOLDERS = (("",), ("aten",), BACKENDS, ("dispatch",))
+# The one file that sees a backend from outside, and of a backend its header alone.
+REGISTRY = "core/kernels/dispatch/registry.cpp"
+BACKEND_HEADERS = {f"core/kernels/{name}/{name}_backend.h" for name in BACKENDS}
 
 # The headers that are installed, in core/install.cmake.
 PUBLIC_HEADERS = {
@@ -48,6 +53,18 @@ def backend_of(path: str) -> str | None:
     return next((name for name in BACKENDS if path.startswith(f"core/kernels/{name}/")), None)
 
 
+def kernel_folder(path: str) -> str | None:
+    """The folder below core/kernels that `path` is in, "" for core/kernels itself, None elsewhere."""
+    parts = path.split("/")
+    if parts[:2] != ["core", "kernels"]:
+        return None
+    return parts[2] if len(parts) > 3 else ""
+
+
+def kernel_rank(path: str) -> int | None:
+    return next((i for i, folders in enumerate(KERNEL_FOLDERS) if kernel_folder(path) in folders), None)
+
+
 def violations(source: str, included: list[str]) -> list[str]:
     found = []
     own_level, own_backend = level(source), backend_of(source)
@@ -62,14 +79,21 @@ def violations(source: str, included: list[str]) -> list[str]:
             found.append(f"{source} includes {path}, which is above it")
         if other == 0 and own_level > 0 and path not in KERNEL_API:
             found.append(f"{source} includes {path}; of the kernels only ops_api.h is for others")
+        if own_level == other == 0:
+            own_rank, other_rank = kernel_rank(source), kernel_rank(path)
+            if own_rank is None or other_rank is None:
+                found.append(f"{source} includes {path}, and one of them is in no known folder of core/kernels")
+            elif other_rank > own_rank:
+                found.append(f"{source} includes {path}, which is above it")
         other_backend = backend_of(path)
-        if other_backend is not None and other_backend != own_backend:
+        is_registered = source == REGISTRY and path in BACKEND_HEADERS
+        if other_backend is not None and other_backend != own_backend and not is_registered:
             found.append(f"{source} includes {path}, which belongs to the {other_backend} backend")
     return found
 
 
 def test_there_is_something_to_check() -> None:
-    assert {"core/kernels/ops_api.h", "core/kernels/registry.cpp"} <= set(SOURCES)
+    assert {"core/kernels/ops_api.h", REGISTRY} <= set(SOURCES)
     assert any(includes(source) for source in SOURCES)
     assert {"core/errors.h", "core/runtime/engine.h"} <= PUBLIC_HEADERS
 
@@ -94,7 +118,7 @@ def test_own_files_are_included_by_their_path_from_the_root(source: str) -> None
 @pytest.mark.parametrize("source", SOURCES)
 def test_only_the_registry_asks_what_is_built(source: str) -> None:
     asks = re.findall(r"^\s*#\s*(?:if|ifdef|ifndef|elif).*XGDN_WITH_.*$", (ROOT / source).read_text(), re.MULTILINE)
-    assert source == "core/kernels/registry.cpp" or asks == []
+    assert source == REGISTRY or asks == []
 
 
 @pytest.mark.parametrize("source", [s for s in SOURCES if s.startswith("core/")])
@@ -107,14 +131,20 @@ def test_the_core_knows_no_python(source: str) -> None:
 @pytest.mark.parametrize(
     ("source", "path", "word"),
     [
-        ("core/kernels/ops_api.cpp", "core/layers/gdn_batch.h", "above"),
+        ("core/kernels/dispatch/dispatch.cpp", "core/layers/gdn_batch.h", "above"),
         ("core/layers/linear.cpp", "core/kernels/backend.h", "only ops_api.h"),
         ("core/kernels/cpu/cpu_backend.cpp", "core/kernels/reference/delta_rule_head.h", "reference backend"),
-        ("core/kernels/registry.cpp", "core/kernels/cpu/rows.h", "cpu backend"),
+        (REGISTRY, "core/kernels/cpu/simd-inl.h", "cpu backend"),
+        ("core/kernels/dispatch/doctor.cpp", "core/kernels/cpu/cpu_backend.h", "cpu backend"),
+        ("core/kernels/cpu/cpu_backend.cpp", "core/kernels/dispatch/dims.h", "above"),
+        ("core/kernels/aten/indexing.cpp", "core/kernels/dispatch/dims.h", "above"),
+        ("core/kernels/aten/indexing.cpp", "core/kernels/cpu/cpu_backend.h", "above"),
+        ("core/kernels/backend.h", "core/kernels/aten/indexing.h", "above"),
+        ("core/kernels/strange/strange.cpp", "core/kernels/backend.h", "no known folder"),
         ("core/runtime/engine.cpp", "bindings/module.h", "above"),
         ("core/checkpoint/load_report.cpp", "core/runtime/engine.h", "above"),
         ("core/models/hybrid_decoder.cpp", "core/checkpoint/checkpoint.h", "above"),
-        ("core/kernels/ops_api.cpp", "core/strange.h", "no level"),
+        ("core/kernels/dispatch/dispatch.cpp", "core/strange.h", "no level"),
     ],
 )
 def test_a_violation_would_be_found(source: str, path: str, word: str) -> None:

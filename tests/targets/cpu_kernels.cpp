@@ -12,11 +12,11 @@
 
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
-#include "core/kernels/cpu/gated_delta_rule.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/linear.h"
 #include "core/kernels/cpu/paged_attention.h"
+#include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/cpu/silu_and_mul.h"
@@ -149,19 +149,17 @@ struct Rule {
   Numbers g = Numbers::random(DType::kFloat32, N* tokens* HV);
   Numbers beta = Numbers::random(DType::kFloat32, N* tokens* HV);
 
-  GatedDeltaRuleArgs args(Numbers& state, DType state_dtype) {
+  RecurrentGatedDeltaRuleArgs args(Numbers& state, DType state_dtype) {
     for (size_t i = 0; i < g.size(); ++i) {
       g.set(i, -std::abs(static_cast<float>(g[i])));
       beta.set(i, std::min(std::abs(static_cast<float>(beta[i])), 1.0f));
     }
-    GatedDeltaRuleArgs a;
+    RecurrentGatedDeltaRuleArgs a;
     a.N = N, a.H = H, a.HV = HV, a.K = K, a.V = V;
     a.q = q.in(H * K, K), a.k = k.in(H * K, K), a.v = v.in(HV * V, V);
     a.g = g.in(HV, 1), a.beta = beta.in(HV, 1);
     a.out = out.out(HV * V, V);
-    a.state = state.data();
-    a.is_state_bfloat16 = state_dtype == DType::kBFloat16;
-    a.slot_stride = HV * V * K;
+    a.state = {.data = state.data(), .dtype = state_dtype, .stride = HV * V * K};
     a.scale = 0.5f;
     a.v_block = V;
     return a;
@@ -169,24 +167,9 @@ struct Rule {
 
   // The same in chunks, with f32 products.
   ChunkGatedDeltaRuleArgs chunk_args(Numbers& state, DType state_dtype) {
-    const GatedDeltaRuleArgs a = args(state, state_dtype);
-    return {.N = N,
-            .H = H,
-            .HV = HV,
-            .K = K,
-            .V = V,
-            .q = a.q,
-            .k = a.k,
-            .v = a.v,
-            .g = a.g,
-            .beta = a.beta,
-            .out = a.out,
-            .state = a.state,
-            .is_state_bfloat16 = a.is_state_bfloat16,
-            .slot_stride = a.slot_stride,
-            .scale = a.scale,
-            .heads_per_item = HV,
-            .v_block = V};
+    ChunkGatedDeltaRuleArgs a = {args(state, state_dtype)};
+    a.heads_per_item = HV, a.v_block = V;
+    return a;
   }
 
   // o of all tokens; `state` [N, HV, V, K] becomes the last.
@@ -219,8 +202,8 @@ Doubles doubles(const Numbers& x, size_t count) {
   return wide;
 }
 
-void run(const GatedDeltaRuleArgs& args) {
-  gated_delta_rule(args, 0, num_work_items(args));
+void run(const RecurrentGatedDeltaRuleArgs& args) {
+  recurrent_gated_delta_rule(args, 0, num_work_items(args));
 }
 
 void run(const ChunkGatedDeltaRuleArgs& args) {
@@ -239,7 +222,7 @@ void test_rule(const std::string& kernel, Args (Rule::*make_args)(Numbers&, DTyp
   const int32_t slots[] = {0, 1};
   const int32_t cu_seqlens[] = {0, static_cast<int32_t>(tokens), static_cast<int32_t>(2 * tokens)};
   Args args = (rule.*make_args)(state, state_dtype);
-  args.read_slots = args.write_slots = slots;
+  args.state.read = args.state.write = slots;
   args.cu_seqlens = cu_seqlens;
   run(args);
   const Doubles want = rule.in_double(want_state);
@@ -275,7 +258,7 @@ void test_fast_chunks(int32_t tokens, const Keys& keys, float g, float beta, con
   Doubles want_state = doubles(state, state.size());
   const int32_t slots[] = {0, 1}, cu_seqlens[] = {0, tokens, 2 * tokens};
   ChunkGatedDeltaRuleArgs args = rule.chunk_args(state, DType::kFloat32);
-  args.read_slots = args.write_slots = slots;
+  args.state.read = args.state.write = slots;
   args.cu_seqlens = cu_seqlens;
   args.products = products;
   run(args);
@@ -305,9 +288,9 @@ void test_verification(int64_t K, int64_t V, DType state_dtype) {
     for (const size_t first : {size_t{0}, slot}) decoded.set(first + i, static_cast<float>(initial[i]));
   }
   const int32_t table[] = {0, 1, 2, 3, 4, 5}, accepted[] = {1, 1}, cu_seqlens[] = {0, 3, 6};
-  GatedDeltaRuleArgs args = rule.args(drafted, state_dtype);
+  RecurrentGatedDeltaRuleArgs args = rule.args(drafted, state_dtype);
   args.L = kTokens;
-  args.read_slots = table;
+  args.state.read = table;
   args.num_accepted = accepted;
   args.cu_seqlens = cu_seqlens;
   run(args);
@@ -317,9 +300,9 @@ void test_verification(int64_t K, int64_t V, DType state_dtype) {
   for (int32_t t = 0; t < kTokens; ++t) {
     for (int32_t n = 0; n < 2; ++n) {
       const int32_t row[] = {n * 3 + t, n * 3 + t + 1};
-      GatedDeltaRuleArgs one = rule.args(decoded, state_dtype);
+      RecurrentGatedDeltaRuleArgs one = rule.args(decoded, state_dtype);
       one.N = 1;
-      one.read_slots = one.write_slots = table + n;
+      one.state.read = one.state.write = table + n;
       one.cu_seqlens = row;
       run(one);
       bool same = true;
@@ -343,8 +326,7 @@ void test_conv(int64_t W, DType dtype) {
   args.N = 1, args.D = kChannels, args.W = W, args.R = W - 1;
   args.x = x.in(kChannels, 0), args.out = out.out(kChannels, 0);
   args.weight = weight.data(), args.bias = bias.data();
-  args.conv_state = pool.data(), args.conv_state_dtype = dtype, args.slot_stride = (W - 1) * kChannels;
-  args.read_slots = args.write_slots = slot, args.cu_seqlens = cu_seqlens;
+  args.conv_state = {pool.data(), dtype, (W - 1) * kChannels, slot, slot}, args.cu_seqlens = cu_seqlens;
   causal_conv1d(args, 0, num_work_items(args));
 
   Doubles want, want_pool;
@@ -408,22 +390,20 @@ void test_decode_step(int64_t K, int64_t V, DType dtype, DType state_dtype) {
   GdnDecodeStepArgs a;
   a.conv.N = N, a.conv.D = D, a.conv.W = W, a.conv.R = W - 1;
   a.conv.x = projected.in(width, 0), a.conv.weight = weight.data(), a.conv.is_update = true;
-  a.conv.conv_state = pool.data(), a.conv.conv_state_dtype = dtype, a.conv.slot_stride = (W - 1) * D;
-  a.conv.read_slots = a.conv.write_slots = slots, a.conv.cu_seqlens = cu_seqlens;
+  a.conv.conv_state = {pool.data(), dtype, (W - 1) * D, slots, slots}, a.conv.cu_seqlens = cu_seqlens;
   a.rule.N = N, a.rule.H = H, a.rule.HV = HV, a.rule.K = K, a.rule.V = V, a.rule.v_block = V;
   a.rule.beta = projected.in(width, 1, D + HV * V), a.rule.g = projected.in(width, 1, D + HV * V + HV);
   a.rule.A_log = a.rule.dt_bias = heads.in(0, 1);
-  a.rule.state = state.data(), a.rule.is_state_bfloat16 = state_dtype == DType::kBFloat16;
-  a.rule.slot_stride = HV * V * K, a.rule.scale = 0.5f;
-  a.rule.read_slots = a.rule.write_slots = slots, a.rule.out = out.out(HV * V, V);
+  a.rule.state = {state.data(), state_dtype, HV * V * K, slots, slots}, a.rule.scale = 0.5f;
+  a.rule.out = out.out(HV * V, V);
   a.norm.HV = HV, a.norm.V = V, a.norm.eps = 1e-6f;
   a.norm.z = projected.in(width, V, D), a.norm.weight = norm_weight.in(0, 1), a.norm.out = a.rule.out;
 
   Numbers other_pool = pool, other_state = state, other_out = out, mixed(dtype, N * D), o(dtype, N * HV * V);
   gdn_decode_step(a, 0, num_work_items(a));
 
-  a.conv.conv_state = other_pool.data(), a.conv.out = mixed.out(D, 0);
-  a.rule.state = other_state.data(), a.rule.out = o.out(HV * V, V);
+  a.conv.conv_state.data = other_pool.data(), a.conv.out = mixed.out(D, 0);
+  a.rule.state.data = other_state.data(), a.rule.out = o.out(HV * V, V);
   a.rule.q = mixed.in(D, K), a.rule.k = mixed.in(D, K, H * K), a.rule.v = mixed.in(D, V, 2 * H * K);
   a.norm.x = o.in(HV * V, V), a.norm.out = other_out.out(HV * V, V);
   causal_conv1d(a.conv, 0, num_work_items(a.conv));

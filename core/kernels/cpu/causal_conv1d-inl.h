@@ -46,8 +46,8 @@ inline const char* channel(const void* base, DType dtype, int64_t index) {
 }
 
 inline char* state_row(const CausalConv1dArgs& args, const ConvBlock& b, int32_t slot, int64_t r) {
-  return static_cast<char*>(args.conv_state) +
-         (slot * args.slot_stride + r * args.D + b.first) * size_of(args.conv_state_dtype);
+  return static_cast<char*>(args.conv_state.data) +
+         (slot * args.conv_state.stride + r * args.D + b.first) * size_of(args.conv_state.dtype);
 }
 
 // [channels, W] to [W, channels].
@@ -88,7 +88,7 @@ inline void load_input(const CausalConv1dArgs& args, const ConvBlock& b, int64_t
 // Rows first_row, first_row + 1, ... of a slot.
 inline void load_history(const CausalConv1dArgs& args, const ConvBlock& b, int32_t slot, int64_t first_row, float* to) {
   for (int64_t r = 0; r < args.W - 1; ++r) {
-    load_row(args.conv_state_dtype, state_row(args, b, slot, first_row + r), b.count, row(to, r));
+    load_row(args.conv_state.dtype, state_row(args, b, slot, first_row + r), b.count, row(to, r));
   }
 }
 
@@ -119,17 +119,17 @@ inline void convolve(const CausalConv1dArgs& args, const ConvBlock& b, const flo
 inline void convolve_decode(const CausalConv1dArgs& args, int64_t n, int64_t token, int64_t first_row,
                             const ConvBlock& b) {
   const int64_t history = args.W - 1;
-  const int32_t from = args.read_slots[n];
+  const int32_t from = args.conv_state.read[n];
   load_history(args, b, from, first_row, b.window);
   load_input(args, b, token, row(b.window, history));
   convolve(args, b, b.window);
-  const int32_t to = args.write_slots[n];
+  const int32_t to = args.conv_state.write[n];
   if (to < 0) return;
   for (int64_t r = 0; r < history - 1; ++r) {
     std::memcpy(state_row(args, b, to, r), state_row(args, b, from, first_row + r + 1),
-                b.count * size_of(args.conv_state_dtype));
+                b.count * size_of(args.conv_state.dtype));
   }
-  store_row(args.conv_state_dtype, row(b.window, history), b.count, state_row(args, b, to, history - 1));
+  store_row(args.conv_state.dtype, row(b.window, history), b.count, state_row(args, b, to, history - 1));
 }
 
 }  // namespace HWY_NAMESPACE

@@ -32,22 +32,22 @@ void write_history(const CausalConv1dArgs& args, ConvBlock& b, int32_t slot, int
       load_input(args, b, begin + entry - history, b.out);
       values = b.out;
     }
-    store_row(args.conv_state_dtype, values, b.count, state_row(args, b, slot, r));
+    store_row(args.conv_state.dtype, values, b.count, state_row(args, b, slot, r));
   }
 }
 
 void copy_slot(const CausalConv1dArgs& args, const ConvBlock& b, int32_t from, int32_t to) {
   if (from == to) return;
   for (int64_t r = 0; r < args.R; ++r) {
-    std::memcpy(state_row(args, b, to, r), state_row(args, b, from, r), b.count * size_of(args.conv_state_dtype));
+    std::memcpy(state_row(args, b, to, r), state_row(args, b, from, r), b.count * size_of(args.conv_state.dtype));
   }
 }
 
 void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
   const int64_t begin = args.cu_seqlens[n];
   const int64_t len = args.cu_seqlens[n + 1] - begin;
-  const int32_t read_slot = args.read_slots[n];
-  const int32_t write_slot = args.write_slots[n];
+  const int32_t read_slot = args.conv_state.read[n];
+  const int32_t write_slot = args.conv_state.write[n];
   const auto out_channels = [&](int64_t token) {
     return const_cast<char*>(channel(args.out.at(token, 0), args.out.dtype, b.first));
   };

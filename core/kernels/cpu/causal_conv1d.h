@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
-#include "core/kernels/cpu/rows.h"
+#include "core/kernels/args.h"
 
 namespace xgdn::kernel::cpu {
 
-/// Letters as in ops_api.h. Strides count elements.
+/// Letters as in ops_api.h.
 struct CausalConv1dArgs {
   int64_t N = 0;
   int64_t D = 0;
@@ -21,13 +21,9 @@ struct CausalConv1dArgs {
   const void* bias = nullptr;    // [D]        as x; null: none
   bool silu = true;
 
-  void* conv_state = nullptr;  // [S, R, D]
-  DType conv_state_dtype = DType::kFloat32;
-  int64_t slot_stride = 0;
+  SlotView conv_state;  // [S, R, D]
 
   const int32_t* cu_seqlens = nullptr;      // [N+1]
-  const int32_t* read_slots = nullptr;      // [N]
-  const int32_t* write_slots = nullptr;     // [N]
   const bool* has_initial_state = nullptr;  // [N]  null: all true
   const int32_t* num_accepted = nullptr;    // [N]  null: history starts at row 0
   bool is_update = false;                   // keep every input, so that any acceptance count can be resumed

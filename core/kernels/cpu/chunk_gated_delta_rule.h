@@ -4,37 +4,14 @@
 
 #include <cstdint>
 
+#include "core/kernels/args.h"
 #include "core/kernels/cpu/packed_product.h"
-#include "core/kernels/cpu/rows.h"
 
 namespace xgdn::kernel::cpu {
 
-/// Letters as in ops_api.h. Strides count elements. K and V are multiples of 16.
-struct ChunkGatedDeltaRuleArgs {
-  int64_t N = 0;
-  int64_t H = 0;
-  int64_t HV = 0;
-  int64_t K = 0;
-  int64_t V = 0;
-
-  InRows q;     // [T, H, K]
-  InRows k;     // [T, H, K]
-  InRows v;     // [T, HV, V]
-  InRows g;     // [T, HV]
-  InRows beta;  // [T, HV]
-  OutRows out;  // [T, HV, V]
-
-  void* state = nullptr;  // [S, HV, V, K]  f32 | bf16
-  bool is_state_bfloat16 = false;
-  int64_t slot_stride = 0;
-
-  const int32_t* cu_seqlens = nullptr;      // [N+1]
-  const int32_t* read_slots = nullptr;      // [N]
-  const int32_t* write_slots = nullptr;     // [N]
+/// K and V are multiples of 16.
+struct ChunkGatedDeltaRuleArgs : DeltaRuleArgs {
   const bool* has_initial_state = nullptr;  // [N]  null: all true
-
-  float scale = 1.0f;
-  bool normalise_qk = true;
 
   const BFloat16Products* products = nullptr;  // null: f32 products
 

@@ -1,144 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-// The cpu backend: tensors become pointers and strides, work items are spread over ATen's threads.
-#include <ATen/Parallel.h>
+// The cpu backend: each op's tensors as its kernel's arguments, and how its work is cut into items.
+#include "core/kernels/cpu/cpu_backend.h"
+
 #include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
-#include "core/kernels/backend.h"
+#include "core/kernels/aten/host_backend.h"
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
-#include "core/kernels/cpu/gated_delta_rule.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/instruction_sets.h"
 #include "core/kernels/cpu/linear.h"
 #include "core/kernels/cpu/paged_attention.h"
+#include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/cpu/silu_and_mul.h"
-#include "core/kernels/registry.h"
+#include "core/kernels/cpu/threads.h"
+#include "core/kernels/tensor_args.h"
 
 namespace xgdn::kernel {
 namespace {
 
-using cpu::DType;
-using cpu::InRows;
-using cpu::OutRows;
-
-// Below this many elements a thread costs more than it brings.
-constexpr int64_t kElementsPerThread = 16384;
-
-DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      return DType::kFloat32;
-  }
-}
-
-// Rows [token, head] or [token] of a tensor whose last dimension is the row.
-InRows in_rows(const at::Tensor& t) {
-  return {.data = t.const_data_ptr(),
-          .dtype = dtype_of(t),
-          .token_stride = t.stride(0),
-          .head_stride = t.dim() > 2 ? t.stride(1) : 0};
-}
-
-OutRows out_rows(const at::Tensor& t) {
-  return {.data = t.mutable_data_ptr(),
-          .dtype = dtype_of(t),
-          .token_stride = t.stride(0),
-          .head_stride = t.dim() > 2 ? t.stride(1) : 0};
-}
-
-// Rows [token, head] of `dim` elements among the columns of t [token, columns].
-InRows in_columns(const at::Tensor& t, int64_t first, int64_t dim) {
-  const DType dtype = dtype_of(t);
-  return {.data = static_cast<const char*>(t.const_data_ptr()) + first * cpu::size_of(dtype),
-          .dtype = dtype,
-          .token_stride = t.stride(0),
-          .head_stride = dim};
-}
-
-OutRows out_columns(const at::Tensor& t) {
-  return {.data = t.mutable_data_ptr(), .dtype = dtype_of(t), .token_stride = t.stride(0), .head_stride = 1};
-}
-
-// One number for each (token, head).
-InRows in_scalars(const at::Tensor& t) {
-  return {.data = t.const_data_ptr(), .dtype = dtype_of(t), .token_stride = t.stride(0), .head_stride = t.stride(1)};
-}
-
-// One number for each head.
-InRows in_heads(const at::Tensor& t) {
-  return {.data = t.const_data_ptr(), .dtype = dtype_of(t), .token_stride = 0, .head_stride = 1};
-}
-
-template <typename T>
-const T* pointer(const std::optional<at::Tensor>& t) {
-  return t ? t->const_data_ptr<T>() : nullptr;
-}
-
-int64_t threads_for(int64_t elements) {
-  return std::clamp<int64_t>(elements / kElementsPerThread, 1, at::get_num_threads());
-}
-
-// What the delta rules share.
-template <typename Params>
-cpu::GatedDeltaRuleArgs delta_args(const Params& p, const GdnShape& s, bool normalise_qk) {
-  return {.N = s.N,
-          .H = s.H,
-          .HV = s.HV,
-          .K = s.K,
-          .V = s.V,
-          .L = s.L,
-          .out = out_rows(p.out),
-          .state = p.state.mutable_data_ptr(),
-          .is_state_bfloat16 = p.state.scalar_type() == at::kBFloat16,
-          .slot_stride = p.state.stride(0),
-          .read_slots = p.state_indices.template const_data_ptr<int32_t>(),
-          .write_slots = p.write_indices.value_or(p.state_indices).template const_data_ptr<int32_t>(),
-          .scale = static_cast<float>(p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)))),
-          .normalise_qk = normalise_qk,
-          .v_block = s.V};
-}
-
-template <typename Params>
-cpu::GatedDeltaRuleArgs packed_args(const Params& p, const GdnShape& s) {
-  cpu::GatedDeltaRuleArgs args = delta_args(p, s, p.use_qk_l2norm_in_kernel);
-  args.q = in_rows(p.q);
-  args.k = in_rows(p.k);
-  args.v = in_rows(p.v);
-  args.g = in_scalars(p.g);
-  args.beta = in_scalars(p.beta);
-  args.cu_seqlens = p.cu_seqlens.template const_data_ptr<int32_t>();
-  return args;
-}
-
-// Calls f(begin, end) over `count` items. Threads take ranges as they come: items differ in length, threads are
-// disturbed. Ranges of several items let a thread read ahead from one item to the next.
-template <class F>
-void parallel_dynamic(int64_t threads, int64_t count, const F& f) {
-  constexpr int64_t kRangesPerThread = 16;
-  const int64_t range = std::max<int64_t>(count / (threads * kRangesPerThread), 1);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(range, std::memory_order_relaxed)) < count;) {
-      f(begin, std::min(begin + range, count));
-    }
-  });
-}
+using cpu::parallel_dynamic;
+using cpu::parallel_ranges;
+using cpu::threads_for;
 
 // Few items are split into blocks of V rows.
-void run_delta_rule(cpu::GatedDeltaRuleArgs args, const GdnShape& s) {
+void run_delta_rule(cpu::RecurrentGatedDeltaRuleArgs args, const GdnShape& s) {
   const int64_t threads = threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K);
   const int64_t items = std::max<int64_t>(args.N * args.HV, 1);
   const int64_t steps = args.V / cpu::kHeadDimStep;
@@ -146,7 +40,7 @@ void run_delta_rule(cpu::GatedDeltaRuleArgs args, const GdnShape& s) {
   args.v_block = (steps + blocks - 1) / blocks * cpu::kHeadDimStep;
 
   parallel_dynamic(threads, cpu::num_work_items(args),
-                   [&](int64_t begin, int64_t end) { cpu::gated_delta_rule(args, begin, end); });
+                   [&](int64_t begin, int64_t end) { cpu::recurrent_gated_delta_rule(args, begin, end); });
 }
 
 // "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
@@ -161,36 +55,12 @@ const cpu::BFloat16Products* chunk_products(const ChunkGatedDeltaRuleParams& p) 
   return is_fast(p) && products != nullptr && products->are_tiles ? products : nullptr;
 }
 
-cpu::ChunkGatedDeltaRuleArgs chunk_args(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
-  return {.N = s.N,
-          .H = s.H,
-          .HV = s.HV,
-          .K = s.K,
-          .V = s.V,
-          .q = in_rows(p.q),
-          .k = in_rows(p.k),
-          .v = in_rows(p.v),
-          .g = in_scalars(p.g),
-          .beta = in_scalars(p.beta),
-          .out = out_rows(p.out),
-          .state = p.state.mutable_data_ptr(),
-          .is_state_bfloat16 = p.state.scalar_type() == at::kBFloat16,
-          .slot_stride = p.state.stride(0),
-          .cu_seqlens = p.cu_seqlens.const_data_ptr<int32_t>(),
-          .read_slots = p.state_indices.const_data_ptr<int32_t>(),
-          .write_slots = p.write_indices.value_or(p.state_indices).const_data_ptr<int32_t>(),
-          .has_initial_state = pointer<bool>(p.has_initial_state),
-          .scale = static_cast<float>(p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)))),
-          .normalise_qk = p.use_qk_l2norm_in_kernel,
-          .products = chunk_products(p),
-          .heads_per_item = s.HV / s.H,
-          .v_block = s.V};
-}
-
 // The value heads of a key head share an item unless their states outgrow the cache or threads would have nothing to
 // do; then V is split as well.
 void run_chunks(cpu::ChunkGatedDeltaRuleArgs args, const GdnShape& s) {
   constexpr int64_t kItemState = 1 << 18;  // elements
+  args.heads_per_item = s.HV / s.H;
+  args.v_block = s.V;
   const int64_t threads = threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K);
   const int64_t wanted = threads == 1 ? 1 : 2 * threads;
   const int64_t group = s.HV / s.H;
@@ -220,17 +90,11 @@ cpu::CausalConv1dArgs conv_args(const Params& p, const ConvShape& s) {
           .weight = p.weight.const_data_ptr(),
           .bias = p.bias ? p.bias->const_data_ptr() : nullptr,
           .silu = p.silu,
-          .conv_state = p.conv_state.mutable_data_ptr(),
-          .conv_state_dtype = dtype_of(p.conv_state),
-          .slot_stride = p.conv_state.stride(0),
-          .cu_seqlens = p.cu_seqlens.template const_data_ptr<int32_t>(),
-          .read_slots = p.state_indices.template const_data_ptr<int32_t>(),
-          .write_slots = p.write_indices.value_or(p.state_indices).template const_data_ptr<int32_t>()};
+          .conv_state = slot_view(p.conv_state, p.state_indices, p.write_indices),
+          .cu_seqlens = p.cu_seqlens.template const_data_ptr<int32_t>()};
 }
 
 cpu::CausalConv1dArgs decode_conv_args(const GdnDecodeStepParams& p, const ConvShape& s) {
-  const at::Tensor& reads = p.conv_indices ? *p.conv_indices : p.state_indices;
-  const at::Tensor& writes = p.write_indices ? *p.write_indices : reads;
   return {.N = s.N,
           .D = s.D,
           .W = s.W,
@@ -238,19 +102,8 @@ cpu::CausalConv1dArgs decode_conv_args(const GdnDecodeStepParams& p, const ConvS
           .x = in_rows(p.projected),
           .weight = p.conv_weight.const_data_ptr(),
           .bias = p.conv_bias ? p.conv_bias->const_data_ptr() : nullptr,
-          .conv_state = p.conv_state.mutable_data_ptr(),
-          .conv_state_dtype = dtype_of(p.conv_state),
-          .slot_stride = p.conv_state.stride(0),
-          .read_slots = reads.const_data_ptr<int32_t>(),
-          .write_slots = writes.const_data_ptr<int32_t>(),
+          .conv_state = slot_view(p.conv_state, p.conv_indices.value_or(p.state_indices), p.write_indices),
           .is_update = true};
-}
-
-// Calls f(begin, end) over `count` items of `elements` each.
-template <class F>
-void parallel_ranges(int64_t count, int64_t elements, const F& f) {
-  const int64_t threads = threads_for(count * elements);
-  at::parallel_for(0, count, std::max<int64_t>((count + threads - 1) / threads, 1), f);
 }
 
 void run_conv(const cpu::CausalConv1dArgs& args, const ConvShape& s) {
@@ -316,20 +169,15 @@ std::optional<std::string> why_not_head_dims(const GdnShape& s) {
   return std::nullopt;
 }
 
-class CpuBackend final : public Backend {
+class CpuBackend final : public HostBackend {
  public:
   CpuBackend() { cpu::limit_highway_targets(); }
 
-  using Backend::is_batch_invariant;
-  using Backend::run;
-  using Backend::why_not;
+  using HostBackend::is_batch_invariant;
+  using HostBackend::run;
+  using HostBackend::why_not;
 
   std::string_view name() const override { return "cpu"; }
-
-  std::optional<std::string> why_not_device(c10::Device device) const override {
-    if (device.is_cpu()) return std::nullopt;
-    return c10::str("it runs on the CPU, the tensors are on ", device.str());
-  }
 
   std::optional<std::string> why_not(const RecurrentGatedDeltaRuleParams&, const GdnShape& s) const override {
     return why_not_head_dims(s);
@@ -360,15 +208,22 @@ class CpuBackend final : public Backend {
   }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
-    cpu::GatedDeltaRuleArgs args = packed_args(p, s);
+    cpu::RecurrentGatedDeltaRuleArgs args = {delta_rule_args(p, s)};
     args.num_accepted = pointer<int32_t>(p.num_accepted);
+    args.L = s.L;
     run_delta_rule(args, s);
   }
 
-  void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override { run_chunks(chunk_args(p, s), s); }
+  void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override {
+    run_chunks({delta_rule_args(p, s),
+                /*has_initial_state=*/pointer<bool>(p.has_initial_state),
+                /*products=*/chunk_products(p)},
+               s);
+  }
 
   void run(const PackedDecodeParams& p, const GdnShape& s) const override {
-    cpu::GatedDeltaRuleArgs args = delta_args(p, s, p.use_qk_l2norm_in_kernel);
+    cpu::RecurrentGatedDeltaRuleArgs args = {pool_args(p, s)};
+    args.normalise_qk = p.use_qk_l2norm_in_kernel;
     args.q = in_columns(p.mixed_qkv, 0, s.K);
     args.k = in_columns(p.mixed_qkv, s.H * s.K, s.K);
     args.v = in_columns(p.mixed_qkv, 2 * s.H * s.K, s.V);
@@ -408,7 +263,7 @@ class CpuBackend final : public Backend {
     const int64_t z = shape.conv.D;
     const int64_t b = z + s.HV * s.V;
     cpu::GdnDecodeStepArgs args = {.conv = decode_conv_args(p, shape.conv),
-                                   .rule = delta_args(p, s, /*normalise_qk=*/true),
+                                   .rule = {pool_args(p, s)},
                                    .norm = {.HV = s.HV,
                                             .V = s.V,
                                             .z = in_columns(p.projected, z, s.V),
@@ -419,6 +274,7 @@ class CpuBackend final : public Backend {
     args.rule.beta = in_columns(p.projected, b, 1);
     args.rule.A_log = in_heads(p.A_log);
     args.rule.dt_bias = in_heads(p.dt_bias);
+    args.rule.v_block = s.V;
     parallel_dynamic(threads_for(s.N * s.HV * s.V * s.K), cpu::num_work_items(args),
                      [&](int64_t begin, int64_t end) { cpu::gdn_decode_step(args, begin, end); });
   }
@@ -441,7 +297,7 @@ class CpuBackend final : public Backend {
   }
 
   void run(const LinearParams& p, const LinearShape& s) const override {
-    has_products(p, s) ? run_products(p, s) : Backend::run(p, s);
+    has_products(p, s) ? run_products(p, s) : aten::linear(p);
   }
 
   void run(const PagedAttentionParams& p, const AttentionShape& s) const override {
@@ -463,7 +319,7 @@ class CpuBackend final : public Backend {
         cpu::paged_attention(args, tokens[static_cast<size_t>(item / s.HKV)], item % s.HKV);
       }
     });
-    attend_one_by_one(p, kMostAttentionTokens);
+    aten::attend_one_by_one(p, kMostAttentionTokens);
   }
 
   void run(const RmsNormGatedParams& p, const GdnShape& s) const override {

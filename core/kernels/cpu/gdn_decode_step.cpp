@@ -15,7 +15,7 @@
 #include "hwy/highway.h"
 
 #include "core/kernels/cpu/causal_conv1d-inl.h"
-#include "core/kernels/cpu/gated_delta_rule-inl.h"
+#include "core/kernels/cpu/recurrent_gated_delta_rule-inl.h"
 #include "core/kernels/cpu/rms_norm_gated-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -61,7 +61,7 @@ class DecodeStep {
         next = source<State>((item + 1) / N * ratio_, (item + 1) % N);
         prefetch_token((item + 1) / N, (item + 1) % N);
       }
-      if (args_.rule.read_slots[item % N] < 0) {
+      if (args_.rule.state.read[item % N] < 0) {
         write_zeros(key_head, item % N);
         continue;
       }
@@ -109,11 +109,11 @@ class DecodeStep {
   template <typename State>
   State* rows(int64_t head, int32_t slot) const {
     if (slot < 0) return nullptr;
-    return static_cast<State*>(args_.rule.state) + slot * args_.rule.slot_stride + head * args_.rule.V * args_.rule.K;
+    return args_.rule.state.slot<State>(slot) + head * args_.rule.V * args_.rule.K;
   }
   template <typename State>
   const State* source(int64_t head, int64_t n) const {
-    return rows<State>(head, args_.rule.read_slots[n]);
+    return rows<State>(head, args_.rule.state.read[n]);
   }
 
   // The channels of a key head in the token and in the convolution's history.
@@ -128,11 +128,11 @@ class DecodeStep {
   void prefetch_channels(int64_t n, int64_t first, int64_t count) const {
     const CausalConv1dArgs& conv = args_.conv;
     prefetch(channel(conv.x.at(n, 0), conv.x.dtype, first), count * size_of(conv.x.dtype));
-    if (conv.read_slots[n] < 0) return;
+    if (conv.conv_state.read[n] < 0) return;
     ConvBlock b;
     b.first = first;
     for (int64_t r = 0; r < conv.W - 1; ++r) {
-      prefetch(state_row(conv, b, conv.read_slots[n], r), count * size_of(conv.conv_state_dtype));
+      prefetch(state_row(conv, b, conv.conv_state.read[n], r), count * size_of(conv.conv_state.dtype));
     }
   }
 
@@ -144,7 +144,7 @@ class DecodeStep {
 
   template <typename State>
   void step_head(int64_t n, const void* next) const {
-    const GatedDeltaRuleArgs& rule = args_.rule;
+    const RecurrentGatedDeltaRuleArgs& rule = args_.rule;
     const int64_t first = key_head_ * ratio_;
     prefetch(source<State>(first, n), kPrefetchBytes);  // while the token is staged
     convolve_channels(n, 0, q_channel(key_head_), rule.K, s_.q);
@@ -163,7 +163,7 @@ class DecodeStep {
                    load_scalar(rule.A_log.dtype, rule.A_log.at(0, h)),
                    load_scalar(rule.dt_bias.dtype, rule.dt_bias.at(0, h)), token);
       const void* following = h + 1 < first + ratio_ ? src + rule.V * rule.K : next;
-      step(token, src, rows<State>(h, rule.write_slots[n]), rule.V, rule.K, following);
+      step(token, src, rows<State>(h, rule.state.write[n]), rule.V, rule.K, following);
       round_row(rule.out.dtype, rule.V, s_.o);
       load_row(args_.norm.z.dtype, args_.norm.z.at(n, h), rule.V, s_.z);
       norm_row(s_.o, s_.norm_weight, rule.V, args_.norm.eps, s_.z);
@@ -179,8 +179,7 @@ class DecodeStep {
 
 void gdn_decode_step(const GdnDecodeStepArgs& args, int64_t begin, int64_t end) {
   DecodeStep decode(args);
-  with_state_type(args.rule.is_state_bfloat16,
-                  [&](auto element) { decode.template run<decltype(element)>(begin, end); });
+  with_state_type(args.rule.state.dtype, [&](auto element) { decode.template run<decltype(element)>(begin, end); });
 }
 
 }  // namespace HWY_NAMESPACE

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "core/kernels/cpu/causal_conv1d.h"
-#include "core/kernels/cpu/gated_delta_rule.h"
+#include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 
 namespace xgdn::kernel::cpu {
@@ -13,8 +13,8 @@ namespace xgdn::kernel::cpu {
 /// The ops that the step consists of. What one hands to the next is not in memory: conv.out, rule.q, rule.k, rule.v and
 /// norm.x are absent, of rule.out only the type counts, to which o is rounded.
 struct GdnDecodeStepArgs {
-  CausalConv1dArgs conv;    // one token a sequence
-  GatedDeltaRuleArgs rule;  // with A_log: g and beta are logits
+  CausalConv1dArgs conv;             // one token a sequence
+  RecurrentGatedDeltaRuleArgs rule;  // with A_log: g and beta are logits
   RmsNormGatedArgs norm;
 };
 

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "core/kernels/args.h"
 #include "core/kernels/cpu/packed_product.h"
-#include "core/kernels/cpu/rows.h"
 
 namespace xgdn::kernel::cpu {
 

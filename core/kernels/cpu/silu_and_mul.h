@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "core/kernels/cpu/rows.h"
+#include "core/kernels/args.h"
 
 namespace xgdn::kernel::cpu {
 

@@ -13,7 +13,7 @@
 #include <memory>
 #include <new>
 
-#include "core/kernels/cpu/rows.h"
+#include "core/kernels/args.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -168,8 +168,8 @@ HWY_INLINE void store_pair(F32 d, VF& first, VF& second, HardwareBFloat16* p) {
 
 // Calls f(State()) with the element type that serves a pool.
 template <class F>
-void with_state_type(bool is_bfloat16, const F& f) {
-  if (!is_bfloat16) {
+void with_state_type(DType dtype, const F& f) {
+  if (dtype != DType::kBFloat16) {
     f(float());
     return;
   }

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The maths as plain loops on the CPU. Rounding: inputs are widened to double, all arithmetic is double, states and
 // outputs are rounded once when they are written.
+#include "core/kernels/reference/reference_backend.h"
+
 #include <ATen/ops/empty.h>
-#include <c10/util/StringUtil.h>
 
 #include <cmath>
 
-#include "core/kernels/backend.h"
+#include "core/kernels/aten/host_backend.h"
 #include "core/kernels/reference/delta_rule_head.h"
-#include "core/kernels/registry.h"
 
 namespace xgdn::kernel {
 namespace {
@@ -86,18 +86,13 @@ void write_state(const Matrix& S, const at::Tensor& pool, int64_t slot, int64_t 
   pool.select(0, slot).select(0, h).copy_(head);
 }
 
-class ReferenceBackend final : public Backend {
+class ReferenceBackend final : public HostBackend {
  public:
-  using Backend::is_batch_invariant;
-  using Backend::run;
-  using Backend::why_not;
+  using HostBackend::is_batch_invariant;
+  using HostBackend::run;
+  using HostBackend::why_not;
 
   std::string_view name() const override { return "reference"; }
-
-  std::optional<std::string> why_not_device(c10::Device device) const override {
-    if (device.is_cpu()) return std::nullopt;
-    return c10::str("it runs on the CPU, the tensors are on ", device.str());
-  }
 
   bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
   bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override { return true; }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Who shares memory, against counting the bytes of every element.
-#include "core/kernels/memory.h"
+#include "core/kernels/dispatch/memory.h"
 
 #include <ATen/ops/empty.h>
 #include <gtest/gtest.h>

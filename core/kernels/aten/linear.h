@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with weights composed from ATen, for any device.
+#pragma once
+
+#include "core/kernels/op_list.h"
+
+namespace xgdn::kernel::aten {
+
+void silu_and_mul(const SiluAndMulParams& p);
+void linear(const LinearParams& p);
+
+}  // namespace xgdn::kernel::aten

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gated delta rule on the CPU over pointers, strides and sizes: recurrent_gated_delta_rule, and packed_decode,
+// which is the same on one token a sequence with the gates as logits.
+#pragma once
+
+#include <cstdint>
+
+#include "core/kernels/args.h"
+
+namespace xgdn::kernel::cpu {
+
+/// K and V are multiples of 16, at most kMaxHeadDim. cu_seqlens may be null: one token a sequence.
+struct RecurrentGatedDeltaRuleArgs : DeltaRuleArgs {
+  // With A_log, g and beta are the logits a and b.
+  InRows A_log;    // [HV]  no data: g and beta are given
+  InRows dt_bias;  // [HV]  beside A_log
+
+  // Verification: state.read is a table [N, L], state.write is unused.
+  const int32_t* num_accepted = nullptr;  // [N]  null: no verification
+  int64_t L = 1;
+
+  int64_t v_block = 0;  // rows of S per work item, multiple of 16
+};
+
+inline constexpr int64_t kHeadDimStep = 16;
+inline constexpr int64_t kMaxHeadDim = 256;
+
+/// Work items are (sequence, value head, block of V rows), blocks fastest; any thread may take any of them in any
+/// order.
+inline int64_t num_work_items(const RecurrentGatedDeltaRuleArgs& args) {
+  return args.N * args.HV * ((args.V + args.v_block - 1) / args.v_block);
+}
+
+void recurrent_gated_delta_rule(const RecurrentGatedDeltaRuleArgs& args, int64_t begin, int64_t end);
+
+}  // namespace xgdn::kernel::cpu

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/kernels/dispatch/selection.h"
+
+#include <array>
+#include <cstdlib>
+#include <mutex>
+
+namespace xgdn::kernel {
+namespace {
+
+struct DefaultBackends {
+  std::mutex mutex;
+  std::array<std::string, 2> name;
+
+  DefaultBackends() {
+    const auto from_environment = [](const char* variable) {
+      const char* value = std::getenv(variable);
+      return std::string(value != nullptr && *value != '\0' ? value : "auto");
+    };
+    name = {from_environment("XGDN_PREFILL_BACKEND"), from_environment("XGDN_DECODE_BACKEND")};
+  }
+};
+
+DefaultBackends& defaults() {
+  static DefaultBackends instance;
+  return instance;
+}
+
+struct LastCall {
+  const Backend* backend = nullptr;  // null before the first
+  bool is_batch_invariant = false;
+};
+
+template <class... Params>
+std::optional<LastCall> last_of(std::string_view op, OpList<Params...>) {
+  std::optional<LastCall> found;
+  ((Op<Params>::name == op ? void(found = {last_used<Params>.load(std::memory_order_relaxed),
+                                           last_was_invariant<Params>.load(std::memory_order_relaxed)})
+                           : void()),
+   ...);
+  return found;
+}
+
+template <class... Params>
+std::string op_names(OpList<Params...>) {
+  return c10::Join(", ", std::array{Op<Params>::name...});
+}
+
+LastCall last_call(std::string_view function, std::string_view op) {
+  const std::optional<LastCall> found = last_of(op, AllOps{});
+  if (found) return *found;
+  throw UnsupportedError(c10::str("[", function, "] op: expected one of ", op_names(AllOps{}), ", got '", op, "'"));
+}
+
+}  // namespace
+
+const Backend* find_backend(std::string_view name) {
+  for (const Backend* b : backends()) {
+    if (b->name() == name) return b;
+  }
+  return nullptr;
+}
+
+std::string absence(std::string_view context, std::string_view name) {
+  for (const AbsentBackend& absent : absent_backends()) {
+    if (absent.name == name) return absent.why;
+  }
+  throw UnsupportedError(c10::str("[", context, "] backend: expected auto or one of ",
+                                  c10::Join(", ", available_backends()), ", got '", name, "'"));
+}
+
+void check_backend_name(const std::string& name) {
+  if (name == "auto" || find_backend(name) != nullptr) return;
+  throw UnsupportedError(c10::str("backend ", name, ": ", absence("backend", name)));
+}
+
+void set_default_backend(Phase phase, const std::string& name) {
+  check_backend_name(name);
+  std::lock_guard lock(defaults().mutex);
+  defaults().name[static_cast<size_t>(phase)] = name;
+}
+
+std::string default_backend(Phase phase) {
+  std::lock_guard lock(defaults().mutex);
+  return defaults().name[static_cast<size_t>(phase)];
+}
+
+std::vector<std::string> available_backends() {
+  std::vector<std::string> names;
+  for (const Backend* b : backends()) {
+    if (!b->why_unavailable()) names.emplace_back(b->name());
+  }
+  return names;
+}
+
+std::string last_backend(std::string_view op) {
+  const Backend* backend = last_call("last_backend", op).backend;
+  return backend != nullptr ? std::string(backend->name()) : "";
+}
+
+bool last_is_batch_invariant(std::string_view op) {
+  return last_call("last_is_batch_invariant", op).is_batch_invariant;
+}
+
+}  // namespace xgdn::kernel

@@ -1,0 +1,466 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops as PyTorch operators, torch.ops.xgdn.*: schemas with the mutated arguments annotated, and implementations for
+// CPU, CUDA, PrivateUse1 (npu), Meta and Autograd that all lead to ops_api.
+//
+// No operator returns a tensor, so that none ever aliases an argument: Python allocates `out`, and the Meta kernels
+// only run the checks, on symbolic sizes too.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/kernels/ops_api.h"
+
+namespace xgdn::kernel {
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Where a call arrives. Index values can be read for free only where the tensors are on the host.
+enum class Key { kHost, kDevice, kMeta };
+
+// Runs `body` and turns xgdn's errors into those that PyTorch shows as Python built-ins, without C++ frames.
+template <typename Body>
+auto with_torch_errors(const Body& body) {
+  try {
+    return body();
+  } catch (const DtypeError& e) {
+    TORCH_CHECK_TYPE(false, e.what());
+  } catch (const RangeError& e) {
+    TORCH_CHECK_INDEX(false, e.what());
+  } catch (const UnsupportedError& e) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, e.what());
+  } catch (const ShapeError& e) {
+    TORCH_CHECK_VALUE(false, e.what());
+  } catch (const DeviceError& e) {
+    TORCH_CHECK_VALUE(false, e.what());
+  } catch (const MissingMetadataError& e) {
+    TORCH_CHECK_VALUE(false, e.what());
+  } catch (const RequestError& e) {
+    TORCH_CHECK_VALUE(false, e.what());
+  } catch (const Error& e) {
+    TORCH_CHECK(false, e.what());
+  }
+}
+
+template <Key key, typename Params, typename Run>
+void serve(const Params& p, const Tensor& first, Run run) {
+  with_torch_errors([&] {
+    if constexpr (key == Key::kMeta) {
+      check(p);
+    } else {
+      if constexpr (key == Key::kHost && requires { check_indices(p); }) check_indices(p);
+      run(p);
+    }
+  });
+}
+
+template <Key key>
+void recurrent_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                                   const Tensor& beta, const Tensor& state, const Tensor& cu_seqlens,
+                                   const Tensor& state_indices, const Tensor& out, const MaybeTensor& write_indices,
+                                   const MaybeTensor& num_accepted, const MaybeTensor& cu_seqlens_cpu,
+                                   bool may_have_padding, std::optional<double> scale, bool use_qk_l2norm_in_kernel,
+                                   std::string backend) {
+  serve<key>(RecurrentGatedDeltaRuleParams{.q = q,
+                                           .k = k,
+                                           .v = v,
+                                           .g = g,
+                                           .beta = beta,
+                                           .state = state,
+                                           .cu_seqlens = cu_seqlens,
+                                           .state_indices = state_indices,
+                                           .out = out,
+                                           .write_indices = write_indices,
+                                           .num_accepted = num_accepted,
+                                           .cu_seqlens_cpu = cu_seqlens_cpu,
+                                           .may_have_padding = may_have_padding,
+                                           .scale = scale,
+                                           .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
+                                           .backend = std::move(backend)},
+             q, recurrent_gated_delta_rule);
+}
+
+template <Key key>
+void chunk_gated_delta_rule_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                               const Tensor& state, const Tensor& cu_seqlens, const Tensor& state_indices,
+                               const MaybeTensor& chunk_indices, const MaybeTensor& chunk_offsets, const Tensor& out,
+                               const MaybeTensor& has_initial_state, const MaybeTensor& write_indices,
+                               const MaybeTensor& cu_seqlens_cpu, bool may_have_padding, std::optional<double> scale,
+                               bool use_qk_l2norm_in_kernel, std::string accuracy, std::string backend) {
+  serve<key>(ChunkGatedDeltaRuleParams{.q = q,
+                                       .k = k,
+                                       .v = v,
+                                       .g = g,
+                                       .beta = beta,
+                                       .state = state,
+                                       .cu_seqlens = cu_seqlens,
+                                       .state_indices = state_indices,
+                                       .chunk_indices = chunk_indices.value_or(Tensor()),
+                                       .chunk_offsets = chunk_offsets.value_or(Tensor()),
+                                       .out = out,
+                                       .has_initial_state = has_initial_state,
+                                       .write_indices = write_indices,
+                                       .cu_seqlens_cpu = cu_seqlens_cpu,
+                                       .may_have_padding = may_have_padding,
+                                       .scale = scale,
+                                       .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
+                                       .accuracy = std::move(accuracy),
+                                       .backend = std::move(backend)},
+             q, chunk_gated_delta_rule);
+}
+
+template <Key key>
+void packed_decode_op(const Tensor& mixed_qkv, const Tensor& a, const Tensor& b, const Tensor& A_log,
+                      const Tensor& dt_bias, const Tensor& state, const Tensor& state_indices, const Tensor& out,
+                      const MaybeTensor& write_indices, bool may_have_padding, std::optional<double> scale,
+                      bool use_qk_l2norm_in_kernel, std::string backend) {
+  serve<key>(PackedDecodeParams{.mixed_qkv = mixed_qkv,
+                                .a = a,
+                                .b = b,
+                                .A_log = A_log,
+                                .dt_bias = dt_bias,
+                                .state = state,
+                                .state_indices = state_indices,
+                                .out = out,
+                                .write_indices = write_indices,
+                                .may_have_padding = may_have_padding,
+                                .scale = scale,
+                                .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
+                                .backend = std::move(backend)},
+             mixed_qkv, packed_decode);
+}
+
+template <Key key>
+void causal_conv1d_op(const Tensor& x, const Tensor& weight, const Tensor& conv_state, const Tensor& cu_seqlens,
+                      const Tensor& state_indices, const Tensor& out, const MaybeTensor& bias,
+                      const MaybeTensor& has_initial_state, const MaybeTensor& write_indices, bool silu,
+                      std::string backend) {
+  serve<key>(CausalConv1dParams{.x = x,
+                                .weight = weight,
+                                .conv_state = conv_state,
+                                .cu_seqlens = cu_seqlens,
+                                .state_indices = state_indices,
+                                .out = out,
+                                .bias = bias,
+                                .has_initial_state = has_initial_state,
+                                .write_indices = write_indices,
+                                .silu = silu,
+                                .backend = std::move(backend)},
+             x, causal_conv1d);
+}
+
+template <Key key>
+void causal_conv1d_update_op(const Tensor& x, const Tensor& weight, const Tensor& conv_state, const Tensor& cu_seqlens,
+                             const Tensor& state_indices, const Tensor& out, int64_t max_len, const MaybeTensor& bias,
+                             const MaybeTensor& write_indices, const MaybeTensor& num_accepted, bool may_have_padding,
+                             bool silu, std::string backend) {
+  serve<key>(CausalConv1dUpdateParams{.x = x,
+                                      .weight = weight,
+                                      .conv_state = conv_state,
+                                      .cu_seqlens = cu_seqlens,
+                                      .state_indices = state_indices,
+                                      .out = out,
+                                      .max_len = max_len,
+                                      .bias = bias,
+                                      .write_indices = write_indices,
+                                      .num_accepted = num_accepted,
+                                      .may_have_padding = may_have_padding,
+                                      .silu = silu,
+                                      .backend = std::move(backend)},
+             x, causal_conv1d_update);
+}
+
+template <Key key>
+void gdn_gating_op(const Tensor& a, const Tensor& b, const Tensor& A_log, const Tensor& dt_bias, const Tensor& g,
+                   const Tensor& beta, std::string backend) {
+  serve<key>(
+      GdnGatingParams{
+          .a = a, .b = b, .A_log = A_log, .dt_bias = dt_bias, .g = g, .beta = beta, .backend = std::move(backend)},
+      a, gdn_gating);
+}
+
+template <Key key>
+void l2_norm_op(const Tensor& x, const Tensor& out, double eps, std::string backend) {
+  serve<key>(L2NormParams{.x = x, .out = out, .eps = eps, .backend = std::move(backend)}, x, l2_norm);
+}
+
+template <Key key>
+void rms_norm_gated_op(const Tensor& x, const Tensor& z, const Tensor& weight, const Tensor& out, double eps,
+                       std::string backend) {
+  serve<key>(
+      RmsNormGatedParams{.x = x, .z = z, .weight = weight, .out = out, .eps = eps, .backend = std::move(backend)}, x,
+      rms_norm_gated);
+}
+
+// The sequences' numbers come as lists; tokens and blocks follow one another.
+std::vector<AttentionSequence> attention_sequences(at::IntArrayRef num_tokens, at::IntArrayRef context_lens,
+                                                   at::IntArrayRef num_blocks) {
+  if (context_lens.size() != num_tokens.size() || num_blocks.size() != num_tokens.size()) {
+    throw ShapeError(c10::str("[paged_attention] context_lens and num_blocks: expected N=", num_tokens.size(),
+                              " (set by num_tokens), got ", context_lens.size(), " and ", num_blocks.size()));
+  }
+  std::vector<AttentionSequence> sequences;
+  int64_t token_begin = 0;
+  int64_t block_begin = 0;
+  for (size_t n = 0; n < num_tokens.size(); ++n) {
+    sequences.push_back({.token_begin = token_begin,
+                         .num_tokens = num_tokens[n],
+                         .context_len = context_lens[n],
+                         .block_begin = block_begin,
+                         .num_blocks = num_blocks[n]});
+    token_begin += num_tokens[n];
+    block_begin += num_blocks[n];
+  }
+  return sequences;
+}
+
+template <Key key>
+void paged_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_ids,
+                        at::IntArrayRef num_tokens, at::IntArrayRef context_lens, at::IntArrayRef num_blocks,
+                        const Tensor& out, const MaybeTensor& context_rows, std::optional<double> scale,
+                        std::string backend) {
+  const std::vector<AttentionSequence> sequences =
+      with_torch_errors([&] { return attention_sequences(num_tokens, context_lens, num_blocks); });
+  serve<key>(PagedAttentionParams{.q = q,
+                                  .k = k,
+                                  .v = v,
+                                  .block_ids = block_ids,
+                                  .sequences = sequences,
+                                  .out = out,
+                                  .context_rows = context_rows,
+                                  .scale = scale,
+                                  .backend = std::move(backend)},
+             q, paged_attention);
+}
+
+template <Key key>
+void rms_norm_op(const Tensor& x, const Tensor& weight, const Tensor& out, const MaybeTensor& residual, double eps,
+                 std::string backend) {
+  serve<key>(
+      RmsNormParams{
+          .x = x, .weight = weight, .out = out, .residual = residual, .eps = eps, .backend = std::move(backend)},
+      x, rms_norm);
+}
+
+template <Key key>
+void silu_and_mul_op(const Tensor& gate, const Tensor& up, const Tensor& out, std::string backend) {
+  serve<key>(SiluAndMulParams{.gate = gate, .up = up, .out = out, .backend = std::move(backend)}, gate, silu_and_mul);
+}
+
+template <Key key>
+void linear_op(const Tensor& x, const Tensor& weight, const Tensor& out, const MaybeTensor& bias, std::string backend) {
+  serve<key>(LinearParams{.x = x, .weight = weight, .out = out, .bias = bias, .backend = std::move(backend)}, x,
+             linear);
+}
+
+template <Key key>
+void moe_experts_op(const Tensor& x, const Tensor& weights, const Tensor& chosen, const Tensor& gate_up,
+                    const Tensor& down, const Tensor& out, std::string backend) {
+  const ExpertWeights experts = with_torch_errors([&] { return stacked_experts(gate_up, down); });
+  serve<key>(
+      MoeExpertsParams{
+          .x = x, .weights = weights, .chosen = chosen, .experts = experts, .out = out, .backend = std::move(backend)},
+      x, moe_experts);
+}
+
+template <Key key>
+void gdn_decode_step_op(const Tensor& projected, const Tensor& conv_weight, const Tensor& conv_state,
+                        const Tensor& A_log, const Tensor& dt_bias, const Tensor& state, const Tensor& norm_weight,
+                        const Tensor& state_indices, const Tensor& out, const MaybeTensor& conv_bias,
+                        const MaybeTensor& conv_indices, const MaybeTensor& write_indices,
+                        const MaybeTensor& cu_seqlens, bool may_have_padding, double norm_eps,
+                        std::optional<double> scale, std::string backend) {
+  serve<key>(GdnDecodeStepParams{.projected = projected,
+                                 .conv_weight = conv_weight,
+                                 .conv_state = conv_state,
+                                 .A_log = A_log,
+                                 .dt_bias = dt_bias,
+                                 .state = state,
+                                 .norm_weight = norm_weight,
+                                 .state_indices = state_indices,
+                                 .out = out,
+                                 .conv_bias = conv_bias,
+                                 .conv_indices = conv_indices,
+                                 .write_indices = write_indices,
+                                 .cu_seqlens = cu_seqlens,
+                                 .may_have_padding = may_have_padding,
+                                 .norm_eps = norm_eps,
+                                 .scale = scale,
+                                 .backend = std::move(backend)},
+             projected, gdn_decode_step);
+}
+
+template <Key key>
+void implement(torch::Library& m) {
+  m.impl("recurrent_gated_delta_rule", recurrent_gated_delta_rule_op<key>);
+  m.impl("chunk_gated_delta_rule", chunk_gated_delta_rule_op<key>);
+  m.impl("packed_decode", packed_decode_op<key>);
+  m.impl("causal_conv1d", causal_conv1d_op<key>);
+  m.impl("causal_conv1d_update", causal_conv1d_update_op<key>);
+  m.impl("gdn_gating", gdn_gating_op<key>);
+  m.impl("l2_norm", l2_norm_op<key>);
+  m.impl("rms_norm_gated", rms_norm_gated_op<key>);
+  m.impl("rms_norm", rms_norm_op<key>);
+  m.impl("silu_and_mul", silu_and_mul_op<key>);
+  m.impl("linear", linear_op<key>);
+  m.impl("gdn_decode_step", gdn_decode_step_op<key>);
+  m.impl("paged_attention", paged_attention_op<key>);
+  m.impl("moe_experts", moe_experts_op<key>);
+}
+
+// The ops have no derivative: an input that wants one is an error, never a silent detach. Otherwise marks the written
+// arguments as changed, which is what autograd's own kernels do for in-place ops, and goes on below autograd.
+void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto values = torch::jit::last(*stack, arguments.size());
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!values[i].isTensor() || !values[i].toTensor().defined()) continue;
+    TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !values[i].toTensor().requires_grad(), "[",
+                                op.operator_name().name, "] ", arguments[i].name(),
+                                ": requires grad, but xgdn's ops are for inference and have no derivative; call it "
+                                "under torch.no_grad() or pass ",
+                                arguments[i].name(), ".detach()");
+  }
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const auto* alias = arguments[i].alias_info();
+    if (alias == nullptr || !alias->isWrite() || !values[i].isTensor()) continue;  // rms_norm's residual may be absent
+    if (!values[i].toTensor().is_inference()) {
+      values[i].toTensor().unsafeGetTensorImpl()->bump_version();
+    }
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+
+Phase phase_named(const std::string& name) {
+  if (name == "prefill") return Phase::kPrefill;
+  if (name == "decode") return Phase::kDecode;
+  throw UnsupportedError("phase: expected prefill or decode, got " + name);
+}
+
+std::vector<Tensor> build_chunk_metadata_op(at::IntArrayRef lengths, int64_t num_v_heads_local, bool compact_ranks,
+                                            std::optional<c10::Device> device) {
+  return with_torch_errors([&] {
+    const ChunkMetadata m = build_chunk_metadata(lengths.vec(), num_v_heads_local,
+                                                 compact_ranks ? SequenceIds::kCompactRanks : SequenceIds::kTrue,
+                                                 device.value_or(c10::kCPU));
+    // An operator's results may not share storage; the arena that these are views of stays behind.
+    return std::vector<Tensor>{m.chunk_indices_chunk64.clone(),        m.chunk_offsets_chunk64.clone(),
+                               m.update_chunk_offsets_chunk64.clone(), m.final_chunk_indices_chunk64.clone(),
+                               m.chunk_indices_large_block.clone(),    m.block_indices_cumsum.clone()};
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY(xgdn, m) {
+  m.set_python_module("xgdn.ops");
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
+      "Tensor cu_seqlens, Tensor state_indices, Tensor(b!) out, *, Tensor? write_indices=None, "
+      "Tensor? num_accepted=None, Tensor? cu_seqlens_cpu=None, bool may_have_padding=True, float? scale=None, bool "
+      "use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()",
+      tags);
+  m.def(
+      "chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
+      "Tensor cu_seqlens, Tensor state_indices, Tensor? chunk_indices, Tensor? chunk_offsets, Tensor(b!) out, *, "
+      "Tensor? has_initial_state=None, Tensor? write_indices=None, Tensor? cu_seqlens_cpu=None, bool "
+      "may_have_padding=True, float? scale=None, bool use_qk_l2norm_in_kernel=True, str accuracy=\"auto\", "
+      "str backend=\"auto\") -> ()",
+      tags);
+  m.def(
+      "packed_decode(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
+      "Tensor state_indices, Tensor(b!) out, *, Tensor? write_indices=None, bool may_have_padding=True, "
+      "float? scale=None, bool use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()",
+      tags);
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor(a!) conv_state, Tensor cu_seqlens, Tensor state_indices, "
+      "Tensor(b!) out, *, Tensor? bias=None, Tensor? has_initial_state=None, Tensor? write_indices=None, "
+      "bool silu=True, str backend=\"auto\") -> ()",
+      tags);
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor weight, Tensor(a!) conv_state, Tensor cu_seqlens, Tensor state_indices, "
+      "Tensor(b!) out, *, int max_len=1, Tensor? bias=None, Tensor? write_indices=None, Tensor? num_accepted=None, "
+      "bool may_have_padding=True, bool silu=True, str backend=\"auto\") -> ()",
+      tags);
+  m.def(
+      "gdn_gating(Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) g, Tensor(b!) beta, *, "
+      "str backend=\"auto\") -> ()",
+      tags);
+  m.def("l2_norm(Tensor x, Tensor(a!) out, *, float eps=1e-6, str backend=\"auto\") -> ()", tags);
+  m.def(
+      "rms_norm_gated(Tensor x, Tensor z, Tensor weight, Tensor(a!) out, *, float eps=1e-6, str backend=\"auto\") "
+      "-> ()",
+      tags);
+  m.def(
+      "rms_norm(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor(b!)? residual=None, float eps=1e-6, "
+      "str backend=\"auto\") -> ()",
+      tags);
+  m.def("silu_and_mul(Tensor gate, Tensor up, Tensor(a!) out, *, str backend=\"auto\") -> ()", tags);
+  m.def("linear(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor? bias=None, str backend=\"auto\") -> ()", tags);
+  m.def(
+      "paged_attention(Tensor q, Tensor k, Tensor v, Tensor block_ids, int[] num_tokens, int[] context_lens, "
+      "int[] num_blocks, Tensor(a!) out, *, Tensor? context_rows=None, float? scale=None, str backend=\"auto\") -> ()",
+      tags);
+  m.def(
+      "moe_experts(Tensor x, Tensor weights, Tensor chosen, Tensor gate_up, Tensor down, Tensor(a!) out, *, "
+      "str backend=\"auto\") -> ()",
+      tags);
+
+  m.def(
+      "gdn_decode_step(Tensor projected, Tensor conv_weight, Tensor(a!) conv_state, Tensor A_log, Tensor dt_bias, "
+      "Tensor(b!) state, Tensor norm_weight, Tensor state_indices, Tensor(c!) out, *, Tensor? conv_bias=None, "
+      "Tensor? conv_indices=None, Tensor? write_indices=None, Tensor? cu_seqlens=None, bool may_have_padding=True, "
+      "float norm_eps=1e-6, float? scale=None, str backend=\"auto\") -> ()",
+      tags);
+
+  // Without tensor arguments there is no key to choose by: one implementation serves all. The fake implementation of
+  // build_chunk_metadata is in python/xgdn/ops.py.
+  m.def(
+      "build_chunk_metadata(int[] lengths, int num_v_heads_local, bool compact_ranks=False, *, Device? device=None) "
+      "-> Tensor[]",
+      tags);
+  m.impl("build_chunk_metadata", c10::DispatchKey::CompositeExplicitAutograd, build_chunk_metadata_op);
+  m.def("set_default_backend(str phase, str name) -> ()", [](const std::string& phase, const std::string& name) {
+    with_torch_errors([&] { set_default_backend(phase_named(phase), name); });
+  });
+  m.def("default_backend(str phase) -> str", [](const std::string& phase) {
+    return with_torch_errors([&] { return default_backend(phase_named(phase)); });
+  });
+  m.def("available_backends() -> str[]", [] { return with_torch_errors([] { return available_backends(); }); });
+  m.def("last_backend(str op) -> str",
+        [](const std::string& op) { return with_torch_errors([&] { return last_backend(op); }); });
+  m.def("last_is_batch_invariant(str op) -> bool",
+        [](const std::string& op) { return with_torch_errors([&] { return last_is_batch_invariant(op); }); });
+}
+
+TORCH_LIBRARY_IMPL(xgdn, CPU, m) {
+  implement<Key::kHost>(m);
+}
+TORCH_LIBRARY_IMPL(xgdn, CUDA, m) {
+  implement<Key::kDevice>(m);
+}
+TORCH_LIBRARY_IMPL(xgdn, PrivateUse1, m) {
+  implement<Key::kDevice>(m);
+}
+TORCH_LIBRARY_IMPL(xgdn, Meta, m) {
+  implement<Key::kMeta>(m);
+}
+
+TORCH_LIBRARY_IMPL(xgdn, Autograd, m) {
+  for (const char* op : {"recurrent_gated_delta_rule", "chunk_gated_delta_rule", "packed_decode", "causal_conv1d",
+                         "causal_conv1d_update", "gdn_gating", "l2_norm", "rms_norm_gated", "rms_norm", "silu_and_mul",
+                         "linear", "gdn_decode_step", "paged_attention", "moe_experts"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
+  }
+}
+
+}  // namespace xgdn::kernel

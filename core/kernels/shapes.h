@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sizes of a call, taken from its checked tensors: all code behind the checks takes sizes from here.
+#pragma once
+
+#include <cstdint>
+
+namespace xgdn::kernel {
+
+/// Sizes of a delta-rule call.
+struct GdnShape {
+  int64_t T = 0;   // tokens
+  int64_t N = 0;   // sequences
+  int64_t S = 0;   // slots
+  int64_t H = 0;   // key heads
+  int64_t HV = 0;  // value heads
+  int64_t K = 0;   // key head dim
+  int64_t V = 0;   // value head dim
+  int64_t L = 1;   // columns of the slot table
+};
+
+/// Sizes of a convolution call.
+struct ConvShape {
+  int64_t T = 0;  // tokens
+  int64_t N = 0;  // sequences
+  int64_t S = 0;  // slots
+  int64_t D = 0;  // channels
+  int64_t W = 0;  // taps
+  int64_t R = 0;  // rows of a conv slot
+};
+
+/// Sizes of a decode step: of the delta rule and of the convolution before it.
+struct DecodeStepShape {
+  GdnShape rule;
+  ConvShape conv;
+};
+
+/// Sizes of a norm over the last dimension.
+struct NormShape {
+  int64_t T = 0;  // tokens
+  int64_t H = 0;  // heads
+  int64_t D = 0;  // head dim
+};
+
+/// Sizes of a product with weights, or of what stands between two.
+struct LinearShape {
+  int64_t T = 0;  // tokens
+  int64_t D = 0;  // width of the input; 0 where there is no product
+  int64_t O = 0;  // width of the output
+};
+
+/// Sizes of an attention call.
+struct AttentionShape {
+  int64_t T = 0;    // tokens
+  int64_t N = 0;    // sequences
+  int64_t HQ = 0;   // query heads
+  int64_t HKV = 0;  // key heads
+  int64_t D = 0;    // head dim
+};
+
+/// Sizes of a call of a mixture of experts.
+struct ExpertsShape {
+  int64_t T = 0;  // tokens
+  int64_t A = 0;  // experts of a token
+  int64_t E = 0;  // experts
+  int64_t D = 0;  // width of a token
+  int64_t I = 0;  // width of an expert
+};
+
+}  // namespace xgdn::kernel
