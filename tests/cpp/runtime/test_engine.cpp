@@ -238,7 +238,10 @@ TEST_F(EngineTest, RefusesToExceedItsMemoryLimit) {
 
 TEST_F(EngineTest, PlansHowManySequencesFit) {
   const auto plan_for = [&](int64_t num_sequences, int64_t tokens) {
-    return Engine::plan(dir_.path(), {.runner = {.max_batch_size = num_sequences, .max_cached_tokens = tokens}});
+    // A step's budget above the number of sequences, so that each takes as many bytes as any other.
+    return Engine::plan(
+        dir_.path(),
+        {.runner = {.max_batch_size = num_sequences, .max_cached_tokens = tokens, .max_tokens_per_step = 2048}});
   };
   const Plan plan = plan_for(1, 160);
   EXPECT_EQ(plan.max_sequences(160, plan.total_bytes()), 1);
