@@ -33,6 +33,10 @@ class CallableAllReduce : public AllReduce {
   std::function<void(const at::Tensor&)> sum_;
 };
 
+std::optional<at::Tensor> defined(const at::Tensor& t) {
+  return t.defined() ? std::optional(t) : std::nullopt;
+}
+
 void bind_segments(nb::module_& m) {
   nb::enum_<SegmentKind>(m, "SegmentKind", "What a segment's tokens are.")
       .value("DECODE", SegmentKind::kDecode)
@@ -46,6 +50,7 @@ void bind_segments(nb::module_& m) {
              const std::optional<at::Tensor>& write_indices, const std::optional<at::Tensor>& has_initial_state,
              const std::optional<at::Tensor>& num_accepted, const std::optional<kernel::ChunkMetadata>& chunk,
              bool may_have_padding) {
+            const kernel::ChunkMetadata tables = chunk.value_or(kernel::ChunkMetadata());
             Segment segment{.kind = kind,
                             .token_begin = token_begin,
                             .state_indices = state_indices,
@@ -53,7 +58,8 @@ void bind_segments(nb::module_& m) {
                             .write_indices = write_indices.value_or(at::Tensor()),
                             .has_initial_state = has_initial_state.value_or(at::Tensor()),
                             .num_accepted = num_accepted.value_or(at::Tensor()),
-                            .chunk = chunk.value_or(kernel::ChunkMetadata{}),
+                            .chunk_indices = tables.chunk_indices_chunk64,
+                            .chunk_offsets = tables.chunk_offsets_chunk64,
                             .may_have_padding = may_have_padding};
             set_lengths(segment, cu_seqlens_cpu);
             new (self) Segment(std::move(segment));
@@ -70,15 +76,11 @@ void bind_segments(nb::module_& m) {
       .def_ro("cu_seqlens", &Segment::cu_seqlens)
       .def_ro("state_indices", &Segment::state_indices)
       .def_ro("conv_indices", &Segment::conv_indices)
-      .def_prop_ro("write_indices",
-                   [](const Segment& self) {
-                     return self.write_indices.defined() ? std::optional(self.write_indices) : std::nullopt;
-                   })
+      .def_prop_ro("write_indices", [](const Segment& self) { return defined(self.write_indices); })
       .def_ro("has_initial_state", &Segment::has_initial_state)
       .def_ro("num_accepted", &Segment::num_accepted)
-      .def_prop_ro("chunk", [](const Segment& self) {
-        return self.chunk.chunk_indices_chunk64.defined() ? std::optional(self.chunk) : std::nullopt;
-      });
+      .def_prop_ro("chunk_indices", [](const Segment& self) { return defined(self.chunk_indices); })
+      .def_prop_ro("chunk_offsets", [](const Segment& self) { return defined(self.chunk_offsets); });
 
   nb::class_<GdnBatch>(m, "GdnBatch", "One step, as a GDN layer sees it.")
       .def(

@@ -91,16 +91,15 @@ void bind_batch(nb::module_& m) {
       .def(
           "__init__",
           [](BatchBuilder* self, int64_t num_slots, int64_t num_kv_blocks, int64_t kv_block_size, int64_t vocab_size,
-             int64_t num_v_heads, bool has_attention, const DeviceArgument& device) {
+             bool has_attention, const DeviceArgument& device) {
             new (self) BatchBuilder({.num_slots = num_slots,
                                      .num_kv_blocks = num_kv_blocks,
                                      .kv_block_size = kv_block_size,
                                      .vocab_size = vocab_size,
-                                     .num_v_heads = num_v_heads,
                                      .has_attention = has_attention},
                                     device.resolve("BatchBuilder"));
           },
-          nb::kw_only(), "num_slots"_a, "num_kv_blocks"_a = 0, "kv_block_size"_a = 16, "vocab_size"_a, "num_v_heads"_a,
+          nb::kw_only(), "num_slots"_a, "num_kv_blocks"_a = 0, "kv_block_size"_a = 16, "vocab_size"_a,
           "has_attention"_a = false, "device"_a = "cpu")
       .def("build", &BatchBuilder::build, "sequences"_a);
 }

@@ -26,6 +26,7 @@ set(xgdn_public_headers
   kernels/ops/norm.h
   kernels/ops_api.h
   layers/attention_batch.h
+  layers/backend_selection.h
   layers/gated_attention.h
   layers/gdn_batch.h
   layers/gdn_state.h

@@ -37,27 +37,23 @@ enum class SequenceIds { kTrue, kCompactRanks };
 /// when num_v_heads_local > 64 or < 1.
 int64_t cumsum_block(int64_t num_v_heads_local);
 
-/// The six tables as host vectors; what the batch builder packs into its arena.
-struct ChunkMetadataHost {
-  std::vector<int32_t> chunk_indices_chunk64;
-  std::vector<int32_t> chunk_offsets_chunk64;
-  std::vector<int32_t> update_chunk_offsets_chunk64;
-  std::vector<int32_t> final_chunk_indices_chunk64;
-  std::vector<int32_t> chunk_indices_large_block;
-  std::vector<int32_t> block_indices_cumsum;
+/// The two tables that chunk_gated_delta_rule takes, as host vectors; what the batch builder packs into its arena.
+struct ChunkTables {
+  std::vector<int32_t> indices;  // chunk_indices_chunk64, row after row
+  std::vector<int32_t> offsets;  // chunk_offsets_chunk64
 };
 
-/// Builds the tables from sequence lengths. Throws RangeError, before anything is allocated, for one below 0 and for
-/// more than kMaxIndex tokens and sequences together.
-ChunkMetadataHost build_chunk_metadata_host(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
-                                            SequenceIds ids = SequenceIds::kTrue);
+/// Builds the two tables from sequence lengths, for any number of heads. Throws RangeError, before anything is
+/// allocated, for a length below 0 and for more than kMaxIndex tokens and sequences together.
+ChunkTables build_chunk_tables(const std::vector<int64_t>& lengths, SequenceIds ids = SequenceIds::kTrue);
 
-/// The same as tensors: views of one arena on `device`.
+/// Builds all six as views of one arena on `device`. Throws RangeError as build_chunk_tables, UnsupportedError as
+/// cumsum_block.
 ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
                                    SequenceIds ids = SequenceIds::kTrue, c10::Device device = c10::kCPU);
 
 /// Tables with room for every step of at most max_sequences sequences and max_tokens tokens, uninitialised: pooled
-/// memory, so that a captured step finds its tables where they were. Throws RangeError as build_chunk_metadata_host.
+/// memory, so that a captured step finds its tables where they were. Throws RangeError as build_chunk_tables.
 ChunkMetadata allocate_chunk_metadata(int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local,
                                       c10::Device device);
 

@@ -11,8 +11,8 @@
 namespace xgdn {
 
 GatedAttention::GatedAttention(const AttentionConfig& config, const WeightSource& weights, const std::string& prefix,
-                               const at::TensorOptions& options)
-    : config_(config) {
+                               const at::TensorOptions& options, const BackendSelection& backends)
+    : config_(config), backend_(backends.decode) {
   const auto projection = [&](const std::string& name, int64_t out, int64_t in) {
     Projection p{.weight = load_weight(weights, prefix + name + ".weight", {out, in}, options), .bias = {}};
     if (config.bias) p.bias = load_weight(weights, prefix + name + ".bias", {out}, options);
@@ -41,13 +41,14 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
   kernel::check_storage("GatedAttention", "kv.v", kv.v);
   kernel::check_storage("GatedAttention", "kv_rows", batch.kv_rows);
   const int64_t dim = config_.head_dim;
-  const at::Tensor query_gate = project(hidden, q_.weight, q_.bias).unflatten(1, {config_.num_heads, 2 * dim});
+  const at::Tensor query_gate =
+      project(hidden, q_.weight, backend_, q_.bias).unflatten(1, {config_.num_heads, 2 * dim});
   const at::Tensor query = query_gate.narrow(-1, 0, dim);
   const at::Tensor gate = query_gate.narrow(-1, dim, dim);
-  const at::Tensor key = project(hidden, k_.weight, k_.bias).unflatten(1, {config_.num_kv_heads, dim});
-  const at::Tensor v = project(hidden, v_.weight, v_.bias).unflatten(1, {config_.num_kv_heads, dim});
-  const at::Tensor q = apply_rotary(rms_norm_zero_centred(query, q_norm_, config_.rms_norm_eps), rotary);
-  const at::Tensor k = apply_rotary(rms_norm_zero_centred(key, k_norm_, config_.rms_norm_eps), rotary);
+  const at::Tensor key = project(hidden, k_.weight, backend_, k_.bias).unflatten(1, {config_.num_kv_heads, dim});
+  const at::Tensor v = project(hidden, v_.weight, backend_, v_.bias).unflatten(1, {config_.num_kv_heads, dim});
+  const at::Tensor q = apply_rotary(rms_norm_zero_centred(query, q_norm_, config_.rms_norm_eps, backend_), rotary);
+  const at::Tensor k = apply_rotary(rms_norm_zero_centred(key, k_norm_, config_.rms_norm_eps, backend_), rotary);
 
   const at::Tensor rows = batch.kv_rows.to(at::kLong);
   kv.k.flatten(0, 1).index_copy_(0, rows, k);
@@ -61,8 +62,9 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
        .block_ids = batch.block_ids,
        .sequences = batch.sequences,
        .out = o,
-       .context_rows = batch.context_rows.defined() ? std::optional(batch.context_rows) : std::nullopt});
-  return project((o * at::sigmoid(gate)).flatten(1), o_.weight, o_.bias);
+       .context_rows = batch.context_rows.defined() ? std::optional(batch.context_rows) : std::nullopt,
+       .backend = backend_});
+  return project((o * at::sigmoid(gate)).flatten(1), o_.weight, backend_, o_.bias);
 }
 
 }  // namespace xgdn

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/layers/attention_batch.h"
+#include "core/layers/backend_selection.h"
 #include "core/layers/rotary.h"
 #include "core/layers/weight_source.h"
 
@@ -30,7 +31,7 @@ class GatedAttention {
  public:
   /// Reads `prefix`-named weights (prefix ends with '.'). Throws CheckpointError for missing or misshapen weights.
   GatedAttention(const AttentionConfig& config, const WeightSource& weights, const std::string& prefix,
-                 const at::TensorOptions& options);
+                 const at::TensorOptions& options, const BackendSelection& backends = {});
 
   /// Writes this step's keys and values into `kv`, then reads each sequence's whole context from it.
   at::Tensor forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
@@ -46,6 +47,7 @@ class GatedAttention {
   };
 
   AttentionConfig config_;
+  std::string backend_;
   Projection q_;  // rows of a head: [query | gate]
   Projection k_;
   Projection v_;

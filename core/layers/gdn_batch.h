@@ -27,7 +27,8 @@ struct Segment {
   at::Tensor write_indices;      // [N]   kDecode, kPrefill; undefined = state_indices, which are conv_indices too
   at::Tensor has_initial_state;  // [N]   bool, kPrefill
   at::Tensor num_accepted;       // [N]   kVerify
-  kernel::ChunkMetadata chunk;   // kPrefill
+  at::Tensor chunk_indices;      // [M, 2] kPrefill; chunk_indices_chunk64 of kernel::ChunkMetadata
+  at::Tensor chunk_offsets;      // [N+1] kPrefill; chunk_offsets_chunk64
   at::Tensor cu_seqlens_cpu;     // [N+1] cu_seqlens on the host
   bool may_have_padding = true;  // false: no sequence has kPadSlot
 };

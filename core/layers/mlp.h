@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "core/kernels/ops_api.h"
+#include "core/layers/backend_selection.h"
 #include "core/layers/weight_source.h"
 
 namespace xgdn {
@@ -17,10 +17,10 @@ namespace xgdn {
 class Mlp {
  public:
   /// Takes weights that exist.
-  Mlp(at::Tensor gate, at::Tensor up, at::Tensor down);
+  Mlp(at::Tensor gate, at::Tensor up, at::Tensor down, const BackendSelection& backends = {});
   /// Reads `prefix`-named weights (prefix ends with '.'). Throws CheckpointError for missing or misshapen weights.
   Mlp(const WeightSource& weights, const std::string& prefix, int64_t hidden_size, int64_t intermediate_size,
-      const at::TensorOptions& options);
+      const at::TensorOptions& options, const BackendSelection& backends = {});
 
   /// x [T, hidden] -> [T, hidden].
   at::Tensor forward(const at::Tensor& x) const;
@@ -32,6 +32,7 @@ class Mlp {
   at::Tensor gate_;  // [intermediate, hidden]
   at::Tensor up_;    // [intermediate, hidden]
   at::Tensor down_;  // [hidden, intermediate]
+  std::string backend_;
 };
 
 /// Sizes of the layer.
@@ -45,13 +46,13 @@ struct SparseMoeConfig {
 };
 
 /// Softmax over all experts in fp32, the top k of them weighted (rescaled to sum to one with norm_topk_prob), plus
-/// sigmoid(shared_expert_gate(x)) * shared_expert(x). Expert weights may be stored one by one or as one 3-D tensor; on
-/// the CPU they stay as they are stored, on a device they become one tensor.
+/// sigmoid(shared_expert_gate(x)) * shared_expert(x). Expert weights may be stored one by one or as one 3-D tensor; in
+/// memory they are one tensor.
 class SparseMoe {
  public:
   /// Reads `prefix`-named weights (prefix ends with '.'). Throws CheckpointError for missing or misshapen weights.
   SparseMoe(const SparseMoeConfig& config, const WeightSource& weights, const std::string& prefix,
-            const at::TensorOptions& options);
+            const at::TensorOptions& options, const BackendSelection& backends = {});
 
   /// x [T, hidden] -> [T, hidden].
   at::Tensor forward(const at::Tensor& x) const;
@@ -61,10 +62,12 @@ class SparseMoe {
 
  private:
   SparseMoeConfig config_;
+  std::string backend_;
   at::Tensor router_;       // [E, hidden]
   at::Tensor shared_gate_;  // [1, hidden]
   Mlp shared_;
-  kernel::ExpertWeights experts_;
+  at::Tensor gate_up_;  // [E, 2 * intermediate, hidden]
+  at::Tensor down_;     // [E, hidden, intermediate]
 };
 
 }  // namespace xgdn

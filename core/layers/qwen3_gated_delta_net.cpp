@@ -192,7 +192,7 @@ std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
 
 at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
   check_covers(batch, hidden);
-  const at::Tensor projected = project(hidden, in_proj_);
+  const at::Tensor projected = project(hidden, in_proj_, backends_.decode);
   const at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
   for (const Segment& segment : batch.segments) {
     const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
@@ -202,7 +202,7 @@ at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch&
       attend(segment, rows(projected), state, rows(o));
     }
   }
-  at::Tensor out = project(o.flatten(1), out_proj_);
+  at::Tensor out = project(o.flatten(1), out_proj_, backends_.decode);
   if (shard_.group != nullptr) shard_.group->sum(out);
   return out;
 }
@@ -279,10 +279,10 @@ at::Tensor Qwen3GatedDeltaNet::convolve(const Segment& segment, const at::Tensor
 void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mixed_qkv, const at::Tensor& a,
                                     const at::Tensor& b, GdnState& state, const at::Tensor& o) const {
   const bool is_prefill = segment.kind == SegmentKind::kPrefill;
-  const std::string& backend = is_prefill ? backends_.prefill : backends_.decode;
   const at::Tensor g = at::empty({segment.num_tokens, local_.num_v_heads}, a.options().dtype(at::kFloat));
   const at::Tensor beta = at::empty_like(g);
-  kernel::gdn_gating({.a = a, .b = b, .A_log = A_log_, .dt_bias = dt_bias_, .g = g, .beta = beta, .backend = backend});
+  kernel::gdn_gating(
+      {.a = a, .b = b, .A_log = A_log_, .dt_bias = dt_bias_, .g = g, .beta = beta, .backend = backends_.decode});
 
   const int64_t key_dim = local_.num_k_heads * local_.head_k_dim;
   const auto heads = [&](int64_t begin, int64_t count, int64_t dim) {
@@ -300,15 +300,15 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                     .state = state.pool(StateKind::kDelta),
                                     .cu_seqlens = segment.cu_seqlens,
                                     .state_indices = segment.state_indices,
-                                    .chunk_indices = segment.chunk.chunk_indices_chunk64,
-                                    .chunk_offsets = segment.chunk.chunk_offsets_chunk64,
+                                    .chunk_indices = segment.chunk_indices,
+                                    .chunk_offsets = segment.chunk_offsets,
                                     .out = o,
                                     .has_initial_state = optional(segment.has_initial_state),
                                     .write_indices = optional(segment.write_indices),
                                     .cu_seqlens_cpu = optional(segment.cu_seqlens_cpu),
                                     .may_have_padding = segment.may_have_padding,
                                     .accuracy = backends_.prefill_accuracy,
-                                    .backend = backend});
+                                    .backend = backends_.prefill});
   } else {
     kernel::recurrent_gated_delta_rule({.q = q,
                                         .k = k,
@@ -322,7 +322,7 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                         .num_accepted = optional(segment.num_accepted),
                                         .cu_seqlens_cpu = optional(segment.cu_seqlens_cpu),
                                         .may_have_padding = segment.may_have_padding,
-                                        .backend = backend});
+                                        .backend = backends_.decode});
   }
 }
 

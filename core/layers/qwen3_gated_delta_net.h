@@ -9,19 +9,13 @@
 #include <string>
 #include <vector>
 
+#include "core/layers/backend_selection.h"
 #include "core/layers/gdn_batch.h"
 #include "core/layers/gdn_state.h"
 #include "core/layers/shard.h"
 #include "core/layers/weight_source.h"
 
 namespace xgdn {
-
-/// Backend names for the two phases; "auto" follows kernel::default_backend().
-struct BackendSelection {
-  std::string prefill = "auto";
-  std::string decode = "auto";
-  std::string prefill_accuracy = "auto";  // of kernel::ChunkGatedDeltaRuleParams
-};
 
 /// Sizes of the whole layer, before sharding.
 struct GdnConfig {

@@ -14,17 +14,22 @@ at::Tensor with_heads(const at::Tensor& x) {
 
 }  // namespace
 
-at::Tensor rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& weight, double eps) {
+at::Tensor rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& weight, double eps,
+                                 const std::string& backend) {
   at::Tensor out = at::empty(x.sizes(), x.options());
-  kernel::rms_norm({.x = with_heads(x), .weight = weight, .out = with_heads(out), .eps = eps});
+  kernel::rms_norm({.x = with_heads(x), .weight = weight, .out = with_heads(out), .eps = eps, .backend = backend});
   return out;
 }
 
 at::Tensor add_rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
-                                     double eps) {
+                                     double eps, const std::string& backend) {
   at::Tensor out = at::empty(x.sizes(), x.options());
-  kernel::rms_norm(
-      {.x = with_heads(x), .weight = weight, .out = with_heads(out), .residual = with_heads(residual), .eps = eps});
+  kernel::rms_norm({.x = with_heads(x),
+                    .weight = weight,
+                    .out = with_heads(out),
+                    .residual = with_heads(residual),
+                    .eps = eps,
+                    .backend = backend});
   return out;
 }
 

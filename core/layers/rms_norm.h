@@ -4,13 +4,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
+
 namespace xgdn {
 
 /// (1 + weight) * (x / rms(x)) over the last dimension of x [T, D] or [T, H, D], as kernel::rms_norm.
-at::Tensor rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& weight, double eps);
+at::Tensor rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& weight, double eps, const std::string& backend);
 
 /// residual <- residual + x, both [T, D]; the norm of the sum.
 at::Tensor add_rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
-                                     double eps);
+                                     double eps, const std::string& backend);
 
 }  // namespace xgdn

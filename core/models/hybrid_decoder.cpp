@@ -35,7 +35,7 @@ Mixer make_mixer(const ModelConfig& c, int64_t layer, const WeightSource& weight
                                     .head_dim = c.head_dim,
                                     .rms_norm_eps = c.rms_norm_eps,
                                     .bias = c.attention_bias};
-    return GatedAttention(attention, weights, prefix + "self_attn.", weight_options(options));
+    return GatedAttention(attention, weights, prefix + "self_attn.", weight_options(options), options.backends);
   }
   const GdnConfig gdn{.hidden_size = c.hidden_size,
                       .num_k_heads = c.linear_num_key_heads,
@@ -50,15 +50,18 @@ Mixer make_mixer(const ModelConfig& c, int64_t layer, const WeightSource& weight
 }
 
 FeedForward make_feed_forward(const ModelConfig& c, int64_t layer, const WeightSource& weights,
-                              const std::string& prefix, const at::TensorOptions& options) {
-  if (!c.is_sparse_layer[layer]) return Mlp(weights, prefix + "mlp.", c.hidden_size, c.intermediate_size, options);
+                              const std::string& prefix, const DecoderOptions& options) {
+  const at::TensorOptions tensor = weight_options(options);
+  if (!c.is_sparse_layer[layer]) {
+    return Mlp(weights, prefix + "mlp.", c.hidden_size, c.intermediate_size, tensor, options.backends);
+  }
   const SparseMoeConfig moe{.hidden_size = c.hidden_size,
                             .num_experts = c.num_experts,
                             .num_experts_per_tok = c.num_experts_per_tok,
                             .intermediate_size = c.moe_intermediate_size,
                             .shared_intermediate_size = c.shared_expert_intermediate_size,
                             .norm_topk_prob = c.norm_topk_prob};
-  return SparseMoe(moe, weights, prefix + "mlp.", options);
+  return SparseMoe(moe, weights, prefix + "mlp.", tensor, options.backends);
 }
 
 // With its index, where the name has none. The first line of torch's sentence names what is absent.
@@ -105,6 +108,7 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& weig
     : config_(config),
       dtype_(options.dtype),
       device_(usable(options.device)),
+      backend_(options.backends.decode),
       rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta, device_) {
   const std::string& root = config.weight_prefix;
   const at::TensorOptions tensor = weight_options(options);
@@ -122,7 +126,7 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& weig
         std::make_unique<Layer>(Layer{.input_norm = norm("input_layernorm.weight"),
                                       .post_attention_norm = norm("post_attention_layernorm.weight"),
                                       .mixer = make_mixer(config, i, weights, prefix, options),
-                                      .feed_forward = make_feed_forward(config, i, weights, prefix, tensor)}));
+                                      .feed_forward = make_feed_forward(config, i, weights, prefix, options)}));
     if (options.on_layer_loaded) options.on_layer_loaded(i + 1, config.num_hidden_layers);
   }
 }
@@ -170,10 +174,10 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
   kernel::check_storage("HybridDecoder", "positions", input.attention.positions);
   kernel::check_storage("HybridDecoder", "embed_tokens", embedding_);
   const at::Tensor residual = at::index_select(embedding_, 0, input.token_ids);
-  at::Tensor delta;  // what the part before adds to the residual stream
+  at::Tensor branch;  // what the part before adds to the residual stream
   const auto normed = [&](const at::Tensor& weight) {
-    return delta.defined() ? add_rms_norm_zero_centred(delta, residual, weight, config_.rms_norm_eps)
-                           : rms_norm_zero_centred(residual, weight, config_.rms_norm_eps);
+    return branch.defined() ? add_rms_norm_zero_centred(branch, residual, weight, config_.rms_norm_eps, backend_)
+                            : rms_norm_zero_centred(residual, weight, config_.rms_norm_eps, backend_);
   };
   const RotaryTable rotary = rotary_.table(input.attention.positions, dtype_);
   size_t gdn_layer = 0;
@@ -181,17 +185,18 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
   for (const auto& layer : layers_) {
     const at::Tensor x = normed(layer->input_norm);
     if (const auto* gdn = std::get_if<Qwen3GatedDeltaNet>(&layer->mixer)) {
-      delta = gdn->forward(x, input.gdn, state.gdn[gdn_layer++]);
+      branch = gdn->forward(x, input.gdn, state.gdn[gdn_layer++]);
     } else {
       const auto& attention = std::get<GatedAttention>(layer->mixer);
-      delta = attention.forward(x, rotary, input.attention, state.kv[attention_layer++]);
+      branch = attention.forward(x, rotary, input.attention, state.kv[attention_layer++]);
     }
     const at::Tensor y = normed(layer->post_attention_norm);
-    delta = std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
+    branch = std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
   }
   const auto wanted = [&](const at::Tensor& rows) { return at::index_select(rows, 0, input.logit_rows); };
-  const at::Tensor last = add_rms_norm_zero_centred(wanted(delta), wanted(residual), norm_, config_.rms_norm_eps);
-  return project(last, lm_head_, {}, at::kFloat);
+  const at::Tensor last =
+      add_rms_norm_zero_centred(wanted(branch), wanted(residual), norm_, config_.rms_norm_eps, backend_);
+  return project(last, lm_head_, backend_, {}, at::kFloat);
 }
 
 }  // namespace xgdn

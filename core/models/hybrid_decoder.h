@@ -74,6 +74,7 @@ class HybridDecoder {
   ModelConfig config_;
   at::ScalarType dtype_;
   c10::Device device_;
+  std::string backend_;
   Rotary rotary_;
   at::Tensor embedding_;  // [vocab, hidden]
   at::Tensor norm_;       // [hidden]

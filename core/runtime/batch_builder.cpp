@@ -171,7 +171,7 @@ SegmentRows collect(const std::vector<const SequenceStep*>& sequences, int64_t c
   return rows;
 }
 
-void put_segment(Arena& arena, Segment& segment, const SegmentRows& rows, int64_t columns, int64_t num_v_heads) {
+void put_segment(Arena& arena, Segment& segment, const SegmentRows& rows, int64_t columns) {
   const bool is_verify = segment.kind == SegmentKind::kVerify;
   arena.put(&segment.cu_seqlens, rows.cu_seqlens);
   arena.put(&segment.state_indices, rows.state_indices, is_verify ? columns : 0);
@@ -187,19 +187,14 @@ void put_segment(Arena& arena, Segment& segment, const SegmentRows& rows, int64_
   }
   if (segment.kind != SegmentKind::kPrefill) return;
   arena.put_flags(&segment.has_initial_state, rows.has_initial_state);
-  const kernel::ChunkMetadataHost chunk = kernel::build_chunk_metadata_host(rows.lengths, num_v_heads);
-  arena.put(&segment.chunk.chunk_indices_chunk64, chunk.chunk_indices_chunk64, 2);
-  arena.put(&segment.chunk.chunk_offsets_chunk64, chunk.chunk_offsets_chunk64);
-  arena.put(&segment.chunk.update_chunk_offsets_chunk64, chunk.update_chunk_offsets_chunk64);
-  arena.put(&segment.chunk.final_chunk_indices_chunk64, chunk.final_chunk_indices_chunk64);
-  arena.put(&segment.chunk.chunk_indices_large_block, chunk.chunk_indices_large_block, 2);
-  arena.put(&segment.chunk.block_indices_cumsum, chunk.block_indices_cumsum, 2);
+  const kernel::ChunkTables chunk = kernel::build_chunk_tables(rows.lengths);
+  arena.put(&segment.chunk_indices, chunk.indices, 2);
+  arena.put(&segment.chunk_offsets, chunk.offsets);
 }
 
 }  // namespace
 
 BatchBuilder::BatchBuilder(const BatchLimits& limits, c10::Device device) : limits_(limits), device_(device) {
-  kernel::cumsum_block(limits.num_v_heads);
   if (limits.kv_block_size < 1 || limits.num_kv_blocks > kernel::kMaxIndex / limits.kv_block_size) {
     throw RequestError(c10::str("[BatchBuilder] num_kv_blocks and kv_block_size: expected at most ", kernel::kMaxIndex,
                                 " rows, got ", limits.num_kv_blocks, " blocks of ", limits.kv_block_size));
@@ -253,7 +248,7 @@ BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) const 
     if (members.empty()) continue;
     segment.num_tokens = static_cast<int64_t>(tokens.size()) - segment.token_begin;
     step.input.gdn.segments.push_back(segment);
-    put_segment(arena, step.input.gdn.segments.back(), collect(members, columns), columns, limits_.num_v_heads);
+    put_segment(arena, step.input.gdn.segments.back(), collect(members, columns), columns);
   }
   step.input.gdn.num_tokens = static_cast<int64_t>(tokens.size());
   arena.put(&step.input.token_ids, tokens);

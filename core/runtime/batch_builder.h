@@ -30,7 +30,6 @@ struct BatchLimits {
   int64_t num_kv_blocks = 0;
   int64_t kv_block_size = 16;
   int64_t vocab_size = 0;
-  int64_t num_v_heads = 1;  // of this rank
   bool has_attention = true;
 };
 
@@ -43,8 +42,7 @@ struct BuiltStep {
 /// Checks what the sequences do in a step and packs it.
 class BatchBuilder {
  public:
-  /// Throws UnsupportedError when the model's value heads exceed what the chunk metadata can describe, RequestError for
-  /// more cache rows than an index can name.
+  /// Throws RequestError for more cache rows than an index can name.
   BatchBuilder(const BatchLimits& limits, c10::Device device);
 
   /// Packs decode first, then verification, then prefill, each in the given order. Throws RangeError or RequestError

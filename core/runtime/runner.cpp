@@ -21,7 +21,6 @@ BatchLimits limits(const HybridDecoder& model, const StatePool& states, const Kv
           .num_kv_blocks = kv.num_blocks(),
           .kv_block_size = kv.block_size(),
           .vocab_size = model.config().vocab_size,
-          .num_v_heads = model.config().linear_num_value_heads,
           .has_attention = model.num_attention_layers() > 0};
 }
 

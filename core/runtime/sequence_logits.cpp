@@ -22,8 +22,7 @@ at::Tensor sequence_logits(const HybridDecoder& model, const std::vector<int32_t
   const BatchBuilder builder({.num_slots = 1,
                               .num_kv_blocks = 1,
                               .kv_block_size = sizes.kv_block_size,
-                              .vocab_size = model.config().vocab_size,
-                              .num_v_heads = model.config().linear_num_value_heads},
+                              .vocab_size = model.config().vocab_size},
                              model.device());
   ModelState state{states.layers(), kv.layers()};
   SequenceStep step{.kind = SegmentKind::kPrefill,

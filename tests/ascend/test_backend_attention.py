@@ -72,7 +72,7 @@ def test_experts_launch_the_same_for_any_number_of_tokens_and_chosen_experts() -
 
 
 def test_the_builder_names_every_row_of_the_contexts_in_the_order_of_the_tokens() -> None:
-    sizes = {"num_slots": 4, "num_kv_blocks": 20, "kv_block_size": 4, "vocab_size": 9, "num_v_heads": 1}
+    sizes = {"num_slots": 4, "num_kv_blocks": 20, "kv_block_size": 4, "vocab_size": 9}
 
     def build(device: str) -> _C.AttentionBatch:
         def step(kind: _C.SegmentKind, slot: int, tokens: int, cached: int, blocks: list[int]) -> _C.SequenceStep:

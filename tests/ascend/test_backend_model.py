@@ -118,9 +118,7 @@ def test_a_step_or_a_pool_of_another_device_is_an_error(tmp_path: Path) -> None:
 
     def run(device: str, pool_device: str) -> Tensor:
         states = runtime.StatePool(decoder.state_specs(), num_slots=1, device=pool_device)
-        builder = runtime.BatchBuilder(
-            num_slots=1, num_kv_blocks=2, vocab_size=128, num_v_heads=8, has_attention=True, device=device
-        )
+        builder = runtime.BatchBuilder(num_slots=1, num_kv_blocks=2, vocab_size=128, has_attention=True, device=device)
         step = runtime.SequenceStep(
             kind=runtime.SegmentKind.PREFILL, tokens=[1, 2], state_slots=[0], has_initial_state=False, kv_blocks=[0]
         )

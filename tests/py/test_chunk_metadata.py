@@ -197,12 +197,12 @@ def test_one_class_serves_ops_and_layers() -> None:
         conv_indices=slots,
         chunk=chunk,
     )
-    assert isinstance(segment.chunk, ops.ChunkMetadata)
-    assert all(torch.equal(got, want) for got, want in zip(segment.chunk, chunk, strict=True))
+    assert torch.equal(segment.chunk_indices, chunk.chunk_indices_chunk64)
+    assert torch.equal(segment.chunk_offsets, chunk.chunk_offsets_chunk64)
     decode = layers.Segment(
         kind=layers.SegmentKind.DECODE, cu_seqlens_cpu=cu_seqlens_of((1, 1)), state_indices=slots, conv_indices=slots
     )
-    assert decode.chunk is None
+    assert decode.chunk_indices is None and decode.chunk_offsets is None
     with pytest.raises(TypeError):
         layers.Segment(
             kind=layers.SegmentKind.PREFILL,

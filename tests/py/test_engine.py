@@ -383,6 +383,20 @@ def test_damaged_checkpoints_are_refused_with_a_sentence(
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(("prefill", "decode"), [("reference", "cpu"), ("cpu", "reference")])
+def test_the_backend_of_a_phase_serves_every_op_of_the_model(checkpoint: Path, prefill: str, decode: str) -> None:
+    engine = xgdn.Engine(checkpoint, prefill_backend=prefill, decode_backend=decode)
+    engine.generate([list(range(1, 20))], max_new_tokens=2)
+    assert xgdn.last_backend("gdn_decode_step") == decode
+    engine.prompt_logits([1, 2, 3])
+    assert {op: xgdn.last_backend(op) for op in ("chunk_gated_delta_rule", "causal_conv1d")} == {
+        "chunk_gated_delta_rule": prefill,
+        "causal_conv1d": prefill,
+    }
+    ops = ("gdn_gating", "linear", "paged_attention", "rms_norm", "rms_norm_gated", "silu_and_mul")
+    assert {op: xgdn.last_backend(op) for op in ops} == dict.fromkeys(ops, decode)
+
+
 @pytest.mark.parametrize("phase", ["prefill_backend", "decode_backend"])
 def test_an_unknown_backend_is_refused_before_loading(checkpoint: Path, phase: str) -> None:
     with pytest.raises(errors.UnsupportedError, match="gpu"):

@@ -113,7 +113,7 @@ class Host:
         self.state = _C.GdnState.allocate(net.state_specs(), num_slots)
         for kind in (_C.StateKind.CONV, _C.StateKind.DELTA):
             self.state.pool(kind).fill_(float("nan"))
-        self.builder = _C.BatchBuilder(num_slots=num_slots, vocab_size=1, num_v_heads=net.local_config.num_v_heads)
+        self.builder = _C.BatchBuilder(num_slots=num_slots, vocab_size=1)
 
     def step(self, pieces: list[tuple[torch.Tensor, dict[str, object]]]) -> list[torch.Tensor]:
         """Run (hidden, SequenceStep fields) pieces, which must come in the order decode, verify, prefill."""

@@ -98,9 +98,7 @@ def pieces_logits(decoder: _C.HybridDecoder, prompt: list[int], sizes: list[int]
     states = _C.StatePool(decoder.state_specs(), num_slots=2, poison_freed=True)
     states.release(states.allocate())  # slot 0 is full of NaN from now on
     kv = _C.KvCache(decoder, num_blocks=32, block_size=16)
-    builder = _C.BatchBuilder(
-        num_slots=2, num_kv_blocks=32, kv_block_size=16, vocab_size=128, num_v_heads=8, has_attention=True
-    )
+    builder = _C.BatchBuilder(num_slots=2, num_kv_blocks=32, kv_block_size=16, vocab_size=128, has_attention=True)
     slot = states.slot(states.allocate())
     blocks = kv.allocate(kv.blocks_for(len(prompt)))
     rows = []

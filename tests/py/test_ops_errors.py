@@ -196,10 +196,10 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     (EXPERTS, {"chosen": torch.zeros(5, 1).long()}, ValueError, ("chosen", "A=2 (set by weights)", "[5, 1]")),
     (EXPERTS, {"chosen": torch.arange(10).view(5, 2)}, IndexError, ("chosen", "an expert 0..2", "got 3 at index 3")),
     *(
-        (EXPERTS, {name: torch.randn(shape)}, ValueError, ("gate_up and down", "[E, 2I, D] and [E, D, I]", str(shape)))
-        for name, shape in (("down", [2, 24, 16]), ("gate_up", [3, 30, 24]), ("gate_up", [96, 24]))
+        (EXPERTS, {name: torch.randn(shape)}, ValueError, ("gate_up", "[E, I+I, D]", "set by down", str(shape)))
+        for name, shape in (("gate_up", [2, 32, 24]), ("gate_up", [3, 30, 24]), ("gate_up", [96, 24]))
     ),
-    (EXPERTS, {"x": torch.randn(5, 23)}, ValueError, ("experts.gate", "D=23 (set by x)", "[16, 24]")),
+    (EXPERTS, {"x": torch.randn(5, 23)}, ValueError, ("down", "D=23 (set by x)", "[3, 24, 16]")),
     (EXPERTS, {"out": torch.empty(5, 48)[:, ::2]}, ValueError, ("out", "contiguous")),
     # cu_seqlens
     (RECURRENT, {"cu_seqlens": i32([1, 3, 5])}, IndexError, ("cu_seqlens", "start at 0", "1")),

@@ -9,8 +9,9 @@
 namespace xgdn::kernel::aten {
 namespace {
 
-at::Tensor expert(const ExpertWeights& experts, size_t e, const at::Tensor& x) {
-  return at::linear(at::silu(at::linear(x, experts.gate[e])) * at::linear(x, experts.up[e]), experts.down[e]);
+at::Tensor expert(const MoeExpertsParams& p, int64_t e, const at::Tensor& x) {
+  const auto rows = p.gate_up[e].chunk(2);  // gate, up
+  return at::linear(at::silu(at::linear(x, rows[0])) * at::linear(x, rows[1]), p.down[e]);
 }
 
 }  // namespace
@@ -26,7 +27,7 @@ void moe_experts(const MoeExpertsParams& p, const ExpertsShape& s) {
     const at::Tensor visit = at::tensor(visits[e], p.x.options().dtype(at::kLong));
     const at::Tensor token = visit.floor_divide(s.A);
     const at::Tensor weight = p.weights.flatten().index_select(0, visit).unsqueeze(1);
-    p.out.index_add_(0, token, expert(p.experts, e, p.x.index_select(0, token)) * weight);
+    p.out.index_add_(0, token, expert(p, static_cast<int64_t>(e), p.x.index_select(0, token)) * weight);
   }
 }
 

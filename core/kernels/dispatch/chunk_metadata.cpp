@@ -108,28 +108,23 @@ int64_t cumsum_block(int64_t num_v_heads_local) {
   return static_cast<int64_t>(std::bit_ceil(std::max<uint64_t>(1, block)));
 }
 
-ChunkMetadataHost build_chunk_metadata_host(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
-                                            SequenceIds ids) {
+ChunkTables build_chunk_tables(const std::vector<int64_t>& lengths, SequenceIds ids) {
   check_lengths(lengths);
-  const int64_t block = cumsum_block(num_v_heads_local);
-  ChunkMetadataHost host;
-  host.chunk_indices_chunk64 = index_rows(lengths, kChunkSize, ids);
-  host.chunk_offsets_chunk64 = offsets(lengths, 0);
-  host.update_chunk_offsets_chunk64 = offsets(lengths, 1);
-  for (size_t i = 0; i < lengths.size(); ++i) {
-    host.final_chunk_indices_chunk64.push_back(host.update_chunk_offsets_chunk64[i + 1] - 1);
-  }
-  host.chunk_indices_large_block = index_rows(lengths, kLargeBlock, ids);
-  host.block_indices_cumsum = index_rows(lengths, block, ids);
-  return host;
+  return {.indices = index_rows(lengths, kChunkSize, ids), .offsets = offsets(lengths, 0)};
 }
 
 ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t num_v_heads_local, SequenceIds ids,
                                    c10::Device device) {
-  const ChunkMetadataHost host = build_chunk_metadata_host(lengths, num_v_heads_local, ids);
-  const std::vector<const std::vector<int32_t>*> tables = {
-      &host.chunk_indices_chunk64,       &host.chunk_offsets_chunk64,     &host.update_chunk_offsets_chunk64,
-      &host.final_chunk_indices_chunk64, &host.chunk_indices_large_block, &host.block_indices_cumsum};
+  const int64_t block = cumsum_block(num_v_heads_local);
+  const auto [indices, ends] = build_chunk_tables(lengths, ids);
+  const std::vector<int32_t> update_ends = offsets(lengths, 1);
+  std::vector<int32_t> final_indices(lengths.size());
+  std::transform(update_ends.begin() + 1, update_ends.end(), final_indices.begin(),
+                 [](int32_t end) { return end - 1; });
+  const std::vector<int32_t> large = index_rows(lengths, kLargeBlock, ids);
+  const std::vector<int32_t> cumsum = index_rows(lengths, block, ids);
+  const std::vector<const std::vector<int32_t>*> tables = {&indices,       &ends,  &update_ends,
+                                                           &final_indices, &large, &cumsum};
   int64_t total = 0;
   for (const auto* table : tables) total += static_cast<int64_t>(table->size());
   const at::Tensor host_arena = at::empty({total}, at::kInt);
@@ -141,12 +136,12 @@ ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t 
     const auto size = static_cast<int64_t>(table.size());
     return arena.narrow(0, std::exchange(begin, begin + size), size);
   };
-  return {.chunk_indices_chunk64 = place(host.chunk_indices_chunk64).view({-1, 2}),
-          .chunk_offsets_chunk64 = place(host.chunk_offsets_chunk64),
-          .update_chunk_offsets_chunk64 = place(host.update_chunk_offsets_chunk64),
-          .final_chunk_indices_chunk64 = place(host.final_chunk_indices_chunk64),
-          .chunk_indices_large_block = place(host.chunk_indices_large_block).view({-1, 2}),
-          .block_indices_cumsum = place(host.block_indices_cumsum).view({-1, 2})};
+  return {.chunk_indices_chunk64 = place(indices).view({-1, 2}),
+          .chunk_offsets_chunk64 = place(ends),
+          .update_chunk_offsets_chunk64 = place(update_ends),
+          .final_chunk_indices_chunk64 = place(final_indices),
+          .chunk_indices_large_block = place(large).view({-1, 2}),
+          .block_indices_cumsum = place(cumsum).view({-1, 2})};
 }
 
 ChunkMetadata allocate_chunk_metadata(int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local,

@@ -46,7 +46,7 @@ TypicalTensors::TypicalTensors() {
   square = zeros({D, D}), block = zeros({1, 1, 1, D});
   chosen = zeros({1, 1}, at::kLong), slot = zeros({1}, at::kInt);
   cu_seqlens = at::arange(2, at::kInt);
-  experts = {.gate = {square}, .up = {square}, .down = {square}};
+  gate_up = zeros({1, 2 * D, D}), down = zeros({1, D, D});
   chunk = build_chunk_metadata({1}, /*num_v_heads_local=*/1);
 }
 

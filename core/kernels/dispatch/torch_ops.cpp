@@ -310,9 +310,13 @@ struct TorchOp<MoeExpertsParams> {
       "str backend=\"auto\") -> ()";
   static MoeExpertsParams params(const Tensor& x, const Tensor& weights, const Tensor& chosen, const Tensor& gate_up,
                                  const Tensor& down, const Tensor& out, std::string backend) {
-    const ExpertWeights experts = stacked_experts(gate_up, down);
-    return {
-        .x = x, .weights = weights, .chosen = chosen, .experts = experts, .out = out, .backend = std::move(backend)};
+    return {.x = x,
+            .weights = weights,
+            .chosen = chosen,
+            .gate_up = gate_up,
+            .down = down,
+            .out = out,
+            .backend = std::move(backend)};
   }
 };
 

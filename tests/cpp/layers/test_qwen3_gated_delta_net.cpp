@@ -134,13 +134,14 @@ GdnState make_state(const Qwen3GatedDeltaNet& layer, int64_t num_slots) {
 }
 
 Segment prefill(int64_t begin, const std::vector<int64_t>& lengths, const std::vector<int32_t>& slots,
-                const std::vector<bool>& has_initial, int64_t num_v_heads) {
+                const std::vector<bool>& has_initial) {
   std::vector<int32_t> cu{0};
   at::Tensor flags = at::empty({std::ssize(lengths)}, at::kBool);
   for (size_t i = 0; i < lengths.size(); ++i) {
     cu.push_back(cu.back() + static_cast<int32_t>(lengths[i]));
     flags.mutable_data_ptr<bool>()[i] = has_initial[i];
   }
+  const kernel::ChunkTables chunk = kernel::build_chunk_tables(lengths);
   return {.kind = SegmentKind::kPrefill,
           .token_begin = begin,
           .num_tokens = cu.back(),
@@ -148,7 +149,8 @@ Segment prefill(int64_t begin, const std::vector<int64_t>& lengths, const std::v
           .state_indices = i32(slots),
           .conv_indices = i32(slots),
           .has_initial_state = flags,
-          .chunk = kernel::build_chunk_metadata(lengths, num_v_heads)};
+          .chunk_indices = i32(chunk.indices).view({-1, 2}),
+          .chunk_offsets = i32(chunk.offsets)};
 }
 
 Segment decode(int64_t begin, const std::vector<int32_t>& slots) {
@@ -241,9 +243,8 @@ TEST_P(LayerTest, EverySegmentOfAStepIsTheRecurrence) {
   GdnState state = make_state(gdn, 10);
 
   // Slots 1, 2, 3 of sequences 0, 1, 2.
-  const at::Tensor start =
-      gdn.forward(at::cat({x[0].narrow(0, 0, 29), x[1].narrow(0, 0, 20), x[2].narrow(0, 0, 64)}),
-                  batch_of({prefill(0, {29, 20, 64}, {1, 2, 3}, {false, false, false}, config_.num_v_heads)}), state);
+  const at::Tensor start = gdn.forward(at::cat({x[0].narrow(0, 0, 29), x[1].narrow(0, 0, 20), x[2].narrow(0, 0, 64)}),
+                                       batch_of({prefill(0, {29, 20, 64}, {1, 2, 3}, {false, false, false})}), state);
   EXPECT_LE(relative_error(start.narrow(0, 0, 29), want[0].out.narrow(0, 0, 29)), kBound);
   EXPECT_LE(relative_error(start.narrow(0, 29, 20), want[1].out.narrow(0, 0, 20)), kBound);
   EXPECT_LE(relative_error(start.narrow(0, 49, 64), want[2].out.narrow(0, 0, 64)), kBound);
@@ -253,11 +254,9 @@ TEST_P(LayerTest, EverySegmentOfAStepIsTheRecurrence) {
 
   std::vector<at::Tensor> before;
   for (const GdnState::Component& component : state.components()) before.push_back(component.pool.clone());
-  const at::Tensor out =
-      gdn.forward(at::cat({x[0].narrow(0, 29, 1), x[1].narrow(0, 20, 3), x[2].narrow(0, 64, 70), x[3]}),
-                  batch_of({decode(0, {1}), verify(1, 3, {2, 5, 6, 7}, 1),
-                            prefill(4, {70, 5}, {3, 4}, {true, false}, config_.num_v_heads)}),
-                  state);
+  const at::Tensor out = gdn.forward(
+      at::cat({x[0].narrow(0, 29, 1), x[1].narrow(0, 20, 3), x[2].narrow(0, 64, 70), x[3]}),
+      batch_of({decode(0, {1}), verify(1, 3, {2, 5, 6, 7}, 1), prefill(4, {70, 5}, {3, 4}, {true, false})}), state);
   EXPECT_LE(relative_error(out.narrow(0, 0, 1), want[0].out.narrow(0, 29, 1)), kBound);
   EXPECT_LE(relative_error(out.narrow(0, 1, 3), want[1].out.narrow(0, 20, 3)), kBound);
   EXPECT_LE(relative_error(out.narrow(0, 4, 70), want[2].out.narrow(0, 64, 70)), kBound);
@@ -298,8 +297,7 @@ TEST_P(LayerTest, WholePiecesAndSingleTokensAgree) {
     int64_t begin = 0;
     for (int64_t count : pieces) {
       const bool is_first = begin == 0;
-      const Segment segment =
-          count == 1 && !is_first ? decode(0, {1}) : prefill(0, {count}, {1}, {!is_first}, config_.num_v_heads);
+      const Segment segment = count == 1 && !is_first ? decode(0, {1}) : prefill(0, {count}, {1}, {!is_first});
       outs.push_back(gdn.forward(x.narrow(0, begin, count), batch_of({segment}), state));
       begin += count;
     }
@@ -313,7 +311,7 @@ TEST_P(LayerTest, DecodeWritesWhereItIsTold) {
   const at::Tensor x = hidden(21, 11);
   const Truth want = truth(config_, weights_, x);
   GdnState state = make_state(gdn, 4);
-  gdn.forward(x.narrow(0, 0, 10), batch_of({prefill(0, {10}, {1}, {false}, config_.num_v_heads)}), state);
+  gdn.forward(x.narrow(0, 0, 10), batch_of({prefill(0, {10}, {1}, {false})}), state);
   const at::Tensor conv = slot(state, StateKind::kConv, 1).clone();
   const at::Tensor delta = slot(state, StateKind::kDelta, 1).clone();
   Segment forked = decode(0, {1, 1});
@@ -334,7 +332,7 @@ TEST_P(LayerTest, BothCheckpointLayoutsAreTheSameLayer) {
     const Qwen3GatedDeltaNet a(config_, TensorMap(weights_), kPrefix, at::kFloat, shard);
     const Qwen3GatedDeltaNet b(config_, TensorMap(fused), kPrefix, at::kFloat, shard);
     GdnState state_a = make_state(a, 1), state_b = make_state(b, 1);
-    const GdnBatch batch = batch_of({prefill(0, {70}, {0}, {false}, a.local_config().num_v_heads)});
+    const GdnBatch batch = batch_of({prefill(0, {70}, {0}, {false})});
     EXPECT_LE(relative_error(a.forward(x, batch, state_a), b.forward(x, batch, state_b)), kBound);
     for (StateKind kind : {StateKind::kConv, StateKind::kDelta}) {
       const at::Tensor got = state_a.pool(kind), want = state_b.pool(kind);
@@ -352,7 +350,7 @@ struct TwoSteps {
 TwoSteps run_two_steps(const Qwen3GatedDeltaNet& layer, GdnState& state, const at::Tensor& x) {
   const int64_t HV = layer.local_config().num_v_heads;
   TwoSteps out;
-  out.first = layer.forward(x.narrow(0, 0, 75), batch_of({prefill(0, {70, 5}, {1, 0}, {false, false}, HV)}), state);
+  out.first = layer.forward(x.narrow(0, 0, 75), batch_of({prefill(0, {70, 5}, {1, 0}, {false, false})}), state);
   out.second = layer.forward(x.narrow(0, 75, 2), batch_of({decode(0, {0, 1})}), state);
   return out;
 }
@@ -534,10 +532,9 @@ TEST(Qwen3GatedDeltaNet, RefusesSegmentsThatDoNotCoverTheTokens) {
     return [&, segments] { layer.forward(x, batch_of(segments), state); };
   };
   expect_error<ShapeError>(forward({decode(0, {0, 1, 2})}), {"hidden", "T=3", "[4, 32]"});
-  expect_error<ShapeError>(forward({decode(0, {0}), prefill(2, {3}, {1}, {false}, 8)}),
-                           {"segments", "token 1", "got 2"});
+  expect_error<ShapeError>(forward({decode(0, {0}), prefill(2, {3}, {1}, {false})}), {"segments", "token 1", "got 2"});
   expect_error<ShapeError>([&] { layer.forward(x.flatten(), batch_of({decode(0, {0})}), state); }, {"hidden", "[128]"});
-  EXPECT_NO_THROW(forward({prefill(0, {4}, {1}, {false}, 8)})());
+  EXPECT_NO_THROW(forward({prefill(0, {4}, {1}, {false})})());
 }
 
 }  // namespace

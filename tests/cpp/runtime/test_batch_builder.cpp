@@ -14,8 +14,7 @@
 namespace xgdn::testing {
 namespace {
 
-const BatchLimits kLimits{
-    .num_slots = 20, .num_kv_blocks = 50, .kv_block_size = 4, .vocab_size = 100, .num_v_heads = 8};
+const BatchLimits kLimits{.num_slots = 20, .num_kv_blocks = 50, .kv_block_size = 4, .vocab_size = 100};
 
 SequenceStep decode(int32_t token, int64_t num_cached, int32_t slot, std::vector<int32_t> blocks) {
   return {.kind = SegmentKind::kDecode,
@@ -173,14 +172,12 @@ TEST_F(MixedStep, EveryIndexIsAViewOfOneArena) {
   std::vector<at::Tensor> tensors{in.token_ids, in.logit_rows, in.attention.positions, in.attention.kv_rows,
                                   in.attention.block_ids};
   for (const Segment& s : in.gdn.segments) {
-    for (const at::Tensor& t :
-         {s.cu_seqlens, s.state_indices, s.conv_indices, s.write_indices, s.has_initial_state, s.num_accepted,
-          s.chunk.chunk_indices_chunk64, s.chunk.chunk_offsets_chunk64, s.chunk.update_chunk_offsets_chunk64,
-          s.chunk.final_chunk_indices_chunk64, s.chunk.chunk_indices_large_block, s.chunk.block_indices_cumsum}) {
+    for (const at::Tensor& t : {s.cu_seqlens, s.state_indices, s.conv_indices, s.write_indices, s.has_initial_state,
+                                s.num_accepted, s.chunk_indices, s.chunk_offsets}) {
       if (t.defined()) tensors.push_back(t);
     }
   }
-  EXPECT_EQ(tensors.size(), 5u + 4 + 4 + 4 + 6);
+  EXPECT_EQ(tensors.size(), 5u + 4 + 4 + 4 + 2);
   for (const at::Tensor& t : tensors) EXPECT_TRUE(t.storage().is_alias_of(in.token_ids.storage()));
 }
 
@@ -195,15 +192,11 @@ TEST(BatchBuilder, ChunkMetadataIsThatOfThePrefillSequences) {
   }
   const BuiltStep built = BatchBuilder(limits, c10::kCPU).build(sequences);
   ASSERT_EQ(built.input.gdn.segments.size(), 2u);
-  const kernel::ChunkMetadata& got = built.input.gdn.segments[1].chunk;
-  const kernel::ChunkMetadata want = kernel::build_chunk_metadata(lengths, limits.num_v_heads);
-  EXPECT_TRUE(same_bits(got.chunk_indices_chunk64, want.chunk_indices_chunk64));
-  EXPECT_TRUE(same_bits(got.chunk_offsets_chunk64, want.chunk_offsets_chunk64));
-  EXPECT_TRUE(same_bits(got.update_chunk_offsets_chunk64, want.update_chunk_offsets_chunk64));
-  EXPECT_TRUE(same_bits(got.final_chunk_indices_chunk64, want.final_chunk_indices_chunk64));
-  EXPECT_TRUE(same_bits(got.chunk_indices_large_block, want.chunk_indices_large_block));
-  EXPECT_TRUE(same_bits(got.block_indices_cumsum, want.block_indices_cumsum));
-  expect_rows(got.chunk_offsets_chunk64, {0, 3, 4, 5, 26});
+  const Segment& got = built.input.gdn.segments[1];
+  const kernel::ChunkMetadata want = kernel::build_chunk_metadata(lengths, /*num_v_heads_local=*/1);
+  EXPECT_TRUE(same_bits(got.chunk_indices, want.chunk_indices_chunk64));
+  EXPECT_TRUE(same_bits(got.chunk_offsets, want.chunk_offsets_chunk64));
+  expect_rows(got.chunk_offsets, {0, 3, 4, 5, 26});
 }
 
 TEST(BatchBuilder, OneKindMakesOneSegment) {
@@ -242,12 +235,6 @@ TEST(BatchBuilder, WithoutAttentionNoBlocksAreNeeded) {
   const BuiltStep built = BatchBuilder(limits, c10::kCPU).build({decode(1, 100, 0, {})});
   EXPECT_EQ(built.input.attention.kv_rows.numel(), 0);
   expect_rows(built.input.attention.positions, {100});
-}
-
-TEST(BatchBuilder, MoreHeadsThanTheMetadataDescribesAreRefused) {
-  BatchLimits limits = kLimits;
-  limits.num_v_heads = 65;
-  expect_error<UnsupportedError>([&] { BatchBuilder(limits, c10::kCPU); }, {"num_v_heads", "65"});
 }
 
 template <typename E>
