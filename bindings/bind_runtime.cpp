@@ -167,14 +167,14 @@ void bind_requests(nb::module_& m) {
 
   nb::class_<RequestEvent>(m, "RequestEvent", "The outcome of one step for one request, or for one branch of it.")
       .def_ro("id", &RequestEvent::id)
-      .def_ro("token", &RequestEvent::token)
+      .def_ro("tokens", &RequestEvent::tokens, "New tokens; none while the prompt is computed.")
       .def_ro("num_prefilled", &RequestEvent::num_prefilled)
       .def_ro("prompt_size", &RequestEvent::prompt_size)
       .def_ro("finish_reason", &RequestEvent::finish_reason)
       .def_ro("error", &RequestEvent::error)
       .def_ro("branch", &RequestEvent::branch, "Branch of the request, 0..n-1.")
       .def_ro("logprobs", &RequestEvent::logprobs,
-              "Log-probabilities of the new token, if its sampling asks for them.");
+              "Log-probabilities of each new token, if its sampling asks for them.");
 
   nb::class_<GenerationResult>(m, "GenerationResult", "A finished request.")
       .def_ro("id", &GenerationResult::id)

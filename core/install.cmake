@@ -51,6 +51,7 @@ set(xgdn_public_headers
   runtime/runner.h
   runtime/sampler.h
   runtime/scheduler.h
+  runtime/sequence.h
   runtime/state_pool.h
   runtime/turn_mutex.h
 )

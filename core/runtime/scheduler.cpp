@@ -9,24 +9,6 @@
 
 namespace xgdn {
 
-namespace {
-
-SamplingParams with_seed_of(SamplingParams params, int64_t branch) {
-  params.seed += static_cast<uint64_t>(branch);
-  return params;
-}
-
-}  // namespace
-
-Sequence::Sequence(RequestId request_id, Request r, int64_t branch_idx)
-    : id(request_id), request(std::move(r)), branch(branch_idx), sampler(with_seed_of(request.sampling, branch)) {}
-
-std::vector<int32_t> Sequence::kv_blocks() const {
-  std::vector<int32_t> blocks = prompt_kv->blocks;
-  blocks.insert(blocks.end(), own_kv.blocks.begin(), own_kv.blocks.end());
-  return blocks;
-}
-
 void SchedulerOptions::check() const {
   if (max_tokens_per_step >= kernel::kChunkSize) return;
   throw RequestError(c10::str("[Scheduler] max_tokens_per_step: expected at least ", kernel::kChunkSize, ", got ",
@@ -66,9 +48,9 @@ int64_t Scheduler::prompt_blocks(const Sequence& sequence) const {
   return std::max<int64_t>(kv_.blocks_for(sequence.prompt_size() + 1) - 1, 0);
 }
 
-// With room for its next token, or for the first after the prompt.
+// With room for its next token, or for the first after the prefill, and for the drafts behind it.
 int64_t Scheduler::own_blocks(const Sequence& sequence) const {
-  const int64_t num_tokens = std::max(sequence.prompt_size(), sequence.num_computed) + 1;
+  const int64_t num_tokens = std::max(sequence.prefill_end, sequence.num_computed) + 1 + sequence.num_drafts();
   return kv_.blocks_for(num_tokens) - prompt_blocks(sequence);
 }
 
@@ -109,6 +91,11 @@ void Scheduler::copy_forked_state(Sequence& sequence) {
 
 // The branch that a state is forked from must not wait for one that does not run.
 void Scheduler::preempt(Sequence& sequence) {
+  std::vector<int32_t>& blocks = sequence.own_kv.blocks;
+  while (std::ssize(blocks) > own_blocks(sequence)) {  // of drafts that were refused
+    kv_.release({blocks.back()});
+    blocks.pop_back();
+  }
   vacate(sequence, /*goes_on=*/true);
   copy_forked_state(sequence);
   ++num_preemptions_;
@@ -124,11 +111,12 @@ bool Scheduler::make_room(const Sequence& sequence) {
 
 void Scheduler::grow() {
   for (const auto& sequence : running_) {
-    if (!sequence->is_resident || own_blocks(*sequence) <= std::ssize(sequence->own_kv.blocks)) continue;
-    if (make_room(*sequence)) {
-      sequence->own_kv.blocks.push_back(kv_.allocate(1).front());
-    } else {
-      preempt(*sequence);
+    while (sequence->is_resident && own_blocks(*sequence) > std::ssize(sequence->own_kv.blocks)) {
+      if (make_room(*sequence)) {
+        sequence->own_kv.blocks.push_back(kv_.allocate(1).front());
+      } else {
+        preempt(*sequence);
+      }
     }
   }
 }
@@ -164,7 +152,7 @@ void Scheduler::admit() {
 std::vector<Sequence*> Scheduler::tokenless_branches(const Sequence& sequence) const {
   std::vector<Sequence*> siblings;
   for (const auto& s : running_) {
-    if (s->id == sequence.id && s.get() != &sequence && s->generated.empty()) siblings.push_back(s.get());
+    if (s->id == sequence.id && s.get() != &sequence && s->num_generated() == 0) siblings.push_back(s.get());
   }
   return siblings;
 }
@@ -186,33 +174,53 @@ std::vector<Sequence*> Scheduler::fork(const Sequence& computed) {
   return branches;
 }
 
-void Scheduler::advance(Sequence& sequence, int64_t count) {
-  sequence.num_computed += count;
+void Scheduler::advance(Sequence& sequence, int64_t num_tokens) {
+  sequence.num_computed += num_tokens;
   if (sequence.forked_from) states_.release(*sequence.forked_from);
   sequence.forked_from.reset();
 }
 
-std::vector<ScheduledPiece> Scheduler::schedule() {
+namespace {
+
+// Where the next piece of a prefill of at most `budget` tokens ends. Chunks are counted from the sequence's first
+// token, so that the budget does not move them: all pieces but the last end at a multiple of the chunk size, and one
+// that begins between two of them ends at the next.
+int64_t piece_end(const Sequence& sequence, int64_t budget) {
+  constexpr int64_t kChunk = kernel::kChunkSize;
+  const int64_t begin = sequence.num_computed;
+  const int64_t most = begin % kChunk == 0 ? budget : std::min(budget, kChunk - begin % kChunk);
+  if (sequence.prefill_end - begin <= most) return sequence.prefill_end;
+  return std::max(begin, (begin + most) / kChunk * kChunk);
+}
+
+}  // namespace
+
+std::vector<ScheduledStep> Scheduler::schedule() {
   grow();
   admit();
-  std::vector<ScheduledPiece> pieces;
+  std::vector<ScheduledStep> steps;
+  int64_t num_tokens = 0;
   for (const auto& sequence : running_) {
-    if (!sequence->is_resident) continue;
+    if (!sequence->is_resident || !sequence->is_prefilled()) continue;
     // The branch that computed the prompt writes its slot again when the others have read it: one step later.
-    if (sequence->is_prefilled() && states_.ref_count(*sequence->slot) == 1) pieces.push_back({sequence.get(), 1});
+    if (states_.ref_count(*sequence->slot) > 1) continue;
+    const int64_t num_drafts = sequence->num_drafts();
+    steps.push_back({.sequence = sequence.get(),
+                     .kind = num_drafts > 0 ? SegmentKind::kVerify : SegmentKind::kDecode,
+                     .num_tokens = sequence->num_tokens() - sequence->num_computed,
+                     .num_drafts = num_drafts});
+    num_tokens += steps.back().num_tokens + num_drafts;
   }
-  const auto num_decodes = static_cast<int64_t>(pieces.size());
-  int64_t budget = std::max(options_.max_tokens_per_step - num_decodes, kernel::kChunkSize);
+  int64_t budget = std::max(options_.max_tokens_per_step - num_tokens, kernel::kChunkSize);
   for (const auto& sequence : running_) {
     if (sequence->is_prefilled() || sequence->is_parked || !sequence->is_resident) continue;
-    int64_t count = sequence->prompt_size() - sequence->num_computed;
-    // Only a prompt's last piece may end between multiples of the chunk size.
-    if (count > budget) count = budget / kernel::kChunkSize * kernel::kChunkSize;
-    if (count == 0) break;
-    pieces.push_back({sequence.get(), count});
+    const int64_t end = piece_end(*sequence, budget);
+    if (end == sequence->num_computed) break;
+    const int64_t count = end - sequence->num_computed;
+    steps.push_back({.sequence = sequence.get(), .kind = SegmentKind::kPrefill, .num_tokens = count});
     budget -= count;
   }
-  return pieces;
+  return steps;
 }
 
 std::vector<const Sequence*> Scheduler::youngest_first() const {

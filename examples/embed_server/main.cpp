@@ -54,7 +54,7 @@ class EngineThread {  // the engine and the thread that steps it, asleep while t
     if (!generation.arrived.wait_for(lock, 100ms, [&] { return !generation.events.empty(); })) return {};
     const RequestEvent event = std::move(generation.events.front());
     generation.events.pop_front();
-    generation.num_new += event.token.has_value();
+    generation.num_new += std::ssize(event.tokens);
     generation.num_running -= event.finish_reason != FinishReason::kRunning;
     return event;
   }
@@ -121,7 +121,7 @@ Request parse(json body, bool& is_stream) {
 void add(const RequestEvent& event, json& choice) {
   static const json kFinishNames[] = {nullptr, "stop", "length", "cancelled", "error"};  // in the order of FinishReason
   choice["index"] = event.branch;
-  if (event.token) choice["token_ids"].push_back(*event.token);
+  for (const int32_t token : event.tokens) choice["token_ids"].push_back(token);
   choice["finish_reason"] = kFinishNames[static_cast<int>(event.finish_reason)];
 }
 
@@ -139,7 +139,7 @@ void reply(httplib::Response& response, const json& body, int status = 200) {
 // Writes the next event, if there is one. False when the client has left, which lets go of the generation.
 bool stream(EngineThread& engine, Generation& generation, httplib::DataSink& sink) {
   const std::optional<RequestEvent> event = engine.next(generation);
-  if (!event || (!event->token && event->finish_reason == FinishReason::kRunning)) return sink.is_writable();
+  if (!event || (event->tokens.empty() && event->finish_reason == FinishReason::kRunning)) return sink.is_writable();
   const bool is_end = generation.num_running == 0;
   json choice = {{"token_ids", json::array()}};
   add(*event, choice);
