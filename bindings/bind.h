@@ -11,5 +11,6 @@ void bind_kernels(nanobind::module_& m);
 void bind_layers(nanobind::module_& m);
 void bind_runtime(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
+void bind_engine_loop(nanobind::module_& m);
 
 }  // namespace xgdn

@@ -12,4 +12,5 @@ NB_MODULE(_C, m) {
   xgdn::bind_layers(m);
   xgdn::bind_runtime(m);
   xgdn::bind_engine(m);
+  xgdn::bind_engine_loop(m);
 }

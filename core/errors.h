@@ -75,6 +75,12 @@ class GenerationError : public Error {
   using Error::Error;
 };
 
+/// An engine loop takes no more requests: it drains or was stopped (RuntimeError).
+class StoppedError : public Error {
+ public:
+  using Error::Error;
+};
+
 /// No state slot is free (RuntimeError).
 class OutOfSlots : public Error {
  public:

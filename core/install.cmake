@@ -44,6 +44,7 @@ set(xgdn_public_headers
   checkpoint/safetensors.h
   runtime/batch_builder.h
   runtime/engine.h
+  runtime/engine_loop.h
   runtime/kv_cache.h
   runtime/logprobs.h
   runtime/plan.h

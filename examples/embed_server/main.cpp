@@ -1,97 +1,69 @@
 // SPDX-License-Identifier: Apache-2.0
 // An HTTP server around xgdn::Engine, made to be copied: token ids in, token ids out.
 //   embed_server MODEL [PORT]     port 0, the default, takes a free one; the first line of output names it
-// One thread steps the engine. Each HTTP thread submits its client's request and waits on that request's own queue, so
-// all clients share each step. There is no tokenizer: add a library of your choice, or run `xgdn serve` for text.
+// xgdn::EngineLoop steps the engine. Each HTTP thread submits its client's request and waits on that request's own
+// queue, so all clients share each step. There is no tokenizer: add a library of your choice, or run `xgdn serve` for
+// text.
 #define JSON_DIAGNOSTICS 1  // nlohmann's errors name the field
 #include <httplib.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <csignal>
 #include <deque>
 #include <nlohmann/json.hpp>
 #include <random>
 
-#include "core/runtime/engine.h"
+#include "core/runtime/engine_loop.h"
 
 using nlohmann::json;
-using xgdn::FinishReason, xgdn::Request, xgdn::RequestError, xgdn::RequestEvent, xgdn::RequestId;
+using xgdn::EngineLoop, xgdn::FinishReason, xgdn::Request, xgdn::RequestError, xgdn::RequestEvent, xgdn::RequestId;
 using namespace std::chrono_literals;
 constexpr const char* kHost = "127.0.0.1";
 
-struct Generation {  // a client's request while it is answered
-  RequestId id;
-  int64_t num_prompt, num_running, num_new = 0;  // prompt tokens; branches; tokens of all branches
-  std::deque<RequestEvent> events = {};
-  std::condition_variable arrived = {};
-  json usage() const {
-    return {{"prompt_tokens", num_prompt}, {"completion_tokens", num_new}, {"total_tokens", num_prompt + num_new}};
-  }
-};
-
-class EngineThread {  // the engine and the thread that steps it, asleep while there is nothing to do
+class Generation {  // a client's request while it is answered; whoever lets go of it before its end cancels it
  public:
-  explicit EngineThread(std::unique_ptr<xgdn::Engine> engine) : engine_(std::move(engine)) {}
-
-  // Whoever lets go of the generation before its end cancels it.
-  std::shared_ptr<Generation> submit(const Request& request) {
-    const std::lock_guard lock(mutex_);  // until the queue is there, so that no event comes too early
-    if (thread_.get_stop_token().stop_requested()) throw std::runtime_error("the server is shutting down");
-    const RequestId id = engine_->submit(request);
-    wake_.notify_one();
-    auto& generation = generations_[id] = std::make_unique<Generation>(id, std::ssize(request.prompt), request.n);
-    return {generation.get(), [this](const Generation* dropped) {
-              const std::lock_guard lock(mutex_);
-              engine_->cancel(dropped->id);
-              generations_.erase(dropped->id);
-              dropped_.notify_all();
-            }};
+  Generation(EngineLoop& loop, const Request& request)
+      : num_prompt(std::ssize(request.prompt)), num_running(request.n), loop_(loop) {
+    id_ = loop.submit(request, [queue = queue_](const RequestEvent& event) {  // on the loop's thread
+      const std::lock_guard lock(queue->mutex);
+      queue->events.push_back(event);
+      queue->arrived.notify_one();
+    });
   }
+  ~Generation() { loop_.cancel(id_); }
 
   // The next event, or nothing when none came for a while.
-  std::optional<RequestEvent> next(Generation& generation) {
-    std::unique_lock lock(mutex_);
-    if (!generation.arrived.wait_for(lock, 100ms, [&] { return !generation.events.empty(); })) return {};
-    const RequestEvent event = std::move(generation.events.front());
-    generation.events.pop_front();
-    generation.num_new += std::ssize(event.tokens);
-    generation.num_running -= event.finish_reason != FinishReason::kRunning;
+  std::optional<RequestEvent> next() {
+    std::unique_lock lock(queue_->mutex);
+    if (!queue_->arrived.wait_for(lock, 100ms, [&] { return !queue_->events.empty(); })) return {};
+    const RequestEvent event = std::move(queue_->events.front());
+    queue_->events.pop_front();
+    num_new += std::ssize(event.tokens);
+    num_running -= event.finish_reason != FinishReason::kRunning;
     return event;
   }
 
-  void drain() {  // takes no more requests and returns when all are answered; those that take too long are cancelled
-    std::unique_lock lock(mutex_);
-    thread_.request_stop();
-    dropped_.wait_for(lock, 10s, [this] { return generations_.empty(); });
-    for (const auto& [id, generation] : generations_) engine_->cancel(id);
-    dropped_.wait(lock, [this] { return generations_.empty(); });
+  json usage() const {
+    return {{"prompt_tokens", num_prompt}, {"completion_tokens", num_new}, {"total_tokens", num_prompt + num_new}};
   }
 
-  json health() const { return {{"status", "ok"}, {"free_slots", num_free_slots_.load()}}; }
+  static inline std::atomic<int> num_open = 0;
+  int64_t num_prompt, num_running, num_new = 0;  // prompt tokens; branches; tokens of all branches
 
  private:
-  void run(const std::stop_token& stop) {
-    std::unique_lock lock(mutex_);
-    while (wake_.wait(lock, stop, [this] { return !engine_->is_idle(); })) {
-      lock.unlock();
-      const std::vector<RequestEvent> events = engine_->step();
-      num_free_slots_ = engine_->runner().num_free_slots();  // like step, for this thread alone
-      lock.lock();
-      for (const RequestEvent& event : events) {
-        const auto generation = generations_.find(event.id);
-        if (generation == generations_.end()) continue;  // dropped
-        generation->second->events.push_back(event);
-        generation->second->arrived.notify_one();
-      }
-    }
-  }
-
-  std::unique_ptr<xgdn::Engine> engine_;
-  std::atomic<int64_t> num_free_slots_ = engine_->runner().num_free_slots();
-  std::mutex mutex_;  // guards the generations and what is in them
-  std::map<RequestId, std::unique_ptr<Generation>> generations_;
-  std::condition_variable_any wake_, dropped_;
-  std::jthread thread_{[this](const std::stop_token& stop) { run(stop); }};  // last: it uses all of the above
+  struct Queue {
+    std::mutex mutex;
+    std::deque<RequestEvent> events;
+    std::condition_variable arrived;
+  };
+  struct Open {
+    Open() { ++num_open; }
+    ~Open() { --num_open, num_open.notify_all(); }
+  } open_;
+  EngineLoop& loop_;
+  std::shared_ptr<Queue> queue_ = std::make_shared<Queue>();  // shared with the callback, which may outlive this
+  RequestId id_;
 };
 
 void take(json& body, const char* name, auto& value) {  // an absent field, or null, leaves the value
@@ -137,8 +109,8 @@ void reply(httplib::Response& response, const json& body, int status = 200) {
 }
 
 // Writes the next event, if there is one. False when the client has left, which lets go of the generation.
-bool stream(EngineThread& engine, Generation& generation, httplib::DataSink& sink) {
-  const std::optional<RequestEvent> event = engine.next(generation);
+bool stream(Generation& generation, httplib::DataSink& sink) {
+  const std::optional<RequestEvent> event = generation.next();
   if (!event || (event->tokens.empty() && event->finish_reason == FinishReason::kRunning)) return sink.is_writable();
   const bool is_end = generation.num_running == 0;
   json choice = {{"token_ids", json::array()}};
@@ -150,22 +122,23 @@ bool stream(EngineThread& engine, Generation& generation, httplib::DataSink& sin
   return true;
 }
 
-void complete(EngineThread& engine, const httplib::Request& http, httplib::Response& response) try {
+void complete(EngineLoop& loop, const httplib::Request& http, httplib::Response& response) try {
   bool is_stream = false;
   const Request request = parse(json::parse(http.body), is_stream);
-  const std::shared_ptr<Generation> generation = engine.submit(request);
-  const auto next = [&engine, generation](size_t, auto& sink) { return stream(engine, *generation, sink); };
+  const auto generation = std::make_shared<Generation>(loop, request);
+  const auto next = [generation](size_t, auto& sink) { return stream(*generation, sink); };
   if (is_stream) return response.set_chunked_content_provider("text/event-stream", next);
   json choices(request.n, {{"token_ids", json::array()}});
   while (generation->num_running > 0) {
-    const std::optional<RequestEvent> event = engine.next(*generation);
+    const std::optional<RequestEvent> event = generation->next();
     if (event && !event->error.empty()) throw std::runtime_error(event->error);
     if (event) add(*event, choices[event->branch]);
   }
   reply(response, {{"choices", choices}, {"usage", generation->usage()}});
 } catch (const std::exception& e) {
   const bool is_refusal = dynamic_cast<const xgdn::Error*>(&e) || dynamic_cast<const json::exception*>(&e);
-  reply(response, error(is_refusal ? 400 : 500, e.what()), is_refusal ? 400 : 500);
+  const int status = dynamic_cast<const xgdn::StoppedError*>(&e) ? 503 : is_refusal ? 400 : 500;
+  reply(response, error(status, e.what()), status);
 }
 
 int main(int argc, char** argv) try {
@@ -173,12 +146,15 @@ int main(int argc, char** argv) try {
   static constexpr int kYes = 1;
   for (const int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int) { is_ended = 1; });
   if (argc < 2) throw RequestError("expected MODEL [PORT]");
-  EngineThread engine(xgdn::Engine::load(argv[1]));
+  const std::unique_ptr<xgdn::Engine> engine = xgdn::Engine::load(argv[1]);
+  EngineLoop loop(*engine);
   const json models = {{"object", "list"}, {"data", {{{"id", argv[1]}, {"object", "model"}}}}};
   httplib::Server server;
-  server.Get("/health", [&](auto&, auto& response) { reply(response, engine.health()); });
+  server.Get("/health", [&](auto&, auto& response) {
+    reply(response, {{"status", "ok"}, {"free_slots", loop.counters().num_free_slots}});
+  });
   server.Get("/v1/models", [&](auto&, auto& response) { reply(response, models); });
-  server.Post("/v1/completions", [&](auto& request, auto& response) { complete(engine, request, response); });
+  server.Post("/v1/completions", [&](auto& request, auto& response) { complete(loop, request, response); });
   server.set_error_handler([](auto& request, auto& response) {  // httplib's own errors have no body
     const std::string message = c10::str(request.method, " ", request.path, ": HTTP status ", response.status);
     if (response.body.empty()) reply(response, error(response.status, message), response.status);
@@ -192,7 +168,8 @@ int main(int argc, char** argv) try {
   std::jthread listener([&] { server.listen_after_bind(); });
   dprintf(STDOUT_FILENO, "listening on http://%s:%d\n", kHost, port);
   while (is_ended == 0 || !server.is_running()) std::this_thread::sleep_for(50ms);
-  engine.drain();
+  loop.drain(10s);  // takes no more requests; those that take too long are cancelled
+  for (int left = Generation::num_open; left > 0; left = Generation::num_open) Generation::num_open.wait(left);
   server.stop();
 } catch (const std::exception& error) {
   std::fprintf(stderr, "embed_server: %s\n", error.what());

@@ -8,6 +8,7 @@ import torch
 
 from xgdn import _C
 from xgdn._C import (
+    EngineCounters,
     FinishReason,
     GenerationResult,
     LoadReport,
@@ -21,10 +22,13 @@ from xgdn._C import (
     TokenLogprob,
 )
 from xgdn.engine_args import EngineArgs, documents_engine_args
+from xgdn.engine_loop import EngineLoop
 
 __all__ = [
     "Engine",
     "EngineArgs",
+    "EngineCounters",
+    "EngineLoop",
     "FinishReason",
     "GenerationResult",
     "LoadReport",
@@ -199,6 +203,16 @@ class Engine:
         finally:
             stream.close()
 
+    def loop(
+        self,
+        *,
+        before_step: Callable[[], None] | None = None,
+        after_step: Callable[[EngineCounters], None] | None = None,
+        on_error: Callable[[str], None] | None = None,
+    ) -> EngineLoop:
+        """Start a thread that steps the engine while there is work: see `EngineLoop`."""
+        return EngineLoop(self._engine, before_step=before_step, after_step=after_step, on_error=on_error)
+
     def prompt_logits(self, prompt: Sequence[int]) -> torch.Tensor:
         """Return the logits `[T, vocab]` of one prompt in float32; running requests are not affected."""
         return self._engine.prompt_logits(list(prompt))
@@ -215,6 +229,11 @@ class Engine:
     @property
     def eos_token_ids(self) -> list[int]:
         return self._engine.eos_token_ids
+
+    @property
+    def counters(self) -> EngineCounters:
+        """The figures below in one piece."""
+        return _C.counters(self._engine)
 
     @property
     def num_free_slots(self) -> int:

@@ -20,6 +20,7 @@ from xgdn._C import (
     RequestError,
     ShapeError,
     StaleHandleError,
+    StoppedError,
     UnsupportedError,
 )
 
@@ -38,5 +39,6 @@ __all__ = [
     "RequestError",
     "ShapeError",
     "StaleHandleError",
+    "StoppedError",
     "UnsupportedError",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -130,7 +131,7 @@ class SteppedEngine:
         self._allowed = threading.Semaphore(0)
         self._is_open = False
         self.failures = 0
-        self.death: BaseException | None = None
+        self.failure: BaseException = RuntimeError("the step broke")
         self.device_error = ""
         self.num_steps = 0
         self.cancelled: set[int | None] = set()  # branches
@@ -148,19 +149,26 @@ class SteppedEngine:
         while self._allowed.acquire(blocking=False):
             pass
 
-    def step(self) -> list[xgdn.RequestEvent]:
+    def loop(self, *, after_step: Callable[[Any], None], **hooks: Any) -> Any:
+        def report(counters: xgdn.engine.EngineCounters) -> None:
+            names = ("num_free_slots", "num_free_kv_blocks", "num_preemptions")
+            values = {name: getattr(counters, name) for name in names}
+            after_step(SimpleNamespace(device_error=self.device_error or counters.device_error, **values))
+
+        loop = self._engine.loop(before_step=self._pass_gate, after_step=report, **hooks)
+
+        def cancel(request_id: int, branch: int | None = None) -> bool:
+            self.cancelled.add(branch)
+            return loop.cancel(request_id, branch)
+
+        return SimpleNamespace(submit=loop.submit, cancel=cancel, stop=loop.stop, held=loop)
+
+    def _pass_gate(self) -> None:
         assert self._is_open or self._allowed.acquire(timeout=60)
         self.num_steps += 1
-        if self.death:
-            raise self.death
         if self.failures:
             self.failures -= 1
-            raise RuntimeError("the step broke")
-        return self._engine.step()
-
-    def cancel(self, request_id: int, branch: int | None = None) -> bool:
-        self.cancelled.add(branch)
-        return self._engine.cancel(request_id, branch)
+            raise self.failure
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

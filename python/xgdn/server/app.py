@@ -24,7 +24,7 @@ from xgdn.engine import Engine
 from xgdn.server.answer import Answer
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.chat_template import ChatTemplate
-from xgdn.server.engine_thread import EngineThread
+from xgdn.server.engine_client import EngineClient
 from xgdn.server.formats import ChatFormat, CompletionFormat, Format
 from xgdn.server.generation import Generation, ModelDefaults
 from xgdn.server.metrics import Metrics
@@ -73,7 +73,7 @@ class Server:
         self._chat_template = ChatTemplate(settings.model_dir)
         self.problem = self._chat_template.problem
         self.metrics = Metrics()
-        self._engine = EngineThread(engine, self.metrics, settings.max_queue)
+        self._engine = EngineClient(engine, self.metrics, settings.max_queue)
         self._start_time = int(time.time())
 
     @asynccontextmanager

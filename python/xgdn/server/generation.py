@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from xgdn.engine import Request, SamplingParams
 from xgdn.sampling_defaults import SamplingDefaults, first_given
 from xgdn.server.api_error import ApiError
-from xgdn.server.engine_thread import EngineThread
+from xgdn.server.engine_client import EngineClient
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import GenerationBody
 from xgdn.server.sequence import Delta, TextSequence
@@ -39,7 +39,7 @@ class Generation:
         max_tokens: int,
         defaults: ModelDefaults,
         vocabulary: Vocabulary,
-        engine: EngineThread,
+        engine: EngineClient,
         metrics: Metrics,
     ) -> None:
         n = body.n or 1
@@ -72,7 +72,9 @@ class Generation:
             TextSequence(i, prompts[i // n], vocabulary, body.stops, metrics, self._deltas.put_nowait)
             for i in range(len(prompts) * n)
         ]
-        engine.submit([(request, self._sequences[i * n : (i + 1) * n]) for i, request in enumerate(requests)])
+        self._ids = engine.submit(
+            [(request, self._sequences[i * n : (i + 1) * n]) for i, request in enumerate(requests)]
+        )
         metrics.prompt_tokens.inc(self._num_prompt_tokens)
 
     @property
@@ -105,11 +107,8 @@ class Generation:
         ]
 
     def drop(self) -> None:
-        """End the sequences that still run; the engine's thread frees their memory."""
-        for sequence in self._sequences:
-            if not sequence.is_finished:
-                sequence.drop()
-        self._engine.cancel_finished()
+        """End what still runs; the next step frees what it held."""
+        self._engine.drop(self._ids)
 
     def usage(self) -> dict[str, int]:
         num_generated = sum(sequence.num_tokens for sequence in self._sequences)

@@ -16,55 +16,16 @@
 #include "tests/cpp/support/checkpoint_files.h"
 #include "tests/cpp/support/compare.h"
 #include "tests/cpp/support/expect_error.h"
+#include "tests/cpp/support/tiny_checkpoint.h"
 #include "tests/cpp/support/tiny_model.h"
 
 namespace xgdn::testing {
 namespace {
 
-std::string config_json(const ModelConfig& c) {
-  return nlohmann::json{
-      {"architectures", {"Qwen3_5ForCausalLM"}},
-      {"model_type", "qwen3_5_text"},
-      {"vocab_size", c.vocab_size},
-      {"hidden_size", c.hidden_size},
-      {"intermediate_size", c.intermediate_size},
-      {"num_hidden_layers", c.num_hidden_layers},
-      {"num_attention_heads", c.num_attention_heads},
-      {"num_key_value_heads", c.num_key_value_heads},
-      {"head_dim", c.head_dim},
-      {"hidden_act", "silu"},
-      {"rms_norm_eps", c.rms_norm_eps},
-      {"attention_bias", false},
-      {"tie_word_embeddings", false},
-      {"rope_parameters",
-       {{"rope_type", "default"}, {"rope_theta", c.rope_theta}, {"partial_rotary_factor", c.partial_rotary_factor}}},
-      {"max_position_embeddings", c.max_position_embeddings},
-      {"linear_conv_kernel_dim", c.linear_conv_kernel_dim},
-      {"linear_key_head_dim", c.linear_key_head_dim},
-      {"linear_value_head_dim", c.linear_value_head_dim},
-      {"linear_num_key_heads", c.linear_num_key_heads},
-      {"linear_num_value_heads", c.linear_num_value_heads},
-      {"layer_types", {"linear_attention", "linear_attention", "full_attention"}},
-      {"torch_dtype", "float32"}}
-      .dump();
-}
-
-std::string safetensors(const Weights& weights) {
-  nlohmann::json header;
-  std::string bytes;
-  for (const auto& [name, tensor] : weights) {
-    const size_t begin = bytes.size();
-    bytes.append(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
-    header[name] = {{"dtype", "F32"}, {"shape", tensor.sizes().vec()}, {"data_offsets", {begin, bytes.size()}}};
-  }
-  return safetensors_bytes(header.dump(), bytes);
-}
-
 class EngineTest : public ::testing::Test {
  protected:
   EngineTest() : config_(tiny_config()), weights_(tiny_weights(config_)) {
-    dir_.write("config.json", config_json(config_));
-    dir_.write("model.safetensors", safetensors(weights_));
+    write_checkpoint(dir_, config_, weights_);
     for (int32_t i = 0; i < 70; ++i) prompt_.push_back(i * 37 % 64);
   }
 
@@ -277,7 +238,10 @@ TEST_F(EngineTest, RefusesToExceedItsMemoryLimit) {
 
 TEST_F(EngineTest, PlansHowManySequencesFit) {
   const auto plan_for = [&](int64_t num_sequences, int64_t tokens) {
-    return Engine::plan(dir_.path(), {.runner = {.max_batch_size = num_sequences, .max_cached_tokens = tokens}});
+    // A step's budget above the number of sequences, so that each takes as many bytes as any other.
+    return Engine::plan(
+        dir_.path(),
+        {.runner = {.max_batch_size = num_sequences, .max_cached_tokens = tokens, .max_tokens_per_step = 2048}});
   };
   const Plan plan = plan_for(1, 160);
   EXPECT_EQ(plan.max_sequences(160, plan.total_bytes()), 1);

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's side of the engine loop: who may come in, which sequence an event is for, what is counted.
+
+All methods but the loop's hooks belong to the event loop's thread.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from xgdn.engine import Engine, EngineCounters, EngineLoop, FinishReason, Request, RequestEvent
+from xgdn.errors import Error, StoppedError
+from xgdn.server.api_error import ApiError, bad_request
+from xgdn.server.metrics import Metrics
+from xgdn.server.sequence import TextSequence
+
+_log = logging.getLogger("uvicorn.error")
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "shutting_down", "The server is shutting down.")
+
+
+class EngineClient:
+    def __init__(self, engine: Engine, metrics: Metrics, max_queue: int) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._idle = self._last = engine.counters
+        self.capacity = self._idle.num_free_slots + max_queue  # sequences that run or wait
+        # Branches by request, each until the engine's last event of it, also when dropped before.
+        self._requests: dict[int, dict[int, TextSequence]] = {}
+        self._is_stopping = False
+        self._failure = ""  # why it steps in vain
+        self._engine_loop: EngineLoop | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._events: list[RequestEvent] = []  # of the step under way; the engine loop's thread alone uses it
+        self._publish(self._idle)
+        metrics.healthy.set_function(lambda: self.refusal() is None)
+
+    def start(self) -> None:
+        """Begin to step, with events delivered to the running event loop."""
+        self._event_loop = asyncio.get_running_loop()
+        self._engine_loop = self._engine.loop(after_step=self._hand_over, on_error=_log.error)
+
+    async def stop(self) -> None:
+        """Return when the step under way is done; sequences that are left end with an error."""
+        self._is_stopping = True
+        await asyncio.to_thread(self._loop().stop)
+        self._fail_all("the server was shut down")
+
+    def refusal(self) -> ApiError | None:
+        """What every request is told, whatever it asks for; None while requests are served."""
+        if self._is_stopping:
+            return _shutting_down()
+        if self._failure:
+            return ApiError(503, "engine_stopped", f"The engine has stopped: {self._failure}")
+        return None
+
+    def check_room(self, count: int) -> None:
+        """Raise ApiError when `count` further sequences are too many, or nothing is served."""
+        if refusal := self.refusal():
+            raise refusal
+        if count > self.capacity:
+            raise bad_request(f"Expected at most {self.capacity} sequences (prompts x n), got {count}.")
+        num_sequences = len(self._sequences())
+        if num_sequences + count > self.capacity:
+            message = f"The queue is full: {num_sequences} of {self.capacity} sequences run or wait."
+            raise ApiError(429, "queue_full", message, headers={"Retry-After": "1"})
+
+    def submit(self, requests: Sequence[tuple[Request, Sequence[TextSequence]]]) -> list[int]:
+        """Queue all or none, each with a sequence per branch, after `check_room`; return their ids.
+
+        Raises ApiError.
+        """
+        ids: list[int] = []
+        try:
+            for request, _ in requests:
+                ids.append(self._loop().submit(request, self._keep))
+        except Error as error:
+            for request_id in ids:
+                self._loop().cancel(request_id)
+            raise (_shutting_down() if isinstance(error, StoppedError) else bad_request(str(error))) from None
+        for request_id, (_, sequences) in zip(ids, requests, strict=True):
+            self._requests[request_id] = dict(enumerate(sequences))
+        self._publish_requests()
+        return ids
+
+    def drop(self, request_ids: Sequence[int]) -> None:
+        """End what is unfinished of these requests, for a client that is gone."""
+        for request_id in request_ids:
+            for branch, sequence in self._requests.get(request_id, {}).items():
+                if not sequence.is_finished:
+                    sequence.drop()
+                    self._loop().cancel(request_id, branch)
+
+    def _loop(self) -> EngineLoop:
+        assert self._engine_loop is not None, "start() comes first"
+        return self._engine_loop
+
+    def _keep(self, event: RequestEvent) -> None:
+        self._events.append(event)
+
+    def _hand_over(self, counters: EngineCounters) -> None:
+        assert self._event_loop is not None
+        events, self._events = self._events, []
+        self._event_loop.call_soon_threadsafe(self._deliver, events, counters, time.perf_counter())
+
+    def _deliver(self, events: Sequence[RequestEvent], counters: EngineCounters, now: float) -> None:
+        self._metrics.steps.inc()
+        for event in events:
+            branches = self._requests.get(event.id)
+            if branches is None:
+                continue
+            if event.finish_reason != FinishReason.CANCELLED:  # which may have been waiting
+                for sequence in branches.values():
+                    sequence.has_begun = True
+            sequence = branches[event.branch]
+            try:
+                sequence.apply(event, now)
+            except Exception as error:  # what one text meets shall not cost the others their events
+                _log.exception("an event failed")
+                sequence.fail(str(error))
+            if event.finish_reason != FinishReason.RUNNING:
+                del branches[event.branch]
+                if not branches:
+                    del self._requests[event.id]
+            elif sequence.is_finished:  # by a stop string, or because it failed
+                self._loop().cancel(event.id, event.branch)
+        self._publish(counters)
+        if counters.device_error and not self._failure:
+            _log.error("%s", counters.device_error)
+            self._failure = counters.device_error  # nobody is served from now on
+            self._fail_all(self._failure)
+
+    def _fail_all(self, message: str) -> None:
+        for request_id, branches in self._requests.items():
+            for sequence in branches.values():
+                if not sequence.is_finished:
+                    sequence.fail(message)
+            self._loop().cancel(request_id)
+        self._requests.clear()
+        self._publish_requests()
+
+    def _sequences(self) -> list[TextSequence]:
+        return [sequence for branches in self._requests.values() for sequence in branches.values()]
+
+    def _publish(self, now: EngineCounters) -> None:
+        self._metrics.slots_total.set(self._idle.num_free_slots)
+        self._metrics.slots_used.set(self._idle.num_free_slots - now.num_free_slots)
+        self._metrics.kv_blocks_total.set(self._idle.num_free_kv_blocks)
+        self._metrics.kv_blocks_used.set(self._idle.num_free_kv_blocks - now.num_free_kv_blocks)
+        self._metrics.preemptions.inc(now.num_preemptions - self._last.num_preemptions)
+        self._last = now
+        self._publish_requests()
+
+    def _publish_requests(self) -> None:
+        sequences = self._sequences()
+        num_running = sum(sequence.has_begun for sequence in sequences)
+        self._metrics.requests_running.set(num_running)
+        self._metrics.requests_waiting.set(len(sequences) - num_running)
