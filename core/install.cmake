@@ -53,6 +53,7 @@ set(xgdn_public_headers
   runtime/sampler.h
   runtime/scheduler.h
   runtime/sequence.h
+  runtime/sequence_memory.h
   runtime/state_pool.h
   runtime/turn_mutex.h
 )

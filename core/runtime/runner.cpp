@@ -27,7 +27,7 @@ BatchLimits limits(const HybridDecoder& model, const StatePool& states, const Kv
 
 RequestEvent event_of(const Sequence& s) {
   return {.id = s.id,
-          .num_prefilled = std::min(s.num_computed, s.prompt_size()),
+          .num_prefilled = std::min(s.num_computed(), s.prompt_size()),
           .prompt_size = s.prompt_size(),
           .branch = s.branch};
 }
@@ -208,19 +208,18 @@ std::vector<RequestEvent> Runner::take_inbox() {
 
 SequenceStep Runner::describe(const ScheduledStep& step) const {
   const Sequence& s = *step.sequence;
-  const int32_t slot = states_.slot(*s.slot);
-  const int32_t read_slot = s.forked_from ? states_.slot(*s.forked_from) : slot;
-  const int64_t end = s.num_computed + step.num_tokens;
-  std::vector<int32_t> tokens(s.tokens.begin() + s.num_computed, s.tokens.begin() + end);
+  const int32_t read_slot = s.memory.read_slot().index();
+  const int64_t end = s.num_computed() + step.num_tokens;
+  std::vector<int32_t> tokens(s.tokens.begin() + s.num_computed(), s.tokens.begin() + end);
   tokens.insert(tokens.end(), s.drafts.begin(), s.drafts.begin() + step.num_drafts);
   return {.kind = step.kind,
           .tokens = std::move(tokens),
-          .num_cached = s.num_computed,
+          .num_cached = s.num_computed(),
           .state_slots = {read_slot},
-          .write_slot = slot,
+          .write_slot = s.memory.own_slot().index(),
           .conv_slot = read_slot,
-          .has_initial_state = s.num_computed > 0,
-          .kv_blocks = s.kv_blocks(),
+          .has_initial_state = s.num_computed() > 0,
+          .kv_blocks = s.memory.blocks(),
           .wants_logits = end == s.num_tokens()};
 }
 
@@ -236,13 +235,13 @@ bool Runner::is_stop_token(const Request& request, int32_t token) const {
 void Runner::advance(const ScheduledStep& step, int64_t logit_row, std::vector<RequestEvent>& events,
                      std::vector<Choice>& choices) {
   Sequence& s = *step.sequence;
-  scheduler_.advance(s, step.num_tokens);
+  s.memory.advance(step.num_tokens);
   const auto add = [&](Sequence& sequence) {
     if (logit_row >= 0) choices.push_back({&sequence, logit_row, events.size()});
     events.push_back(event_of(sequence));
   };
   add(s);
-  if (logit_row < 0 || s.request->n == 1 || s.num_computed > s.prompt_size()) return;
+  if (logit_row < 0 || s.request->n == 1 || s.num_computed() > s.prompt_size()) return;
   for (Sequence* branch : scheduler_.fork(s)) add(*branch);
 }
 

@@ -45,12 +45,8 @@ class Scheduler {
   /// while slots and blocks last; then picks what each of them does in this step.
   std::vector<ScheduledStep> schedule();
 
-  /// Lets the parked branches of a request go on from the state of the one that has computed the prompt: from its slot
-  /// by reference, with a copy of what its own blocks hold. Those that are not resident copy the state, too.
-  std::vector<Sequence*> fork(const Sequence& computed);
-
-  /// Books computed tokens of a sequence; its state is now its own.
-  void advance(Sequence& sequence, int64_t num_tokens);
+  /// Lets the parked branches of a request go on from where the one is that has computed the prompt.
+  std::vector<Sequence*> fork(Sequence& computed);
 
   /// The other branches of its request that have no token yet.
   std::vector<Sequence*> tokenless_branches(const Sequence& sequence) const;
@@ -69,13 +65,7 @@ class Scheduler {
  private:
   using Queue = std::deque<std::unique_ptr<Sequence>>;  // branches of a request side by side
 
-  int64_t prompt_blocks(const Sequence& sequence) const;
-  int64_t own_blocks(const Sequence& sequence) const;
   bool fits(const Sequence& sequence) const;
-  void swap_in(KvRun& run, int64_t num_blocks);
-  void swap_out(KvRun& run, bool is_needed);
-  void vacate(Sequence& sequence, bool goes_on);
-  void copy_forked_state(Sequence& sequence);
   void preempt(Sequence& sequence);
   bool make_room(const Sequence& sequence);
   void grow();

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/sequence.h"
 
+#include <c10/util/StringUtil.h>
+
 #include <utility>
 
 namespace xgdn {
@@ -21,10 +23,15 @@ Sequence::Sequence(RequestId request_id, std::shared_ptr<const Request> r, int64
       tokens(request->prompt),
       prefill_end(prompt_size()) {}
 
-std::vector<int32_t> Sequence::kv_blocks() const {
-  std::vector<int32_t> blocks = prompt_kv->blocks;
-  blocks.insert(blocks.end(), own_kv.blocks.begin(), own_kv.blocks.end());
-  return blocks;
+void Sequence::truncate(int64_t num_tokens) {
+  if (num_tokens < prompt_size() || num_tokens > this->num_tokens()) {
+    throw RangeError(c10::str("[Sequence] truncate: expected ", prompt_size(), "..", this->num_tokens(),
+                              " tokens, got ", num_tokens));
+  }
+  tokens.resize(static_cast<size_t>(num_tokens));
+  drafts.clear();
+  memory.truncate(num_tokens - 1);
+  if (num_computed() == 0) prefill_end = num_tokens;
 }
 
 }  // namespace xgdn

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/state_pool.h"
 
+#include <ATen/Dispatch.h>
 #include <c10/util/StringUtil.h>
 
 #include <limits>
@@ -16,6 +17,12 @@ size_t checked_count(int64_t num_slots) {
     throw RequestError(c10::str("[StatePool] num_slots: expected at most ", kernel::kMaxIndex, ", got ", num_slots));
   }
   return static_cast<size_t>(num_slots);
+}
+
+// NaN, or the largest integer: beyond every length and index.
+at::Scalar poison(at::ScalarType dtype) {
+  if (c10::isFloatingType(dtype)) return std::numeric_limits<double>::quiet_NaN();
+  return AT_DISPATCH_INTEGRAL_TYPES(dtype, "poison", [] { return at::Scalar(std::numeric_limits<scalar_t>::max()); });
 }
 
 }  // namespace
@@ -76,7 +83,7 @@ void StatePool::release(SlotHandle handle) {
   if (!poison_freed_) return;
   for (const GdnState& layer : layers_) {
     for (const GdnState::Component& component : layer.components()) {
-      component.pool.select(0, handle.slot).fill_(std::numeric_limits<double>::quiet_NaN());
+      component.pool.select(0, handle.slot).fill_(poison(component.pool.scalar_type()));
     }
   }
 }

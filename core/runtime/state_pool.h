@@ -22,8 +22,8 @@ bool poison_freed_by_default();
 /// Slots with reference counts.
 class StatePool {
  public:
-  /// Allocates num_slots slots for layers with these components. poison_freed fills freed slots with NaN. Throws
-  /// RequestError for a negative number.
+  /// Allocates num_slots slots for layers with these components. poison_freed fills freed slots with NaN (integers: the
+  /// largest). Throws RequestError for a negative number.
   StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
             bool poison_freed = poison_freed_by_default());
 

@@ -20,6 +20,7 @@ using Piece = std::pair<RequestId, int64_t>;
 class SchedulerTest : public ::testing::Test {
  protected:
   void make(int64_t max_tokens_per_step, int64_t num_slots, int64_t num_blocks, int64_t num_attention_layers = 1) {
+    scheduler_.reset();  // its sequences hold what the pools have
     states_ = std::make_unique<StatePool>(kLayers, num_slots, c10::kCPU);
     kv_ = std::make_unique<KvCache>(
         KvCacheSpec{.num_layers = num_attention_layers, .num_kv_heads = 1, .head_dim = 1, .block_size = 16}, num_blocks,
@@ -42,15 +43,15 @@ class SchedulerTest : public ::testing::Test {
     last_ = scheduler_->schedule();
     for (const ScheduledStep& step : last_) {
       Sequence& sequence = *step.sequence;
-      EXPECT_TRUE(sequence.slot.has_value());
-      const bool is_prefill = sequence.num_computed < sequence.prompt_size();
+      EXPECT_TRUE(sequence.memory.own_slot());
+      const bool is_prefill = sequence.num_computed() < sequence.prompt_size();
       EXPECT_EQ(step.kind, is_prefill            ? SegmentKind::kPrefill
                            : step.num_drafts > 0 ? SegmentKind::kVerify
                                                  : SegmentKind::kDecode);
       EXPECT_EQ(step.num_drafts, sequence.num_drafts());
-      scheduler_->advance(sequence, step.num_tokens);
+      sequence.memory.advance(step.num_tokens);
       sequence.drafts.clear();
-      if (sequence.num_computed == sequence.num_tokens()) sequence.tokens.push_back(2);
+      if (sequence.num_computed() == sequence.num_tokens()) sequence.tokens.push_back(2);
       pieces.emplace_back(sequence.id, step.num_tokens);
     }
     return pieces;
@@ -179,11 +180,36 @@ TEST_F(SchedulerTest, APieceThatBeginsWithinAChunkEndsWithIt) {
   for (int i = 0; i < 3; ++i) {
     for (const ScheduledStep& piece : scheduler_->schedule()) {
       EXPECT_EQ(piece.kind, SegmentKind::kPrefill);
-      pieces.emplace_back(sequence.num_computed, piece.num_tokens);
-      scheduler_->advance(sequence, piece.num_tokens);
+      pieces.emplace_back(sequence.num_computed(), piece.num_tokens);
+      sequence.memory.advance(piece.num_tokens);
     }
   }
   EXPECT_EQ(pieces, (std::vector<std::pair<int64_t, int64_t>>{{10, 54}, {64, 192}, {256, 44}}));
+}
+
+TEST_F(SchedulerTest, WhatATruncateForgetsIsComputedAgain) {
+  make(/*max_tokens_per_step=*/64, /*num_slots=*/2, /*num_blocks=*/20);
+  add(1, 60, 40);
+  for (int i = 0; i < 20; ++i) step();
+  Sequence& sequence = *sequences_.at(1);
+  EXPECT_EQ(sequence.num_tokens(), 80);
+  sequence.drafts = {5, 6};
+  sequence.truncate(80);
+  EXPECT_EQ(sequence.num_computed(), 79) << "the last token is the work";
+  EXPECT_TRUE(sequence.drafts.empty());
+  sequence.truncate(70);
+  EXPECT_EQ(sequence.num_computed(), 0);
+  std::vector<std::pair<int64_t, int64_t>> pieces;
+  while (sequence.num_computed() < 70) {
+    for (const ScheduledStep& piece : scheduler_->schedule()) {
+      EXPECT_EQ(piece.kind, SegmentKind::kPrefill) << "whatever of it was generated";
+      pieces.emplace_back(sequence.num_computed(), piece.num_tokens);
+      sequence.memory.advance(piece.num_tokens);
+    }
+  }
+  EXPECT_EQ(pieces, (std::vector<std::pair<int64_t, int64_t>>{{0, 64}, {64, 6}}));
+  expect_error<RangeError>([&] { sequence.truncate(59); }, {"[Sequence] truncate", "60..70", "got 59"});
+  expect_error<RangeError>([&] { sequence.truncate(71); }, {"got 71"});
 }
 
 TEST_F(SchedulerTest, TheYoungestGivesItsBlocksAndComesBackFirst) {

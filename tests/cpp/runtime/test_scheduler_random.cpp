@@ -66,6 +66,7 @@ class PretendedEngine {
     check_blocks();
     std::vector<Branch> finished;
     for (const ScheduledStep& step : steps) book(step, finished);
+    for (const ScheduledStep& step : steps) take_back_tokens(*step.sequence);
     for (const Branch& branch : finished) {
       EXPECT_TRUE(cancel(branch));
       ++num_finished_;
@@ -81,6 +82,7 @@ class PretendedEngine {
   const std::set<Branch>& alive() const { return alive_; }
   int64_t num_finished() const { return num_finished_; }
   int64_t num_verified() const { return num_verified_; }
+  int64_t num_recomputed() const { return num_recomputed_; }
   int64_t num_preemptions() const { return scheduler_.num_preemptions(); }
 
  private:
@@ -96,8 +98,8 @@ class PretendedEngine {
     return static_cast<float>(state);
   }
 
-  float* state(SlotHandle handle) {
-    return states_.layers()[0].components()[0].pool.mutable_data_ptr<float>() + states_.slot(handle);
+  float* state(const StateSlot& slot) {
+    return states_.layers()[0].components()[0].pool.mutable_data_ptr<float>() + slot.index();
   }
 
   float* key(const std::vector<int32_t>& blocks, int64_t position) {
@@ -107,28 +109,28 @@ class PretendedEngine {
 
   void check_what_it_reads(const ScheduledStep& step) {
     const Sequence& s = *step.sequence;
-    const std::vector<int32_t> blocks = s.kv_blocks();
-    EXPECT_GE(std::ssize(blocks), kv_.blocks_for(std::max(s.num_computed, s.prefill_end) + 1 + s.num_drafts()));
-    for (int64_t i = 0; i < s.num_computed; ++i) {
+    const std::vector<int32_t>& blocks = s.memory.blocks();
+    EXPECT_GE(std::ssize(blocks), kv_.blocks_for(std::max(s.num_computed(), s.prefill_end) + 1 + s.num_drafts()));
+    for (int64_t i = 0; i < s.num_computed(); ++i) {
       ASSERT_EQ(*key(blocks, i), token(s, i)) << "request " << s.id << " branch " << s.branch << " token " << i;
     }
-    if (s.num_computed == 0) return;
-    ASSERT_EQ(*state(s.forked_from.value_or(*s.slot)), state_after(s, s.num_computed))
-        << "request " << s.id << " branch " << s.branch << " after " << s.num_computed;
+    if (s.num_computed() == 0) return;
+    ASSERT_EQ(*state(s.memory.read_slot()), state_after(s, s.num_computed()))
+        << "request " << s.id << " branch " << s.branch << " after " << s.num_computed();
   }
 
   void write(const ScheduledStep& step) {
     const Sequence& s = *step.sequence;
-    const std::vector<int32_t> blocks = s.kv_blocks();
-    const int64_t end = s.num_computed + step.num_tokens + num_accepted_[&s];
-    for (int64_t i = s.num_computed; i < end; ++i) *key(blocks, i) = token(s, i);
+    const std::vector<int32_t>& blocks = s.memory.blocks();
+    const int64_t end = s.num_computed() + step.num_tokens + num_accepted_[&s];
+    for (int64_t i = s.num_computed(); i < end; ++i) *key(blocks, i) = token(s, i);
     for (int64_t i = end; i < s.num_tokens() + step.num_drafts; ++i) *key(blocks, i) = -1;  // refused drafts
-    *state(*s.slot) = state_after(s, end);
+    *state(s.memory.own_slot()) = state_after(s, end);
   }
 
   void book(const ScheduledStep& step, std::vector<Branch>& finished) {
     Sequence& s = *step.sequence;
-    scheduler_.advance(s, step.num_tokens + num_accepted_[&s]);
+    s.memory.advance(step.num_tokens + num_accepted_[&s]);
     if (!s.is_prefilled()) return;
     s.tokens.insert(s.tokens.end(), static_cast<size_t>(num_accepted_[&s]), 0);
     s.drafts.clear();
@@ -145,6 +147,13 @@ class PretendedEngine {
     }
   }
 
+  // Now and then, some of those that were generated.
+  void take_back_tokens(Sequence& s) {
+    if (s.num_generated() == 0 || draw(60) > 0) return;
+    s.truncate(s.prompt_size() + draw(s.num_generated() + 1));
+    num_recomputed_ += s.num_computed() == 0;
+  }
+
   // The budget; the order of arrival; and no gap: a branch that has a token gets the next one in every step, but for
   // the one in which the others read its state, and while older ones have its blocks.
   void check_order(const std::vector<ScheduledStep>& steps) {
@@ -155,7 +164,7 @@ class PretendedEngine {
       EXPECT_EQ(kind == SegmentKind::kPrefill, !sequence->is_prefilled());
       EXPECT_EQ(kind == SegmentKind::kVerify, num_drafts > 0);
       num_verified_ += num_drafts;
-      EXPECT_TRUE(sequence->is_resident && !sequence->is_parked);
+      EXPECT_TRUE(sequence->memory.is_resident() && !sequence->is_parked);
       EXPECT_TRUE(in_step.insert({sequence->id, sequence->branch}).second);
       for (const Branch& other : alive_) {
         EXPECT_FALSE(other.first > newest_started_ && other.first < sequence->id)
@@ -163,13 +172,19 @@ class PretendedEngine {
       }
       newest_started_ = std::max(newest_started_, sequence->id);
     }
+    std::map<int32_t, const Sequence*> writers;
+    for (const ScheduledStep& step : steps) writers[step.sequence->memory.own_slot().index()] = step.sequence;
+    for (const ScheduledStep& step : steps) {
+      const auto writer = writers.find(step.sequence->memory.read_slot().index());
+      EXPECT_TRUE(writer == writers.end() || writer->second == step.sequence) << "it reads what another writes";
+    }
     EXPECT_LE(num_prompt_tokens, std::max<int64_t>(sizes_.max_tokens_per_step - num_decodes, 64));
     for (const Sequence* sequence : sequences_) {
       const Branch branch{sequence->id, sequence->branch};
-      if (sequence->num_generated() == 0 || in_step.contains(branch)) continue;
-      if (sequence->is_resident) {
+      if (sequence->num_generated() == 0 || !sequence->is_prefilled() || in_step.contains(branch)) continue;
+      if (sequence->memory.is_resident()) {
         const bool is_read = std::any_of(steps.begin(), steps.end(), [&](const ScheduledStep& step) {
-          return step.sequence->forked_from && step.sequence->forked_from->slot == sequence->slot->slot;
+          return step.sequence->memory.read_slot().index() == sequence->memory.own_slot().index();
         });
         EXPECT_TRUE(is_read) << "a gap: request " << sequence->id << " branch " << sequence->branch;
       } else {
@@ -182,8 +197,8 @@ class PretendedEngine {
   void check_blocks() {
     std::map<int32_t, std::set<RequestId>> holders;
     for (const Sequence* sequence : sequences_) {
-      if (!sequence->is_resident) continue;
-      for (const int32_t block : sequence->kv_blocks()) holders[block].insert(sequence->id);
+      if (!sequence->memory.is_resident()) continue;
+      for (const int32_t block : sequence->memory.blocks()) holders[block].insert(sequence->id);
     }
     EXPECT_EQ(std::ssize(holders) + kv_.num_free(), sizes_.num_blocks);
     for (const auto& [block, ids] : holders) EXPECT_EQ(ids.size(), 1u) << "block " << block;
@@ -192,7 +207,7 @@ class PretendedEngine {
   int64_t draw(int64_t end) { return static_cast<int64_t>(generator_() % static_cast<uint64_t>(end)); }  // 0..end-1
 
   Sizes sizes_;
-  std::mt19937_64 generator_;  // of drafts
+  std::mt19937_64 generator_;  // of drafts, and of what is taken back
   StatePool states_;
   KvCache kv_;
   Scheduler scheduler_;
@@ -201,11 +216,12 @@ class PretendedEngine {
   RequestId newest_started_ = 0;
   int64_t num_finished_ = 0;
   int64_t num_verified_ = 0;
+  int64_t num_recomputed_ = 0;
   std::map<const Sequence*, int64_t> num_accepted_;  // drafts in the step
 };
 
 TEST(SchedulerRandom, EveryStepReadsWhatItsRequestWrote) {
-  int64_t num_preemptions = 0, num_finished = 0, num_verified = 0;
+  int64_t num_preemptions = 0, num_finished = 0, num_verified = 0, num_recomputed = 0;
   for (uint64_t seed = 0; seed < 300 && !::testing::Test::HasFailure(); ++seed) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
     std::mt19937_64 generator(seed);
@@ -233,10 +249,12 @@ TEST(SchedulerRandom, EveryStepReadsWhatItsRequestWrote) {
     num_preemptions += engine.num_preemptions();
     num_finished += engine.num_finished();
     num_verified += engine.num_verified();
+    num_recomputed += engine.num_recomputed();
   }
   EXPECT_GE(num_preemptions, 1000);
   EXPECT_GE(num_finished, 5000);
   EXPECT_GE(num_verified, 5000);
+  EXPECT_GE(num_recomputed, 500);
 }
 
 }  // namespace

@@ -2,9 +2,9 @@
 // Slots of recurrent state: who holds them, what they weigh, what a freed one holds.
 #include "core/runtime/state_pool.h"
 
-#include <ATen/ops/isnan.h>
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <set>
 #include <vector>
 
@@ -16,7 +16,7 @@ namespace {
 
 std::vector<std::vector<StateSpec>> two_layers() {
   return {{{StateKind::kConv, {3, 10}, at::kBFloat16}, {StateKind::kDelta, {2, 4, 6}, at::kFloat}},
-          {{StateKind::kConv, {5, 10}, at::kFloat}, {StateKind::kDelta, {2, 4, 6}, at::kBFloat16}}};
+          {{StateKind::kConv, {5, 10}, at::kInt}, {StateKind::kDelta, {2, 4, 6}, at::kBFloat16}}};
 }
 
 // Random numbers in every slot; copies of the pools that hold them.
@@ -24,7 +24,11 @@ std::vector<at::Tensor> fill_with_numbers(StatePool& pool) {
   std::vector<at::Tensor> copies;
   for (const GdnState& layer : pool.layers()) {
     for (const GdnState::Component& component : layer.components()) {
-      component.pool.normal_();
+      if (component.pool.is_floating_point()) {
+        component.pool.normal_();
+      } else {
+        component.pool.random_();
+      }
       copies.push_back(component.pool.clone());
     }
   }
@@ -153,7 +157,10 @@ TEST_P(Poison, FillsTheFreedSlotAndNoOther) {
       for (const GdnState::Component& component : layer.components()) {
         for (int64_t slot = 0; slot < 4; ++slot) {
           if (is_freed && poison_freed && slot == handles[2].slot) {
-            EXPECT_TRUE(at::isnan(component.pool[slot]).all().item<bool>()) << "component " << i;
+            const at::Tensor& freed = component.pool[slot];
+            const bool is_poisoned =
+                freed.is_floating_point() ? freed.isnan().all().item<bool>() : freed.eq(INT32_MAX).all().item<bool>();
+            EXPECT_TRUE(is_poisoned) << "component " << i;
           } else {
             EXPECT_TRUE(same_bits(component.pool[slot], before[i][slot])) << "component " << i << " slot " << slot;
           }
