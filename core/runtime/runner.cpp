@@ -208,18 +208,19 @@ std::vector<RequestEvent> Runner::take_inbox() {
 
 SequenceStep Runner::describe(const ScheduledStep& step) const {
   const Sequence& s = *step.sequence;
-  const int32_t read_slot = s.memory.read_slot().index();
+  const SequenceMemory& memory = s.memory;
   const int64_t end = s.num_computed() + step.num_tokens;
   std::vector<int32_t> tokens(s.tokens.begin() + s.num_computed(), s.tokens.begin() + end);
   tokens.insert(tokens.end(), s.drafts.begin(), s.drafts.begin() + step.num_drafts);
   return {.kind = step.kind,
           .tokens = std::move(tokens),
           .num_cached = s.num_computed(),
-          .state_slots = {read_slot},
-          .write_slot = s.memory.own_slot().index(),
-          .conv_slot = read_slot,
+          .state_slots = {memory.read_slot(SlotGroup::kCheckpoint).index()},
+          .write_slot = memory.own_slot(SlotGroup::kCheckpoint).index(),
+          .conv_slot = memory.read_slot(SlotGroup::kRecent).index(),
+          .conv_write_slot = memory.own_slot(SlotGroup::kRecent).index(),
           .has_initial_state = s.num_computed() > 0,
-          .kv_blocks = s.memory.blocks(),
+          .kv_blocks = memory.blocks(),
           .wants_logits = end == s.num_tokens()};
 }
 

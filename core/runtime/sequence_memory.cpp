@@ -117,9 +117,12 @@ void SequenceMemory::release_blocks(size_t first, bool is_needed) {
 
 // Copies the state that another memory wrote.
 void SequenceMemory::own_state() {
-  if (!forked_from_) return;
-  states_->copy(forked_from_.handle(), own_.handle());
-  forked_from_.reset();
+  for (const SlotGroup group : kSlotGroups) {
+    StateSlot& from = forked_from_[index(group)];
+    if (!from) continue;
+    states_->copy(from.handle(), own_[index(group)].handle());
+    from.reset();
+  }
 }
 
 void SequenceMemory::swap_out() {
@@ -131,9 +134,13 @@ void SequenceMemory::swap_out() {
   own_state();
 }
 
+bool SequenceMemory::is_read_by_forks() const {
+  return std::ranges::any_of(own_, [](const StateSlot& slot) { return slot && slot.is_shared(); });
+}
+
 void SequenceMemory::advance(int64_t num_tokens) {
   num_computed_ += num_tokens;
-  forked_from_.reset();
+  forked_from_ = {};
 }
 
 void SequenceMemory::fork(SequenceMemory& fork) {
@@ -161,14 +168,14 @@ void SequenceMemory::fork(SequenceMemory& fork) {
     fork.block_ids_.insert(fork.block_ids_.begin(), shared.begin(), shared.end());
   }
   fork.num_computed_ = num_computed_;
-  fork.forked_from_ = read_slot().share();
+  for (const SlotGroup group : kSlotGroups) fork.forked_from_[index(group)] = read_slot(group).share();
   if (!fork.is_resident_) fork.own_state();
 }
 
 void SequenceMemory::truncate(int64_t num_tokens) {
   if (num_tokens < num_computed_) {
     num_computed_ = 0;
-    forked_from_.reset();
+    forked_from_ = {};
     release_blocks(0, /*is_needed=*/false);
     return;
   }
@@ -180,8 +187,8 @@ void SequenceMemory::clear() {
   if (kv_ != nullptr) release_blocks(0, /*is_needed=*/false);
   is_resident_ = false;
   num_computed_ = 0;
-  forked_from_.reset();
-  own_.reset();
+  forked_from_ = {};
+  own_ = {};
 }
 
 }  // namespace xgdn

@@ -2,6 +2,7 @@
 // What a sequence holds: its recurrent state and the blocks of its keys and values, which its forks share.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -17,7 +18,7 @@ class StateSlot {
  public:
   StateSlot() = default;  // holds none
   /// A free slot of the pool. Throws OutOfSlots.
-  explicit StateSlot(StatePool& pool) : pool_(&pool), handle_(pool.allocate()) {}
+  StateSlot(StatePool& pool, SlotGroup group) : pool_(&pool), handle_(pool.allocate(group)) {}
   StateSlot(StateSlot&& other) noexcept;
   StateSlot& operator=(StateSlot&& other) noexcept;
   ~StateSlot() { reset(); }
@@ -42,7 +43,7 @@ class StateSlot {
 /// It is resident while its blocks are in the cache; swapped out, its keys and values lie in host memory and its state
 /// waits in its slot. Blocks that several memories hold are in the cache once, as long as one of the holders is
 /// resident, and are never written: a fork shares the full ones and copies the last one where it is partly filled. A
-/// fork reads the other's state once, from the slot that both hold then, and writes its own.
+/// fork reads the other's state once, from the slots that both hold then, and writes its own.
 class SequenceMemory {
  public:
   SequenceMemory() = default;  // of no pools: nothing but assignment and destruction
@@ -52,8 +53,10 @@ class SequenceMemory {
   SequenceMemory& operator=(SequenceMemory&& other) noexcept;
   ~SequenceMemory() { clear(); }
 
-  /// Takes a slot for the state. Throws OutOfSlots.
-  void allocate_state() { own_ = StateSlot(*states_); }
+  /// Takes a slot of each group for the state. Throws OutOfSlots.
+  void allocate_state() {
+    for (const SlotGroup group : kSlotGroups) own_[index(group)] = StateSlot(*states_, group);
+  }
 
   /// Free blocks that residency with room for num_tokens tokens takes beyond those that are in the cache.
   int64_t num_missing(int64_t num_tokens) const;
@@ -81,12 +84,15 @@ class SequenceMemory {
 
   int64_t num_computed() const { return num_computed_; }
   bool is_resident() const { return is_resident_; }
-  /// Whether forks have still to read the slot that the next step would write.
-  bool is_read_by_forks() const { return own_ && own_.is_shared(); }
+  /// Whether forks have still to read a slot that the next step would write.
+  bool is_read_by_forks() const;
   /// The blocks in the order of the tokens; only while it is resident.
   const std::vector<int32_t>& blocks() const { return block_ids_; }
-  const StateSlot& own_slot() const { return own_; }                                 // which the next step writes
-  const StateSlot& read_slot() const { return forked_from_ ? forked_from_ : own_; }  // which the next step reads
+  /// The slot that the next step writes, and the one that it reads.
+  const StateSlot& own_slot(SlotGroup group) const { return own_[index(group)]; }
+  const StateSlot& read_slot(SlotGroup group) const {
+    return forked_from_[index(group)] ? forked_from_[index(group)] : own_[index(group)];
+  }
 
  private:
   // A block of keys and values of one or several memories: in the cache, or a row of what was saved with it.
@@ -96,6 +102,8 @@ class SequenceMemory {
     int64_t row = 0;
   };
   using Blocks = std::vector<std::shared_ptr<Block>>;
+  using Slots = std::array<StateSlot, kSlotGroups.size()>;
+  static size_t index(SlotGroup group) { return static_cast<size_t>(group); }
 
   void release_blocks(size_t first, bool is_needed);
   void restore(const Blocks& blocks) const;
@@ -107,8 +115,8 @@ class SequenceMemory {
   bool is_resident_ = false;
   Blocks blocks_;
   std::vector<int32_t> block_ids_;  // of blocks_, while resident
-  StateSlot own_;
-  StateSlot forked_from_;  // what the next step reads, if it is another memory's
+  Slots own_;
+  Slots forked_from_;  // what the next step reads, if it is another memory's
 };
 
 }  // namespace xgdn

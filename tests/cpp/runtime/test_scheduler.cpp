@@ -43,7 +43,7 @@ class SchedulerTest : public ::testing::Test {
     last_ = scheduler_->schedule();
     for (const ScheduledStep& step : last_) {
       Sequence& sequence = *step.sequence;
-      EXPECT_TRUE(sequence.memory.own_slot());
+      EXPECT_TRUE(sequence.memory.own_slot(SlotGroup::kCheckpoint));
       const bool is_prefill = sequence.num_computed() < sequence.prompt_size();
       EXPECT_EQ(step.kind, is_prefill            ? SegmentKind::kPrefill
                            : step.num_drafts > 0 ? SegmentKind::kVerify

@@ -115,7 +115,7 @@ class PretendedEngine {
       ASSERT_EQ(*key(blocks, i), token(s, i)) << "request " << s.id << " branch " << s.branch << " token " << i;
     }
     if (s.num_computed() == 0) return;
-    ASSERT_EQ(*state(s.memory.read_slot()), state_after(s, s.num_computed()))
+    ASSERT_EQ(*state(s.memory.read_slot(SlotGroup::kCheckpoint)), state_after(s, s.num_computed()))
         << "request " << s.id << " branch " << s.branch << " after " << s.num_computed();
   }
 
@@ -125,7 +125,7 @@ class PretendedEngine {
     const int64_t end = s.num_computed() + step.num_tokens + num_accepted_[&s];
     for (int64_t i = s.num_computed(); i < end; ++i) *key(blocks, i) = token(s, i);
     for (int64_t i = end; i < s.num_tokens() + step.num_drafts; ++i) *key(blocks, i) = -1;  // refused drafts
-    *state(s.memory.own_slot()) = state_after(s, end);
+    *state(s.memory.own_slot(SlotGroup::kCheckpoint)) = state_after(s, end);
   }
 
   void book(const ScheduledStep& step, std::vector<Branch>& finished) {
@@ -173,9 +173,10 @@ class PretendedEngine {
       newest_started_ = std::max(newest_started_, sequence->id);
     }
     std::map<int32_t, const Sequence*> writers;
-    for (const ScheduledStep& step : steps) writers[step.sequence->memory.own_slot().index()] = step.sequence;
+    for (const ScheduledStep& step : steps)
+      writers[step.sequence->memory.own_slot(SlotGroup::kCheckpoint).index()] = step.sequence;
     for (const ScheduledStep& step : steps) {
-      const auto writer = writers.find(step.sequence->memory.read_slot().index());
+      const auto writer = writers.find(step.sequence->memory.read_slot(SlotGroup::kCheckpoint).index());
       EXPECT_TRUE(writer == writers.end() || writer->second == step.sequence) << "it reads what another writes";
     }
     EXPECT_LE(num_prompt_tokens, std::max<int64_t>(sizes_.max_tokens_per_step - num_decodes, 64));
@@ -184,7 +185,8 @@ class PretendedEngine {
       if (sequence->num_generated() == 0 || !sequence->is_prefilled() || in_step.contains(branch)) continue;
       if (sequence->memory.is_resident()) {
         const bool is_read = std::any_of(steps.begin(), steps.end(), [&](const ScheduledStep& step) {
-          return step.sequence->memory.read_slot().index() == sequence->memory.own_slot().index();
+          return step.sequence->memory.read_slot(SlotGroup::kCheckpoint).index() ==
+                 sequence->memory.own_slot(SlotGroup::kCheckpoint).index();
         });
         EXPECT_TRUE(is_read) << "a gap: request " << sequence->id << " branch " << sequence->branch;
       } else {

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <random>
 #include <set>
@@ -15,6 +16,8 @@
 
 namespace xgdn::testing {
 namespace {
+
+constexpr SlotGroup kGroup = SlotGroup::kCheckpoint;
 
 float state_after(const std::vector<float>& tokens) {
   int64_t state = 1;
@@ -31,7 +34,8 @@ struct Told {
 class SequenceMemoryTest : public ::testing::Test {
  protected:
   explicit SequenceMemoryTest(int64_t num_blocks = 12, int64_t block_size = 4, int64_t num_slots = 6)
-      : states_({{{StateKind::kDelta, {1}, at::kFloat}}}, num_slots, c10::kCPU, /*poison_freed=*/true),
+      : states_({{{StateKind::kDelta, {1}, at::kFloat}, {StateKind::kConv, {1}, at::kFloat}}}, num_slots, c10::kCPU,
+                /*poison_freed=*/true),
         kv_({.num_layers = 1, .num_kv_heads = 1, .head_dim = 1, .block_size = block_size}, num_blocks, c10::kCPU) {}
 
   Told make() {
@@ -42,7 +46,6 @@ class SequenceMemoryTest : public ::testing::Test {
 
   /// Computes tokens for which there is room.
   void compute(Told& told, int64_t count) {
-    ASSERT_EQ(told.memory.read_slot() ? 1 : 0, 1);
     ASSERT_FALSE(told.memory.is_read_by_forks());
     for (int64_t i = 0; i < count; ++i) {
       const int64_t position = std::ssize(told.tokens);
@@ -51,7 +54,7 @@ class SequenceMemoryTest : public ::testing::Test {
       told.tokens.push_back(static_cast<float>(++num_made_ % 1009));
       *key(told.memory, position) = told.tokens.back();
     }
-    *state(told.memory.own_slot()) = state_after(told.tokens);
+    for (const SlotGroup group : kSlotGroups) *state(group, told.memory.own_slot(group)) = state_after(told.tokens);
     told.memory.advance(count);
   }
 
@@ -59,16 +62,18 @@ class SequenceMemoryTest : public ::testing::Test {
   void check(const Told& told) {
     const SequenceMemory& memory = told.memory;
     ASSERT_EQ(memory.num_computed(), std::ssize(told.tokens));
-    if (memory.num_computed() > 0) {
-      EXPECT_EQ(*state(memory.read_slot()), state_after(told.tokens));
+    for (const SlotGroup group : kSlotGroups) {
+      if (memory.num_computed() == 0) continue;
+      EXPECT_EQ(*state(group, memory.read_slot(group)), state_after(told.tokens));
     }
     if (!memory.is_resident()) return;
     EXPECT_GE(std::ssize(memory.blocks()), kv_.blocks_for(memory.num_computed()));
     for (int64_t i = 0; i < memory.num_computed(); ++i) EXPECT_EQ(*key(memory, i), told.tokens[i]) << "token " << i;
   }
 
-  float* state(const StateSlot& slot) {
-    return states_.layers()[0].components()[0].pool.mutable_data_ptr<float>() + slot.index();
+  float* state(SlotGroup group, const StateSlot& slot) {
+    const StateKind kind = group == SlotGroup::kCheckpoint ? StateKind::kDelta : StateKind::kConv;
+    return states_.layers()[0].pool(kind).mutable_data_ptr<float>() + slot.index();
   }
   float* key(const SequenceMemory& memory, int64_t position) {
     const int64_t row =
@@ -82,8 +87,9 @@ class SequenceMemoryTest : public ::testing::Test {
 };
 
 TEST_F(SequenceMemoryTest, AStateSlotIsFreedByItsLastHolder) {
-  StateSlot slot(states_);
+  StateSlot slot(states_, kGroup);
   EXPECT_EQ(states_.num_free(), 5);
+  EXPECT_EQ(states_.num_free(SlotGroup::kRecent), 6);
   {
     const StateSlot other = slot.share();
     EXPECT_TRUE(slot.is_shared());
@@ -131,8 +137,8 @@ TEST_F(SequenceMemoryTest, AForkSharesFullBlocksAndCopiesTheLast) {
       EXPECT_EQ(fork.memory.blocks()[i] == blocks[i], i < num_shared);
       EXPECT_EQ(kv_.ref_count(blocks[i]), i < num_shared ? 2 : 1);
     }
-    EXPECT_EQ(fork.memory.read_slot().index(), told.memory.own_slot().index());
-    EXPECT_NE(fork.memory.own_slot().index(), told.memory.own_slot().index());
+    EXPECT_EQ(fork.memory.read_slot(kGroup).index(), told.memory.own_slot(kGroup).index());
+    EXPECT_NE(fork.memory.own_slot(kGroup).index(), told.memory.own_slot(kGroup).index());
     EXPECT_TRUE(told.memory.is_read_by_forks());
     fork.memory.grow(num_tokens + 2);
     compute(fork, 2);
@@ -182,7 +188,8 @@ TEST_F(SequenceMemoryTest, SwappedOutBlocksComeBackOnceForAll) {
   EXPECT_EQ(kv_.num_free(), 12 - 3) << "the fork holds all of its blocks";
   fork.memory.swap_out();
   EXPECT_EQ(kv_.num_free(), 12);
-  EXPECT_EQ(fork.memory.read_slot().index(), fork.memory.own_slot().index()) << "its owner need not wait for it";
+  EXPECT_EQ(fork.memory.read_slot(kGroup).index(), fork.memory.own_slot(kGroup).index())
+      << "its owner need not wait for it";
   kv_.layers()[0].k.fill_(-1);
   EXPECT_EQ(told.memory.num_missing(8), 2);
   told.memory.grow(8);
@@ -261,16 +268,19 @@ class RandomSequenceMemory : public SequenceMemoryTest {
   }
 
   void check_counts(const std::vector<Told>& all) {
-    std::map<int32_t, int64_t> blocks, slots;
+    std::map<int32_t, int64_t> blocks;
+    std::array<std::set<int32_t>, kSlotGroups.size()> slots;
     for (const Told& told : all) {
       for (const int32_t block : told.memory.blocks()) ++blocks[block];
-      ++slots[told.memory.own_slot().index()];
-      const bool is_fork = told.memory.read_slot().index() != told.memory.own_slot().index();
-      if (is_fork) ++slots[told.memory.read_slot().index()];
+      for (size_t i = 0; i < slots.size(); ++i) {
+        slots[i].insert({told.memory.own_slot(kSlotGroups[i]).index(), told.memory.read_slot(kSlotGroups[i]).index()});
+      }
     }
     for (const auto& [block, count] : blocks) EXPECT_EQ(kv_.ref_count(block), count) << "block " << block;
     EXPECT_EQ(std::ssize(blocks) + kv_.num_free(), kv_.num_blocks());
-    EXPECT_EQ(std::ssize(slots) + states_.num_free(), states_.num_slots());
+    for (size_t i = 0; i < slots.size(); ++i) {
+      EXPECT_EQ(std::ssize(slots[i]) + states_.num_free(kSlotGroups[i]), states_.num_slots());
+    }
   }
 
   std::mt19937_64 generator_;
@@ -288,7 +298,7 @@ TEST_F(RandomSequenceMemory, HoldsWhatWasComputedAndNothingElse) {
     }
     all.clear();
     EXPECT_EQ(kv_.num_free(), kv_.num_blocks());
-    EXPECT_EQ(states_.num_free(), states_.num_slots());
+    for (const SlotGroup group : kSlotGroups) EXPECT_EQ(states_.num_free(group), states_.num_slots());
   }
 }
 
