@@ -51,7 +51,7 @@ struct SlotView {
   }
 };
 
-/// What the delta rules share. Letters as in ops_api.h.
+/// What the delta rules share. Letters as in core/kernels/ops.
 struct DeltaRuleArgs {
   int64_t N = 0;
   int64_t H = 0;

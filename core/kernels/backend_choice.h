@@ -26,7 +26,8 @@ std::string default_backend(Phase phase);
 /// Names of the backends that can run in this process, in order of preference.
 std::vector<std::string> available_backends();
 
-/// The backend that served the last call of `op` in this process, or "" before the first.
+/// The backend that served the last call of `op` in this process, or "" before the first. All engines and threads of
+/// the process share the answer.
 std::string last_backend(std::string_view op);
 
 /// Whether the last call of `op` in this process was batch-invariant: each of its sequences (tokens, where the op has

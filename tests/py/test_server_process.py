@@ -19,10 +19,10 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from live_server import CHECKPOINT, GOOD, IGNORE_EOS, KEY, metrics, post, wait_until
-from xgdn import cli
 from xgdn.cli import app as cli_app
 from xgdn.server import serve
 
@@ -175,8 +175,9 @@ def test_all_addresses_of_a_name_answer_at_one_port(hosts: tuple[str, str], monk
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(cli.typer, "echo", ask_and_leave)
-    cli.serve(CHECKPOINT, host="several", port=0, dtype=cli.Dtype.float32, as_json=True)
+    monkeypatch.setattr(typer, "echo", ask_and_leave)
+    arguments = ["serve", str(CHECKPOINT), "--host", "several", "--port", "0", "--dtype", "float32", "--json"]
+    CliRunner().invoke(cli_app, arguments, catch_exceptions=False)
     addresses = told[0]["addresses"]
     (port,) = {address.rsplit(":", 1)[1] for address in addresses}
     assert addresses == [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host in hosts]

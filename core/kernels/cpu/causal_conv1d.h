@@ -8,7 +8,7 @@
 
 namespace xgdn::kernel::cpu {
 
-/// Letters as in ops_api.h.
+/// Letters as in core/kernels/ops.
 struct CausalConv1dArgs {
   int64_t N = 0;
   int64_t D = 0;

@@ -8,7 +8,7 @@
 
 namespace xgdn::kernel::cpu {
 
-/// Letters as in ops_api.h. A row is a token.
+/// Letters as in core/kernels/ops. A row is a token.
 struct GdnGatingArgs {
   int64_t HV = 0;
   InRows a;        // [T, HV]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products with bf16 weights on the CPU over pointers, strides and sizes. The weights are read once, at memory speed, for
-// as many tokens as a decode step has.
+// Products with bf16 weights on the CPU over pointers, strides and sizes. The weights are read once, at memory speed,
+// for as many tokens as a decode step has.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ inline constexpr int64_t kLinearDepthStep = 32;  // D is a multiple
 inline constexpr int64_t kLinearWidthStep = 16;  // O is a multiple
 inline constexpr int64_t kLinearBlock = 32;      // outputs of a work item
 
-/// Letters as in ops_api.h.
+/// Letters as in core/kernels/ops.
 struct LinearArgs {
   int64_t T = 0;
   int64_t D = 0;

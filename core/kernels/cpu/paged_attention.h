@@ -8,7 +8,7 @@
 
 namespace xgdn::kernel::cpu {
 
-/// Letters as in ops_api.h. The blocks have the dtype of q.
+/// Letters as in core/kernels/ops. The blocks have the dtype of q.
 struct PagedAttentionArgs {
   int64_t HQ = 0;
   int64_t HKV = 0;

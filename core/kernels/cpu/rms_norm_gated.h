@@ -8,7 +8,7 @@
 
 namespace xgdn::kernel::cpu {
 
-/// Letters as in ops_api.h.
+/// Letters as in core/kernels/ops.
 struct RmsNormGatedArgs {
   int64_t HV = 0;
   int64_t V = 0;

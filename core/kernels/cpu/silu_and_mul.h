@@ -8,7 +8,7 @@
 
 namespace xgdn::kernel::cpu {
 
-/// Letters as in ops_api.h.
+/// Letters as in core/kernels/ops.
 struct SiluAndMulArgs {
   int64_t I = 0;
   InRows gate;  // [T, I]
