@@ -33,10 +33,6 @@ class CallableAllReduce : public AllReduce {
   std::function<void(const at::Tensor&)> sum_;
 };
 
-std::optional<at::Tensor> defined(const at::Tensor& t) {
-  return t.defined() ? std::optional(t) : std::nullopt;
-}
-
 void bind_segments(nb::module_& m) {
   nb::enum_<SegmentKind>(m, "SegmentKind", "What a segment's tokens are.")
       .value("DECODE", SegmentKind::kDecode)
@@ -47,40 +43,42 @@ void bind_segments(nb::module_& m) {
           "__init__",
           [](Segment* self, SegmentKind kind, int64_t token_begin, const at::Tensor& cu_seqlens_cpu,
              const at::Tensor& state_indices, const at::Tensor& conv_indices,
-             const std::optional<at::Tensor>& write_indices, const std::optional<at::Tensor>& has_initial_state,
-             const std::optional<at::Tensor>& num_accepted, const std::optional<kernel::ChunkMetadata>& chunk,
-             bool may_have_padding) {
-            const kernel::ChunkMetadata tables = chunk.value_or(kernel::ChunkMetadata());
+             const std::optional<at::Tensor>& write_indices, const std::optional<at::Tensor>& conv_write_indices,
+             const std::optional<at::Tensor>& has_initial_state, const std::optional<at::Tensor>& num_accepted,
+             const std::optional<kernel::ChunkMetadata>& chunk, bool may_have_padding) {
             Segment segment{.kind = kind,
                             .token_begin = token_begin,
-                            .state_indices = state_indices,
-                            .conv_indices = conv_indices,
-                            .write_indices = write_indices.value_or(at::Tensor()),
-                            .has_initial_state = has_initial_state.value_or(at::Tensor()),
-                            .num_accepted = num_accepted.value_or(at::Tensor()),
-                            .chunk_indices = tables.chunk_indices_chunk64,
-                            .chunk_offsets = tables.chunk_offsets_chunk64,
+                            .state_slots = {.read = state_indices, .write = write_indices},
+                            .conv_slots = {.read = conv_indices, .write = conv_write_indices},
+                            .has_initial_state = has_initial_state,
+                            .num_accepted = num_accepted,
                             .may_have_padding = may_have_padding};
+            if (chunk) {
+              segment.chunk_indices = chunk->chunk_indices_chunk64;
+              segment.chunk_offsets = chunk->chunk_offsets_chunk64;
+            }
             set_lengths(segment, cu_seqlens_cpu);
             new (self) Segment(std::move(segment));
           },
           nb::kw_only(), "kind"_a, "token_begin"_a = 0, "cu_seqlens_cpu"_a, "state_indices"_a, "conv_indices"_a,
-          "write_indices"_a = nb::none(), "has_initial_state"_a = nb::none(), "num_accepted"_a = nb::none(),
-          "chunk"_a = nb::none(), "may_have_padding"_a = true,
-          "For hosts with a batch of their own. Index tensors are int32 on the layer's device; cu_seqlens_cpu is on "
+          "write_indices"_a = nb::none(), "conv_write_indices"_a = nb::none(), "has_initial_state"_a = nb::none(),
+          "num_accepted"_a = nb::none(), "chunk"_a = nb::none(), "may_have_padding"_a = true,
+          "For hosts with a batch of their own. The slots that are written are those that are read unless given. Index "
+          "tensors are int32 on the layer's device; cu_seqlens_cpu is on "
           "the CPU.")
       .def_ro("kind", &Segment::kind)
       .def_ro("token_begin", &Segment::token_begin)
       .def_ro("num_tokens", &Segment::num_tokens)
       .def_ro("max_len", &Segment::max_len)
       .def_ro("cu_seqlens", &Segment::cu_seqlens)
-      .def_ro("state_indices", &Segment::state_indices)
-      .def_ro("conv_indices", &Segment::conv_indices)
-      .def_prop_ro("write_indices", [](const Segment& self) { return defined(self.write_indices); })
+      .def_prop_ro("state_indices", [](const Segment& self) { return self.state_slots.read; })
+      .def_prop_ro("write_indices", [](const Segment& self) { return self.state_slots.write; })
+      .def_prop_ro("conv_indices", [](const Segment& self) { return self.conv_slots.read; })
+      .def_prop_ro("conv_write_indices", [](const Segment& self) { return self.conv_slots.write; })
       .def_ro("has_initial_state", &Segment::has_initial_state)
       .def_ro("num_accepted", &Segment::num_accepted)
-      .def_prop_ro("chunk_indices", [](const Segment& self) { return defined(self.chunk_indices); })
-      .def_prop_ro("chunk_offsets", [](const Segment& self) { return defined(self.chunk_offsets); });
+      .def_ro("chunk_indices", &Segment::chunk_indices)
+      .def_ro("chunk_offsets", &Segment::chunk_offsets);
 
   nb::class_<GdnBatch>(m, "GdnBatch", "One step, as a GDN layer sees it.")
       .def(
@@ -95,6 +93,10 @@ void bind_state(nb::module_& m) {
   nb::enum_<StateKind>(m, "StateKind", "A component of a layer's state.")
       .value("CONV", StateKind::kConv)
       .value("DELTA", StateKind::kDelta);
+
+  nb::enum_<SlotGroup>(m, "SlotGroup", "Components that have slots of their own.")
+      .value("CHECKPOINT", SlotGroup::kCheckpoint, "StateKind.DELTA.")
+      .value("RECENT", SlotGroup::kRecent, "StateKind.CONV.");
 
   nb::class_<StateSpec>(m, "StateSpec", "Shape of one component of one slot.")
       .def_ro("kind", &StateSpec::kind)

@@ -22,7 +22,8 @@ using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
 void bind_pools(nb::module_& m) {
   nb::class_<SlotHandle>(m, "SlotHandle", "A reference to a slot, valid while it is held.")
       .def_ro("slot", &SlotHandle::slot)
-      .def_ro("generation", &SlotHandle::generation);
+      .def_ro("generation", &SlotHandle::generation)
+      .def_ro("group", &SlotHandle::group);
 
   nb::class_<StatePool>(m, "StatePool", "Slots of recurrent state over all GDN layers.")
       .def(
@@ -31,7 +32,7 @@ void bind_pools(nb::module_& m) {
              const DeviceArgument& device,
              bool poison_freed) { new (self) StatePool(layers, num_slots, device.resolve("StatePool"), poison_freed); },
           "layers"_a, nb::kw_only(), "num_slots"_a, "device"_a = "cpu", "poison_freed"_a = poison_freed_by_default())
-      .def("allocate", &StatePool::allocate, "Allocate a slot; raises OutOfSlots.")
+      .def("allocate", &StatePool::allocate, "group"_a, "Allocate a slot of a group; raises OutOfSlots.")
       .def("share", &StatePool::share, "handle"_a, "Add a reference to the slot.")
       .def("release", &StatePool::release, "handle"_a, "Drop a reference; the last one frees the slot.")
       .def("slot", &StatePool::slot, "handle"_a, "The slot's index; raises StaleHandleError.")
@@ -40,7 +41,9 @@ void bind_pools(nb::module_& m) {
           "layer", [](StatePool& self, size_t i) { return self.layers().at(i); }, "index"_a,
           "The pools of one layer; they share the memory.")
       .def_prop_ro("num_slots", &StatePool::num_slots)
-      .def_prop_ro("num_free", &StatePool::num_free)
+      .def_prop_ro(
+          "num_free", [](const StatePool& self) { return self.num_free(); },
+          "Sequences that could start: the free slots of the group that has the fewest.")
       .def_prop_ro("bytes", &StatePool::bytes)
       .def_static("slot_bytes", &StatePool::slot_bytes, "layers"_a, "Bytes of one slot over all layers.");
 }
@@ -51,7 +54,8 @@ void bind_batch(nb::module_& m) {
           "__init__",
           [](SequenceStep* self, SegmentKind kind, std::vector<int32_t> tokens, int64_t num_cached,
              std::vector<int32_t> state_slots, std::optional<int32_t> write_slot, std::optional<int32_t> conv_slot,
-             int32_t num_accepted, bool has_initial_state, std::vector<int32_t> kv_blocks, bool wants_logits) {
+             std::optional<int32_t> conv_write_slot, int32_t num_accepted, bool has_initial_state,
+             std::vector<int32_t> kv_blocks, bool wants_logits) {
             const int32_t first = state_slots.empty() ? -1 : state_slots.front();
             new (self) SequenceStep{.kind = kind,
                                     .tokens = std::move(tokens),
@@ -59,15 +63,16 @@ void bind_batch(nb::module_& m) {
                                     .state_slots = std::move(state_slots),
                                     .write_slot = write_slot.value_or(first),
                                     .conv_slot = conv_slot.value_or(first),
+                                    .conv_write_slot = conv_write_slot.value_or(write_slot.value_or(first)),
                                     .num_accepted = num_accepted,
                                     .has_initial_state = has_initial_state,
                                     .kv_blocks = std::move(kv_blocks),
                                     .wants_logits = wants_logits};
           },
           nb::kw_only(), "kind"_a, "tokens"_a, "num_cached"_a = 0, "state_slots"_a, "write_slot"_a = nb::none(),
-          "conv_slot"_a = nb::none(), "num_accepted"_a = 1, "has_initial_state"_a = true,
-          "kv_blocks"_a = std::vector<int32_t>{}, "wants_logits"_a = true,
-          "write_slot and conv_slot: the first of state_slots unless given.");
+          "conv_slot"_a = nb::none(), "conv_write_slot"_a = nb::none(), "num_accepted"_a = 1,
+          "has_initial_state"_a = true, "kv_blocks"_a = std::vector<int32_t>{}, "wants_logits"_a = true,
+          "write_slot and conv_slot: the first of state_slots unless given; conv_write_slot: write_slot.");
 
   nb::class_<AttentionBatch>(m, "AttentionBatch", "One step, as a full-attention layer sees it.")
       .def_ro("positions", &AttentionBatch::positions)
@@ -166,14 +171,14 @@ void bind_requests(nb::module_& m) {
 
   nb::class_<RequestEvent>(m, "RequestEvent", "The outcome of one step for one request, or for one branch of it.")
       .def_ro("id", &RequestEvent::id)
-      .def_ro("token", &RequestEvent::token)
+      .def_ro("tokens", &RequestEvent::tokens, "New tokens; none while the prompt is computed.")
       .def_ro("num_prefilled", &RequestEvent::num_prefilled)
       .def_ro("prompt_size", &RequestEvent::prompt_size)
       .def_ro("finish_reason", &RequestEvent::finish_reason)
       .def_ro("error", &RequestEvent::error)
       .def_ro("branch", &RequestEvent::branch, "Branch of the request, 0..n-1.")
       .def_ro("logprobs", &RequestEvent::logprobs,
-              "Log-probabilities of the new token, if its sampling asks for them.");
+              "Log-probabilities of each new token, if its sampling asks for them.");
 
   nb::class_<GenerationResult>(m, "GenerationResult", "A finished request.")
       .def_ro("id", &GenerationResult::id)

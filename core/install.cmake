@@ -53,6 +53,8 @@ set(xgdn_public_headers
   runtime/runner.h
   runtime/sampler.h
   runtime/scheduler.h
+  runtime/sequence.h
+  runtime/sequence_memory.h
   runtime/state_pool.h
   runtime/turn_mutex.h
 )

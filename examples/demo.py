@@ -56,9 +56,9 @@ def run_engine(engine: xgdn.Engine, prompts: Sequence[Sequence[int]], name: str,
         for event in engine.step():
             if event.error:
                 raise RuntimeError(event.error)
-            if event.token is not None:
+            if event.tokens:
                 first.setdefault(event.id, time.perf_counter() - begin)
-                tokens[event.id].append(event.token)
+                tokens[event.id] += event.tokens
     return Run(name, [tokens[i] for i in ids], [first[i] for i in ids], time.perf_counter() - begin)
 
 

@@ -29,7 +29,7 @@ void set_lengths(Segment& segment, const at::Tensor& cu_seqlens_cpu) {
   }
   segment.num_tokens = cu[t.numel() - 1];
   segment.cu_seqlens_cpu = t;
-  segment.cu_seqlens = t.to(segment.state_indices.device());
+  segment.cu_seqlens = t.to(segment.state_slots.read.device());
 }
 
 GdnBatch join(std::vector<Segment> segments) {

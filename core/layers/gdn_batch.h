@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "core/kernels/ops_api.h"
@@ -15,25 +16,24 @@ namespace xgdn {
 enum class SegmentKind { kDecode, kVerify, kPrefill };
 
 /// A run of tokens that one op call serves. Index tensors are int32 on the layer's device; offsets count from
-/// token_begin. Undefined optional tensors mean what the ops say of an absent argument.
+/// token_begin. Absent tensors mean what the ops say of an absent argument.
 struct Segment {
   SegmentKind kind = SegmentKind::kDecode;
   int64_t token_begin = 0;
   int64_t num_tokens = 0;
-  int64_t max_len = 1;           // tokens of the longest sequence
-  at::Tensor cu_seqlens;         // [N+1]
-  at::Tensor state_indices;      // [N]; kVerify: [N, L]
-  at::Tensor conv_indices;       // [N]   slot of the conv pool; kVerify keeps one per sequence
-  at::Tensor write_indices;      // [N]   kDecode, kPrefill; undefined = state_indices, which are conv_indices too
-  at::Tensor has_initial_state;  // [N]   bool, kPrefill
-  at::Tensor num_accepted;       // [N]   kVerify
-  at::Tensor chunk_indices;      // [M, 2] kPrefill; chunk_indices_chunk64 of kernel::ChunkMetadata
-  at::Tensor chunk_offsets;      // [N+1] kPrefill; chunk_offsets_chunk64
-  at::Tensor cu_seqlens_cpu;     // [N+1] cu_seqlens on the host
-  bool may_have_padding = true;  // false: no sequence has kPadSlot
+  int64_t max_len = 1;                          // tokens of the longest sequence
+  at::Tensor cu_seqlens;                        // [N+1]
+  kernel::SlotIndices state_slots;              // of the delta pool; kVerify: read is [N, L], without write
+  kernel::SlotIndices conv_slots;               // of the conv pool; kVerify: one per sequence, without write
+  std::optional<at::Tensor> has_initial_state;  // [N]   bool, kPrefill
+  std::optional<at::Tensor> num_accepted;       // [N]   kVerify
+  std::optional<at::Tensor> chunk_indices;      // [M, 2] kPrefill; chunk_indices_chunk64 of kernel::ChunkMetadata
+  std::optional<at::Tensor> chunk_offsets;      // [N+1] kPrefill; chunk_offsets_chunk64
+  std::optional<at::Tensor> cu_seqlens_cpu;     // [N+1] cu_seqlens on the host
+  bool may_have_padding = true;                 // false: no sequence has kPadSlot
 };
 
-/// Fills in what follows from cu_seqlens_cpu: num_tokens, max_len, and cu_seqlens beside state_indices. Throws
+/// Fills in what follows from cu_seqlens_cpu: num_tokens, max_len, and cu_seqlens beside state_slots. Throws
 /// ShapeError, DtypeError, DeviceError or RangeError unless it is [N+1] int32 on the host that starts at 0 and never
 /// falls.
 void set_lengths(Segment& segment, const at::Tensor& cu_seqlens_cpu);

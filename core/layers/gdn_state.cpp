@@ -6,6 +6,10 @@
 
 namespace xgdn {
 
+SlotGroup group_of(StateKind kind) {
+  return kind == StateKind::kDelta ? SlotGroup::kCheckpoint : SlotGroup::kRecent;
+}
+
 int64_t StateSpec::slot_bytes() const {
   int64_t bytes = static_cast<int64_t>(c10::elementSize(dtype));
   for (int64_t size : slot_shape) bytes *= size;

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -14,6 +15,16 @@ enum class StateKind {
   kConv,   // [S, W-1 + draft rows, conv_dim]  oldest row first, channels q, k, v
   kDelta,  // [S, HV, V, K]                    K contiguous
 };
+
+/// Components that have slots of their own, so that forks can share those of one group and own those of the other.
+enum class SlotGroup {
+  kCheckpoint,  // kDelta
+  kRecent,      // kConv
+};
+constexpr std::array<SlotGroup, 2> kSlotGroups{SlotGroup::kCheckpoint, SlotGroup::kRecent};
+
+/// The group of a component.
+SlotGroup group_of(StateKind kind);
 
 /// Shape of one component of one slot, and its dtype: all that the runtime needs to allocate it.
 struct StateSpec {

@@ -99,11 +99,6 @@ class ProjectionRows {
   const std::string& prefix_;
 };
 
-// Segments leave absent tensors undefined; the ops want them absent.
-std::optional<at::Tensor> optional(const at::Tensor& t) {
-  return t.defined() ? std::optional(t) : std::nullopt;
-}
-
 // The rank's channels q, k, v of a per-channel weight.
 std::vector<RowBlock> conv_channels(const GdnConfig& c, const HeadRange& heads, const std::string& name,
                                     const at::Tensor& channels) {
@@ -225,11 +220,11 @@ void Qwen3GatedDeltaNet::decode(const Segment& segment, const at::Tensor& projec
                            .dt_bias = dt_bias_,
                            .state = state.pool(StateKind::kDelta),
                            .norm_weight = norm_,
-                           .state_indices = segment.state_indices,
+                           .state_indices = segment.state_slots.read,
                            .out = o,
                            .conv_bias = conv_bias_,
-                           .conv_indices = segment.conv_indices,
-                           .write_indices = optional(segment.write_indices),
+                           .write_indices = segment.state_slots.write,
+                           .conv_slots = segment.conv_slots,
                            .cu_seqlens = segment.cu_seqlens,
                            .may_have_padding = segment.may_have_padding,
                            .norm_eps = local_.rms_norm_eps,
@@ -252,23 +247,23 @@ at::Tensor Qwen3GatedDeltaNet::convolve(const Segment& segment, const at::Tensor
                            .weight = conv_weight_,
                            .conv_state = state.pool(StateKind::kConv),
                            .cu_seqlens = segment.cu_seqlens,
-                           .state_indices = segment.conv_indices,
+                           .state_indices = segment.conv_slots.read,
                            .out = mixed_qkv,
                            .bias = conv_bias_,
-                           .has_initial_state = optional(segment.has_initial_state),
-                           .write_indices = optional(segment.write_indices),
+                           .has_initial_state = segment.has_initial_state,
+                           .write_indices = segment.conv_slots.write,
                            .backend = backends_.prefill});
   } else {
     kernel::causal_conv1d_update({.x = x,
                                   .weight = conv_weight_,
                                   .conv_state = state.pool(StateKind::kConv),
                                   .cu_seqlens = segment.cu_seqlens,
-                                  .state_indices = segment.conv_indices,
+                                  .state_indices = segment.conv_slots.read,
                                   .out = mixed_qkv,
                                   .max_len = segment.max_len,
                                   .bias = conv_bias_,
-                                  .write_indices = optional(segment.write_indices),
-                                  .num_accepted = optional(segment.num_accepted),
+                                  .write_indices = segment.conv_slots.write,
+                                  .num_accepted = segment.num_accepted,
                                   .may_have_padding = segment.may_have_padding,
                                   .backend = backends_.decode});
   }
@@ -299,13 +294,13 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                     .beta = beta,
                                     .state = state.pool(StateKind::kDelta),
                                     .cu_seqlens = segment.cu_seqlens,
-                                    .state_indices = segment.state_indices,
-                                    .chunk_indices = segment.chunk_indices,
-                                    .chunk_offsets = segment.chunk_offsets,
+                                    .state_indices = segment.state_slots.read,
+                                    .chunk_indices = segment.chunk_indices.value_or(at::Tensor()),
+                                    .chunk_offsets = segment.chunk_offsets.value_or(at::Tensor()),
                                     .out = o,
-                                    .has_initial_state = optional(segment.has_initial_state),
-                                    .write_indices = optional(segment.write_indices),
-                                    .cu_seqlens_cpu = optional(segment.cu_seqlens_cpu),
+                                    .has_initial_state = segment.has_initial_state,
+                                    .write_indices = segment.state_slots.write,
+                                    .cu_seqlens_cpu = segment.cu_seqlens_cpu,
                                     .may_have_padding = segment.may_have_padding,
                                     .accuracy = backends_.prefill_accuracy,
                                     .backend = backends_.prefill});
@@ -317,10 +312,10 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                         .beta = beta,
                                         .state = state.pool(StateKind::kDelta),
                                         .cu_seqlens = segment.cu_seqlens,
-                                        .state_indices = segment.state_indices,
+                                        .state_indices = segment.state_slots.read,
                                         .out = o,
-                                        .num_accepted = optional(segment.num_accepted),
-                                        .cu_seqlens_cpu = optional(segment.cu_seqlens_cpu),
+                                        .num_accepted = segment.num_accepted,
+                                        .cu_seqlens_cpu = segment.cu_seqlens_cpu,
                                         .may_have_padding = segment.may_have_padding,
                                         .backend = backends_.decode});
   }

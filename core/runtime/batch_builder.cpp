@@ -105,7 +105,8 @@ class Checker {
       if (num_slots != 1) fail_request("state_slots", "1 slot", num_slots);
       range("write_slot", "a slot", s.write_slot, limits_.num_slots);
       write(state_writer_, "write_slot", s.write_slot);
-      write(conv_writer_, "write_slot", s.write_slot);
+      range("conv_write_slot", "a slot", s.conv_write_slot, limits_.num_slots);
+      write(conv_writer_, "conv_write_slot", s.conv_write_slot);
     }
   }
 
@@ -151,7 +152,7 @@ class Checker {
 // One segment's index rows, as they are collected.
 struct SegmentRows {
   std::vector<int32_t> cu_seqlens{0};
-  std::vector<int32_t> state_indices, conv_indices, write_indices, num_accepted;
+  std::vector<int32_t> state_slots, write_slots, conv_slots, conv_write_slots, num_accepted;
   std::vector<uint8_t> has_initial_state;
   std::vector<int64_t> lengths;
 };
@@ -161,10 +162,11 @@ SegmentRows collect(const std::vector<const SequenceStep*>& sequences, int64_t c
   for (const SequenceStep* s : sequences) {
     rows.lengths.push_back(static_cast<int64_t>(s->tokens.size()));
     rows.cu_seqlens.push_back(rows.cu_seqlens.back() + static_cast<int32_t>(s->tokens.size()));
-    rows.state_indices.insert(rows.state_indices.end(), s->state_slots.begin(), s->state_slots.end());
-    rows.state_indices.resize(rows.lengths.size() * static_cast<size_t>(columns), kernel::kPadSlot);
-    rows.conv_indices.push_back(s->conv_slot);
-    rows.write_indices.push_back(s->write_slot);
+    rows.state_slots.insert(rows.state_slots.end(), s->state_slots.begin(), s->state_slots.end());
+    rows.state_slots.resize(rows.lengths.size() * static_cast<size_t>(columns), kernel::kPadSlot);
+    rows.write_slots.push_back(s->write_slot);
+    rows.conv_slots.push_back(s->conv_slot);
+    rows.conv_write_slots.push_back(s->conv_write_slot);
     rows.num_accepted.push_back(s->num_accepted);
     rows.has_initial_state.push_back(s->has_initial_state);
   }
@@ -174,22 +176,22 @@ SegmentRows collect(const std::vector<const SequenceStep*>& sequences, int64_t c
 void put_segment(Arena& arena, Segment& segment, const SegmentRows& rows, int64_t columns) {
   const bool is_verify = segment.kind == SegmentKind::kVerify;
   arena.put(&segment.cu_seqlens, rows.cu_seqlens);
-  arena.put(&segment.state_indices, rows.state_indices, is_verify ? columns : 0);
-  arena.put(&segment.conv_indices, rows.conv_indices);
+  arena.put(&segment.state_slots.read, rows.state_slots, is_verify ? columns : 0);
+  arena.put(&segment.conv_slots.read, rows.conv_slots);
   segment.may_have_padding = false;  // every slot has been checked
   segment.cu_seqlens_cpu = at::empty({static_cast<int64_t>(rows.cu_seqlens.size())}, at::kInt);
-  std::copy(rows.cu_seqlens.begin(), rows.cu_seqlens.end(), segment.cu_seqlens_cpu.mutable_data_ptr<int32_t>());
+  std::copy(rows.cu_seqlens.begin(), rows.cu_seqlens.end(), segment.cu_seqlens_cpu->mutable_data_ptr<int32_t>());
   if (is_verify) {
-    arena.put(&segment.num_accepted, rows.num_accepted);
+    arena.put(&segment.num_accepted.emplace(), rows.num_accepted);
   } else {
-    const bool is_in_place = rows.write_indices == rows.state_indices && rows.write_indices == rows.conv_indices;
-    if (!is_in_place) arena.put(&segment.write_indices, rows.write_indices);
+    if (rows.write_slots != rows.state_slots) arena.put(&segment.state_slots.write.emplace(), rows.write_slots);
+    if (rows.conv_write_slots != rows.conv_slots) arena.put(&segment.conv_slots.write.emplace(), rows.conv_write_slots);
   }
   if (segment.kind != SegmentKind::kPrefill) return;
-  arena.put_flags(&segment.has_initial_state, rows.has_initial_state);
+  arena.put_flags(&segment.has_initial_state.emplace(), rows.has_initial_state);
   const kernel::ChunkTables chunk = kernel::build_chunk_tables(rows.lengths);
-  arena.put(&segment.chunk_indices, chunk.indices, 2);
-  arena.put(&segment.chunk_offsets, chunk.offsets);
+  arena.put(&segment.chunk_indices.emplace(), chunk.indices, 2);
+  arena.put(&segment.chunk_offsets.emplace(), chunk.offsets);
 }
 
 }  // namespace

@@ -90,15 +90,16 @@ std::vector<KvPool> KvCache::save(const std::vector<int32_t>& blocks) {
   return saved;
 }
 
-void KvCache::restore(const std::vector<KvPool>& saved, const std::vector<int32_t>& blocks) {
-  const at::Tensor rows = rows_of("restore", blocks);
+void KvCache::restore(const std::vector<KvPool>& saved, const std::vector<int64_t>& rows,
+                      const std::vector<int32_t>& blocks) {
+  if (rows.size() != blocks.size()) {
+    throw RangeError(c10::str("[KvCache] restore: expected ", rows.size(), " blocks, got ", blocks.size()));
+  }
+  const at::Tensor from = at::tensor(rows, at::kLong);
+  const at::Tensor to = rows_of("restore", blocks);
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const int64_t count = saved.at(i).k.size(0);
-    if (count > rows.size(0)) {
-      throw RangeError(c10::str("[KvCache] restore: expected at least ", count, " blocks, got ", rows.size(0)));
-    }
-    layers_[i].k.index_copy_(0, rows.narrow(0, 0, count), saved[i].k.to(device_));
-    layers_[i].v.index_copy_(0, rows.narrow(0, 0, count), saved[i].v.to(device_));
+    layers_[i].k.index_copy_(0, to, saved.at(i).k.index_select(0, from).to(device_));
+    layers_[i].v.index_copy_(0, to, saved.at(i).v.index_select(0, from).to(device_));
   }
 }
 

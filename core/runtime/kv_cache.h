@@ -43,8 +43,9 @@ class KvCache {
 
   /// The contents of held blocks in host memory, one entry a layer. Throws RangeError for a block that nobody holds.
   std::vector<KvPool> save(const std::vector<int32_t>& blocks);
-  /// Writes saved contents to the first of as many held blocks. Throws RangeError as save, and for too few blocks.
-  void restore(const std::vector<KvPool>& saved, const std::vector<int32_t>& blocks);
+  /// Writes rows of saved contents to held blocks, one to each. Throws RangeError as save, and for another number of
+  /// rows.
+  void restore(const std::vector<KvPool>& saved, const std::vector<int64_t>& rows, const std::vector<int32_t>& blocks);
 
   /// Blocks that `tokens` tokens need; 0 for a model without full attention.
   int64_t blocks_for(int64_t tokens) const;

@@ -37,13 +37,13 @@ enum class FinishReason {
 /// What one step did for one request, or for one branch of it.
 struct RequestEvent {
   RequestId id = 0;
-  std::optional<int32_t> token;  // the new token, if the step chose one
-  int64_t num_prefilled = 0;     // prompt tokens in the state so far
+  std::vector<int32_t> tokens;  // new ones; none while the prompt is computed
+  int64_t num_prefilled = 0;    // prompt tokens in the state so far
   int64_t prompt_size = 0;
   FinishReason finish_reason = FinishReason::kRunning;
-  std::string error;                 // with kError
-  std::optional<Logprobs> logprobs;  // of the new token, where sampling.logprobs asks for them
-  int64_t branch = 0;                // of n; while the prompt is computed, the branch that computes it
+  std::string error;               // with kError
+  std::vector<Logprobs> logprobs;  // of each new token, where sampling.logprobs asks for them
+  int64_t branch = 0;              // of n; while the prompt is computed, the branch that computes it
 };
 
 /// A finished request, or one branch of it.

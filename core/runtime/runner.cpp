@@ -26,7 +26,7 @@ BatchLimits limits(const HybridDecoder& model, const StatePool& states, const Kv
 
 RequestEvent event_of(const Sequence& s) {
   return {.id = s.id,
-          .num_prefilled = std::min(s.num_computed, s.prompt_size()),
+          .num_prefilled = std::min(s.num_computed(), s.prompt_size()),
           .prompt_size = s.prompt_size(),
           .branch = s.branch};
 }
@@ -39,10 +39,14 @@ class Stopwatch {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-StepStats count(const std::vector<ScheduledPiece>& pieces) {
+StepStats count(const std::vector<ScheduledStep>& steps) {
   StepStats stats;
-  for (const ScheduledPiece& piece : pieces) {
-    (piece.sequence->is_prefilled() ? stats.num_decodes : stats.num_prefill_tokens) += piece.count;
+  for (const ScheduledStep& step : steps) {
+    if (step.kind == SegmentKind::kPrefill) {
+      stats.num_prefill_tokens += step.num_tokens;
+    } else {
+      ++stats.num_decodes;
+    }
   }
   return stats;
 }
@@ -138,7 +142,7 @@ void Runner::check(const Request& request) const {
 RequestId Runner::submit(Request request) {
   check(request);
   std::lock_guard lock(mutex_);
-  return enqueue(request);
+  return enqueue(std::move(request));
 }
 
 RequestStream Runner::stream(const std::vector<Request>& requests) {
@@ -153,10 +157,11 @@ RequestStream Runner::stream(const std::vector<Request>& requests) {
   return stream;
 }
 
-RequestId Runner::enqueue(const Request& request) {
+RequestId Runner::enqueue(Request request) {
   const RequestId id = next_id_++;
-  for (int64_t branch = 0; branch < request.n; ++branch) {
-    submitted_.push_back(std::make_unique<Sequence>(id, request, branch));
+  const auto shared = std::make_shared<const Request>(std::move(request));
+  for (int64_t branch = 0; branch < shared->n; ++branch) {
+    submitted_.push_back(std::make_unique<Sequence>(id, shared, branch));
     alive_[id].insert(branch);
   }
   return id;
@@ -200,26 +205,22 @@ std::vector<RequestEvent> Runner::take_inbox() {
   return events;
 }
 
-SequenceStep Runner::describe(const ScheduledPiece& piece) const {
-  const Sequence& s = *piece.sequence;
-  const int32_t slot = states_.slot(*s.slot);
-  const int32_t read_slot = s.forked_from ? states_.slot(*s.forked_from) : slot;
-  SequenceStep step{.num_cached = s.num_computed,
-                    .state_slots = {read_slot},
-                    .write_slot = slot,
-                    .conv_slot = read_slot,
-                    .kv_blocks = s.kv_blocks()};
-  if (s.is_prefilled()) {
-    step.kind = SegmentKind::kDecode;
-    step.tokens = {s.generated.back()};
-  } else {
-    step.kind = SegmentKind::kPrefill;
-    const auto begin = s.request.prompt.begin() + s.num_computed;
-    step.tokens.assign(begin, begin + piece.count);
-    step.has_initial_state = s.num_computed > 0;
-    step.wants_logits = s.num_computed + piece.count == s.prompt_size();
-  }
-  return step;
+SequenceStep Runner::describe(const ScheduledStep& step) const {
+  const Sequence& s = *step.sequence;
+  const SequenceMemory& memory = s.memory;
+  const int64_t end = s.num_computed() + step.num_tokens;
+  std::vector<int32_t> tokens(s.tokens.begin() + s.num_computed(), s.tokens.begin() + end);
+  tokens.insert(tokens.end(), s.drafts.begin(), s.drafts.begin() + step.num_drafts);
+  return {.kind = step.kind,
+          .tokens = std::move(tokens),
+          .num_cached = s.num_computed(),
+          .state_slots = {memory.read_slot(SlotGroup::kCheckpoint).index()},
+          .write_slot = memory.own_slot(SlotGroup::kCheckpoint).index(),
+          .conv_slot = memory.read_slot(SlotGroup::kRecent).index(),
+          .conv_write_slot = memory.own_slot(SlotGroup::kRecent).index(),
+          .has_initial_state = s.num_computed() > 0,
+          .kv_blocks = memory.blocks(),
+          .wants_logits = end == s.num_tokens()};
 }
 
 bool Runner::is_stop_token(const Request& request, int32_t token) const {
@@ -229,30 +230,32 @@ bool Runner::is_stop_token(const Request& request, int32_t token) const {
   return !request.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end();
 }
 
-// Books a piece that the model has computed. Adds an event of it, and one of every branch where a prompt ends;
+// Books what the model has computed. Adds an event of it, and one of every branch where a prompt ends;
 // `choices` gets those for which the logits' row chooses a token.
-void Runner::advance(const ScheduledPiece& piece, int64_t logit_row, std::vector<RequestEvent>& events,
+void Runner::advance(const ScheduledStep& step, int64_t logit_row, std::vector<RequestEvent>& events,
                      std::vector<Choice>& choices) {
-  Sequence& s = *piece.sequence;
-  scheduler_.advance(s, piece.count);
+  Sequence& s = *step.sequence;
+  s.memory.advance(step.num_tokens);
   const auto add = [&](Sequence& sequence) {
     if (logit_row >= 0) choices.push_back({&sequence, logit_row, events.size()});
     events.push_back(event_of(sequence));
   };
   add(s);
-  if (logit_row < 0 || s.request.n == 1 || s.num_computed > s.prompt_size()) return;
+  if (logit_row < 0 || s.request->n == 1 || s.num_computed() > s.prompt_size()) return;
   for (Sequence* branch : scheduler_.fork(s)) add(*branch);
 }
 
 void Runner::choose(Sequence& s, std::span<const float> logits, RequestEvent& event) const {
   try {
     const int32_t token = s.sampler.sample(logits);
-    s.generated.push_back(token);
-    event.token = token;
-    if (s.request.sampling.logprobs) event.logprobs = logprobs(logits, token, *s.request.sampling.logprobs);
-    if (is_stop_token(s.request, token)) {
+    s.tokens.push_back(token);
+    event.tokens.push_back(token);
+    if (s.request->sampling.logprobs) {
+      event.logprobs.push_back(logprobs(logits, token, *s.request->sampling.logprobs));
+    }
+    if (is_stop_token(*s.request, token)) {
       event.finish_reason = FinishReason::kStop;
-    } else if (static_cast<int64_t>(s.generated.size()) >= s.request.max_new_tokens) {
+    } else if (s.num_generated() >= s.request->max_new_tokens) {
       event.finish_reason = FinishReason::kLength;
     }
   } catch (const NumericsError& error) {
@@ -263,18 +266,18 @@ void Runner::choose(Sequence& s, std::span<const float> logits, RequestEvent& ev
 
 // The states of every sequence in the step may be half written, and with them what was to be forked. Where scheduling
 // itself failed, or the device is lost, nobody can go on.
-std::vector<RequestEvent> Runner::fail(const std::vector<ScheduledPiece>& pieces, const std::string& error) {
+std::vector<RequestEvent> Runner::fail(const std::vector<ScheduledStep>& steps, const std::string& error) {
   if (device_error_.empty() && !computes(model_->device())) {
     device_error_ = c10::str("[step] device: expected one that computes, got ", model_->device(),
                              " that has stopped; requests need a new process. Its error: ", error);
   }
   std::vector<const Sequence*> ended;
-  if (pieces.empty() || !device_error_.empty()) {
+  if (steps.empty() || !device_error_.empty()) {
     ended = scheduler_.youngest_first();
   } else {
-    for (const ScheduledPiece& piece : pieces) {
-      ended.push_back(piece.sequence);
-      for (const Sequence* branch : scheduler_.tokenless_branches(*piece.sequence)) ended.push_back(branch);
+    for (const ScheduledStep& step : steps) {
+      ended.push_back(step.sequence);
+      for (const Sequence* branch : scheduler_.tokenless_branches(*step.sequence)) ended.push_back(branch);
     }
   }
   std::vector<RequestEvent> events;
@@ -335,21 +338,21 @@ std::vector<RequestEvent> Runner::run_step() {
   const c10::InferenceMode inference;
   const Stopwatch stopwatch;
   std::vector<RequestEvent> events = take_inbox();
-  std::vector<ScheduledPiece> pieces;
+  std::vector<ScheduledStep> steps;
   std::vector<RequestEvent> moved;
   try {
     if (!device_error_.empty()) throw Error(device_error_);
-    pieces = scheduler_.schedule();
-    if (pieces.empty()) return events;
-    last_step_ = count(pieces);
+    steps = scheduler_.schedule();
+    if (steps.empty()) return events;
+    last_step_ = count(steps);
     std::vector<SequenceStep> sequences;
-    for (const ScheduledPiece& piece : pieces) sequences.push_back(describe(piece));
+    for (const ScheduledStep& step : steps) sequences.push_back(describe(step));
     const BuiltStep built = builder_.build(sequences);
     const Stopwatch forward;
     const at::Tensor logits = model_->forward(built.input, model_state_).to(at::kCPU).contiguous();
     last_step_.forward_seconds = forward.seconds();
     std::vector<Choice> choices;
-    for (size_t i = 0; i < pieces.size(); ++i) advance(pieces[i], built.logit_rows[i], moved, choices);
+    for (size_t i = 0; i < steps.size(); ++i) advance(steps[i], built.logit_rows[i], moved, choices);
     const int64_t vocab = logits.size(1);
     at::parallel_for(0, std::ssize(choices), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -359,7 +362,7 @@ std::vector<RequestEvent> Runner::run_step() {
       }
     });
   } catch (const std::exception& error) {
-    moved = fail(pieces, error.what());
+    moved = fail(steps, error.what());
   }
   for (const RequestEvent& event : moved) {
     if (event.finish_reason == FinishReason::kRunning) continue;
@@ -385,8 +388,8 @@ std::vector<GenerationResult> Runner::generate(const std::vector<Request>& reque
   for (std::vector<RequestEvent> events; !(events = stream.next()).empty();) {
     for (const RequestEvent& event : events) {
       GenerationResult& result = results[position.at({event.id, event.branch})];
-      if (event.token) result.tokens.push_back(*event.token);
-      if (event.logprobs) result.logprobs.push_back(*event.logprobs);
+      result.tokens.insert(result.tokens.end(), event.tokens.begin(), event.tokens.end());
+      result.logprobs.insert(result.logprobs.end(), event.logprobs.begin(), event.logprobs.end());
       result.finish_reason = event.finish_reason;
       result.error = event.error;
       if (event.finish_reason != FinishReason::kError || !options.throw_on_error) continue;

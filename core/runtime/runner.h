@@ -25,10 +25,10 @@ namespace xgdn {
 
 /// Sizes of the pools and of a step.
 struct RunnerOptions {
-  int64_t max_batch_size = 32;         // state slots: sequences that run at once
-  int64_t max_cached_tokens = 16384;   // KV cache, over all sequences, rounded up to blocks
-  int64_t kv_block_size = 16;          // tokens
-  int64_t max_tokens_per_step = 512;   // decodes and prompt pieces together; bounds the gap between two tokens
+  int64_t max_batch_size = 32;        // state slots: sequences that run at once
+  int64_t max_cached_tokens = 16384;  // KV cache, over all sequences, rounded up to blocks
+  int64_t kv_block_size = 16;         // tokens
+  int64_t max_tokens_per_step = 512;  // decodes and prompt pieces together; bounds the gap between two tokens
   bool poison_freed_slots = poison_freed_by_default();
 
   /// Throws RequestError for a size that no runner can have.
@@ -134,22 +134,22 @@ class Runner {
   }
 
   void check(const Request& request) const;
-  RequestId enqueue(const Request& request);  // with mutex_ held
+  RequestId enqueue(Request request);         // with mutex_ held
   void forget(RequestId id, int64_t branch);  // with mutex_ held
   std::vector<RequestEvent> take_inbox();
   std::vector<RequestEvent> run_step();              // with step_mutex_ held
   void deliver(std::vector<RequestEvent>&& events);  // to mailboxes, else to unclaimed_; with step_mutex_ held
-  SequenceStep describe(const ScheduledPiece& piece) const;
+  SequenceStep describe(const ScheduledStep& step) const;
   // A sequence whose next token is in a row of the logits, and the event that tells of it.
   struct Choice {
     Sequence* sequence;
     int64_t logit_row;
     size_t event;
   };
-  void advance(const ScheduledPiece& piece, int64_t logit_row, std::vector<RequestEvent>& events,
+  void advance(const ScheduledStep& step, int64_t logit_row, std::vector<RequestEvent>& events,
                std::vector<Choice>& choices);
   void choose(Sequence& sequence, std::span<const float> logits, RequestEvent& event) const;
-  std::vector<RequestEvent> fail(const std::vector<ScheduledPiece>& pieces, const std::string& error);
+  std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);
   bool is_stop_token(const Request& request, int32_t token) const;
 
   std::shared_ptr<const HybridDecoder> model_;

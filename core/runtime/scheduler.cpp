@@ -8,24 +8,32 @@
 #include "core/kernels/ops_api.h"
 
 namespace xgdn {
-
 namespace {
 
-SamplingParams with_seed_of(SamplingParams params, int64_t branch) {
-  params.seed += static_cast<uint64_t>(branch);
-  return params;
+// Tokens for which a sequence has blocks while it is resident: the next one, or the first after the prefill, and the
+// drafts behind it. A parked branch needs a block beside those of the prompt, which it will share.
+int64_t room(const Sequence& sequence) {
+  if (sequence.is_parked) return 1;
+  return std::max(sequence.prefill_end, sequence.num_computed()) + 1 + sequence.num_drafts();
+}
+
+// The branch that computed the prompt writes its slot again when the others have read it: one step later.
+bool can_run(const Sequence& sequence) {
+  return sequence.memory.is_resident() && !sequence.is_parked && !sequence.memory.is_read_by_forks();
+}
+
+// Where the next piece of a prefill of at most `budget` tokens ends. Chunks are counted from the sequence's first
+// token, so that the budget does not move them: all pieces but the last end at a multiple of the chunk size, and one
+// that begins between two of them ends at the next.
+int64_t piece_end(const Sequence& sequence, int64_t budget) {
+  constexpr int64_t kChunk = kernel::kChunkSize;
+  const int64_t begin = sequence.num_computed();
+  const int64_t most = begin % kChunk == 0 ? budget : std::min(budget, kChunk - begin % kChunk);
+  if (sequence.prefill_end - begin <= most) return sequence.prefill_end;
+  return std::max(begin, (begin + most) / kChunk * kChunk);
 }
 
 }  // namespace
-
-Sequence::Sequence(RequestId request_id, Request r, int64_t branch_idx)
-    : id(request_id), request(std::move(r)), branch(branch_idx), sampler(with_seed_of(request.sampling, branch)) {}
-
-std::vector<int32_t> Sequence::kv_blocks() const {
-  std::vector<int32_t> blocks = prompt_kv->blocks;
-  blocks.insert(blocks.end(), own_kv.blocks.begin(), own_kv.blocks.end());
-  return blocks;
-}
 
 void SchedulerOptions::check() const {
   if (max_tokens_per_step >= kernel::kChunkSize) return;
@@ -55,78 +63,33 @@ void Scheduler::check_fits(const Request& request) const {
 }
 
 void Scheduler::add(std::unique_ptr<Sequence> sequence) {
-  const bool has_older_branch = !waiting_.empty() && waiting_.back()->id == sequence->id;
-  sequence->is_parked = has_older_branch;
-  sequence->prompt_kv = has_older_branch ? waiting_.back()->prompt_kv : std::make_shared<KvRun>();
+  sequence->is_parked = !waiting_.empty() && waiting_.back()->id == sequence->id;
+  sequence->memory = SequenceMemory(states_, kv_);
   waiting_.push_back(std::move(sequence));
 }
 
-// Full blocks of the prompt are never written again once it is computed.
-int64_t Scheduler::prompt_blocks(const Sequence& sequence) const {
-  return std::max<int64_t>(kv_.blocks_for(sequence.prompt_size() + 1) - 1, 0);
-}
-
-// With room for its next token, or for the first after the prompt.
-int64_t Scheduler::own_blocks(const Sequence& sequence) const {
-  const int64_t num_tokens = std::max(sequence.prompt_size(), sequence.num_computed) + 1;
-  return kv_.blocks_for(num_tokens) - prompt_blocks(sequence);
-}
-
 bool Scheduler::fits(const Sequence& sequence) const {
-  const bool is_prompt_held = !sequence.prompt_kv->blocks.empty();
-  return own_blocks(sequence) + (is_prompt_held ? 0 : prompt_blocks(sequence)) <= kv_.num_free();
+  return sequence.memory.num_missing(room(sequence)) <= kv_.num_free();
 }
 
-void Scheduler::swap_in(KvRun& run, int64_t num_blocks) {
-  if (!run.blocks.empty()) return kv_.share(run.blocks);
-  run.blocks = kv_.allocate(num_blocks);
-  if (!run.saved.empty()) kv_.restore(run.saved, run.blocks);
-  run.saved.clear();
-}
-
-// The last holder frees the blocks, and saves them first where somebody will need them again.
-void Scheduler::swap_out(KvRun& run, bool is_needed) {
-  if (run.blocks.empty()) return;
-  const bool is_last = kv_.ref_count(run.blocks.front()) == 1;
-  if (is_last && is_needed) run.saved = kv_.save(run.blocks);
-  kv_.release(run.blocks);
-  if (is_last) run.blocks.clear();
-}
-
-void Scheduler::vacate(Sequence& sequence, bool goes_on) {
-  if (!sequence.is_resident) return;
-  swap_out(sequence.own_kv, goes_on);
-  swap_out(*sequence.prompt_kv, goes_on || sequence.prompt_kv.use_count() > 1);
-  sequence.is_resident = false;
-}
-
-void Scheduler::copy_forked_state(Sequence& sequence) {
-  if (!sequence.forked_from) return;
-  states_.copy(*sequence.forked_from, *sequence.slot);
-  states_.release(*sequence.forked_from);
-  sequence.forked_from.reset();
-}
-
-// The branch that a state is forked from must not wait for one that does not run.
 void Scheduler::preempt(Sequence& sequence) {
-  vacate(sequence, /*goes_on=*/true);
-  copy_forked_state(sequence);
+  sequence.memory.swap_out();
   ++num_preemptions_;
 }
 
-// A free block for a sequence, taken from the youngest that have one; false when it is the youngest itself.
+// Blocks for a sequence, taken from the youngest that have some; false when it is the youngest itself.
 bool Scheduler::make_room(const Sequence& sequence) {
-  for (auto victim = running_.rbegin(); kv_.num_free() == 0 && victim->get() != &sequence; ++victim) {
-    if ((*victim)->is_resident) preempt(**victim);
+  for (auto victim = running_.rbegin(); !fits(sequence) && victim->get() != &sequence; ++victim) {
+    if ((*victim)->memory.is_resident()) preempt(**victim);
   }
-  return kv_.num_free() > 0;
+  return fits(sequence);
 }
 
 void Scheduler::grow() {
   for (const auto& sequence : running_) {
-    if (!sequence->is_resident || own_blocks(*sequence) <= std::ssize(sequence->own_kv.blocks)) continue;
+    if (!sequence->memory.is_resident()) continue;
     if (make_room(*sequence)) {
-      sequence->own_kv.blocks.push_back(kv_.allocate(1).front());
+      sequence->memory.grow(room(*sequence));
     } else {
       preempt(*sequence);
     }
@@ -136,11 +99,9 @@ void Scheduler::grow() {
 // The oldest first, and nobody overtakes; false when one has to wait on.
 bool Scheduler::resume() {
   for (const auto& sequence : running_) {
-    if (sequence->is_resident) continue;
+    if (sequence->memory.is_resident()) continue;
     if (!fits(*sequence)) return false;
-    swap_in(*sequence->prompt_kv, prompt_blocks(*sequence));
-    swap_in(sequence->own_kv, own_blocks(*sequence));
-    sequence->is_resident = true;
+    sequence->memory.grow(room(*sequence));
   }
   return true;
 }
@@ -154,7 +115,7 @@ void Scheduler::admit() {
     const auto end = std::find_if(waiting_.begin(), waiting_.end(), is_other);
     if (end - waiting_.begin() > states_.num_free() || !fits(*waiting_.front())) return;
     for (auto branch = waiting_.begin(); branch != end; ++branch) {
-      (*branch)->slot = states_.allocate();
+      (*branch)->memory.allocate_state();
       running_.push_back(std::move(*branch));
     }
     waiting_.erase(waiting_.begin(), end);
@@ -164,55 +125,46 @@ void Scheduler::admit() {
 std::vector<Sequence*> Scheduler::tokenless_branches(const Sequence& sequence) const {
   std::vector<Sequence*> siblings;
   for (const auto& s : running_) {
-    if (s->id == sequence.id && s.get() != &sequence && s->generated.empty()) siblings.push_back(s.get());
+    if (s->id == sequence.id && s.get() != &sequence && s->num_generated() == 0) siblings.push_back(s.get());
   }
   return siblings;
 }
 
-std::vector<Sequence*> Scheduler::fork(const Sequence& computed) {
-  const std::vector<Sequence*> branches = tokenless_branches(computed);
-  const std::vector<int32_t>& last = computed.own_kv.blocks;
-  for (Sequence* branch : branches) {
-    branch->is_parked = false;
-    branch->num_computed = computed.num_computed;
-    branch->forked_from = states_.share(*computed.slot);
-    if (branch->is_resident) {
-      for (size_t i = 0; i < last.size(); ++i) kv_.copy(last[i], branch->own_kv.blocks[i]);
-    } else {
-      branch->own_kv.saved = kv_.save(last);
-      copy_forked_state(*branch);
-    }
+std::vector<Sequence*> Scheduler::fork(Sequence& computed) {
+  std::vector<Sequence*> branches;
+  for (const auto& s : running_) {
+    if (s->id != computed.id || !s->is_parked) continue;
+    computed.memory.fork(s->memory);
+    s->is_parked = false;
+    branches.push_back(s.get());
   }
   return branches;
 }
 
-void Scheduler::advance(Sequence& sequence, int64_t count) {
-  sequence.num_computed += count;
-  if (sequence.forked_from) states_.release(*sequence.forked_from);
-  sequence.forked_from.reset();
-}
-
-std::vector<ScheduledPiece> Scheduler::schedule() {
+std::vector<ScheduledStep> Scheduler::schedule() {
   grow();
   admit();
-  std::vector<ScheduledPiece> pieces;
+  std::vector<ScheduledStep> steps;
+  int64_t num_tokens = 0;
   for (const auto& sequence : running_) {
-    if (!sequence->is_resident) continue;
-    // The branch that computed the prompt writes its slot again when the others have read it: one step later.
-    if (sequence->is_prefilled() && states_.ref_count(*sequence->slot) == 1) pieces.push_back({sequence.get(), 1});
+    if (!can_run(*sequence) || !sequence->is_prefilled()) continue;
+    const int64_t num_drafts = sequence->num_drafts();
+    steps.push_back({.sequence = sequence.get(),
+                     .kind = num_drafts > 0 ? SegmentKind::kVerify : SegmentKind::kDecode,
+                     .num_tokens = sequence->num_tokens() - sequence->num_computed(),
+                     .num_drafts = num_drafts});
+    num_tokens += steps.back().num_tokens + num_drafts;
   }
-  const auto num_decodes = static_cast<int64_t>(pieces.size());
-  int64_t budget = std::max(options_.max_tokens_per_step - num_decodes, kernel::kChunkSize);
+  int64_t budget = std::max(options_.max_tokens_per_step - num_tokens, kernel::kChunkSize);
   for (const auto& sequence : running_) {
-    if (sequence->is_prefilled() || sequence->is_parked || !sequence->is_resident) continue;
-    int64_t count = sequence->prompt_size() - sequence->num_computed;
-    // Only a prompt's last piece may end between multiples of the chunk size.
-    if (count > budget) count = budget / kernel::kChunkSize * kernel::kChunkSize;
-    if (count == 0) break;
-    pieces.push_back({sequence.get(), count});
+    if (!can_run(*sequence) || sequence->is_prefilled()) continue;
+    const int64_t end = piece_end(*sequence, budget);
+    if (end == sequence->num_computed()) break;
+    const int64_t count = end - sequence->num_computed();
+    steps.push_back({.sequence = sequence.get(), .kind = SegmentKind::kPrefill, .num_tokens = count});
     budget -= count;
   }
-  return pieces;
+  return steps;
 }
 
 std::vector<const Sequence*> Scheduler::youngest_first() const {
@@ -228,17 +180,14 @@ std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
   for (Queue* queue : {&waiting_, &running_}) {
     auto it = std::find_if(queue->begin(), queue->end(), is_it);
     if (it == queue->end()) continue;
-    if (const auto next = it + 1; next != queue->end() && (*next)->id == id && (*next)->is_parked) {
-      // Until the fork branches differ in number and sampler alone, and the first of them computes the prompt.
-      std::swap((*it)->branch, (*next)->branch);
-      std::swap((*it)->sampler, (*next)->sampler);
-      it = next;
+    const auto next = it + 1;
+    if (next != queue->end() && (*next)->id == id && (*next)->is_parked && !(*it)->is_parked) {
+      std::swap((*it)->memory, (*next)->memory);  // the next branch goes on with the prompt
+      (*next)->is_parked = false;
     }
     std::unique_ptr<Sequence> removed = std::move(*it);
     queue->erase(it);
-    vacate(*removed, /*goes_on=*/false);
-    if (removed->slot) states_.release(*removed->slot);
-    if (removed->forked_from) states_.release(*removed->forked_from);
+    removed->memory.clear();
     return removed;
   }
   return nullptr;

@@ -5,46 +5,12 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <optional>
 #include <vector>
 
-#include "core/runtime/kv_cache.h"
-#include "core/runtime/request.h"
-#include "core/runtime/state_pool.h"
+#include "core/layers/gdn_batch.h"
+#include "core/runtime/sequence.h"
 
 namespace xgdn {
-
-/// Blocks of the KV cache that come and go together: in the cache as long as somebody holds them, or in host memory.
-struct KvRun {
-  std::vector<int32_t> blocks;  // empty: not in the cache
-  std::vector<KvPool> saved;    // then what they held, if they held anything
-};
-
-/// A branch of a request on its way. From admission to the end it owns a slot. Its keys and values lie in two runs of
-/// blocks: the full blocks of the prompt, which all branches of the request hold together, and its own, which grow. It
-/// is resident while it holds both; it may lose them to an older sequence, and then its state waits in its slot.
-/// The oldest branch of a request computes the prompt; the others are parked until it is done.
-struct Sequence {
-  Sequence(RequestId request_id, Request r, int64_t branch_idx = 0);  // nothing computed yet
-
-  RequestId id;
-  Request request;
-  int64_t branch;
-  Sampler sampler;
-  std::vector<int32_t> generated;
-  int64_t num_computed = 0;  // tokens of prompt + generated that the state holds
-  std::optional<SlotHandle> slot;
-  std::optional<SlotHandle> forked_from;  // the slot that its first step reads; it writes `slot`
-  std::shared_ptr<KvRun> prompt_kv;
-  KvRun own_kv;
-  bool is_parked = false;
-  bool is_resident = false;
-
-  int64_t prompt_size() const { return static_cast<int64_t>(request.prompt.size()); }  // tokens
-  bool is_prefilled() const { return num_computed >= prompt_size(); }                  // the state holds the prompt
-  /// Its blocks in the order of the tokens.
-  std::vector<int32_t> kv_blocks() const;
-};
 
 /// Size of a step.
 struct SchedulerOptions {
@@ -54,10 +20,12 @@ struct SchedulerOptions {
   void check() const;
 };
 
-/// The next `count` tokens of a sequence.
-struct ScheduledPiece {
+/// What a sequence does in a step: computes its next tokens and verifies its drafts.
+struct ScheduledStep {
   Sequence* sequence;
-  int64_t count;
+  SegmentKind kind;        // kVerify: with drafts
+  int64_t num_tokens;      // of sequence->tokens, from num_computed on
+  int64_t num_drafts = 0;  // behind them
 };
 
 /// Owns the sequences between submission and end.
@@ -72,17 +40,13 @@ class Scheduler {
   /// The branches of a request are added one after the other, from the first.
   void add(std::unique_ptr<Sequence> sequence);
 
-  /// Gives every resident sequence room for its next token, at the cost of the youngest where blocks run out; brings
-  /// the others back while blocks last, the oldest first; then admits waiting ones in the order of arrival while slots
-  /// and blocks last; then picks this step's pieces.
-  std::vector<ScheduledPiece> schedule();
+  /// Gives every resident sequence room for its next token and its drafts, at the cost of the youngest where blocks run
+  /// out; brings the others back while blocks last, the oldest first; then admits waiting ones in the order of arrival
+  /// while slots and blocks last; then picks what each of them does in this step.
+  std::vector<ScheduledStep> schedule();
 
-  /// Lets the parked branches of a request go on from the state of the one that has computed the prompt: from its slot
-  /// by reference, with a copy of what its own blocks hold. Those that are not resident copy the state, too.
-  std::vector<Sequence*> fork(const Sequence& computed);
-
-  /// Books computed tokens of a sequence; its state is now its own.
-  void advance(Sequence& sequence, int64_t count);
+  /// Lets the parked branches of a request go on from where the one is that has computed the prompt.
+  std::vector<Sequence*> fork(Sequence& computed);
 
   /// The other branches of its request that have no token yet.
   std::vector<Sequence*> tokenless_branches(const Sequence& sequence) const;
@@ -101,13 +65,7 @@ class Scheduler {
  private:
   using Queue = std::deque<std::unique_ptr<Sequence>>;  // branches of a request side by side
 
-  int64_t prompt_blocks(const Sequence& sequence) const;
-  int64_t own_blocks(const Sequence& sequence) const;
   bool fits(const Sequence& sequence) const;
-  void swap_in(KvRun& run, int64_t num_blocks);
-  void swap_out(KvRun& run, bool is_needed);
-  void vacate(Sequence& sequence, bool goes_on);
-  void copy_forked_state(Sequence& sequence);
   void preempt(Sequence& sequence);
   bool make_room(const Sequence& sequence);
   void grow();

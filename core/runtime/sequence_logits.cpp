@@ -30,6 +30,7 @@ at::Tensor sequence_logits(const HybridDecoder& model, const std::vector<int32_t
                     .state_slots = {0},
                     .write_slot = 0,
                     .conv_slot = 0,
+                    .conv_write_slot = 0,
                     .has_initial_state = false,
                     .kv_blocks = {0}};
   BuiltStep built = builder.build({step});

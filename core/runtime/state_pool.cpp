@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/state_pool.h"
 
+#include <ATen/Dispatch.h>
 #include <c10/util/StringUtil.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "core/kernels/ops_api.h"
@@ -18,6 +20,12 @@ size_t checked_count(int64_t num_slots) {
   return static_cast<size_t>(num_slots);
 }
 
+// NaN, or the largest integer: beyond every length and index.
+at::Scalar poison(at::ScalarType dtype) {
+  if (c10::isFloatingType(dtype)) return std::numeric_limits<double>::quiet_NaN();
+  return AT_DISPATCH_INTEGRAL_TYPES(dtype, "poison", [] { return at::Scalar(std::numeric_limits<scalar_t>::max()); });
+}
+
 }  // namespace
 
 bool poison_freed_by_default() {
@@ -30,9 +38,30 @@ bool poison_freed_by_default() {
 
 StatePool::StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
                      bool poison_freed)
-    : slots_(checked_count(num_slots)), bytes_(num_slots * slot_bytes(layers)), poison_freed_(poison_freed) {
+    : bytes_(num_slots * slot_bytes(layers)), poison_freed_(poison_freed) {
+  for (Table& table : tables_) {
+    table.slots.resize(checked_count(num_slots));
+    for (int64_t slot = num_slots; slot-- > 0;) table.free.push_back(static_cast<int32_t>(slot));
+  }
   for (const auto& specs : layers) layers_.push_back(GdnState::allocate(specs, num_slots, device));
-  for (int64_t slot = num_slots; slot-- > 0;) free_.push_back(static_cast<int32_t>(slot));
+}
+
+int64_t StatePool::num_free(SlotGroup group) const {
+  return static_cast<int64_t>(table(group).free.size());
+}
+
+int64_t StatePool::num_free() const {
+  return std::min(num_free(SlotGroup::kCheckpoint), num_free(SlotGroup::kRecent));
+}
+
+std::vector<at::Tensor> StatePool::pools(SlotGroup group) const {
+  std::vector<at::Tensor> pools;
+  for (const GdnState& layer : layers_) {
+    for (const GdnState::Component& component : layer.components()) {
+      if (group_of(component.kind) == group) pools.push_back(component.pool);
+    }
+  }
+  return pools;
 }
 
 int64_t StatePool::slot_bytes(const std::vector<std::vector<StateSpec>>& layers) {
@@ -43,52 +72,47 @@ int64_t StatePool::slot_bytes(const std::vector<std::vector<StateSpec>>& layers)
   return bytes;
 }
 
-SlotHandle StatePool::allocate() {
-  if (free_.empty()) throw OutOfSlots(c10::str("[StatePool] expected a free slot, got 0 of ", num_slots()));
-  const int32_t index = free_.back();
-  free_.pop_back();
-  slots_[index].ref_count = 1;
-  return {index, slots_[index].generation};
+SlotHandle StatePool::allocate(SlotGroup group) {
+  Table& slots = table(group);
+  if (slots.free.empty()) throw OutOfSlots(c10::str("[StatePool] expected a free slot, got 0 of ", num_slots()));
+  const int32_t index = slots.free.back();
+  slots.free.pop_back();
+  slots.slots[index].ref_count = 1;
+  return {index, slots.slots[index].generation, group};
 }
 
 const StatePool::Slot& StatePool::held(SlotHandle handle) const {
+  const std::vector<Slot>& slots = table(handle.group).slots;
   const bool exists = handle.slot >= 0 && handle.slot < num_slots();
-  if (exists && slots_[handle.slot].generation == handle.generation && slots_[handle.slot].ref_count > 0) {
-    return slots_[handle.slot];
+  if (exists && slots[handle.slot].generation == handle.generation && slots[handle.slot].ref_count > 0) {
+    return slots[handle.slot];
   }
   throw StaleHandleError(c10::str("[StatePool] handle: expected one that is held, got slot ", handle.slot,
                                   " generation ", handle.generation,
-                                  exists ? c10::str(" (now generation ", slots_[handle.slot].generation, ")") : ""));
+                                  exists ? c10::str(" (now generation ", slots[handle.slot].generation, ")") : ""));
 }
 
 SlotHandle StatePool::share(SlotHandle handle) {
   held(handle);
-  ++slots_[handle.slot].ref_count;
+  ++table(handle.group).slots[handle.slot].ref_count;
   return handle;
 }
 
 void StatePool::release(SlotHandle handle) {
   held(handle);
-  Slot& slot = slots_[handle.slot];
+  Slot& slot = table(handle.group).slots[handle.slot];
   if (--slot.ref_count > 0) return;
   ++slot.generation;
-  free_.push_back(handle.slot);
+  table(handle.group).free.push_back(handle.slot);
   if (!poison_freed_) return;
-  for (const GdnState& layer : layers_) {
-    for (const GdnState::Component& component : layer.components()) {
-      component.pool.select(0, handle.slot).fill_(std::numeric_limits<double>::quiet_NaN());
-    }
-  }
+  for (const at::Tensor& pool : pools(handle.group)) pool.select(0, handle.slot).fill_(poison(pool.scalar_type()));
 }
 
 void StatePool::copy(SlotHandle from, SlotHandle to) {
   const int32_t source = slot(from);
   const int32_t target = slot(to);
-  for (const GdnState& layer : layers_) {
-    for (const GdnState::Component& component : layer.components()) {
-      component.pool.select(0, target).copy_(component.pool.select(0, source));
-    }
-  }
+  if (from.group != to.group) throw RangeError("[StatePool] copy: expected slots of one group, got two");
+  for (const at::Tensor& pool : pools(from.group)) pool.select(0, target).copy_(pool.select(0, source));
 }
 
 int32_t StatePool::slot(SlotHandle handle) const {

@@ -39,7 +39,7 @@ class Generation {  // a client's request while it is answered; whoever lets go 
     if (!queue_->arrived.wait_for(lock, 100ms, [&] { return !queue_->events.empty(); })) return {};
     const RequestEvent event = std::move(queue_->events.front());
     queue_->events.pop_front();
-    num_new += event.token.has_value();
+    num_new += std::ssize(event.tokens);
     num_running -= event.finish_reason != FinishReason::kRunning;
     return event;
   }
@@ -93,7 +93,7 @@ Request parse(json body, bool& is_stream) {
 void add(const RequestEvent& event, json& choice) {
   static const json kFinishNames[] = {nullptr, "stop", "length", "cancelled", "error"};  // in the order of FinishReason
   choice["index"] = event.branch;
-  if (event.token) choice["token_ids"].push_back(*event.token);
+  for (const int32_t token : event.tokens) choice["token_ids"].push_back(token);
   choice["finish_reason"] = kFinishNames[static_cast<int>(event.finish_reason)];
 }
 
@@ -111,7 +111,7 @@ void reply(httplib::Response& response, const json& body, int status = 200) {
 // Writes the next event, if there is one. False when the client has left, which lets go of the generation.
 bool stream(Generation& generation, httplib::DataSink& sink) {
   const std::optional<RequestEvent> event = generation.next();
-  if (!event || (!event->token && event->finish_reason == FinishReason::kRunning)) return sink.is_writable();
+  if (!event || (event->tokens.empty() && event->finish_reason == FinishReason::kRunning)) return sink.is_writable();
   const bool is_end = generation.num_running == 0;
   json choice = {{"token_ids", json::array()}};
   add(*event, choice);

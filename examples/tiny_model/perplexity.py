@@ -52,7 +52,7 @@ class Reader:
         self.decoder: HybridDecoder = load_decoder(str(MODEL), dtype=dtype, state_dtype=state_dtype, device=device)
         self.states = StatePool(self.decoder.state_specs(), num_slots=num_windows, device=device, poison_freed=True)
         self.kv = KvCache(self.decoder, num_blocks=num_blocks, block_size=16)
-        self.slots = [self.states.slot(self.states.allocate()) for _ in range(num_windows)]
+        self.slots = list(range(num_windows))
         self.blocks = [self.kv.allocate(WINDOW // 16) for _ in range(num_windows)]
         self.builder = BatchBuilder(
             num_slots=num_windows,

@@ -15,6 +15,7 @@ from xgdn._C import (
     Qwen3GatedDeltaNet,
     Segment,
     SegmentKind,
+    SlotGroup,
     StateKind,
     StateSpec,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Qwen3GatedDeltaNet",
     "Segment",
     "SegmentKind",
+    "SlotGroup",
     "StateKind",
     "StateSpec",
     "build_chunk_metadata",

@@ -391,8 +391,9 @@ def gdn_decode_step(
     *,
     state_indices: Tensor,
     conv_bias: Tensor | None = None,
-    conv_indices: Tensor | None = None,
     write_indices: Tensor | None = None,
+    conv_indices: Tensor | None = None,
+    conv_write_indices: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     may_have_padding: bool = True,
     norm_eps: float = 1e-6,
@@ -403,8 +404,9 @@ def gdn_decode_step(
     """Run a layer's decode step between its two projections, one token per sequence: `causal_conv1d_update`,
     `packed_decode` and `rms_norm_gated` in one kernel where the backend has one; returns `[N, HV, V]`.
 
-    A row of `projected` is `[q | k | v | z | b | a]`. `conv_indices` names the slots of `conv_state` where they differ
-    from `state_indices`; `write_indices` holds for both pools.
+    A row of `projected` is `[q | k | v | z | b | a]`. `conv_indices` and `conv_write_indices` are the slots of
+    `conv_state` to read and to write. Without either they are `state_indices` and `write_indices`; with one of them,
+    `conv_indices` defaults to `state_indices` and `conv_write_indices` to `conv_indices`.
     """
     out = projected.new_empty((projected.shape[0], state.shape[1], state.shape[2])) if out is None else out
     torch.ops.xgdn.gdn_decode_step(
@@ -418,8 +420,9 @@ def gdn_decode_step(
         state_indices,
         out,
         conv_bias=conv_bias,
-        conv_indices=conv_indices,
         write_indices=write_indices,
+        conv_indices=conv_indices,
+        conv_write_indices=conv_write_indices,
         cu_seqlens=cu_seqlens,
         may_have_padding=may_have_padding,
         norm_eps=norm_eps,

@@ -73,7 +73,7 @@ class Side:
         if kind == VERIFY:
             optional["num_accepted"] = i32([s.accepted for s in sequences])
         elif writes != first:
-            optional["write_indices"] = i32(writes)
+            optional["write_indices"] = optional["conv_write_indices"] = i32(writes)
         if kind == PREFILL:
             heads = self.net.local_config.num_v_heads
             optional["has_initial_state"] = torch.tensor([s.has_initial for s in sequences]).to(self.device)

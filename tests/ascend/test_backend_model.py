@@ -186,8 +186,7 @@ tokens, ended = {{id: [] for id in ids}}, {{}}
 
 def step():
     for event in engine.step():
-        if event.token is not None:
-            tokens[event.id].append(event.token)
+        tokens[event.id] += event.tokens
         if event.finish_reason != xgdn.FinishReason.RUNNING:
             ended[event.id] = event
 

@@ -90,8 +90,7 @@ def test_cancel_frees_everything_and_leaves_the_others_alone(engine: xgdn.Engine
     steps = 0
     while not engine.is_idle():
         for event in engine.step():
-            if event.token is not None:
-                tokens[event.id].append(event.token)
+            tokens[event.id] += event.tokens
             if event.finish_reason != xgdn.FinishReason.RUNNING:
                 ended[event.id] = event.finish_reason
         steps += 1
@@ -139,7 +138,7 @@ def test_stream_reports_prefill_and_every_token(checkpoint: Path) -> None:
     engine = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_tokens_per_step=64))
     events = list(engine.stream([request([9] * 130, max_new_tokens=3, ignore_eos=True)]))
     assert [e.num_prefilled for e in events] == [64, 128, 130, 130, 130]
-    assert [e.token is None for e in events] == [True, True, False, False, False]
+    assert [len(e.tokens) for e in events] == [0, 0, 1, 1, 1]
     assert events[-1].finish_reason == xgdn.FinishReason.LENGTH
 
 
@@ -183,14 +182,14 @@ def test_threads_share_the_steps(engine: xgdn.Engine) -> None:
 
     def stream(i: int) -> list[int]:
         events = engine.stream([request(PROMPTS[i], max_new_tokens=20, ignore_eos=True)])
-        return [event.token for event in events if event.token is not None]
+        return [token for event in events for token in event.tokens]
 
     def step(i: int) -> list[int]:
         id, tokens = engine.submit(request(PROMPTS[i], max_new_tokens=20, ignore_eos=True)), []
         while len(tokens) < 20:
             for event in engine.step():
                 assert event.id == id  # others' events are theirs
-                tokens += [event.token] if event.token is not None else []
+                tokens += event.tokens
         return tokens
 
     def watch() -> None:
@@ -233,7 +232,7 @@ def test_events_of_others_wait_for_the_next_step(engine: xgdn.Engine) -> None:
     engine.generate([PROMPTS[1]], max_new_tokens=20, ignore_eos=True)
     events = engine.step()
     assert {event.id for event in events} == {id}
-    assert [event.token for event in events if event.token is not None] == want.tokens
+    assert [token for event in events for token in event.tokens] == want.tokens
     assert engine.is_idle()
 
 
@@ -278,11 +277,11 @@ def test_ctrl_c_acts_within_a_step(engine: xgdn.Engine, how: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         run()
     thread.join()
-    tokens = [event.token for event in engine.step() if event.token is not None]
+    tokens = [token for event in engine.step() for token in event.tokens]
     while not engine.is_idle():
         events = engine.step()
         assert {event.id for event in events} == {other}
-        tokens += [event.token for event in events if event.token is not None]
+        tokens += [token for event in events for token in event.tokens]
     assert tokens == want.tokens
     assert (engine.num_free_slots, engine.num_free_kv_blocks) == (4, 64)
 

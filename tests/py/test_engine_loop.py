@@ -50,7 +50,7 @@ class Inbox:
 
     def __call__(self, event: RequestEvent) -> None:
         self.events.append(event)
-        if event.token is not None:
+        if event.tokens:
             self.begun.set()
         if event.finish_reason != FinishReason.RUNNING:
             self._ended.set()
@@ -58,7 +58,7 @@ class Inbox:
     def wait(self) -> list[int]:
         assert self._ended.wait(SECONDS)
         assert [event.finish_reason == FinishReason.RUNNING for event in self.events].count(False) == 1
-        return [event.token for event in self.events if event.token is not None]
+        return [token for event in self.events for token in event.tokens]
 
 
 def test_callbacks_get_the_events_of_their_own_requests(engine: xgdn.Engine) -> None:

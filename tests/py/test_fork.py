@@ -45,10 +45,10 @@ def test_events_name_the_branch(checkpoint: Path) -> None:
     for event in engine.stream(
         [xgdn.Request(PROMPTS[2], max_new_tokens=5, sampling=sampling(1), ignore_eos=True, n=3)]
     ):
-        if event.token is None:
+        if not event.tokens:
             prefilled.append((event.branch, event.num_prefilled))
         else:
-            tokens[event.branch].append(event.token)
+            tokens[event.branch] += event.tokens
     assert prefilled == [(0, 64), (0, 128)], "the prompt is computed once"
     for branch, got in tokens.items():
         alone = engine.generate([PROMPTS[2]], max_new_tokens=5, sampling=sampling(1 + branch), ignore_eos=True)[0]
@@ -74,9 +74,9 @@ def test_cancel_of_a_branch_leaves_the_others_alone(checkpoint: Path, branch: in
         events += engine.step()
     assert engine.is_idle()
     running = [e for e in events if e.finish_reason == xgdn.FinishReason.RUNNING]
-    assert [e.num_prefilled for e in running if e.token is None] == [64, 128], "the prompt is computed once"
+    assert [e.num_prefilled for e in running if not e.tokens] == [64, 128], "the prompt is computed once"
     for other in {0, 1, 2} - {branch}:
-        assert [e.token for e in events if e.branch == other and e.token is not None] == want[other].tokens
+        assert [token for e in events if e.branch == other for token in e.tokens] == want[other].tokens
     assert (engine.num_free_slots, engine.num_free_kv_blocks) == (4, 128)
 
 

@@ -45,9 +45,9 @@ def test_the_likeliest_tokens_are_named(engine: xgdn.Engine) -> None:
     sampling = xgdn.SamplingParams(logprobs=20)
     (event,) = engine.stream([xgdn.Request(prompt, max_new_tokens=1, sampling=sampling)])
     want = torch.log_softmax(engine.prompt_logits(prompt)[-1].double(), -1)
-    assert event.logprobs is not None
-    assert event.logprobs.chosen == pytest.approx(want[event.token].item(), abs=2e-6)
-    assert [t.token for t in event.logprobs.top] == want.topk(20).indices.tolist()
+    ((token,), (logprobs,)) = (event.tokens, event.logprobs)
+    assert logprobs.chosen == pytest.approx(want[token].item(), abs=2e-6)
+    assert [t.token for t in logprobs.top] == want.topk(20).indices.tolist()
 
 
 def test_logprobs_come_when_asked_for_and_change_no_token(engine: xgdn.Engine) -> None:
@@ -56,7 +56,7 @@ def test_logprobs_come_when_asked_for_and_change_no_token(engine: xgdn.Engine) -
     assert [r.tokens for r in asked] == [r.tokens for r in plain]
     assert all(r.logprobs == [] for r in plain)
     events = list(engine.stream([xgdn.Request(PROMPTS[2], max_new_tokens=2, sampling=xgdn.SamplingParams(logprobs=3))]))
-    assert [e.logprobs is None for e in events] == [e.token is None for e in events] == [True, True, False, False]
+    assert [len(e.logprobs) for e in events] == [len(e.tokens) for e in events] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("count", [-1, 21])

@@ -96,10 +96,12 @@ def test_second_run_with_smaller_pools_and_another_order(loaded: Loaded) -> None
 def pieces_logits(decoder: _C.HybridDecoder, prompt: list[int], sizes: list[int], kind: _C.SegmentKind) -> torch.Tensor:
     """Logits after the last token of each piece, when a prompt is fed in pieces."""
     states = _C.StatePool(decoder.state_specs(), num_slots=2, poison_freed=True)
-    states.release(states.allocate())  # slot 0 is full of NaN from now on
+    for group in (_C.SlotGroup.CHECKPOINT, _C.SlotGroup.RECENT):
+        states.release(states.allocate(group))  # slot 0 is full of NaN from now on
     kv = _C.KvCache(decoder, num_blocks=32, block_size=16)
     builder = _C.BatchBuilder(num_slots=2, num_kv_blocks=32, kv_block_size=16, vocab_size=128, has_attention=True)
-    slot = states.slot(states.allocate())
+    slot, conv_slot = (states.slot(states.allocate(g)) for g in (_C.SlotGroup.CHECKPOINT, _C.SlotGroup.RECENT))
+    assert slot == conv_slot
     blocks = kv.allocate(kv.blocks_for(len(prompt)))
     rows = []
     begin = 0

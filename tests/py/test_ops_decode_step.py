@@ -90,8 +90,9 @@ class Inputs:
     state: Tensor
     norm_weight: Tensor
     state_indices: Tensor
-    conv_indices: Tensor | None
     write_indices: Tensor | None
+    conv_indices: Tensor | None
+    conv_write_indices: Tensor | None
     out: Tensor
 
     def parts(self) -> tuple[Tensor, ...]:
@@ -110,8 +111,9 @@ class Inputs:
             self.norm_weight,
             state_indices=self.state_indices,
             conv_bias=self.conv_bias,
-            conv_indices=self.conv_indices,
             write_indices=self.write_indices,
+            conv_indices=self.conv_indices,
+            conv_write_indices=self.conv_write_indices,
             norm_eps=EPS,
             out=self.out,
             scale=self.case.scale,
@@ -127,7 +129,7 @@ class Inputs:
             cu_seqlens=torch.arange(self.case.N + 1, dtype=torch.int32),
             state_indices=self.state_indices if self.conv_indices is None else self.conv_indices,
             bias=self.conv_bias,
-            write_indices=self.write_indices,
+            write_indices=self.write_indices if self.conv_indices is None else self.conv_write_indices,
             backend=backend,
         )
         o = ops.packed_decode(
@@ -166,7 +168,7 @@ def make_inputs(case: Case) -> Inputs:
 
     num_slots = 4 * N + 2
     order = torch.randperm(num_slots, generator=gen).int()
-    read, write, conv_read = order[:N].clone(), order[N : 2 * N].clone(), order[2 * N : 3 * N].clone()
+    read, write, conv_read, conv_write = (slots.clone() for slots in order[: 4 * N].split(N))
     state = torch.full((num_slots, HV, V, K), torch.nan, dtype=case.state_dtype)
     state[read] = randn(N, HV, V, K).to(case.state_dtype)
     conv_slots = conv_read if case.reads_conv_elsewhere else read
@@ -174,9 +176,9 @@ def make_inputs(case: Case) -> Inputs:
     conv_state = torch.full((num_slots, case.W - 1 + case.more_rows, D), torch.nan, dtype=conv_dtype)
     conv_state[conv_slots, : case.W - 1] = randn(N, case.W - 1, D).to(conv_dtype)
     for n in case.padded:
-        read[n] = conv_read[n] = write[n] = xgdn.PAD_SLOT_ID
+        read[n] = conv_read[n] = write[n] = conv_write[n] = xgdn.PAD_SLOT_ID
     if case.dropped_write is not None:
-        write[case.dropped_write] = xgdn.PAD_SLOT_ID
+        write[case.dropped_write] = conv_write[case.dropped_write] = xgdn.PAD_SLOT_ID
     return Inputs(
         case=case,
         projected=wide[:, :width],
@@ -188,8 +190,9 @@ def make_inputs(case: Case) -> Inputs:
         state=state,
         norm_weight=randn(V).to(case.heads_dtype),
         state_indices=read,
-        conv_indices=conv_read if case.reads_conv_elsewhere else None,
         write_indices=write if case.writes_elsewhere else None,
+        conv_indices=conv_read if case.reads_conv_elsewhere else None,
+        conv_write_indices=conv_write if case.reads_conv_elsewhere and case.writes_elsewhere else None,
         out=torch.full((N, 3, HV, V), torch.nan, dtype=case.dtype)[:, 1],
     )
 
@@ -243,7 +246,8 @@ def test_matches_float64(case: Case, backend: str) -> None:
         )
         want[n] = reference.rms_norm_gated(o[0], z[n].view(case.HV, case.V), before.norm_weight, EPS)
         slot = int((before.state_indices if x.write_indices is None else x.write_indices)[n])
-        conv_slot = int((conv_read if x.write_indices is None else x.write_indices)[n])
+        conv_write = x.write_indices if x.conv_indices is None else x.conv_write_indices
+        conv_slot = int((conv_read if conv_write is None else conv_write)[n])
         if slot == xgdn.PAD_SLOT_ID:
             continue
         written.add(slot)

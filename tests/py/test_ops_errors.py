@@ -262,11 +262,12 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     (STEP, {"conv_indices": i32([3, 3])}, IndexError, ("conv_indices", "once")),
     (
         STEP,
-        {"conv_indices": i32([1, 3]), "write_indices": i32([3, 1])},
+        {"conv_indices": i32([1, 3]), "conv_write_indices": i32([3, 1])},
         IndexError,
         ("conv_indices", "no other row writes", "got 1 at index 0"),
     ),
     (STEP, {"conv_indices": i32([3, 4])}, IndexError, ("conv_indices", "0..3", "got 4")),
+    (STEP, {"conv_write_indices": i32([3, 4])}, IndexError, ("conv_write_indices", "0..3", "got 4")),
     (STEP, {"conv_indices": i32([-1, 3])}, IndexError, ("conv_indices", "where state_indices has one", "got -1")),
     # chunk metadata
     ("chunk_gated_delta_rule", {"chunk": None}, ValueError, ("chunk_indices", "chunk metadata", "never recomputed")),
@@ -385,8 +386,9 @@ OPTIONAL: dict[str, Arguments] = {
     ATTENTION: {"context_rows": i32([8, 9, 10, 11, 0, 1, 2, 4, 5])},
     STEP: {
         "conv_bias": torch.randn(192),
-        "conv_indices": i32([0, 2]),
         "write_indices": i32([1, 3]),
+        "conv_indices": i32([0, 2]),
+        "conv_write_indices": i32([1, 3]),
         "cu_seqlens": i32([0, 1, 2]),
     },
 }

@@ -174,14 +174,16 @@ def test_nothing_is_told_unasked(client: openai.OpenAI, url: str) -> None:
     assert {choice["logprobs"] for choice in choices} == {None}
 
 
-def deltas(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str] = ()) -> list[Delta]:
+def deltas(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str] = (), per_event: int = 1) -> list[Delta]:
     """What a sequence gives for these tokens; the logprob of token i is -i."""
     got: list[Delta] = []
     sequence = TextSequence(0, [], Vocabulary(tokenizer), stops, Metrics(), got.append)
-    for i, token in enumerate(tokens):
-        reason = xgdn.FinishReason.LENGTH if i == len(tokens) - 1 else xgdn.FinishReason.RUNNING
-        logprobs = SimpleNamespace(chosen=-float(i), top=[])
-        event: Any = SimpleNamespace(token=token, logprobs=logprobs, finish_reason=reason, error="")
+    for begin in range(0, len(tokens), per_event):
+        part = tokens[begin : begin + per_event]
+        is_last = begin + per_event >= len(tokens)
+        reason = xgdn.FinishReason.LENGTH if is_last else xgdn.FinishReason.RUNNING
+        logprobs = [SimpleNamespace(chosen=-float(begin + i), top=[]) for i in range(len(part))]
+        event: Any = SimpleNamespace(tokens=part, logprobs=logprobs, finish_reason=reason, error="")
         sequence.apply(event, 0.0)
     return got
 
@@ -221,6 +223,22 @@ def test_tokens_wait_with_the_text_that_may_become_a_stop_string() -> None:
         ("x", [("x", 0.0, 0)]),
         ("", []),
     ]
+
+
+@pytest.mark.parametrize("stops", [[], ["yz"], ["b日"]])
+def test_several_tokens_of_one_event_read_like_events_of_their_own(stops: list[str]) -> None:
+    tokenizer = byte_tokenizer(["<|end|>"])
+    tokens = tokenizer.encode("aéb日yzaé").ids
+
+    def whole(per_event: int) -> tuple[str, list[object], str | None]:
+        got = [delta for delta in deltas(tokenizer, tokens, stops, per_event)]
+        parts = [shown(delta) for delta in got]
+        return "".join(text for text, _ in parts), [it for _, reports in parts for it in reports], got[-1].finish_reason
+
+    want = whole(per_event=1)
+    assert want[2] == ("stop" if stops else "length")
+    for per_event in (2, 3, len(tokens)):
+        assert whole(per_event) == want
 
 
 def test_bytes_of_every_token_of_other_tokenizers() -> None:

@@ -26,14 +26,15 @@ DecodeStepOps decode_step_ops(const GdnDecodeStepParams& p, const DecodeStepShap
   const int64_t value_dim = s.rule.HV * s.rule.V;
   const auto columns = [&](int64_t begin, int64_t count) { return p.projected.narrow(1, begin, count); };
   const int64_t logits = s.conv.D + value_dim;
+  const SlotIndices conv_slots = conv_slots_of(p);
   return {.conv = {.x = columns(0, s.conv.D),
                    .weight = p.conv_weight,
                    .conv_state = p.conv_state,
                    .cu_seqlens = cu_seqlens,
-                   .state_indices = p.conv_indices.value_or(p.state_indices),
+                   .state_indices = conv_slots.read,
                    .out = mixed_qkv,
                    .bias = p.conv_bias,
-                   .write_indices = p.write_indices,
+                   .write_indices = conv_slots.write,
                    .may_have_padding = p.may_have_padding},
           .rule = {.mixed_qkv = mixed_qkv,
                    .a = columns(logits + s.rule.HV, s.rule.HV),

@@ -95,6 +95,7 @@ cpu::CausalConv1dArgs conv_args(const Params& p, const ConvShape& s) {
 }
 
 cpu::CausalConv1dArgs decode_conv_args(const GdnDecodeStepParams& p, const ConvShape& s) {
+  const SlotIndices slots = conv_slots_of(p);
   return {.N = s.N,
           .D = s.D,
           .W = s.W,
@@ -102,7 +103,7 @@ cpu::CausalConv1dArgs decode_conv_args(const GdnDecodeStepParams& p, const ConvS
           .x = in_rows(p.projected),
           .weight = p.conv_weight.const_data_ptr(),
           .bias = p.conv_bias ? p.conv_bias->const_data_ptr() : nullptr,
-          .conv_state = slot_view(p.conv_state, p.conv_indices.value_or(p.state_indices), p.write_indices),
+          .conv_state = slot_view(p.conv_state, slots.read, slots.write),
           .is_update = true};
 }
 

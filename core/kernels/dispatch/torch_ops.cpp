@@ -325,15 +325,20 @@ struct TorchOp<GdnDecodeStepParams> {
   static constexpr const char* schema =
       "(Tensor projected, Tensor conv_weight, Tensor(a!) conv_state, Tensor A_log, Tensor dt_bias, "
       "Tensor(b!) state, Tensor norm_weight, Tensor state_indices, Tensor(c!) out, *, Tensor? conv_bias=None, "
-      "Tensor? conv_indices=None, Tensor? write_indices=None, Tensor? cu_seqlens=None, "
-      "bool may_have_padding=True, float norm_eps=1e-6, float? scale=None, str backend=\"auto\") -> ()";
+      "Tensor? write_indices=None, Tensor? conv_indices=None, Tensor? conv_write_indices=None, "
+      "Tensor? cu_seqlens=None, bool may_have_padding=True, float norm_eps=1e-6, float? scale=None, str "
+      "backend=\"auto\") -> ()";
   static GdnDecodeStepParams params(const Tensor& projected, const Tensor& conv_weight, const Tensor& conv_state,
                                     const Tensor& A_log, const Tensor& dt_bias, const Tensor& state,
                                     const Tensor& norm_weight, const Tensor& state_indices, const Tensor& out,
-                                    const MaybeTensor& conv_bias, const MaybeTensor& conv_indices,
-                                    const MaybeTensor& write_indices, const MaybeTensor& cu_seqlens,
-                                    bool may_have_padding, double norm_eps, std::optional<double> scale,
-                                    std::string backend) {
+                                    const MaybeTensor& conv_bias, const MaybeTensor& write_indices,
+                                    const MaybeTensor& conv_indices, const MaybeTensor& conv_write_indices,
+                                    const MaybeTensor& cu_seqlens, bool may_have_padding, double norm_eps,
+                                    std::optional<double> scale, std::string backend) {
+    std::optional<SlotIndices> conv_slots;
+    if (conv_indices || conv_write_indices) {
+      conv_slots = {.read = conv_indices.value_or(state_indices), .write = conv_write_indices};
+    }
     return {.projected = projected,
             .conv_weight = conv_weight,
             .conv_state = conv_state,
@@ -344,8 +349,8 @@ struct TorchOp<GdnDecodeStepParams> {
             .state_indices = state_indices,
             .out = out,
             .conv_bias = conv_bias,
-            .conv_indices = conv_indices,
             .write_indices = write_indices,
+            .conv_slots = std::move(conv_slots),
             .cu_seqlens = cu_seqlens,
             .may_have_padding = may_have_padding,
             .norm_eps = norm_eps,

@@ -105,6 +105,12 @@ struct GdnGatingParams {
 };
 void gdn_gating(const GdnGatingParams& p);
 
+/// The slots of one pool that each sequence reads and writes.
+struct SlotIndices {
+  at::Tensor read;                       // [N]  i32
+  std::optional<at::Tensor> write = {};  // [N]  i32; default read
+};
+
 /// A layer's decode step between its two projections: causal_conv1d_update, packed_decode and rms_norm_gated, one token
 /// per sequence. Row of projected = [q: H K | k: H K | v: HV V | z: HV V | b: HV | a: HV]; D = 2HK+HVV.
 struct GdnDecodeStepParams {
@@ -118,8 +124,8 @@ struct GdnDecodeStepParams {
   at::Tensor state_indices;  // [N]             i32
   at::Tensor out;            // [N, HV, V]      as projected, strided, written
   std::optional<at::Tensor> conv_bias = {};      // [D]    as projected
-  std::optional<at::Tensor> conv_indices = {};   // [N]    i32, slots of the conv pool; default state_indices
-  std::optional<at::Tensor> write_indices = {};  // [N]    i32, of both pools; default state_indices and conv_indices
+  std::optional<at::Tensor> write_indices = {};  // [N]    i32; default state_indices
+  std::optional<SlotIndices> conv_slots = {};    // slots of the conv pool; default those of the state
   std::optional<at::Tensor> cu_seqlens =
       {};                        // [N+1]  i32, 0, 1, ..., N; spares a backend that composes the step to make it
   bool may_have_padding = true;  // false: the caller promises that no slot is kPadSlot
@@ -128,6 +134,11 @@ struct GdnDecodeStepParams {
   std::string backend = "auto";
 };
 void gdn_decode_step(const GdnDecodeStepParams& p);
+
+/// p.conv_slots with its default.
+inline SlotIndices conv_slots_of(const GdnDecodeStepParams& p) {
+  return p.conv_slots.value_or(SlotIndices{p.state_indices, p.write_indices});
+}
 void check_indices(const GdnDecodeStepParams& p);
 
 }  // namespace xgdn::kernel

@@ -26,15 +26,15 @@ class Reply:
     def apply(self, event: RequestEvent) -> str:
         """Book an event and return what it adds to the output."""
         piece = ""
-        if event.token is not None:
+        for token in event.tokens:
             self._token_times.append(time.perf_counter())
-            self.tokens.append(event.token)
-            if self.logprobs is not None and event.logprobs is not None:
-                self.logprobs.append(event.logprobs)
+            self.tokens.append(token)
             if self._detokenizer is None:
-                piece = f" {event.token}" if self.text else str(event.token)
+                piece += f" {token}" if self.text or piece else str(token)
             else:
-                piece = self._detokenizer.push(event.token)
+                piece += self._detokenizer.push(token)
+        if self.logprobs is not None:
+            self.logprobs += event.logprobs
         if event.finish_reason != FinishReason.RUNNING and self._detokenizer is not None:
             piece += self._detokenizer.finish()
         self.text += piece

@@ -59,14 +59,16 @@ class TextSequence:
             self.fail(event.error)
             return
         text = ""
-        if event.token is not None:
+        for i, token in enumerate(event.tokens):
+            if self._stop_strings.is_found:
+                break
             self._count_token(now)
-            is_stop = event.finish_reason == FinishReason.STOP
-            if not is_stop and event.logprobs is not None:
-                self._logprobs.push(event.token, event.logprobs, self._num_decoded)
+            is_stop = event.finish_reason == FinishReason.STOP and i + 1 == len(event.tokens)
+            if not is_stop and event.logprobs:
+                self._logprobs.push(token, event.logprobs[i], self._num_decoded)
             # A token that ends the sequence has no text, but it may complete a stop string that contains its name.
-            if not is_stop or self._watched_name(event.token) is not None:
-                text = self._text_of(event.token)
+            if not is_stop or self._watched_name(token) is not None:
+                text += self._text_of(token)
         if event.finish_reason != FinishReason.RUNNING and not self._stop_strings.is_found:
             text += self._settle(self._detokenizer.finish())
             if not self._stop_strings.is_found:

@@ -146,8 +146,8 @@ Segment prefill(int64_t begin, const std::vector<int64_t>& lengths, const std::v
           .token_begin = begin,
           .num_tokens = cu.back(),
           .cu_seqlens = i32(cu),
-          .state_indices = i32(slots),
-          .conv_indices = i32(slots),
+          .state_slots = {i32(slots)},
+          .conv_slots = {i32(slots)},
           .has_initial_state = flags,
           .chunk_indices = i32(chunk.indices).view({-1, 2}),
           .chunk_offsets = i32(chunk.offsets)};
@@ -160,8 +160,8 @@ Segment decode(int64_t begin, const std::vector<int32_t>& slots) {
           .token_begin = begin,
           .num_tokens = std::ssize(slots),
           .cu_seqlens = i32(cu),
-          .state_indices = i32(slots),
-          .conv_indices = i32(slots)};
+          .state_slots = {i32(slots)},
+          .conv_slots = {i32(slots)}};
 }
 
 Segment verify(int64_t begin, int64_t length, const std::vector<int32_t>& table, int32_t num_accepted) {
@@ -170,8 +170,8 @@ Segment verify(int64_t begin, int64_t length, const std::vector<int32_t>& table,
           .num_tokens = length,
           .max_len = length,
           .cu_seqlens = i32({0, static_cast<int32_t>(length)}),
-          .state_indices = i32(table).view({1, -1}),
-          .conv_indices = i32({table.front()}),
+          .state_slots = {i32(table).view({1, -1})},
+          .conv_slots = {i32({table.front()})},
           .num_accepted = i32({num_accepted})};
 }
 
@@ -315,11 +315,12 @@ TEST_P(LayerTest, DecodeWritesWhereItIsTold) {
   const at::Tensor conv = slot(state, StateKind::kConv, 1).clone();
   const at::Tensor delta = slot(state, StateKind::kDelta, 1).clone();
   Segment forked = decode(0, {1, 1});
-  forked.write_indices = i32({2, 3});
+  forked.state_slots.write = i32({2, 3});
+  forked.conv_slots.write = i32({3, 2});
   const at::Tensor last = x.narrow(0, 10, 1);
   const at::Tensor out = gdn.forward(at::cat({last, last * 2}), batch_of({forked}), state);
   EXPECT_LE(relative_error(out.narrow(0, 0, 1), want.out.narrow(0, 10, 1)), kBound);
-  expect_state(state, 2, 2, want, 11);
+  expect_state(state, 3, 2, want, 11);
   EXPECT_TRUE(same_bits(slot(state, StateKind::kConv, 1), conv)) << "the fork's origin changed";
   EXPECT_TRUE(same_bits(slot(state, StateKind::kDelta, 1), delta)) << "the fork's origin changed";
 }

@@ -23,6 +23,7 @@ SequenceStep decode(int32_t token, int64_t num_cached, int32_t slot, std::vector
           .state_slots = {slot},
           .write_slot = slot,
           .conv_slot = slot,
+          .conv_write_slot = slot,
           .kv_blocks = std::move(blocks)};
 }
 
@@ -45,6 +46,7 @@ SequenceStep prefill(int64_t count, int64_t num_cached, int32_t slot, int32_t fi
                  .state_slots = {slot},
                  .write_slot = slot,
                  .conv_slot = slot,
+                 .conv_write_slot = slot,
                  .has_initial_state = num_cached > 0};
   for (int64_t end = 0; end < num_cached + count; end += 4) s.kv_blocks.push_back(first_block++);
   return s;
@@ -66,6 +68,7 @@ class MixedStep : public ::testing::Test {
     SequenceStep forked = decode(11, 6, 3, {4, 2});
     forked.write_slot = 5;
     forked.conv_slot = 6;
+    forked.conv_write_slot = 7;
     sequences_ = {first_piece,
                   forked,
                   verify({21, 22}, 3, {10, 11, 12}, 3, {30, 31}),  // more accepted before than tokens now
@@ -100,33 +103,36 @@ TEST_F(MixedStep, PacksDecodeThenVerificationThenPrefill) {
   expect_rows(segment(1).cu_seqlens, {0, 2, 6});
   expect_rows(segment(2).cu_seqlens, {0, 5, 8});
   for (size_t i = 0; i < 3; ++i) {
-    EXPECT_TRUE(same_bits(segment(i).cu_seqlens_cpu, segment(i).cu_seqlens));
+    EXPECT_TRUE(same_bits(segment(i).cu_seqlens_cpu.value(), segment(i).cu_seqlens));
     EXPECT_FALSE(segment(i).may_have_padding);
   }
 }
 
 TEST_F(MixedStep, DecodeReadsAndWritesTheGivenSlots) {
-  expect_rows(segment(0).state_indices, {3, 1});
-  expect_rows(segment(0).conv_indices, {6, 1});
-  expect_rows(segment(0).write_indices, {5, 1});
-  EXPECT_FALSE(segment(0).has_initial_state.defined());
-  EXPECT_FALSE(segment(0).num_accepted.defined());
+  expect_rows(segment(0).state_slots.read, {3, 1});
+  expect_rows(segment(0).conv_slots.read, {6, 1});
+  expect_rows(segment(0).state_slots.write.value(), {5, 1});
+  expect_rows(segment(0).conv_slots.write.value(), {7, 1});
+  EXPECT_FALSE(segment(0).has_initial_state);
+  EXPECT_FALSE(segment(0).num_accepted);
+  EXPECT_FALSE(segment(0).chunk);
 }
 
 TEST_F(MixedStep, TheVerificationTableIsPaddedToItsLongestRow) {
-  const at::Tensor& table = segment(1).state_indices;
+  const at::Tensor& table = segment(1).state_slots.read;
   ASSERT_EQ(table.sizes(), (std::vector<int64_t>{2, 4}));
   expect_rows(table.flatten(), {10, 11, 12, kernel::kPadSlot, 13, 14, 15, 16});
-  expect_rows(segment(1).conv_indices, {10, 13});
-  expect_rows(segment(1).num_accepted, {3, 1});
-  EXPECT_FALSE(segment(1).write_indices.defined());
+  expect_rows(segment(1).conv_slots.read, {10, 13});
+  expect_rows(segment(1).num_accepted.value(), {3, 1});
+  EXPECT_FALSE(segment(1).state_slots.write || segment(1).conv_slots.write);
 }
 
 TEST_F(MixedStep, PrefillSaysWhoHasAnInitialState) {
-  expect_rows(segment(2).state_indices, {9, 8});
-  expect_rows(segment(2).conv_indices, {9, 8});
-  EXPECT_FALSE(segment(2).write_indices.defined()) << "every sequence writes the slot that it reads";
-  const at::Tensor& flags = segment(2).has_initial_state;
+  expect_rows(segment(2).state_slots.read, {9, 8});
+  expect_rows(segment(2).conv_slots.read, {9, 8});
+  EXPECT_FALSE(segment(2).state_slots.write || segment(2).conv_slots.write)
+      << "every sequence writes the slot that it reads";
+  const at::Tensor& flags = segment(2).has_initial_state.value();
   ASSERT_EQ(flags.scalar_type(), at::kBool);
   ASSERT_EQ(flags.sizes(), (std::vector<int64_t>{2}));
   EXPECT_FALSE(flags[0].item<bool>());
@@ -172,12 +178,15 @@ TEST_F(MixedStep, EveryIndexIsAViewOfOneArena) {
   std::vector<at::Tensor> tensors{in.token_ids, in.logit_rows, in.attention.positions, in.attention.kv_rows,
                                   in.attention.block_ids};
   for (const Segment& s : in.gdn.segments) {
-    for (const at::Tensor& t : {s.cu_seqlens, s.state_indices, s.conv_indices, s.write_indices, s.has_initial_state,
-                                s.num_accepted, s.chunk_indices, s.chunk_offsets}) {
+    const at::Tensor none;
+    for (const at::Tensor& t :
+         {s.cu_seqlens, s.state_slots.read, s.state_slots.write.value_or(none), s.conv_slots.read,
+          s.conv_slots.write.value_or(none), s.has_initial_state.value_or(none), s.num_accepted.value_or(none),
+          s.chunk_indices.value_or(none), s.chunk_offsets.value_or(none)}) {
       if (t.defined()) tensors.push_back(t);
     }
   }
-  EXPECT_EQ(tensors.size(), 5u + 4 + 4 + 4 + 2);
+  EXPECT_EQ(tensors.size(), 5u + 5 + 4 + 4 + 2);
   for (const at::Tensor& t : tensors) EXPECT_TRUE(t.storage().is_alias_of(in.token_ids.storage()));
 }
 
@@ -194,9 +203,9 @@ TEST(BatchBuilder, ChunkMetadataIsThatOfThePrefillSequences) {
   ASSERT_EQ(built.input.gdn.segments.size(), 2u);
   const Segment& got = built.input.gdn.segments[1];
   const kernel::ChunkMetadata want = kernel::build_chunk_metadata(lengths, /*num_v_heads_local=*/1);
-  EXPECT_TRUE(same_bits(got.chunk_indices, want.chunk_indices_chunk64));
-  EXPECT_TRUE(same_bits(got.chunk_offsets, want.chunk_offsets_chunk64));
-  expect_rows(got.chunk_offsets, {0, 3, 4, 5, 26});
+  EXPECT_TRUE(same_bits(got.chunk_indices.value(), want.chunk_indices_chunk64));
+  EXPECT_TRUE(same_bits(got.chunk_offsets.value(), want.chunk_offsets_chunk64));
+  expect_rows(got.chunk_offsets.value(), {0, 3, 4, 5, 26});
 }
 
 TEST(BatchBuilder, OneKindMakesOneSegment) {
@@ -208,16 +217,23 @@ TEST(BatchBuilder, OneKindMakesOneSegment) {
   expect_rows(built.input.logit_rows, {64});
 }
 
-TEST(BatchBuilder, WriteSlotsAreSaidWhereAnySlotDiffers) {
+TEST(BatchBuilder, WriteSlotsAreSaidForThePoolInWhichOneDiffers) {
   const BatchBuilder builder(kLimits, c10::kCPU);
   const SequenceStep in_place = prefill(3, 0, 2, 0);
   SequenceStep other_state = prefill(3, 4, 3, 1);
   other_state.state_slots = {5};
   SequenceStep other_conv = prefill(3, 4, 3, 1);
   other_conv.conv_slot = 6;
-  EXPECT_FALSE(builder.build({in_place}).input.gdn.segments[0].write_indices.defined());
-  expect_rows(builder.build({in_place, other_state}).input.gdn.segments[0].write_indices, {2, 3});
-  expect_rows(builder.build({in_place, other_conv}).input.gdn.segments[0].write_indices, {2, 3});
+  other_conv.conv_write_slot = 7;
+  const auto built = [&](const std::vector<SequenceStep>& steps) { return builder.build(steps).input.gdn.segments[0]; };
+  EXPECT_FALSE(built({in_place}).state_slots.write || built({in_place}).conv_slots.write);
+  const Segment with_state = built({in_place, other_state});
+  expect_rows(with_state.state_slots.write.value(), {2, 3});
+  EXPECT_FALSE(with_state.conv_slots.write);
+  const Segment with_conv = built({in_place, other_conv});
+  EXPECT_FALSE(with_conv.state_slots.write);
+  expect_rows(with_conv.conv_slots.read, {2, 6});
+  expect_rows(with_conv.conv_slots.write.value(), {2, 7});
 }
 
 TEST(BatchBuilder, AStepWithoutLogitsHasNoLogitRows) {
@@ -268,6 +284,8 @@ TEST(BatchBuilderRefusals, Slots) {
                                {"state_slots", "0..19", got});
     expect_refused<RangeError>({changed(good, [&](auto& s) { s.write_slot = slot; })}, {"write_slot", "0..19", got});
     expect_refused<RangeError>({changed(good, [&](auto& s) { s.conv_slot = slot; })}, {"conv_slot", "0..19", got});
+    expect_refused<RangeError>({changed(good, [&](auto& s) { s.conv_write_slot = slot; })},
+                               {"conv_write_slot", "0..19", got});
     expect_refused<RangeError>({verify({1, 2}, 0, {3, slot}, 1, {0})}, {"state_slots", got});
   }
   expect_refused<RequestError>({changed(good, [](auto& s) { s.state_slots = {}; })},
@@ -295,6 +313,8 @@ TEST(BatchBuilderRefusals, ASlotWrittenTwice) {
   expect_refused<RangeError>({one, verify({1, 2}, 0, {4, 3}, 1, {1})}, {"state_slots", "written once", "slot 3"});
   expect_refused<RangeError>({verify({1, 2}, 0, {4, 4}, 1, {1})}, {"written once", "slot 4"});
   // The rows of the conv pool.
+  expect_refused<RangeError>({one, changed(decode(1, 0, 4, {1}), [](auto& s) { s.conv_write_slot = 3; })},
+                             {"sequence 1 conv_write_slot", "written once", "slot 3"});
   expect_refused<RangeError>({one, changed(verify({1, 2}, 0, {4, 5}, 1, {1}), [](auto& s) { s.conv_slot = 3; })},
                              {"sequence 1 conv_slot", "written once", "slot 3"});
 }

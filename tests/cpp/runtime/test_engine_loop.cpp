@@ -45,8 +45,9 @@ class Inbox {
   void book(const RequestEvent& event) {
     GenerationResult& result = results_[event.branch];
     EXPECT_EQ(result.finish_reason, FinishReason::kRunning) << "an event after the last";
-    if (event.token) result.tokens.push_back(*event.token);
-    if (event.token && result.tokens.size() == 1) first_token_.release();
+    const bool is_first = result.tokens.empty() && !event.tokens.empty();
+    result.tokens.insert(result.tokens.end(), event.tokens.begin(), event.tokens.end());
+    if (is_first) first_token_.release();
     result.finish_reason = event.finish_reason;
     result.error = event.error;
     if (event.finish_reason != FinishReason::kRunning && --num_running_ == 0) ended_.set_value();
@@ -175,7 +176,7 @@ TEST_F(EngineLoopTest, CallbacksMaySubmitAndCancel) {
   loop.submit(request(5, 2), [&](const RequestEvent& event) {
     EXPECT_TRUE(loop.is_own_thread());
     if (std::exchange(has_submitted, true)) return;
-    EXPECT_TRUE(event.token);
+    EXPECT_EQ(event.tokens.size(), 1u);
     loop.submit(request(6, 2), second.callback());
     loop.cancel(to_cancel);
     expect_error<Error>([&] { loop.drain(); }, {"drain", "another thread"});

@@ -51,8 +51,8 @@ class ForkTest : public ::testing::Test {
     for (const RequestEvent& event : events) {
       GenerationResult& result = results[{event.id, event.branch}];
       result.branch = event.branch;
-      if (event.token) result.tokens.push_back(*event.token);
-      if (event.logprobs) result.logprobs.push_back(*event.logprobs);
+      result.tokens.insert(result.tokens.end(), event.tokens.begin(), event.tokens.end());
+      result.logprobs.insert(result.logprobs.end(), event.logprobs.begin(), event.logprobs.end());
       result.finish_reason = event.finish_reason;
       result.error = event.error;
     }

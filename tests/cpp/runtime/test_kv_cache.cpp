@@ -122,7 +122,8 @@ TEST(KvCache, RestoresTheBitsOfWhatItSaved) {
   }
   kv.allocate(2);
   const std::vector<int32_t> others = kv.allocate(4);
-  kv.restore(saved, others);
+  kv.restore(saved, {2, 0}, {others[2], others[0]});
+  kv.restore(saved, {1}, {others[1]});
   size_t i = 0;
   for (const KvPool& layer : kv.layers()) {
     for (int which = 0; which < 3; ++which) {
@@ -131,7 +132,7 @@ TEST(KvCache, RestoresTheBitsOfWhatItSaved) {
     }
     EXPECT_TRUE(layer.k[others[3]].isnan().all().item<bool>()) << "the block beyond was written";
   }
-  expect_error<RangeError>([&] { kv.restore(saved, {others[0]}); }, {"restore", "at least 3", "got 1"});
+  expect_error<RangeError>([&] { kv.restore(saved, {0, 1, 2}, {others[0]}); }, {"restore", "3 blocks", "got 1"});
   kv.release(others);
   expect_error<RangeError>([&] { kv.save(others); }, {"save", "held block"});
 }

@@ -55,7 +55,7 @@ std::map<RequestId, GenerationResult> drain(Runner& runner) {
     for (const RequestEvent& event : runner.step()) {
       GenerationResult& result = results[event.id];
       EXPECT_EQ(result.finish_reason, FinishReason::kRunning) << "an event after the last one";
-      if (event.token) result.tokens.push_back(*event.token);
+      result.tokens.insert(result.tokens.end(), event.tokens.begin(), event.tokens.end());
       result.finish_reason = event.finish_reason;
       result.error = event.error;
     }
@@ -201,7 +201,7 @@ TEST_F(RunnerTest, EveryDecodeAndTheOldestPromptMoveInEveryStep) {
       for (const RequestEvent& event : runner.step()) {
         Progress& progress = alive.at(event.id);
         if (decoding.erase(event.id) == 1) {
-          EXPECT_TRUE(event.token.has_value());
+          EXPECT_EQ(event.tokens.size(), 1u);
         } else {
           if (progress.num_prefilled == 0) {
             EXPECT_EQ(event.id, ++newest_started) << "not in the order of arrival";
@@ -248,7 +248,7 @@ TEST_F(RunnerTest, EventsTellHowFarAPromptIs) {
     EXPECT_EQ(events[0].id, id);
     EXPECT_EQ(events[0].prompt_size, 150);
     EXPECT_EQ(events[0].num_prefilled, prefilled);
-    EXPECT_EQ(events[0].token.has_value(), prefilled == 150);
+    EXPECT_EQ(events[0].tokens.size(), prefilled == 150 ? 1u : 0u);
   }
   EXPECT_TRUE(runner.is_idle());
   EXPECT_TRUE(runner.step().empty());
@@ -291,7 +291,7 @@ TEST_F(RunnerTest, CancelsWaitingRunningAndFreshRequests) {
   std::vector<int32_t> kept_tokens;
   const auto book = [&](const std::vector<RequestEvent>& events) {
     for (const RequestEvent& event : events) {
-      if (event.id == kept && event.token) kept_tokens.push_back(*event.token);
+      if (event.id == kept) kept_tokens.insert(kept_tokens.end(), event.tokens.begin(), event.tokens.end());
     }
   };
   book(runner.step());
@@ -418,7 +418,7 @@ TEST_F(RunnerTest, AFailingStepFailsTheRequestsThatWereInIt) {
   for (const RequestEvent& event : events) {
     EXPECT_EQ(event.finish_reason, FinishReason::kError);
     EXPECT_FALSE(event.error.empty());
-    EXPECT_FALSE(event.token.has_value());
+    EXPECT_TRUE(event.tokens.empty());
   }
   EXPECT_EQ(runner.num_free_slots(), 2);
   EXPECT_EQ(runner.device_error(), "") << "the device itself still computes";
@@ -483,7 +483,7 @@ TEST_F(RunnerTest, ThreadsShareTheSteps) {
     stream.next();
     for (const RequestEvent& event : runner.step()) {
       EXPECT_EQ(event.id, id);
-      if (event.token) tokens.push_back(*event.token);
+      tokens.insert(tokens.end(), event.tokens.begin(), event.tokens.end());
     }
     EXPECT_LE(runner.num_free_slots(), options.max_batch_size);
     EXPECT_EQ(runner.device_error(), "");

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -19,6 +20,7 @@ using Piece = std::pair<RequestId, int64_t>;
 class SchedulerTest : public ::testing::Test {
  protected:
   void make(int64_t max_tokens_per_step, int64_t num_slots, int64_t num_blocks, int64_t num_attention_layers = 1) {
+    scheduler_.reset();  // its sequences hold what the pools have
     states_ = std::make_unique<StatePool>(kLayers, num_slots, c10::kCPU);
     kv_ = std::make_unique<KvCache>(
         KvCacheSpec{.num_layers = num_attention_layers, .num_kv_heads = 1, .head_dim = 1, .block_size = 16}, num_blocks,
@@ -28,18 +30,29 @@ class SchedulerTest : public ::testing::Test {
   }
 
   void add(RequestId id, int64_t prompt_size, int64_t max_new_tokens = 1) {
-    scheduler_->add(
-        std::make_unique<Sequence>(id, Request{.prompt = std::vector<int32_t>(static_cast<size_t>(prompt_size), 1),
-                                               .max_new_tokens = max_new_tokens}));
+    const Request request{.prompt = std::vector<int32_t>(static_cast<size_t>(prompt_size), 1),
+                          .max_new_tokens = max_new_tokens};
+    auto sequence = std::make_unique<Sequence>(id, std::make_shared<const Request>(request));
+    sequences_[id] = sequence.get();
+    scheduler_->add(std::move(sequence));
   }
 
-  /// Schedules a step and books it as computed.
+  /// Schedules a step and books it as computed, without the drafts.
   std::vector<Piece> step() {
     std::vector<Piece> pieces;
-    for (const ScheduledPiece& piece : scheduler_->schedule()) {
-      EXPECT_TRUE(piece.sequence->slot.has_value());
-      piece.sequence->num_computed += piece.count;
-      pieces.emplace_back(piece.sequence->id, piece.count);
+    last_ = scheduler_->schedule();
+    for (const ScheduledStep& step : last_) {
+      Sequence& sequence = *step.sequence;
+      EXPECT_TRUE(sequence.memory.own_slot(SlotGroup::kCheckpoint));
+      const bool is_prefill = sequence.num_computed() < sequence.prompt_size();
+      EXPECT_EQ(step.kind, is_prefill            ? SegmentKind::kPrefill
+                           : step.num_drafts > 0 ? SegmentKind::kVerify
+                                                 : SegmentKind::kDecode);
+      EXPECT_EQ(step.num_drafts, sequence.num_drafts());
+      sequence.memory.advance(step.num_tokens);
+      sequence.drafts.clear();
+      if (sequence.num_computed() == sequence.num_tokens()) sequence.tokens.push_back(2);
+      pieces.emplace_back(sequence.id, step.num_tokens);
     }
     return pieces;
   }
@@ -48,6 +61,8 @@ class SchedulerTest : public ::testing::Test {
   std::unique_ptr<StatePool> states_;
   std::unique_ptr<KvCache> kv_;
   std::unique_ptr<Scheduler> scheduler_;
+  std::map<RequestId, Sequence*> sequences_;  // of add()
+  std::vector<ScheduledStep> last_;           // of step()
 };
 
 TEST_F(SchedulerTest, SplitsPromptsOnlyAtMultiplesOfTheChunk) {
@@ -138,6 +153,63 @@ TEST_F(SchedulerTest, ASequenceTakesBlocksAsItGrows) {
   EXPECT_EQ(kv_->num_free(), 14);
   step();
   EXPECT_EQ(kv_->num_free(), 13) << "the 97th token";
+}
+
+TEST_F(SchedulerTest, DraftsAreVerifiedWithTheLastTokenAndHaveRoom) {
+  make(/*max_tokens_per_step=*/70, /*num_slots=*/2, /*num_blocks=*/20);
+  add(1, 14, 40);
+  step();
+  EXPECT_EQ(kv_->num_free(), 19) << "14 tokens and the next one";
+  sequences_.at(1)->drafts = {5, 6, 7};
+  add(2, 130, 4);
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {2, 64}})) << "drafts take from the budget";
+  EXPECT_EQ(last_[0].num_drafts, 3);
+  EXPECT_EQ(kv_->num_free(), 18 - 9) << "the 15th token and three drafts need a second block";
+  EXPECT_EQ(step(), (std::vector<Piece>{{1, 1}, {2, 66}}));
+  EXPECT_EQ(last_[0].num_drafts, 0);
+}
+
+TEST_F(SchedulerTest, APieceThatBeginsWithinAChunkEndsWithIt) {
+  make(/*max_tokens_per_step=*/200, /*num_slots=*/2, /*num_blocks=*/1000);
+  add(1, 10, 40);
+  step();
+  Sequence& sequence = *sequences_.at(1);
+  sequence.tokens.resize(300, 3);  // a conversation goes on: 10 tokens are computed
+  sequence.prefill_end = 300;
+  std::vector<std::pair<int64_t, int64_t>> pieces;
+  for (int i = 0; i < 3; ++i) {
+    for (const ScheduledStep& piece : scheduler_->schedule()) {
+      EXPECT_EQ(piece.kind, SegmentKind::kPrefill);
+      pieces.emplace_back(sequence.num_computed(), piece.num_tokens);
+      sequence.memory.advance(piece.num_tokens);
+    }
+  }
+  EXPECT_EQ(pieces, (std::vector<std::pair<int64_t, int64_t>>{{10, 54}, {64, 192}, {256, 44}}));
+}
+
+TEST_F(SchedulerTest, WhatATruncateForgetsIsComputedAgain) {
+  make(/*max_tokens_per_step=*/64, /*num_slots=*/2, /*num_blocks=*/20);
+  add(1, 60, 40);
+  for (int i = 0; i < 20; ++i) step();
+  Sequence& sequence = *sequences_.at(1);
+  EXPECT_EQ(sequence.num_tokens(), 80);
+  sequence.drafts = {5, 6};
+  sequence.truncate(80);
+  EXPECT_EQ(sequence.num_computed(), 79) << "the last token is the work";
+  EXPECT_TRUE(sequence.drafts.empty());
+  sequence.truncate(70);
+  EXPECT_EQ(sequence.num_computed(), 0);
+  std::vector<std::pair<int64_t, int64_t>> pieces;
+  while (sequence.num_computed() < 70) {
+    for (const ScheduledStep& piece : scheduler_->schedule()) {
+      EXPECT_EQ(piece.kind, SegmentKind::kPrefill) << "whatever of it was generated";
+      pieces.emplace_back(sequence.num_computed(), piece.num_tokens);
+      sequence.memory.advance(piece.num_tokens);
+    }
+  }
+  EXPECT_EQ(pieces, (std::vector<std::pair<int64_t, int64_t>>{{0, 64}, {64, 6}}));
+  expect_error<RangeError>([&] { sequence.truncate(59); }, {"[Sequence] truncate", "60..70", "got 59"});
+  expect_error<RangeError>([&] { sequence.truncate(71); }, {"got 71"});
 }
 
 TEST_F(SchedulerTest, TheYoungestGivesItsBlocksAndComesBackFirst) {

@@ -24,17 +24,18 @@ struct Sizes {
 
 class PretendedEngine {
  public:
-  explicit PretendedEngine(const Sizes& sizes)
+  explicit PretendedEngine(const Sizes& sizes, uint64_t seed)
       : sizes_(sizes),
+        generator_(seed),
         states_({{{StateKind::kDelta, {1}, at::kFloat}}}, sizes.num_slots, c10::kCPU, /*poison_freed=*/true),
         kv_({.num_layers = 1, .num_kv_heads = 1, .head_dim = 1, .block_size = sizes.block_size}, sizes.num_blocks,
             c10::kCPU),
         scheduler_({.max_tokens_per_step = sizes.max_tokens_per_step}, states_, kv_) {}
 
   void submit(RequestId id, int64_t prompt_size, int64_t max_new_tokens, int64_t n) {
-    const Request request{
-        .prompt = std::vector<int32_t>(static_cast<size_t>(prompt_size), 1), .max_new_tokens = max_new_tokens, .n = n};
-    scheduler_.check_fits(request);
+    const auto request = std::make_shared<const Request>(Request{
+        .prompt = std::vector<int32_t>(static_cast<size_t>(prompt_size), 1), .max_new_tokens = max_new_tokens, .n = n});
+    scheduler_.check_fits(*request);
     for (int64_t branch = 0; branch < n; ++branch) {
       auto sequence = std::make_unique<Sequence>(id, request, branch);
       sequences_.insert(sequence.get());
@@ -54,14 +55,18 @@ class PretendedEngine {
   }
 
   void step() {
-    const std::vector<ScheduledPiece> pieces = scheduler_.schedule();
-    ASSERT_EQ(pieces.empty(), alive_.empty()) << "nobody runs";
-    check_order(pieces);
-    for (const ScheduledPiece& piece : pieces) check_what_it_reads(piece);
-    for (const ScheduledPiece& piece : pieces) write(piece);
+    const std::vector<ScheduledStep> steps = scheduler_.schedule();
+    ASSERT_EQ(steps.empty(), alive_.empty()) << "nobody runs";
+    check_order(steps);
+    for (const ScheduledStep& step : steps) check_what_it_reads(step);
+    for (const ScheduledStep& step : steps) {
+      num_accepted_[step.sequence] = draw(step.num_drafts + 1);
+      write(step);
+    }
     check_blocks();
     std::vector<Branch> finished;
-    for (const ScheduledPiece& piece : pieces) book(piece, finished);
+    for (const ScheduledStep& step : steps) book(step, finished);
+    for (const ScheduledStep& step : steps) take_back_tokens(*step.sequence);
     for (const Branch& branch : finished) {
       EXPECT_TRUE(cancel(branch));
       ++num_finished_;
@@ -76,6 +81,8 @@ class PretendedEngine {
 
   const std::set<Branch>& alive() const { return alive_; }
   int64_t num_finished() const { return num_finished_; }
+  int64_t num_verified() const { return num_verified_; }
+  int64_t num_recomputed() const { return num_recomputed_; }
   int64_t num_preemptions() const { return scheduler_.num_preemptions(); }
 
  private:
@@ -91,8 +98,8 @@ class PretendedEngine {
     return static_cast<float>(state);
   }
 
-  float* state(SlotHandle handle) {
-    return states_.layers()[0].components()[0].pool.mutable_data_ptr<float>() + states_.slot(handle);
+  float* state(const StateSlot& slot) {
+    return states_.layers()[0].components()[0].pool.mutable_data_ptr<float>() + slot.index();
   }
 
   float* key(const std::vector<int32_t>& blocks, int64_t position) {
@@ -100,49 +107,64 @@ class PretendedEngine {
     return kv_.layers()[0].k.mutable_data_ptr<float>() + row;
   }
 
-  void check_what_it_reads(const ScheduledPiece& piece) {
-    const Sequence& s = *piece.sequence;
-    const std::vector<int32_t> blocks = s.kv_blocks();
-    EXPECT_EQ(std::ssize(blocks), kv_.blocks_for(std::max(s.num_computed, s.prompt_size()) + 1));
-    for (int64_t i = 0; i < s.num_computed; ++i) {
+  void check_what_it_reads(const ScheduledStep& step) {
+    const Sequence& s = *step.sequence;
+    const std::vector<int32_t>& blocks = s.memory.blocks();
+    EXPECT_GE(std::ssize(blocks), kv_.blocks_for(std::max(s.num_computed(), s.prefill_end) + 1 + s.num_drafts()));
+    for (int64_t i = 0; i < s.num_computed(); ++i) {
       ASSERT_EQ(*key(blocks, i), token(s, i)) << "request " << s.id << " branch " << s.branch << " token " << i;
     }
-    if (s.num_computed == 0) return;
-    ASSERT_EQ(*state(s.forked_from.value_or(*s.slot)), state_after(s, s.num_computed))
-        << "request " << s.id << " branch " << s.branch << " after " << s.num_computed;
+    if (s.num_computed() == 0) return;
+    ASSERT_EQ(*state(s.memory.read_slot(SlotGroup::kCheckpoint)), state_after(s, s.num_computed()))
+        << "request " << s.id << " branch " << s.branch << " after " << s.num_computed();
   }
 
-  void write(const ScheduledPiece& piece) {
-    const Sequence& s = *piece.sequence;
-    const std::vector<int32_t> blocks = s.kv_blocks();
-    for (int64_t i = s.num_computed; i < s.num_computed + piece.count; ++i) *key(blocks, i) = token(s, i);
-    *state(*s.slot) = state_after(s, s.num_computed + piece.count);
+  void write(const ScheduledStep& step) {
+    const Sequence& s = *step.sequence;
+    const std::vector<int32_t>& blocks = s.memory.blocks();
+    const int64_t end = s.num_computed() + step.num_tokens + num_accepted_[&s];
+    for (int64_t i = s.num_computed(); i < end; ++i) *key(blocks, i) = token(s, i);
+    for (int64_t i = end; i < s.num_tokens() + step.num_drafts; ++i) *key(blocks, i) = -1;  // refused drafts
+    *state(s.memory.own_slot(SlotGroup::kCheckpoint)) = state_after(s, end);
   }
 
-  void book(const ScheduledPiece& piece, std::vector<Branch>& finished) {
-    Sequence& s = *piece.sequence;
-    const bool was_prefilled = s.is_prefilled();
-    scheduler_.advance(s, piece.count);
+  void book(const ScheduledStep& step, std::vector<Branch>& finished) {
+    Sequence& s = *step.sequence;
+    s.memory.advance(step.num_tokens + num_accepted_[&s]);
     if (!s.is_prefilled()) return;
+    s.tokens.insert(s.tokens.end(), static_cast<size_t>(num_accepted_[&s]), 0);
+    s.drafts.clear();
     std::vector<Sequence*> moved{&s};
-    if (!was_prefilled) {
+    if (step.kind == SegmentKind::kPrefill) {
       for (Sequence* branch : scheduler_.fork(s)) moved.push_back(branch);
     }
     for (Sequence* sequence : moved) {
-      sequence->generated.push_back(0);
-      if (std::ssize(sequence->generated) == sequence->request.max_new_tokens)
-        finished.emplace_back(sequence->id, sequence->branch);
+      sequence->tokens.push_back(0);
+      const int64_t num_left = sequence->request->max_new_tokens - sequence->num_generated();
+      if (num_left == 0) finished.emplace_back(sequence->id, sequence->branch);
+      if (num_left > 1 && draw(3) == 0)
+        sequence->drafts.resize(static_cast<size_t>(draw(std::min<int64_t>(num_left, 4))));
     }
+  }
+
+  // Now and then, some of those that were generated.
+  void take_back_tokens(Sequence& s) {
+    if (s.num_generated() == 0 || draw(60) > 0) return;
+    s.truncate(s.prompt_size() + draw(s.num_generated() + 1));
+    num_recomputed_ += s.num_computed() == 0;
   }
 
   // The budget; the order of arrival; and no gap: a branch that has a token gets the next one in every step, but for
   // the one in which the others read its state, and while older ones have its blocks.
-  void check_order(const std::vector<ScheduledPiece>& pieces) {
+  void check_order(const std::vector<ScheduledStep>& steps) {
     int64_t num_decodes = 0, num_prompt_tokens = 0;
     std::set<Branch> in_step;
-    for (const auto& [sequence, count] : pieces) {
-      (sequence->is_prefilled() ? num_decodes : num_prompt_tokens) += count;
-      EXPECT_TRUE(sequence->is_resident && !sequence->is_parked);
+    for (const auto& [sequence, kind, num_tokens, num_drafts] : steps) {
+      (sequence->is_prefilled() ? num_decodes : num_prompt_tokens) += num_tokens + num_drafts;
+      EXPECT_EQ(kind == SegmentKind::kPrefill, !sequence->is_prefilled());
+      EXPECT_EQ(kind == SegmentKind::kVerify, num_drafts > 0);
+      num_verified_ += num_drafts;
+      EXPECT_TRUE(sequence->memory.is_resident() && !sequence->is_parked);
       EXPECT_TRUE(in_step.insert({sequence->id, sequence->branch}).second);
       for (const Branch& other : alive_) {
         EXPECT_FALSE(other.first > newest_started_ && other.first < sequence->id)
@@ -150,13 +172,21 @@ class PretendedEngine {
       }
       newest_started_ = std::max(newest_started_, sequence->id);
     }
+    std::map<int32_t, const Sequence*> writers;
+    for (const ScheduledStep& step : steps)
+      writers[step.sequence->memory.own_slot(SlotGroup::kCheckpoint).index()] = step.sequence;
+    for (const ScheduledStep& step : steps) {
+      const auto writer = writers.find(step.sequence->memory.read_slot(SlotGroup::kCheckpoint).index());
+      EXPECT_TRUE(writer == writers.end() || writer->second == step.sequence) << "it reads what another writes";
+    }
     EXPECT_LE(num_prompt_tokens, std::max<int64_t>(sizes_.max_tokens_per_step - num_decodes, 64));
     for (const Sequence* sequence : sequences_) {
       const Branch branch{sequence->id, sequence->branch};
-      if (sequence->generated.empty() || in_step.contains(branch)) continue;
-      if (sequence->is_resident) {
-        const bool is_read = std::any_of(pieces.begin(), pieces.end(), [&](const ScheduledPiece& piece) {
-          return piece.sequence->forked_from && piece.sequence->forked_from->slot == sequence->slot->slot;
+      if (sequence->num_generated() == 0 || !sequence->is_prefilled() || in_step.contains(branch)) continue;
+      if (sequence->memory.is_resident()) {
+        const bool is_read = std::any_of(steps.begin(), steps.end(), [&](const ScheduledStep& step) {
+          return step.sequence->memory.read_slot(SlotGroup::kCheckpoint).index() ==
+                 sequence->memory.own_slot(SlotGroup::kCheckpoint).index();
         });
         EXPECT_TRUE(is_read) << "a gap: request " << sequence->id << " branch " << sequence->branch;
       } else {
@@ -169,14 +199,17 @@ class PretendedEngine {
   void check_blocks() {
     std::map<int32_t, std::set<RequestId>> holders;
     for (const Sequence* sequence : sequences_) {
-      if (!sequence->is_resident) continue;
-      for (const int32_t block : sequence->kv_blocks()) holders[block].insert(sequence->id);
+      if (!sequence->memory.is_resident()) continue;
+      for (const int32_t block : sequence->memory.blocks()) holders[block].insert(sequence->id);
     }
     EXPECT_EQ(std::ssize(holders) + kv_.num_free(), sizes_.num_blocks);
     for (const auto& [block, ids] : holders) EXPECT_EQ(ids.size(), 1u) << "block " << block;
   }
 
+  int64_t draw(int64_t end) { return static_cast<int64_t>(generator_() % static_cast<uint64_t>(end)); }  // 0..end-1
+
   Sizes sizes_;
+  std::mt19937_64 generator_;  // of drafts, and of what is taken back
   StatePool states_;
   KvCache kv_;
   Scheduler scheduler_;
@@ -184,10 +217,13 @@ class PretendedEngine {
   std::set<const Sequence*> sequences_;
   RequestId newest_started_ = 0;
   int64_t num_finished_ = 0;
+  int64_t num_verified_ = 0;
+  int64_t num_recomputed_ = 0;
+  std::map<const Sequence*, int64_t> num_accepted_;  // drafts in the step
 };
 
 TEST(SchedulerRandom, EveryStepReadsWhatItsRequestWrote) {
-  int64_t num_preemptions = 0, num_finished = 0;
+  int64_t num_preemptions = 0, num_finished = 0, num_verified = 0, num_recomputed = 0;
   for (uint64_t seed = 0; seed < 300 && !::testing::Test::HasFailure(); ++seed) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
     std::mt19937_64 generator(seed);
@@ -199,7 +235,7 @@ TEST(SchedulerRandom, EveryStepReadsWhatItsRequestWrote) {
                       .num_blocks = (190 + draw(0, 200) + block_size - 1) / block_size,
                       .block_size = block_size,
                       .max_tokens_per_step = draw(64, 200)};
-    PretendedEngine engine(sizes);
+    PretendedEngine engine(sizes, seed);
     constexpr RequestId kRequests = 25;
     RequestId id = 0;
     int64_t num_steps = 0;
@@ -214,9 +250,13 @@ TEST(SchedulerRandom, EveryStepReadsWhatItsRequestWrote) {
     engine.expect_all_free();
     num_preemptions += engine.num_preemptions();
     num_finished += engine.num_finished();
+    num_verified += engine.num_verified();
+    num_recomputed += engine.num_recomputed();
   }
   EXPECT_GE(num_preemptions, 1000);
   EXPECT_GE(num_finished, 5000);
+  EXPECT_GE(num_verified, 5000);
+  EXPECT_GE(num_recomputed, 500);
 }
 
 }  // namespace

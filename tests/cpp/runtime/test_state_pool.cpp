@@ -2,10 +2,11 @@
 // Slots of recurrent state: who holds them, what they weigh, what a freed one holds.
 #include "core/runtime/state_pool.h"
 
-#include <ATen/ops/isnan.h>
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <set>
+#include <tuple>
 #include <vector>
 
 #include "tests/cpp/support/compare.h"
@@ -16,15 +17,21 @@ namespace {
 
 std::vector<std::vector<StateSpec>> two_layers() {
   return {{{StateKind::kConv, {3, 10}, at::kBFloat16}, {StateKind::kDelta, {2, 4, 6}, at::kFloat}},
-          {{StateKind::kConv, {5, 10}, at::kFloat}, {StateKind::kDelta, {2, 4, 6}, at::kBFloat16}}};
+          {{StateKind::kConv, {5, 10}, at::kInt}, {StateKind::kDelta, {2, 4, 6}, at::kBFloat16}}};
 }
+
+constexpr SlotGroup kGroup = SlotGroup::kCheckpoint;
 
 // Random numbers in every slot; copies of the pools that hold them.
 std::vector<at::Tensor> fill_with_numbers(StatePool& pool) {
   std::vector<at::Tensor> copies;
   for (const GdnState& layer : pool.layers()) {
     for (const GdnState::Component& component : layer.components()) {
-      component.pool.normal_();
+      if (component.pool.is_floating_point()) {
+        component.pool.normal_();
+      } else {
+        component.pool.random_();
+      }
       copies.push_back(component.pool.clone());
     }
   }
@@ -37,7 +44,7 @@ TEST(StatePool, GivesEverySlotOnce) {
   EXPECT_EQ(pool.num_free(), 5);
   std::set<int32_t> slots;
   for (int64_t i = 0; i < 5; ++i) {
-    const SlotHandle handle = pool.allocate();
+    const SlotHandle handle = pool.allocate(kGroup);
     EXPECT_EQ(pool.slot(handle), handle.slot);
     EXPECT_EQ(pool.ref_count(handle), 1);
     slots.insert(handle.slot);
@@ -48,16 +55,16 @@ TEST(StatePool, GivesEverySlotOnce) {
 
 TEST(StatePool, OutOfSlotsSaysHowMany) {
   StatePool pool(two_layers(), 2, c10::kCPU);
-  const SlotHandle first = pool.allocate();
-  pool.allocate();
-  expect_error<OutOfSlots>([&] { pool.allocate(); }, {"[StatePool]", "free slot", "0 of 2"});
+  const SlotHandle first = pool.allocate(kGroup);
+  pool.allocate(kGroup);
+  expect_error<OutOfSlots>([&] { pool.allocate(kGroup); }, {"[StatePool]", "free slot", "0 of 2"});
   pool.release(first);
-  EXPECT_EQ(pool.allocate().slot, first.slot);
+  EXPECT_EQ(pool.allocate(kGroup).slot, first.slot);
 }
 
 TEST(StatePool, ASharedSlotIsFreedByItsLastHolder) {
   StatePool pool(two_layers(), 2, c10::kCPU);
-  const SlotHandle handle = pool.allocate();
+  const SlotHandle handle = pool.allocate(kGroup);
   const SlotHandle second = pool.share(handle);
   EXPECT_EQ(second.slot, handle.slot);
   EXPECT_EQ(pool.ref_count(handle), 2);
@@ -72,14 +79,15 @@ TEST(StatePool, ASharedSlotIsFreedByItsLastHolder) {
 TEST(StatePool, CopiesOneSlotAndLeavesTheOthersAlone) {
   StatePool pool(two_layers(), 4, c10::kCPU);
   std::vector<SlotHandle> handles;
-  for (int i = 0; i < 4; ++i) handles.push_back(pool.allocate());
+  for (int i = 0; i < 4; ++i) handles.push_back(pool.allocate(kGroup));
   const std::vector<at::Tensor> before = fill_with_numbers(pool);
   pool.copy(handles[1], handles[3]);
   size_t i = 0;
   for (const GdnState& layer : pool.layers()) {
     for (const GdnState::Component& component : layer.components()) {
       for (size_t j = 0; j < 4; ++j) {
-        const int32_t source = handles[j == 3 ? 1 : j].slot;
+        const bool is_copied = j == 3 && group_of(component.kind) == kGroup;
+        const int32_t source = handles[is_copied ? 1 : j].slot;
         EXPECT_TRUE(same_bits(component.pool[handles[j].slot], before[i][source]))
             << "component " << i << " slot " << j;
       }
@@ -91,9 +99,25 @@ TEST(StatePool, CopiesOneSlotAndLeavesTheOthersAlone) {
   expect_error<StaleHandleError>([&] { pool.copy(handles[1], handles[0]); }, {"[StatePool]", "handle"});
 }
 
+TEST(StatePool, TheGroupsHaveSlotsOfTheirOwn) {
+  StatePool pool(two_layers(), 2, c10::kCPU);
+  const SlotHandle checkpoint = pool.allocate(SlotGroup::kCheckpoint);
+  EXPECT_EQ(pool.num_free(SlotGroup::kCheckpoint), 1);
+  EXPECT_EQ(pool.num_free(SlotGroup::kRecent), 2);
+  EXPECT_EQ(pool.num_free(), 1) << "sequences that could start";
+  pool.allocate(SlotGroup::kCheckpoint);
+  expect_error<OutOfSlots>([&] { pool.allocate(SlotGroup::kCheckpoint); }, {"free slot"});
+  const SlotHandle recent = pool.allocate(SlotGroup::kRecent);
+  EXPECT_EQ(recent.slot, checkpoint.slot);
+  expect_error<RangeError>([&] { pool.copy(checkpoint, recent); }, {"[StatePool] copy", "one group"});
+  pool.release(checkpoint);
+  EXPECT_EQ(pool.ref_count(recent), 1);
+  expect_error<StaleHandleError>([&] { pool.slot(checkpoint); }, {"handle"});
+}
+
 TEST(StatePool, AHandleKeptAfterTheLastReleaseIsStale) {
   StatePool pool(two_layers(), 1, c10::kCPU);
-  const SlotHandle old = pool.allocate();
+  const SlotHandle old = pool.allocate(kGroup);
   pool.release(old);
   const auto expect_stale = [&] {
     expect_error<StaleHandleError>([&] { pool.slot(old); }, {"slot 0", "generation 0", "now generation 1"});
@@ -102,7 +126,7 @@ TEST(StatePool, AHandleKeptAfterTheLastReleaseIsStale) {
     expect_error<StaleHandleError>([&] { pool.release(old); }, {"handle"});
   };
   expect_stale();
-  const SlotHandle reused = pool.allocate();
+  const SlotHandle reused = pool.allocate(kGroup);
   EXPECT_EQ(reused.slot, old.slot);
   EXPECT_NE(reused.generation, old.generation);
   expect_stale();
@@ -137,23 +161,26 @@ TEST(StatePool, ANegativeNumberOfSlotsIsRefused) {
   expect_error<RequestError>([] { StatePool(two_layers(), -1, c10::kCPU); }, {"num_slots", "-1"});
 }
 
-class Poison : public ::testing::TestWithParam<bool> {};
-INSTANTIATE_TEST_SUITE_P(StatePool, Poison, ::testing::Bool());
+class Poison : public ::testing::TestWithParam<std::tuple<bool, SlotGroup>> {};
+INSTANTIATE_TEST_SUITE_P(StatePool, Poison, ::testing::Combine(::testing::Bool(), ::testing::ValuesIn(kSlotGroups)));
 
 TEST_P(Poison, FillsTheFreedSlotAndNoOther) {
-  const bool poison_freed = GetParam();
+  const auto [poison_freed, group] = GetParam();
   StatePool pool(two_layers(), 4, c10::kCPU, poison_freed);
   std::vector<SlotHandle> handles;
-  for (int i = 0; i < 4; ++i) handles.push_back(pool.allocate());
+  for (int i = 0; i < 4; ++i) handles.push_back(pool.allocate(group));
   const std::vector<at::Tensor> before = fill_with_numbers(pool);
   pool.share(handles[2]);
-  const auto expect_slots = [&](bool is_freed) {
+  const auto expect_slots = [&, poison_freed = poison_freed, group = group](bool is_freed) {
     size_t i = 0;
     for (const GdnState& layer : pool.layers()) {
       for (const GdnState::Component& component : layer.components()) {
         for (int64_t slot = 0; slot < 4; ++slot) {
-          if (is_freed && poison_freed && slot == handles[2].slot) {
-            EXPECT_TRUE(at::isnan(component.pool[slot]).all().item<bool>()) << "component " << i;
+          if (is_freed && poison_freed && slot == handles[2].slot && group_of(component.kind) == group) {
+            const at::Tensor& freed = component.pool[slot];
+            const bool is_poisoned =
+                freed.is_floating_point() ? freed.isnan().all().item<bool>() : freed.eq(INT32_MAX).all().item<bool>();
+            EXPECT_TRUE(is_poisoned) << "component " << i;
           } else {
             EXPECT_TRUE(same_bits(component.pool[slot], before[i][slot])) << "component " << i << " slot " << slot;
           }

@@ -266,8 +266,11 @@ Dims match(const GdnDecodeStepParams& p) {
   match_delta_state(d, p.state);
   match_contiguous(d, "norm_weight", p.norm_weight, "V", {at::kFloat, in});
   match_indices(d, "state_indices", p.state_indices, "N");
-  match_indices(d, "conv_indices", p.conv_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
+  if (p.conv_slots) {
+    match_indices(d, "conv_indices", p.conv_slots->read, "N");
+    match_indices(d, "conv_write_indices", p.conv_slots->write, "N");
+  }
   match_indices(d, "cu_seqlens", p.cu_seqlens, "N+1");
   if (p.cu_seqlens) {
     d.require(d.sym("N+1") == d.sym("N") + 1, "cu_seqlens: expected [N+1] with N=", d.sym("N"),
@@ -304,10 +307,11 @@ void check_indices(const GdnDecodeStepParams& p) {
   const DecodeStepShape s = checked_shape(p);
   const IndexChecker c(Op<GdnDecodeStepParams>::name);
   check_pool_indices(c, p, s.rule.S);
-  const at::Tensor reads = p.conv_indices.value_or(p.state_indices);
-  const at::Tensor writes = p.write_indices.value_or(reads);
+  const SlotIndices conv_slots = conv_slots_of(p);
+  const at::Tensor& reads = conv_slots.read;
+  const at::Tensor writes = conv_slots.write.value_or(reads);
   c.slots("conv_indices", reads, s.conv.S);
-  c.slots("write_indices", writes, s.conv.S);
+  c.slots("conv_write_indices", writes, s.conv.S);
   c.writes("conv_indices", writes, "conv_indices", reads, s.conv.S);
   for (int64_t n = 0; n < s.rule.N; ++n) {
     const int32_t slot = reads.data_ptr<int32_t>()[n];

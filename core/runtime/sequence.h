@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// A branch of a request on its way: its tokens, how many of them are computed, and what it holds.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/runtime/request.h"
+#include "core/runtime/sequence_memory.h"
+
+namespace xgdn {
+
+/// A branch of a request on its way. The tokens that are not computed yet are its work, whatever they are: a prompt,
+/// the token just generated, or what has to be computed again.
+///
+/// From admission to the end it owns a slot. It may lose its blocks to an older sequence, and then its state waits in
+/// its slot. The oldest branch of a request computes the prompt; the others are parked until it is done.
+struct Sequence {
+  Sequence(RequestId request_id, std::shared_ptr<const Request> r, int64_t branch_idx = 0);  // nothing computed yet
+
+  RequestId id;
+  std::shared_ptr<const Request> request;  // the branches share it
+  int64_t branch;
+  Sampler sampler;
+  std::vector<int32_t> tokens;  // the prompt, then what was generated
+  std::vector<int32_t> drafts;  // proposed to follow `tokens`: fewer than may still be generated
+  int64_t prefill_end;          // tokens before it are computed in pieces of any length, those behind it one a step
+  SequenceMemory memory;        // since the scheduler has it
+  bool is_parked = false;
+
+  int64_t prompt_size() const { return static_cast<int64_t>(request->prompt.size()); }  // tokens
+  int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }            // known so far
+  int64_t num_generated() const { return num_tokens() - prompt_size(); }
+  int64_t num_drafts() const { return static_cast<int64_t>(drafts.size()); }
+  int64_t num_computed() const { return memory.num_computed(); }  // of `tokens`, in state and cache
+  bool is_prefilled() const { return num_computed() >= prefill_end; }
+
+  /// Takes back the tokens behind the first num_tokens. Those that stay are computed again unless the state is that of
+  /// some of them, and at least the last one, for its logits. Throws RangeError for fewer than the prompt has or more
+  /// than there are.
+  void truncate(int64_t num_tokens);
+};
+
+}  // namespace xgdn
