@@ -161,7 +161,7 @@ class SteppedEngine:
             self.cancelled.add(branch)
             return loop.cancel(request_id, branch)
 
-        return SimpleNamespace(submit=loop.submit, cancel=cancel, stop=loop.stop, held=loop)
+        return SimpleNamespace(submit=loop.submit, cancel=cancel, stop=loop.stop)
 
     def _pass_gate(self) -> None:
         assert self._is_open or self._allowed.acquire(timeout=60)
