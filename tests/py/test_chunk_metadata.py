@@ -202,7 +202,8 @@ def test_one_class_serves_ops_and_layers() -> None:
     decode = layers.Segment(
         kind=layers.SegmentKind.DECODE, cu_seqlens_cpu=cu_seqlens_of((1, 1)), state_indices=slots, conv_indices=slots
     )
-    assert decode.chunk_indices is None and decode.chunk_offsets is None
+    assert decode.chunk_indices is None
+    assert decode.chunk_offsets is None
     with pytest.raises(TypeError):
         layers.Segment(
             kind=layers.SegmentKind.PREFILL,

@@ -349,7 +349,6 @@ struct TwoSteps {
 };
 
 TwoSteps run_two_steps(const Qwen3GatedDeltaNet& layer, GdnState& state, const at::Tensor& x) {
-  const int64_t HV = layer.local_config().num_v_heads;
   TwoSteps out;
   out.first = layer.forward(x.narrow(0, 0, 75), batch_of({prefill(0, {70, 5}, {1, 0}, {false, false})}), state);
   out.second = layer.forward(x.narrow(0, 75, 2), batch_of({decode(0, {0, 1})}), state);

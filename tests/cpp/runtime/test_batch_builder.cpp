@@ -115,7 +115,7 @@ TEST_F(MixedStep, DecodeReadsAndWritesTheGivenSlots) {
   expect_rows(segment(0).conv_slots.write.value(), {7, 1});
   EXPECT_FALSE(segment(0).has_initial_state);
   EXPECT_FALSE(segment(0).num_accepted);
-  EXPECT_FALSE(segment(0).chunk);
+  EXPECT_FALSE(segment(0).chunk_indices);
 }
 
 TEST_F(MixedStep, TheVerificationTableIsPaddedToItsLongestRow) {

@@ -87,12 +87,8 @@ TEST_F(RunnerTest, GreedyTokensAreThoseOfTheWholePromptAtOnce) {
   for (int64_t i = 0; i < request.max_new_tokens; ++i) {
     StatePool states(decoder->state_specs(), 1, c10::kCPU);
     KvCache kv(Runner::kv_spec(*decoder, {.kv_block_size = 128}), 1, c10::kCPU);
-    const BatchBuilder builder({.num_slots = 1,
-                                .num_kv_blocks = 1,
-                                .kv_block_size = 128,
-                                .vocab_size = config_.vocab_size,
-                                .num_v_heads = config_.linear_num_value_heads},
-                               c10::kCPU);
+    const BatchBuilder builder(
+        {.num_slots = 1, .num_kv_blocks = 1, .kv_block_size = 128, .vocab_size = config_.vocab_size}, c10::kCPU);
     const BuiltStep built = builder.build({{.kind = SegmentKind::kPrefill,
                                             .tokens = tokens,
                                             .state_slots = {0},
