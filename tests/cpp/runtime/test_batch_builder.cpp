@@ -337,9 +337,9 @@ TEST(BatchBuilderRefusals, ASlotReadByOneAndWrittenByAnother) {
   }
   // Two that read a third slot, and a prompt's first piece, which reads nothing, are fine.
   SequenceStep other = reader(5, 5);
-  other.write_slot = 8;
+  other.write_slot = other.conv_write_slot = 8;
   SequenceStep fresh = prefill(2, 0, 3, 2);
-  fresh.write_slot = 9;
+  fresh.write_slot = fresh.conv_write_slot = 9;
   EXPECT_NO_THROW(BatchBuilder(kLimits, c10::kCPU).build({one, reader(5, 5), other, fresh}));
 }
 
