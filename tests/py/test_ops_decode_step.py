@@ -168,7 +168,7 @@ def make_inputs(case: Case) -> Inputs:
 
     num_slots = 4 * N + 2
     order = torch.randperm(num_slots, generator=gen).int()
-    read, write, conv_read, conv_write = (slots.clone() for slots in order[: 4 * N].split(N))
+    read, write, conv_read, conv_write = (slots.clone() for slots in order[: 4 * N].view(4, N))
     state = torch.full((num_slots, HV, V, K), torch.nan, dtype=case.state_dtype)
     state[read] = randn(N, HV, V, K).to(case.state_dtype)
     conv_slots = conv_read if case.reads_conv_elsewhere else read
