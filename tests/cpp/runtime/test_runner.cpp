@@ -94,6 +94,7 @@ TEST_F(RunnerTest, GreedyTokensAreThoseOfTheWholePromptAtOnce) {
                                             .state_slots = {0},
                                             .write_slot = 0,
                                             .conv_slot = 0,
+                                            .conv_write_slot = 0,
                                             .has_initial_state = false,
                                             .kv_blocks = {0}}});
     ModelState state{states.layers(), kv.layers()};
