@@ -59,7 +59,6 @@ class Reader:
             num_kv_blocks=num_blocks,
             kv_block_size=16,
             vocab_size=2048,
-            num_v_heads=4,
             has_attention=True,
             device=device,
         )
