@@ -106,7 +106,7 @@ class RuleCase(ABC):
 class DecodeCase(RuleCase):
     """One token for each of `batch` sequences, after the convolution."""
 
-    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
+    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int) -> None:
         self.title = f"decode B={batch} {SHORT[state_dtype]}"
         self.batch = batch
         self.mixed_qkv = torch.randn(batch, 2 * H * K + HV * V).bfloat16()
@@ -126,7 +126,7 @@ class DecodeCase(RuleCase):
 class DecodeStepCase(DecodeCase):
     """What lies between the projections of a layer: convolution, rule and gated norm. The roofline is the rule's."""
 
-    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
+    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int) -> None:
         super().__init__(batch, state_dtype, rotate_mib)
         self.title = f"decode step B={batch} {SHORT[state_dtype]}"
         channels = self.mixed_qkv.shape[1]
@@ -164,7 +164,7 @@ class DecodeStepCase(DecodeCase):
 class VerifyCase(RuleCase):
     """`drafts` tokens for each of `batch` sequences, the state after each of them kept."""
 
-    def __init__(self, batch: int, drafts: int, state_dtype: torch.dtype, rotate_mib: int = 256) -> None:
+    def __init__(self, batch: int, drafts: int, state_dtype: torch.dtype, rotate_mib: int) -> None:
         self.title = f"verify B={batch} T={drafts} {SHORT[state_dtype]}"
         count = batch * drafts
         self.q, self.k, self.v = _split_qkv(torch.randn(count, 2 * H * K + HV * V).bfloat16())

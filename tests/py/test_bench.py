@@ -11,6 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import kernels.cases
+import kernels.layer
+import kernels.linear
+import kernels.ops
 import xgdn
 from bench import app as kernels_app
 from kernels import xgdn_ops
@@ -63,7 +67,9 @@ def test_every_kernel_benchmark_has_json(command: str) -> None:
     assert "--json" in result.stdout
 
 
-def test_bench_ops_prints_one_document() -> None:
+def test_bench_ops_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.ops, "ROTATE_MIB", 1)
+    monkeypatch.setattr(kernels.cases, "GEMM_SIZE", 128)
     arguments = "ops --decode 1 --verify 1 --prefill 64 --threads 1 --seconds 0 --json"
     result = CliRunner().invoke(kernels_app, arguments.split())
     assert result.exit_code == 0, result.output
@@ -106,7 +112,8 @@ def test_bench_model_prints_one_document() -> None:
         assert row["prefill"] > 0
 
 
-def test_bench_linear_prints_one_document() -> None:
+def test_bench_linear_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.linear, "_ROTATE_BYTES", 2**20)
     options = ["--tokens", "1,17", "--threads", "1", "--seconds", "0", "--json"]
     result = CliRunner().invoke(kernels_app, ["linear", *options])
     assert result.exit_code == 0, result.output
@@ -129,7 +136,8 @@ def test_bench_linear_refuses_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -
     assert "linear of 1 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
 
 
-def test_bench_layer_prints_one_document() -> None:
+def test_bench_layer_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.layer, "ROTATE_MIB", 1)
     result = CliRunner().invoke(kernels_app, ["layer", "--batch", "1", "--threads", "1", "--seconds", "0", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
