@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -223,7 +222,10 @@ def test_streams_of_two_threads_take_turns(engine: xgdn.Engine) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(a != b for a, b in itertools.pairwise(order)) >= 100  # one after the other would change once
+    first, second = ([place for place, i in enumerate(order) if i == stream] for stream in range(2))
+    # A busy machine hands events over in bursts; but nobody has the last before the other has half of theirs.
+    assert first[-1] > second[99]
+    assert second[-1] > first[99]
 
 
 def test_events_of_others_wait_for_the_next_step(engine: xgdn.Engine) -> None:
