@@ -28,7 +28,7 @@ struct RunnerOptions {
   int64_t max_batch_size = 32;        // state slots: sequences that run at once
   int64_t max_cached_tokens = 16384;  // KV cache, over all sequences, rounded up to blocks
   int64_t kv_block_size = 16;         // tokens
-  int64_t max_tokens_per_step = 512;  // decodes and prompt pieces together; bounds the gap between two tokens
+  int64_t max_tokens_per_step = SchedulerOptions().max_tokens_per_step;
   bool poison_freed_slots = poison_freed_by_default();
 
   /// Throws RequestError for a size that no runner can have.

@@ -46,6 +46,12 @@ Scheduler::Scheduler(const SchedulerOptions& options, StatePool& states, KvCache
   options.check();
 }
 
+// The youngest first, as in youngest_first(): what goes too need not be saved.
+Scheduler::~Scheduler() {
+  waiting_.clear();
+  while (!running_.empty()) running_.pop_back();
+}
+
 void Scheduler::check_fits(const Request& request) const {
   const auto prompt = static_cast<int64_t>(request.prompt.size());
   const int64_t capacity = kv_.num_blocks() * kv_.block_size();

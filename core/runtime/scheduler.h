@@ -14,7 +14,8 @@ namespace xgdn {
 
 /// Size of a step.
 struct SchedulerOptions {
-  int64_t max_tokens_per_step = 2048;  // decodes and prompt pieces together; prompts get at least 64 a step
+  /// Decodes and prompt pieces together; bounds the gap between two tokens. Prompts get at least 64 a step.
+  int64_t max_tokens_per_step = 512;
 
   /// Throws RequestError for a step that could not hold one chunk.
   void check() const;
@@ -33,6 +34,9 @@ class Scheduler {
  public:
   /// The pools must outlive the scheduler.
   Scheduler(const SchedulerOptions& options, StatePool& states, KvCache& kv);
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
+  ~Scheduler();
 
   /// Throws RequestError when the request could not run even alone: a slot for every branch, blocks for one at a time.
   void check_fits(const Request& request) const;

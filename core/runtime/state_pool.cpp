@@ -2,9 +2,11 @@
 #include "core/runtime/state_pool.h"
 
 #include <ATen/Dispatch.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <exception>
 #include <limits>
 
 #include "core/kernels/ops_api.h"
@@ -104,8 +106,15 @@ void StatePool::release(SlotHandle handle) {
   if (--slot.ref_count > 0) return;
   ++slot.generation;
   table(handle.group).free.push_back(handle.slot);
-  if (!poison_freed_) return;
-  for (const at::Tensor& pool : pools(handle.group)) pool.select(0, handle.slot).fill_(poison(pool.scalar_type()));
+  if (poison_freed_) poison_slot(handle);
+}
+
+void StatePool::poison_slot(SlotHandle handle) const noexcept {
+  const c10::InferenceMode inference;  // which the pools may have been made in
+  try {
+    for (const at::Tensor& pool : pools(handle.group)) pool.select(0, handle.slot).fill_(poison(pool.scalar_type()));
+  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): a device that has stopped tells those who compute
+  }
 }
 
 void StatePool::copy(SlotHandle from, SlotHandle to) {

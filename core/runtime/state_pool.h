@@ -65,6 +65,7 @@ class StatePool {
   Table& table(SlotGroup group) { return tables_[static_cast<size_t>(group)]; }
   const Table& table(SlotGroup group) const { return tables_[static_cast<size_t>(group)]; }
   const Slot& held(SlotHandle handle) const;
+  void poison_slot(SlotHandle handle) const noexcept;    // a slot is given back wherever its owner ends
   std::vector<at::Tensor> pools(SlotGroup group) const;  // of that group's components in all layers
 
   std::vector<GdnState> layers_;

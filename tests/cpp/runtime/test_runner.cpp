@@ -3,6 +3,7 @@
 #include "core/runtime/runner.h"
 
 #include <ATen/ops/argmax.h>
+#include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <set>
 #include <string>
@@ -425,6 +427,19 @@ TEST_F(RunnerTest, AFailingStepFailsTheRequestsThatWereInIt) {
   EXPECT_EQ(rest.at(waiting).finish_reason, FinishReason::kLength);
   EXPECT_EQ(rest.at(waiting).tokens, alone(request));
   expect_all_free(runner, options);
+}
+
+// As Engine::load makes it. Pools made in inference mode refuse writes outside of it, and a destructor may not throw.
+TEST_F(RunnerTest, EndsWithRequestsThatRun) {
+  std::optional<Runner> runner;
+  {
+    const c10::InferenceMode inference;
+    runner.emplace(model(), RunnerOptions{.max_batch_size = 4, .max_cached_tokens = 256, .poison_freed_slots = true});
+  }
+  runner->submit({.prompt = random_prompt(70, 70), .max_new_tokens = 20, .n = 3});
+  for (int i = 0; i < 4; ++i) runner->step();
+  EXPECT_EQ(runner->num_free_slots(), 1);
+  runner.reset();
 }
 
 TEST_F(RunnerTest, SubmitsAndCancelsFromOtherThreads) {

@@ -65,6 +65,25 @@ class SchedulerTest : public ::testing::Test {
   std::vector<ScheduledStep> last_;           // of step()
 };
 
+// A cache on the meta device cannot be read: what is saved throws, in a destructor.
+TEST(Scheduler, EndsWithoutReadingTheCache) {
+  StatePool states({{{StateKind::kDelta, {1, 1, 1}, at::kFloat}}}, /*num_slots=*/2, c10::kMeta);
+  KvCache kv({.num_layers = 1, .num_kv_heads = 1, .head_dim = 1, .block_size = 16}, /*num_blocks=*/5, c10::kMeta);
+  {
+    Scheduler scheduler({}, states, kv);
+    const auto request = std::make_shared<const Request>(Request{.prompt = std::vector<int32_t>(64, 1), .n = 2});
+    for (int64_t branch = 0; branch < 2; ++branch) scheduler.add(std::make_unique<Sequence>(0, request, branch));
+    const std::vector<ScheduledStep> steps = scheduler.schedule();
+    ASSERT_EQ(steps.size(), 1u);
+    steps[0].sequence->memory.advance(64);
+    const std::vector<Sequence*> forks = scheduler.fork(*steps[0].sequence);
+    ASSERT_EQ(forks.size(), 1u);
+    EXPECT_FALSE(forks[0]->memory.is_resident()) << "else nothing would be saved for it";
+  }
+  EXPECT_EQ(kv.num_free(), 5);
+  EXPECT_EQ(states.num_free(), 2);
+}
+
 TEST_F(SchedulerTest, SplitsPromptsOnlyAtMultiplesOfTheChunk) {
   make(/*max_tokens_per_step=*/200, /*num_slots=*/4, /*num_blocks=*/1000);
   add(1, 500);
