@@ -13,17 +13,16 @@ namespace xgdn {
 /// What one sequence does in a step.
 struct SequenceStep {
   SegmentKind kind = SegmentKind::kDecode;
-  std::vector<int32_t> tokens;  // kDecode: one; kVerify: the last accepted token and the drafts; kPrefill: a piece
-  int64_t num_cached = 0;       // tokens of the sequence before these
-  std::vector<int32_t>
-      state_slots;                 // of the delta pool, read; kVerify: its row of the slot table, one per token or more
-  int32_t write_slot = -1;         // of the delta pool, written: kDecode, kPrefill
-  int32_t conv_slot = -1;          // of the conv pool, read; kVerify keeps one over all drafts
-  int32_t conv_write_slot = -1;    // of the conv pool, written: kDecode, kPrefill
-  int32_t num_accepted = 1;        // kVerify: tokens accepted in the sequence's previous step
-  bool has_initial_state = true;   // kPrefill: false for a sequence's first piece
-  std::vector<int32_t> kv_blocks;  // all blocks of the sequence, enough for num_cached + tokens
-  bool wants_logits = true;        // of the last token; kVerify: of every token
+  std::vector<int32_t> tokens;       // kDecode: one; kVerify: the last accepted token and the drafts; kPrefill: a piece
+  int64_t num_cached = 0;            // tokens of the sequence before these
+  std::vector<int32_t> state_slots;  // of the delta pool, read; kVerify: a row of the slot table, one a token or more
+  int32_t write_slot = -1;           // of the delta pool, written: kDecode, kPrefill
+  int32_t conv_slot = -1;            // of the conv pool, read; kVerify keeps one over all drafts
+  int32_t conv_write_slot = -1;      // of the conv pool, written: kDecode, kPrefill
+  int32_t num_accepted = 1;          // kVerify: tokens accepted in the sequence's previous step
+  bool has_initial_state = true;     // kPrefill: false for a sequence's first piece
+  std::vector<int32_t> kv_blocks;    // all blocks of the sequence, enough for num_cached + tokens
+  bool wants_logits = true;          // of the last token; kVerify: of every token
 };
 
 /// Sizes that every index is checked against.

@@ -75,6 +75,7 @@ LAYERS = [
     Layer("qwen3_5", H=1, HV=3, K=32, V=16, W=2, bias=True),
     Layer("qwen3_next", H=4, HV=4, W=3),
     Layer("qwen3_next", H=2, HV=16, K=16, V=16),
+    Layer("qwen3_5", H=33, HV=66, K=16, V=16),  # more heads than the whole chunk metadata describes
 ]
 
 

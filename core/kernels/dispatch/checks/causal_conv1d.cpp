@@ -32,6 +32,16 @@ ConvShape conv_shape(const Dims& d) {
   return {.T = d["T"], .N = d["N"], .S = d["S"], .D = d["D"], .W = d["W"], .R = d["R"]};
 }
 
+template <typename Params>
+Params conv_sample(const TypicalTensors& t) {
+  return {.x = t.row,
+          .weight = t.taps,
+          .conv_state = t.conv_state,
+          .cu_seqlens = t.cu_seqlens,
+          .state_indices = t.slot,
+          .out = t.out_row};
+}
+
 }  // namespace
 
 // ---- causal_conv1d --------------------------------------------------------------------------------------------------
@@ -49,12 +59,7 @@ ConvShape shape(const CausalConv1dParams&, const Dims& d) {
 
 template <>
 CausalConv1dParams sample(const TypicalTensors& t) {
-  return {.x = t.row,
-          .weight = t.taps,
-          .conv_state = t.conv_state,
-          .cu_seqlens = t.cu_seqlens,
-          .state_indices = t.slot,
-          .out = t.out_row};
+  return conv_sample<CausalConv1dParams>(t);
 }
 
 void check_indices(const CausalConv1dParams& p) {
@@ -80,12 +85,7 @@ ConvShape shape(const CausalConv1dUpdateParams&, const Dims& d) {
 
 template <>
 CausalConv1dUpdateParams sample(const TypicalTensors& t) {
-  return {.x = t.row,
-          .weight = t.taps,
-          .conv_state = t.conv_state,
-          .cu_seqlens = t.cu_seqlens,
-          .state_indices = t.slot,
-          .out = t.out_row};
+  return conv_sample<CausalConv1dUpdateParams>(t);
 }
 
 void check_indices(const CausalConv1dUpdateParams& p) {
