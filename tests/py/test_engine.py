@@ -207,7 +207,7 @@ def test_threads_share_the_steps(engine: xgdn.Engine) -> None:
     assert (engine.num_free_slots, engine.num_free_kv_blocks) == (4, 64)
 
 
-def test_streams_of_two_threads_take_turns(engine: xgdn.Engine) -> None:
+def test_streams_of_two_threads_run_side_by_side(engine: xgdn.Engine) -> None:
     """Neither waits for the other's end: while one has events, so has the other."""
     order: list[int] = []
     barrier = threading.Barrier(2)
