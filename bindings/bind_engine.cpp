@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Models that serve: options, plans, the decoder, runner and engine.
+// Models that serve: options, plans, the decoder and the engine.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
@@ -22,8 +22,7 @@ using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
 using Progress = std::function<void(int64_t, int64_t)>;
 
 // Without the GIL but between steps, where signal handlers run: an exception of theirs ends the call.
-template <class Self>
-std::vector<GenerationResult> generate(Self& self, const std::vector<Request>& requests, bool raise_on_error) {
+std::vector<GenerationResult> generate(Engine& self, const std::vector<Request>& requests, bool raise_on_error) {
   const auto handle_signals = [] {
     const nb::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
@@ -33,36 +32,37 @@ std::vector<GenerationResult> generate(Self& self, const std::vector<Request>& r
 
 void bind_options(nb::module_& m) {
   const EngineOptions defaults;
-  nb::class_<RunnerOptions>(m, "RunnerOptions", "Sizes of the pools and of a step.")
+  nb::class_<ServingOptions>(m, "ServingOptions", "Sizes of the pools and of a step.")
       .def(
           "__init__",
-          [](RunnerOptions* self, int64_t max_batch_size, int64_t max_cached_tokens, int64_t kv_block_size,
+          [](ServingOptions* self, int64_t max_batch_size, int64_t max_cached_tokens, int64_t kv_block_size,
              int64_t max_tokens_per_step, bool poison_freed_slots) {
-            new (self) RunnerOptions{.max_batch_size = max_batch_size,
-                                     .max_cached_tokens = max_cached_tokens,
-                                     .kv_block_size = kv_block_size,
-                                     .max_tokens_per_step = max_tokens_per_step,
-                                     .poison_freed_slots = poison_freed_slots};
+            new (self) ServingOptions{.max_batch_size = max_batch_size,
+                                      .max_cached_tokens = max_cached_tokens,
+                                      .kv_block_size = kv_block_size,
+                                      .max_tokens_per_step = max_tokens_per_step,
+                                      .poison_freed_slots = poison_freed_slots};
           },
-          nb::kw_only(), "max_batch_size"_a = defaults.runner.max_batch_size,
-          "max_cached_tokens"_a = defaults.runner.max_cached_tokens, "kv_block_size"_a = defaults.runner.kv_block_size,
-          "max_tokens_per_step"_a = defaults.runner.max_tokens_per_step,
-          "poison_freed_slots"_a = defaults.runner.poison_freed_slots)
-      .def_ro("max_batch_size", &RunnerOptions::max_batch_size, "State slots: sequences that run at once.")
-      .def_ro("max_cached_tokens", &RunnerOptions::max_cached_tokens, "Capacity of the KV cache, over all sequences.")
-      .def_ro("kv_block_size", &RunnerOptions::kv_block_size, "Tokens in a block of the KV cache.")
-      .def_ro("max_tokens_per_step", &RunnerOptions::max_tokens_per_step,
+          nb::kw_only(), "max_batch_size"_a = defaults.serving.max_batch_size,
+          "max_cached_tokens"_a = defaults.serving.max_cached_tokens,
+          "kv_block_size"_a = defaults.serving.kv_block_size,
+          "max_tokens_per_step"_a = defaults.serving.max_tokens_per_step,
+          "poison_freed_slots"_a = defaults.serving.poison_freed_slots)
+      .def_ro("max_batch_size", &ServingOptions::max_batch_size, "State slots: sequences that run at once.")
+      .def_ro("max_cached_tokens", &ServingOptions::max_cached_tokens, "Capacity of the KV cache, over all sequences.")
+      .def_ro("kv_block_size", &ServingOptions::kv_block_size, "Tokens in a block of the KV cache.")
+      .def_ro("max_tokens_per_step", &ServingOptions::max_tokens_per_step,
               "Token budget of a step: decodes and prompt chunks together.")
-      .def_ro("poison_freed_slots", &RunnerOptions::poison_freed_slots, "Fill freed slots with NaN, to find bugs.");
+      .def_ro("poison_freed_slots", &ServingOptions::poison_freed_slots, "Fill freed slots with NaN, to find bugs.");
 
   nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
       .def(
           "__init__",
-          [](EngineOptions* self, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
+          [](EngineOptions* self, const ServingOptions& serving, std::optional<at::ScalarType> dtype,
              std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<int64_t> memory_limit) {
-            new (self) EngineOptions{.runner = runner,
+            new (self) EngineOptions{.serving = serving,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
                                      .device = device.resolve("Engine"),
@@ -72,11 +72,11 @@ void bind_options(nb::module_& m) {
                                      .on_layer_loaded = on_layer_loaded.value_or(Progress()),
                                      .memory_limit = memory_limit};
           },
-          nb::kw_only(), "runner"_a = defaults.runner, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
+          nb::kw_only(), "serving"_a = defaults.serving, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
           "device"_a = defaults.device.str(), "prefill_backend"_a = defaults.backends.prefill,
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
           "on_layer_loaded"_a = nb::none(), "memory_limit"_a = nb::none())
-      .def_ro("runner", &EngineOptions::runner)
+      .def_ro("serving", &EngineOptions::serving)
       .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")
       .def_ro("state_dtype", &EngineOptions::state_dtype)
       .def_prop_ro("device", [](const EngineOptions& self) { return self.device.str(); })
@@ -137,7 +137,7 @@ void bind_decoder(nb::module_& m) {
       .def(
           "__init__",
           [](KvCache* self, const HybridDecoder& model, int64_t num_blocks, int64_t block_size) {
-            new (self) KvCache(Runner::kv_spec(model, {.kv_block_size = block_size}), num_blocks, model.device());
+            new (self) KvCache(kv_spec(model, block_size), num_blocks, model.device());
           },
           "model"_a, nb::kw_only(), "num_blocks"_a, "block_size"_a = 16)
       .def("allocate", &KvCache::allocate, "count"_a,
@@ -157,27 +157,10 @@ void bind_decoder(nb::module_& m) {
             .model;
       },
       "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu", WithoutGil(),
-      "The decoder of a Hugging Face directory, for a Runner.");
+      "The decoder of a Hugging Face directory, for callers that drive the steps.");
 }
 
-void bind_runner(nb::module_& m) {
-  nb::class_<Runner>(m, "Runner", "Continuous batching over one decoder: submit, step, cancel.")
-      .def(
-          "__init__",
-          [](Runner* self, std::shared_ptr<HybridDecoder> model, const RunnerOptions& options) {
-            new (self) Runner(std::move(model), options);
-          },
-          "model"_a, "options"_a = RunnerOptions{})
-      .def("submit", &Runner::submit, "request"_a, WithoutGil())
-      .def("step", &Runner::step, WithoutGil())
-      .def("cancel", &Runner::cancel, "request_id"_a, "branch"_a = nb::none(), WithoutGil())
-      .def("is_idle", &Runner::is_idle, WithoutGil())
-      .def("generate", &generate<Runner>, "requests"_a, nb::kw_only(), "raise_on_error"_a = true, WithoutGil())
-      .def_prop_ro("num_free_slots", &Runner::num_free_slots, WithoutGil())
-      .def_prop_ro("num_free_kv_blocks", &Runner::num_free_kv_blocks, WithoutGil())
-      .def_prop_ro("state_bytes", &Runner::state_bytes)
-      .def_prop_ro("kv_bytes", &Runner::kv_bytes);
-
+void bind_stream(nb::module_& m) {
   nb::class_<RequestStream>(m, "RequestStream", "Requests whose events come only here.")
       .def("next", &RequestStream::next, WithoutGil(),
            "Return at least one event; empty once all requests are finished.")
@@ -196,7 +179,7 @@ void bind_engine_class(nb::module_& m) {
       .def("step", &Engine::step, WithoutGil())
       .def("cancel", &Engine::cancel, "request_id"_a, "branch"_a = nb::none(), WithoutGil())
       .def("is_idle", &Engine::is_idle, WithoutGil())
-      .def("generate", &generate<Engine>, "requests"_a, nb::kw_only(), "raise_on_error"_a = true, WithoutGil())
+      .def("generate", &generate, "requests"_a, nb::kw_only(), "raise_on_error"_a = true, WithoutGil())
       .def(
           "stream", [](Engine& self, const std::vector<Request>& requests) { return self.stream(requests); },
           "requests"_a, nb::keep_alive<0, 1>(), WithoutGil())
@@ -204,20 +187,15 @@ void bind_engine_class(nb::module_& m) {
       .def_prop_ro("load_report", &Engine::load_report, nb::rv_policy::copy)
       .def_prop_ro("vocab_size", [](const Engine& self) { return self.config().vocab_size; })
       .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
-      .def_prop_ro(
-          "num_free_slots", [](const Engine& self) { return self.runner().num_free_slots(); }, WithoutGil())
-      .def_prop_ro(
-          "num_free_kv_blocks", [](const Engine& self) { return self.runner().num_free_kv_blocks(); }, WithoutGil())
-      .def_prop_ro(
-          "num_preemptions", [](const Engine& self) { return self.runner().num_preemptions(); }, WithoutGil())
-      .def_prop_ro(
-          "device_error", [](const Engine& self) { return self.runner().device_error(); }, WithoutGil())
-      .def_prop_ro("max_context", [](const Engine& self) { return self.runner().max_context(); })
-      .def_prop_ro(
-          "last_step", [](const Engine& self) { return self.runner().last_step(); }, WithoutGil())
+      .def_prop_ro("num_free_slots", &Engine::num_free_slots, WithoutGil())
+      .def_prop_ro("num_free_kv_blocks", &Engine::num_free_kv_blocks, WithoutGil())
+      .def_prop_ro("num_preemptions", &Engine::num_preemptions, WithoutGil())
+      .def_prop_ro("device_error", &Engine::device_error, WithoutGil())
+      .def_prop_ro("max_context", &Engine::max_context)
+      .def_prop_ro("last_step", &Engine::last_step, WithoutGil())
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
-      .def_prop_ro("state_bytes", [](const Engine& self) { return self.runner().state_bytes(); })
-      .def_prop_ro("kv_bytes", [](const Engine& self) { return self.runner().kv_bytes(); });
+      .def_prop_ro("state_bytes", &Engine::state_bytes)
+      .def_prop_ro("kv_bytes", &Engine::kv_bytes);
 }
 
 }  // namespace
@@ -226,7 +204,7 @@ void bind_engine(nb::module_& m) {
   bind_options(m);
   bind_reports(m);
   bind_decoder(m);
-  bind_runner(m);
+  bind_stream(m);
   bind_engine_class(m);
 }
 

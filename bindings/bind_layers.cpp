@@ -52,7 +52,7 @@ void bind_segments(nb::module_& m) {
                             .conv_slots = {.read = conv_indices, .write = conv_write_indices},
                             .has_initial_state = has_initial_state,
                             .num_accepted = num_accepted,
-                            .may_have_padding = may_have_padding};
+                            .host = {.may_have_padding = may_have_padding}};
             if (chunk) {
               segment.chunk_indices = chunk->chunk_indices_chunk64;
               segment.chunk_offsets = chunk->chunk_offsets_chunk64;
@@ -69,7 +69,7 @@ void bind_segments(nb::module_& m) {
       .def_ro("kind", &Segment::kind)
       .def_ro("token_begin", &Segment::token_begin)
       .def_ro("num_tokens", &Segment::num_tokens)
-      .def_ro("max_len", &Segment::max_len)
+      .def_prop_ro("max_len", [](const Segment& self) { return self.host.max_len; })
       .def_ro("cu_seqlens", &Segment::cu_seqlens)
       .def_prop_ro("state_indices", [](const Segment& self) { return self.state_slots.read; })
       .def_prop_ro("write_indices", [](const Segment& self) { return self.state_slots.write; })

@@ -76,11 +76,11 @@ void bind_batch(nb::module_& m) {
 
   nb::class_<AttentionBatch>(m, "AttentionBatch", "One step, as a full-attention layer sees it.")
       .def_ro("positions", &AttentionBatch::positions)
-      .def_ro("kv_rows", &AttentionBatch::kv_rows)
-      .def_ro("block_ids", &AttentionBatch::block_ids)
-      .def_prop_ro("context_rows", [](const AttentionBatch& self) {
-        return self.context_rows.defined() ? std::optional(self.context_rows) : std::nullopt;
-      });
+      .def_ro("slot_mapping", &AttentionBatch::slot_mapping)
+      .def_ro("block_table", &AttentionBatch::block_table)
+      .def_ro("context_lens", &AttentionBatch::context_lens)
+      .def_ro("cu_seqlens", &AttentionBatch::cu_seqlens)
+      .def_ro("context_rows", &AttentionBatch::context_rows);
 
   nb::class_<StepInput>(m, "StepInput", "One step of a model.")
       .def_ro("token_ids", &StepInput::token_ids)
@@ -96,17 +96,25 @@ void bind_batch(nb::module_& m) {
       .def(
           "__init__",
           [](BatchBuilder* self, int64_t num_slots, int64_t num_kv_blocks, int64_t kv_block_size, int64_t vocab_size,
-             bool has_attention, const DeviceArgument& device) {
+             bool has_attention, int64_t max_tokens, std::vector<int64_t> decode_buckets,
+             const DeviceArgument& device) {
             new (self) BatchBuilder({.num_slots = num_slots,
                                      .num_kv_blocks = num_kv_blocks,
                                      .kv_block_size = kv_block_size,
                                      .vocab_size = vocab_size,
-                                     .has_attention = has_attention},
+                                     .has_attention = has_attention,
+                                     .max_tokens = max_tokens,
+                                     .decode_buckets = std::move(decode_buckets)},
                                     device.resolve("BatchBuilder"));
           },
           nb::kw_only(), "num_slots"_a, "num_kv_blocks"_a = 0, "kv_block_size"_a = 16, "vocab_size"_a,
-          "has_attention"_a = false, "device"_a = "cpu")
-      .def("build", &BatchBuilder::build, "sequences"_a);
+          "has_attention"_a = false, "max_tokens"_a = BatchLimits().max_tokens,
+          "decode_buckets"_a = BatchLimits().decode_buckets, "device"_a = "cpu",
+          "max_tokens: of a step; one that has more moves the buffers. decode_buckets: ascending sizes, to the next of "
+          "which the decodes of a step are "
+          "padded.")
+      .def("build", &BatchBuilder::build, "sequences"_a,
+           "The tensors are views of the builder's buffers: they hold until the next build.");
 }
 
 void bind_sampling(nb::module_& m) {

@@ -52,6 +52,9 @@ class Backend : public BackendOps<AllOps> {
   // Why it can serve nothing at all in this process; nullopt: it can.
   virtual std::optional<std::string> why_unavailable() const { return {}; }
 
+  // Whether its paged_attention gathers all contexts at once, by PagedAttentionParams::context_rows.
+  virtual bool reads_context_rows() const { return false; }
+
   // Why not on this device; every backend's first answer.
   virtual std::optional<std::string> why_not_device(c10::Device device) const = 0;
 };

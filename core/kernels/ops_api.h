@@ -10,6 +10,7 @@
 #include "core/kernels/allocation.h"
 #include "core/kernels/backend_choice.h"
 #include "core/kernels/chunk_metadata.h"
+#include "core/kernels/device.h"
 #include "core/kernels/ops/attention.h"
 #include "core/kernels/ops/causal_conv1d.h"
 #include "core/kernels/ops/contract.h"

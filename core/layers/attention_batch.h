@@ -4,23 +4,21 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
-#include <vector>
+#include <optional>
 
 #include "core/kernels/ops_api.h"
 
 namespace xgdn {
 
-using kernel::AttentionSequence;
-
 /// Index tensors are int32 on the layer's device.
 struct AttentionBatch {
-  at::Tensor positions;     // [T]  place of each token in its sequence
-  at::Tensor kv_rows;       // [T]  block * block_size + offset: where each token's key and value go
-  at::Tensor block_ids;     // [M]  the sequences' blocks, one after another
-  at::Tensor context_rows;  // [C]  rows of the sequences' contexts, one after another; undefined on the CPU, which
-                            //      reads whole blocks
-  std::vector<AttentionSequence> sequences;
+  at::Tensor positions;                    // [T]     place of each token in its sequence
+  at::Tensor slot_mapping;                 // [T]     block * block_size + offset: where its key and value go; kPadSlot
+  at::Tensor block_table;                  // [N, M]  strided: the sequences' blocks
+  at::Tensor context_lens;                 // [N]     tokens in the cache, those of the step included; 0: padding
+  at::Tensor cu_seqlens;                   // [N+1]
+  std::optional<at::Tensor> context_rows;  // [C]     where kernel::reads_context_rows
+  kernel::HostFacts host;                  // the lengths, on the host
 };
 
 /// Keys and values of one layer: [num_blocks, block_size, Hkv, D] each.

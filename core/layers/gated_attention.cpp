@@ -39,7 +39,7 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
                                    KvPool& kv) const {
   kernel::check_storage("GatedAttention", "kv.k", kv.k);
   kernel::check_storage("GatedAttention", "kv.v", kv.v);
-  kernel::check_storage("GatedAttention", "kv_rows", batch.kv_rows);
+  kernel::check_storage("GatedAttention", "slot_mapping", batch.slot_mapping);
   const int64_t dim = config_.head_dim;
   const at::Tensor query_gate =
       project(hidden, q_.weight, backend_, q_.bias).unflatten(1, {config_.num_heads, 2 * dim});
@@ -50,20 +50,21 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
   const at::Tensor q = apply_rotary(rms_norm_zero_centred(query, q_norm_, config_.rms_norm_eps, backend_), rotary);
   const at::Tensor k = apply_rotary(rms_norm_zero_centred(key, k_norm_, config_.rms_norm_eps, backend_), rotary);
 
-  const at::Tensor rows = batch.kv_rows.to(at::kLong);
+  const at::Tensor rows = batch.slot_mapping.to(at::kLong);
   kv.k.flatten(0, 1).index_copy_(0, rows, k);
   kv.v.flatten(0, 1).index_copy_(0, rows, v);
 
   at::Tensor o = at::empty({hidden.size(0), config_.num_heads, dim}, hidden.options());
-  kernel::paged_attention(
-      {.q = q,
-       .k = kv.k,
-       .v = kv.v,
-       .block_ids = batch.block_ids,
-       .sequences = batch.sequences,
-       .out = o,
-       .context_rows = batch.context_rows.defined() ? std::optional(batch.context_rows) : std::nullopt,
-       .backend = backend_});
+  kernel::paged_attention({.q = q,
+                           .k = kv.k,
+                           .v = kv.v,
+                           .block_table = batch.block_table,
+                           .context_lens = batch.context_lens,
+                           .cu_seqlens = batch.cu_seqlens,
+                           .out = o,
+                           .context_rows = batch.context_rows,
+                           .host = batch.host,
+                           .backend = backend_});
   return project((o * at::sigmoid(gate)).flatten(1), o_.weight, backend_, o_.bias);
 }
 

@@ -20,15 +20,15 @@ void set_lengths(Segment& segment, const at::Tensor& cu_seqlens_cpu) {
 
   const int32_t* cu = t.const_data_ptr<int32_t>();
   if (cu[0] != 0) throw RangeError(c10::str(kExpected, "to start at 0", got(cu[0])));
-  segment.max_len = 1;
+  segment.host.max_len = 1;
   for (int64_t n = 0; n + 1 < t.numel(); ++n) {
     if (cu[n + 1] < cu[n]) {
       throw RangeError(c10::str(kExpected, "values that never fall (", cu[n], " before)", got(cu[n + 1])));
     }
-    segment.max_len = std::max<int64_t>(segment.max_len, cu[n + 1] - cu[n]);
+    segment.host.max_len = std::max<int64_t>(segment.host.max_len, cu[n + 1] - cu[n]);
   }
   segment.num_tokens = cu[t.numel() - 1];
-  segment.cu_seqlens_cpu = t;
+  segment.host.cu_seqlens = t;
   segment.cu_seqlens = t.to(segment.state_slots.read.device());
 }
 

@@ -21,7 +21,6 @@ struct Segment {
   SegmentKind kind = SegmentKind::kDecode;
   int64_t token_begin = 0;
   int64_t num_tokens = 0;
-  int64_t max_len = 1;                          // tokens of the longest sequence
   at::Tensor cu_seqlens;                        // [N+1]
   kernel::SlotIndices state_slots;              // of the delta pool; kVerify: read is [N, L], without write
   kernel::SlotIndices conv_slots;               // of the conv pool; kVerify: one per sequence, without write
@@ -29,11 +28,10 @@ struct Segment {
   std::optional<at::Tensor> num_accepted;       // [N]   kVerify
   std::optional<at::Tensor> chunk_indices;      // [M, 2] kPrefill; chunk_indices_chunk64 of kernel::ChunkMetadata
   std::optional<at::Tensor> chunk_offsets;      // [N+1] kPrefill; chunk_offsets_chunk64
-  std::optional<at::Tensor> cu_seqlens_cpu;     // [N+1] cu_seqlens on the host
-  bool may_have_padding = true;                 // false: no sequence has kPadSlot
+  kernel::HostFacts host;                       // without context_lens
 };
 
-/// Fills in what follows from cu_seqlens_cpu: num_tokens, max_len, and cu_seqlens beside state_slots. Throws
+/// Fills in what follows from cu_seqlens_cpu: num_tokens, host, and cu_seqlens beside state_slots. Throws
 /// ShapeError, DtypeError, DeviceError or RangeError unless it is [N+1] int32 on the host that starts at 0 and never
 /// falls.
 void set_lengths(Segment& segment, const at::Tensor& cu_seqlens_cpu);

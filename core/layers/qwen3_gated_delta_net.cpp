@@ -226,7 +226,7 @@ void Qwen3GatedDeltaNet::decode(const Segment& segment, const at::Tensor& projec
                            .write_indices = segment.state_slots.write,
                            .conv_slots = segment.conv_slots,
                            .cu_seqlens = segment.cu_seqlens,
-                           .may_have_padding = segment.may_have_padding,
+                           .host = segment.host,
                            .norm_eps = local_.rms_norm_eps,
                            .backend = backends_.decode});
 }
@@ -260,11 +260,10 @@ at::Tensor Qwen3GatedDeltaNet::convolve(const Segment& segment, const at::Tensor
                                   .cu_seqlens = segment.cu_seqlens,
                                   .state_indices = segment.conv_slots.read,
                                   .out = mixed_qkv,
-                                  .max_len = segment.max_len,
+                                  .host = segment.host,
                                   .bias = conv_bias_,
                                   .write_indices = segment.conv_slots.write,
                                   .num_accepted = segment.num_accepted,
-                                  .may_have_padding = segment.may_have_padding,
                                   .backend = backends_.decode});
   }
   return mixed_qkv;
@@ -300,8 +299,7 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                     .out = o,
                                     .has_initial_state = segment.has_initial_state,
                                     .write_indices = segment.state_slots.write,
-                                    .cu_seqlens_cpu = segment.cu_seqlens_cpu,
-                                    .may_have_padding = segment.may_have_padding,
+                                    .host = segment.host,
                                     .accuracy = backends_.prefill_accuracy,
                                     .backend = backends_.prefill});
   } else {
@@ -315,8 +313,7 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                         .state_indices = segment.state_slots.read,
                                         .out = o,
                                         .num_accepted = segment.num_accepted,
-                                        .cu_seqlens_cpu = segment.cu_seqlens_cpu,
-                                        .may_have_padding = segment.may_have_padding,
+                                        .host = segment.host,
                                         .backend = backends_.decode});
   }
 }

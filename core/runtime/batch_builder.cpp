@@ -1,61 +1,79 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/batch_builder.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
 #include <array>
-#include <cstring>
-#include <functional>
 
 namespace xgdn {
 namespace {
 
-// Rows of int32 that will be views of one tensor. Views are handed out by bind() once the arena has been copied.
-class Arena {
- public:
-  // Remembers `values` for `*target`, shaped [rows.., columns] where columns > 0.
-  void put(at::Tensor* target, const std::vector<int32_t>& values, int64_t columns = 0) {
-    entries_.push_back({target, begin(), static_cast<int64_t>(values.size()), columns, false});
-    values_.insert(values_.end(), values.begin(), values.end());
-  }
-
-  void put_flags(at::Tensor* target, const std::vector<uint8_t>& flags) {
-    entries_.push_back({target, begin(), static_cast<int64_t>(flags.size()), 0, true});
-    std::vector<int32_t> words((flags.size() + sizeof(int32_t) - 1) / sizeof(int32_t), 0);
-    if (!flags.empty()) std::memcpy(words.data(), flags.data(), flags.size());
-    values_.insert(values_.end(), words.begin(), words.end());
-  }
-
-  // One host-to-device copy, then views.
-  void bind(c10::Device device) const {
-    const at::Tensor host = at::empty({begin()}, at::TensorOptions().dtype(at::kInt).pinned_memory(!device.is_cpu()));
-    std::copy(values_.begin(), values_.end(), host.mutable_data_ptr<int32_t>());
-    const at::Tensor arena = device.is_cpu() ? host : host.to(device, /*non_blocking=*/true);
-    for (const Entry& e : entries_) {
-      if (e.is_flags) {
-        const int64_t words =
-            (e.count + static_cast<int64_t>(sizeof(int32_t)) - 1) / static_cast<int64_t>(sizeof(int32_t));
-        *e.target = arena.narrow(0, e.begin, words).view(at::kBool).narrow(0, 0, e.count);
-      } else {
-        *e.target = arena.narrow(0, e.begin, e.count);
-        if (e.columns > 0) *e.target = e.target->view({e.count / e.columns, e.columns});
-      }
-    }
-  }
-
- private:
-  struct Entry {
-    at::Tensor* target;
-    int64_t begin, count, columns;
-    bool is_flags;
-  };
-  int64_t begin() const { return static_cast<int64_t>(values_.size()); }
-
-  std::vector<int32_t> values_;
-  std::vector<Entry> entries_;
+// Every index tensor has a region of the buffers; those of a segment's have one for each kind.
+enum Region : size_t {
+  kTokenIds,
+  kPositions,
+  kLogitRows,
+  kSlotMapping,
+  kCuSeqlens,
+  kContextLens,
+  kSegments,
 };
+enum Field : size_t {
+  kSegmentCuSeqlens,
+  kStateRead,
+  kStateWrite,
+  kConvRead,
+  kConvWrite,
+  kNumAccepted,
+  kHasInitialState,
+  kChunkIndices,
+  kChunkOffsets,
+  kNumFields,
+};
+constexpr std::array<SegmentKind, 3> kKinds{SegmentKind::kDecode, SegmentKind::kVerify, SegmentKind::kPrefill};
+constexpr size_t kContextRows = kSegments + kKinds.size() * kNumFields;
+constexpr size_t kBlockTable = kContextRows + 1;  // the last: of a large table only the rows that are used are copied
+constexpr size_t kNumRegions = kBlockTable + 1;
+
+size_t region(SegmentKind kind, Field field) {
+  return kSegments + static_cast<size_t>(kind) * kNumFields + field;
+}
+
+int64_t blocks_for(const BatchLimits& limits, int64_t num_tokens) {
+  return (num_tokens + limits.kv_block_size - 1) / limits.kv_block_size;
+}
+
+int64_t max_context(const BatchLimits& limits) {
+  return limits.max_context.value_or(limits.num_kv_blocks * limits.kv_block_size);
+}
+
+// Columns of the block table, at least one.
+int64_t num_columns(const BatchLimits& limits) {
+  return std::max<int64_t>(blocks_for(limits, max_context(limits)), 1);
+}
+
+// Numbers of the largest step. A verification's table may have any number of columns, and contexts may share their
+// rows: those regions grow when they have to.
+std::vector<int64_t> rooms(const BatchLimits& limits) {
+  const int64_t num_padded = limits.decode_buckets.empty() ? 0 : limits.decode_buckets.back();
+  const int64_t sequences = limits.num_slots + num_padded;
+  const int64_t tokens = limits.max_tokens + num_padded;
+  std::vector<int64_t> rooms(kNumRegions, 0);
+  for (const size_t of_tokens : {kTokenIds, kPositions, kLogitRows, kSlotMapping}) rooms[of_tokens] = tokens;
+  rooms[kCuSeqlens] = sequences + 1;
+  rooms[kContextLens] = sequences;
+  for (const SegmentKind kind : kKinds) {
+    rooms[region(kind, kSegmentCuSeqlens)] = sequences + 1;
+    for (const Field slots : {kStateRead, kStateWrite, kConvRead, kConvWrite}) rooms[region(kind, slots)] = sequences;
+  }
+  rooms[region(SegmentKind::kVerify, kNumAccepted)] = limits.num_slots;
+  rooms[region(SegmentKind::kPrefill, kHasInitialState)] = limits.num_slots;
+  rooms[region(SegmentKind::kPrefill, kChunkIndices)] = 2 * (tokens / kernel::kChunkSize + limits.num_slots);
+  rooms[region(SegmentKind::kPrefill, kChunkOffsets)] = limits.num_slots + 1;
+  rooms[kBlockTable] = limits.has_attention ? sequences * num_columns(limits) : 0;
+  return rooms;
+}
 
 class Checker {
  public:
@@ -87,8 +105,11 @@ class Checker {
     if (s.num_cached > most) fail_request("num_cached", c10::str("at most ", most), s.num_cached);
     const int64_t context = s.num_cached + static_cast<int64_t>(s.tokens.size());
     const int64_t room = static_cast<int64_t>(s.kv_blocks.size()) * limits_.kv_block_size;
-    if (limits_.has_attention && room < context)
-      fail_request("kv_blocks", c10::str("room for ", context, " tokens"), room);
+    if (!limits_.has_attention) return;
+    if (context > max_context(limits_)) {
+      fail_request("num_cached", c10::str("a context of at most ", max_context(limits_), " tokens"), context);
+    }
+    if (room < context) fail_request("kv_blocks", c10::str("room for ", context, " tokens"), room);
   }
 
   void check_slots(const SequenceStep& s) {
@@ -149,18 +170,74 @@ class Checker {
   int64_t index_ = 0;
 };
 
-// One segment's index rows, as they are collected.
+// A row of a decode that is there for the number of rows alone.
+const SequenceStep kPadding{.tokens = {0}, .state_slots = {kernel::kPadSlot}, .wants_logits = false};
+
+// No other row has that slot: Checker.
+bool is_padding(const SequenceStep& s) {
+  return s.state_slots.front() == kernel::kPadSlot;
+}
+
+// The rows that all sequences of a step have, as they are collected.
+struct StepRows {
+  std::vector<int32_t> tokens, positions, logit_rows, slot_mapping, context_lens, context_rows;
+  std::vector<int32_t> cu_seqlens{0};
+  std::vector<std::vector<int32_t>> block_table;
+
+  int64_t num_tokens() const { return std::ssize(tokens); }
+};
+
+// One segment's.
 struct SegmentRows {
   std::vector<int32_t> cu_seqlens{0};
   std::vector<int32_t> state_slots, write_slots, conv_slots, conv_write_slots, num_accepted;
   std::vector<uint8_t> has_initial_state;
   std::vector<int64_t> lengths;
+  bool has_padding = false;
 };
+
+// The cache rows of the tokens from `first` on up to `end`.
+void append_cache_rows(const BatchLimits& limits, const SequenceStep& s, int64_t first, int64_t end,
+                       std::vector<int32_t>& rows) {
+  for (int64_t position = first; position < end; ++position) {
+    const int64_t block = s.kv_blocks[static_cast<size_t>(position / limits.kv_block_size)];
+    rows.push_back(static_cast<int32_t>(block * limits.kv_block_size + position % limits.kv_block_size));
+  }
+}
+
+void append_attention(StepRows& rows, const SequenceStep& s, const BatchLimits& limits, bool wants_context_rows) {
+  const auto count = std::ssize(s.tokens);
+  const int64_t context = s.num_cached + count;
+  rows.cu_seqlens.push_back(static_cast<int32_t>(rows.cu_seqlens.back() + count));
+  if (is_padding(s)) {
+    rows.slot_mapping.push_back(kernel::kPadSlot);
+    rows.context_lens.push_back(0);
+    rows.block_table.emplace_back();
+    return;
+  }
+  append_cache_rows(limits, s, s.num_cached, context, rows.slot_mapping);
+  if (wants_context_rows) append_cache_rows(limits, s, 0, context, rows.context_rows);
+  rows.context_lens.push_back(static_cast<int32_t>(context));
+  rows.block_table.emplace_back(s.kv_blocks.begin(), s.kv_blocks.begin() + blocks_for(limits, context));
+}
+
+// Returns the first row of the logits, or -1.
+int64_t append_tokens(StepRows& rows, const SequenceStep& s) {
+  const int64_t begin = rows.num_tokens();
+  const auto count = std::ssize(s.tokens);
+  rows.tokens.insert(rows.tokens.end(), s.tokens.begin(), s.tokens.end());
+  for (int64_t t = 0; t < count; ++t) rows.positions.push_back(static_cast<int32_t>(s.num_cached + t));
+  if (!s.wants_logits) return -1;
+  const auto logit_row = std::ssize(rows.logit_rows);
+  const int64_t first = s.kind == SegmentKind::kVerify ? begin : begin + count - 1;
+  for (int64_t row = first; row < begin + count; ++row) rows.logit_rows.push_back(static_cast<int32_t>(row));
+  return logit_row;
+}
 
 SegmentRows collect(const std::vector<const SequenceStep*>& sequences, int64_t columns) {
   SegmentRows rows;
   for (const SequenceStep* s : sequences) {
-    rows.lengths.push_back(static_cast<int64_t>(s->tokens.size()));
+    rows.lengths.push_back(std::ssize(s->tokens));
     rows.cu_seqlens.push_back(rows.cu_seqlens.back() + static_cast<int32_t>(s->tokens.size()));
     rows.state_slots.insert(rows.state_slots.end(), s->state_slots.begin(), s->state_slots.end());
     rows.state_slots.resize(rows.lengths.size() * static_cast<size_t>(columns), kernel::kPadSlot);
@@ -169,98 +246,128 @@ SegmentRows collect(const std::vector<const SequenceStep*>& sequences, int64_t c
     rows.conv_write_slots.push_back(s->conv_write_slot);
     rows.num_accepted.push_back(s->num_accepted);
     rows.has_initial_state.push_back(s->has_initial_state);
+    rows.has_padding |= is_padding(*s);
   }
   return rows;
 }
 
-void put_segment(Arena& arena, Segment& segment, const SegmentRows& rows, int64_t columns) {
+void put_segment(StepBuffers& buffers, Segment& segment, const SegmentRows& rows, int64_t columns) {
   const bool is_verify = segment.kind == SegmentKind::kVerify;
-  arena.put(&segment.cu_seqlens, rows.cu_seqlens);
-  arena.put(&segment.state_slots.read, rows.state_slots, is_verify ? columns : 0);
-  arena.put(&segment.conv_slots.read, rows.conv_slots);
-  segment.may_have_padding = false;  // every slot has been checked
-  segment.cu_seqlens_cpu = at::empty({static_cast<int64_t>(rows.cu_seqlens.size())}, at::kInt);
-  std::copy(rows.cu_seqlens.begin(), rows.cu_seqlens.end(), segment.cu_seqlens_cpu->mutable_data_ptr<int32_t>());
+  const auto put = [&](Field field, const std::vector<int32_t>& values, at::Tensor* target, int64_t width = 0) {
+    buffers.put(region(segment.kind, field), values, target, width);
+  };
+  segment.num_tokens = rows.cu_seqlens.back();
+  segment.host = {.max_len = *std::ranges::max_element(rows.lengths), .may_have_padding = rows.has_padding};
+  buffers.put(region(segment.kind, kSegmentCuSeqlens), rows.cu_seqlens, &segment.cu_seqlens, /*columns=*/0,
+              &segment.host.cu_seqlens.emplace());
+  put(kStateRead, rows.state_slots, &segment.state_slots.read, is_verify ? columns : 0);
+  put(kConvRead, rows.conv_slots, &segment.conv_slots.read);
   if (is_verify) {
-    arena.put(&segment.num_accepted.emplace(), rows.num_accepted);
+    put(kNumAccepted, rows.num_accepted, &segment.num_accepted.emplace());
   } else {
-    if (rows.write_slots != rows.state_slots) arena.put(&segment.state_slots.write.emplace(), rows.write_slots);
-    if (rows.conv_write_slots != rows.conv_slots) arena.put(&segment.conv_slots.write.emplace(), rows.conv_write_slots);
+    if (rows.write_slots != rows.state_slots) put(kStateWrite, rows.write_slots, &segment.state_slots.write.emplace());
+    if (rows.conv_write_slots != rows.conv_slots) {
+      put(kConvWrite, rows.conv_write_slots, &segment.conv_slots.write.emplace());
+    }
   }
   if (segment.kind != SegmentKind::kPrefill) return;
-  arena.put_flags(&segment.has_initial_state.emplace(), rows.has_initial_state);
+  buffers.put_flags(region(segment.kind, kHasInitialState), rows.has_initial_state,
+                    &segment.has_initial_state.emplace());
   const kernel::ChunkTables chunk = kernel::build_chunk_tables(rows.lengths);
-  arena.put(&segment.chunk_indices.emplace(), chunk.indices, 2);
-  arena.put(&segment.chunk_offsets.emplace(), chunk.offsets);
+  put(kChunkIndices, chunk.indices, &segment.chunk_indices.emplace(), 2);
+  put(kChunkOffsets, chunk.offsets, &segment.chunk_offsets.emplace());
+}
+
+void put_attention(StepBuffers& buffers, AttentionBatch& attention, const StepRows& rows, const BatchLimits& limits,
+                   bool has_padding, bool has_context_rows) {
+  attention.host = {.may_have_padding = has_padding};
+  buffers.put(kSlotMapping, rows.slot_mapping, &attention.slot_mapping);
+  buffers.put(kCuSeqlens, rows.cu_seqlens, &attention.cu_seqlens, /*columns=*/0, &attention.host.cu_seqlens.emplace());
+  buffers.put(kContextLens, rows.context_lens, &attention.context_lens, /*columns=*/0,
+              &attention.host.context_lens.emplace());
+  if (has_context_rows) buffers.put(kContextRows, rows.context_rows, &attention.context_rows.emplace());
+  buffers.put_table(kBlockTable, rows.block_table, &attention.block_table, num_columns(limits));
+}
+
+const BatchLimits& checked(const BatchLimits& limits) {
+  limits.check();
+  return limits;
 }
 
 }  // namespace
 
-BatchBuilder::BatchBuilder(const BatchLimits& limits, c10::Device device) : limits_(limits), device_(device) {
-  if (limits.kv_block_size < 1 || limits.num_kv_blocks > kernel::kMaxIndex / limits.kv_block_size) {
+void BatchLimits::check() const {
+  if (kv_block_size < 1 || num_kv_blocks > kernel::kMaxIndex / kv_block_size) {
     throw RequestError(c10::str("[BatchBuilder] num_kv_blocks and kv_block_size: expected at most ", kernel::kMaxIndex,
-                                " rows, got ", limits.num_kv_blocks, " blocks of ", limits.kv_block_size));
+                                " rows, got ", num_kv_blocks, " blocks of ", kv_block_size));
+  }
+  int64_t last = 0;
+  for (const int64_t bucket : decode_buckets) {
+    if (bucket <= last || bucket > kernel::kMaxIndex) {
+      throw RequestError(
+          c10::str("[BatchBuilder] decode_buckets: expected sizes that ascend from 1, got ", bucket, " behind ", last));
+    }
+    last = bucket;
   }
 }
 
-BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) const {
+BatchBuilder::BatchBuilder(const BatchLimits& limits, c10::Device device)
+    : limits_(checked(limits)),
+      wants_context_rows_(limits.has_attention && kernel::reads_context_rows(device)),
+      buffers_(rooms(limits), device) {}
+
+int64_t BatchBuilder::buffer_bytes(const BatchLimits& limits) {
+  return StepBuffers::bytes(rooms(limits));
+}
+
+BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) {
   Checker(limits_).check(sequences);
 
   BuiltStep step;
   step.logit_rows.assign(sequences.size(), -1);
-  step.input.gdn.segments.reserve(3);  // the arena keeps pointers into the segments
-  AttentionBatch& attention = step.input.attention;
-  std::vector<int32_t> tokens, positions, kv_rows, block_ids, context_rows, logit_rows;
-  Arena arena;
-
-  for (SegmentKind kind : {SegmentKind::kDecode, SegmentKind::kVerify, SegmentKind::kPrefill}) {
+  step.input.gdn.segments.reserve(kKinds.size());  // the buffers keep pointers into the segments
+  StepRows rows;
+  bool has_padding = false;
+  buffers_.begin();
+  for (const SegmentKind kind : kKinds) {
     std::vector<const SequenceStep*> members;
     int64_t columns = 1;
-    Segment segment{.kind = kind, .token_begin = static_cast<int64_t>(tokens.size())};
+    const int64_t token_begin = rows.num_tokens();
     for (size_t i = 0; i < sequences.size(); ++i) {
       const SequenceStep& s = sequences[i];
       if (s.kind != kind) continue;
       members.push_back(&s);
-      const auto count = static_cast<int64_t>(s.tokens.size());
-      const auto begin = static_cast<int64_t>(tokens.size());
-      segment.max_len = std::max(segment.max_len, count);
-      columns = std::max(columns, static_cast<int64_t>(s.state_slots.size()));
-      attention.sequences.push_back({.token_begin = begin,
-                                     .num_tokens = count,
-                                     .context_len = s.num_cached + count,
-                                     .block_begin = static_cast<int64_t>(block_ids.size()),
-                                     .num_blocks = static_cast<int64_t>(s.kv_blocks.size())});
-      block_ids.insert(block_ids.end(), s.kv_blocks.begin(), s.kv_blocks.end());
-      const auto append_rows = [&](std::vector<int32_t>& rows, int64_t first) {
-        for (int64_t position = first; position < s.num_cached + count; ++position) {
-          const int64_t block = s.kv_blocks[position / limits_.kv_block_size];
-          rows.push_back(static_cast<int32_t>(block * limits_.kv_block_size + position % limits_.kv_block_size));
-        }
-      };
-      tokens.insert(tokens.end(), s.tokens.begin(), s.tokens.end());
-      for (int64_t t = 0; t < count; ++t) positions.push_back(static_cast<int32_t>(s.num_cached + t));
-      if (limits_.has_attention) append_rows(kv_rows, s.num_cached);
-      if (limits_.has_attention && !device_.is_cpu()) append_rows(context_rows, 0);
-      if (s.wants_logits) {
-        step.logit_rows[i] = static_cast<int64_t>(logit_rows.size());
-        const int64_t first = kind == SegmentKind::kVerify ? begin : begin + count - 1;
-        for (int64_t row = first; row < begin + count; ++row) logit_rows.push_back(static_cast<int32_t>(row));
-      }
+      columns = std::max(columns, std::ssize(s.state_slots));
+      step.logit_rows[i] = append_tokens(rows, s);
     }
     if (members.empty()) continue;
-    segment.num_tokens = static_cast<int64_t>(tokens.size()) - segment.token_begin;
-    step.input.gdn.segments.push_back(segment);
-    put_segment(arena, step.input.gdn.segments.back(), collect(members, columns), columns);
+    if (kind == SegmentKind::kDecode) {
+      for (int64_t n = num_padding(std::ssize(members)); n-- > 0;) {
+        members.push_back(&kPadding);
+        append_tokens(rows, kPadding);
+      }
+    }
+    if (limits_.has_attention) {
+      for (const SequenceStep* s : members) append_attention(rows, *s, limits_, wants_context_rows_);
+    }
+    Segment& segment = step.input.gdn.segments.emplace_back(Segment{.kind = kind, .token_begin = token_begin});
+    put_segment(buffers_, segment, collect(members, columns), columns);
+    has_padding |= segment.host.may_have_padding;
   }
-  step.input.gdn.num_tokens = static_cast<int64_t>(tokens.size());
-  arena.put(&step.input.token_ids, tokens);
-  arena.put(&step.input.logit_rows, logit_rows);
-  arena.put(&attention.positions, positions);
-  arena.put(&attention.kv_rows, kv_rows);
-  arena.put(&attention.block_ids, block_ids);
-  if (!device_.is_cpu()) arena.put(&attention.context_rows, context_rows);
-  arena.bind(device_);
+  step.input.gdn.num_tokens = rows.num_tokens();
+  buffers_.put(kTokenIds, rows.tokens, &step.input.token_ids);
+  buffers_.put(kLogitRows, rows.logit_rows, &step.input.logit_rows);
+  buffers_.put(kPositions, rows.positions, &step.input.attention.positions);
+  if (limits_.has_attention) {
+    put_attention(buffers_, step.input.attention, rows, limits_, has_padding, wants_context_rows_);
+  }
+  buffers_.bind();
   return step;
+}
+
+int64_t BatchBuilder::num_padding(int64_t num_decodes) const {
+  const auto bucket = std::ranges::lower_bound(limits_.decode_buckets, num_decodes);
+  return bucket == limits_.decode_buckets.end() ? 0 : *bucket - num_decodes;
 }
 
 }  // namespace xgdn

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Turns what each sequence does in a step into the tensors of the step: all metadata is made here, once, on the host,
-// in one arena that is copied to the device once.
+// and copied to the device once.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "core/models/hybrid_decoder.h"
+#include "core/runtime/step_buffers.h"
 
 namespace xgdn {
 
@@ -25,13 +27,22 @@ struct SequenceStep {
   bool wants_logits = true;          // of the last token; kVerify: of every token
 };
 
-/// Sizes that every index is checked against.
+/// Sizes that every index is checked against, and those of the largest step.
 struct BatchLimits {
   int64_t num_slots = 0;
   int64_t num_kv_blocks = 0;
   int64_t kv_block_size = 16;
   int64_t vocab_size = 0;
   bool has_attention = true;
+  int64_t max_tokens = 2048;                // of a step; one that has more moves the buffers
+  std::optional<int64_t> max_context = {};  // tokens of a sequence; default what all blocks hold
+
+  /// Sizes, ascending, to the next of which the decodes of a step are padded: rows without a sequence (kPadSlot), so
+  /// that a device sees few different shapes. More decodes than the last size are not padded.
+  std::vector<int64_t> decode_buckets = {};
+
+  /// Throws RequestError for more cache rows than an index can name, and for sizes that do not ascend from 1.
+  void check() const;
 };
 
 /// What a step hands to the model, and where the answers will be.
@@ -40,20 +51,28 @@ struct BuiltStep {
   std::vector<int64_t> logit_rows;  // per given sequence: its first row of the logits, -1 without
 };
 
-/// Checks what the sequences do in a step and packs it.
+/// Checks what the sequences do in a step and packs it into buffers that it owns. A decode's tensors lie at the same
+/// addresses in every step, unless a step exceeds what the limits announce.
 class BatchBuilder {
  public:
-  /// Throws RequestError for more cache rows than an index can name.
+  /// Throws as BatchLimits::check.
   BatchBuilder(const BatchLimits& limits, c10::Device device);
 
-  /// Packs decode first, then verification, then prefill, each in the given order. Throws RangeError or RequestError
-  /// naming the sequence and the value: empty or overlong pieces, tokens outside the vocabulary, slots or blocks out of
-  /// range, a slot written twice or read by one sequence and written by another, too few blocks.
-  BuiltStep build(const std::vector<SequenceStep>& sequences) const;
+  /// Packs decode first, then verification, then prefill, each in the given order. The tensors hold until the next
+  /// build. Throws RangeError or RequestError naming the sequence and the value: empty or overlong pieces, tokens
+  /// outside the vocabulary, slots or blocks out of range, a slot written twice or read by one sequence and written by
+  /// another, too few blocks.
+  BuiltStep build(const std::vector<SequenceStep>& sequences);
+
+  /// Bytes of the buffers of a builder with these limits; nothing is checked.
+  static int64_t buffer_bytes(const BatchLimits& limits);
 
  private:
+  int64_t num_padding(int64_t num_decodes) const;
+
   BatchLimits limits_;
-  c10::Device device_;
+  bool wants_context_rows_;
+  StepBuffers buffers_;
 };
 
 }  // namespace xgdn

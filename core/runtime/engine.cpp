@@ -4,87 +4,342 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/util/StringUtil.h>
 
-#include <iostream>
+#include <algorithm>
+#include <utility>
 
-#include "core/checkpoint/model_directory.h"
 #include "core/runtime/sequence_logits.h"
-#include "core/runtime/trial_step.h"
+#include "core/runtime/stopwatch.h"
 
 namespace xgdn {
 namespace {
 
-void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype) {
-  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
-    throw UnsupportedError(
-        c10::str("[Engine] dtype: expected float32, bfloat16 or float16, got ", c10::toString(dtype)));
+RequestEvent event_of(const Sequence& s) {
+  return {.id = s.id,
+          .num_prefilled = std::min(s.num_computed(), s.prompt_size()),
+          .prompt_size = s.prompt_size(),
+          .branch = s.branch};
+}
+
+StepStats count(const std::vector<ScheduledStep>& steps) {
+  StepStats stats;
+  for (const ScheduledStep& step : steps) {
+    if (step.kind == SegmentKind::kPrefill) {
+      stats.num_prefill_tokens += step.num_tokens;
+    } else {
+      ++stats.num_decodes;
+    }
   }
-  if (state_dtype != at::kFloat && state_dtype != at::kBFloat16) {
-    throw UnsupportedError(
-        c10::str("[Engine] state_dtype: expected float32 or bfloat16, got ", c10::toString(state_dtype)));
-  }
+  return stats;
 }
 
-// Checks what needs no file.
-void check_options(const EngineOptions& options) {
-  options.runner.check();
-  kernel::check_backend_name(options.backends.prefill);
-  kernel::check_backend_name(options.backends.decode);
-  kernel::check_accuracy_name(options.backends.prefill_accuracy);
-}
-
-DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& options) {
-  const at::ScalarType dtype = options.dtype.value_or(*config.dtype);
-  check_dtypes(dtype, options.state_dtype);
-  return {.dtype = dtype,
-          .device = options.device,
-          .state_dtype = options.state_dtype,
-          .backends = options.backends,
-          .on_layer_loaded = options.on_layer_loaded};
-}
-
-void check_fits(const Plan& plan, int64_t memory_limit) {
-  if (plan.total_bytes() <= memory_limit) return;
-  throw OutOfMemory(c10::str("[Engine] memory_limit: expected at least ", plan.total_bytes(), " bytes (weights ",
-                             plan.weight_bytes, ", ", plan.num_state_slots, " state slots ", plan.state_bytes(), ", ",
-                             plan.num_kv_blocks, " KV cache blocks ", plan.kv_bytes(), ", largest step ",
-                             plan.workspace_bytes(), "), got ", memory_limit));
+const ServingOptions& checked(const ServingOptions& options) {
+  options.check();
+  return options;
 }
 
 }  // namespace
 
-LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions& options) {
-  const c10::InferenceMode inference;
-  check_options(options);
-  const ModelDirectory opened(dir);
-  const DecoderOptions decoder = decoder_options(opened.config, options);
-  LoadReport report = inspect(opened, decoder);
-  for (const std::string& warning : report.warnings()) std::cerr << "xgdn: " << dir.native() << ": " << warning << '\n';
-  if (options.memory_limit) check_fits(make_plan(opened, decoder, options.runner), *options.memory_limit);
-  try_step(opened.config, decoder);
-  return {std::make_shared<HybridDecoder>(opened.config, opened.checkpoint, decoder), std::move(report)};
-}
+Engine::Engine(std::shared_ptr<const HybridDecoder> model, const ServingOptions& options)
+    : Engine(std::move(model), {}, options) {}
 
-std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
-  const c10::InferenceMode inference;
-  return std::unique_ptr<Engine>(new Engine(load_decoder(dir, options), options.runner));
-}
-
-Plan Engine::plan(const std::filesystem::path& dir, const EngineOptions& options) {
-  const c10::InferenceMode inference;
-  check_options(options);
-  const ModelDirectory opened(dir);
-  const DecoderOptions decoder = decoder_options(opened.config, options);
-  inspect(opened, decoder);
-  return make_plan(opened, decoder, options.runner);
-}
-
-Engine::Engine(LoadedDecoder loaded, const RunnerOptions& options)
-    : model_(std::move(loaded.model)), load_report_(std::move(loaded.report)), runner_(model_, options) {}
+Engine::Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const ServingOptions& options)
+    : model_(std::move(model)),
+      load_report_(std::move(report)),
+      max_context_(xgdn::max_context(*model_, checked(options))),
+      states_(model_->state_specs(), options.max_batch_size, model_->device(), options.poison_freed_slots),
+      kv_(kv_spec(*model_, options.kv_block_size), num_kv_blocks(*model_, options), model_->device()),
+      scheduler_({.max_tokens_per_step = options.max_tokens_per_step}, states_, kv_),
+      runner_(model_, options, states_, kv_) {}
 
 Engine::~Engine() = default;
 
+std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
+  const c10::InferenceMode inference;
+  LoadedDecoder loaded = load_decoder(dir, options);
+  return std::unique_ptr<Engine>(new Engine(std::move(loaded.model), std::move(loaded.report), options.serving));
+}
+
 at::Tensor Engine::prompt_logits(const std::vector<int32_t>& prompt) const {
   return sequence_logits(*model_, prompt);
+}
+
+void Engine::check(const Request& request) const {
+  if (request.prompt.empty()) throw RequestError("[submit] prompt: expected at least one token, got none");
+  const int64_t vocab = model_->config().vocab_size;
+  for (size_t i = 0; i < request.prompt.size(); ++i) {
+    if (request.prompt[i] < 0 || request.prompt[i] >= vocab) {
+      throw RangeError(
+          c10::str("[submit] prompt: expected token ids 0..", vocab - 1, ", got ", request.prompt[i], " at index ", i));
+    }
+  }
+  if (request.max_new_tokens < 1) {
+    throw RequestError(c10::str("[submit] max_new_tokens: expected at least 1, got ", request.max_new_tokens));
+  }
+  request.sampling.check();
+  scheduler_.check_fits(request);
+  const int64_t num_positions = model_->config().max_position_embeddings;
+  const auto prompt = static_cast<int64_t>(request.prompt.size());
+  if (num_positions > 0 && request.max_new_tokens > num_positions - prompt) {  // the sum could overflow
+    throw RequestError(c10::str("[submit] prompt: expected prompt + max_new_tokens to be at most ", num_positions,
+                                ", the model's max_position_embeddings, got ", prompt, " + ", request.max_new_tokens));
+  }
+}
+
+RequestId Engine::submit(Request request) {
+  check(request);
+  std::lock_guard lock(mutex_);
+  return enqueue(std::move(request));
+}
+
+RequestStream Engine::stream(const std::vector<Request>& requests) {
+  for (const Request& request : requests) check(request);
+  RequestStream stream(*this);
+  std::lock_guard lock(mutex_);
+  for (const Request& request : requests) {
+    stream.ids_.push_back(enqueue(request));
+    stream.num_running_ += request.n;
+    mailboxes_[stream.ids_.back()] = stream.mailbox_;
+  }
+  return stream;
+}
+
+RequestId Engine::enqueue(Request request) {
+  const RequestId id = next_id_++;
+  const auto shared = std::make_shared<const Request>(std::move(request));
+  for (int64_t branch = 0; branch < shared->n; ++branch) {
+    submitted_.push_back(std::make_unique<Sequence>(id, shared, branch));
+    alive_[id].insert(branch);
+  }
+  return id;
+}
+
+void Engine::forget(RequestId id, int64_t branch) {
+  const auto branches = alive_.find(id);
+  branches->second.erase(branch);
+  if (branches->second.empty()) alive_.erase(branches);
+}
+
+bool Engine::cancel(RequestId id, std::optional<int64_t> branch) {
+  std::lock_guard lock(mutex_);
+  const auto branches = alive_.find(id);
+  if (branches == alive_.end() || (branch && !branches->second.contains(*branch))) return false;
+  for (int64_t alive : branches->second) {
+    if (!branch || alive == *branch) to_cancel_.insert({id, alive});
+  }
+  return true;
+}
+
+bool Engine::is_idle() const {
+  std::lock_guard lock(mutex_);
+  return alive_.empty();
+}
+
+// Hands new sequences to the scheduler and takes cancelled ones out.
+std::vector<RequestEvent> Engine::take_inbox() {
+  std::lock_guard lock(mutex_);
+  for (auto& sequence : submitted_) scheduler_.add(std::move(sequence));
+  submitted_.clear();
+  std::vector<RequestEvent> events;
+  for (const auto& [id, branch] : to_cancel_) {
+    const std::unique_ptr<Sequence> removed = scheduler_.remove(id, branch);
+    if (!removed) continue;  // it ended in the step that was under way
+    events.push_back(event_of(*removed));
+    events.back().finish_reason = FinishReason::kCancelled;
+    forget(id, branch);
+  }
+  to_cancel_.clear();
+  return events;
+}
+
+SequenceStep Engine::describe(const ScheduledStep& step) const {
+  const Sequence& s = *step.sequence;
+  const SequenceMemory& memory = s.memory;
+  const int64_t end = s.num_computed() + step.num_tokens;
+  std::vector<int32_t> tokens(s.tokens.begin() + s.num_computed(), s.tokens.begin() + end);
+  tokens.insert(tokens.end(), s.drafts.begin(), s.drafts.begin() + step.num_drafts);
+  return {.kind = step.kind,
+          .tokens = std::move(tokens),
+          .num_cached = s.num_computed(),
+          .state_slots = {memory.read_slot(SlotGroup::kCheckpoint).index()},
+          .write_slot = memory.own_slot(SlotGroup::kCheckpoint).index(),
+          .conv_slot = memory.read_slot(SlotGroup::kRecent).index(),
+          .conv_write_slot = memory.own_slot(SlotGroup::kRecent).index(),
+          .has_initial_state = s.num_computed() > 0,
+          .kv_blocks = memory.blocks(),
+          .wants_logits = end == s.num_tokens()};
+}
+
+bool Engine::is_stop_token(const Request& request, int32_t token) const {
+  const auto& own = request.stop_token_ids;
+  if (std::find(own.begin(), own.end(), token) != own.end()) return true;
+  const auto& eos = model_->config().eos_token_ids;
+  return !request.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end();
+}
+
+// Books what the model has computed. Adds an event of it, and one of every branch where a prompt ends; `choices` gets
+// those for which the logits of the step's sequence `row`, where it has some, choose a token.
+void Engine::advance(const ScheduledStep& step, std::optional<size_t> row, std::vector<RequestEvent>& events,
+                     std::vector<Choice>& choices) {
+  Sequence& s = *step.sequence;
+  s.memory.advance(step.num_tokens);
+  const auto add = [&](Sequence& sequence) {
+    if (row) choices.push_back({&sequence, {*row, &sequence.sampler}, events.size()});
+    events.push_back(event_of(sequence));
+  };
+  add(s);
+  if (!row || s.request->n == 1 || s.num_computed() > s.prompt_size()) return;
+  for (Sequence* branch : scheduler_.fork(s)) add(*branch);
+}
+
+void Engine::book(Sequence& s, SampledToken&& sampled, RequestEvent& event) const {
+  if (!sampled.error.empty()) {
+    event.finish_reason = FinishReason::kError;
+    event.error = std::move(sampled.error);
+    return;
+  }
+  s.tokens.push_back(sampled.token);
+  event.tokens.push_back(sampled.token);
+  if (sampled.logprobs) event.logprobs.push_back(*std::move(sampled.logprobs));
+  if (is_stop_token(*s.request, sampled.token)) {
+    event.finish_reason = FinishReason::kStop;
+  } else if (s.num_generated() >= s.request->max_new_tokens) {
+    event.finish_reason = FinishReason::kLength;
+  }
+}
+
+// The states of every sequence in the step may be half written, and with them what was to be forked. Where scheduling
+// itself failed, or the device is lost, nobody can go on.
+std::vector<RequestEvent> Engine::fail(const std::vector<ScheduledStep>& steps, const std::string& error) {
+  if (device_error_.empty() && !kernel::is_alive(model_->device())) {
+    device_error_ = c10::str("[step] device: expected one that computes, got ", model_->device(),
+                             " that has stopped; requests need a new process. Its error: ", error);
+  }
+  std::vector<const Sequence*> ended;
+  if (steps.empty() || !device_error_.empty()) {
+    ended = scheduler_.youngest_first();
+  } else {
+    for (const ScheduledStep& step : steps) {
+      ended.push_back(step.sequence);
+      for (const Sequence* branch : scheduler_.tokenless_branches(*step.sequence)) ended.push_back(branch);
+    }
+  }
+  std::vector<RequestEvent> events;
+  for (const Sequence* sequence : ended) {
+    events.push_back(event_of(*sequence));
+    events.back().finish_reason = FinishReason::kError;
+    events.back().error = device_error_.empty() ? error : device_error_;
+  }
+  return events;
+}
+
+// Hands each event to the stream that waits for it. A request's mailbox goes with its last event.
+void Engine::deliver(std::vector<RequestEvent>&& events) {
+  std::lock_guard lock(mutex_);
+  std::set<RequestId> finished;
+  for (RequestEvent& event : events) {
+    if (!alive_.contains(event.id)) finished.insert(event.id);
+    const auto mailbox = mailboxes_.find(event.id);
+    if (mailbox == mailboxes_.end()) {
+      unclaimed_.push_back(std::move(event));
+    } else if (const std::shared_ptr<Mailbox> wanted = mailbox->second.lock()) {
+      wanted->push_back(std::move(event));
+    }
+  }
+  for (const RequestId id : finished) mailboxes_.erase(id);
+}
+
+std::vector<RequestEvent> Engine::step() {
+  std::lock_guard step(step_mutex_);
+  deliver(run_step());
+  return std::exchange(unclaimed_, {});
+}
+
+std::vector<RequestEvent> RequestStream::next() {
+  while (mailbox_ && num_running_ > 0) {
+    const std::lock_guard step(engine_->step_mutex_);
+    if (mailbox_->empty()) engine_->deliver(engine_->run_step());
+    std::vector<RequestEvent> events = std::exchange(*mailbox_, {});
+    if (events.empty()) continue;
+    num_running_ -= std::ranges::count_if(
+        events, [](const RequestEvent& event) { return event.finish_reason != FinishReason::kRunning; });
+    return events;
+  }
+  return {};
+}
+
+void RequestStream::close() {
+  if (!mailbox_) return;
+  mailbox_.reset();
+  if (num_running_ == 0) return;
+  for (const RequestId id : ids_) engine_->cancel(id);
+  const c10::InferenceMode inference;
+  const std::lock_guard step(engine_->step_mutex_);  // their slots and blocks are free from here on
+  engine_->deliver(engine_->take_inbox());
+}
+
+std::vector<RequestEvent> Engine::run_step() {
+  const c10::InferenceMode inference;
+  const Stopwatch stopwatch;
+  std::vector<RequestEvent> events = take_inbox();
+  std::vector<ScheduledStep> steps;
+  std::vector<RequestEvent> moved;
+  try {
+    if (!device_error_.empty()) throw Error(device_error_);
+    steps = scheduler_.schedule();
+    if (steps.empty()) return events;
+    last_step_ = count(steps);
+    std::vector<SequenceStep> sequences;
+    for (const ScheduledStep& step : steps) sequences.push_back(describe(step));
+    runner_.launch(sequences);
+    runner_.wait();
+    last_step_.forward_seconds = runner_.forward_seconds();
+    std::vector<Choice> choices;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      advance(steps[i], sequences[i].wants_logits ? std::optional(i) : std::nullopt, moved, choices);
+    }
+    std::vector<SampleRow> rows;
+    for (const Choice& choice : choices) rows.push_back(choice.row);
+    std::vector<SampledToken> sampled = runner_.sample(rows);
+    for (size_t i = 0; i < choices.size(); ++i) {
+      book(*choices[i].sequence, std::move(sampled[i]), moved[choices[i].event]);
+    }
+  } catch (const std::exception& error) {
+    moved = fail(steps, error.what());
+  }
+  for (const RequestEvent& event : moved) {
+    if (event.finish_reason == FinishReason::kRunning) continue;
+    scheduler_.remove(event.id, event.branch);
+    std::lock_guard lock(mutex_);
+    forget(event.id, event.branch);
+  }
+  events.insert(events.end(), moved.begin(), moved.end());
+  last_step_.seconds = stopwatch.seconds();
+  return events;
+}
+
+std::vector<GenerationResult> Engine::generate(const std::vector<Request>& requests, const GenerateOptions& options) {
+  RequestStream stream = this->stream(requests);
+  std::vector<GenerationResult> results;
+  std::map<std::pair<RequestId, int64_t>, size_t> position;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    for (int64_t branch = 0; branch < requests[i].n; ++branch) {
+      position[{stream.ids()[i], branch}] = results.size();
+      results.push_back({.id = stream.ids()[i], .branch = branch});
+    }
+  }
+  for (std::vector<RequestEvent> events; !(events = stream.next()).empty();) {
+    for (const RequestEvent& event : events) {
+      GenerationResult& result = results[position.at({event.id, event.branch})];
+      result.tokens.insert(result.tokens.end(), event.tokens.begin(), event.tokens.end());
+      result.logprobs.insert(result.logprobs.end(), event.logprobs.begin(), event.logprobs.end());
+      result.finish_reason = event.finish_reason;
+      result.error = event.error;
+      if (event.finish_reason != FinishReason::kError || !options.throw_on_error) continue;
+      throw GenerationError(c10::str("[generate] result ", position.at({event.id, event.branch}), ": ", event.error));
+    }
+    if (options.between_steps) options.between_steps();
+  }
+  return results;
 }
 
 }  // namespace xgdn

@@ -1,89 +1,204 @@
 // SPDX-License-Identifier: Apache-2.0
-// A model directory, ready to serve: loads a checkpoint, allocates the pools, runs requests.
+// Serves a model: continuous batching of requests, submitted and cancelled at any time.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <set>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
-#include "core/checkpoint/load_report.h"
-#include "core/models/hybrid_decoder.h"
-#include "core/runtime/plan.h"
-#include "core/runtime/runner.h"
+#include "core/runtime/load_decoder.h"
+#include "core/runtime/model_runner.h"
+#include "core/runtime/request.h"
+#include "core/runtime/scheduler.h"
+#include "core/runtime/turn_mutex.h"
 
 namespace xgdn {
 
-/// How to load and serve a model.
-struct EngineOptions {
-  RunnerOptions runner;
-  std::optional<at::ScalarType> dtype;      // of weights and activations; default the checkpoint's
-  at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states: f32 or bf16
-  c10::Device device = c10::kCPU;           // of weights, activations and pools
-  BackendSelection backends;
-  std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // progress; may be empty
-  std::optional<int64_t> memory_limit = {};  // bytes that weights, pools and steps may take together
+/// What a step did and how long it took, for operators and benchmarks.
+struct StepStats {
+  int64_t num_decodes = 0;         // sequences that computed one token
+  int64_t num_prefill_tokens = 0;  // of prompts
+  double seconds = 0;              // the step as a whole
+  double forward_seconds = 0;      // the model in it, until its logits are on the host
 };
 
-/// A decoder, and what a user should know about its load.
-struct LoadedDecoder {
-  std::shared_ptr<HybridDecoder> model;
-  LoadReport report;
+/// How Engine::generate goes on.
+struct GenerateOptions {
+  bool throw_on_error = true;                // false: a failed request has its error in its result
+  std::function<void()> between_steps = {};  // may throw, which ends the call; may be empty
 };
 
-/// The decoder of a Hugging Face directory, checked and loaded as Engine::load does.
-LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions& options = {});
+class RequestStream;
 
-/// A model and the Runner that serves it.
-///
-/// Every member may be called from any thread at any time. Steps run one after the other, so several threads may
-/// generate: their requests share the steps. submit, cancel and is_idle never wait for a step.
+/// A model, the pools of its sequences, and the requests that are served with them. Every member may be called from any
+/// thread at any time. Steps run one after the other, in the order in which threads ask: who asks for one while another
+/// is under way waits for it, and so do the figures (num_free_slots and the like); submit, cancel and is_idle never
+/// wait for a step.
 class Engine {
  public:
-  /// Loads a Hugging Face directory (config.json and safetensors). The weights are copied into memory. What the load
-  /// report warns of is written to stderr. Throws UnsupportedError for sizes that no backend can run, CheckpointError,
-  /// DeviceError, UnsupportedError or RequestError; OutOfMemory before anything is allocated when the plan exceeds
-  /// options.memory_limit.
+  /// Loads a model directory and serves it, as load_decoder and the constructor do.
   static std::unique_ptr<Engine> load(const std::filesystem::path& dir, const EngineOptions& options = {});
 
-  /// What load would allocate. Reads config.json and the headers of the safetensors files, allocates nothing, and
-  /// throws as load does but for the memory limit, which it leaves alone, and for what only a backend can tell.
-  static Plan plan(const std::filesystem::path& dir, const EngineOptions& options = {});
+  /// What load would allocate, as make_plan.
+  static Plan plan(const std::filesystem::path& dir, const EngineOptions& options = {}) {
+    return make_plan(dir, options);
+  }
+
+  /// Serves a decoder that the caller has built. Allocates the pools. Throws RequestError for options that no engine
+  /// can have.
+  Engine(std::shared_ptr<const HybridDecoder> model, const ServingOptions& options);
+
+  /// Queues a request. Throws RequestError or RangeError when it can never be served: empty prompt, token outside the
+  /// vocabulary, more tokens than the model has positions or the pools hold, sampling parameter out of range.
+  RequestId submit(Request request);
+
+  /// Queues requests whose events come to the stream alone, whoever steps. Throws as submit, and queues none when one
+  /// is refused. The engine must outlive the stream.
+  RequestStream stream(const std::vector<Request>& requests);
+
+  /// One model step. Every request that moved has one event; a request ends with an event whose finish_reason is not
+  /// kRunning. A failing request does not touch the others; a failing step fails the requests that were in it, and all
+  /// others, later ones too, when the device computes no more. Events of streams are not among them; those of other
+  /// requests that came while a stream stepped are.
+  std::vector<RequestEvent> step();
+
+  /// Ends a request, or one branch of it; the last events come with the next step, which also frees slots and blocks.
+  /// The tokens of the other branches do not change: when the branch that computes the prompt ends, the next one goes
+  /// on from where it was. False when it is not there (any more).
+  bool cancel(RequestId id, std::optional<int64_t> branch = {});
+
+  /// True when no request waits or runs.
+  bool is_idle() const;
 
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
   ~Engine();
 
-  /// Queues a request, as Runner::submit.
-  RequestId submit(Request request) { return runner_.submit(std::move(request)); }
-  /// One model step, as Runner::step.
-  std::vector<RequestEvent> step() { return runner_.step(); }
-  /// Ends a request or one branch of it, as Runner::cancel.
-  bool cancel(RequestId id, std::optional<int64_t> branch = {}) { return runner_.cancel(id, branch); }
-  /// True when no request waits or runs, as Runner::is_idle.
-  bool is_idle() const { return runner_.is_idle(); }
-  /// Submits all and steps until they are finished, as Runner::generate.
-  std::vector<GenerationResult> generate(const std::vector<Request>& requests, const GenerateOptions& options = {}) {
-    return runner_.generate(requests, options);
+  /// Streams all and steps until they are finished; n results for each request, in the order given. Throws as submit,
+  /// and GenerationError for the first that ends with an error; whatever it throws, its unfinished requests are
+  /// cancelled.
+  std::vector<GenerationResult> generate(const std::vector<Request>& requests, const GenerateOptions& options = {});
+
+  /// Of the last step that ran the model.
+  StepStats last_step() const {
+    return between_steps([&] { return last_step_; });
   }
-  /// Queues requests whose events come to the stream alone, as Runner::stream.
-  RequestStream stream(const std::vector<Request>& requests) { return runner_.stream(requests); }
+
+  /// Why every request ends with an error from now on: the device has stopped. Empty while it computes.
+  std::string device_error() const {
+    return between_steps([&] { return device_error_; });
+  }
+
+  // Sequences that could start, blocks of kv_block_size tokens, and preemptions so far: a preempted request goes on
+  // later.
+  int64_t num_free_slots() const {
+    return between_steps([&] { return states_.num_free(); });
+  }
+  int64_t num_free_kv_blocks() const {
+    return between_steps([&] { return kv_.num_free(); });
+  }
+  int64_t num_preemptions() const {
+    return between_steps([&] { return scheduler_.num_preemptions(); });
+  }
+  int64_t state_bytes() const { return states_.bytes(); }  // of all slots
+  int64_t kv_bytes() const { return kv_.bytes(); }         // of all blocks
 
   /// Logits [T, vocab] f32 of one prompt, in one pass with temporary pools; running requests are not affected.
   at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;
 
   const ModelConfig& config() const { return model_->config(); }   // of config.json
   const LoadReport& load_report() const { return load_report_; }   // what of the checkpoint was left unused
-  const Runner& runner() const { return runner_; }                 // its figures: free slots and blocks
   int64_t weight_bytes() const { return model_->weight_bytes(); }  // of the model
+  int64_t max_context() const { return max_context_; }             // tokens of the longest sequence; 0: any
 
  private:
-  Engine(LoadedDecoder loaded, const RunnerOptions& options);
+  friend class RequestStream;
+  using Mailbox = std::vector<RequestEvent>;  // of the requests of one stream
+
+  template <class F>
+  std::invoke_result_t<F> between_steps(const F& f) const {
+    const std::lock_guard step(step_mutex_);
+    return f();
+  }
+
+  void check(const Request& request) const;
+  RequestId enqueue(Request request);         // with mutex_ held
+  void forget(RequestId id, int64_t branch);  // with mutex_ held
+  std::vector<RequestEvent> take_inbox();
+  std::vector<RequestEvent> run_step();              // with step_mutex_ held
+  void deliver(std::vector<RequestEvent>&& events);  // to mailboxes, else to unclaimed_; with step_mutex_ held
+  SequenceStep describe(const ScheduledStep& step) const;
+  // A sequence whose next token the step's logits choose, and the event that tells of it.
+  struct Choice {
+    Sequence* sequence;
+    SampleRow row;
+    size_t event;
+  };
+  void advance(const ScheduledStep& step, std::optional<size_t> row, std::vector<RequestEvent>& events,
+               std::vector<Choice>& choices);
+  void book(Sequence& sequence, SampledToken&& sampled, RequestEvent& event) const;
+  std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);
+  bool is_stop_token(const Request& request, int32_t token) const;
+
+  Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const ServingOptions& options);
 
   std::shared_ptr<const HybridDecoder> model_;
   LoadReport load_report_;
-  Runner runner_;
+  int64_t max_context_;
+
+  mutable TurnMutex step_mutex_;  // of a step, and of what it changes; taken before mutex_
+  StatePool states_;
+  KvCache kv_;
+  Scheduler scheduler_;
+  ModelRunner runner_;
+  StepStats last_step_;
+  std::string device_error_;             // empty while the device computes
+  std::vector<RequestEvent> unclaimed_;  // of requests without a stream, for the next step()
+
+  mutable std::mutex mutex_;  // guards what follows
+  RequestId next_id_ = 1;
+  std::vector<std::unique_ptr<Sequence>> submitted_;   // not yet with the scheduler
+  std::map<RequestId, std::set<int64_t>> alive_;       // branches, submitted and not finished
+  std::set<std::pair<RequestId, int64_t>> to_cancel_;  // branches that were alive when asked
+  // Of alive requests that were streamed; expired where nobody wants the events any more.
+  std::map<RequestId, std::weak_ptr<Mailbox>> mailboxes_;
+};
+
+/// Requests whose events come here alone. For one thread at a time; other threads may use the engine meanwhile.
+/// Whatever is unfinished at the end of a stream's life is cancelled.
+class RequestStream {
+ public:
+  RequestStream(RequestStream&&) = default;
+  RequestStream& operator=(RequestStream&&) = delete;
+  ~RequestStream() { close(); }
+
+  /// Of the requests, in the order given.
+  const std::vector<RequestId>& ids() const { return ids_; }
+
+  /// What has come for the requests, at least one event: steps the engine where nothing has. Empty when all are
+  /// finished.
+  std::vector<RequestEvent> next();
+
+  /// Cancels what is unfinished, after the step that is under way, and frees its slots and blocks; no more events come.
+  void close();
+
+ private:
+  friend class Engine;
+  explicit RequestStream(Engine& engine) : engine_(&engine) {}
+
+  Engine* engine_;
+  std::vector<RequestId> ids_;
+  std::shared_ptr<Engine::Mailbox> mailbox_ = std::make_shared<Engine::Mailbox>();  // null: closed, or moved from
+  int64_t num_running_ = 0;                                                         // branches
 };
 
 }  // namespace xgdn

@@ -27,12 +27,11 @@ std::optional<std::string> caught(const F& f) {
 }  // namespace
 
 EngineCounters counters(const Engine& engine) {
-  const Runner& runner = engine.runner();
-  return {.num_free_slots = runner.num_free_slots(),
-          .num_free_kv_blocks = runner.num_free_kv_blocks(),
-          .num_preemptions = runner.num_preemptions(),
-          .device_error = runner.device_error(),
-          .last_step = runner.last_step()};
+  return {.num_free_slots = engine.num_free_slots(),
+          .num_free_kv_blocks = engine.num_free_kv_blocks(),
+          .num_preemptions = engine.num_preemptions(),
+          .device_error = engine.device_error(),
+          .last_step = engine.last_step()};
 }
 
 EngineLoop::EngineLoop(Engine& engine, EngineLoopHooks hooks)

@@ -10,8 +10,8 @@ namespace xgdn {
 namespace {
 
 constexpr int64_t kFloatBytes = sizeof(float);
-// Ids, positions, cache rows and chunk tables of one token, as int32 and once more as the int64 that ATen indexes with.
-constexpr int64_t kMetadataBytes = 64;
+// What ATen makes of a token's indices: int64, and floating positions.
+constexpr int64_t kMetadataBytes = 32;
 constexpr int64_t kMostMemory = int64_t{1} << 60;  // sums of twice as much still fit into 64 bits
 
 // Bytes per token of the tensors that live at once in each part of a layer. `e` is the size of an activation.
@@ -65,16 +65,24 @@ struct LayerWidths {
 
 }  // namespace
 
-int64_t Plan::workspace_bytes(int64_t num_sequences, int64_t context) const {
-  const int64_t tokens = std::max(max_tokens_per_step, num_sequences + kernel::kChunkSize);
+int64_t Plan::workspace_bytes(int64_t num_sequences, int64_t num_blocks, int64_t context) const {
+  const int64_t tokens = max_step_tokens(max_tokens_per_step, num_sequences);
+  const int64_t capacity = std::min(num_blocks, kernel::kMaxIndex / kv_block_size) * kv_block_size;
+  const int64_t buffers =
+      BatchBuilder::buffer_bytes({.num_slots = num_sequences,
+                                  .kv_block_size = kv_block_size,
+                                  .has_attention = num_blocks > 0,
+                                  .max_tokens = tokens,
+                                  .max_context = max_positions == 0 ? capacity : std::min(max_positions, capacity),
+                                  .decode_buckets = decode_buckets});
   return tokens * (step_token_bytes + context * step_mask_bytes) + num_sequences * step_logits_bytes +
-         context * step_context_bytes;
+         context * step_context_bytes + buffers;
 }
 
 int64_t Plan::bytes_with(int64_t num_sequences, int64_t length) const {
   const int64_t blocks = num_kv_blocks == 0 ? 0 : (length + kv_block_size - 1) / kv_block_size;
   return weight_bytes + num_sequences * (state_slot_bytes + blocks * kv_block_bytes) +
-         workspace_bytes(num_sequences, length);
+         workspace_bytes(num_sequences, num_sequences * blocks, length);
 }
 
 int64_t Plan::max_sequences(int64_t length, int64_t memory_limit) const {
@@ -93,24 +101,26 @@ int64_t Plan::max_sequences(int64_t length, int64_t memory_limit) const {
   return fits;
 }
 
-Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const RunnerOptions& runner) {
+Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const ServingOptions& serving) {
   options.device = c10::kMeta;
   options.on_layer_loaded = nullptr;
   const HybridDecoder model(opened.config, CheckpointShapes(opened.checkpoint), options);
   const LayerWidths widths{opened.config, static_cast<int64_t>(c10::elementSize(options.dtype))};
   const bool has_attention = model.num_attention_layers() > 0;
   return {.weight_bytes = model.weight_bytes(),
-          .state_slot_bytes = Runner::state_slot_bytes(model),
-          .num_state_slots = runner.max_batch_size,
-          .kv_block_bytes = Runner::kv_spec(model, runner).block_bytes(),
-          .num_kv_blocks = Runner::num_kv_blocks(model, runner),
-          .kv_block_size = runner.kv_block_size,
+          .state_slot_bytes = state_slot_bytes(model),
+          .num_state_slots = serving.max_batch_size,
+          .kv_block_bytes = kv_spec(model, serving.kv_block_size).block_bytes(),
+          .num_kv_blocks = num_kv_blocks(model, serving),
+          .kv_block_size = serving.kv_block_size,
           .step_token_bytes = widths.token(),
           .step_logits_bytes = widths.logits(),
           .step_context_bytes = has_attention ? widths.context() : 0,
           .step_mask_bytes = has_attention ? 1 + 2 * widths.e : 0,
-          .max_tokens_per_step = runner.max_tokens_per_step,
-          .max_context = Runner::max_context(model, runner)};
+          .max_tokens_per_step = serving.max_tokens_per_step,
+          .decode_buckets = serving.decode_buckets,
+          .max_positions = opened.config.max_position_embeddings,
+          .max_context = max_context(model, serving)};
 }
 
 }  // namespace xgdn

@@ -3,10 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/checkpoint/model_directory.h"
 #include "core/models/hybrid_decoder.h"
-#include "core/runtime/runner.h"
+#include "core/runtime/serving_options.h"
 
 namespace xgdn {
 
@@ -28,12 +29,14 @@ struct Plan {
   int64_t step_context_bytes = 0;  // per token of the longest context, gathered from its blocks
   int64_t step_mask_bytes = 0;     // per pair of a token and a context token
   int64_t max_tokens_per_step = 0;
-  int64_t max_context = 0;  // tokens of the longest sequence that is served; 0: any
+  std::vector<int64_t> decode_buckets = {};
+  int64_t max_positions = 0;  // of the model; 0: any number
+  int64_t max_context = 0;    // tokens of the longest sequence that is served; 0: any
 
   int64_t state_bytes() const { return num_state_slots * state_slot_bytes; }  // of all slots
   int64_t kv_bytes() const { return num_kv_blocks * kv_block_bytes; }         // of all blocks
-  /// An upper bound on the tensors of the largest step: activations, logits, metadata.
-  int64_t workspace_bytes() const { return workspace_bytes(num_state_slots, max_context); }
+  /// An upper bound on the tensors of the largest step: activations, logits, metadata with its buffers.
+  int64_t workspace_bytes() const { return workspace_bytes(num_state_slots, num_kv_blocks, max_context); }
   int64_t total_bytes() const { return weight_bytes + state_bytes() + kv_bytes() + workspace_bytes(); }  // all of it
 
   /// The most sequences of `length` tokens each that fit into `memory_limit` bytes, weights and workspace included,
@@ -41,11 +44,11 @@ struct Plan {
   int64_t max_sequences(int64_t length, int64_t memory_limit) const;
 
  private:
-  int64_t workspace_bytes(int64_t num_sequences, int64_t context) const;
+  int64_t workspace_bytes(int64_t num_sequences, int64_t num_blocks, int64_t context) const;
   int64_t bytes_with(int64_t num_sequences, int64_t length) const;
 };
 
 /// `options` are those that the model would be loaded with.
-Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const RunnerOptions& runner);
+Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const ServingOptions& serving);
 
 }  // namespace xgdn

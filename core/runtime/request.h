@@ -12,7 +12,7 @@
 
 namespace xgdn {
 
-/// Counts from 1; no two requests of a runner share one.
+/// Counts from 1; no two requests of an engine share one.
 using RequestId = int64_t;
 
 /// A prompt, and how to go on from it.

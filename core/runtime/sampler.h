@@ -33,6 +33,8 @@ class Sampler {
   /// batch. Throws NumericsError when a logit is NaN or the largest is not finite.
   int32_t sample(std::span<const float> logits);
 
+  const SamplingParams& params() const { return params_; }  // as given
+
  private:
   SamplingParams params_;
   std::mt19937_64 generator_;

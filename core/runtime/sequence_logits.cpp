@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "core/runtime/batch_builder.h"
-#include "core/runtime/runner.h"
+#include "core/runtime/serving_options.h"
 
 namespace xgdn {
 
@@ -16,14 +16,16 @@ at::Tensor sequence_logits(const HybridDecoder& model, const std::vector<int32_t
                            const std::vector<int32_t>& continuation) {
   const c10::InferenceMode inference;
   const int64_t num_tokens = std::ssize(prompt) + std::ssize(continuation);
-  const RunnerOptions sizes{.kv_block_size = std::max(num_tokens, RunnerOptions().kv_block_size)};
+  const int64_t block_size = std::max<int64_t>(num_tokens, 1);
   StatePool states(model.state_specs(), /*num_slots=*/1, model.device());
-  KvCache kv(Runner::kv_spec(model, sizes), /*num_blocks=*/1, model.device());
-  const BatchBuilder builder({.num_slots = 1,
-                              .num_kv_blocks = 1,
-                              .kv_block_size = sizes.kv_block_size,
-                              .vocab_size = model.config().vocab_size},
-                             model.device());
+  KvCache kv(kv_spec(model, block_size), /*num_blocks=*/1, model.device());
+  BatchBuilder builder({.num_slots = 1,
+                        .num_kv_blocks = 1,
+                        .kv_block_size = block_size,
+                        .vocab_size = model.config().vocab_size,
+                        .has_attention = model.num_attention_layers() > 0,
+                        .max_tokens = block_size},
+                       model.device());
   ModelState state{states.layers(), kv.layers()};
   SequenceStep step{.kind = SegmentKind::kPrefill,
                     .tokens = prompt,

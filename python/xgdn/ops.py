@@ -474,11 +474,12 @@ def paged_attention(
     k: Tensor,
     v: Tensor,
     *,
-    block_ids: Tensor,
-    num_tokens: Sequence[int],
-    context_lens: Sequence[int],
-    num_blocks: Sequence[int],
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens: Tensor,
     context_rows: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    context_lens_cpu: Tensor | None = None,
     out: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -486,24 +487,29 @@ def paged_attention(
     """Softmax attention of `q` `[T, HQ, D]` over paged keys and values `[P, B, HKV, D]`, contiguous: `P` blocks of `B`
     rows; query head `h` reads head `h // (HQ // HKV)`. All of one dtype; returns `[T, HQ, D]`.
 
-    Three numbers a sequence, on the host: its tokens in `q`, the rows of its context (its tokens are the last of them,
-    and each sees the rows up to its own), and its blocks. `block_ids` i32 has the blocks of all sequences, one sequence
-    after another; rows outside the contexts are never read. `context_rows` i32, `block * B + offset` of every row of
-    the contexts in order, is for backends that read all sequences at once (npu). `scale` is `D^-0.5` by default.
+    `block_table` i32 `[N, M]`, rows of any stride, has each sequence's blocks; `context_lens` i32 `[N]` the rows of its
+    context, of which its tokens are the last, and each sees the rows up to its own; `cu_seqlens` i32 `[N + 1]`. What lies
+    outside the contexts is never read, in the cache and in the table. A context of length 0 is padding: its rows of the
+    result are zero. `scale` is `D^-0.5` by default.
 
-    A context that is shorter than its tokens or longer than its blocks is an `IndexError` wherever the tensors are.
+    For backends that read all sequences at once (npu): `context_rows` i32, `block * B + offset` of every row of the
+    contexts, one sequence after another, and the lengths on the CPU.
+
+    A context that is shorter than its tokens or longer than its blocks is an `IndexError` where the lengths are on the
+    CPU.
     """
     out = q.new_empty(q.shape) if out is None else out
     torch.ops.xgdn.paged_attention(
         q,
         k,
         v,
-        block_ids,
-        num_tokens,
+        block_table,
         context_lens,
-        num_blocks,
+        cu_seqlens,
         out,
         context_rows=context_rows,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        context_lens_cpu=context_lens_cpu,
         scale=scale,
         backend=backend,
     )

@@ -90,7 +90,13 @@ def test_the_builder_names_every_row_of_the_contexts_in_the_order_of_the_tokens(
     decode = [36, 37, 38, 39, 44, 45, 46, 47, 12]
     prompts = [28, 29, 30, 31, 8, 9, 10, 20, 21]
     assert attention.context_rows.cpu().tolist() == decode + prompts
-    assert attention.kv_rows.cpu().tolist() == [12, 8, 9, 10, 20, 21]
+    assert attention.slot_mapping.cpu().tolist() == [12, 8, 9, 10, 20, 21]
+    assert attention.context_lens.cpu().tolist() == [9, 7, 2]
+    assert [row[:used] for row, used in zip(attention.block_table.cpu().tolist(), (3, 2, 1), strict=True)] == [
+        [9, 11, 3],
+        [7, 2],
+        [5],
+    ]
     assert build("cpu").context_rows is None
 
 
@@ -112,6 +118,9 @@ def assert_refused(run: object, *words: str) -> None:
 def test_attention_refusals_have_the_numbers() -> None:
     call = AttentionCall(((2, 5),)).make()
     assert_refused(lambda: call.run("npu:0", with_rows=False, backend="npu"), "pass context_rows")
+    assert_refused(
+        lambda: call.run("npu:0", with_lengths=False, backend="npu"), "pass cu_seqlens_cpu and context_lens_cpu"
+    )
     wide = AttentionCall(((1, 1),), HQ=1, HKV=1, D=784).make()
     assert_refused(lambda: wide.run("npu:0", backend="npu"), "at most 256 query heads of at most 768", "HQ=1 D=784")
     many = AttentionCall(((1, 1),), HQ=258, HKV=1, D=16).make()
@@ -123,9 +132,20 @@ def test_a_context_beyond_the_op_is_refused() -> None:
     pool = torch.empty(tokens, 1, 1, 1, dtype=torch.bfloat16).npu()
     one = torch.zeros(1, 1, 1, dtype=torch.bfloat16).npu()
     rows = torch.zeros(tokens, dtype=torch.int32).npu()
+    lens, cu_seqlens = (torch.tensor(values, dtype=torch.int32) for values in ([tokens], [0, 1]))
     assert_refused(
         lambda: torch.ops.xgdn.paged_attention(
-            one, pool, pool, rows, [1], [tokens], [tokens], one.clone(), context_rows=rows, backend="npu"
+            one,
+            pool,
+            pool,
+            rows.unsqueeze(0),
+            lens.npu(),
+            cu_seqlens.npu(),
+            one.clone(),
+            context_rows=rows,
+            cu_seqlens_cpu=cu_seqlens,
+            context_lens_cpu=lens,
+            backend="npu",
         ),
         f"contexts of at most {1 << 20} tokens, got {tokens}",
     )

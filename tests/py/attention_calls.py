@@ -61,21 +61,38 @@ class AttentionCall:
         call.q = self.q.split([t for t, _ in self.sequences])[n]
         return call
 
-    def run(self, device: str = "cpu", *, with_rows: bool = True, backend: str = "auto") -> Tensor:
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """context_lens and cu_seqlens."""
+        context_lens = torch.tensor([context for _, context in self.sequences], dtype=torch.int32)
+        ends = torch.tensor([t for t, _ in self.sequences]).cumsum(0)
+        return context_lens, torch.cat([torch.zeros(1), ends]).int()
+
+    def block_table(self) -> Tensor:
+        """A column that is none of the table's, then the blocks; what no context needs is out of range."""
+        table = torch.full((len(self.blocks), 2 + max(map(len, self.blocks))), -7, dtype=torch.int32)
+        for row, blocks in zip(table, self.blocks, strict=True):
+            row[1 : 1 + len(blocks)] = blocks
+        return table
+
+    def run(
+        self, device: str = "cpu", *, with_rows: bool = True, with_lengths: bool = True, backend: str = "auto"
+    ) -> Tensor:
         out = torch.full((*self.q.shape,), torch.nan, dtype=self.dtype).to(device)
         q = self.q.to(device)
         if self.strided:
             q = torch.cat([q, torch.full_like(q, torch.nan)], -1)[..., : self.D]
+        context_lens, cu_seqlens = self.lengths()
         ops.paged_attention(
             q,
             self.k.to(device),
             self.v.to(device),
-            block_ids=torch.cat(self.blocks).to(device),
-            num_tokens=[t for t, _ in self.sequences],
-            context_lens=[c for _, c in self.sequences],
-            num_blocks=[len(blocks) for blocks in self.blocks],
+            block_table=self.block_table().to(device)[:, 1:],
+            context_lens=context_lens.to(device),
+            cu_seqlens=cu_seqlens.to(device),
             out=out,
             context_rows=torch.cat(self.rows).int().to(device) if with_rows else None,
+            cu_seqlens_cpu=cu_seqlens if with_lengths else None,
+            context_lens_cpu=context_lens if with_lengths else None,
             scale=self.scale,
             backend=backend,
         )

@@ -26,6 +26,20 @@ def test_attention_needs_no_rows_where_it_reads_blocks() -> None:
     assert torch.equal(call.run(with_rows=False), call.run())
 
 
+def test_a_context_of_no_rows_pads(backend: str) -> None:
+    """Its table and its queries may hold anything; the others' bits stay."""
+    call = AttentionCall(((1, 40), (1, 0), (12, 30), (10, 0), (2, 5))).make()
+    padded = torch.tensor([False] + [True] + [False] * 12 + [True] * 10 + [False] * 2)
+    want = AttentionCall(((1, 40), (12, 30), (2, 5))).make()
+    want.k, want.v = call.k, call.v
+    want.blocks, want.rows = ([part[n] for n in (0, 2, 4)] for part in (call.blocks, call.rows))
+    want.q = call.q[~padded]
+    call.q[padded] = torch.nan
+    got = call.run(backend=backend)
+    assert torch.equal(got[padded], torch.zeros_like(got[padded]))
+    assert_batch_invariant("paged_attention", "others", got[~padded], want.run(backend=backend), call.bound)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("q_size", [1.0, 30.0])
 def test_decode_of_the_cpu_kernel_is_rounded_once(dtype: torch.dtype, q_size: float) -> None:

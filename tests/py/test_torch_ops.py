@@ -55,7 +55,7 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
     verify = (*x, i32([0, 3, 3, 6]), table, out[:6])
     verify = (*(t[:6] for t in verify[:5]), *verify[5:])
     cache = (torch.randn(9, 4, H, K).to(dtype) for _ in range(2))
-    attention = (torch.randn(T, HV, K).to(dtype), *cache, i32([4, 1, 0, 6]))
+    attention = (torch.randn(T, HV, K).to(dtype), *cache, i32([[4, -1, -1], [1, 0, 6]]), i32([3, 9]), i32([0, 3, 7]))
     heads_out = torch.zeros(T, HV, K, dtype=dtype)
     experts = (conv[0], torch.rand(T, 2).to(dtype), torch.randint(0, 3, (T, 2)))
     experts = (*experts, torch.randn(3, 2 * V, D).to(dtype), torch.randn(3, D, V).to(dtype))
@@ -92,8 +92,9 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
             ((x[2].flatten(1), torch.randn(D, HV * V).to(dtype), conv_out), {"bias": bias}),
         ],
         "paged_attention": [
-            ((*attention, [3, 4], [3, 9], [1, 3], heads_out), {}),
-            ((*attention, [3, 4], [3, 9], [1, 3], heads_out), {"context_rows": i32(range(12)), "scale": 0.3}),
+            ((*attention, heads_out), {}),
+            ((*attention, heads_out), {"context_rows": i32(range(12)), "scale": 0.3}),
+            ((*attention, heads_out), {"cu_seqlens_cpu": attention[5], "context_lens_cpu": attention[4]}),
         ],
         "moe_experts": [((*experts, torch.zeros(T, D, dtype=dtype)), {})],
     }[op]

@@ -8,13 +8,19 @@
 namespace xgdn::kernel::aten {
 namespace {
 
+// A sequence of the call.
+struct Sequence {
+  int64_t index, token_begin, num_tokens, context_len;
+};
+
 // [t, HQ, D]. Of the blocks only the rows that hold the sequence's context are read: what other requests left in them
 // cannot leak.
-at::Tensor attend(const PagedAttentionParams& p, const AttentionSequence& sequence) {
-  const int64_t t = sequence.num_tokens;
-  const int64_t context = sequence.context_len;
-  const at::Tensor q = p.q.narrow(0, sequence.token_begin, t);
-  const at::Tensor blocks = p.block_ids.narrow(0, sequence.block_begin, sequence.num_blocks);
+at::Tensor attend(const PagedAttentionParams& p, const Sequence& s) {
+  const int64_t t = s.num_tokens;
+  const int64_t context = s.context_len;
+  const int64_t num_blocks = (context + p.k.size(1) - 1) / p.k.size(1);
+  const at::Tensor q = p.q.narrow(0, s.token_begin, t);
+  const at::Tensor blocks = p.block_table.select(0, s.index).narrow(0, 0, num_blocks);
   const auto context_rows = [&](const at::Tensor& pool) {  // [1, HKV, context, D]
     return pool.index_select(0, blocks).flatten(0, 1).narrow(0, 0, context).transpose(0, 1).unsqueeze(0);
   };
@@ -32,9 +38,13 @@ at::Tensor attend(const PagedAttentionParams& p, const AttentionSequence& sequen
 }  // namespace
 
 void attend_one_by_one(const PagedAttentionParams& p, int64_t more_than) {
-  for (const AttentionSequence& sequence : p.sequences) {
-    if (sequence.num_tokens <= more_than) continue;
-    p.out.narrow(0, sequence.token_begin, sequence.num_tokens).copy_(attend(p, sequence));
+  const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
+  const int32_t* contexts = p.context_lens.const_data_ptr<int32_t>();
+  for (int64_t n = 0; n < p.context_lens.numel(); ++n) {
+    const Sequence s{n, cu[n], cu[n + 1] - cu[n], contexts[n]};
+    if (s.num_tokens <= more_than) continue;
+    const at::Tensor out = p.out.narrow(0, s.token_begin, s.num_tokens);
+    s.context_len == 0 ? out.zero_() : out.copy_(attend(p, s));
   }
 }
 

@@ -33,9 +33,9 @@ DecodeStepOps decode_step_ops(const GdnDecodeStepParams& p, const DecodeStepShap
                    .cu_seqlens = cu_seqlens,
                    .state_indices = conv_slots.read,
                    .out = mixed_qkv,
+                   .host = p.host,
                    .bias = p.conv_bias,
-                   .write_indices = conv_slots.write,
-                   .may_have_padding = p.may_have_padding},
+                   .write_indices = conv_slots.write},
           .rule = {.mixed_qkv = mixed_qkv,
                    .a = columns(logits + s.rule.HV, s.rule.HV),
                    .b = columns(logits, s.rule.HV),
@@ -45,7 +45,7 @@ DecodeStepOps decode_step_ops(const GdnDecodeStepParams& p, const DecodeStepShap
                    .state_indices = p.state_indices,
                    .out = p.out,
                    .write_indices = p.write_indices,
-                   .may_have_padding = p.may_have_padding,
+                   .host = p.host,
                    .scale = p.scale},
           .norm = {.x = p.out,
                    .z = columns(s.conv.D, value_dim).unflatten(1, {s.rule.HV, s.rule.V}),
@@ -102,7 +102,7 @@ void gdn_decode_step(const Backend& backend, const GdnDecodeStepParams& p, const
   backend.run(ops.rule, s.rule);
   backend.run(ops.norm, s.rule);
   // z of a padded row may be anything; zero times it need not be zero.
-  if (p.may_have_padding) p.out.masked_fill_(along(p.state_indices.lt(0), p.out), 0);
+  if (p.host.may_have_padding) p.out.masked_fill_(along(p.state_indices.lt(0), p.out), 0);
 }
 
 }  // namespace xgdn::kernel::aten

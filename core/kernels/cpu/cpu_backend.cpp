@@ -141,20 +141,29 @@ void run_products(const LinearParams& p, const LinearShape& s) {
 // A sequence with more tokens is left to ATen, whose products suit it.
 constexpr int64_t kMostAttentionTokens = 8;
 
-bool is_short(const AttentionSequence& sequence) {
-  return sequence.num_tokens <= kMostAttentionTokens;
+bool is_short(int64_t num_tokens) {
+  return num_tokens <= kMostAttentionTokens;
+}
+
+bool are_all_short(const at::Tensor& cu_seqlens) {
+  const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
+  return std::adjacent_find(cu, cu + cu_seqlens.numel(), [](int64_t begin, int64_t end) {
+           return !is_short(end - begin);
+         }) == cu + cu_seqlens.numel();
 }
 
 // Tokens of short sequences, each with what it sees.
 std::vector<cpu::AttentionToken> attention_tokens(const PagedAttentionParams& p) {
+  const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
+  const int32_t* contexts = p.context_lens.const_data_ptr<int32_t>();
+  const int32_t* blocks = p.block_table.const_data_ptr<int32_t>();
   std::vector<cpu::AttentionToken> tokens;
-  for (const AttentionSequence& sequence : p.sequences) {
-    if (!is_short(sequence)) continue;
-    const int32_t* blocks = p.block_ids.const_data_ptr<int32_t>() + sequence.block_begin;
-    for (int64_t i = 0; i < sequence.num_tokens; ++i) {
-      tokens.push_back({.token = sequence.token_begin + i,
-                        .context_len = sequence.context_len - (sequence.num_tokens - 1 - i),
-                        .blocks = blocks});
+  for (int64_t n = 0; n < p.context_lens.numel(); ++n) {
+    if (!is_short(cu[n + 1] - cu[n])) continue;
+    for (int64_t token = cu[n]; token < cu[n + 1]; ++token) {
+      tokens.push_back({.token = token,
+                        .context_len = std::max<int64_t>(contexts[n] - (cu[n + 1] - 1 - token), 0),
+                        .blocks = blocks + n * p.block_table.stride(0)});
     }
   }
   return tokens;
@@ -205,7 +214,7 @@ class CpuBackend final : public HostBackend {
   bool is_batch_invariant(const GdnDecodeStepParams&, const DecodeStepShape&) const override { return true; }
   bool is_batch_invariant(const LinearParams& p, const LinearShape& s) const override { return has_products(p, s); }
   bool is_batch_invariant(const PagedAttentionParams& p, const AttentionShape&) const override {
-    return std::all_of(p.sequences.begin(), p.sequences.end(), is_short);
+    return are_all_short(p.cu_seqlens);
   }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {

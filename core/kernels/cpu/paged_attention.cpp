@@ -126,7 +126,7 @@ void paged_attention(const PagedAttentionArgs& args, const AttentionToken& token
   }
   for (int64_t g = 0; g < group; ++g) {
     const Query of_head = query(g);
-    scale(width, 1.0f / of_head.total, of_head.sum);
+    if (token.context_len > 0) scale(width, 1.0f / of_head.total, of_head.sum);
     store_row(args.out.dtype, of_head.sum, args.D, args.out.at(token.token, head * group + g));
   }
 }

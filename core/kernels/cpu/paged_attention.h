@@ -24,7 +24,7 @@ struct PagedAttentionArgs {
 /// A token and what it sees.
 struct AttentionToken {
   int64_t token = 0;
-  int64_t context_len = 0;          // rows, its own among them
+  int64_t context_len = 0;          // rows, its own among them; 0: its result is zero
   const int32_t* blocks = nullptr;  // that hold the rows
 };
 

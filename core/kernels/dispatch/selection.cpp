@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/kernels/dispatch/selection.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <mutex>
@@ -91,6 +92,11 @@ std::vector<std::string> available_backends() {
     if (!b->why_unavailable()) names.emplace_back(b->name());
   }
   return names;
+}
+
+bool reads_context_rows(c10::Device device) {
+  return std::ranges::any_of(backends(),
+                             [&](const Backend* b) { return b->reads_context_rows() && !b->why_not_device(device); });
 }
 
 std::string last_backend(std::string_view op) {

@@ -78,8 +78,7 @@ struct TorchOp<RecurrentGatedDeltaRuleParams> {
             .out = out,
             .write_indices = write_indices,
             .num_accepted = num_accepted,
-            .cu_seqlens_cpu = cu_seqlens_cpu,
-            .may_have_padding = may_have_padding,
+            .host = {.cu_seqlens = cu_seqlens_cpu, .may_have_padding = may_have_padding},
             .scale = scale,
             .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
             .backend = std::move(backend)};
@@ -115,8 +114,7 @@ struct TorchOp<ChunkGatedDeltaRuleParams> {
             .out = out,
             .has_initial_state = has_initial_state,
             .write_indices = write_indices,
-            .cu_seqlens_cpu = cu_seqlens_cpu,
-            .may_have_padding = may_have_padding,
+            .host = {.cu_seqlens = cu_seqlens_cpu, .may_have_padding = may_have_padding},
             .scale = scale,
             .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
             .accuracy = std::move(accuracy),
@@ -143,7 +141,7 @@ struct TorchOp<PackedDecodeParams> {
             .state_indices = state_indices,
             .out = out,
             .write_indices = write_indices,
-            .may_have_padding = may_have_padding,
+            .host = {.may_have_padding = may_have_padding},
             .scale = scale,
             .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
             .backend = std::move(backend)};
@@ -191,11 +189,10 @@ struct TorchOp<CausalConv1dUpdateParams> {
             .cu_seqlens = cu_seqlens,
             .state_indices = state_indices,
             .out = out,
-            .max_len = max_len,
+            .host = {.max_len = max_len, .may_have_padding = may_have_padding},
             .bias = bias,
             .write_indices = write_indices,
             .num_accepted = num_accepted,
-            .may_have_padding = may_have_padding,
             .silu = silu,
             .backend = std::move(backend)};
   }
@@ -230,45 +227,26 @@ struct TorchOp<RmsNormGatedParams> {
   }
 };
 
-// The sequences' numbers come as lists; tokens and blocks follow one another.
-std::vector<AttentionSequence> attention_sequences(at::IntArrayRef num_tokens, at::IntArrayRef context_lens,
-                                                   at::IntArrayRef num_blocks) {
-  if (context_lens.size() != num_tokens.size() || num_blocks.size() != num_tokens.size()) {
-    throw ShapeError(c10::str("[paged_attention] context_lens and num_blocks: expected N=", num_tokens.size(),
-                              " (set by num_tokens), got ", context_lens.size(), " and ", num_blocks.size()));
-  }
-  std::vector<AttentionSequence> sequences;
-  int64_t token_begin = 0;
-  int64_t block_begin = 0;
-  for (size_t n = 0; n < num_tokens.size(); ++n) {
-    sequences.push_back({.token_begin = token_begin,
-                         .num_tokens = num_tokens[n],
-                         .context_len = context_lens[n],
-                         .block_begin = block_begin,
-                         .num_blocks = num_blocks[n]});
-    token_begin += num_tokens[n];
-    block_begin += num_blocks[n];
-  }
-  return sequences;
-}
-
 template <>
 struct TorchOp<PagedAttentionParams> {
   static constexpr const char* schema =
-      "(Tensor q, Tensor k, Tensor v, Tensor block_ids, int[] num_tokens, int[] context_lens, int[] num_blocks, "
-      "Tensor(a!) out, *, Tensor? context_rows=None, float? scale=None, str backend=\"auto\") -> ()";
-  static PagedAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_ids,
-                                     at::IntArrayRef num_tokens, at::IntArrayRef context_lens,
-                                     at::IntArrayRef num_blocks, const Tensor& out, const MaybeTensor& context_rows,
-                                     std::optional<double> scale, std::string backend) {
-    const std::vector<AttentionSequence> sequences = attention_sequences(num_tokens, context_lens, num_blocks);
+      "(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor context_lens, Tensor cu_seqlens, Tensor(a!) out, *, "
+      "Tensor? context_rows=None, Tensor? cu_seqlens_cpu=None, Tensor? context_lens_cpu=None, float? scale=None, "
+      "str backend=\"auto\") -> ()";
+  static PagedAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_table,
+                                     const Tensor& context_lens, const Tensor& cu_seqlens, const Tensor& out,
+                                     const MaybeTensor& context_rows, const MaybeTensor& cu_seqlens_cpu,
+                                     const MaybeTensor& context_lens_cpu, std::optional<double> scale,
+                                     std::string backend) {
     return {.q = q,
             .k = k,
             .v = v,
-            .block_ids = block_ids,
-            .sequences = sequences,
+            .block_table = block_table,
+            .context_lens = context_lens,
+            .cu_seqlens = cu_seqlens,
             .out = out,
             .context_rows = context_rows,
+            .host = {.cu_seqlens = cu_seqlens_cpu, .context_lens = context_lens_cpu},
             .scale = scale,
             .backend = std::move(backend)};
   }
@@ -352,7 +330,7 @@ struct TorchOp<GdnDecodeStepParams> {
             .write_indices = write_indices,
             .conv_slots = std::move(conv_slots),
             .cu_seqlens = cu_seqlens,
-            .may_have_padding = may_have_padding,
+            .host = {.may_have_padding = may_have_padding},
             .norm_eps = norm_eps,
             .scale = scale,
             .backend = std::move(backend)};
@@ -371,6 +349,7 @@ struct Kernel<key, Params, Params(Arguments...)> {
         check(p);
       } else {
         if constexpr (key == Key::kHost && requires { check_indices(p); }) check_indices(p);
+        if constexpr (key == Key::kDevice && requires { check_host_facts(p); }) check_host_facts(p);
         Op<Params>::call(p);
       }
     });

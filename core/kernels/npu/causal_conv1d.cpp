@@ -9,8 +9,8 @@
 namespace xgdn::kernel::npu {
 
 bool is_plain_update(const CausalConv1dUpdateParams& p, const ConvShape& s) {
-  return s.N > 0 && s.T == s.N && p.max_len == 1 && !p.num_accepted && !p.write_indices && !p.may_have_padding &&
-         s.R == s.W - 1 && p.conv_state.scalar_type() == p.x.scalar_type();
+  return s.N > 0 && s.T == s.N && p.host.max_len == 1 && !p.num_accepted && !p.write_indices &&
+         !p.host.may_have_padding && s.R == s.W - 1 && p.conv_state.scalar_type() == p.x.scalar_type();
 }
 
 void run_plain_update(const CausalConv1dUpdateParams& p) {

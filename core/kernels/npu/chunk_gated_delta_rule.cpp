@@ -31,12 +31,12 @@ Sentence why_not_chunk(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
     return c10::str("the chunk op takes head dims K = V = ", kHeadDim,
                     c.why_not_chunk_head_dims.empty() ? " or below" : "", ", got K=", s.K, " V=", s.V);
   }
-  return why_not_lengths(p.cu_seqlens_cpu);
+  return why_not_lengths(p.host.cu_seqlens);
 }
 
 void run_chunk(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
   if (s.N == 0) return;
-  const std::vector<int64_t> lengths = lengths_of(*p.cu_seqlens_cpu);
+  const std::vector<int64_t> lengths = lengths_of(*p.host.cu_seqlens);
   const at::Tensor read = p.state_indices.to(at::kLong);
   const at::Tensor write = p.write_indices ? p.write_indices->to(at::kLong) : read;
   at::Tensor states = p.state.index({read.clamp_min(0)});
@@ -44,7 +44,7 @@ void run_chunk(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
     states = at::where(aten::along(*p.has_initial_state, states), states, at::zeros({}, states.options()));
   }
   const at::Tensor is_read = read.ge(0);
-  const bool is_all_in_place = !p.may_have_padding && !p.write_indices;
+  const bool is_all_in_place = !p.host.may_have_padding && !p.write_indices;
   std::vector<int64_t> present;
   for (size_t n = 0; n < lengths.size(); ++n) {
     if (lengths[n] > 0) present.push_back(static_cast<int64_t>(n));
@@ -54,9 +54,10 @@ void run_chunk(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
     const at::Tensor counts = p.cu_seqlens.slice(0, 1) - p.cu_seqlens.slice(0, 0, -1);
     const at::Tensor index = is_all ? at::Tensor() : device_indices(present, p.q);
     const Tokens given = tokens_of(p);
-    const at::Tensor valid =
-        p.may_have_padding ? is_read.index_select(0, aten::token_places(p.cu_seqlens, s.T).sequence) : at::Tensor();
-    const Tokens x = p.may_have_padding ? given.without_padding(valid) : given;
+    const at::Tensor valid = p.host.may_have_padding
+                                 ? is_read.index_select(0, aten::token_places(p.cu_seqlens, s.T).sequence)
+                                 : at::Tensor();
+    const Tokens x = p.host.may_have_padding ? given.without_padding(valid) : given;
     const auto [out, final_states] = chunk({.q = x.q,
                                             .k = x.k,
                                             .v = x.v,
@@ -66,7 +67,7 @@ void run_chunk(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
                                             .scale = scale_of(p.scale, s.K),
                                             .g = x.g});
     states = is_all ? final_states : states.index_copy(0, index, final_states);
-    p.out.copy_(p.may_have_padding ? masked(out, valid) : out);
+    p.out.copy_(p.host.may_have_padding ? masked(out, valid) : out);
   }
   if (is_all_in_place) {
     p.state.index_copy_(0, write, states);

@@ -49,6 +49,8 @@ class NpuBackend final : public Backend {
     return c10::str("it serves npu tensors, these are on ", device.str(), " (", npu::capabilities().describe(), ")");
   }
 
+  bool reads_context_rows() const override { return true; }
+
   Sentence why_not(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
     return npu::why_not_recurrent(p, s);
   }

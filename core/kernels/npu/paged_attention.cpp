@@ -20,6 +20,19 @@ constexpr size_t kMaxSequences = 1024;  // in one call
 constexpr int64_t kMaxHeads = 256;
 constexpr int64_t kMaxHeadDim = 768;
 
+// SequenceLengths of a sequence.
+struct SequenceLengths {
+  int64_t num_tokens, context;
+};
+
+std::vector<SequenceLengths> sequence_lengths(const HostFacts& host) {
+  const int32_t* cu = host.cu_seqlens->const_data_ptr<int32_t>();
+  const int32_t* contexts = host.context_lens->const_data_ptr<int32_t>();
+  std::vector<SequenceLengths> lengths;
+  for (int64_t n = 0; n < host.context_lens->numel(); ++n) lengths.push_back({cu[n + 1] - cu[n], contexts[n]});
+  return lengths;
+}
+
 // Neighbouring sequences that one call takes.
 struct Group {
   int64_t token_begin = 0;
@@ -27,21 +40,21 @@ struct Group {
   std::vector<int64_t> token_ends;    // from token_begin
   std::vector<int64_t> context_ends;  // from context_begin
 
-  bool has_room(const AttentionSequence& s) const {
+  bool has_room(const SequenceLengths& s) const {
     return token_ends.size() < kMaxSequences && num_tokens() + s.num_tokens <= kMaxRows &&
-           num_rows() + s.context_len <= kMaxRows;
+           num_rows() + s.context <= kMaxRows;
   }
-  void add(const AttentionSequence& s) {
+  void add(const SequenceLengths& s) {
     token_ends.push_back(num_tokens() + s.num_tokens);
-    context_ends.push_back(num_rows() + s.context_len);
+    context_ends.push_back(num_rows() + s.context);
   }
   int64_t num_tokens() const { return token_ends.empty() ? 0 : token_ends.back(); }
   int64_t num_rows() const { return context_ends.empty() ? 0 : context_ends.back(); }
 };
 
-std::vector<Group> groups(const std::vector<AttentionSequence>& sequences) {
+std::vector<Group> groups(const std::vector<SequenceLengths>& sequences) {
   std::vector<Group> all(1);
-  for (const AttentionSequence& s : sequences) {
+  for (const SequenceLengths& s : sequences) {
     if (!all.back().has_room(s)) {
       const Group& full = all.back();
       all.push_back(
@@ -71,18 +84,22 @@ std::optional<std::string> why_not_attention(const PagedAttentionParams& p, cons
     return c10::str("the attention op takes at most ", kMaxHeads, " query heads of at most ", kMaxHeadDim,
                     ", got HQ=", s.HQ, " D=", s.D);
   }
-  for (const AttentionSequence& sequence : p.sequences) {
-    if (sequence.context_len > kMaxRows) {
-      return c10::str("the attention op takes contexts of at most ", kMaxRows, " tokens, got ", sequence.context_len);
-    }
-  }
   if (!p.context_rows) return "it reads all sequences at once, so it needs their rows in the cache: pass context_rows";
+  if (!p.host.cu_seqlens || !p.host.context_lens) {
+    return "its op takes lengths from the host: pass cu_seqlens_cpu and context_lens_cpu";
+  }
+  for (const SequenceLengths& lengths : sequence_lengths(p.host)) {
+    if (lengths.context > kMaxRows) {
+      return c10::str("the attention op takes contexts of at most ", kMaxRows, " tokens, got ", lengths.context);
+    }
+    if (lengths.context < lengths.num_tokens) return "the attention op takes no padding, got a context of 0 rows";
+  }
   return std::nullopt;
 }
 
 void run_attention(const PagedAttentionParams& p, const AttentionShape& s) {
   const at::Tensor q = p.q.contiguous();
-  for (const Group& group : groups(p.sequences)) {
+  for (const Group& group : groups(sequence_lengths(p.host))) {
     if (group.num_tokens() == 0) continue;
     const at::Tensor rows = p.context_rows->narrow(0, group.context_begin, group.num_rows());
     const at::Tensor out = attention({.q = q.narrow(0, group.token_begin, group.num_tokens()),

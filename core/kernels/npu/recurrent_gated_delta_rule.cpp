@@ -119,7 +119,7 @@ void verify(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s, const Tok
   const at::Tensor first = table.select(1, 0);
   const at::Tensor has_tokens = (p.cu_seqlens.slice(0, 1) - p.cu_seqlens.slice(0, 0, -1)).gt(0);
   const at::Tensor valid = read.ge(0).logical_and(has_tokens);
-  if (!p.may_have_padding) {
+  if (!p.host.may_have_padding) {
     // Token 0 writes the table's first slot in any case, so the state to start from is put there.
     aten::write_slots(p.state, first, valid, p.state.index({read.clamp_min(0)}));
     p.out.copy_(advance(x, p.state, token_slots(p, s), p.cu_seqlens, lengths, /*is_verification=*/true, scale));
@@ -139,7 +139,7 @@ void verify(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s, const Tok
 }  // namespace
 
 bool is_in_place(const RecurrentGatedDeltaRuleParams& p) {
-  return !p.num_accepted && !p.write_indices && !p.may_have_padding;
+  return !p.num_accepted && !p.write_indices && !p.host.may_have_padding;
 }
 
 Sentence why_not_recurrent(const at::Tensor& in, const at::Tensor& state, const GdnShape& s) {
@@ -156,11 +156,11 @@ Sentence why_not_recurrent(const at::Tensor& in, const at::Tensor& state, const 
 
 Sentence why_not_recurrent(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) {
   if (Sentence sentence = why_not_recurrent(p.q, p.state, s)) return sentence;
-  return why_not_lengths(p.cu_seqlens_cpu);
+  return why_not_lengths(p.host.cu_seqlens);
 }
 
 void run_recurrent(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) {
-  const std::vector<int64_t> lengths = lengths_of(*p.cu_seqlens_cpu);
+  const std::vector<int64_t> lengths = lengths_of(*p.host.cu_seqlens);
   const Tokens x = tokens_of(p);
   const double scale = scale_of(p.scale, s.K);
   if (s.T == 0) {

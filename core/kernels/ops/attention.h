@@ -7,38 +7,35 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "core/kernels/ops/contract.h"
 
 namespace xgdn::kernel {
 
-/// One sequence of an attention call, known on the host. Its blocks are block_ids[block_begin, block_begin +
-/// num_blocks).
-struct AttentionSequence {
-  int64_t token_begin = 0;
-  int64_t num_tokens = 0;
-  int64_t context_len = 0;  // tokens in the cache, these included
-  int64_t block_begin = 0;
-  int64_t num_blocks = 0;
-};
-
 /// Softmax attention over a paged cache: HQ query heads read HKV key heads (head h reads h / (HQ/HKV)), P blocks of B
-/// rows. The last token of a sequence sees its whole context, the one before it all but one row. Rows outside the
-/// sequences' contexts are never read, whatever they hold. The sequences cover the tokens 0..T-1 in order.
+/// rows. A sequence's context is the rows of its blocks up to its length, its own tokens last: the last token sees all
+/// of it, the one before it all but one row. What lies outside the contexts is never read, neither rows of the cache
+/// nor entries of the table. A context of length 0 pads: its tokens' rows of `out` are zero.
 struct PagedAttentionParams {
   at::Tensor q;                                 // [T, HQ, D]      f32 | bf16 | f16, strided
   at::Tensor k;                                 // [P, B, HKV, D]  as q
   at::Tensor v;                                 // [P, B, HKV, D]  as q
-  at::Tensor block_ids;                         // [M]             i32, the sequences' blocks, one after another
-  std::vector<AttentionSequence> sequences;     // on the host
+  at::Tensor block_table;                       // [N, M]          i32, strided: the blocks of each sequence
+  at::Tensor context_lens;                      // [N]             i32, rows of the cache that the sequence has
+  at::Tensor cu_seqlens;                        // [N+1]           i32
   at::Tensor out;                               // [T, HQ, D]      as q, strided, written
-  std::optional<at::Tensor> context_rows = {};  // [C]  i32, block * B + offset of every row of the contexts, for
-                                                // backends that read all sequences at once
+  std::optional<at::Tensor> context_rows = {};  // [C]  i32, block * B + offset of every row of the contexts, one
+                                                // sequence after another; see reads_context_rows
+  HostFacts host = {};                          // cu_seqlens and context_lens, for backends whose kernels want them
   std::optional<double> scale = {};             // default D^-0.5
   std::string backend = "auto";
 };
 void paged_attention(const PagedAttentionParams& p);
 void check_indices(const PagedAttentionParams& p);
+/// check_indices of what is on the host, for tensors that are not.
+void check_host_facts(const PagedAttentionParams& p);
+
+/// Whether a backend of that device gathers all contexts at once, and so needs context_rows.
+bool reads_context_rows(c10::Device device);
 
 }  // namespace xgdn::kernel

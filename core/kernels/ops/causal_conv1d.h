@@ -34,17 +34,16 @@ void check_indices(const CausalConv1dParams& p);
 /// the rows hold [history | inputs] without the oldest row, so that any acceptance count can be resumed. A sequence of
 /// len tokens needs R >= W - 2 + len.
 struct CausalConv1dUpdateParams {
-  at::Tensor x;                         // [T, D]     f32 | bf16 | f16, strided
-  at::Tensor weight;                    // [D, W]     as x
-  at::Tensor conv_state;                // [S, R, D]  as x | f32, updated in place
-  at::Tensor cu_seqlens;                // [N+1]      i32
-  at::Tensor state_indices;             // [N]        i32, one slot per sequence
-  at::Tensor out;                       // [T, D]     as x, strided, written
-  int64_t max_len = 1;                  // tokens of the longest sequence, known to the host; R >= W - 2 + max_len
-  std::optional<at::Tensor> bias = {};  // [D]  as x
+  at::Tensor x;                                  // [T, D]     f32 | bf16 | f16, strided
+  at::Tensor weight;                             // [D, W]     as x
+  at::Tensor conv_state;                         // [S, R, D]  as x | f32, updated in place
+  at::Tensor cu_seqlens;                         // [N+1]      i32
+  at::Tensor state_indices;                      // [N]        i32, one slot per sequence
+  at::Tensor out;                                // [T, D]     as x, strided, written
+  HostFacts host = {};                           // R >= W - 2 + max_len
+  std::optional<at::Tensor> bias = {};           // [D]  as x
   std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices
   std::optional<at::Tensor> num_accepted = {};   // [N]  i32, tokens accepted of the sequence's previous step
-  bool may_have_padding = true;                  // false: the caller promises that no slot is kPadSlot
   bool silu = true;
   std::string backend = "auto";
 };

@@ -20,14 +20,24 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 #include "core/errors.h"
 
 namespace xgdn::kernel {
 
-/// A slot index that means "no slot": the sequence's output is zero and no state is touched.
+/// A slot index that means "no slot": the sequence's output is zero and nothing is written for it.
 inline constexpr int32_t kPadSlot = -1;
+
+/// What the host knows of a call's sequences. Backends that need to know more than shapes tell read it here, because
+/// nobody reads a value back from a device.
+struct HostFacts {
+  std::optional<at::Tensor> cu_seqlens = {};    // [N+1] i32 on the host, equal to the op's cu_seqlens
+  std::optional<at::Tensor> context_lens = {};  // [N]   i32 on the host, equal to the op's context_lens
+  int64_t max_len = 1;                          // tokens of the longest sequence
+  bool may_have_padding = true;                 // false: the caller promises that no slot is kPadSlot
+};
 
 /// Checks without running: what an op does first, usable on meta and fake tensors. For the parameters of every op.
 template <class Params>

@@ -28,11 +28,10 @@ struct RecurrentGatedDeltaRuleParams {
   at::Tensor cu_seqlens;     // [N+1]          i32
   at::Tensor state_indices;  // [N] | [N, L]   i32
   at::Tensor out;            // [T, HV, V]     f32 | as q, strided, written
-  std::optional<at::Tensor> write_indices = {};   // [N]  i32; default state_indices; not with num_accepted
-  std::optional<at::Tensor> num_accepted = {};    // [N]  i32, 1..L; makes the call a verification
-  std::optional<at::Tensor> cu_seqlens_cpu = {};  // [N+1] i32 on the host, for backends whose kernels limit lengths
-  bool may_have_padding = true;                   // false: the caller promises that no slot is kPadSlot
-  std::optional<double> scale = {};               // default K^-0.5
+  std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices; not with num_accepted
+  std::optional<at::Tensor> num_accepted = {};   // [N]  i32, 1..L; makes the call a verification
+  HostFacts host = {};                           // cu_seqlens is for backends whose kernels limit lengths
+  std::optional<double> scale = {};              // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
   std::string backend = "auto";
 };
@@ -58,8 +57,7 @@ struct ChunkGatedDeltaRuleParams {
   at::Tensor out;            // [T, HV, V]     f32 | as q, strided, written
   std::optional<at::Tensor> has_initial_state = {};  // [N] bool; false: start from zero; default all true
   std::optional<at::Tensor> write_indices = {};      // [N]  i32; default state_indices
-  std::optional<at::Tensor> cu_seqlens_cpu = {};     // [N+1] i32 on the host, for backends whose kernels limit lengths
-  bool may_have_padding = true;                      // false: the caller promises that no slot is kPadSlot
+  HostFacts host = {};                               // cu_seqlens is for backends whose kernels limit lengths
   std::optional<double> scale = {};                  // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
   // "fast" may multiply sums of two bf16 numbers, with f32 sums, and rounds q and k to bf16; "exact" is f32 throughout;
@@ -85,8 +83,8 @@ struct PackedDecodeParams {
   at::Tensor state_indices;  // [N]            i32
   at::Tensor out;            // [N, HV, V]     f32 | as mixed_qkv, strided, written
   std::optional<at::Tensor> write_indices = {};  // [N]  i32; default state_indices
-  bool may_have_padding = true;                  // false: the caller promises that no slot is kPadSlot
-  std::optional<double> scale = {};              // default K^-0.5
+  HostFacts host = {};
+  std::optional<double> scale = {};  // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
   std::string backend = "auto";
 };
@@ -127,8 +125,8 @@ struct GdnDecodeStepParams {
   std::optional<at::Tensor> write_indices = {};  // [N]    i32; default state_indices
   std::optional<SlotIndices> conv_slots = {};    // slots of the conv pool; default those of the state
   std::optional<at::Tensor> cu_seqlens =
-      {};                        // [N+1]  i32, 0, 1, ..., N; spares a backend that composes the step to make it
-  bool may_have_padding = true;  // false: the caller promises that no slot is kPadSlot
+      {};  // [N+1]  i32, 0, 1, ..., N; spares a backend that composes the step to make it
+  HostFacts host = {};
   double norm_eps = 1e-6;
   std::optional<double> scale = {};  // default K^-0.5
   std::string backend = "auto";

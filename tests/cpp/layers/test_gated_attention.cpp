@@ -14,6 +14,7 @@
 #include <ATen/ops/softmax.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <string>
@@ -99,27 +100,29 @@ class GatedAttentionTest : public ::testing::Test {
 
   /// One forward over pieces of several sequences; notes the rows it may write.
   at::Tensor forward(const std::vector<at::Tensor>& hidden, const std::vector<Piece>& pieces) {
-    AttentionBatch batch;
-    std::vector<int32_t> positions, rows, blocks;
+    size_t columns = 0;
+    for (const Piece& piece : pieces) columns = std::max(columns, piece.blocks.size());
+    std::vector<int32_t> positions, rows, blocks, context_lens, cu_seqlens{0};
     std::vector<at::Tensor> inputs;
     for (size_t i = 0; i < pieces.size(); ++i) {
       const Piece& piece = pieces[i];
       inputs.push_back(hidden[i].narrow(0, piece.begin, piece.count));
-      batch.sequences.push_back({.token_begin = std::ssize(positions),
-                                 .num_tokens = piece.count,
-                                 .context_len = piece.begin + piece.count,
-                                 .block_begin = std::ssize(blocks),
-                                 .num_blocks = std::ssize(piece.blocks)});
+      context_lens.push_back(static_cast<int32_t>(piece.begin + piece.count));
+      cu_seqlens.push_back(static_cast<int32_t>(cu_seqlens.back() + piece.count));
       for (int64_t t = piece.begin; t < piece.begin + piece.count; ++t) {
         positions.push_back(static_cast<int32_t>(t));
         rows.push_back(static_cast<int32_t>(piece.blocks[t / kBlockSize] * kBlockSize + t % kBlockSize));
       }
       blocks.insert(blocks.end(), piece.blocks.begin(), piece.blocks.end());
+      blocks.resize((i + 1) * columns, -1);
     }
     written_.insert(rows.begin(), rows.end());
-    batch.positions = i32(positions);
-    batch.kv_rows = i32(rows);
-    batch.block_ids = i32(blocks);
+    const AttentionBatch batch{.positions = i32(positions),
+                               .slot_mapping = i32(rows),
+                               .block_table = i32(blocks).view({std::ssize(pieces), -1}),
+                               .context_lens = i32(context_lens),
+                               .cu_seqlens = i32(cu_seqlens),
+                               .host = {.may_have_padding = false}};
     const Rotary rotary(kConfig.head_dim, kPartialRotary, kTheta);
     return layer_.forward(at::cat(inputs), rotary.table(batch.positions, at::kFloat), batch, kv_);
   }

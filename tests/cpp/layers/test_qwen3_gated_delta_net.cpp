@@ -168,11 +168,11 @@ Segment verify(int64_t begin, int64_t length, const std::vector<int32_t>& table,
   return {.kind = SegmentKind::kVerify,
           .token_begin = begin,
           .num_tokens = length,
-          .max_len = length,
           .cu_seqlens = i32({0, static_cast<int32_t>(length)}),
           .state_slots = {i32(table).view({1, -1})},
           .conv_slots = {i32({table.front()})},
-          .num_accepted = i32({num_accepted})};
+          .num_accepted = i32({num_accepted}),
+          .host = {.max_len = length}};
 }
 
 GdnBatch batch_of(std::vector<Segment> segments) {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tensors of a step: order, offsets, tables, one arena; and every refusal.
+// The tensors of a step: order, offsets, tables, one piece of memory, padding; and every refusal.
 #include "core/runtime/batch_builder.h"
 
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -75,12 +76,13 @@ class MixedStep : public ::testing::Test {
                   prefill(3, 64, 8, 32),                           // blocks 32..48
                   decode(12, 0, 1, {0}),
                   verify({23, 24, 25, 26}, 4, {13, 14, 15, 16}, 1, {7, 6, 5})};
-    built_ = BatchBuilder(kLimits, c10::kCPU).build(sequences_);
+    built_ = builder_.build(sequences_);
   }
 
   const Segment& segment(size_t i) const { return built_.input.gdn.segments.at(i); }
 
   std::vector<SequenceStep> sequences_;
+  BatchBuilder builder_{kLimits, c10::kCPU};
   BuiltStep built_;
 };
 
@@ -96,15 +98,15 @@ TEST_F(MixedStep, PacksDecodeThenVerificationThenPrefill) {
     EXPECT_EQ(segment(i).kind, kinds[i]);
     EXPECT_EQ(segment(i).token_begin, begins[i]);
     EXPECT_EQ(segment(i).num_tokens, counts[i]);
-    EXPECT_EQ(segment(i).max_len, longest[i]);
+    EXPECT_EQ(segment(i).host.max_len, longest[i]);
   }
   expect_rows(built_.input.token_ids, {11, 12, 21, 22, 23, 24, 25, 26, 7, 7, 7, 7, 7, 7, 7, 7});
   expect_rows(segment(0).cu_seqlens, {0, 1, 2});
   expect_rows(segment(1).cu_seqlens, {0, 2, 6});
   expect_rows(segment(2).cu_seqlens, {0, 5, 8});
   for (size_t i = 0; i < 3; ++i) {
-    EXPECT_TRUE(same_bits(segment(i).cu_seqlens_cpu.value(), segment(i).cu_seqlens));
-    EXPECT_FALSE(segment(i).may_have_padding);
+    EXPECT_TRUE(same_bits(segment(i).host.cu_seqlens.value(), segment(i).cu_seqlens));
+    EXPECT_FALSE(segment(i).host.may_have_padding);
   }
 }
 
@@ -143,27 +145,20 @@ TEST_F(MixedStep, AttentionKnowsPositionsRowsAndBlocks) {
   const AttentionBatch& attention = built_.input.attention;
   expect_rows(attention.positions, {6, 0, 3, 4, 4, 5, 6, 7, 0, 1, 2, 3, 4, 64, 65, 66});
   // block * 4 + offset
-  expect_rows(attention.kv_rows, {2 * 4 + 2, 0, 30 * 4 + 3, 31 * 4, 6 * 4, 6 * 4 + 1, 6 * 4 + 2, 6 * 4 + 3, 20 * 4,
-                                  20 * 4 + 1, 20 * 4 + 2, 20 * 4 + 3, 21 * 4, 48 * 4, 48 * 4 + 1, 48 * 4 + 2});
-  std::vector<int32_t> blocks{4, 2, 0, 30, 31, 7, 6, 5, 20, 21};
-  for (int32_t block = 32; block <= 48; ++block) blocks.push_back(block);
-  expect_rows(attention.block_ids, blocks);
+  expect_rows(attention.slot_mapping, {2 * 4 + 2, 0, 30 * 4 + 3, 31 * 4, 6 * 4, 6 * 4 + 1, 6 * 4 + 2, 6 * 4 + 3, 20 * 4,
+                                       20 * 4 + 1, 20 * 4 + 2, 20 * 4 + 3, 21 * 4, 48 * 4, 48 * 4 + 1, 48 * 4 + 2});
+  expect_rows(attention.cu_seqlens, {0, 1, 2, 4, 8, 13, 16});
+  expect_rows(attention.context_lens, {7, 1, 5, 8, 5, 67});
+  EXPECT_TRUE(same_bits(attention.host.cu_seqlens.value(), attention.cu_seqlens));
+  EXPECT_TRUE(same_bits(attention.host.context_lens.value(), attention.context_lens));
+  EXPECT_FALSE(attention.host.may_have_padding);
+  EXPECT_FALSE(attention.context_rows);
 
-  const std::vector<AttentionSequence> want{
-      {.token_begin = 0, .num_tokens = 1, .context_len = 7, .block_begin = 0, .num_blocks = 2},
-      {.token_begin = 1, .num_tokens = 1, .context_len = 1, .block_begin = 2, .num_blocks = 1},
-      {.token_begin = 2, .num_tokens = 2, .context_len = 5, .block_begin = 3, .num_blocks = 2},
-      {.token_begin = 4, .num_tokens = 4, .context_len = 8, .block_begin = 5, .num_blocks = 3},
-      {.token_begin = 8, .num_tokens = 5, .context_len = 5, .block_begin = 8, .num_blocks = 2},
-      {.token_begin = 13, .num_tokens = 3, .context_len = 67, .block_begin = 10, .num_blocks = 17}};
-  ASSERT_EQ(attention.sequences.size(), want.size());
-  for (size_t i = 0; i < want.size(); ++i) {
-    const AttentionSequence& got = attention.sequences[i];
-    EXPECT_EQ(got.token_begin, want[i].token_begin) << "sequence " << i;
-    EXPECT_EQ(got.num_tokens, want[i].num_tokens) << "sequence " << i;
-    EXPECT_EQ(got.context_len, want[i].context_len) << "sequence " << i;
-    EXPECT_EQ(got.block_begin, want[i].block_begin) << "sequence " << i;
-    EXPECT_EQ(got.num_blocks, want[i].num_blocks) << "sequence " << i;
+  std::vector<std::vector<int32_t>> blocks{{4, 2}, {0}, {30, 31}, {7, 6}, {20, 21}, {}};
+  for (int32_t block = 32; block <= 48; ++block) blocks.back().push_back(block);
+  ASSERT_EQ(attention.block_table.sizes(), (std::vector<int64_t>{6, 50})) << "a context may have all blocks";
+  for (int64_t n = 0; n < 6; ++n) {
+    expect_rows(attention.block_table[n].narrow(0, 0, std::ssize(blocks[n])), blocks[n]);
   }
 }
 
@@ -173,21 +168,26 @@ TEST_F(MixedStep, LogitRowsFollowTheGivenOrder) {
   EXPECT_EQ(built_.logit_rows, (std::vector<int64_t>{-1, 0, 2, 8, 1, 4}));
 }
 
-TEST_F(MixedStep, EveryIndexIsAViewOfOneArena) {
-  const StepInput& in = built_.input;
-  std::vector<at::Tensor> tensors{in.token_ids, in.logit_rows, in.attention.positions, in.attention.kv_rows,
-                                  in.attention.block_ids};
+/// The index tensors of a step, those that it has.
+std::vector<at::Tensor> tensors_of(const StepInput& in) {
+  const AttentionBatch& attention = in.attention;
+  std::vector<at::Tensor> tensors{in.token_ids,           in.logit_rows,          attention.positions,
+                                  attention.slot_mapping, attention.context_lens, attention.cu_seqlens,
+                                  attention.block_table};
   for (const Segment& s : in.gdn.segments) {
-    const at::Tensor none;
-    for (const at::Tensor& t :
-         {s.cu_seqlens, s.state_slots.read, s.state_slots.write.value_or(none), s.conv_slots.read,
-          s.conv_slots.write.value_or(none), s.has_initial_state.value_or(none), s.num_accepted.value_or(none),
-          s.chunk_indices.value_or(none), s.chunk_offsets.value_or(none)}) {
-      if (t.defined()) tensors.push_back(t);
+    tensors.insert(tensors.end(), {s.cu_seqlens, s.state_slots.read, s.conv_slots.read});
+    for (const std::optional<at::Tensor>& t : {s.state_slots.write, s.conv_slots.write, s.has_initial_state,
+                                               s.num_accepted, s.chunk_indices, s.chunk_offsets}) {
+      if (t) tensors.push_back(*t);
     }
   }
-  EXPECT_EQ(tensors.size(), 5u + 5 + 4 + 4 + 2);
-  for (const at::Tensor& t : tensors) EXPECT_TRUE(t.storage().is_alias_of(in.token_ids.storage()));
+  return tensors;
+}
+
+TEST_F(MixedStep, EveryIndexIsAViewOfOneBuffer) {
+  const std::vector<at::Tensor> tensors = tensors_of(built_.input);
+  EXPECT_EQ(tensors.size(), 7u + 5 + 4 + 6);
+  for (const at::Tensor& t : tensors) EXPECT_TRUE(t.storage().is_alias_of(built_.input.token_ids.storage()));
 }
 
 TEST(BatchBuilder, ChunkMetadataIsThatOfThePrefillSequences) {
@@ -218,7 +218,7 @@ TEST(BatchBuilder, OneKindMakesOneSegment) {
 }
 
 TEST(BatchBuilder, WriteSlotsAreSaidForThePoolInWhichOneDiffers) {
-  const BatchBuilder builder(kLimits, c10::kCPU);
+  BatchBuilder builder(kLimits, c10::kCPU);
   const SequenceStep in_place = prefill(3, 0, 2, 0);
   SequenceStep other_state = prefill(3, 4, 3, 1);
   other_state.state_slots = {5};
@@ -249,8 +249,91 @@ TEST(BatchBuilder, WithoutAttentionNoBlocksAreNeeded) {
   limits.has_attention = false;
   limits.num_kv_blocks = 0;
   const BuiltStep built = BatchBuilder(limits, c10::kCPU).build({decode(1, 100, 0, {})});
-  EXPECT_EQ(built.input.attention.kv_rows.numel(), 0);
+  EXPECT_FALSE(built.input.attention.slot_mapping.defined());
   expect_rows(built.input.attention.positions, {100});
+}
+
+std::vector<void*> addresses(const std::vector<at::Tensor>& tensors) {
+  std::vector<void*> addresses;
+  for (const at::Tensor& t : tensors) addresses.push_back(t.mutable_data_ptr());
+  return addresses;
+}
+
+TEST(BatchBuilder, ADecodesTensorsStayWhereTheyAre) {
+  BatchBuilder builder(kLimits, c10::kCPU);
+  const auto decodes = [](int64_t num_cached) {
+    std::vector<SequenceStep> steps{decode(11, num_cached, 3, {4, 2, 1}), decode(12, 0, 1, {0})};
+    steps[0].write_slot = steps[0].conv_write_slot = 5;  // a fork: every tensor that a decode may have
+    return steps;
+  };
+  const std::vector<void*> first = addresses(tensors_of(builder.build(decodes(6)).input));
+  ASSERT_EQ(first.size(), 7u + 5);
+  // Other sequences, more of them, and other kinds beside them.
+  builder.build({prefill(70, 0, 9, 10), decode(1, 2, 7, {3}), verify({21, 22}, 3, {10, 11, 12}, 3, {30, 31})});
+  builder.build({decode(5, 1, 0, {8}), decode(6, 1, 2, {9}), decode(7, 1, 4, {10})});
+  std::vector<SequenceStep> beside = decodes(7);
+  beside.push_back(prefill(5, 0, 9, 20));
+  const BuiltStep step = builder.build(beside);
+  std::vector<void*> next = addresses(tensors_of(step.input));
+  next.resize(first.size());
+  EXPECT_EQ(next, first);
+  EXPECT_EQ(addresses(tensors_of(builder.build(decodes(8)).input)), first);
+}
+
+TEST(BatchBuilder, AStepBeyondTheLimitsMovesTheBuffers) {
+  BatchLimits limits = kLimits;
+  limits.max_tokens = 4;
+  BatchBuilder builder(limits, c10::kCPU);
+  SequenceStep wide = verify({21, 22}, 3, {10, 11, 12, 13, 14, 15, 16, 17, 18, 19}, 3, {30, 31});
+  for (int i = 0; i < 2; ++i) {
+    const BuiltStep step =
+        builder.build({decode(11, 6, 3, {4, 2}), wide, verify({23}, 0, {1, 2}, 1, {5}), prefill(70, 0, 9, 6)});
+    std::vector<int32_t> tokens{11, 21, 22, 23};
+    tokens.resize(74, 7);
+    expect_rows(step.input.token_ids, tokens);
+    expect_rows(step.input.gdn.segments[1].state_slots.read.flatten(),
+                {10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 1, 2, -1, -1, -1, -1, -1, -1, -1, -1});
+    expect_rows(step.input.attention.context_lens, {7, 5, 1, 70});
+    expect_rows(step.input.attention.block_table[0].narrow(0, 0, 2), {4, 2});
+  }
+}
+
+TEST(BatchBuilder, DecodesArePaddedToTheirBucket) {
+  BatchLimits limits = kLimits;
+  limits.decode_buckets = {1, 4, 6};
+  BatchBuilder builder(limits, c10::kCPU);
+  const auto decodes = [](int64_t count) {
+    std::vector<SequenceStep> steps;
+    for (int32_t i = 0; i < count; ++i) steps.push_back(decode(20 + i, 2, i, {i}));
+    return steps;
+  };
+  std::vector<SequenceStep> beside = decodes(2);
+  beside.insert(beside.begin(), prefill(3, 0, 9, 20));
+  const BuiltStep step = builder.build(beside);
+  const Segment& decoded = step.input.gdn.segments[0];
+  EXPECT_EQ(decoded.num_tokens, 4);
+  EXPECT_TRUE(decoded.host.may_have_padding);
+  EXPECT_FALSE(decoded.state_slots.write || decoded.conv_slots.write);
+  expect_rows(decoded.cu_seqlens, {0, 1, 2, 3, 4});
+  expect_rows(decoded.state_slots.read, {0, 1, kernel::kPadSlot, kernel::kPadSlot});
+  expect_rows(decoded.conv_slots.read, {0, 1, kernel::kPadSlot, kernel::kPadSlot});
+  EXPECT_EQ(step.input.gdn.segments[1].token_begin, 4);
+  EXPECT_FALSE(step.input.gdn.segments[1].host.may_have_padding);
+  expect_rows(step.input.token_ids, {20, 21, 0, 0, 7, 7, 7});
+  expect_rows(step.input.logit_rows, {0, 1, 6});  // nobody samples for padding
+  EXPECT_EQ(step.logit_rows, (std::vector<int64_t>{2, 0, 1}));
+  const AttentionBatch& attention = step.input.attention;
+  EXPECT_TRUE(attention.host.may_have_padding);
+  expect_rows(attention.slot_mapping, {2, 6, kernel::kPadSlot, kernel::kPadSlot, 80, 81, 82});
+  expect_rows(attention.context_lens, {3, 3, 0, 0, 3});
+  expect_rows(attention.cu_seqlens, {0, 1, 2, 3, 4, 7});
+
+  const auto rows = [&](int64_t count) { return builder.build(decodes(count)).input.gdn.num_tokens; };
+  EXPECT_EQ(rows(1), 1);
+  EXPECT_EQ(rows(4), 4);
+  EXPECT_EQ(rows(5), 6);
+  EXPECT_EQ(rows(7), 7) << "above the last bucket";
+  EXPECT_EQ(builder.build({prefill(3, 0, 9, 20)}).input.gdn.num_tokens, 3) << "a step without decodes";
 }
 
 template <typename E>
@@ -343,7 +426,22 @@ TEST(BatchBuilderRefusals, ASlotReadByOneAndWrittenByAnother) {
   EXPECT_NO_THROW(BatchBuilder(kLimits, c10::kCPU).build({one, reader(5, 5), other, fresh}));
 }
 
+TEST(BatchBuilderRefusals, Buckets) {
+  for (const std::vector<int64_t>& buckets : {std::vector<int64_t>{0, 4}, {4, 4}, {8, 4}, {-1}}) {
+    BatchLimits limits = kLimits;
+    limits.decode_buckets = buckets;
+    expect_error<RequestError>([&] { BatchBuilder(limits, c10::kCPU); }, {"decode_buckets", "ascend from 1"});
+  }
+}
+
 TEST(BatchBuilderRefusals, Blocks) {
+  BatchLimits limits = kLimits;
+  limits.max_context = 7;
+  expect_error<RequestError>(
+      [&] {
+        BatchBuilder(limits, c10::kCPU).build({decode(1, 7, 0, {0, 1})});
+      },
+      {"num_cached", "at most 7", "got 8"});
   expect_refused<RequestError>({decode(1, 4, 0, {0})}, {"kv_blocks", "room for 5 tokens", "got 4"});
   expect_refused<RequestError>({decode(1, 0, 0, {})}, {"kv_blocks", "room for 1 tokens", "got 0"});
   expect_refused<RangeError>({decode(1, 4, 0, {0, 50})}, {"kv_blocks", "0..49", "got 50"});

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The engine on a model directory written by hand: it is the runner on the same weights.
+// The engine on a model directory written by hand: it is the engine on the same weights.
 #include "core/runtime/engine.h"
 
 #include <ATen/ops/argmax.h>
@@ -35,11 +35,11 @@ class EngineTest : public ::testing::Test {
   std::vector<int32_t> prompt_;
 };
 
-TEST_F(EngineTest, GeneratesWhatTheRunnerGenerates) {
-  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
+TEST_F(EngineTest, LoadsWhatTheConstructorServes) {
+  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
   int64_t layers_loaded = 0;
   const std::unique_ptr<Engine> engine =
-      Engine::load(dir_.path(), {.runner = options, .on_layer_loaded = [&](int64_t loaded, int64_t total) {
+      Engine::load(dir_.path(), {.serving = options, .on_layer_loaded = [&](int64_t loaded, int64_t total) {
                                    EXPECT_EQ(loaded, ++layers_loaded);
                                    EXPECT_EQ(total, 3);
                                  }});
@@ -51,16 +51,15 @@ TEST_F(EngineTest, GeneratesWhatTheRunnerGenerates) {
   const std::vector<Request> requests{{.prompt = prompt_, .max_new_tokens = 10},
                                       {.prompt = {5}, .max_new_tokens = 10},
                                       {.prompt = {6, 7}, .max_new_tokens = 3}};
-  Runner runner(tiny_model(config_, weights_), options);
-  const std::vector<GenerationResult> want = runner.generate(requests);
+  const std::vector<GenerationResult> want = Engine(tiny_model(config_, weights_), options).generate(requests);
   const std::vector<GenerationResult> got = engine->generate(requests);
   for (size_t i = 0; i < requests.size(); ++i) {
     EXPECT_EQ(got[i].tokens, want[i].tokens);
     EXPECT_EQ(got[i].finish_reason, FinishReason::kLength) << got[i].error;
   }
   EXPECT_TRUE(engine->is_idle());
-  EXPECT_EQ(engine->runner().num_free_slots(), 2);
-  EXPECT_EQ(engine->runner().num_free_kv_blocks(), 32);
+  EXPECT_EQ(engine->num_free_slots(), 2);
+  EXPECT_EQ(engine->num_free_kv_blocks(), 32);
 }
 
 TEST_F(EngineTest, ReportsWhatItLeavesUnused) {
@@ -142,10 +141,10 @@ TEST_F(EngineTest, RefusesPromptsWithoutLogits) {
 
 TEST_F(EngineTest, ConvertsToTheAskedDtypes) {
   const std::unique_ptr<Engine> engine =
-      Engine::load(dir_.path(), {.runner = {.max_batch_size = 2, .max_cached_tokens = 256},
+      Engine::load(dir_.path(), {.serving = {.max_batch_size = 2, .max_cached_tokens = 256},
                                  .dtype = at::kBFloat16,
                                  .state_dtype = at::kBFloat16});
-  EXPECT_EQ(engine->runner().state_bytes(), 2 * 2 * (3 * 64 + 2 * 16 * 16) * 2);
+  EXPECT_EQ(engine->state_bytes(), 2 * 2 * (3 * 64 + 2 * 16 * 16) * 2);
   EXPECT_EQ(engine->generate({{.prompt = prompt_, .max_new_tokens = 5}}).at(0).tokens.size(), 5u);
   const at::Tensor wide = Engine::load(dir_.path())->prompt_logits(prompt_);
   const double error = relative_error(engine->prompt_logits(prompt_), wide);
@@ -159,7 +158,7 @@ TEST_F(EngineTest, RefusesBadOptionsBeforeItLoads) {
   expect_error<UnsupportedError>(load({.dtype = at::kDouble, .on_layer_loaded = never}), {"[Engine] dtype", "Double"});
   expect_error<UnsupportedError>(load({.state_dtype = at::kHalf, .on_layer_loaded = never}),
                                  {"[Engine] state_dtype", "Half"});
-  expect_error<RequestError>(load({.runner = {.max_batch_size = -1}, .on_layer_loaded = never}),
+  expect_error<RequestError>(load({.serving = {.max_batch_size = -1}, .on_layer_loaded = never}),
                              {"max_batch_size", "-1"});
   expect_error<CheckpointError>([&] { Engine::load(dir_.path() / "nothing"); }, {"nothing"});
 }
@@ -167,7 +166,7 @@ TEST_F(EngineTest, RefusesBadOptionsBeforeItLoads) {
 TEST_F(EngineTest, PlansWhatItAllocates) {
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     const EngineOptions options{
-        .runner = {.max_batch_size = 3, .max_cached_tokens = 50}, .dtype = dtype, .state_dtype = dtype};
+        .serving = {.max_batch_size = 3, .max_cached_tokens = 50}, .dtype = dtype, .state_dtype = dtype};
     int64_t weight_bytes = 0;
     for (const auto& [name, tensor] : weights_) {
       const bool is_wide =
@@ -178,8 +177,8 @@ TEST_F(EngineTest, PlansWhatItAllocates) {
     const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
     EXPECT_EQ(plan.weight_bytes, weight_bytes);
     EXPECT_EQ(engine->weight_bytes(), weight_bytes);
-    EXPECT_EQ(plan.state_bytes(), engine->runner().state_bytes());
-    EXPECT_EQ(plan.kv_bytes(), engine->runner().kv_bytes());
+    EXPECT_EQ(plan.state_bytes(), engine->state_bytes());
+    EXPECT_EQ(plan.kv_bytes(), engine->kv_bytes());
     EXPECT_EQ(plan.num_kv_blocks, 4);
     EXPECT_EQ(plan.total_bytes(), weight_bytes + plan.state_bytes() + plan.kv_bytes() + plan.workspace_bytes());
   }
@@ -206,7 +205,7 @@ TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     for (const int64_t max_tokens : {64, 256, 2048}) {
       const EngineOptions options{
-          .runner = {.max_batch_size = 7, .max_cached_tokens = 2200, .max_tokens_per_step = max_tokens},
+          .serving = {.max_batch_size = 7, .max_cached_tokens = 2200, .max_tokens_per_step = max_tokens},
           .dtype = dtype};
       const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
       const auto peak = std::make_shared<AllocationPeak>();
@@ -222,7 +221,7 @@ TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
 }
 
 TEST_F(EngineTest, RefusesToExceedItsMemoryLimit) {
-  EngineOptions options{.runner = {.max_batch_size = 3, .max_cached_tokens = 50}};
+  EngineOptions options{.serving = {.max_batch_size = 3, .max_cached_tokens = 50}};
   const Plan plan = Engine::plan(dir_.path(), options);
   options.memory_limit = plan.total_bytes();
   EXPECT_NE(Engine::load(dir_.path(), options), nullptr);
@@ -237,20 +236,24 @@ TEST_F(EngineTest, RefusesToExceedItsMemoryLimit) {
 }
 
 TEST_F(EngineTest, PlansHowManySequencesFit) {
-  const auto plan_for = [&](int64_t num_sequences, int64_t tokens) {
-    // A step's budget above the number of sequences, so that each takes as many bytes as any other.
-    return Engine::plan(
-        dir_.path(),
-        {.runner = {.max_batch_size = num_sequences, .max_cached_tokens = tokens, .max_tokens_per_step = 2048}});
+  constexpr int64_t kStepTokens = 2048;  // above the number of sequences
+  const auto plan_for = [&](int64_t num_sequences) {
+    return Engine::plan(dir_.path(), {.serving = {.max_batch_size = num_sequences,
+                                                  .max_cached_tokens = num_sequences * 160,
+                                                  .max_tokens_per_step = kStepTokens}});
   };
-  const Plan plan = plan_for(1, 160);
+  // Whose contexts have 160 tokens, although its cache would hold a longer one.
+  const auto bytes_with = [&](int64_t num_sequences) {
+    const Plan p = plan_for(num_sequences);
+    return p.total_bytes() - (p.max_context - 160) * (p.step_context_bytes + kStepTokens * p.step_mask_bytes);
+  };
+  const Plan plan = plan_for(1);
   EXPECT_EQ(plan.max_sequences(160, plan.total_bytes()), 1);
   EXPECT_EQ(plan.max_sequences(160, plan.total_bytes() - 1), 0);
   EXPECT_EQ(plan.max_sequences(161, plan.total_bytes()), 0) << "a block more";
-  const int64_t each = plan.state_slot_bytes + 10 * plan.kv_block_bytes + plan.step_logits_bytes;
-  for (const int64_t others : {1, 2, 17, 1000}) {
-    EXPECT_EQ(plan.max_sequences(160, plan.total_bytes() + others * each), 1 + others);
-    EXPECT_EQ(plan.max_sequences(160, plan.total_bytes() + others * each - 1), others);
+  for (const int64_t num_sequences : {2, 3, 18, 1001}) {
+    EXPECT_EQ(plan.max_sequences(160, bytes_with(num_sequences)), num_sequences);
+    EXPECT_EQ(plan.max_sequences(160, bytes_with(num_sequences) - 1), num_sequences - 1);
   }
   EXPECT_EQ(plan.max_sequences(160, 0), 0);
   EXPECT_GT(plan.max_sequences(160, std::numeric_limits<int64_t>::max()), int64_t{1} << 30);

@@ -24,7 +24,7 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr RunnerOptions kSizes{.max_batch_size = 4, .max_cached_tokens = 1024, .poison_freed_slots = true};
+constexpr ServingOptions kSizes{.max_batch_size = 4, .max_cached_tokens = 1024, .poison_freed_slots = true};
 constexpr int64_t kForever = 900;  // tokens; more than any test waits for
 
 /// What came for a request. Filled on the loop's thread, read by others after wait().
@@ -79,14 +79,14 @@ class EngineLoopTest : public ::testing::Test {
     const TemporaryDirectory dir;
     const ModelConfig config = tiny_config();
     write_checkpoint(dir, config, tiny_weights(config));
-    engine_ = Engine::load(dir.path(), {.runner = kSizes});
+    engine_ = Engine::load(dir.path(), {.serving = kSizes});
   }
   static void TearDownTestSuite() { engine_.reset(); }
 
   void TearDown() override {  // a stopped loop leaves cancelled requests to the next step
     while (!engine_->is_idle()) engine_->step();
-    EXPECT_EQ(engine_->runner().num_free_slots(), kSizes.max_batch_size);
-    EXPECT_EQ(engine_->runner().num_free_kv_blocks(), 64);
+    EXPECT_EQ(engine_->num_free_slots(), kSizes.max_batch_size);
+    EXPECT_EQ(engine_->num_free_kv_blocks(), 64);
   }
 
   static Request request(int32_t first, int64_t max_new_tokens, int64_t n = 1) {

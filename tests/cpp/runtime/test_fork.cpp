@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/runtime/runner.h"
+#include "core/runtime/engine.h"
 #include "tests/cpp/support/expect_error.h"
 #include "tests/cpp/support/tiny_model.h"
 
@@ -27,23 +27,23 @@ std::vector<int32_t> random_prompt(uint64_t seed, int64_t size) {
 
 constexpr int kMostSteps = 300;      // more than any request here takes
 constexpr int64_t kStepTokens = 64;  // the pieces of a prompt decide the bits of its attention
-const RunnerOptions kAlone{.max_batch_size = 1, .max_cached_tokens = 1024, .max_tokens_per_step = kStepTokens};
+const ServingOptions kAlone{.max_batch_size = 1, .max_cached_tokens = 1024, .max_tokens_per_step = kStepTokens};
 
 class ForkTest : public ::testing::Test {
  protected:
   ForkTest() : config_(tiny_config()), model_(tiny_model(config_, tiny_weights(config_))) {}
 
-  /// The same request with the seed of one branch, with a runner of its own.
-  GenerationResult alone(Request request, int64_t branch, const RunnerOptions& options = kAlone) const {
+  /// The same request with the seed of one branch, with a engine of its own.
+  GenerationResult alone(Request request, int64_t branch, const ServingOptions& options = kAlone) const {
     request.n = 1;
     request.sampling.seed += static_cast<uint64_t>(branch);
-    Runner runner(model_, options);
-    return runner.generate({request}).at(0);
+    Engine engine(model_, options);
+    return engine.generate({request}).at(0);
   }
 
-  /// What is left of a runner's requests, to the end.
-  static std::map<Branch, GenerationResult> drain(Runner& runner, std::map<Branch, GenerationResult> results = {}) {
-    for (int i = 0; i < kMostSteps && !runner.is_idle(); ++i) book(runner.step(), results);
+  /// What is left of a engine's requests, to the end.
+  static std::map<Branch, GenerationResult> drain(Engine& engine, std::map<Branch, GenerationResult> results = {}) {
+    for (int i = 0; i < kMostSteps && !engine.is_idle(); ++i) book(engine.step(), results);
     return results;
   }
 
@@ -70,10 +70,10 @@ class ForkTest : public ::testing::Test {
     }
   }
 
-  static void expect_all_free(const Runner& runner, const RunnerOptions& options) {
-    EXPECT_TRUE(runner.is_idle());
-    EXPECT_EQ(runner.num_free_slots(), options.max_batch_size);
-    EXPECT_EQ(runner.num_free_kv_blocks(),
+  static void expect_all_free(const Engine& engine, const ServingOptions& options) {
+    EXPECT_TRUE(engine.is_idle());
+    EXPECT_EQ(engine.num_free_slots(), options.max_batch_size);
+    EXPECT_EQ(engine.num_free_kv_blocks(),
               (options.max_cached_tokens + options.kv_block_size - 1) / options.kv_block_size);
   }
 
@@ -88,13 +88,13 @@ TEST_F(ForkTest, EveryBranchIsARequestOfItsOwn) {
                             .max_new_tokens = 24,
                             .sampling = {.temperature = temperature, .seed = 7, .logprobs = 0},
                             .n = 4};
-      for (const RunnerOptions& options :
-           {RunnerOptions{.max_batch_size = 4, .max_cached_tokens = 640, .poison_freed_slots = true},
-            RunnerOptions{
+      for (const ServingOptions& options :
+           {ServingOptions{.max_batch_size = 4, .max_cached_tokens = 640, .poison_freed_slots = true},
+            ServingOptions{
                 .max_batch_size = 9, .max_cached_tokens = 2048, .kv_block_size = 7, .max_tokens_per_step = 64}}) {
-        Runner runner(model_, options);
+        Engine engine(model_, options);
         const Request other{.prompt = random_prompt(99, 40), .max_new_tokens = 12};
-        const std::vector<GenerationResult> results = runner.generate({other, request, other});
+        const std::vector<GenerationResult> results = engine.generate({other, request, other});
         ASSERT_EQ(results.size(), 6u);
         EXPECT_EQ(results[0].tokens, alone(other, 0).tokens);
         EXPECT_EQ(results[5].tokens, results[0].tokens);
@@ -106,7 +106,7 @@ TEST_F(ForkTest, EveryBranchIsARequestOfItsOwn) {
         if (temperature > 0) {
           EXPECT_NE(results[1].tokens, results[2].tokens) << "the seeds are the same";
         }
-        expect_all_free(runner, options);
+        expect_all_free(engine, options);
       }
     }
   }
@@ -120,8 +120,8 @@ TEST_F(ForkTest, ABranchThatRunsAloneHasTheBitsOfASingleRun) {
                     .n = 2};
     while (alone(request, 0).tokens[0] == alone(request, 1).tokens[0]) ++request.sampling.seed;
     request.stop_token_ids = {alone(request, 0).tokens[0]};
-    Runner runner(model_, {.max_batch_size = 2, .max_cached_tokens = 512, .poison_freed_slots = true});
-    const std::vector<GenerationResult> results = runner.generate({request});
+    Engine engine(model_, {.max_batch_size = 2, .max_cached_tokens = 512, .poison_freed_slots = true});
+    const std::vector<GenerationResult> results = engine.generate({request});
     EXPECT_EQ(results[0].tokens.size(), 1u);
     EXPECT_GT(results[1].tokens.size(), 1u);
     expect_like_alone(results[1], request, /*tolerance=*/0.0);
@@ -129,18 +129,18 @@ TEST_F(ForkTest, ABranchThatRunsAloneHasTheBitsOfASingleRun) {
 }
 
 TEST_F(ForkTest, BranchesShareThePromptsBlocks) {
-  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 1600};
-  Runner runner(model_, options);
-  runner.submit({.prompt = random_prompt(1, 1000), .max_new_tokens = 20, .n = 4});
-  runner.step();
-  EXPECT_EQ(runner.num_free_slots(), 0);
-  EXPECT_EQ(runner.num_free_kv_blocks(), 100 - 62 - 4) << "62 full blocks of the prompt, and one of each branch";
-  while (!runner.is_idle()) runner.step();
-  expect_all_free(runner, options);
+  const ServingOptions options{.max_batch_size = 4, .max_cached_tokens = 1600};
+  Engine engine(model_, options);
+  engine.submit({.prompt = random_prompt(1, 1000), .max_new_tokens = 20, .n = 4});
+  engine.step();
+  EXPECT_EQ(engine.num_free_slots(), 0);
+  EXPECT_EQ(engine.num_free_kv_blocks(), 100 - 62 - 4) << "62 full blocks of the prompt, and one of each branch";
+  while (!engine.is_idle()) engine.step();
+  expect_all_free(engine, options);
 }
 
 TEST_F(ForkTest, BranchesEndOneByOne) {
-  const RunnerOptions options{.max_batch_size = 6, .max_cached_tokens = 1024, .poison_freed_slots = true};
+  const ServingOptions options{.max_batch_size = 6, .max_cached_tokens = 1024, .poison_freed_slots = true};
   Request request{.prompt = random_prompt(4, 50),
                   .max_new_tokens = 30,
                   .sampling = {.temperature = 1.5, .seed = 40, .logprobs = 0},
@@ -148,32 +148,32 @@ TEST_F(ForkTest, BranchesEndOneByOne) {
   // The first tokens of some branches end them at once, others later.
   for (const int64_t branch : {0, 3}) request.stop_token_ids.push_back(alone(request, branch).tokens[0]);
   request.stop_token_ids.push_back(alone(request, 2).tokens[5]);
-  Runner runner(model_, options);
+  Engine engine(model_, options);
   for (int run = 0; run < 2; ++run) {
-    for (const GenerationResult& result : runner.generate({request})) expect_like_alone(result, request);
-    expect_all_free(runner, options);
+    for (const GenerationResult& result : engine.generate({request})) expect_like_alone(result, request);
+    expect_all_free(engine, options);
   }
 }
 
 TEST_F(ForkTest, CancelEndsEveryBranch) {
-  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
+  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
   const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .n = 3};
   for (const int num_steps : {0, 1, 2, 3, 5}) {  // waiting, half of the prompt, forked, after the first step, later
-    Runner runner(model_, options);
-    const RequestId id = runner.submit(request);
-    for (int i = 0; i < num_steps; ++i) runner.step();
-    EXPECT_TRUE(runner.cancel(id));
+    Engine engine(model_, options);
+    const RequestId id = engine.submit(request);
+    for (int i = 0; i < num_steps; ++i) engine.step();
+    EXPECT_TRUE(engine.cancel(id));
     std::map<Branch, FinishReason> ended;
-    for (const RequestEvent& event : runner.step()) ended[{event.id, event.branch}] = event.finish_reason;
+    for (const RequestEvent& event : engine.step()) ended[{event.id, event.branch}] = event.finish_reason;
     EXPECT_EQ(ended, (std::map<Branch, FinishReason>{{{id, 0}, FinishReason::kCancelled},
                                                      {{id, 1}, FinishReason::kCancelled},
                                                      {{id, 2}, FinishReason::kCancelled}}));
-    expect_all_free(runner, options);
+    expect_all_free(engine, options);
   }
 }
 
 TEST_F(ForkTest, CancelOfABranchLeavesTheOthersAlone) {
-  const RunnerOptions options{
+  const ServingOptions options{
       .max_batch_size = 4, .max_cached_tokens = 1024, .max_tokens_per_step = 64, .poison_freed_slots = true};
   const Request request{.prompt = random_prompt(4, 100),
                         .max_new_tokens = 10,
@@ -182,19 +182,19 @@ TEST_F(ForkTest, CancelOfABranchLeavesTheOthersAlone) {
   for (const int64_t branch : {0, 1, 2}) {
     for (const int num_steps : {0, 1, 2, 3, 5}) {  // waiting, half of the prompt, forked, after the first step, later
       SCOPED_TRACE(::testing::Message() << "branch " << branch << " after " << num_steps << " steps");
-      Runner runner(model_, options);
-      const RequestId id = runner.submit(request);
+      Engine engine(model_, options);
+      const RequestId id = engine.submit(request);
       std::map<Branch, GenerationResult> results;
-      for (int i = 0; i < num_steps; ++i) book(runner.step(), results);
-      EXPECT_TRUE(runner.cancel(id, branch));
-      book(runner.step(), results);
+      for (int i = 0; i < num_steps; ++i) book(engine.step(), results);
+      EXPECT_TRUE(engine.cancel(id, branch));
+      book(engine.step(), results);
       EXPECT_EQ(results.at({id, branch}).finish_reason, FinishReason::kCancelled);
-      EXPECT_FALSE(runner.cancel(id, branch));
-      EXPECT_EQ(runner.num_free_slots(), 2);
-      EXPECT_EQ(runner.num_free_kv_blocks(), 64 - 7 - 1)
+      EXPECT_FALSE(engine.cancel(id, branch));
+      EXPECT_EQ(engine.num_free_slots(), 2);
+      EXPECT_EQ(engine.num_free_kv_blocks(), 64 - 7 - 1)
           << "a branch with the whole prompt, and the own block of another";
       int num_further_steps = 0;
-      for (; num_further_steps < kMostSteps && !runner.is_idle(); ++num_further_steps) book(runner.step(), results);
+      for (; num_further_steps < kMostSteps && !engine.is_idle(); ++num_further_steps) book(engine.step(), results);
       // The branch that computed the prompt waits for a step while the others read its slot.
       const int num_waits = branch == 0 && num_steps >= 2 ? 0 : 1;
       EXPECT_EQ(num_steps + 1 + num_further_steps, 2 + 9 + num_waits) << "the prompt has two pieces, computed once";
@@ -202,13 +202,13 @@ TEST_F(ForkTest, CancelOfABranchLeavesTheOthersAlone) {
         if (key.second != branch) expect_like_alone(result, request);
       }
       EXPECT_EQ(results.size(), 3u);
-      expect_all_free(runner, options);
+      expect_all_free(engine, options);
     }
   }
 }
 
 TEST_F(ForkTest, TheBranchThatTakesOverThePromptHasTheBitsOfASingleRun) {
-  const RunnerOptions options{
+  const ServingOptions options{
       .max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64, .poison_freed_slots = true};
   const Request request{
       .prompt = random_prompt(4, 180), .max_new_tokens = 12, .sampling = {.temperature = 1.0, .logprobs = 0}, .n = 3};
@@ -216,91 +216,91 @@ TEST_F(ForkTest, TheBranchThatTakesOverThePromptHasTheBitsOfASingleRun) {
   for (const int first_steps : {0, 1, 2}) {
     for (const int further_steps : {0, 1}) {
       if (first_steps + further_steps > 2) continue;
-      Runner runner(model_, options);
-      const RequestId id = runner.submit(request);
-      for (int i = 0; i < first_steps; ++i) runner.step();
-      EXPECT_TRUE(runner.cancel(id, 0));
-      for (int i = 0; i < further_steps; ++i) runner.step();
-      EXPECT_TRUE(runner.cancel(id, 1));
-      const std::map<Branch, GenerationResult> results = drain(runner);
+      Engine engine(model_, options);
+      const RequestId id = engine.submit(request);
+      for (int i = 0; i < first_steps; ++i) engine.step();
+      EXPECT_TRUE(engine.cancel(id, 0));
+      for (int i = 0; i < further_steps; ++i) engine.step();
+      EXPECT_TRUE(engine.cancel(id, 1));
+      const std::map<Branch, GenerationResult> results = drain(engine);
       const GenerationResult& got = results.at({id, 2});
       EXPECT_EQ(got.tokens, want.tokens);
       ASSERT_EQ(got.logprobs.size(), want.logprobs.size());
       for (size_t i = 0; i < got.logprobs.size(); ++i) EXPECT_EQ(got.logprobs[i].chosen, want.logprobs[i].chosen);
-      expect_all_free(runner, options);
+      expect_all_free(engine, options);
     }
   }
 }
 
 TEST_F(ForkTest, EveryBranchCanBeCancelledByItself) {
-  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
+  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
   const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .n = 3};
   for (const int num_steps : {0, 1, 2, 3}) {
-    Runner runner(model_, options);
-    const RequestId id = runner.submit(request);
-    for (int i = 0; i < num_steps; ++i) runner.step();
-    for (const int64_t branch : {1, 0, 2}) EXPECT_TRUE(runner.cancel(id, branch));
-    EXPECT_FALSE(runner.cancel(id, 3));
-    EXPECT_FALSE(runner.cancel(id, -1));
-    EXPECT_EQ(runner.step().size(), 3u);
-    expect_all_free(runner, options);
+    Engine engine(model_, options);
+    const RequestId id = engine.submit(request);
+    for (int i = 0; i < num_steps; ++i) engine.step();
+    for (const int64_t branch : {1, 0, 2}) EXPECT_TRUE(engine.cancel(id, branch));
+    EXPECT_FALSE(engine.cancel(id, 3));
+    EXPECT_FALSE(engine.cancel(id, -1));
+    EXPECT_EQ(engine.step().size(), 3u);
+    expect_all_free(engine, options);
   }
 }
 
 TEST_F(ForkTest, AWaitingRequestNeedsNoSlotForACancelledBranch) {
-  Runner runner(model_, {.max_batch_size = 3, .max_cached_tokens = 1024});
-  runner.submit({.prompt = random_prompt(1, 5), .max_new_tokens = 100});
+  Engine engine(model_, {.max_batch_size = 3, .max_cached_tokens = 1024});
+  engine.submit({.prompt = random_prompt(1, 5), .max_new_tokens = 100});
   const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .sampling = {.logprobs = 0}, .n = 3};
-  const RequestId id = runner.submit(request);
-  runner.step();
-  EXPECT_EQ(runner.num_free_slots(), 2) << "three branches wait for three slots";
-  EXPECT_TRUE(runner.cancel(id, 0));
+  const RequestId id = engine.submit(request);
+  engine.step();
+  EXPECT_EQ(engine.num_free_slots(), 2) << "three branches wait for three slots";
+  EXPECT_TRUE(engine.cancel(id, 0));
   std::map<Branch, GenerationResult> results;
-  book(runner.step(), results);
-  EXPECT_EQ(runner.num_free_slots(), 0);
-  results = drain(runner, results);
+  book(engine.step(), results);
+  EXPECT_EQ(engine.num_free_slots(), 0);
+  results = drain(engine, results);
   for (const int64_t branch : {1, 2}) expect_like_alone(results.at({id, branch}), request);
 }
 
 TEST_F(ForkTest, AFailureAfterTheTakeoverEndsEveryBranchThatIsLeft) {
   Weights weights = tiny_weights(config_);
   const at::Tensor norm = weights.at("model.norm.weight");
-  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 512, .max_tokens_per_step = 64};
-  Runner runner(tiny_model(config_, weights), options);
-  const RequestId id = runner.submit({.prompt = random_prompt(4, 150), .max_new_tokens = 10, .n = 3});
-  runner.step();
-  EXPECT_TRUE(runner.cancel(id, 0));
+  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 512, .max_tokens_per_step = 64};
+  Engine engine(tiny_model(config_, weights), options);
+  const RequestId id = engine.submit({.prompt = random_prompt(4, 150), .max_new_tokens = 10, .n = 3});
+  engine.step();
+  EXPECT_TRUE(engine.cancel(id, 0));
   norm.resize_({3});
   std::map<Branch, FinishReason> ended;
-  for (const RequestEvent& event : runner.step()) ended[{event.id, event.branch}] = event.finish_reason;
+  for (const RequestEvent& event : engine.step()) ended[{event.id, event.branch}] = event.finish_reason;
   EXPECT_EQ(ended, (std::map<Branch, FinishReason>{{{id, 0}, FinishReason::kCancelled},
                                                    {{id, 1}, FinishReason::kError},
                                                    {{id, 2}, FinishReason::kError}}));
-  expect_all_free(runner, options);
+  expect_all_free(engine, options);
 }
 
 TEST_F(ForkTest, AFailureBeforeTheForkEndsEveryBranch) {
   Weights weights = tiny_weights(config_);
   const at::Tensor norm = weights.at("model.norm.weight");
-  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 512};
-  Runner runner(tiny_model(config_, weights), options);
-  runner.submit({.prompt = random_prompt(4, 20), .max_new_tokens = 10, .n = 3});
+  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 512};
+  Engine engine(tiny_model(config_, weights), options);
+  engine.submit({.prompt = random_prompt(4, 20), .max_new_tokens = 10, .n = 3});
   norm.resize_({3});
-  const std::vector<RequestEvent> events = runner.step();
+  const std::vector<RequestEvent> events = engine.step();
   ASSERT_EQ(events.size(), 3u);
   for (const RequestEvent& event : events) EXPECT_EQ(event.finish_reason, FinishReason::kError);
-  expect_all_free(runner, options);
+  expect_all_free(engine, options);
 }
 
 TEST_F(ForkTest, RefusesMoreBranchesThanSlots) {
-  Runner runner(model_, {.max_batch_size = 3, .max_cached_tokens = 128});
+  Engine engine(model_, {.max_batch_size = 3, .max_cached_tokens = 128});
   const auto request = [](int64_t n, int64_t prompt) {
     return Request{.prompt = random_prompt(1, prompt), .max_new_tokens = 16, .n = n};
   };
-  expect_error<RequestError>([&] { runner.submit(request(0, 5)); }, {"n: expected at least 1", "got 0"});
-  expect_error<RequestError>([&] { runner.submit(request(4, 5)); }, {"n: expected at most 3", "got 4"});
-  expect_error<RequestError>([&] { runner.submit(request(1, 113)); }, {"128 KV cache tokens", "113 + 16"});
-  for (const GenerationResult& result : runner.generate({request(3, 112)})) {  // 8 blocks: one branch at a time
+  expect_error<RequestError>([&] { engine.submit(request(0, 5)); }, {"n: expected at least 1", "got 0"});
+  expect_error<RequestError>([&] { engine.submit(request(4, 5)); }, {"n: expected at most 3", "got 4"});
+  expect_error<RequestError>([&] { engine.submit(request(1, 113)); }, {"128 KV cache tokens", "113 + 16"});
+  for (const GenerationResult& result : engine.generate({request(3, 112)})) {  // 8 blocks: one branch at a time
     EXPECT_EQ(result.tokens.size(), 16u);
   }
 }
@@ -314,16 +314,16 @@ TEST_F(ForkTest, BranchesThatRunOneAfterTheOtherHaveTheBitsOfSingleRuns) {
                           .max_new_tokens = capacity - prompt,
                           .sampling = {.temperature = 1.0, .seed = 3, .logprobs = 0},
                           .n = 4};
-    const RunnerOptions options{.max_batch_size = 4,
-                                .max_cached_tokens = capacity,
-                                .kv_block_size = block,
-                                .max_tokens_per_step = kStepTokens,
-                                .poison_freed_slots = true};
-    Runner runner(model_, options);
-    for (const GenerationResult& result : runner.generate({request})) {
+    const ServingOptions options{.max_batch_size = 4,
+                                 .max_cached_tokens = capacity,
+                                 .kv_block_size = block,
+                                 .max_tokens_per_step = kStepTokens,
+                                 .poison_freed_slots = true};
+    Engine engine(model_, options);
+    for (const GenerationResult& result : engine.generate({request})) {
       expect_like_alone(result, request, /*tolerance=*/0.0);
     }
-    expect_all_free(runner, options);
+    expect_all_free(engine, options);
   }
 }
 
@@ -336,42 +336,42 @@ TEST_F(ForkTest, PreemptedBranchesGoOnWithTheSameTokens) {
     const Request older{.prompt = random_prompt(5, 30), .max_new_tokens = 60};
     const Request younger{.prompt = random_prompt(6, 20), .max_new_tokens = 20};
     for (const int64_t extra : {16, 64}) {  // tokens beyond what the first branch needs alone
-      const RunnerOptions options{.max_batch_size = 6,
-                                  .max_cached_tokens = std::max<int64_t>(96, prompt + 50 + extra),
-                                  .max_tokens_per_step = 64,
-                                  .poison_freed_slots = true};
-      Runner runner(model_, options);
-      const std::vector<GenerationResult> results = runner.generate({older, request, younger});
-      EXPECT_GE(runner.num_preemptions(), 3) << "prompt " << prompt << " extra " << extra;
+      const ServingOptions options{.max_batch_size = 6,
+                                   .max_cached_tokens = std::max<int64_t>(96, prompt + 50 + extra),
+                                   .max_tokens_per_step = 64,
+                                   .poison_freed_slots = true};
+      Engine engine(model_, options);
+      const std::vector<GenerationResult> results = engine.generate({older, request, younger});
+      EXPECT_GE(engine.num_preemptions(), 3) << "prompt " << prompt << " extra " << extra;
       EXPECT_EQ(results[0].tokens, alone(older, 0).tokens);
       for (size_t branch = 0; branch < 4; ++branch) expect_like_alone(results[1 + branch], request);
       EXPECT_EQ(results[5].tokens, alone(younger, 0).tokens);
-      expect_all_free(runner, options);
+      expect_all_free(engine, options);
     }
   }
 }
 
 TEST_F(ForkTest, CancellingPreemptedBranchesLeavesTheOthersAlone) {
-  const RunnerOptions options{
+  const ServingOptions options{
       .max_batch_size = 5, .max_cached_tokens = 160, .max_tokens_per_step = 64, .poison_freed_slots = true};
   const Request older{.prompt = random_prompt(1, 60), .max_new_tokens = 80};
   const Request forked{.prompt = random_prompt(2, 40), .max_new_tokens = 60, .n = 3};
   const Request waiting{.prompt = random_prompt(3, 30), .max_new_tokens = 10, .n = 2};
   for (const int num_steps : {12, 25, 40}) {
-    Runner runner(model_, options);
-    const RequestId kept = runner.submit(older);
-    const RequestId cancelled = runner.submit(forked);
-    const RequestId last = runner.submit(waiting);
+    Engine engine(model_, options);
+    const RequestId kept = engine.submit(older);
+    const RequestId cancelled = engine.submit(forked);
+    const RequestId last = engine.submit(waiting);
     std::map<Branch, GenerationResult> results;
-    for (int i = 0; i < num_steps; ++i) book(runner.step(), results);
-    EXPECT_GE(runner.num_preemptions(), 1) << "nothing was preempted in " << num_steps << " steps";
-    EXPECT_TRUE(runner.cancel(cancelled));
-    results = drain(runner, results);
+    for (int i = 0; i < num_steps; ++i) book(engine.step(), results);
+    EXPECT_GE(engine.num_preemptions(), 1) << "nothing was preempted in " << num_steps << " steps";
+    EXPECT_TRUE(engine.cancel(cancelled));
+    results = drain(engine, results);
     EXPECT_EQ(results.at({kept, 0}).tokens, alone(older, 0).tokens);
     for (const int64_t branch : {0, 1}) {
       EXPECT_EQ(results.at({last, branch}).tokens, alone(waiting, branch).tokens);
     }
-    expect_all_free(runner, options);
+    expect_all_free(engine, options);
   }
 }
 
@@ -382,28 +382,28 @@ TEST_F(ForkTest, RandomRequestsInSmallPoolsHaveTheTokensOfSingleRuns) {
     const auto draw = [&](int64_t least, int64_t most) {
       return least + static_cast<int64_t>(generator() % static_cast<uint64_t>(most - least + 1));
     };
-    const RunnerOptions options{.max_batch_size = draw(4, 6),
-                                .max_cached_tokens = draw(190, 260),
-                                .kv_block_size = draw(5, 33),
-                                .max_tokens_per_step = draw(64, 130),
-                                .poison_freed_slots = true};
-    Runner runner(model_, options);
+    const ServingOptions options{.max_batch_size = draw(4, 6),
+                                 .max_cached_tokens = draw(190, 260),
+                                 .kv_block_size = draw(5, 33),
+                                 .max_tokens_per_step = draw(64, 130),
+                                 .poison_freed_slots = true};
+    Engine engine(model_, options);
     std::map<RequestId, Request> requests;
     std::map<Branch, GenerationResult> results;
-    for (int num_steps = 0; requests.size() < 30 || !runner.is_idle(); ++num_steps) {
+    for (int num_steps = 0; requests.size() < 30 || !engine.is_idle(); ++num_steps) {
       ASSERT_LT(num_steps, 30 * 4 * (50 + 3)) << "longer than one branch after the other";
       if (requests.size() < 30 && draw(0, 3) == 0) {
         const Request request{.prompt = random_prompt(generator(), draw(1, 140)),
                               .max_new_tokens = draw(1, 50),
                               .sampling = {.temperature = static_cast<double>(draw(0, 1)), .seed = generator() % 100},
                               .n = draw(1, 4)};
-        requests[runner.submit(request)] = request;
+        requests[engine.submit(request)] = request;
       }
-      if (!requests.empty() && draw(0, 60) == 0) runner.cancel(draw(1, std::ssize(requests)));
-      if (!requests.empty() && draw(0, 30) == 0) runner.cancel(draw(1, std::ssize(requests)), draw(0, 3));
-      book(runner.step(), results);
+      if (!requests.empty() && draw(0, 60) == 0) engine.cancel(draw(1, std::ssize(requests)));
+      if (!requests.empty() && draw(0, 30) == 0) engine.cancel(draw(1, std::ssize(requests)), draw(0, 3));
+      book(engine.step(), results);
     }
-    EXPECT_GE(runner.num_preemptions(), 10) << "seed " << seed;
+    EXPECT_GE(engine.num_preemptions(), 10) << "seed " << seed;
     int64_t num_cancelled = 0;
     for (const auto& [id, request] : requests) {
       for (int64_t branch = 0; branch < request.n; ++branch) {
@@ -420,7 +420,7 @@ TEST_F(ForkTest, RandomRequestsInSmallPoolsHaveTheTokensOfSingleRuns) {
       }
     }
     EXPECT_GE(num_cancelled, 1) << "seed " << seed;
-    expect_all_free(runner, options);
+    expect_all_free(engine, options);
   }
 }
 

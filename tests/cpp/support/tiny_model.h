@@ -68,8 +68,9 @@ inline Weights tiny_weights(const ModelConfig& c, uint64_t seed = 1) {
   return weights;
 }
 
-inline std::shared_ptr<const HybridDecoder> tiny_model(const ModelConfig& config, const Weights& weights) {
-  return std::make_shared<const HybridDecoder>(config, TensorMap(weights), DecoderOptions{});
+inline std::shared_ptr<const HybridDecoder> tiny_model(const ModelConfig& config, const Weights& weights,
+                                                       const DecoderOptions& options = {}) {
+  return std::make_shared<const HybridDecoder>(config, TensorMap(weights), options);
 }
 
 }  // namespace xgdn::testing

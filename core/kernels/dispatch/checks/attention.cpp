@@ -8,29 +8,32 @@
 namespace xgdn::kernel {
 namespace {
 
-// Where the sequences lie; every number is on the host.
-void require_sequences(Dims& d, const PagedAttentionParams& p) {
-  int64_t tokens = 0;
-  int64_t context = 0;
-  for (size_t n = 0; n < p.sequences.size(); ++n) {
-    const AttentionSequence& s = p.sequences[n];
+// What the lengths say of each other and of the table; both are on the host.
+void require_contexts(const Dims& d, const at::Tensor& cu_seqlens, const at::Tensor& context_lens,
+                      const std::optional<at::Tensor>& context_rows) {
+  const IndexChecker c(d.op());
+  c.cu_seqlens(cu_seqlens, d["T"]);
+  c.range("context_lens", context_lens, 0, kMaxIndex, "at least 0");
+  const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
+  const int32_t* contexts = context_lens.const_data_ptr<int32_t>();
+  const int64_t room = d["M"] * d["B"];
+  int64_t num_rows = 0;
+  for (int64_t n = 0; n < context_lens.numel(); ++n) {
     const auto require = [&](bool ok, const auto&... expected) {
       if (ok) return;
-      throw RangeError(c10::str("[", d.op(), "] sequences: expected ", expected..., ", got token_begin=", s.token_begin,
-                                " num_tokens=", s.num_tokens, " context_len=", s.context_len,
-                                " block_begin=", s.block_begin, " num_blocks=", s.num_blocks, " at ", n));
+      throw RangeError(
+          c10::str("[", d.op(), "] context_lens: expected ", expected..., ", got ", contexts[n], " at index ", n));
     };
-    require(s.token_begin == tokens && s.num_tokens >= 0, "one that begins at token ", tokens);
-    require(s.num_tokens <= s.context_len, "a context that holds the tokens");
-    require(s.block_begin >= 0 && s.num_blocks >= 0 && s.block_begin + s.num_blocks <= d["M"],
-            "blocks among the M=", d["M"], " of block_ids");
-    require(s.context_len <= s.num_blocks * d["B"], "blocks of B=", d["B"], " rows that hold the context");
-    tokens += s.num_tokens;
-    context += s.context_len;
+    const int64_t num_tokens = cu[n + 1] - cu[n];
+    require(contexts[n] == 0 || contexts[n] >= num_tokens, "a context that holds the ", num_tokens,
+            " tokens (set by cu_seqlens), or 0 for padding");
+    require(contexts[n] <= room, "at most ", room, " rows in the M=", d["M"],
+            " blocks (set by block_table) of B=", d["B"], " rows");
+    num_rows += contexts[n];
   }
-  d.require(tokens == d["T"], "sequences: expected T=", d["T"], " tokens (set by q), got ", tokens);
-  d.require(!p.context_rows || context == d["C"], "context_rows: expected C=", context, " (set by sequences), got ",
-            p.context_rows ? d["C"] : 0);
+  if (!context_rows || d["C"] == num_rows) return;
+  throw ShapeError(
+      c10::str("[", d.op(), "] context_rows: expected C=", num_rows, " (set by context_lens), got ", d["C"]));
 }
 
 }  // namespace
@@ -45,15 +48,18 @@ Dims match(const PagedAttentionParams& p) {
   match_contiguous(d, "v", p.v, "P B HKV D", {in});
   d.require(d.sym("HKV") > 0 && d.sym("HQ") % d.sym("HKV") == 0, "k: expected HQ=", d.sym("HQ"),
             " (set by q) to be a multiple of HKV, got HKV=", d.sym("HKV"));
-  match_indices(d, "block_ids", p.block_ids, "M");
+  bind_sequences(d, p.cu_seqlens);
+  match_strided(d, "block_table", p.block_table, "N M", {at::kInt});
+  match_indices(d, "context_lens", p.context_lens, "N");
   match_indices(d, "context_rows", p.context_rows, "C");
   match_out(d, "out", p.out, "T HQ D", {in});
-  require_sequences(d, p);
+  match_host_copy(d, "cu_seqlens", p.host.cu_seqlens, "N+1");
+  match_host_copy(d, "context_lens", p.host.context_lens, "N");
   return d;
 }
 
-AttentionShape shape(const PagedAttentionParams& p, const Dims& d) {
-  return {.T = d["T"], .N = static_cast<int64_t>(p.sequences.size()), .HQ = d["HQ"], .HKV = d["HKV"], .D = d["D"]};
+AttentionShape shape(const PagedAttentionParams&, const Dims& d) {
+  return {.T = d["T"], .N = d["N"], .HQ = d["HQ"], .HKV = d["HKV"], .D = d["D"]};
 }
 
 template <>
@@ -61,19 +67,31 @@ PagedAttentionParams sample(const TypicalTensors& t) {
   return {.q = t.head,
           .k = t.block,
           .v = t.block,
-          .block_ids = t.slot,
-          .sequences = {{.num_tokens = 1, .context_len = 1, .num_blocks = 1}},
+          .block_table = t.slot.view({1, 1}),
+          .context_lens = t.cu_seqlens.narrow(0, 1, 1),
+          .cu_seqlens = t.cu_seqlens,
           .out = t.out,
           .context_rows = t.slot};
 }
 
+void check_host_facts(const PagedAttentionParams& p) {
+  if (p.host.cu_seqlens && p.host.context_lens) {
+    require_contexts(checked(p), *p.host.cu_seqlens, *p.host.context_lens, p.context_rows);
+  }
+}
+
 void check_indices(const PagedAttentionParams& p) {
-  checked_shape(p);
-  const IndexChecker c(Op<PagedAttentionParams>::name);
-  const int64_t blocks = p.k.size(0);
-  const int64_t rows = blocks * p.k.size(1);
-  c.range("block_ids", p.block_ids, 0, blocks - 1, c10::str("0..", blocks - 1));
-  if (p.context_rows) c.range("context_rows", *p.context_rows, 0, rows - 1, c10::str("0..", rows - 1));
+  const Dims d = checked(p);
+  const IndexChecker c(d.op());
+  require_contexts(d, p.cu_seqlens, p.context_lens, p.context_rows);
+  const int64_t num_blocks = d["P"];
+  const std::string a_block = c10::str("a block 0..", num_blocks - 1);
+  for (int64_t n = 0; n < d["N"]; ++n) {
+    const int64_t used = (p.context_lens.const_data_ptr<int32_t>()[n] + d["B"] - 1) / d["B"];
+    c.range("block_table", p.block_table.select(0, n).narrow(0, 0, used), 0, num_blocks - 1, a_block);
+  }
+  const int64_t num_rows = num_blocks * d["B"];
+  if (p.context_rows) c.range("context_rows", *p.context_rows, 0, num_rows - 1, c10::str("0..", num_rows - 1));
 }
 
 }  // namespace xgdn::kernel

@@ -74,8 +74,8 @@ void check_indices(const CausalConv1dParams& p) {
 Dims match(const CausalConv1dUpdateParams& p) {
   Dims d = match_conv(p);
   match_indices(d, "num_accepted", p.num_accepted, "N");
-  d.require(p.max_len >= 1, "max_len: expected at least 1, got ", p.max_len);
-  require_rows(d, p.max_len);
+  d.require(p.host.max_len >= 1, "max_len: expected at least 1, got ", p.host.max_len);
+  require_rows(d, p.host.max_len);
   return d;
 }
 
@@ -95,7 +95,7 @@ void check_indices(const CausalConv1dUpdateParams& p) {
   check_pool_indices(c, p, s.S);
   const int64_t most = s.R - s.W + 2;  // rows 0..R-1 hold the history of at most this many acceptance counts
   if (p.num_accepted) c.range("num_accepted", *p.num_accepted, 1, most, c10::str("1..", most));
-  c.lengths(p.cu_seqlens, "max_len", p.max_len);
+  c.lengths(p.cu_seqlens, "max_len", p.host.max_len);
 }
 
 }  // namespace xgdn::kernel

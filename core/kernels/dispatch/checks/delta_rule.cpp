@@ -19,19 +19,6 @@ void match_gate_weights(Dims& d, const Params& p, at::ScalarType in) {
   match_contiguous(d, "dt_bias", p.dt_bias, "HV", {at::kFloat, in});
 }
 
-// A second copy of cu_seqlens, on the host whatever the device of the rest.
-void match_host_copy(const Dims& d, const std::optional<at::Tensor>& cu_seqlens_cpu) {
-  if (!cu_seqlens_cpu) return;
-  const at::Tensor& t = *cu_seqlens_cpu;
-  if (!t.device().is_cpu() || t.scalar_type() != at::kInt || t.dim() != 1 || t.sym_size(0) != d.sym("N+1") ||
-      !t.is_contiguous()) {
-    throw ShapeError(c10::str("[", d.op(), "] cu_seqlens_cpu: expected a contiguous Int tensor [N+1] with N+1=",
-                              d.sym("N+1"), " (set by cu_seqlens) on cpu, got ", c10::toString(t.scalar_type()), " ",
-                              t.sym_sizes(), " on ", t.device().str()));
-  }
-  check_storage(d.op(), "cu_seqlens_cpu", t);
-}
-
 // The arguments that both delta rules share.
 template <typename Params>
 Dims match_delta_rule(const Params& p) {
@@ -46,7 +33,7 @@ Dims match_delta_rule(const Params& p) {
   match_strided(d, "beta", p.beta, "T HV", {at::kFloat, in});
   match_delta_state(d, p.state);
   bind_sequences(d, p.cu_seqlens);
-  match_host_copy(d, p.cu_seqlens_cpu);
+  match_host_copy(d, "cu_seqlens", p.host.cu_seqlens, "N+1");
   match_out(d, "out", p.out, "T HV V", {at::kFloat, in});
   return d;
 }

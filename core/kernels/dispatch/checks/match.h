@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "core/kernels/dispatch/dims.h"
+#include "core/kernels/ops/contract.h"
 
 namespace xgdn::kernel {
 
@@ -50,6 +51,20 @@ inline void bind_sequences(Dims& d, const at::Tensor& cu_seqlens) {
   match_indices(d, "cu_seqlens", cu_seqlens, "N+1");
   d.require(d.sym("N+1") >= 1, "cu_seqlens: expected at least one entry, got [0]");
   d.bind("N", d.sym("N+1") - 1, "cu_seqlens");
+}
+
+// A second copy of the index tensor `arg`, on the host whatever the device of the rest.
+inline void match_host_copy(const Dims& d, std::string_view arg, const std::optional<at::Tensor>& copy,
+                            std::string_view name) {
+  if (!copy) return;
+  const at::Tensor& t = *copy;
+  if (!t.device().is_cpu() || t.scalar_type() != at::kInt || t.dim() != 1 || t.sym_size(0) != d.sym(name) ||
+      !t.is_contiguous()) {
+    throw ShapeError(c10::str("[", d.op(), "] ", arg, "_cpu: expected a contiguous Int tensor [", name, "] with ", name,
+                              "=", d.sym(name), " (set by cu_seqlens) on cpu, got ", c10::toString(t.scalar_type()),
+                              " ", t.sym_sizes(), " on ", t.device().str()));
+  }
+  check_storage(d.op(), c10::str(arg, "_cpu"), t);
 }
 
 }  // namespace xgdn::kernel

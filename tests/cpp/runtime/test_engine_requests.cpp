@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Continuous batching over a tiny decoder: a request's tokens depend on nothing but the request.
-#include "core/runtime/runner.h"
+#include "core/runtime/engine.h"
 
 #include <ATen/ops/argmax.h>
 #include <c10/core/InferenceMode.h>
@@ -43,18 +43,18 @@ std::vector<Request> twelve_requests() {
   return requests;
 }
 
-void expect_all_free(const Runner& runner, const RunnerOptions& options) {
-  EXPECT_TRUE(runner.is_idle());
-  EXPECT_EQ(runner.num_free_slots(), options.max_batch_size);
-  EXPECT_EQ(runner.num_free_kv_blocks(),
+void expect_all_free(const Engine& engine, const ServingOptions& options) {
+  EXPECT_TRUE(engine.is_idle());
+  EXPECT_EQ(engine.num_free_slots(), options.max_batch_size);
+  EXPECT_EQ(engine.num_free_kv_blocks(),
             (options.max_cached_tokens + options.kv_block_size - 1) / options.kv_block_size);
 }
 
 /// Steps until idle and books every event.
-std::map<RequestId, GenerationResult> drain(Runner& runner) {
+std::map<RequestId, GenerationResult> drain(Engine& engine) {
   std::map<RequestId, GenerationResult> results;
-  while (!runner.is_idle()) {
-    for (const RequestEvent& event : runner.step()) {
+  while (!engine.is_idle()) {
+    for (const RequestEvent& event : engine.step()) {
       GenerationResult& result = results[event.id];
       EXPECT_EQ(result.finish_reason, FinishReason::kRunning) << "an event after the last one";
       result.tokens.insert(result.tokens.end(), event.tokens.begin(), event.tokens.end());
@@ -65,32 +65,32 @@ std::map<RequestId, GenerationResult> drain(Runner& runner) {
   return results;
 }
 
-class RunnerTest : public ::testing::Test {
+class EngineRequests : public ::testing::Test {
  protected:
-  RunnerTest() : config_(tiny_config()), weights_(tiny_weights(config_)) {}
+  EngineRequests() : config_(tiny_config()), weights_(tiny_weights(config_)) {}
 
   std::shared_ptr<const HybridDecoder> model() const { return tiny_model(config_, weights_); }
 
-  /// The prompt's continuation with the pools of a runner that serves nothing else.
+  /// The prompt's continuation with the pools of a engine that serves nothing else.
   std::vector<int32_t> alone(const Request& request) const {
-    Runner runner(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
-    return runner.generate({request}).at(0).tokens;
+    Engine engine(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
+    return engine.generate({request}).at(0).tokens;
   }
 
   ModelConfig config_;
   Weights weights_;
 };
 
-TEST_F(RunnerTest, GreedyTokensAreThoseOfTheWholePromptAtOnce) {
+TEST_F(EngineRequests, GreedyTokensAreThoseOfTheWholePromptAtOnce) {
   // The truth: feed everything so far as one prompt, take the best token, append it, start again.
   const std::shared_ptr<const HybridDecoder> decoder = model();
   const Request request{.prompt = random_prompt(77, 70), .max_new_tokens = 12};
   std::vector<int32_t> tokens = request.prompt;
   for (int64_t i = 0; i < request.max_new_tokens; ++i) {
     StatePool states(decoder->state_specs(), 1, c10::kCPU);
-    KvCache kv(Runner::kv_spec(*decoder, {.kv_block_size = 128}), 1, c10::kCPU);
-    const BatchBuilder builder(
-        {.num_slots = 1, .num_kv_blocks = 1, .kv_block_size = 128, .vocab_size = config_.vocab_size}, c10::kCPU);
+    KvCache kv(kv_spec(*decoder, 128), 1, c10::kCPU);
+    BatchBuilder builder({.num_slots = 1, .num_kv_blocks = 1, .kv_block_size = 128, .vocab_size = config_.vocab_size},
+                         c10::kCPU);
     const BuiltStep built = builder.build({{.kind = SegmentKind::kPrefill,
                                             .tokens = tokens,
                                             .state_slots = {0},
@@ -105,14 +105,14 @@ TEST_F(RunnerTest, GreedyTokensAreThoseOfTheWholePromptAtOnce) {
   EXPECT_EQ(alone(request), std::vector<int32_t>(tokens.begin() + 70, tokens.end()));
 }
 
-TEST_F(RunnerTest, GreedyTokensDependOnTheRequestAlone) {
+TEST_F(EngineRequests, GreedyTokensDependOnTheRequestAlone) {
   const std::vector<Request> requests = twelve_requests();
   std::vector<std::vector<int32_t>> want;
   for (const Request& request : requests) {
     want.push_back(alone(request));
     ASSERT_EQ(static_cast<int64_t>(want.back().size()), request.max_new_tokens);
   }
-  const RunnerOptions all_options[] = {
+  const ServingOptions all_options[] = {
       {.max_batch_size = 12, .max_cached_tokens = 4096, .max_tokens_per_step = 2048},
       {.max_batch_size = 12, .max_cached_tokens = 4096, .max_tokens_per_step = 64},
       {.max_batch_size = 3, .max_cached_tokens = 4096, .kv_block_size = 7, .max_tokens_per_step = 200},
@@ -121,25 +121,25 @@ TEST_F(RunnerTest, GreedyTokensDependOnTheRequestAlone) {
   std::vector<size_t> order(requests.size());
   std::iota(order.begin(), order.end(), 0u);
   std::mt19937_64 generator(5);
-  for (const RunnerOptions& options : all_options) {
-    Runner runner(model(), options);
+  for (const ServingOptions& options : all_options) {
+    Engine engine(model(), options);
     std::vector<Request> ordered;
     for (size_t i : order) ordered.push_back(requests[i]);
     for (int run = 0; run < 2; ++run) {  // the second run meets used slots and blocks
-      const std::vector<GenerationResult> results = runner.generate(ordered);
+      const std::vector<GenerationResult> results = engine.generate(ordered);
       ASSERT_EQ(results.size(), ordered.size());
       for (size_t i = 0; i < order.size(); ++i) {
         EXPECT_EQ(results[i].finish_reason, FinishReason::kLength) << results[i].error;
         EXPECT_EQ(results[i].tokens, want[order[i]]) << "prompt of " << ordered[i].prompt.size() << " tokens, batch of "
                                                      << options.max_batch_size << ", run " << run;
       }
-      expect_all_free(runner, options);
+      expect_all_free(engine, options);
     }
     std::shuffle(order.begin(), order.end(), generator);
   }
 }
 
-TEST_F(RunnerTest, PreemptedRequestsGoOnWithTheSameTokens) {
+TEST_F(EngineRequests, PreemptedRequestsGoOnWithTheSameTokens) {
   std::vector<Request> requests;
   std::vector<std::vector<int32_t>> want;
   for (uint64_t i = 0; i < 6; ++i) {
@@ -149,24 +149,24 @@ TEST_F(RunnerTest, PreemptedRequestsGoOnWithTheSameTokens) {
     want.push_back(alone(requests.back()));
   }
   for (const int64_t max_cached_tokens : {144, 208, 320}) {
-    const RunnerOptions options{.max_batch_size = 6,
-                                .max_cached_tokens = max_cached_tokens,
-                                .max_tokens_per_step = 64,
-                                .poison_freed_slots = true};
-    Runner runner(model(), options);
-    const std::vector<GenerationResult> results = runner.generate(requests);
-    EXPECT_GE(runner.num_preemptions(), 1) << max_cached_tokens;
+    const ServingOptions options{.max_batch_size = 6,
+                                 .max_cached_tokens = max_cached_tokens,
+                                 .max_tokens_per_step = 64,
+                                 .poison_freed_slots = true};
+    Engine engine(model(), options);
+    const std::vector<GenerationResult> results = engine.generate(requests);
+    EXPECT_GE(engine.num_preemptions(), 1) << max_cached_tokens;
     for (size_t i = 0; i < requests.size(); ++i) {
       EXPECT_EQ(results[i].finish_reason, FinishReason::kLength) << results[i].error;
       EXPECT_EQ(results[i].tokens, want[i]) << "request " << i << " with " << max_cached_tokens << " cached tokens";
     }
-    expect_all_free(runner, options);
+    expect_all_free(engine, options);
   }
 }
 
 // Long and short prompts keep coming. The bound is one of steps: no decode misses one, and no step is larger than
 // asked.
-TEST_F(RunnerTest, EveryDecodeAndTheOldestPromptMoveInEveryStep) {
+TEST_F(EngineRequests, EveryDecodeAndTheOldestPromptMoveInEveryStep) {
   struct Progress {
     int64_t prompt_size;
     int64_t num_prefilled = 0;
@@ -174,17 +174,18 @@ TEST_F(RunnerTest, EveryDecodeAndTheOldestPromptMoveInEveryStep) {
   };
   for (const int64_t max_tokens : {64, 100, 200}) {
     SCOPED_TRACE(::testing::Message() << max_tokens << " tokens a step");
-    const RunnerOptions options{.max_batch_size = 30, .max_cached_tokens = 30 * 400, .max_tokens_per_step = max_tokens};
-    Runner runner(model(), options);
+    const ServingOptions options{
+        .max_batch_size = 30, .max_cached_tokens = 30 * 400, .max_tokens_per_step = max_tokens};
+    Engine engine(model(), options);
     std::mt19937_64 generator(static_cast<uint64_t>(max_tokens));
     std::map<RequestId, Progress> alive;
     RequestId newest_started = 0;
     size_t most_decodes = 0;
-    for (int i = 0; i < 120 || !runner.is_idle(); ++i) {
+    for (int i = 0; i < 120 || !engine.is_idle(); ++i) {
       ASSERT_LT(i, 2000) << "a request starves";
       if (i < 120) {
         const auto size = static_cast<int64_t>(i % 4 == 0 ? 200 + generator() % 150 : 1 + generator() % 40);
-        const RequestId id = runner.submit({.prompt = random_prompt(generator(), size), .max_new_tokens = 50});
+        const RequestId id = engine.submit({.prompt = random_prompt(generator(), size), .max_new_tokens = 50});
         alive[id] = {.prompt_size = size};
       }
       std::set<RequestId> decoding;
@@ -193,11 +194,11 @@ TEST_F(RunnerTest, EveryDecodeAndTheOldestPromptMoveInEveryStep) {
         if (progress.decodes()) decoding.insert(id);
         if (!progress.decodes() && oldest_prompt == 0) oldest_prompt = id;
       }
-      const bool has_free_slot = runner.num_free_slots() > 0;
+      const bool has_free_slot = engine.num_free_slots() > 0;
       const auto num_decodes = static_cast<int64_t>(decoding.size());
       most_decodes = std::max(most_decodes, decoding.size());
       int64_t num_prompt_tokens = 0;
-      for (const RequestEvent& event : runner.step()) {
+      for (const RequestEvent& event : engine.step()) {
         Progress& progress = alive.at(event.id);
         if (decoding.erase(event.id) == 1) {
           EXPECT_EQ(event.tokens.size(), 1u);
@@ -221,39 +222,39 @@ TEST_F(RunnerTest, EveryDecodeAndTheOldestPromptMoveInEveryStep) {
     }
     EXPECT_EQ(most_decodes, 30u) << "the slots were never full of decodes";
     EXPECT_EQ(newest_started, 120);
-    EXPECT_EQ(runner.num_preemptions(), 0);
-    expect_all_free(runner, options);
+    EXPECT_EQ(engine.num_preemptions(), 0);
+    expect_all_free(engine, options);
   }
 }
 
-TEST_F(RunnerTest, SampledTokensDependOnTheSeedNotOnTheBatch) {
+TEST_F(EngineRequests, SampledTokensDependOnTheSeedNotOnTheBatch) {
   std::vector<Request> requests = twelve_requests();
   for (size_t i = 0; i < requests.size(); ++i) {
     requests[i].sampling = {.temperature = 1.0, .top_k = 20, .top_p = 0.9, .seed = i};
   }
   std::vector<std::vector<int32_t>> want;
   for (const Request& request : requests) want.push_back(alone(request));
-  Runner runner(model(), {.max_batch_size = 5, .max_cached_tokens = 1024, .max_tokens_per_step = 128});
-  const std::vector<GenerationResult> results = runner.generate(requests);
+  Engine engine(model(), {.max_batch_size = 5, .max_cached_tokens = 1024, .max_tokens_per_step = 128});
+  const std::vector<GenerationResult> results = engine.generate(requests);
   for (size_t i = 0; i < requests.size(); ++i) EXPECT_EQ(results[i].tokens, want[i]) << "request " << i;
 }
 
-TEST_F(RunnerTest, EventsTellHowFarAPromptIs) {
-  Runner runner(model(), {.max_batch_size = 2, .max_cached_tokens = 512, .max_tokens_per_step = 64});
-  const RequestId id = runner.submit({.prompt = random_prompt(1, 150), .max_new_tokens = 2});
+TEST_F(EngineRequests, EventsTellHowFarAPromptIs) {
+  Engine engine(model(), {.max_batch_size = 2, .max_cached_tokens = 512, .max_tokens_per_step = 64});
+  const RequestId id = engine.submit({.prompt = random_prompt(1, 150), .max_new_tokens = 2});
   for (int64_t prefilled : {64, 128, 150, 150}) {
-    const std::vector<RequestEvent> events = runner.step();
+    const std::vector<RequestEvent> events = engine.step();
     ASSERT_EQ(events.size(), 1u);
     EXPECT_EQ(events[0].id, id);
     EXPECT_EQ(events[0].prompt_size, 150);
     EXPECT_EQ(events[0].num_prefilled, prefilled);
     EXPECT_EQ(events[0].tokens.size(), prefilled == 150 ? 1u : 0u);
   }
-  EXPECT_TRUE(runner.is_idle());
-  EXPECT_TRUE(runner.step().empty());
+  EXPECT_TRUE(engine.is_idle());
+  EXPECT_TRUE(engine.step().empty());
 }
 
-TEST_F(RunnerTest, StopTokensEndARequest) {
+TEST_F(EngineRequests, StopTokensEndARequest) {
   const Request plain{.prompt = random_prompt(3, 20), .max_new_tokens = 10};
   const std::vector<int32_t> tokens = alone(plain);
   const int32_t stop = tokens[4];
@@ -263,13 +264,13 @@ TEST_F(RunnerTest, StopTokensEndARequest) {
   Request own = plain;
   own.stop_token_ids = {stop};
   config_.eos_token_ids = {};
-  Runner without_eos(model(), {.max_batch_size = 1, .max_cached_tokens = 64});
+  Engine without_eos(model(), {.max_batch_size = 1, .max_cached_tokens = 64});
   const GenerationResult by_own = without_eos.generate({own}).at(0);
   EXPECT_EQ(by_own.tokens, until_stop);
   EXPECT_EQ(by_own.finish_reason, FinishReason::kStop);
 
   config_.eos_token_ids = {stop};
-  Runner with_eos(model(), {.max_batch_size = 2, .max_cached_tokens = 64});
+  Engine with_eos(model(), {.max_batch_size = 2, .max_cached_tokens = 64});
   Request ignoring = plain;
   ignoring.ignore_eos = true;
   const std::vector<GenerationResult> results = with_eos.generate({plain, ignoring});
@@ -279,30 +280,30 @@ TEST_F(RunnerTest, StopTokensEndARequest) {
   EXPECT_EQ(results[1].finish_reason, FinishReason::kLength);
 }
 
-TEST_F(RunnerTest, CancelsWaitingRunningAndFreshRequests) {
-  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
+TEST_F(EngineRequests, CancelsWaitingRunningAndFreshRequests) {
+  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
   const Request request{.prompt = random_prompt(9, 30), .max_new_tokens = 8};
   const Request survivor{.prompt = random_prompt(10, 30), .max_new_tokens = 8};
-  Runner runner(model(), options);
-  const RequestId running = runner.submit(request);
-  const RequestId kept = runner.submit(survivor);
-  const RequestId waiting = runner.submit(request);
+  Engine engine(model(), options);
+  const RequestId running = engine.submit(request);
+  const RequestId kept = engine.submit(survivor);
+  const RequestId waiting = engine.submit(request);
   std::vector<int32_t> kept_tokens;
   const auto book = [&](const std::vector<RequestEvent>& events) {
     for (const RequestEvent& event : events) {
       if (event.id == kept) kept_tokens.insert(kept_tokens.end(), event.tokens.begin(), event.tokens.end());
     }
   };
-  book(runner.step());
-  book(runner.step());
-  EXPECT_EQ(runner.num_free_slots(), 0);
-  EXPECT_TRUE(runner.cancel(running));
-  EXPECT_TRUE(runner.cancel(waiting));
-  const RequestId fresh = runner.submit(request);
-  EXPECT_TRUE(runner.cancel(fresh));
-  EXPECT_FALSE(runner.cancel(12345));
+  book(engine.step());
+  book(engine.step());
+  EXPECT_EQ(engine.num_free_slots(), 0);
+  EXPECT_TRUE(engine.cancel(running));
+  EXPECT_TRUE(engine.cancel(waiting));
+  const RequestId fresh = engine.submit(request);
+  EXPECT_TRUE(engine.cancel(fresh));
+  EXPECT_FALSE(engine.cancel(12345));
 
-  const std::vector<RequestEvent> events = runner.step();
+  const std::vector<RequestEvent> events = engine.step();
   book(events);
   std::map<RequestId, FinishReason> reasons;
   for (const RequestEvent& event : events) reasons[event.id] = event.finish_reason;
@@ -310,15 +311,15 @@ TEST_F(RunnerTest, CancelsWaitingRunningAndFreshRequests) {
                                                         {kept, FinishReason::kRunning},
                                                         {waiting, FinishReason::kCancelled},
                                                         {fresh, FinishReason::kCancelled}}));
-  EXPECT_EQ(runner.num_free_slots(), 1);
-  EXPECT_FALSE(runner.cancel(running));
-  while (!runner.is_idle()) book(runner.step());
+  EXPECT_EQ(engine.num_free_slots(), 1);
+  EXPECT_FALSE(engine.cancel(running));
+  while (!engine.is_idle()) book(engine.step());
   EXPECT_EQ(kept_tokens, alone(survivor));
-  expect_all_free(runner, options);
+  expect_all_free(engine, options);
 }
 
 // NaN reaches a request through the embedding of one token: in a prompt, or as a token that was drawn.
-class NaNToken : public RunnerTest {
+class NaNToken : public EngineRequests {
  protected:
   NaNToken() {
     weights_.at("lm_head.weight")[kNaNToken].zero_();  // never the best choice
@@ -337,15 +338,15 @@ TEST_F(NaNToken, EndsItsRequestAndLeavesTheOthersAlone) {
   requests[2].prompt[1] = kNaNToken;
   requests[8].prompt[10] = kNaNToken;    // in the first of two pieces
   requests[11].prompt[299] = kNaNToken;  // the last token
-  for (const RunnerOptions& options :
-       {RunnerOptions{.max_batch_size = 12, .max_cached_tokens = 4096},
-        RunnerOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64},
-        RunnerOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .poison_freed_slots = true}}) {
-    Runner sound(benign_, options);
-    Runner runner(model(), options);
+  for (const ServingOptions& options :
+       {ServingOptions{.max_batch_size = 12, .max_cached_tokens = 4096},
+        ServingOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64},
+        ServingOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .poison_freed_slots = true}}) {
+    Engine sound(benign_, options);
+    Engine engine(model(), options);
     const std::vector<GenerationResult> want = sound.generate(requests);
     for (int run = 0; run < 2; ++run) {  // the second run reuses what the failed requests left
-      const std::vector<GenerationResult> got = runner.generate(requests, {.throw_on_error = false});
+      const std::vector<GenerationResult> got = engine.generate(requests, {.throw_on_error = false});
       for (size_t i = 0; i < requests.size(); ++i) {
         if (i == 2 || i == 8 || i == 11) {
           EXPECT_EQ(got[i].finish_reason, FinishReason::kError) << "request " << i;
@@ -356,32 +357,32 @@ TEST_F(NaNToken, EndsItsRequestAndLeavesTheOthersAlone) {
           EXPECT_EQ(got[i].tokens, want[i].tokens) << "request " << i << " run " << run;
         }
       }
-      expect_all_free(runner, options);
+      expect_all_free(engine, options);
     }
   }
 }
 
 TEST_F(NaNToken, GenerateThrowsAndCancelsTheOthers) {
-  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024};
-  Runner runner(model(), options);
+  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 1024};
+  Engine engine(model(), options);
   const Request other{.prompt = {1, 2, 3}, .max_new_tokens = 900};
   const Request bad{.prompt = {1, kNaNToken}, .max_new_tokens = 4};
-  expect_error<GenerationError>([&] { runner.generate({other, bad}); }, {"[generate] result 1", "NaN"});
-  EXPECT_TRUE(runner.is_idle());
-  EXPECT_TRUE(runner.step().empty());
-  expect_all_free(runner, options);
+  expect_error<GenerationError>([&] { engine.generate({other, bad}); }, {"[generate] result 1", "NaN"});
+  EXPECT_TRUE(engine.is_idle());
+  EXPECT_TRUE(engine.step().empty());
+  expect_all_free(engine, options);
 }
 
 TEST_F(NaNToken, DrawnInTheMiddleOfARequestEndsIt) {
-  const RunnerOptions options{.max_batch_size = 8, .max_cached_tokens = 4096};
+  const ServingOptions options{.max_batch_size = 8, .max_cached_tokens = 4096};
   std::vector<Request> requests;
   for (uint64_t seed = 0; seed < 8; ++seed) {
     requests.push_back({.prompt = random_prompt(seed, 20),
                         .max_new_tokens = 100,
                         .sampling = {.temperature = seed % 2 == 0 ? 50.0 : 0.0, .seed = seed}});
   }
-  Runner runner(model(), options);
-  const std::vector<GenerationResult> results = runner.generate(requests, {.throw_on_error = false});
+  Engine engine(model(), options);
+  const std::vector<GenerationResult> results = engine.generate(requests, {.throw_on_error = false});
   int num_failed = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
     if (results[i].finish_reason == FinishReason::kError) {
@@ -395,22 +396,22 @@ TEST_F(NaNToken, DrawnInTheMiddleOfARequestEndsIt) {
   }
   EXPECT_GE(num_failed, 1) << "no request drew the token";
   EXPECT_LT(num_failed, 8);
-  expect_all_free(runner, options);
+  expect_all_free(engine, options);
 }
 
-TEST_F(RunnerTest, AFailingStepFailsTheRequestsThatWereInIt) {
+TEST_F(EngineRequests, AFailingStepFailsTheRequestsThatWereInIt) {
   // A weight that changes its shape under the model makes forward throw.
-  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 256};
+  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 256};
   const at::Tensor norm = weights_.at("model.norm.weight");
   const at::Tensor sound = norm.clone();
-  Runner runner(model(), options);
+  Engine engine(model(), options);
   const Request request{.prompt = random_prompt(1, 10), .max_new_tokens = 5};
-  const RequestId first = runner.submit(request);
-  const RequestId second = runner.submit(request);
-  const RequestId waiting = runner.submit(request);
-  runner.step();
+  const RequestId first = engine.submit(request);
+  const RequestId second = engine.submit(request);
+  const RequestId waiting = engine.submit(request);
+  engine.step();
   norm.resize_({3});
-  const std::vector<RequestEvent> events = runner.step();
+  const std::vector<RequestEvent> events = engine.step();
   ASSERT_EQ(events.size(), 2u);
   EXPECT_EQ(events[0].id, first);
   EXPECT_EQ(events[1].id, second);
@@ -419,32 +420,32 @@ TEST_F(RunnerTest, AFailingStepFailsTheRequestsThatWereInIt) {
     EXPECT_FALSE(event.error.empty());
     EXPECT_TRUE(event.tokens.empty());
   }
-  EXPECT_EQ(runner.num_free_slots(), 2);
-  EXPECT_EQ(runner.device_error(), "") << "the device itself still computes";
+  EXPECT_EQ(engine.num_free_slots(), 2);
+  EXPECT_EQ(engine.device_error(), "") << "the device itself still computes";
   norm.resize_({config_.hidden_size}).copy_(sound);
-  const std::map<RequestId, GenerationResult> rest = drain(runner);
+  const std::map<RequestId, GenerationResult> rest = drain(engine);
   ASSERT_EQ(rest.size(), 1u);
   EXPECT_EQ(rest.at(waiting).finish_reason, FinishReason::kLength);
   EXPECT_EQ(rest.at(waiting).tokens, alone(request));
-  expect_all_free(runner, options);
+  expect_all_free(engine, options);
 }
 
 // As Engine::load makes it. Pools made in inference mode refuse writes outside of it, and a destructor may not throw.
-TEST_F(RunnerTest, EndsWithRequestsThatRun) {
-  std::optional<Runner> runner;
+TEST_F(EngineRequests, EndsWithRequestsThatRun) {
+  std::optional<Engine> engine;
   {
     const c10::InferenceMode inference;
-    runner.emplace(model(), RunnerOptions{.max_batch_size = 4, .max_cached_tokens = 256, .poison_freed_slots = true});
+    engine.emplace(model(), ServingOptions{.max_batch_size = 4, .max_cached_tokens = 256, .poison_freed_slots = true});
   }
-  runner->submit({.prompt = random_prompt(70, 70), .max_new_tokens = 20, .n = 3});
-  for (int i = 0; i < 4; ++i) runner->step();
-  EXPECT_EQ(runner->num_free_slots(), 1);
-  runner.reset();
+  engine->submit({.prompt = random_prompt(70, 70), .max_new_tokens = 20, .n = 3});
+  for (int i = 0; i < 4; ++i) engine->step();
+  EXPECT_EQ(engine->num_free_slots(), 1);
+  engine.reset();
 }
 
-TEST_F(RunnerTest, SubmitsAndCancelsFromOtherThreads) {
-  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 512, .max_tokens_per_step = 64};
-  Runner runner(model(), options);
+TEST_F(EngineRequests, SubmitsAndCancelsFromOtherThreads) {
+  const ServingOptions options{.max_batch_size = 4, .max_cached_tokens = 512, .max_tokens_per_step = 64};
+  Engine engine(model(), options);
   const std::vector<Request> requests = twelve_requests();
   constexpr int kThreads = 3;
   std::vector<std::vector<RequestId>> ids(kThreads);
@@ -453,15 +454,15 @@ TEST_F(RunnerTest, SubmitsAndCancelsFromOtherThreads) {
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
       for (const Request& request : requests) {
-        ids[t].push_back(runner.submit(request));
-        runner.cancel(runner.submit(request));
+        ids[t].push_back(engine.submit(request));
+        engine.cancel(engine.submit(request));
       }
       ++num_done;
     });
   }
   std::map<RequestId, GenerationResult> results;
-  while (num_done < kThreads || !runner.is_idle()) {
-    for (auto& [id, result] : drain(runner)) results[id] = result;
+  while (num_done < kThreads || !engine.is_idle()) {
+    for (auto& [id, result] : drain(engine)) results[id] = result;
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(results.size(), kThreads * requests.size() * 2);
@@ -473,32 +474,32 @@ TEST_F(RunnerTest, SubmitsAndCancelsFromOtherThreads) {
       EXPECT_EQ(results.at(of_thread[i]).tokens, want[i]) << "request " << i;
     }
   }
-  expect_all_free(runner, options);
+  expect_all_free(engine, options);
 }
 
-TEST_F(RunnerTest, ThreadsShareTheSteps) {
-  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 2048, .max_tokens_per_step = 64};
-  Runner runner(model(), options);
+TEST_F(EngineRequests, ThreadsShareTheSteps) {
+  const ServingOptions options{.max_batch_size = 4, .max_cached_tokens = 2048, .max_tokens_per_step = 64};
+  Engine engine(model(), options);
   const std::vector<Request> requests = twelve_requests();
   std::vector<std::vector<int32_t>> want;
   for (const Request& request : requests) want.push_back(alone(request));
   std::vector<std::vector<GenerationResult>> got(3);
   std::vector<std::thread> threads;
   for (auto& results : got) {
-    threads.emplace_back([&] { results = runner.generate(requests); });
+    threads.emplace_back([&] { results = engine.generate(requests); });
   }
   // One thread more steps for a request of its own, reads the figures, and leaves streams unfinished.
-  const RequestId id = runner.submit(requests[0]);
+  const RequestId id = engine.submit(requests[0]);
   std::vector<int32_t> tokens;
   while (tokens.size() < want[0].size()) {
-    RequestStream stream = runner.stream({requests[1]});
+    RequestStream stream = engine.stream({requests[1]});
     stream.next();
-    for (const RequestEvent& event : runner.step()) {
+    for (const RequestEvent& event : engine.step()) {
       EXPECT_EQ(event.id, id);
       tokens.insert(tokens.end(), event.tokens.begin(), event.tokens.end());
     }
-    EXPECT_LE(runner.num_free_slots(), options.max_batch_size);
-    EXPECT_EQ(runner.device_error(), "");
+    EXPECT_LE(engine.num_free_slots(), options.max_batch_size);
+    EXPECT_EQ(engine.device_error(), "");
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(tokens, want[0]);
@@ -506,27 +507,27 @@ TEST_F(RunnerTest, ThreadsShareTheSteps) {
     ASSERT_EQ(results.size(), requests.size());
     for (size_t i = 0; i < requests.size(); ++i) EXPECT_EQ(results[i].tokens, want[i]) << "request " << i;
   }
-  EXPECT_TRUE(runner.is_idle());
-  expect_all_free(runner, options);
+  EXPECT_TRUE(engine.is_idle());
+  expect_all_free(engine, options);
 }
 
-TEST_F(RunnerTest, WhatIsThrownBetweenStepsEndsTheCall) {
-  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 1024};
-  Runner runner(model(), options);
+TEST_F(EngineRequests, WhatIsThrownBetweenStepsEndsTheCall) {
+  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 1024};
+  Engine engine(model(), options);
   const Request request{.prompt = {1, 2, 3}, .max_new_tokens = 900};
   int num_steps = 0;
   const auto interrupt = [&] {
     if (++num_steps == 3) throw Error("interrupted");
   };
-  expect_error<Error>([&] { runner.generate({request}, {.between_steps = interrupt}); }, {"interrupted"});
+  expect_error<Error>([&] { engine.generate({request}, {.between_steps = interrupt}); }, {"interrupted"});
   EXPECT_EQ(num_steps, 3);
-  EXPECT_TRUE(runner.is_idle());
-  expect_all_free(runner, options);
+  EXPECT_TRUE(engine.is_idle());
+  expect_all_free(engine, options);
 }
 
-TEST_F(RunnerTest, RefusesWhatCanNeverBeServed) {
-  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 64, .kv_block_size = 16};
-  Runner runner(model(), options);
+TEST_F(EngineRequests, RefusesWhatCanNeverBeServed) {
+  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 64, .kv_block_size = 16};
+  Engine engine(model(), options);
   const Request good{.prompt = {1, 2, 3}, .max_new_tokens = 4};
   const auto with = [&](const std::function<void(Request&)>& change) {
     Request request = good;
@@ -534,9 +535,9 @@ TEST_F(RunnerTest, RefusesWhatCanNeverBeServed) {
     return request;
   };
   const auto refused = [&]<typename E>(const Request& request, std::initializer_list<std::string_view> words) {
-    expect_error<E>([&] { runner.submit(request); }, words);
-    expect_error<E>([&] { runner.generate({good, request}); }, words);
-    EXPECT_TRUE(runner.is_idle()) << "something was submitted";
+    expect_error<E>([&] { engine.submit(request); }, words);
+    expect_error<E>([&] { engine.generate({good, request}); }, words);
+    EXPECT_TRUE(engine.is_idle()) << "something was submitted";
   };
   refused.operator()<RequestError>(with([](Request& r) { r.prompt = {}; }), {"prompt", "at least one"});
   refused.operator()<RangeError>(with([](Request& r) { r.prompt = {1, 64}; }), {"prompt", "0..63", "64 at index 1"});
@@ -547,37 +548,37 @@ TEST_F(RunnerTest, RefusesWhatCanNeverBeServed) {
                                    {"64 KV cache tokens"});
   refused.operator()<RequestError>(with([](Request& r) { r.prompt.assign(65, 1); }), {"65 + 4"});
   refused.operator()<RequestError>(with([](Request& r) { r.sampling.temperature = -1; }), {"temperature"});
-  EXPECT_EQ(runner.generate({with([](Request& r) { r.max_new_tokens = 61; })}).at(0).tokens.size(), 61u);
-  expect_all_free(runner, options);
+  EXPECT_EQ(engine.generate({with([](Request& r) { r.max_new_tokens = 61; })}).at(0).tokens.size(), 61u);
+  expect_all_free(engine, options);
 }
 
-TEST_F(RunnerTest, RefusesMoreTokensThanTheModelHasPositions) {
+TEST_F(EngineRequests, RefusesMoreTokensThanTheModelHasPositions) {
   config_.max_position_embeddings = 40;
   config_.layer_types.back() = LayerType::kLinearAttention;  // no cache whose size could refuse them first
   weights_ = tiny_weights(config_);
-  Runner runner(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
+  Engine engine(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
   const auto request = [](int64_t prompt, int64_t max_new_tokens) {
     return Request{.prompt = random_prompt(1, prompt), .max_new_tokens = max_new_tokens};
   };
   const auto refused = [&](const Request& r, std::string_view sum) {
-    expect_error<RequestError>([&] { runner.submit(r); }, {"[submit]", "at most 40", "max_position_embeddings", sum});
-    EXPECT_TRUE(runner.is_idle());
+    expect_error<RequestError>([&] { engine.submit(r); }, {"[submit]", "at most 40", "max_position_embeddings", sum});
+    EXPECT_TRUE(engine.is_idle());
   };
   refused(request(30, 11), "got 30 + 11");
   refused(request(41, 1), "got 41 + 1");
   refused(request(3, std::numeric_limits<int64_t>::max()), "got 3 + 9223372036854775807");
-  EXPECT_EQ(runner.max_context(), 40);
-  EXPECT_EQ(runner.generate({request(30, 10)}).at(0).tokens.size(), 10u);
+  EXPECT_EQ(engine.max_context(), 40);
+  EXPECT_EQ(engine.generate({request(30, 10)}).at(0).tokens.size(), 10u);
 
   config_.max_position_embeddings = 0;
-  Runner without_limit(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
+  Engine without_limit(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
   EXPECT_EQ(without_limit.max_context(), 0);
   EXPECT_EQ(without_limit.generate({request(30, 11)}).at(0).tokens.size(), 11u);
 }
 
-TEST_F(RunnerTest, RefusesImpossibleSizes) {
-  const auto refused = [&](const RunnerOptions& options, std::string_view name) {
-    expect_error<RequestError>([&] { Runner(model(), options); }, {name, "expected at least"});
+TEST_F(EngineRequests, RefusesImpossibleSizes) {
+  const auto refused = [&](const ServingOptions& options, std::string_view name) {
+    expect_error<RequestError>([&] { Engine(model(), options); }, {name, "expected at least"});
   };
   for (int64_t size : {0, -3}) {
     refused({.max_batch_size = size}, "max_batch_size");
@@ -585,8 +586,8 @@ TEST_F(RunnerTest, RefusesImpossibleSizes) {
     refused({.kv_block_size = size}, "kv_block_size");
   }
   refused({.max_tokens_per_step = 63}, "max_tokens_per_step");
-  const auto too_large = [&](const RunnerOptions& options, std::string_view name) {
-    expect_error<RequestError>([&] { Runner(model(), options); }, {name, "expected at most"});
+  const auto too_large = [&](const ServingOptions& options, std::string_view name) {
+    expect_error<RequestError>([&] { Engine(model(), options); }, {name, "expected at most"});
   };
   for (int64_t size : {int64_t{1} << 31, std::numeric_limits<int64_t>::max()}) {  // more than an int32 index can name
     too_large({.max_batch_size = size}, "max_batch_size");
@@ -596,25 +597,25 @@ TEST_F(RunnerTest, RefusesImpossibleSizes) {
   }
 }
 
-TEST_F(RunnerTest, CountsItsBytesExactly) {
-  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 50, .kv_block_size = 16};
-  Runner runner(model(), options);
+TEST_F(EngineRequests, CountsItsBytesExactly) {
+  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 50, .kv_block_size = 16};
+  Engine engine(model(), options);
   const int64_t slot = 2 * (3 * (2 * 16 + 32) * 4 + 2 * 16 * 16 * 4);  // two layers of conv and delta state
-  EXPECT_EQ(Runner::state_slot_bytes(*model()), slot);
-  EXPECT_EQ(runner.state_bytes(), 3 * slot);
-  EXPECT_EQ(runner.kv_bytes(), 4 * 16 * 2 * 16 * 4);  // 4 blocks of 16 tokens, keys and values of one head
+  EXPECT_EQ(state_slot_bytes(*model()), slot);
+  EXPECT_EQ(engine.state_bytes(), 3 * slot);
+  EXPECT_EQ(engine.kv_bytes(), 4 * 16 * 2 * 16 * 4);  // 4 blocks of 16 tokens, keys and values of one head
 }
 
-TEST_F(RunnerTest, AModelWithoutAttentionNeedsNoBlocks) {
+TEST_F(EngineRequests, AModelWithoutAttentionNeedsNoBlocks) {
   config_.layer_types.back() = LayerType::kLinearAttention;
   weights_ = tiny_weights(config_);
   const std::vector<Request> requests = twelve_requests();
-  Runner runner(model(), {.max_batch_size = 4, .max_cached_tokens = 1});
-  EXPECT_EQ(runner.kv_bytes(), 0);
-  const std::vector<GenerationResult> results = runner.generate(requests);
+  Engine engine(model(), {.max_batch_size = 4, .max_cached_tokens = 1});
+  EXPECT_EQ(engine.kv_bytes(), 0);
+  const std::vector<GenerationResult> results = engine.generate(requests);
   for (size_t i = 0; i < requests.size(); ++i) {
     EXPECT_EQ(results[i].finish_reason, FinishReason::kLength) << results[i].error;
-    EXPECT_EQ(results[i].tokens, Runner(model(), {.max_batch_size = 1}).generate({requests[i]}).at(0).tokens);
+    EXPECT_EQ(results[i].tokens, Engine(model(), {.max_batch_size = 1}).generate({requests[i]}).at(0).tokens);
   }
 }
 

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// What may befall a device while a process uses it.
+#pragma once
+
+#include <c10/core/Device.h>
+
+namespace xgdn::kernel {
+
+/// Whether the device still computes. Waits for what it has been given.
+bool is_alive(c10::Device device);
+
+}  // namespace xgdn::kernel

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/load_decoder.h"
+
+#include <c10/core/InferenceMode.h>
+#include <c10/util/StringUtil.h>
+
+#include <iostream>
+
+#include "core/checkpoint/model_directory.h"
+#include "core/runtime/trial_step.h"
+
+namespace xgdn {
+namespace {
+
+void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype) {
+  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
+    throw UnsupportedError(
+        c10::str("[Engine] dtype: expected float32, bfloat16 or float16, got ", c10::toString(dtype)));
+  }
+  if (state_dtype != at::kFloat && state_dtype != at::kBFloat16) {
+    throw UnsupportedError(
+        c10::str("[Engine] state_dtype: expected float32 or bfloat16, got ", c10::toString(state_dtype)));
+  }
+}
+
+// Checks what needs no file.
+void check_options(const EngineOptions& options) {
+  options.serving.check();
+  kernel::check_backend_name(options.backends.prefill);
+  kernel::check_backend_name(options.backends.decode);
+  kernel::check_accuracy_name(options.backends.prefill_accuracy);
+}
+
+DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& options) {
+  const at::ScalarType dtype = options.dtype.value_or(*config.dtype);
+  check_dtypes(dtype, options.state_dtype);
+  return {.dtype = dtype,
+          .device = options.device,
+          .state_dtype = options.state_dtype,
+          .backends = options.backends,
+          .on_layer_loaded = options.on_layer_loaded};
+}
+
+void check_fits(const Plan& plan, int64_t memory_limit) {
+  if (plan.total_bytes() <= memory_limit) return;
+  throw OutOfMemory(c10::str("[Engine] memory_limit: expected at least ", plan.total_bytes(), " bytes (weights ",
+                             plan.weight_bytes, ", ", plan.num_state_slots, " state slots ", plan.state_bytes(), ", ",
+                             plan.num_kv_blocks, " KV cache blocks ", plan.kv_bytes(), ", largest step ",
+                             plan.workspace_bytes(), "), got ", memory_limit));
+}
+
+}  // namespace
+
+LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions& options) {
+  const c10::InferenceMode inference;
+  check_options(options);
+  const ModelDirectory opened(dir);
+  const DecoderOptions decoder = decoder_options(opened.config, options);
+  LoadReport report = inspect(opened, decoder);
+  for (const std::string& warning : report.warnings()) std::cerr << "xgdn: " << dir.native() << ": " << warning << '\n';
+  if (options.memory_limit) check_fits(make_plan(opened, decoder, options.serving), *options.memory_limit);
+  try_step(opened.config, decoder);
+  return {std::make_shared<HybridDecoder>(opened.config, opened.checkpoint, decoder), std::move(report)};
+}
+
+Plan make_plan(const std::filesystem::path& dir, const EngineOptions& options) {
+  const c10::InferenceMode inference;
+  check_options(options);
+  const ModelDirectory opened(dir);
+  const DecoderOptions decoder = decoder_options(opened.config, options);
+  inspect(opened, decoder);
+  return make_plan(opened, decoder, options.serving);
+}
+
+}  // namespace xgdn

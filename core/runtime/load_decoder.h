@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a model directory to a decoder, checked before anything is allocated.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+
+#include "core/checkpoint/load_report.h"
+#include "core/models/hybrid_decoder.h"
+#include "core/runtime/plan.h"
+#include "core/runtime/serving_options.h"
+
+namespace xgdn {
+
+/// How to load and serve a model.
+struct EngineOptions {
+  ServingOptions serving;
+  std::optional<at::ScalarType> dtype;      // of weights and activations; default the checkpoint's
+  at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states: f32 or bf16
+  c10::Device device = c10::kCPU;           // of weights, activations and pools
+  BackendSelection backends;
+  std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // progress; may be empty
+  std::optional<int64_t> memory_limit = {};  // bytes that weights, pools and steps may take together
+};
+
+/// A decoder, and what a user should know about its load.
+struct LoadedDecoder {
+  std::shared_ptr<HybridDecoder> model;
+  LoadReport report;
+};
+
+/// Loads the decoder of a Hugging Face directory (config.json and safetensors). The weights are copied into memory.
+/// What the load report warns of is written to stderr. Throws UnsupportedError for sizes that no backend can run,
+/// CheckpointError, DeviceError, UnsupportedError or RequestError; OutOfMemory before anything is allocated when the
+/// plan exceeds options.memory_limit.
+LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions& options = {});
+
+/// What an engine of the directory would allocate. Reads config.json and the headers of the safetensors files,
+/// allocates nothing, and throws as load_decoder does but for the memory limit, which it leaves alone, and for what
+/// only a backend can tell.
+Plan make_plan(const std::filesystem::path& dir, const EngineOptions& options = {});
+
+}  // namespace xgdn

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The device's side of a step: its buffers, the model's forward, the copy of the logits, and the choice of tokens.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/models/hybrid_decoder.h"
+#include "core/runtime/batch_builder.h"
+#include "core/runtime/logprobs.h"
+#include "core/runtime/sampler.h"
+#include "core/runtime/serving_options.h"
+#include "core/runtime/stopwatch.h"
+
+namespace xgdn {
+
+/// A sequence of a step to choose a token for.
+struct SampleRow {
+  size_t sequence;   // of those given to launch(); several rows may name the same
+  Sampler* sampler;  // of its own
+};
+
+/// What was chosen.
+struct SampledToken {
+  int32_t token = -1;
+  std::optional<Logprobs> logprobs;  // where the sampler's parameters ask for them
+  std::string error;                 // why no token could be chosen; empty: one was
+};
+
+/// Runs one step after the other over pools that outlive it. What a device of a later kind needs for streams, graphs
+/// and overlap lies here: the engine above sees sequences and tokens.
+class ModelRunner {
+ public:
+  /// Makes the step buffers for the largest step of these options.
+  ModelRunner(std::shared_ptr<const HybridDecoder> model, const ServingOptions& options, StatePool& states,
+              KvCache& kv);
+
+  /// Packs a step and starts it on the device. Throws as BatchBuilder::build and HybridDecoder::forward.
+  void launch(const std::vector<SequenceStep>& sequences);
+
+  /// Waits until the step's logits are on the host. Throws what the device reports.
+  void wait();
+
+  /// Chooses a token for each row of the last step, on several threads. A row of a sequence without logits is an error
+  /// of the caller (std::out_of_range).
+  std::vector<SampledToken> sample(const std::vector<SampleRow>& rows) const;
+
+  /// Time from the packed step to its logits on the host, of the last step.
+  double forward_seconds() const { return forward_seconds_; }
+
+  /// The last step as it was packed.
+  const StepInput& input() const { return built_.input; }
+
+  /// Its logits [R, vocab] f32, on the host after wait().
+  const at::Tensor& logits() const { return logits_; }
+
+ private:
+  std::span<const float> logits_of(size_t sequence) const;
+
+  std::shared_ptr<const HybridDecoder> model_;
+  BatchBuilder builder_;
+  ModelState state_;  // the pools
+  BuiltStep built_;
+  at::Tensor logits_;
+  Stopwatch since_launch_;
+  double forward_seconds_ = 0;
+};
+
+}  // namespace xgdn

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/serving_options.h"
+
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+
+namespace xgdn {
+
+void ServingOptions::check() const {
+  const auto check_size = [](const char* name, int64_t most, int64_t got) {
+    if (got < 1) throw RequestError(c10::str("[ServingOptions] ", name, ": expected at least 1, got ", got));
+    if (got > most) throw RequestError(c10::str("[ServingOptions] ", name, ": expected at most ", most, ", got ", got));
+  };
+  check_size("max_batch_size", kernel::kMaxIndex, max_batch_size);
+  check_size("kv_block_size", kernel::kMaxIndex, kv_block_size);
+  check_size("max_cached_tokens", kernel::kMaxIndex / kv_block_size * kv_block_size, max_cached_tokens);
+  check_size("max_tokens_per_step", kernel::kMaxIndex, max_tokens_per_step);
+  SchedulerOptions{.max_tokens_per_step = max_tokens_per_step}.check();
+  BatchLimits{.decode_buckets = decode_buckets}.check();
+}
+
+int64_t state_slot_bytes(const HybridDecoder& model) {
+  return StatePool::slot_bytes(model.state_specs());
+}
+
+KvCacheSpec kv_spec(const HybridDecoder& model, int64_t kv_block_size) {
+  return {.num_layers = model.num_attention_layers(),
+          .num_kv_heads = model.config().num_key_value_heads,
+          .head_dim = model.config().head_dim,
+          .block_size = kv_block_size,
+          .dtype = model.dtype()};
+}
+
+int64_t num_kv_blocks(const HybridDecoder& model, const ServingOptions& options) {
+  options.check();
+  if (model.num_attention_layers() == 0) return 0;
+  return (options.max_cached_tokens + options.kv_block_size - 1) / options.kv_block_size;
+}
+
+int64_t max_context(const HybridDecoder& model, const ServingOptions& options) {
+  const int64_t num_positions = model.config().max_position_embeddings;
+  const int64_t capacity = num_kv_blocks(model, options) * options.kv_block_size;
+  if (model.num_attention_layers() == 0) return num_positions;
+  return num_positions == 0 ? capacity : std::min(num_positions, capacity);
+}
+
+int64_t max_step_tokens(int64_t max_tokens_per_step, int64_t max_batch_size) {
+  return std::max(max_tokens_per_step, max_batch_size + kernel::kChunkSize);
+}
+
+BatchLimits batch_limits(const HybridDecoder& model, const ServingOptions& options) {
+  const int64_t context = max_context(model, options);
+  return {.num_slots = options.max_batch_size,
+          .num_kv_blocks = num_kv_blocks(model, options),
+          .kv_block_size = options.kv_block_size,
+          .vocab_size = model.config().vocab_size,
+          .has_attention = model.num_attention_layers() > 0,
+          .max_tokens = max_step_tokens(options.max_tokens_per_step, options.max_batch_size),
+          .max_context = context == 0 ? std::nullopt : std::optional(context),
+          .decode_buckets = options.decode_buckets};
+}
+
+}  // namespace xgdn

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// How much an engine holds and what a step may take, and the sizes that follow for a model.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/models/hybrid_decoder.h"
+#include "core/runtime/batch_builder.h"
+#include "core/runtime/kv_cache.h"
+#include "core/runtime/scheduler.h"
+#include "core/runtime/state_pool.h"
+
+namespace xgdn {
+
+/// Sizes of the pools and of a step.
+struct ServingOptions {
+  int64_t max_batch_size = 32;        // state slots: sequences that run at once
+  int64_t max_cached_tokens = 16384;  // KV cache, over all sequences, rounded up to blocks
+  int64_t kv_block_size = 16;         // tokens
+  int64_t max_tokens_per_step = SchedulerOptions().max_tokens_per_step;
+  std::vector<int64_t> decode_buckets = {};  // as BatchLimits::decode_buckets; none: decodes are not padded
+  bool poison_freed_slots = poison_freed_by_default();
+
+  /// Throws RequestError for a size that no engine can have.
+  void check() const;
+};
+
+/// Bytes of one slot over all GDN layers.
+int64_t state_slot_bytes(const HybridDecoder& model);
+
+/// The KV cache's shape.
+KvCacheSpec kv_spec(const HybridDecoder& model, int64_t kv_block_size);
+
+/// Blocks of the KV cache; 0 without full attention.
+int64_t num_kv_blocks(const HybridDecoder& model, const ServingOptions& options);
+
+/// Tokens of the longest sequence, prompt and reply: what the model has positions and the KV cache has room for. 0:
+/// any.
+int64_t max_context(const HybridDecoder& model, const ServingOptions& options);
+
+/// Tokens of the largest step: its budget, or a decode of every slot and one chunk of a prompt.
+int64_t max_step_tokens(int64_t max_tokens_per_step, int64_t max_batch_size);
+
+/// What the steps of an engine are checked against.
+BatchLimits batch_limits(const HybridDecoder& model, const ServingOptions& options);
+
+}  // namespace xgdn
