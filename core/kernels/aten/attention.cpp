@@ -5,6 +5,8 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 
+#include "core/kernels/aten/indexing.h"
+
 namespace xgdn::kernel::aten {
 namespace {
 
@@ -36,6 +38,21 @@ void attend_one_by_one(const PagedAttentionParams& p, int64_t more_than) {
     if (sequence.num_tokens <= more_than) continue;
     p.out.narrow(0, sequence.token_begin, sequence.num_tokens).copy_(attend(p, sequence));
   }
+}
+
+void store_kv(const StoreKvParams& p) {
+  if (p.k.size(0) == 0) return;
+  const at::Tensor rows = p.slot_mapping.to(at::kLong);
+  const auto store = [&](const at::Tensor& cache, const at::Tensor& tokens) {
+    const at::Tensor cache_rows = cache.flatten(0, 1);
+    if (p.may_have_padding) {
+      write_slots(cache_rows, rows, rows.ge(0), tokens);
+    } else {
+      cache_rows.index_copy_(0, rows, tokens);
+    }
+  };
+  store(p.k_cache, p.k);
+  store(p.v_cache, p.v);
 }
 
 }  // namespace xgdn::kernel::aten
