@@ -25,6 +25,7 @@
   op(SiluAndMulParams, silu_and_mul, LinearShape, kDecode, gate)                      \
   op(LinearParams, linear, LinearShape, kDecode, x)                                   \
   op(PagedAttentionParams, paged_attention, AttentionShape, kDecode, q)               \
+  op(StoreKvParams, store_kv, KvShape, kDecode, k)                                    \
   op(MoeExpertsParams, moe_experts, ExpertsShape, kDecode, x)
 // clang-format on
 

@@ -57,6 +57,15 @@ struct AttentionShape {
   int64_t D = 0;    // head dim
 };
 
+/// Sizes of what tokens write to a paged cache.
+struct KvShape {
+  int64_t T = 0;    // tokens
+  int64_t P = 0;    // blocks
+  int64_t B = 0;    // rows of a block
+  int64_t HKV = 0;  // key heads
+  int64_t D = 0;    // head dim
+};
+
 /// Sizes of a call of a mixture of experts.
 struct ExpertsShape {
   int64_t T = 0;  // tokens

@@ -37,9 +37,6 @@ std::vector<at::Tensor> GatedAttention::weights() const {
 
 at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
                                    KvPool& kv) const {
-  kernel::check_storage("GatedAttention", "kv.k", kv.k);
-  kernel::check_storage("GatedAttention", "kv.v", kv.v);
-  kernel::check_storage("GatedAttention", "slot_mapping", batch.slot_mapping);
   const int64_t dim = config_.head_dim;
   const at::Tensor query_gate =
       project(hidden, q_.weight, backend_, q_.bias).unflatten(1, {config_.num_heads, 2 * dim});
@@ -50,9 +47,13 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
   const at::Tensor q = apply_rotary(rms_norm_zero_centred(query, q_norm_, config_.rms_norm_eps, backend_), rotary);
   const at::Tensor k = apply_rotary(rms_norm_zero_centred(key, k_norm_, config_.rms_norm_eps, backend_), rotary);
 
-  const at::Tensor rows = batch.slot_mapping.to(at::kLong);
-  kv.k.flatten(0, 1).index_copy_(0, rows, k);
-  kv.v.flatten(0, 1).index_copy_(0, rows, v);
+  kernel::store_kv({.k = k,
+                    .v = v,
+                    .k_cache = kv.k,
+                    .v_cache = kv.v,
+                    .slot_mapping = batch.slot_mapping,
+                    .host = batch.host,
+                    .backend = backend_});
 
   at::Tensor o = at::empty({hidden.size(0), config_.num_heads, dim}, hidden.options());
   kernel::paged_attention({.q = q,

@@ -49,6 +49,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_gated",
     "silu_and_mul",
+    "store_kv",
 ]
 
 PAD_SLOT_ID = -1
@@ -514,6 +515,25 @@ def paged_attention(
         backend=backend,
     )
     return out
+
+
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    slot_mapping: Tensor,
+    may_have_padding: bool = True,
+    backend: str = "auto",
+) -> None:
+    """Write keys and values `[T, HKV, D]` of new tokens to a paged cache, `k_cache` and `v_cache` `[P, B, HKV, D]`,
+    contiguous and updated in place: `P` blocks of `B` rows. All of one dtype, f32 | bf16 | f16.
+
+    `slot_mapping` `[T]` i32: `block * B + offset` of each token's row, none twice; `PAD_SLOT_ID`: the token is not
+    stored. `may_have_padding=False` promises that there is no `PAD_SLOT_ID`.
+    """
+    torch.ops.xgdn.store_kv(k, v, k_cache, v_cache, slot_mapping, may_have_padding=may_have_padding, backend=backend)
 
 
 def moe_experts(

@@ -32,6 +32,7 @@ OPS: dict[str, Callable[..., Any]] = {
         "linear",
         "gdn_decode_step",
         "paged_attention",
+        "store_kv",
         "moe_experts",
     )
 }
@@ -417,7 +418,7 @@ def _worst(got: Tensor, want: Tensor, count: int = 3) -> str:
 
 def assert_bits_equal(name: str, got: Tensor, want: Tensor) -> None:
     """Bitwise, so that NaN equals itself and -0 does not equal 0."""
-    as_int = {2: torch.int16, 4: torch.int32}[got.element_size()]
+    as_int = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     differs = got.contiguous().view(as_int) != want.contiguous().view(as_int)
     assert not differs.any(), f"{name}: bits differ first at {differs.nonzero()[0].tolist()}"
 

@@ -123,6 +123,19 @@ def attention(op: str, dtype: torch.dtype, backend: str) -> Call:
     return call
 
 
+def store(op: str, dtype: torch.dtype, backend: str) -> Call:
+    """Each token is a sequence, which gets its row of both caches."""
+    tokens, caches = torch.randn(2, N, HV, 50).to(dtype), torch.randn(2, 3, 4, HV, 50).to(dtype)
+    rows = torch.randperm(12)[:N].int()
+
+    def call(order: Sequence[int]) -> Results:
+        stored, n = caches.clone(), list(order)
+        ops.store_kv(*tokens[:, n], *stored, slot_mapping=rows[n], backend=backend)
+        return [tuple(stored.flatten(1, 2)[:, rows[i]]) for i in n]
+
+    return call
+
+
 MAKE = {
     "recurrent_gated_delta_rule": delta_rule,
     "chunk_gated_delta_rule": delta_rule,
@@ -131,6 +144,7 @@ MAKE = {
     "packed_decode": decode,
     "gdn_decode_step": decode,
     "paged_attention": attention,
+    "store_kv": store,
 }
 
 
@@ -158,7 +172,7 @@ def test_what_is_promised() -> None:
         for backend in ("cpu", "reference", "npu", "cuda")
     }
     assert promised["cpu"] - {"linear"} == set(OPS) - {"l2_norm", "linear", "moe_experts"}
-    assert promised["reference"] == {"recurrent_gated_delta_rule", "chunk_gated_delta_rule"}
+    assert promised["reference"] == {"recurrent_gated_delta_rule", "chunk_gated_delta_rule", "store_kv"}
     assert promised["npu"] == promised["cuda"] == set()
 
 

@@ -15,6 +15,9 @@ from xgdn import ops
 
 Arguments = dict[str, Any]
 
+# The ops without a result, and what they write.
+UPDATED = {"store_kv": ["k_cache", "v_cache"]}
+
 
 def good_arguments(op: str) -> Arguments:
     """Five tokens of two sequences (packed_decode, gdn_decode_step: two tokens) that the op accepts."""
@@ -66,6 +69,13 @@ def good_arguments(op: str) -> Arguments:
             "context_lens": i32([7, 2]),
             "cu_seqlens": i32([0, 3, 5]),
         },
+        "store_kv": {
+            "k": torch.randn(T, H, K),
+            "v": torch.randn(T, H, K),
+            "k_cache": torch.randn(3, 4, H, K),
+            "v_cache": torch.randn(3, 4, H, K),
+            "slot_mapping": i32([4, 0, 11, -1, 7]),
+        },
         "moe_experts": {
             "x": torch.randn(T, D),
             "weights": torch.rand(T, 2),
@@ -89,6 +99,7 @@ RECURRENT = "recurrent_gated_delta_rule"
 STEP = "gdn_decode_step"
 ATTENTION = "paged_attention"
 EXPERTS = "moe_experts"
+STORE = "store_kv"
 VERIFY = {"state_indices": i32([[0, 1, 2], [3, 4, 5]]), "num_accepted": i32([1, 3]), "state": torch.randn(6, 4, 32, 16)}
 
 # (op, changed arguments, exception, words of the message)
@@ -204,6 +215,40 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ),
     (EXPERTS, {"x": torch.randn(5, 23)}, ValueError, ("down", "D=23 (set by x)", "[3, 24, 16]")),
     (EXPERTS, {"out": torch.empty(5, 48)[:, ::2]}, ValueError, ("out", "contiguous")),
+    (STORE, {"k": torch.randn(5, 2, 16).double()}, TypeError, ("k", "Float", "Double")),
+    *(
+        (STORE, {name: good_arguments(STORE)[name].half()}, TypeError, (name, "Float", "Half"))
+        for name in ("v", "k_cache", "v_cache")
+    ),
+    (STORE, {"slot_mapping": torch.arange(5)}, TypeError, ("slot_mapping", "Int", "Long")),
+    (STORE, {"k": torch.randn(5, 32)}, ValueError, ("k", "T, HKV, D", "[5, 32]")),
+    (STORE, {"v": torch.randn(4, 2, 16)}, ValueError, ("v", "T=5 (set by k)", "[4, 2, 16]")),
+    (STORE, {"v": torch.randn(5, 2, 8)}, ValueError, ("v", "D=16 (set by k)", "[5, 2, 8]")),
+    (STORE, {"k_cache": torch.randn(3, 4, 1, 16)}, ValueError, ("k_cache", "HKV=2 (set by k)", "[3, 4, 1, 16]")),
+    (STORE, {"k_cache": torch.randn(12, 2, 16)}, ValueError, ("k_cache", "P, B, HKV, D", "[12, 2, 16]")),
+    (STORE, {"v_cache": torch.randn(4, 4, 2, 16)}, ValueError, ("v_cache", "P=3 (set by k_cache)", "[4, 4, 2, 16]")),
+    (STORE, {"v_cache": torch.randn(3, 6, 2, 16)}, ValueError, ("v_cache", "B=4 (set by k_cache)", "[3, 6, 2, 16]")),
+    (STORE, {"slot_mapping": i32([4])}, ValueError, ("slot_mapping", "T=5 (set by k)", "[1]")),
+    (STORE, {"k": torch.randn(5, 16, 2).mT}, ValueError, ("k", "contiguous", "strides")),
+    (STORE, {"v": torch.randn(5, 16, 2).mT}, ValueError, ("v", "contiguous", "strides")),
+    (STORE, {"k_cache": torch.randn(3, 8, 2, 16)[:, ::2]}, ValueError, ("k_cache", "contiguous", "strides")),
+    (STORE, {"v_cache": torch.randn(3, 4, 2, 32)[..., ::2]}, ValueError, ("v_cache", "contiguous", "strides")),
+    (STORE, {"slot_mapping": torch.arange(10).int()[::2]}, ValueError, ("slot_mapping", "contiguous")),
+    (STORE, {"v_cache": torch.empty(3, 4, 2, 16, device="meta")}, ValueError, ("v_cache", "cpu", "meta")),
+    (STORE, {"slot_mapping": i32([4, 0, 12, -1, 7])}, IndexError, ("slot_mapping", "0..11", "-1", "got 12 at index 2")),
+    (STORE, {"slot_mapping": i32([4, 0, 1, -2, 7])}, IndexError, ("slot_mapping", "0..11", "got -2 at index 3")),
+    (
+        STORE,
+        {"slot_mapping": i32([4, -1, 7, -1, 4])},
+        IndexError,
+        ("slot_mapping", "once", "entry 0", "got 4 at index 4"),
+    ),
+    (
+        STORE,
+        {"may_have_padding": False},
+        IndexError,
+        ("slot_mapping", "may_have_padding is false", "got -1 at index 3"),
+    ),
     # cu_seqlens
     (RECURRENT, {"cu_seqlens": i32([1, 3, 5])}, IndexError, ("cu_seqlens", "start at 0", "1")),
     (RECURRENT, {"cu_seqlens": i32([0, 6, 5])}, IndexError, ("cu_seqlens", "never fall", "5")),
@@ -298,7 +343,8 @@ def _id(row: object) -> str:
 @pytest.mark.parametrize(("op", "changes", "error", "words"), BAD, ids=_id)
 def test_bad_input(op: str, changes: Arguments, error: type[Exception], words: tuple[str, ...]) -> None:
     arguments = {**good_arguments(op), **changes}
-    pools = {name: arguments[name].clone() for name in ("state", "conv_state") if name in arguments}
+    names = ("state", "conv_state", "k_cache", "v_cache")
+    pools = {name: arguments[name].clone() for name in names if name in arguments and not arguments[name].is_meta}
     with pytest.raises(error) as caught:
         OPS[op](**arguments)
     message = str(caught.value)
@@ -310,7 +356,7 @@ def test_bad_input(op: str, changes: Arguments, error: type[Exception], words: t
         assert_bits_equal(name, arguments[name], before)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op not in UPDATED])
 def test_a_result_that_is_made_has_the_bits_of_one_that_is_given(op: str, backend: str) -> None:
     names = ("g", "beta") if op == "gdn_gating" else ("out",)
     arguments = good_arguments(op)
@@ -422,14 +468,14 @@ def every_argument(op: str) -> Arguments:
     arguments = copy.deepcopy({**good_arguments(op), **OPTIONAL.get(op, {})})
     if op == "gdn_gating":
         return arguments | {"g": torch.empty(5, 4), "beta": torch.empty(5, 4)}
-    return arguments | {"out": torch.empty(OUT_SHAPES[op])}
+    return arguments if op in UPDATED else arguments | {"out": torch.empty(OUT_SHAPES[op])}
 
 
 def tensors(op: str) -> dict[str, torch.Tensor]:
     return {name: value for name, value in every_argument(op).items() if isinstance(value, torch.Tensor)}
 
 
-WRITTEN = {op: ["g", "beta"] if op == "gdn_gating" else ["out"] for op in OPS}
+WRITTEN = {op: ["g", "beta"] if op == "gdn_gating" else [*UPDATED.get(op, ["out"])] for op in OPS}
 for _op in OPS:
     WRITTEN[_op] += [name for name in ("state", "conv_state", "residual") if name in tensors(_op)]
 

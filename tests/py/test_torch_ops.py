@@ -54,7 +54,7 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
     table = torch.arange(9, dtype=torch.int32).flip(0).view(3, 3)
     verify = (*x, i32([0, 3, 3, 6]), table, out[:6])
     verify = (*(t[:6] for t in verify[:5]), *verify[5:])
-    cache = (torch.randn(9, 4, H, K).to(dtype) for _ in range(2))
+    cache = [torch.randn(9, 4, H, K).to(dtype) for _ in range(2)]
     attention = (torch.randn(T, HV, K).to(dtype), *cache, i32([[4, -1, -1], [1, 0, 6]]), i32([3, 9]), i32([0, 3, 7]))
     heads_out = torch.zeros(T, HV, K, dtype=dtype)
     experts = (conv[0], torch.rand(T, 2).to(dtype), torch.randint(0, 3, (T, 2)))
@@ -95,6 +95,10 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
             ((*attention, heads_out), {}),
             ((*attention, heads_out), {"context_rows": i32(range(12)), "scale": 0.3}),
             ((*attention, heads_out), {"cu_seqlens_cpu": attention[5], "context_lens_cpu": attention[4]}),
+        ],
+        "store_kv": [
+            ((*x[:2], *cache, i32([3, 0, -1, 35, 8, -1, 20])), {}),
+            ((*x[:2], *cache, i32(range(7))), {"may_have_padding": False, "backend": "reference"}),
         ],
         "moe_experts": [((*experts, torch.zeros(T, D, dtype=dtype)), {})],
     }[op]
@@ -167,7 +171,8 @@ def test_opcheck_where_a_gradient_is_wanted() -> None:
 def test_schema_names_what_is_written(op: str) -> None:
     written = {a.name for a in written_arguments(op)}
     pools = {"state", "conv_state", "residual"} & {a.name for a in packet(op)._schema.arguments}
-    assert written == ({"g", "beta"} if op == "gdn_gating" else {"out"} | pools)
+    others = {"gdn_gating": {"g", "beta"}, "store_kv": {"k_cache", "v_cache"}}
+    assert written == others.get(op, {"out"} | pools)
     assert not packet(op)._schema.returns
     assert torch.Tag.pt2_compliant_tag in packet(op).tags
 
@@ -197,7 +202,7 @@ def test_meta_checks_as_the_others_do(op: str) -> None:
     on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
     packet(op)(*on_meta, **kwargs)
     with pytest.raises(ValueError, match=rf"\[{op}\] .*: expected"):
-        packet(op)(on_meta[0][:-1], *on_meta[1:-1], on_meta[-1][:, :1], **kwargs)
+        packet(op)(on_meta[0][:-1], *on_meta[1:-1], on_meta[-1][..., :1], **kwargs)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,6 +5,8 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 
+#include "core/kernels/aten/indexing.h"
+
 namespace xgdn::kernel::aten {
 namespace {
 
@@ -46,6 +48,21 @@ void attend_one_by_one(const PagedAttentionParams& p, int64_t more_than) {
     const at::Tensor out = p.out.narrow(0, s.token_begin, s.num_tokens);
     s.context_len == 0 ? out.zero_() : out.copy_(attend(p, s));
   }
+}
+
+void store_kv(const StoreKvParams& p) {
+  if (p.k.size(0) == 0) return;
+  const at::Tensor rows = p.slot_mapping.to(at::kLong);
+  const auto store = [&](const at::Tensor& cache, const at::Tensor& tokens) {
+    const at::Tensor cache_rows = cache.flatten(0, 1);
+    if (p.host.may_have_padding) {
+      write_slots(cache_rows, rows, rows.ge(0), tokens);
+    } else {
+      cache_rows.index_copy_(0, rows, tokens);
+    }
+  };
+  store(p.k_cache, p.k);
+  store(p.v_cache, p.v);
 }
 
 }  // namespace xgdn::kernel::aten

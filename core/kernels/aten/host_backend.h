@@ -15,7 +15,7 @@
 
 namespace xgdn::kernel {
 
-/// All but the delta rules.
+/// All but the delta rules and the copies into pools and caches, which every backend of the host has itself.
 class HostBackend : public Backend {
  public:
   using Backend::run;

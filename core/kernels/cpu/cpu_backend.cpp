@@ -21,6 +21,7 @@
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/cpu/silu_and_mul.h"
+#include "core/kernels/cpu/store_kv.h"
 #include "core/kernels/cpu/threads.h"
 #include "core/kernels/tensor_args.h"
 
@@ -212,6 +213,7 @@ class CpuBackend final : public HostBackend {
   bool is_batch_invariant(const RmsNormParams&, const NormShape&) const override { return true; }
   bool is_batch_invariant(const SiluAndMulParams&, const LinearShape&) const override { return true; }
   bool is_batch_invariant(const GdnDecodeStepParams&, const DecodeStepShape&) const override { return true; }
+  bool is_batch_invariant(const StoreKvParams&, const KvShape&) const override { return true; }
   bool is_batch_invariant(const LinearParams& p, const LinearShape& s) const override { return has_products(p, s); }
   bool is_batch_invariant(const PagedAttentionParams& p, const AttentionShape&) const override {
     return are_all_short(p.cu_seqlens);
@@ -330,6 +332,21 @@ class CpuBackend final : public HostBackend {
       }
     });
     aten::attend_one_by_one(p, kMostAttentionTokens);
+  }
+
+  void run(const StoreKvParams& p, const KvShape& s) const override {
+    const auto cache_rows = [&](const at::Tensor& cache) {
+      return OutRows{
+          .data = cache.mutable_data_ptr(), .dtype = dtype_of(cache), .token_stride = s.HKV * s.D, .head_stride = s.D};
+    };
+    const cpu::StoreKvArgs args = {.HKV = s.HKV,
+                                   .D = s.D,
+                                   .k = in_rows(p.k),
+                                   .v = in_rows(p.v),
+                                   .k_cache = cache_rows(p.k_cache),
+                                   .v_cache = cache_rows(p.v_cache),
+                                   .rows = p.slot_mapping.const_data_ptr<int32_t>()};
+    parallel_ranges(s.T, 2 * s.HKV * s.D, [&](int64_t begin, int64_t end) { cpu::store_kv(args, begin, end); });
   }
 
   void run(const RmsNormGatedParams& p, const GdnShape& s) const override {

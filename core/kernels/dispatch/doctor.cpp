@@ -43,7 +43,7 @@ TypicalTensors::TypicalTensors() {
   taps = zeros({3 * D, 4}), conv_state = zeros({1, 3, 3 * D});
   projected = zeros({1, 4 * D + 2});
   token = zeros({1, D}), out_token = zeros({1, D});
-  square = zeros({D, D}), block = zeros({1, 1, 1, D});
+  square = zeros({D, D}), block = zeros({1, 1, 1, D}), out_block = zeros({1, 1, 1, D});
   chosen = zeros({1, 1}, at::kLong), slot = zeros({1}, at::kInt);
   cu_seqlens = at::arange(2, at::kInt);
   gate_up = zeros({1, 2 * D, D}), down = zeros({1, D, D});

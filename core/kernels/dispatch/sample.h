@@ -32,6 +32,7 @@ struct TypicalTensors {
   at::Tensor gate_up;     // [1, 2D, D]  of an expert
   at::Tensor down;        // [1, D, D]  of it
   at::Tensor block;       // [1, 1, 1, D]  of a cache
+  at::Tensor out_block;   // [1, 1, 1, D]
   at::Tensor chosen;      // [1, 1]  i64
   at::Tensor slot;        // [1]  i32, 0
   at::Tensor cu_seqlens;  // [2]  i32, 0 and 1

@@ -253,6 +253,23 @@ struct TorchOp<PagedAttentionParams> {
 };
 
 template <>
+struct TorchOp<StoreKvParams> {
+  static constexpr const char* schema =
+      "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *, "
+      "bool may_have_padding=True, str backend=\"auto\") -> ()";
+  static StoreKvParams params(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                              const Tensor& slot_mapping, bool may_have_padding, std::string backend) {
+    return {.k = k,
+            .v = v,
+            .k_cache = k_cache,
+            .v_cache = v_cache,
+            .slot_mapping = slot_mapping,
+            .host = {.may_have_padding = may_have_padding},
+            .backend = std::move(backend)};
+  }
+};
+
+template <>
 struct TorchOp<RmsNormParams> {
   static constexpr const char* schema =
       "(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor(b!)? residual=None, float eps=1e-6, "

@@ -15,6 +15,7 @@
 
 #include <c10/util/StringUtil.h>
 
+#include "core/kernels/aten/attention.h"
 #include "core/kernels/aten/causal_conv1d.h"
 #include "core/kernels/aten/delta_rule.h"
 #include "core/kernels/aten/linear.h"
@@ -89,6 +90,7 @@ class NpuBackend final : public Backend {
     aten::gdn_decode_step(*this, p, s);
   }
   void run(const PagedAttentionParams& p, const AttentionShape& s) const override { npu::run_attention(p, s); }
+  void run(const StoreKvParams& p, const KvShape&) const override { aten::store_kv(p); }
   void run(const MoeExpertsParams& p, const ExpertsShape& s) const override { npu::run_experts(p, s); }
 };
 

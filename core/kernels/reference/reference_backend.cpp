@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 
 #include <cmath>
+#include <utility>
 
 #include "core/kernels/aten/host_backend.h"
 #include "core/kernels/reference/delta_rule_head.h"
@@ -96,6 +97,7 @@ class ReferenceBackend final : public HostBackend {
 
   bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
   bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const StoreKvParams&, const KvShape&) const override { return true; }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
     Inputs inputs(p, s);
@@ -146,6 +148,16 @@ class ReferenceBackend final : public HostBackend {
       }
     }
     p.out.copy_(inputs.out());
+  }
+
+  void run(const StoreKvParams& p, const KvShape& s) const override {
+    const int32_t* rows = p.slot_mapping.const_data_ptr<int32_t>();
+    for (int64_t t = 0; t < s.T; ++t) {
+      if (rows[t] == kPadSlot) continue;
+      for (const auto& [cache, tokens] : {std::pair{p.k_cache, p.k}, std::pair{p.v_cache, p.v}}) {
+        cache.select(0, rows[t] / s.B).select(0, rows[t] % s.B).copy_(tokens.select(0, t));
+      }
+    }
   }
 };
 

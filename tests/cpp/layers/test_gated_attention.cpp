@@ -185,7 +185,7 @@ TEST_F(GatedAttentionTest, RefusesACacheThatWasFreed) {
         [&] {
           forward({x}, {{0, 3, {2}}});
         },
-        {pool == &KvPool::k ? "kv.k" : "kv.v", "storage of at least", "got one of 100"});
+        {pool == &KvPool::k ? "k_cache" : "v_cache", "storage of at least", "got one of 100"});
     kv_.*pool = whole;
   }
 }

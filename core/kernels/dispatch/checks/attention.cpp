@@ -94,4 +94,40 @@ void check_indices(const PagedAttentionParams& p) {
   if (p.context_rows) c.range("context_rows", *p.context_rows, 0, num_rows - 1, c10::str("0..", num_rows - 1));
 }
 
+// ---- store_kv -------------------------------------------------------------------------------------------------------
+
+Dims match(const StoreKvParams& p) {
+  Dims d(Op<StoreKvParams>::name);
+  match_strided(d, "k", p.k, "T HKV D", kInputTypes);
+  const at::ScalarType in = p.k.scalar_type();
+  match_strided(d, "v", p.v, "T HKV D", {in});
+  match_contiguous(d, "k_cache", p.k_cache, "P B HKV D", {in});
+  match_contiguous(d, "v_cache", p.v_cache, "P B HKV D", {in});
+  d.written("k_cache").written("v_cache");
+  match_indices(d, "slot_mapping", p.slot_mapping, "T");
+  return d;
+}
+
+KvShape shape(const StoreKvParams&, const Dims& d) {
+  return {.T = d["T"], .P = d["P"], .B = d["B"], .HKV = d["HKV"], .D = d["D"]};
+}
+
+template <>
+StoreKvParams sample(const TypicalTensors& t) {
+  return {.k = t.head, .v = t.head, .k_cache = t.block, .v_cache = t.out_block, .slot_mapping = t.slot};
+}
+
+void check_indices(const StoreKvParams& p) {
+  const KvShape s = checked_shape(p);
+  const IndexChecker c(Op<StoreKvParams>::name);
+  const int64_t last = s.P * s.B - 1;
+  if (p.host.may_have_padding) {
+    c.range("slot_mapping", p.slot_mapping, kPadSlot, last,
+            c10::str("a row 0..", last, " or ", kPadSlot, " for padding"));
+  } else {
+    c.range("slot_mapping", p.slot_mapping, 0, last, c10::str("a row 0..", last, " (may_have_padding is false)"));
+  }
+  c.written_once("slot_mapping", p.slot_mapping, "row");
+}
+
 }  // namespace xgdn::kernel

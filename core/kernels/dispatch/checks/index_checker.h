@@ -4,6 +4,8 @@
 
 #include <c10/util/StringUtil.h>
 
+#include <algorithm>
+#include <numeric>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -48,6 +50,20 @@ class IndexChecker {
     const int32_t* v = t.data_ptr<int32_t>();
     for (int64_t i = 0; i < t.numel(); ++i) {
       if (v[i] != i) fail(arg, "0, 1, ..., N: one token a sequence", v[i], i);
+    }
+  }
+
+  // No entry but kPadSlot may stand twice. Costs nothing that grows with what the entries name.
+  void written_once(std::string_view arg, const at::Tensor& writes, std::string_view what) const {
+    const int32_t* w = writes.const_data_ptr<int32_t>();
+    std::vector<int64_t> order(static_cast<size_t>(writes.numel()));
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return w[a] < w[b]; });
+    for (size_t i = 1; i < order.size(); ++i) {
+      const int64_t first = order[i - 1];
+      const int64_t second = order[i];
+      if (w[first] != w[second] || w[second] == kPadSlot) continue;
+      fail(arg, c10::str("each ", what, " to be written once (entry ", first, " names it too)"), w[second], second);
     }
   }
 

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies into the paged cache on npu tensors, bit by bit: launches that do not grow, nothing read on the host."""
+
+from __future__ import annotations
+
+import pytest
+
+import xgdn
+from copy_calls import STORE, StoreCall
+from ledger import Ledger, recorded
+
+PROMISED = ["InplaceCopy", "InplaceIndexCopy", "InplaceIndexCopy"]  # rows to int64, keys, values
+
+
+def assert_nothing_comes_back_before_the_last_launch(ledger: Ledger) -> None:
+    launches = [i for i, entry in enumerate(ledger.entries) if entry["kind"] == "op"]
+    inside = ledger.entries[launches[0] : launches[-1]]
+    assert not {"copy", "sync"} & {entry["kind"] for entry in inside}
+
+
+@pytest.mark.parametrize("call", STORE, ids=str)
+def test_tokens_are_stored_in_their_rows_and_nowhere_else(call: StoreCall) -> None:
+    call.make().check("npu:0")
+    assert xgdn.last_backend("store_kv") == "npu"
+
+
+@pytest.mark.parametrize("call", [c for c in STORE if not c.padded], ids=str)
+def test_the_promise_of_no_padding_changes_nothing(call: StoreCall) -> None:
+    call.make().check("npu:0", may_have_padding=False)
+
+
+@pytest.mark.parametrize("may_have_padding", [True, False])
+def test_storing_launches_the_same_for_any_number_of_tokens(may_have_padding: bool) -> None:
+    launches = []
+    for call in (StoreCall(2), StoreCall(19)):
+        with recorded() as ledger:
+            call.make().check("npu:0", may_have_padding=may_have_padding)
+        launches.append(ledger.launches)
+        assert_nothing_comes_back_before_the_last_launch(ledger)
+    assert launches[0] == launches[1]
+    assert may_have_padding or launches[0] == PROMISED

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What new tokens leave in the paged cache, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import xgdn
+from attention_calls import AttentionCall
+from cases import assert_close
+from copy_calls import STORE, StoreCall
+from xgdn import ops
+
+
+@pytest.mark.parametrize("call", STORE, ids=str)
+def test_tokens_are_stored_in_their_rows_and_nowhere_else(call: StoreCall, backend: str) -> None:
+    call.make().check(backend=backend)
+    assert xgdn.last_backend("store_kv") == backend
+
+
+@pytest.mark.parametrize("call", [c for c in STORE if not c.padded], ids=str)
+def test_the_promise_of_no_padding_changes_nothing(call: StoreCall, backend: str) -> None:
+    call.make().check(may_have_padding=False, backend=backend)
+
+
+def test_storing_does_not_depend_on_the_threads(num_threads: Callable[[int], None], backend: str) -> None:
+    call = StoreCall(300, P=20, B=16, D=80, dtype=torch.bfloat16).make()
+    for threads in (1, 3):
+        num_threads(threads)
+        call.check(backend=backend)
+
+
+def test_what_was_stored_is_attended(backend: str) -> None:
+    """The rows of store_kv are those of paged_attention."""
+    call = AttentionCall(((1, 17), (5, 5), (3, 30)), dtype=torch.float32).make()
+    rows = torch.cat(call.rows)
+    k, v = (pool.flatten(0, 1)[rows.long()] for pool in (call.k, call.v))
+    call.k, call.v = (torch.full_like(pool, torch.nan) for pool in (call.k, call.v))
+    ops.store_kv(k, v, call.k, call.v, slot_mapping=rows.int(), backend=backend)
+    assert_close("out", call.run(backend=backend), call.expected(), call.bound, parts=(0, 1))
