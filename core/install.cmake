@@ -17,6 +17,7 @@ set(xgdn_public_headers
   kernels/allocation.h
   kernels/backend_choice.h
   kernels/chunk_metadata.h
+  kernels/device.h
   kernels/ops/attention.h
   kernels/ops/causal_conv1d.h
   kernels/ops/contract.h
@@ -47,15 +48,19 @@ set(xgdn_public_headers
   runtime/engine.h
   runtime/engine_loop.h
   runtime/kv_cache.h
+  runtime/load_decoder.h
   runtime/logprobs.h
+  runtime/model_runner.h
   runtime/plan.h
   runtime/request.h
-  runtime/runner.h
   runtime/sampler.h
   runtime/scheduler.h
   runtime/sequence.h
   runtime/sequence_memory.h
+  runtime/serving_options.h
   runtime/state_pool.h
+  runtime/step_buffers.h
+  runtime/stopwatch.h
   runtime/turn_mutex.h
 )
 foreach(_header IN LISTS xgdn_public_headers)

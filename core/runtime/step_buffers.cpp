@@ -8,6 +8,8 @@
 #include <numeric>
 #include <utility>
 
+#include "core/kernels/ops_api.h"
+
 namespace xgdn {
 namespace {
 
@@ -44,6 +46,7 @@ at::Tensor StepBuffers::host_memory() const {
 }
 
 void StepBuffers::begin() {
+  kernel::check_storage("BatchBuilder", "buffers", memory_);  // whoever has a view can free it
   entries_.clear();
   end_ = 0;
   host_ = host_memory();

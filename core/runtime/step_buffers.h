@@ -22,7 +22,7 @@ class StepBuffers {
   /// What rooms of these sizes take, in bytes, on the device.
   static int64_t bytes(const std::vector<int64_t>& rooms);
 
-  /// Starts a step, in which no region has anything.
+  /// Starts a step, in which no region has anything. Throws ShapeError where somebody has freed the buffers.
   void begin();
 
   /// Puts `values` into a region: after bind(), `*device` is [count], or [count / columns, columns] where columns > 0.

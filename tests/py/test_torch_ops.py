@@ -63,11 +63,11 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
         "recurrent_gated_delta_rule": [
             ((*x, cu, slots, out), {}),
             ((*x, cu, slots, out), {**more, "use_qk_l2norm_in_kernel": False}),
-            (verify, {"num_accepted": i32([1, 3, 2])}),
+            (verify, {"num_accepted": i32([1, 3, 2]), "cu_seqlens_cpu": verify[6]}),
         ],
         "chunk_gated_delta_rule": [
             ((*x, cu, slots, chunk[0], chunk[1], out), {}),
-            ((*x, cu, slots, chunk[0], chunk[1], out), {**more, "has_initial_state": flags}),
+            ((*x, cu, slots, chunk[0], chunk[1], out), {**more, "has_initial_state": flags, "cu_seqlens_cpu": cu}),
         ],
         "packed_decode": [((*packed, x[5], slots, out[:3]), {}), ((*packed, x[5], slots, out[:3]), more)],
         "causal_conv1d": [

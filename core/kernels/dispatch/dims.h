@@ -61,6 +61,9 @@ class Dims {
 
   std::string_view op() const { return op_; }
 
+  /// Whether the call has sizes alone: its tensors are meta, or fake.
+  bool is_meta() const { return device_ && device_->is_meta(); }
+
   /// The size bound to `name`; operator[] as an integer, for real tensors.
   const c10::SymInt& sym(std::string_view name) const;
   int64_t operator[](std::string_view name) const { return sym(name).guard_int(__FILE__, __LINE__); }

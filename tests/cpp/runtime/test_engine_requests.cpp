@@ -117,7 +117,8 @@ TEST_F(EngineRequests, GreedyTokensDependOnTheRequestAlone) {
       {.max_batch_size = 12, .max_cached_tokens = 4096, .max_tokens_per_step = 64},
       {.max_batch_size = 3, .max_cached_tokens = 4096, .kv_block_size = 7, .max_tokens_per_step = 200},
       {.max_batch_size = 5, .max_cached_tokens = 330, .kv_block_size = 16, .max_tokens_per_step = 128},
-      {.max_batch_size = 2, .max_cached_tokens = 1000, .kv_block_size = 1, .poison_freed_slots = true}};
+      {.max_batch_size = 2, .max_cached_tokens = 1000, .kv_block_size = 1, .poison_freed_slots = true},
+      {.max_batch_size = 7, .max_cached_tokens = 4096, .decode_buckets = {2, 4, 16}, .poison_freed_slots = true}};
   std::vector<size_t> order(requests.size());
   std::iota(order.begin(), order.end(), 0u);
   std::mt19937_64 generator(5);

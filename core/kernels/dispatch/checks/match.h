@@ -58,7 +58,8 @@ inline void match_host_copy(const Dims& d, std::string_view arg, const std::opti
                             std::string_view name) {
   if (!copy) return;
   const at::Tensor& t = *copy;
-  if (!t.device().is_cpu() || t.scalar_type() != at::kInt || t.dim() != 1 || t.sym_size(0) != d.sym(name) ||
+  const bool is_on_host = t.device().is_cpu() || (d.is_meta() && t.is_meta());
+  if (!is_on_host || t.scalar_type() != at::kInt || t.dim() != 1 || t.sym_size(0) != d.sym(name) ||
       !t.is_contiguous()) {
     throw ShapeError(c10::str("[", d.op(), "] ", arg, "_cpu: expected a contiguous Int tensor [", name, "] with ", name,
                               "=", d.sym(name), " (set by cu_seqlens) on cpu, got ", c10::toString(t.scalar_type()),
