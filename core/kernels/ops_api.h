@@ -17,3 +17,4 @@
 #include "core/kernels/ops/linear.h"
 #include "core/kernels/ops/moe.h"
 #include "core/kernels/ops/norm.h"
+#include "core/kernels/ops/state.h"
