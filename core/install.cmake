@@ -25,6 +25,7 @@ set(xgdn_public_headers
   kernels/ops/linear.h
   kernels/ops/moe.h
   kernels/ops/norm.h
+  kernels/ops/state.h
   kernels/ops_api.h
   layers/attention_batch.h
   layers/backend_selection.h

@@ -26,6 +26,7 @@
   op(LinearParams, linear, LinearShape, kDecode, x)                                   \
   op(PagedAttentionParams, paged_attention, AttentionShape, kDecode, q)               \
   op(StoreKvParams, store_kv, KvShape, kDecode, k)                                    \
+  op(CopySlotsParams, copy_slots, SlotsShape, kDecode, from_indices)                  \
   op(MoeExpertsParams, moe_experts, ExpertsShape, kDecode, x)
 // clang-format on
 

@@ -18,3 +18,4 @@
 #include "core/kernels/ops/linear.h"
 #include "core/kernels/ops/moe.h"
 #include "core/kernels/ops/norm.h"
+#include "core/kernels/ops/state.h"

@@ -66,6 +66,12 @@ struct KvShape {
   int64_t D = 0;    // head dim
 };
 
+/// Sizes of a call on slots of pools.
+struct SlotsShape {
+  int64_t N = 0;  // rows
+  int64_t S = 0;  // slots; 0 where there are no pools
+};
+
 /// Sizes of a call of a mixture of experts.
 struct ExpertsShape {
   int64_t T = 0;  // tokens

@@ -2,6 +2,7 @@
 #include "core/runtime/state_pool.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/full.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/StringUtil.h>
 
@@ -121,7 +122,11 @@ void StatePool::copy(SlotHandle from, SlotHandle to) {
   const int32_t source = slot(from);
   const int32_t target = slot(to);
   if (from.group != to.group) throw RangeError("[StatePool] copy: expected slots of one group, got two");
-  for (const at::Tensor& pool : pools(from.group)) pool.select(0, target).copy_(pool.select(0, source));
+  const std::vector<at::Tensor> copied = pools(from.group);
+  if (copied.empty()) return;
+  const at::TensorOptions index = copied.front().options().dtype(at::kInt);
+  kernel::copy_slots(
+      {.pools = copied, .from_indices = at::full({1}, source, index), .to_indices = at::full({1}, target, index)});
 }
 
 int32_t StatePool::slot(SlotHandle handle) const {

@@ -38,6 +38,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "chunk_gated_delta_rule",
+    "copy_slots",
     "gdn_decode_step",
     "gdn_gating",
     "l2_norm",
@@ -515,6 +516,16 @@ def paged_attention(
         backend=backend,
     )
     return out
+
+
+def copy_slots(pools: Sequence[Tensor], *, from_indices: Tensor, to_indices: Tensor, backend: str = "auto") -> None:
+    """Copy slot `from_indices[n]` to slot `to_indices[n]` in each of `pools`, for every row `n`.
+
+    `pools` are `[S, ...]` with one `S`, f32 | bf16 | f16 or integers, each slot contiguous, updated in place.
+    `from_indices`, `to_indices` `[N]` i32: `PAD_SLOT_ID` in either skips the row; no slot is written twice, nor read by
+    one row and written by another.
+    """
+    torch.ops.xgdn.copy_slots(pools, from_indices, to_indices, backend=backend)
 
 
 def store_kv(

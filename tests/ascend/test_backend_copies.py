@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies into the paged cache on npu tensors, bit by bit: launches that do not grow, nothing read on the host."""
+"""Copies into the paged cache and in state pools on npu tensors, bit by bit: launches that do not grow, nothing read on
+the host."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 import xgdn
-from copy_calls import STORE, StoreCall
+from copy_calls import COPY, STORE, CopyCall, StoreCall
 from ledger import Ledger, recorded
 
 PROMISED = ["InplaceCopy", "InplaceIndexCopy", "InplaceIndexCopy"]  # rows to int64, keys, values
@@ -39,3 +41,21 @@ def test_storing_launches_the_same_for_any_number_of_tokens(may_have_padding: bo
         assert_nothing_comes_back_before_the_last_launch(ledger)
     assert launches[0] == launches[1]
     assert may_have_padding or launches[0] == PROMISED
+
+
+@pytest.mark.parametrize("call", COPY, ids=str)
+def test_slots_are_copied_and_no_other_bit_changes(call: CopyCall) -> None:
+    call.make().check("npu:0")
+    assert xgdn.last_backend("copy_slots") == "npu"
+
+
+def test_copies_launch_the_same_for_any_number_of_rows() -> None:
+    pools = (((5,), torch.float32), ((3, 2), torch.bfloat16), ((4,), torch.int32))
+    launches = []
+    for rows in (((0, 1), (2, 3)), ((0, 1), (2, -1), (2, 3), (4, 5), (-1, 6))):
+        with recorded() as ledger:
+            CopyCall(rows, pools=pools).make().check("npu:0")
+        launches.append(ledger.launches)
+        assert_nothing_comes_back_before_the_last_launch(ledger)
+    assert launches[0] == launches[1]
+    assert launches[0][-2 * len(pools) :] == ["IndexSelect", "InplaceIndexCopy"] * len(pools)

@@ -33,6 +33,7 @@ OPS: dict[str, Callable[..., Any]] = {
         "gdn_decode_step",
         "paged_attention",
         "store_kv",
+        "copy_slots",
         "moe_experts",
     )
 }

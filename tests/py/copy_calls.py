@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of store_kv, with the bits that they must leave behind."""
+"""Calls of store_kv and copy_slots, with the bits that they must leave behind."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cases import assert_bits_equal
+from cases import DTYPES, assert_bits_equal, i32
 from xgdn import PAD_SLOT_ID, ops
 
 
@@ -96,4 +97,78 @@ STORE = [
     StoreCall(7, padded=(0, 1, 2), dtype=torch.bfloat16, strided=True),
     StoreCall(4, padded=(0, 1, 2, 3)),
     StoreCall(1, padded=(0,)),
+]
+
+
+@dataclass
+class CopyCall:
+    """Rows of (slot read, slot written) over pools of S slots, each of a shape and a dtype."""
+
+    rows: tuple[tuple[int, int], ...]
+    pools: tuple[tuple[tuple[int, ...], torch.dtype], ...] = (((2, 4, 6), torch.float32), ((3, 10), torch.bfloat16))
+    S: int = 7
+    strided: bool = False
+
+    def __str__(self) -> str:
+        rows = "+".join(f"{read}to{write}" for read, write in self.rows) if len(self.rows) < 9 else len(self.rows)
+        pools = (f"{'x'.join(map(str, shape))}_{str(dtype).removeprefix('torch.')}" for shape, dtype in self.pools)
+        return "-".join([str(rows), f"S{self.S}", *pools] + ["strided"] * self.strided)
+
+    def make(self) -> CopyCall:
+        def pool(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            size = math.prod(shape)
+            slots = random_bits(self.S, size + 5, dtype=dtype)[:, 2 : size + 2]  # with gaps between them
+            return (slots if self.strided else slots.contiguous()).unflatten(1, shape) if shape else slots[:, 0].clone()
+
+        self.tensors = [pool(shape, dtype) for shape, dtype in self.pools]
+        self.read, self.write = i32([n for n, _ in self.rows]), i32([n for _, n in self.rows])
+        return self
+
+    def check(self, device: str = "cpu", *, backend: str = "auto") -> None:
+        """Runs the call and compares every bit of the pools, the gaps between their slots too."""
+        memory = [t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0) for t in self.tensors]
+        want = [t.clone() for t in memory]
+        for before, bits, t in zip([t.clone() for t in self.tensors], want, self.tensors, strict=True):
+            slots = list(before)
+            for read, write in self.rows:
+                if PAD_SLOT_ID not in (read, write):
+                    slots[write] = before[read]
+            if slots:
+                bits.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(torch.stack(slots))
+        there = [t.to(device) for t in memory]
+        pools = [
+            t.as_strided(x.shape, x.stride(), x.storage_offset()) for t, x in zip(there, self.tensors, strict=True)
+        ]
+        indices = {"from_indices": self.read.to(device), "to_indices": self.write.to(device)}
+        ops.copy_slots(pools, **indices, backend=backend)
+        for i, (got, bits) in enumerate(zip(there, want, strict=True)):
+            assert_bits_equal(f"pools[{i}]", got.cpu(), bits)
+        assert_bits_equal("from_indices", indices["from_indices"].cpu(), self.read)
+        assert_bits_equal("to_indices", indices["to_indices"].cpu(), self.write)
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+COPY = [
+    CopyCall(()),
+    CopyCall(((2, 5),)),
+    CopyCall(((6, 0),), strided=True),
+    CopyCall(((0, 1), (6, 2), (3, 5))),
+    CopyCall(((0, 1), (6, 2), (3, 5)), strided=True),
+    CopyCall(((0, 1), (0, 2), (0, 6))),  # one slot, several copies
+    CopyCall(((3, 3), (0, 6))),  # a slot to itself
+    CopyCall(((0, 1), (-1, 2), (3, -1), (-1, -1), (4, 5))),
+    CopyCall(((-1, 2), (4, 5), (3, -1)), strided=True),
+    CopyCall(((2, 3), (3, -1))),  # slot 3 is not read
+    CopyCall(((-1, -1), (2, -1), (-1, 0))),
+    CopyCall(((-1, -1),), S=0),
+    CopyCall(((2, 5), (1, 0)), pools=()),
+    CopyCall(((2, 5), (1, 0)), pools=(((), torch.int32), ((1,), torch.float16), ((0,), torch.float32))),
+    *(
+        CopyCall(((2, 5), (1, 0)), pools=(((3, 5), dtype), ((7,), torch.float32)), strided=strided)
+        for dtype in (*DTYPES, *INTEGERS)
+        for strided in (False, True)
+    ),
+    CopyCall(tuple((n, n + 20) for n in range(20)), pools=(((4, 32, 32), torch.float32),) * 3, S=41),  # threads
+    CopyCall(((1, 0),), pools=(((400, 400), torch.float32), ((3,), torch.bfloat16)), S=2),
 ]

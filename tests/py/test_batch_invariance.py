@@ -136,6 +136,18 @@ def store(op: str, dtype: torch.dtype, backend: str) -> Call:
     return call
 
 
+def copies(op: str, dtype: torch.dtype, backend: str) -> Call:
+    """Each row is a sequence, which gets a slot of both pools."""
+    pools, reads, writes = (torch.randn(2 * N, 4, 50).to(dtype), torch.randn(2 * N, 9)), *torch.randperm(2 * N).split(N)
+
+    def call(order: Sequence[int]) -> Results:
+        copied, n = [pool.clone() for pool in pools], list(order)
+        ops.copy_slots(copied, from_indices=reads[n].int(), to_indices=writes[n].int(), backend=backend)
+        return [tuple(pool[writes[i]] for pool in copied) for i in n]
+
+    return call
+
+
 MAKE = {
     "recurrent_gated_delta_rule": delta_rule,
     "chunk_gated_delta_rule": delta_rule,
@@ -145,6 +157,7 @@ MAKE = {
     "gdn_decode_step": decode,
     "paged_attention": attention,
     "store_kv": store,
+    "copy_slots": copies,
 }
 
 
@@ -172,7 +185,12 @@ def test_what_is_promised() -> None:
         for backend in ("cpu", "reference", "npu", "cuda")
     }
     assert promised["cpu"] - {"linear"} == set(OPS) - {"l2_norm", "linear", "moe_experts"}
-    assert promised["reference"] == {"recurrent_gated_delta_rule", "chunk_gated_delta_rule", "store_kv"}
+    assert promised["reference"] == {
+        "recurrent_gated_delta_rule",
+        "chunk_gated_delta_rule",
+        "store_kv",
+        "copy_slots",
+    }
     assert promised["npu"] == promised["cuda"] == set()
 
 

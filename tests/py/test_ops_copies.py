@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What new tokens leave in the paged cache, bit by bit."""
+"""What new tokens leave in the paged cache and copies in the pools of state, bit by bit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 import xgdn
 from attention_calls import AttentionCall
-from cases import assert_close
-from copy_calls import STORE, StoreCall
+from cases import assert_bits_equal, assert_close, i32
+from copy_calls import COPY, STORE, CopyCall, StoreCall
 from xgdn import ops
 
 
@@ -41,3 +41,26 @@ def test_what_was_stored_is_attended(backend: str) -> None:
     call.k, call.v = (torch.full_like(pool, torch.nan) for pool in (call.k, call.v))
     ops.store_kv(k, v, call.k, call.v, slot_mapping=rows.int(), backend=backend)
     assert_close("out", call.run(backend=backend), call.expected(), call.bound, parts=(0, 1))
+
+
+@pytest.mark.parametrize("call", COPY, ids=str)
+def test_slots_are_copied_and_no_other_bit_changes(call: CopyCall, backend: str) -> None:
+    call.make().check(backend=backend)
+    assert xgdn.last_backend("copy_slots") == backend
+
+
+def test_copies_do_not_depend_on_the_threads(num_threads: Callable[[int], None], backend: str) -> None:
+    pools = (((4, 32, 32), torch.float32), ((3, 500), torch.bfloat16), ((2,), torch.int64))
+    call = CopyCall(tuple((n, n + 20) for n in range(20)), pools=pools, S=41).make()
+    for threads in (1, 3):
+        num_threads(threads)
+        call.check(backend=backend)
+
+
+def test_one_pool_may_lie_between_the_slots_of_another(backend: str) -> None:
+    memory = torch.randn(5, 2, 8)
+    want = memory.clone()
+    want[4] = want[1]
+    pair = i32([1]), i32([4])
+    ops.copy_slots(memory.unbind(1), from_indices=pair[0], to_indices=pair[1], backend=backend)
+    assert_bits_equal("pools", memory, want)

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import xgdn
 from cases import OPS, assert_bits_equal, i32
@@ -16,7 +18,26 @@ from xgdn import ops
 Arguments = dict[str, Any]
 
 # The ops without a result, and what they write.
-UPDATED = {"store_kv": ["k_cache", "v_cache"]}
+UPDATED = {"store_kv": ["k_cache", "v_cache"], "copy_slots": ["pools[0]", "pools[1]"]}
+
+
+def tensors_of(arguments: Arguments) -> dict[str, torch.Tensor]:
+    """By the names that messages give them: those of a list are name[0], name[1], ..."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, list):
+            found |= {f"{name}[{i}]": t for i, t in enumerate(value) if isinstance(t, torch.Tensor)}
+    return found
+
+
+def replaced(arguments: Arguments, name: str, t: torch.Tensor) -> Arguments:
+    """With another tensor by that name."""
+    argument, _, index = name.removesuffix("]").partition("[")
+    if index:
+        return {**arguments, argument: [t if i == int(index) else x for i, x in enumerate(arguments[argument])]}
+    return {**arguments, argument: t}
 
 
 def good_arguments(op: str) -> Arguments:
@@ -76,6 +97,11 @@ def good_arguments(op: str) -> Arguments:
             "v_cache": torch.randn(3, 4, H, K),
             "slot_mapping": i32([4, 0, 11, -1, 7]),
         },
+        "copy_slots": {
+            "pools": [torch.randn(S, HV, V), torch.arange(S * D).int().view(S, D)],
+            "from_indices": i32([0, 2]),
+            "to_indices": i32([1, 3]),
+        },
         "moe_experts": {
             "x": torch.randn(T, D),
             "weights": torch.rand(T, 2),
@@ -100,6 +126,7 @@ STEP = "gdn_decode_step"
 ATTENTION = "paged_attention"
 EXPERTS = "moe_experts"
 STORE = "store_kv"
+COPY = "copy_slots"
 VERIFY = {"state_indices": i32([[0, 1, 2], [3, 4, 5]]), "num_accepted": i32([1, 3]), "state": torch.randn(6, 4, 32, 16)}
 
 # (op, changed arguments, exception, words of the message)
@@ -249,6 +276,33 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
         IndexError,
         ("slot_mapping", "may_have_padding is false", "got -1 at index 3"),
     ),
+    *(
+        (
+            COPY,
+            {"pools": [torch.randn(4, 2), torch.zeros(4).to(dtype)]},
+            TypeError,
+            ("pools[1]", "BFloat16", "Int", word),
+        )
+        for dtype, word in ((torch.float64, "Double"), (torch.bool, "Bool"), (torch.complex64, "ComplexFloat"))
+    ),
+    (COPY, {"from_indices": torch.tensor([0, 2])}, TypeError, ("from_indices", "Int", "Long")),
+    (COPY, {"to_indices": torch.tensor([1, 3])}, TypeError, ("to_indices", "Int", "Long")),
+    (COPY, {"to_indices": i32([1])}, ValueError, ("to_indices", "N=2 (set by from_indices)", "[1]")),
+    (COPY, {"from_indices": i32([[0, 2]])}, ValueError, ("from_indices", "[N]", "[1, 2]")),
+    (COPY, {"from_indices": i32([0, 1, 2, 3])[::2]}, ValueError, ("from_indices", "contiguous")),
+    (
+        COPY,
+        {"pools": [torch.randn(4, 2), torch.randn(4), torch.randn(5, 4)]},
+        ValueError,
+        ("pools[2]", "[S, ...]", "S=4 (set by pools[0])", "[5, 4]"),
+    ),
+    (COPY, {"pools": [torch.tensor(1.0)]}, ValueError, ("pools[0]", "[S, ...]", "got []")),
+    (COPY, {"pools": [torch.randn(4, 5, 2).mT]}, ValueError, ("pools[0]", "contiguous dimensions from 1", "strides")),
+    (COPY, {"pools": [torch.empty(4, 2, device="meta")]}, ValueError, ("pools[0]", "cpu", "meta")),
+    (COPY, {"from_indices": i32([0, 4])}, IndexError, ("from_indices", "0..3", "-1", "got 4 at index 1")),
+    (COPY, {"to_indices": i32([-2, 3])}, IndexError, ("to_indices", "0..3", "got -2 at index 0")),
+    (COPY, {"to_indices": i32([3, 3])}, IndexError, ("to_indices", "once", "got 3 at index 1")),
+    (COPY, {"to_indices": i32([2, 3])}, IndexError, ("from_indices", "no other row", "got 2 at index 1")),
     # cu_seqlens
     (RECURRENT, {"cu_seqlens": i32([1, 3, 5])}, IndexError, ("cu_seqlens", "start at 0", "1")),
     (RECURRENT, {"cu_seqlens": i32([0, 6, 5])}, IndexError, ("cu_seqlens", "never fall", "5")),
@@ -343,8 +397,8 @@ def _id(row: object) -> str:
 @pytest.mark.parametrize(("op", "changes", "error", "words"), BAD, ids=_id)
 def test_bad_input(op: str, changes: Arguments, error: type[Exception], words: tuple[str, ...]) -> None:
     arguments = {**good_arguments(op), **changes}
-    names = ("state", "conv_state", "k_cache", "v_cache")
-    pools = {name: arguments[name].clone() for name in names if name in arguments and not arguments[name].is_meta}
+    names = ("state", "conv_state", "k_cache", "v_cache", *(f"pools[{i}]" for i in range(3)))
+    pools = {name: t.clone() for name, t in tensors_of(arguments).items() if name in names and not t.is_meta}
     with pytest.raises(error) as caught:
         OPS[op](**arguments)
     message = str(caught.value)
@@ -353,7 +407,7 @@ def test_bad_input(op: str, changes: Arguments, error: type[Exception], words: t
     for word in (*words, "expected"):
         assert word in message, f"{word!r} is missing in: {message}"
     for name, before in pools.items():
-        assert_bits_equal(name, arguments[name], before)
+        assert_bits_equal(name, tensors_of(arguments)[name], before)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in UPDATED])
@@ -376,12 +430,21 @@ def test_a_result_that_is_made_has_the_bits_of_one_that_is_given(op: str, backen
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_are_refused_by_name(op: str) -> None:
     arguments = good_arguments(op)
-    first = next(iter(arguments))
-    arguments[first].requires_grad_()
-    with pytest.raises(NotImplementedError, match=rf"\[xgdn::{op}\] {first}: requires grad"):
+    first, t = next(iter(tensors_of(arguments).items()))
+    t.requires_grad_()
+    with pytest.raises(NotImplementedError, match=rf"\[xgdn::{op}\] {re.escape(first)}: requires grad"):
         OPS[op](**arguments)
     with torch.no_grad():
         OPS[op](**arguments)
+
+
+def test_a_gradient_is_refused_wherever_it_stands_in_a_list() -> None:
+    arguments = good_arguments(COPY)
+    arguments["pools"].append(torch.randn(4, 2, requires_grad=True))
+    with pytest.raises(
+        NotImplementedError, match=r"\[xgdn::copy_slots\] pools\[2\]: requires grad.*pass pools\[2\]\.det"
+    ):
+        ops.copy_slots(**arguments)
 
 
 def test_out_of_the_convolution_may_not_be_its_input() -> None:
@@ -472,7 +535,7 @@ def every_argument(op: str) -> Arguments:
 
 
 def tensors(op: str) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in every_argument(op).items() if isinstance(value, torch.Tensor)}
+    return tensors_of(every_argument(op))
 
 
 WRITTEN = {op: ["g", "beta"] if op == "gdn_gating" else [*UPDATED.get(op, ["out"])] for op in OPS}
@@ -488,10 +551,12 @@ IN_PLACE = {"l2_norm": ["x"], "rms_norm": ["x"], "rms_norm_gated": ["x", "z"], "
 def test_a_storage_that_holds_less_than_the_tensor_reaches(op: str, name: str, rest: int) -> None:
     arguments = every_argument(op)
     OPS[op](**copy.deepcopy(arguments))
-    storage = arguments[name].untyped_storage()
+    storage = tensors_of(arguments)[name].untyped_storage()
     needed = storage.nbytes()
     storage.resize_(needed + rest if rest else 0)
-    pattern = rf"\[{op}\] {name}: expected a storage of at least \d+ bytes, .* got one of {storage.nbytes()}$"
+    pattern = (
+        rf"\[{op}\] {re.escape(name)}: expected a storage of at least \d+ bytes, .* got one of {storage.nbytes()}$"
+    )
     with pytest.raises(ValueError, match=pattern):
         OPS[op](**arguments)
 
@@ -521,16 +586,16 @@ def test_a_view_may_end_where_its_storage_does() -> None:
 def test_written_memory_may_not_share_elements(op: str, name: str, missing: int | None, device: str) -> None:
     """Rows or slots that begin before their predecessor ends; where the op wants them contiguous it says that."""
     arguments = every_argument(op)
-    t = arguments[name]
+    t = tensors_of(arguments)[name]
     stride = 0 if missing is None else t[0].numel() - missing
-    arguments[name] = torch.zeros(t.numel()).as_strided(t.shape, (stride, *t.stride()[1:]))
     if device == "meta":
-        arguments = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-        arguments[name] = torch.zeros(t.numel(), device="meta").as_strided(t.shape, (stride, *t.stride()[1:]))
+        arguments = tree_map_only(torch.Tensor, lambda x: x.to("meta"), arguments)
         arguments |= {"cu_seqlens_cpu": i32([0, 3, 5])} if "cu_seqlens_cpu" in arguments else {}
-        if arguments.get("chunk"):
-            arguments["chunk"] = type(arguments["chunk"])(*(table.to("meta") for table in arguments["chunk"]))
-    with pytest.raises(ValueError, match=rf"\[{op}\] {name}: expected (memory of its own|a contiguous).*strides"):
+    shared = torch.zeros(t.numel(), device=device).as_strided(t.shape, (stride, *t.stride()[1:]))
+    arguments = replaced(arguments, name, shared)
+    with pytest.raises(
+        ValueError, match=rf"\[{op}\] {re.escape(name)}: expected (memory of its own|a contiguous).*strides"
+    ):
         OPS[op](**arguments)
 
 
@@ -574,13 +639,15 @@ def in_one_storage(t: torch.Tensor, other: torch.Tensor, offset: int) -> list[to
 )
 def test_written_memory_may_not_be_another_arguments(op: str, name: str, other: str) -> None:
     arguments = every_argument(op)
-    last = arguments[name].numel() - 1
+    apart = tensors_of(arguments)
+    last = apart[name].numel() - 1
     for offset in (0, last):
-        shares = dict(arguments)
-        shares[name], shares[other] = in_one_storage(arguments[name], arguments[other], offset)
+        one, two = in_one_storage(apart[name], apart[other], offset)
+        shares = replaced(replaced(arguments, name, one), other, two)
         if offset == 0 and name == "out" and other in IN_PLACE.get(op, []):
             continue
-        pair = rf"({name}: .* memory that {other} lies in|{other}: .* memory that {name} lies in)"
+        names = re.escape(name), re.escape(other)
+        pair = "({0}: .* memory that {1} lies in|{1}: .* memory that {0} lies in)".format(*names)
         with pytest.raises(ValueError, match=rf"\[{op}\] {pair}") as caught:
             OPS[op](**shares)
         assert "expected memory of its own, got" in str(caught.value)

@@ -79,3 +79,24 @@ def test_first_and_last_slot(make: Callable[[], Op], backend: str) -> None:
     assert_bits_equal("out", got, want)
     assert_bits_equal("first slot", large[0], small[0])
     assert_bits_equal("last slot", large[last], small[1])
+
+
+def test_copies_between_the_first_and_the_last_slots(backend: str) -> None:
+    slots = torch.randn(2, HV, V, K).bfloat16()
+    last = LIMIT // slots[0].numel() + 1
+    large = torch.empty(last + 1, HV, V, K, dtype=torch.bfloat16)
+    large[0], large[last] = slots
+    ops.copy_slots([large], from_indices=i32([last, 0]), to_indices=i32([1, last - 1]), backend=backend)
+    for slot, want in ((0, 0), (1, 1), (last - 1, 0), (last, 1)):
+        assert_bits_equal(f"slot {slot}", large[slot], slots[want])
+
+
+def test_first_and_last_row_of_a_cache(backend: str) -> None:
+    k, v = torch.randn(2, 2, HV, K).bfloat16()
+    block_size = 16
+    num_blocks = LIMIT // (block_size * k[0].numel()) + 2
+    caches = [torch.empty(num_blocks, block_size, HV, K, dtype=torch.bfloat16) for _ in range(2)]
+    ops.store_kv(k, v, *caches, slot_mapping=i32([num_blocks * block_size - 1, 0]), backend=backend)
+    for cache, tokens in zip(caches, (k, v), strict=True):
+        assert_bits_equal("last row", cache[-1, -1], tokens[0])
+        assert_bits_equal("first row", cache[0, 0], tokens[1])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.export import Dim
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cases import OPS, assert_bits_equal, i32
 from xgdn import ops
@@ -100,6 +101,10 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
             ((*x[:2], *cache, i32([3, 0, -1, 35, 8, -1, 20])), {}),
             ((*x[:2], *cache, i32(range(7))), {"may_have_padding": False, "backend": "reference"}),
         ],
+        "copy_slots": [
+            (([x[5], conv[2]], i32([4, 1, 0]), i32([8, -1, 2])), {}),
+            (([], slots, slots), {"backend": "reference"}),
+        ],
         "moe_experts": [((*experts, torch.zeros(T, D, dtype=dtype)), {})],
     }[op]
 
@@ -110,7 +115,7 @@ def packet(op: str) -> Callable[..., None]:
 
 def copied(sample: Sample) -> Sample:
     args, kwargs = sample
-    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args), kwargs
+    return tree_map_only(torch.Tensor, torch.clone, args), kwargs
 
 
 def written_arguments(op: str) -> list[Any]:
@@ -139,7 +144,7 @@ class Call(torch.nn.Module):
     def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         positional, rest = args[: self.num_positional], args[self.num_positional :]
         self.op(*positional, **self.kwargs, **dict(zip(self.by_name, rest, strict=False)))
-        return tuple(x * 1 for x in (*(positional[i] for i in self.written), *rest))
+        return tuple(x * 1 for x in tree_leaves([*(positional[i] for i in self.written), *rest]))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -171,7 +176,7 @@ def test_opcheck_where_a_gradient_is_wanted() -> None:
 def test_schema_names_what_is_written(op: str) -> None:
     written = {a.name for a in written_arguments(op)}
     pools = {"state", "conv_state", "residual"} & {a.name for a in packet(op)._schema.arguments}
-    others = {"gdn_gating": {"g", "beta"}, "store_kv": {"k_cache", "v_cache"}}
+    others = {"gdn_gating": {"g", "beta"}, "store_kv": {"k_cache", "v_cache"}, "copy_slots": {"pools"}}
     assert written == others.get(op, {"out"} | pools)
     assert not packet(op)._schema.returns
     assert torch.Tag.pt2_compliant_tag in packet(op).tags
@@ -188,18 +193,18 @@ def test_the_function_has_the_defaults_of_the_schema(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_written_arguments_count_as_changed(op: str) -> None:
     args, kwargs = copied(samples(op, torch.float32, torch.float32)[0])
-    tensors = {i: arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
-    versions = {i: arg._version for i, arg in tensors.items()}
+    tensors = [(i, t) for i, arg in enumerate(args) for t in tree_leaves(arg) if isinstance(t, torch.Tensor)]
+    versions = [t._version for _, t in tensors]
     packet(op)(*args, **kwargs)
     written = Call(op, kwargs).written
-    for i, arg in tensors.items():
-        assert arg._version == versions[i] + (i in written)
+    for (i, t), version in zip(tensors, versions, strict=True):
+        assert t._version == version + (i in written)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_meta_checks_as_the_others_do(op: str) -> None:
     args, kwargs = samples(op, torch.float32, torch.float32)[0]
-    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    on_meta = tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
     packet(op)(*on_meta, **kwargs)
     with pytest.raises(ValueError, match=rf"\[{op}\] .*: expected"):
         packet(op)(on_meta[0][:-1], *on_meta[1:-1], on_meta[-1][..., :1], **kwargs)
@@ -225,7 +230,7 @@ def test_compile_into_one_graph(op: str) -> None:
         got_args = copied(sample)[0]
         got = compiled(*got_args)
         want = Call(op, kwargs)(*args)
-        for a, b in zip((*got, *got_args), (*want, *args), strict=True):
+        for a, b in zip(tree_leaves((got, got_args)), tree_leaves((want, args)), strict=True):
             if isinstance(a, torch.Tensor) and a.is_floating_point():
                 assert_bits_equal(op, a, b)
 

@@ -12,6 +12,7 @@
 #include "core/kernels/aten/host_backend.h"
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
+#include "core/kernels/cpu/copy_slots.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/instruction_sets.h"
@@ -213,6 +214,7 @@ class CpuBackend final : public HostBackend {
   bool is_batch_invariant(const RmsNormParams&, const NormShape&) const override { return true; }
   bool is_batch_invariant(const SiluAndMulParams&, const LinearShape&) const override { return true; }
   bool is_batch_invariant(const GdnDecodeStepParams&, const DecodeStepShape&) const override { return true; }
+  bool is_batch_invariant(const CopySlotsParams&, const SlotsShape&) const override { return true; }
   bool is_batch_invariant(const StoreKvParams&, const KvShape&) const override { return true; }
   bool is_batch_invariant(const LinearParams& p, const LinearShape& s) const override { return has_products(p, s); }
   bool is_batch_invariant(const PagedAttentionParams& p, const AttentionShape&) const override {
@@ -332,6 +334,22 @@ class CpuBackend final : public HostBackend {
       }
     });
     aten::attend_one_by_one(p, kMostAttentionTokens);
+  }
+
+  void run(const CopySlotsParams& p, const SlotsShape& s) const override {
+    cpu::CopySlotsArgs args = {
+        .N = s.N, .from = p.from_indices.const_data_ptr<int32_t>(), .to = p.to_indices.const_data_ptr<int32_t>()};
+    int64_t bytes = 0;
+    for (const at::Tensor& pool : p.pools) {
+      if (pool.numel() == 0) continue;
+      const auto item = static_cast<int64_t>(pool.itemsize());
+      args.pools.push_back({.data = static_cast<char*>(pool.mutable_data_ptr()),
+                            .slot_stride = pool.stride(0) * item,
+                            .slot_size = pool.numel() / s.S * item});
+      bytes += s.N * args.pools.back().slot_size;
+    }
+    parallel_dynamic(threads_for(bytes / size_of(DType::kFloat32)), cpu::num_work_items(args),
+                     [&](int64_t begin, int64_t end) { cpu::copy_slots(args, begin, end); });
   }
 
   void run(const StoreKvParams& p, const KvShape& s) const override {

@@ -34,6 +34,11 @@ bool is_number(std::string_view name) {
   return std::isdigit(static_cast<unsigned char>(name[0])) != 0;
 }
 
+// Any further dimensions.
+bool is_rest(std::string_view name) {
+  return name == "...";
+}
+
 int64_t to_number(std::string_view name) {
   int64_t number = 0;
   std::from_chars(name.data(), name.data() + name.size(), number);
@@ -70,6 +75,10 @@ void Dims::bind(std::string_view name, c10::SymInt size, std::string_view arg) {
   bindings_.push_back({name, std::move(size), arg});
 }
 
+std::string_view Dims::entry(std::string_view arg, size_t index) {
+  return entries_.emplace_front(c10::str(arg, "[", index, "]"));
+}
+
 void Dims::fail(std::string_view arg, const std::string& expected, const std::string& got) const {
   throw ShapeError(c10::str("[", op_, "] ", arg, ": expected ", expected, ", got ", got));
 }
@@ -77,10 +86,15 @@ void Dims::fail(std::string_view arg, const std::string& expected, const std::st
 Dims& Dims::match(std::string_view arg, const at::Tensor& t, std::string_view names) {
   if (!t.defined()) fail(arg, shape_of(names), "no tensor");
   int64_t rank = 0;
-  for_each_name(names, [&](std::string_view) { ++rank; });
-  if (t.dim() != rank) fail(arg, shape_of(names), sizes_of(t));
+  bool has_rest = false;
+  for_each_name(names, [&](std::string_view name) {
+    has_rest = is_rest(name);
+    if (!has_rest) ++rank;
+  });
+  if (has_rest ? t.dim() < rank : t.dim() != rank) fail(arg, shape_of(names), sizes_of(t));
   int64_t i = 0;
   for_each_name(names, [&](std::string_view name) {
+    if (is_rest(name)) return;
     const c10::SymInt size = t.sym_size(i++);
     if (is_number(name)) {
       if (!same(size, to_number(name))) fail(arg, shape_of(names), sizes_of(t));

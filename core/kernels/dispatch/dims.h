@@ -6,6 +6,7 @@
 #include <c10/core/SymInt.h>
 #include <c10/util/StringUtil.h>
 
+#include <forward_list>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -20,15 +21,19 @@ namespace xgdn::kernel {
 /// Works on symbolic sizes, so that the same check serves real, meta and fake tensors.
 class Dims {
  public:
-  /// The names of the op, of arguments and of dimensions must outlive the checks: they are literals.
+  /// The names of the op, of arguments and of dimensions must outlive the checks: they are literals, or of entry().
   explicit Dims(std::string_view op) : op_(op) {
     bindings_.reserve(kTypicalBindings);
     arguments_.reserve(kTypicalBindings);
   }
 
-  /// `names` is the expected shape, e.g. "T H K"; a name may be a number. Binds unknown letters; throws ShapeError
-  /// where a bound letter disagrees or the storage holds less than sizes and strides reach, DeviceError where the
-  /// device differs from that of the first tensor. An absent optional matches. `t` must outlive the checks.
+  Dims(Dims&&) = default;
+  Dims(const Dims&) = delete;  // the names of entries are its own
+
+  /// `names` is the expected shape, e.g. "T H K"; a name may be a number, and the last one "...", for any dimensions
+  /// that follow. Binds unknown letters; throws ShapeError where a bound letter disagrees or the storage holds less than
+  /// sizes and strides reach, DeviceError where the device differs from that of the first tensor. An absent optional
+  /// matches. `t` must outlive the checks.
   Dims& match(std::string_view arg, const at::Tensor& t, std::string_view names);
   Dims& match(std::string_view arg, const std::optional<at::Tensor>& t, std::string_view names);
 
@@ -55,6 +60,9 @@ class Dims {
     if (!ok) throw ShapeError(c10::str("[", op_, "] ", parts...));
     return *this;
   }
+
+  /// The name of a tensor in the list `arg`, e.g. "pools[1]".
+  std::string_view entry(std::string_view arg, size_t index);
 
   /// Binds a size that no tensor has as a dimension of its own.
   void bind(std::string_view name, c10::SymInt size, std::string_view arg);
@@ -89,6 +97,7 @@ class Dims {
   std::string_view op_;
   std::vector<Binding> bindings_;
   std::vector<Argument> arguments_;
+  std::forward_list<std::string> entries_;  // their names stay where they are
   std::optional<c10::Device> device_;
   std::string_view device_arg_;
 };

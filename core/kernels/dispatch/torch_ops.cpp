@@ -270,6 +270,17 @@ struct TorchOp<StoreKvParams> {
 };
 
 template <>
+struct TorchOp<CopySlotsParams> {
+  static constexpr const char* schema =
+      "(Tensor(a!)[] pools, Tensor from_indices, Tensor to_indices, *, str backend=\"auto\") -> ()";
+  static CopySlotsParams params(at::TensorList pools, const Tensor& from_indices, const Tensor& to_indices,
+                                std::string backend) {
+    return {
+        .pools = pools.vec(), .from_indices = from_indices, .to_indices = to_indices, .backend = std::move(backend)};
+  }
+};
+
+template <>
 struct TorchOp<RmsNormParams> {
   static constexpr const char* schema =
       "(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor(b!)? residual=None, float eps=1e-6, "
@@ -379,25 +390,37 @@ void implement(torch::Library& m) {
       [&]<class Params>(std::type_identity<Params>) { m.impl(Op<Params>::name.data(), Kernel<key, Params>::call); });
 }
 
+// Calls f(tensor, place) for each tensor of an argument: one, none, or those of a list, at the places "[0]", "[1]", ...
+template <class F>
+void for_each_tensor(const c10::IValue& argument, const F& f) {
+  if (argument.isTensor()) {
+    if (argument.toTensor().defined()) f(argument.toTensor(), std::string());
+  } else if (argument.isTensorList()) {
+    size_t index = 0;
+    for (const Tensor& t : argument.toTensorVector()) f(t, c10::str("[", index++, "]"));
+  }
+}
+
 // The ops have no derivative: an input that wants one is an error, never a silent detach. Otherwise marks the written
 // arguments as changed, which is what autograd's own kernels do for in-place ops, and goes on below autograd.
 void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const auto values = torch::jit::last(*stack, arguments.size());
   for (size_t i = 0; i < arguments.size(); ++i) {
-    if (!values[i].isTensor() || !values[i].toTensor().defined()) continue;
-    TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !values[i].toTensor().requires_grad(), "[",
-                                op.operator_name().name, "] ", arguments[i].name(),
-                                ": requires grad, but xgdn's ops are for inference and have no derivative; call it "
-                                "under torch.no_grad() or pass ",
-                                arguments[i].name(), ".detach()");
+    for_each_tensor(values[i], [&](const Tensor& t, const std::string& place) {
+      TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !t.requires_grad(), "[", op.operator_name().name, "] ",
+                                  arguments[i].name(), place,
+                                  ": requires grad, but xgdn's ops are for inference and have no derivative; call it "
+                                  "under torch.no_grad() or pass ",
+                                  arguments[i].name(), place, ".detach()");
+    });
   }
   for (size_t i = 0; i < arguments.size(); ++i) {
     const auto* alias = arguments[i].alias_info();
-    if (alias == nullptr || !alias->isWrite() || !values[i].isTensor()) continue;  // rms_norm's residual may be absent
-    if (!values[i].toTensor().is_inference()) {
-      values[i].toTensor().unsafeGetTensorImpl()->bump_version();
-    }
+    if (alias == nullptr || !alias->isWrite()) continue;
+    for_each_tensor(values[i], [](const Tensor& t, const std::string&) {
+      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+    });
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);

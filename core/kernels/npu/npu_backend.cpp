@@ -20,6 +20,7 @@
 #include "core/kernels/aten/delta_rule.h"
 #include "core/kernels/aten/linear.h"
 #include "core/kernels/aten/norm.h"
+#include "core/kernels/aten/state.h"
 #include "core/kernels/npu/causal_conv1d.h"
 #include "core/kernels/npu/chunk_gated_delta_rule.h"
 #include "core/kernels/npu/gdn_gating.h"
@@ -91,6 +92,7 @@ class NpuBackend final : public Backend {
   }
   void run(const PagedAttentionParams& p, const AttentionShape& s) const override { npu::run_attention(p, s); }
   void run(const StoreKvParams& p, const KvShape&) const override { aten::store_kv(p); }
+  void run(const CopySlotsParams& p, const SlotsShape& s) const override { aten::copy_slots(p, s); }
   void run(const MoeExpertsParams& p, const ExpertsShape& s) const override { npu::run_experts(p, s); }
 };
 

@@ -97,6 +97,7 @@ class ReferenceBackend final : public HostBackend {
 
   bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
   bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const CopySlotsParams&, const SlotsShape&) const override { return true; }
   bool is_batch_invariant(const StoreKvParams&, const KvShape&) const override { return true; }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
@@ -148,6 +149,15 @@ class ReferenceBackend final : public HostBackend {
       }
     }
     p.out.copy_(inputs.out());
+  }
+
+  void run(const CopySlotsParams& p, const SlotsShape& s) const override {
+    const int32_t* from = p.from_indices.const_data_ptr<int32_t>();
+    const int32_t* to = p.to_indices.const_data_ptr<int32_t>();
+    for (int64_t n = 0; n < s.N; ++n) {
+      if (from[n] == kPadSlot || to[n] == kPadSlot) continue;
+      for (const at::Tensor& pool : p.pools) pool.select(0, to[n]).copy_(pool.select(0, from[n]));
+    }
   }
 
   void run(const StoreKvParams& p, const KvShape& s) const override {

@@ -99,6 +99,13 @@ TEST(StatePool, CopiesOneSlotAndLeavesTheOthersAlone) {
   expect_error<StaleHandleError>([&] { pool.copy(handles[1], handles[0]); }, {"[StatePool]", "handle"});
 }
 
+TEST(StatePool, WithoutLayersThereIsNothingToCopy) {
+  StatePool pool({}, 2, c10::kCPU);
+  const SlotHandle from = pool.allocate(kGroup);
+  const SlotHandle to = pool.allocate(kGroup);
+  EXPECT_NO_THROW(pool.copy(from, to));
+}
+
 TEST(StatePool, TheGroupsHaveSlotsOfTheirOwn) {
   StatePool pool(two_layers(), 2, c10::kCPU);
   const SlotHandle checkpoint = pool.allocate(SlotGroup::kCheckpoint);
