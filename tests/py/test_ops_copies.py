@@ -36,11 +36,11 @@ def test_storing_does_not_depend_on_the_threads(num_threads: Callable[[int], Non
 def test_what_was_stored_is_attended(backend: str) -> None:
     """The rows of store_kv are those of paged_attention."""
     call = AttentionCall(((1, 17), (5, 5), (3, 30)), dtype=torch.float32).make()
-    rows = torch.cat(call.rows)
+    rows, want = torch.cat(call.rows), call.expected()
     k, v = (pool.flatten(0, 1)[rows.long()] for pool in (call.k, call.v))
     call.k, call.v = (torch.full_like(pool, torch.nan) for pool in (call.k, call.v))
     ops.store_kv(k, v, call.k, call.v, slot_mapping=rows.int(), backend=backend)
-    assert_close("out", call.run(backend=backend), call.expected(), call.bound, parts=(0, 1))
+    assert_close("out", call.run(backend=backend), want, call.bound, parts=(0, 1))
 
 
 @pytest.mark.parametrize("call", COPY, ids=str)

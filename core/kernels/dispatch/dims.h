@@ -31,9 +31,9 @@ class Dims {
   Dims(const Dims&) = delete;  // the names of entries are its own
 
   /// `names` is the expected shape, e.g. "T H K"; a name may be a number, and the last one "...", for any dimensions
-  /// that follow. Binds unknown letters; throws ShapeError where a bound letter disagrees or the storage holds less than
-  /// sizes and strides reach, DeviceError where the device differs from that of the first tensor. An absent optional
-  /// matches. `t` must outlive the checks.
+  /// that follow. Binds unknown letters; throws ShapeError where a bound letter disagrees or the storage holds less
+  /// than sizes and strides reach, DeviceError where the device differs from that of the first tensor. An absent
+  /// optional matches. `t` must outlive the checks.
   Dims& match(std::string_view arg, const at::Tensor& t, std::string_view names);
   Dims& match(std::string_view arg, const std::optional<at::Tensor>& t, std::string_view names);
 
