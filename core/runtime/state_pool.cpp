@@ -125,8 +125,10 @@ void StatePool::copy(SlotHandle from, SlotHandle to) {
   const std::vector<at::Tensor> copied = pools(from.group);
   if (copied.empty()) return;
   const at::TensorOptions index = copied.front().options().dtype(at::kInt);
-  kernel::copy_slots(
-      {.pools = copied, .from_indices = at::full({1}, source, index), .to_indices = at::full({1}, target, index)});
+  kernel::copy_slots({.pools = copied,
+                      .from_indices = at::full({1}, source, index),
+                      .to_indices = at::full({1}, target, index),
+                      .host = {.may_have_padding = false}});
 }
 
 int32_t StatePool::slot(SlotHandle handle) const {

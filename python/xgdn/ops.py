@@ -490,9 +490,9 @@ def paged_attention(
     rows; query head `h` reads head `h // (HQ // HKV)`. All of one dtype; returns `[T, HQ, D]`.
 
     `block_table` i32 `[N, M]`, rows of any stride, has each sequence's blocks; `context_lens` i32 `[N]` the rows of its
-    context, of which its tokens are the last, and each sees the rows up to its own; `cu_seqlens` i32 `[N + 1]`. What lies
-    outside the contexts is never read, in the cache and in the table. A context of length 0 is padding: its rows of the
-    result are zero. `scale` is `D^-0.5` by default.
+    context, of which its tokens are the last, and each sees the rows up to its own; `cu_seqlens` i32 `[N + 1]`. What
+    lies outside the contexts is never read, in the cache and in the table. A context of length 0 is padding: its rows
+    of the result are zero. `scale` is `D^-0.5` by default.
 
     For backends that read all sequences at once (npu): `context_rows` i32, `block * B + offset` of every row of the
     contexts, one sequence after another, and the lengths on the CPU.
@@ -518,14 +518,21 @@ def paged_attention(
     return out
 
 
-def copy_slots(pools: Sequence[Tensor], *, from_indices: Tensor, to_indices: Tensor, backend: str = "auto") -> None:
+def copy_slots(
+    pools: Sequence[Tensor],
+    *,
+    from_indices: Tensor,
+    to_indices: Tensor,
+    may_have_padding: bool = True,
+    backend: str = "auto",
+) -> None:
     """Copy slot `from_indices[n]` to slot `to_indices[n]` in each of `pools`, for every row `n`.
 
     `pools` are `[S, ...]` with one `S`, f32 | bf16 | f16 or integers, each slot contiguous, updated in place.
     `from_indices`, `to_indices` `[N]` i32: `PAD_SLOT_ID` in either skips the row; no slot is written twice, nor read by
-    one row and written by another.
+    one row and written by another. `may_have_padding=False` promises that there is no `PAD_SLOT_ID`.
     """
-    torch.ops.xgdn.copy_slots(pools, from_indices, to_indices, backend=backend)
+    torch.ops.xgdn.copy_slots(pools, from_indices, to_indices, may_have_padding=may_have_padding, backend=backend)
 
 
 def store_kv(

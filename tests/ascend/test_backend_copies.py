@@ -49,6 +49,14 @@ def test_slots_are_copied_and_no_other_bit_changes(call: CopyCall) -> None:
     assert xgdn.last_backend("copy_slots") == "npu"
 
 
+@pytest.mark.parametrize("call", [c for c in COPY if -1 not in sum(c.rows, ())], ids=str)
+def test_the_promise_of_no_padded_copies_changes_nothing(call: CopyCall) -> None:
+    with recorded() as ledger:
+        call.make().check("npu:0", may_have_padding=False)
+    if call.rows:
+        assert ledger.launches == ["InplaceCopy"] * 2 + ["IndexSelect", "InplaceIndexCopy"] * len(call.pools)
+
+
 def test_copies_launch_the_same_for_any_number_of_rows() -> None:
     pools = (((5,), torch.float32), ((3, 2), torch.bfloat16), ((4,), torch.int32))
     launches = []

@@ -124,7 +124,7 @@ class CopyCall:
         self.read, self.write = i32([n for n, _ in self.rows]), i32([n for _, n in self.rows])
         return self
 
-    def check(self, device: str = "cpu", *, backend: str = "auto") -> None:
+    def check(self, device: str = "cpu", *, may_have_padding: bool = True, backend: str = "auto") -> None:
         """Runs the call and compares every bit of the pools, the gaps between their slots too."""
         memory = [t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0) for t in self.tensors]
         want = [t.clone() for t in memory]
@@ -140,7 +140,7 @@ class CopyCall:
             t.as_strided(x.shape, x.stride(), x.storage_offset()) for t, x in zip(there, self.tensors, strict=True)
         ]
         indices = {"from_indices": self.read.to(device), "to_indices": self.write.to(device)}
-        ops.copy_slots(pools, **indices, backend=backend)
+        ops.copy_slots(pools, **indices, may_have_padding=may_have_padding, backend=backend)
         for i, (got, bits) in enumerate(zip(there, want, strict=True)):
             assert_bits_equal(f"pools[{i}]", got.cpu(), bits)
         assert_bits_equal("from_indices", indices["from_indices"].cpu(), self.read)

@@ -49,6 +49,11 @@ def test_slots_are_copied_and_no_other_bit_changes(call: CopyCall, backend: str)
     assert xgdn.last_backend("copy_slots") == backend
 
 
+@pytest.mark.parametrize("call", [c for c in COPY if -1 not in sum(c.rows, ())], ids=str)
+def test_the_promise_of_no_padded_copies_changes_nothing(call: CopyCall, backend: str) -> None:
+    call.make().check(may_have_padding=False, backend=backend)
+
+
 def test_copies_do_not_depend_on_the_threads(num_threads: Callable[[int], None], backend: str) -> None:
     pools = (((4, 32, 32), torch.float32), ((3, 500), torch.bfloat16), ((2,), torch.int64))
     call = CopyCall(tuple((n, n + 20) for n in range(20)), pools=pools, S=41).make()

@@ -35,7 +35,9 @@ def test_a_plan_is_what_the_engine_takes(
 ) -> None:
     directory = make(tiny, tmp_path)[0]
     plan = xgdn.Engine.plan(directory, dtype=dtype, state_dtype=state_dtype, serving=SERVING)
-    engine = xgdn.Engine(directory, dtype=dtype, state_dtype=state_dtype, serving=SERVING, memory_limit=plan.total_bytes)
+    engine = xgdn.Engine(
+        directory, dtype=dtype, state_dtype=state_dtype, serving=SERVING, memory_limit=plan.total_bytes
+    )
     assert engine.memory_bytes == {
         "weights": plan.weight_bytes,
         "states": plan.state_bytes,

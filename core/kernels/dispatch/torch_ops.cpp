@@ -272,11 +272,15 @@ struct TorchOp<StoreKvParams> {
 template <>
 struct TorchOp<CopySlotsParams> {
   static constexpr const char* schema =
-      "(Tensor(a!)[] pools, Tensor from_indices, Tensor to_indices, *, str backend=\"auto\") -> ()";
+      "(Tensor(a!)[] pools, Tensor from_indices, Tensor to_indices, *, bool may_have_padding=True, "
+      "str backend=\"auto\") -> ()";
   static CopySlotsParams params(at::TensorList pools, const Tensor& from_indices, const Tensor& to_indices,
-                                std::string backend) {
-    return {
-        .pools = pools.vec(), .from_indices = from_indices, .to_indices = to_indices, .backend = std::move(backend)};
+                                bool may_have_padding, std::string backend) {
+    return {.pools = pools.vec(),
+            .from_indices = from_indices,
+            .to_indices = to_indices,
+            .host = {.may_have_padding = may_have_padding},
+            .backend = std::move(backend)};
   }
 };
 

@@ -41,11 +41,11 @@ bool reads_context_rows(c10::Device device);
 /// Writes keys and values of new tokens to their rows of a paged cache of P blocks of B rows. No row is named twice.
 /// Rows that are not named are bitwise unchanged.
 struct StoreKvParams {
-  at::Tensor k;                  // [T, HKV, D]     f32 | bf16 | f16, strided
-  at::Tensor v;                  // [T, HKV, D]     as k, strided
-  at::Tensor k_cache;            // [P, B, HKV, D]  as k, updated in place
-  at::Tensor v_cache;            // [P, B, HKV, D]  as k, updated in place
-  at::Tensor slot_mapping;       // [T]             i32, block * B + offset of each token's row; kPadSlot: not stored
+  at::Tensor k;             // [T, HKV, D]     f32 | bf16 | f16, strided
+  at::Tensor v;             // [T, HKV, D]     as k, strided
+  at::Tensor k_cache;       // [P, B, HKV, D]  as k, updated in place
+  at::Tensor v_cache;       // [P, B, HKV, D]  as k, updated in place
+  at::Tensor slot_mapping;  // [T]             i32, block * B + offset of each token's row; kPadSlot: not stored
   HostFacts host = {};
   std::string backend = "auto";
 };

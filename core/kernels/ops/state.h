@@ -18,6 +18,7 @@ struct CopySlotsParams {
   std::vector<at::Tensor> pools;  // each [S, ...]  f32 | bf16 | f16 | integers, a slot contiguous, updated in place
   at::Tensor from_indices;        // [N]            i32
   at::Tensor to_indices;          // [N]            i32
+  HostFacts host = {};
   std::string backend = "auto";
 };
 void copy_slots(const CopySlotsParams& p);

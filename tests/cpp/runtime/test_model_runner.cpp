@@ -22,7 +22,7 @@ constexpr int64_t kBlockSize = 16;
 
 /// Whether every op of the last step promised bits that the other rows do not change.
 bool was_batch_invariant() {
-  constexpr std::array<std::string_view, 6> kOps{"linear",  "gdn_decode_step", "paged_attention",
+  constexpr std::array<std::string_view, 6> kOps{"linear",   "gdn_decode_step", "paged_attention",
                                                  "rms_norm", "silu_and_mul",    "store_kv"};
   return std::ranges::all_of(kOps, [](std::string_view op) { return kernel::last_is_batch_invariant(op); });
 }
@@ -164,8 +164,8 @@ TEST_P(ModelRunnerTest, SeveralRowsMaySampleFromOneSequence) {
   EXPECT_EQ(sampled[0].logprobs->top[0].token, sampled[0].token);
   EXPECT_FALSE(sampled[1].logprobs || sampled[2].logprobs);
   const float* row = device.runner().logits()[1].const_data_ptr<float>();
-  EXPECT_EQ(sampled[2].token, Sampler({.temperature = 1.0, .seed = 7})
-                                  .sample({row, static_cast<size_t>(config_.vocab_size)}));
+  EXPECT_EQ(sampled[2].token,
+            Sampler({.temperature = 1.0, .seed = 7}).sample({row, static_cast<size_t>(config_.vocab_size)}));
   EXPECT_THROW(device.runner().sample({{2, &greedy}}), std::out_of_range);
 }
 

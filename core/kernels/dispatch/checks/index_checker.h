@@ -37,8 +37,11 @@ class IndexChecker {
     }
   }
 
-  void slots(std::string_view arg, const at::Tensor& t, int64_t num_slots) const {
-    range(arg, t, kPadSlot, num_slots - 1, c10::str("a slot 0..", num_slots - 1, " or ", kPadSlot, " for padding"));
+  void slots(std::string_view arg, const at::Tensor& t, int64_t num_slots, bool may_have_padding = true) const {
+    const std::string a_slot = c10::str("a slot 0..", num_slots - 1);
+    if (may_have_padding)
+      return range(arg, t, kPadSlot, num_slots - 1, c10::str(a_slot, " or ", kPadSlot, " for padding"));
+    range(arg, t, 0, num_slots - 1, c10::str(a_slot, " (may_have_padding is false)"));
   }
 
   void range(std::string_view arg, const at::Tensor& t, int64_t low, int64_t high, const std::string& what) const {

@@ -34,8 +34,8 @@ void check_indices(const CopySlotsParams& p) {
   const SlotsShape s = checked_shape(p);
   if (p.pools.empty()) return;  // the indices name nothing
   const IndexChecker c(Op<CopySlotsParams>::name);
-  c.slots("from_indices", p.from_indices, s.S);
-  c.slots("to_indices", p.to_indices, s.S);
+  c.slots("from_indices", p.from_indices, s.S, p.host.may_have_padding);
+  c.slots("to_indices", p.to_indices, s.S, p.host.may_have_padding);
   // A row that is skipped reads nothing.
   const at::Tensor read = p.from_indices.masked_fill(p.to_indices.eq(kPadSlot), kPadSlot);
   c.writes("to_indices", p.to_indices, "from_indices", read, s.S);
