@@ -85,10 +85,14 @@ void check_indices(const PagedAttentionParams& p) {
   const IndexChecker c(d.op());
   require_contexts(d, p.cu_seqlens, p.context_lens, p.context_rows);
   const int64_t num_blocks = d["P"];
-  const std::string a_block = c10::str("a block 0..", num_blocks - 1);
-  for (int64_t n = 0; n < d["N"]; ++n) {
-    const int64_t used = (p.context_lens.const_data_ptr<int32_t>()[n] + d["B"] - 1) / d["B"];
-    c.range("block_table", p.block_table.select(0, n).narrow(0, 0, used), 0, num_blocks - 1, a_block);
+  const int64_t rows_of_block = d["B"];
+  for (int64_t n = 0; n < p.context_lens.numel(); ++n) {
+    const int32_t* blocks = p.block_table.const_data_ptr<int32_t>() + n * p.block_table.stride(0);
+    const int64_t used = (p.context_lens.const_data_ptr<int32_t>()[n] + rows_of_block - 1) / rows_of_block;
+    for (int64_t i = 0; i < used; ++i) {
+      if (blocks[i] >= 0 && blocks[i] < num_blocks) continue;
+      c.fail("block_table", c10::str("a block 0..", num_blocks - 1, " in row ", n), blocks[i], i);
+    }
   }
   const int64_t num_rows = num_blocks * d["B"];
   if (p.context_rows) c.range("context_rows", *p.context_rows, 0, num_rows - 1, c10::str("0..", num_rows - 1));
