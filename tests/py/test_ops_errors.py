@@ -237,7 +237,12 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
         ("context_lens", "8 rows", "M=2", "B=4", "got 9 at index 0"),
     ),
     (ATTENTION, {"context_lens": i32([7, -1])}, IndexError, ("context_lens", "at least 0", "got -1 at index 1")),
-    (ATTENTION, {"block_table": i32([[2, 3], [1, -1]])}, IndexError, ("block_table", "0..2 in row 0", "got 3 at index 1")),
+    (
+        ATTENTION,
+        {"block_table": i32([[2, 3], [1, -1]])},
+        IndexError,
+        ("block_table", "0..2 in row 0", "got 3 at index 1"),
+    ),
     (ATTENTION, {"context_rows": i32([0] * 8)}, ValueError, ("context_rows", "C=9 (set by context_lens)", "got 8")),
     (ATTENTION, {"cu_seqlens_cpu": i32([0, 5])}, ValueError, ("cu_seqlens_cpu", "N+1=3 (set by cu_seqlens)", "[2]")),
     (ATTENTION, {"context_lens_cpu": i32([7])}, ValueError, ("context_lens_cpu", "N=2 (set by cu_seqlens)", "[1]")),

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
@@ -15,6 +16,7 @@
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/linear.h"
+#include "core/kernels/cpu/linear_rows.h"
 #include "core/kernels/cpu/paged_attention.h"
 #include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
@@ -509,8 +511,33 @@ void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, f
   expect_close(name, out, want, tolerance(dtype) * (dtype == DType::kFloat32 ? q_size : 1.0f));
 }
 
+// A product; its two kernels take the same.
+using LinearKernel = std::function<void(const LinearRowsArgs&)>;
+
+LinearKernel packed_linear(const BFloat16Products* products) {
+  return [products](const LinearRowsArgs& call) {
+    LinearArgs args;
+    args.T = call.T, args.D = call.D, args.O = call.O;
+    args.x = call.x, args.weight = call.weight, args.weight_stride = call.weight_stride;
+    args.bias = call.bias, args.out = call.out, args.products = products;
+    const size_t lines = (packed_size(args) * sizeof(uint16_t) + sizeof(PackedLine) - 1) / sizeof(PackedLine);
+    std::vector<PackedLine> packed(lines);
+    args.packed = packed.data()->elements;
+    pack_tokens(args, 0, num_panels(args));
+    linear(args, 0, num_work_items(args));
+  };
+}
+
+void linear_by_rows(const LinearRowsArgs& call) {
+  LinearRowsArgs args = call;
+  std::vector<float> widened(static_cast<size_t>(call.T * call.D), NAN);
+  args.widened = widened.data();
+  widen_tokens(args, 0, call.T);
+  linear_rows(args, 0, num_work_items(args));
+}
+
 // All tokens at once, and each by itself with the same bits. Rows of x, weight and out lie apart.
-void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias, const BFloat16Products* products) {
+void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias, const LinearKernel& kernel) {
   constexpr int64_t kGap = 2;
   const int64_t width = O + kGap;
   const std::string name = "linear, T=" + std::to_string(T) + ", O=" + std::to_string(O);
@@ -518,24 +545,19 @@ void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias
   Numbers weight = Numbers::random(DType::kBFloat16, O * (D + kGap));
   const Numbers bias = Numbers::random(DType::kBFloat16, O, 10.0f);
   Numbers out(out_dtype, T * width), one_by_one(out_dtype, T * width);
-  LinearArgs args;
+  LinearRowsArgs args;
   args.T = T, args.D = D, args.O = O;
   args.x = x.in(D + kGap, 0), args.out = out.out(width, 1);
   args.weight = static_cast<const uint16_t*>(weight.data()), args.weight_stride = D + kGap;
   if (has_bias) args.bias = bias.in(0, 1);
-  args.products = products;
-  std::vector<PackedLine> packed((packed_size(args) * sizeof(uint16_t) + sizeof(PackedLine) - 1) / sizeof(PackedLine));
-  args.packed = packed.data()->elements;
-  pack_tokens(args, 0, num_panels(args));
-  linear(args, 0, num_work_items(args));
+  kernel(args);
   for (int64_t t = 0; t < T; ++t) {
-    LinearArgs one = args;
+    LinearRowsArgs one = args;
     one.T = 1;
     one.x.data = args.x.at(t, 0);
     one.out = one_by_one.out(width, 1);
     one.out.data = one.out.at(t, 0);
-    pack_tokens(one, 0, 1);
-    linear(one, 0, num_work_items(one));
+    kernel(one);
   }
   expect(out.has_bits_of(one_by_one), name + ": a token's bits depend on the tokens beside it");
 
@@ -553,14 +575,14 @@ void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias
   expect_close(name, inside, want, tolerance(out_dtype));
 }
 
-void test_linear_with(const BFloat16Products* products) {
-  if (products == nullptr) return;
+void test_linear_with(const LinearKernel& kernel) {
   for (const DType out_dtype : {DType::kFloat32, DType::kBFloat16}) {
-    for (const int64_t T : {1, 3, 5, 16, 17, 34, 47}) {
-      for (const int64_t O : {16, 80}) test_linear(T, /*D=*/96, O, out_dtype, /*has_bias=*/T % 2 == 1, products);
+    for (const int64_t T : {1, 2, 3, 5, 6, 7, 16, 17, 34, 47}) {
+      for (const int64_t O : {16, 80}) test_linear(T, /*D=*/96, O, out_dtype, /*has_bias=*/T % 2 == 1, kernel);
     }
   }
-  test_linear(/*T=*/257, /*D=*/544, /*O=*/144, DType::kBFloat16, /*has_bias=*/true, products);
+  test_linear(/*T=*/257, /*D=*/544, /*O=*/144, DType::kBFloat16, /*has_bias=*/true, kernel);
+  test_linear(/*T=*/13, /*D=*/2080, /*O=*/48, DType::kFloat32, /*has_bias=*/false, kernel);  // several pieces of D
 }
 
 void test_target(int64_t target) {
@@ -590,8 +612,9 @@ void test_target(int64_t target) {
       test_attention(/*group=*/4, /*D=*/64, /*block_size=*/1, dtype, q_size);
     }
   }
+  test_linear_with(linear_by_rows);
   for (const BFloat16Products* products : {&kPlainProducts, bfloat16_products()}) {
-    test_linear_with(products);
+    if (products != nullptr) test_linear_with(packed_linear(products));
     test_fast_chunks_with(products);
   }
 }

@@ -17,6 +17,7 @@
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/instruction_sets.h"
 #include "core/kernels/cpu/linear.h"
+#include "core/kernels/cpu/linear_rows.h"
 #include "core/kernels/cpu/paged_attention.h"
 #include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
@@ -115,11 +116,27 @@ void run_conv(const cpu::CausalConv1dArgs& args, const ConvShape& s) {
   parallel_ranges(count, elements, [&](int64_t begin, int64_t end) { cpu::causal_conv1d(args, begin, end); });
 }
 
-// Which products the cpu backend computes itself: those that the machine has instructions for.
+// Which products the cpu backend computes itself.
 bool has_products(const LinearParams& p, const LinearShape& s) {
-  return p.x.scalar_type() == at::kBFloat16 && cpu::bfloat16_products() != nullptr &&
-         s.D % cpu::kLinearDepthStep == 0 && s.O % cpu::kLinearWidthStep == 0 && p.x.stride(0) % 2 == 0 &&
-         p.out.stride(0) % 2 == 0;
+  return p.x.scalar_type() == at::kBFloat16 && s.D % cpu::kLinearDepthStep == 0 && s.O % cpu::kLinearWidthStep == 0 &&
+         p.x.stride(0) % 2 == 0 && p.out.stride(0) % 2 == 0;
+}
+
+// Without instructions for bf16.
+void run_rows(const LinearParams& p, const LinearShape& s) {
+  const at::Tensor widened = at::empty({s.T, s.D}, p.x.options().dtype(at::kFloat));
+  const cpu::LinearRowsArgs args = {.T = s.T,
+                                    .D = s.D,
+                                    .O = s.O,
+                                    .x = in_rows(p.x),
+                                    .weight = static_cast<const uint16_t*>(p.weight.const_data_ptr()),
+                                    .weight_stride = p.weight.stride(0),
+                                    .bias = p.bias ? in_heads(*p.bias) : InRows(),
+                                    .out = out_columns(p.out),
+                                    .widened = widened.mutable_data_ptr<float>()};
+  parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
+  parallel_ranges(cpu::num_work_items(args), std::max<int64_t>(s.T, 1) * s.D * cpu::kLinearRowsBlock,
+                  [&](int64_t begin, int64_t end) { cpu::linear_rows(args, begin, end); });
 }
 
 void run_products(const LinearParams& p, const LinearShape& s) {
@@ -311,7 +328,8 @@ class CpuBackend final : public HostBackend {
   }
 
   void run(const LinearParams& p, const LinearShape& s) const override {
-    has_products(p, s) ? run_products(p, s) : aten::linear(p);
+    if (!has_products(p, s)) return aten::linear(p);
+    cpu::bfloat16_products() != nullptr ? run_products(p, s) : run_rows(p, s);
   }
 
   void run(const PagedAttentionParams& p, const AttentionShape& s) const override {

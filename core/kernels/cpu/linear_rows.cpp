@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// out = x weight^T + bias: a dot product of two rows for each output and token.
+//
+//            D ->
+//        +---------+   Loop: block of 32 outputs -> up to 6 tokens -> piece of D -> 2 outputs -> lanes. The 12 sums of
+//   O    | weight  |   two outputs stay in registers: a pair of weight vectors is widened once for 6 tokens, a token's
+//        +---------+   vector is loaded once for 2 outputs. The piece of the tokens stays in the first-level cache, the
+//        +---------+   block of weights in the second; weights come from memory once, in their order.
+//   T    | tokens  |   Rounding: weights and tokens are widened exactly; sums are f32: of every lane in ascending D,
+//   the
+//        +---------+   even element of a pair before the odd one, then over the lanes, whatever tokens are beside it;
+//                      the bias is added in f32; out is rounded once.
+#include "core/kernels/cpu/linear_rows.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "core/kernels/cpu/linear_rows.cpp"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+#include "core/kernels/cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace xgdn::kernel::cpu {
+namespace HWY_NAMESPACE {
+
+inline constexpr int64_t kTokensAtOnce = 6;
+inline constexpr size_t kSumsAtOnce = 12;     // what 16 registers leave room for
+inline constexpr size_t kTokenFloats = 6144;  // of the tokens at once: 24 KiB
+
+void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
+  const F32 d;
+  const int64_t lanes = hn::Lanes(d);
+  for (int64_t token = begin_token; token < end_token; ++token) {
+    const auto* from = static_cast<const BFloat16Bits*>(args.x.at(token, 0));
+    float* to = args.widened + token * args.D;
+    for (int64_t i = 0; i < args.D; i += 2 * lanes) {
+      VF first, second;
+      load_pair(d, from + i, first, second);
+      hn::StoreU(first, d, to + i);
+      hn::StoreU(second, d, to + i + lanes);
+    }
+  }
+}
+
+template <size_t kIndex, class... Rest>
+HWY_INLINE VF pick(VF first, Rest... rest) {
+  if constexpr (kIndex == 0) {
+    return first;
+  } else {
+    return pick<kIndex - 1>(rest...);
+  }
+}
+
+// Sum kIndex of [kOutputs, kTokens].
+template <size_t kOutputs, size_t kTokens, size_t kIndex>
+HWY_INLINE VF add_product(VF sum, VF w0, VF w1, VF w2, VF w3, VF x0, VF x1, VF x2, VF x3, VF x4, VF x5) {
+  if constexpr (kIndex < kOutputs * kTokens) {
+    return hn::MulAdd(pick<kIndex / kTokens>(w0, w1, w2, w3), pick<kIndex % kTokens>(x0, x1, x2, x3, x4, x5), sum);
+  } else {
+    return sum;
+  }
+}
+
+// Adds a piece of D to sums [kOutputs, kTokens] of vectors, which begin at zero where the piece is the first.
+template <size_t kOutputs, size_t kTokens>
+HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_stride, const float* HWY_RESTRICT tokens,
+                          size_t token_stride, size_t depth, bool is_first, float* HWY_RESTRICT sums) {
+  static_assert(kOutputs <= 4 && kTokens <= kTokensAtOnce && kOutputs * kTokens <= kSumsAtOnce);
+  const F32 d;
+  const size_t lanes = hn::Lanes(d);
+  const auto sum = [&](size_t i) HWY_ATTR {
+    return is_first || i >= kOutputs * kTokens ? hn::Zero(d) : hn::Load(d, sums + i * lanes);
+  };
+  VF s0 = sum(0), s1 = sum(1), s2 = sum(2), s3 = sum(3), s4 = sum(4), s5 = sum(5);
+  VF s6 = sum(6), s7 = sum(7), s8 = sum(8), s9 = sum(9), s10 = sum(10), s11 = sum(11);
+  const auto add = [&](VF w0, VF w1, VF w2, VF w3, const float* HWY_RESTRICT at) HWY_ATTR {
+    const auto token = [&](size_t t) HWY_ATTR { return hn::LoadU(d, at + (t < kTokens ? t : 0) * token_stride); };
+    const VF x0 = token(0), x1 = token(1), x2 = token(2), x3 = token(3), x4 = token(4), x5 = token(5);
+    s0 = add_product<kOutputs, kTokens, 0>(s0, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s1 = add_product<kOutputs, kTokens, 1>(s1, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s2 = add_product<kOutputs, kTokens, 2>(s2, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s3 = add_product<kOutputs, kTokens, 3>(s3, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s4 = add_product<kOutputs, kTokens, 4>(s4, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s5 = add_product<kOutputs, kTokens, 5>(s5, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s6 = add_product<kOutputs, kTokens, 6>(s6, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s7 = add_product<kOutputs, kTokens, 7>(s7, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s8 = add_product<kOutputs, kTokens, 8>(s8, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s9 = add_product<kOutputs, kTokens, 9>(s9, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s10 = add_product<kOutputs, kTokens, 10>(s10, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+    s11 = add_product<kOutputs, kTokens, 11>(s11, w0, w1, w2, w3, x0, x1, x2, x3, x4, x5);
+  };
+  for (size_t i = 0; i < depth; i += 2 * lanes) {
+    VF even0, odd0, even1, odd1, even2, odd2, even3, odd3;
+    const auto load_row_of = [&](size_t output, VF& even, VF& odd) HWY_ATTR {
+      load_pair(d, weight + (output < kOutputs ? output : 0) * weight_stride + i, even, odd);
+    };
+    load_row_of(0, even0, odd0);
+    load_row_of(1, even1, odd1);
+    load_row_of(2, even2, odd2);
+    load_row_of(3, even3, odd3);
+    add(even0, even1, even2, even3, tokens + i);
+    add(odd0, odd1, odd2, odd3, tokens + i + lanes);
+  }
+  const auto keep = [&](size_t i, VF s) HWY_ATTR {
+    if (i < kOutputs * kTokens) hn::Store(s, d, sums + i * lanes);
+  };
+  keep(0, s0), keep(1, s1), keep(2, s2), keep(3, s3), keep(4, s4), keep(5, s5);
+  keep(6, s6), keep(7, s7), keep(8, s8), keep(9, s9), keep(10, s10), keep(11, s11);
+}
+
+// The sums of `rows` outputs for some tokens, [tokens, rows] at `out`.
+template <size_t kTokens>
+void multiply_tokens(const LinearRowsArgs& args, int64_t output, size_t rows, int64_t token, float* sums, float* out) {
+  constexpr size_t kOutputs = kTokens > 3 ? 2 : 4;
+  constexpr size_t kPiece = kTokenFloats / kTokens / (2 * kMaxLanes) * (2 * kMaxLanes);
+  const F32 d;
+  const size_t lanes = hn::Lanes(d);
+  const auto stride = static_cast<size_t>(args.weight_stride);
+  const auto depth = static_cast<size_t>(args.D);
+  const uint16_t* weight = args.weight + output * args.weight_stride;
+  const float* tokens = args.widened + token * args.D;
+  for (size_t begin = 0; begin < depth; begin += kPiece) {
+    for (size_t row = 0; row < rows; row += kOutputs) {
+      add_piece<kOutputs, kTokens>(weight + row * stride + begin, stride, tokens + begin, depth,
+                                   std::min(kPiece, depth - begin), begin == 0, sums + row * kTokens * lanes);
+    }
+  }
+  for (size_t row = 0; row < rows; ++row) {
+    for (size_t t = 0; t < kTokens; ++t) {
+      const VF sum = hn::Load(d, sums + (row * kTokens + t) * lanes);
+      out[t * static_cast<size_t>(kLinearRowsBlock) + row] = hn::GetLane(hn::SumOfLanes(d, sum));
+    }
+  }
+}
+
+void multiply_tokens(const LinearRowsArgs& args, int64_t output, size_t rows, int64_t token, int64_t count, float* sums,
+                     float* out) {
+  switch (count) {
+    case 1:
+      return multiply_tokens<1>(args, output, rows, token, sums, out);
+    case 2:
+      return multiply_tokens<2>(args, output, rows, token, sums, out);
+    case 3:
+      return multiply_tokens<3>(args, output, rows, token, sums, out);
+    case 4:
+      return multiply_tokens<4>(args, output, rows, token, sums, out);
+    case 5:
+      return multiply_tokens<5>(args, output, rows, token, sums, out);
+    default:
+      return multiply_tokens<kTokensAtOnce>(args, output, rows, token, sums, out);
+  }
+}
+
+void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item) {
+  const F32 d;
+  constexpr auto kBlock = static_cast<size_t>(kLinearRowsBlock);
+  float* sums = scratch<LinearRowsArgs>(kBlock * kTokensAtOnce * kMaxLanes);
+  HWY_ALIGN float out[kTokensAtOnce * kLinearRowsBlock];
+  HWY_ALIGN float bias[kLinearRowsBlock] = {};
+  const int64_t groups = (args.T + kTokensAtOnce - 1) / kTokensAtOnce;
+  for (int64_t item = begin_item; item < end_item; ++item) {
+    const int64_t output = item * kLinearRowsBlock;
+    const auto rows = static_cast<size_t>(std::min(kLinearRowsBlock, args.O - output));
+    if (args.bias.data != nullptr) load_row(args.bias.dtype, args.bias.at(0, output), rows, bias);
+    for (int64_t group = 0; group < groups; ++group) {  // of even sizes
+      const int64_t token = group * args.T / groups;
+      const int64_t count = (group + 1) * args.T / groups - token;
+      multiply_tokens(args, output, rows, token, count, sums, out);
+      for (int64_t t = 0; t < count; ++t) {
+        float* of_token = out + t * kLinearRowsBlock;
+        if (args.bias.data != nullptr) {
+          for (size_t j = 0; j < rows; j += hn::Lanes(d)) {
+            hn::Store(hn::Add(hn::Load(d, of_token + j), hn::Load(d, bias + j)), d, of_token + j);
+          }
+        }
+        store_row(args.out.dtype, of_token, rows, args.out.at(token + t, output));
+      }
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace xgdn::kernel::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace xgdn::kernel::cpu {
+
+HWY_EXPORT(widen_tokens);
+HWY_EXPORT(linear_rows);
+
+void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
+  HWY_DYNAMIC_DISPATCH(widen_tokens)(args, begin_token, end_token);
+}
+
+void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item) {
+  HWY_DYNAMIC_DISPATCH(linear_rows)(args, begin_item, end_item);
+}
+
+}  // namespace xgdn::kernel::cpu
+#endif  // HWY_ONCE

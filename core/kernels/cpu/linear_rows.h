@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with bf16 weights in f32 vectors, for processors without bf16 products: linear.h on every other instruction
+// set.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/kernels/args.h"
+
+namespace xgdn::kernel::cpu {
+
+/// Letters as in core/kernels/ops. D is a multiple of kLinearDepthStep, O of kLinearWidthStep.
+struct LinearRowsArgs {
+  int64_t T = 0;
+  int64_t D = 0;
+  int64_t O = 0;
+  InRows x;                          // [T, D]  bf16
+  const uint16_t* weight = nullptr;  // [O, D]  bf16
+  int64_t weight_stride = 0;         // elements from row to row
+  InRows bias;                       // [O]     data may be null
+  OutRows out;                       // [T, O]  f32 | bf16; the head stride is 1
+  float* widened = nullptr;          // [T, D], 64-byte aligned; widen_tokens fills it
+};
+
+inline constexpr int64_t kLinearRowsBlock = 32;  // outputs of a work item
+
+inline int64_t num_work_items(const LinearRowsArgs& args) {
+  return (args.O + kLinearRowsBlock - 1) / kLinearRowsBlock;
+}
+
+/// Brings tokens to f32, in the order in which the weights are read.
+void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token);
+
+/// Computes blocks of outputs for all tokens.
+void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item);
+
+}  // namespace xgdn::kernel::cpu
