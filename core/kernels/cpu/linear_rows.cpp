@@ -2,14 +2,14 @@
 // out = x weight^T + bias: a dot product of two rows for each output and token.
 //
 //            D ->
-//        +---------+   Loop: block of 32 outputs -> up to 6 tokens -> piece of D -> 2 outputs -> lanes. The 12 sums of
-//   O    | weight  |   two outputs stay in registers: a pair of weight vectors is widened once for 6 tokens, a token's
-//        +---------+   vector is loaded once for 2 outputs. The piece of the tokens stays in the first-level cache, the
-//        +---------+   block of weights in the second; weights come from memory once, in their order.
-//   T    | tokens  |   Rounding: weights and tokens are widened exactly; sums are f32: of every lane in ascending D,
-//   the
-//        +---------+   even element of a pair before the odd one, then over the lanes, whatever tokens are beside it;
-//                      the bias is added in f32; out is rounded once.
+//        +---------+   Loop: block of 32 outputs -> up to 6 tokens -> piece of D -> 4 outputs, or 2 of more than 3
+//   O    | weight  |   tokens -> lanes. Their sums stay in registers: weights are widened once for all tokens, a
+//        +---------+   token's vector is loaded once for all outputs. The piece of the tokens stays in the first-level
+//        +---------+   cache, the block of weights in the second. Weights come from memory once, for the first tokens,
+//   T    | tokens  |   and are fetched ahead: on a Zen 3 one token takes 0.8 of the time without, four take 0.6.
+//        +---------+   Rounding: weights and tokens are widened exactly; sums are f32: of every lane in ascending D,
+//                      the even element of a pair before the odd one, then over the lanes, whatever tokens are beside
+//                      it; the bias is added in f32; out is rounded once.
 #include "core/kernels/cpu/linear_rows.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -26,6 +26,7 @@ namespace HWY_NAMESPACE {
 inline constexpr int64_t kTokensAtOnce = 6;
 inline constexpr size_t kSumsAtOnce = 12;     // what 16 registers leave room for
 inline constexpr size_t kTokenFloats = 6144;  // of the tokens at once: 24 KiB
+inline constexpr size_t kAhead = 12288;       // weights: 24 KiB are on their way while others are read
 
 void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
   const F32 d;
@@ -61,10 +62,11 @@ HWY_INLINE VF add_product(VF sum, VF w0, VF w1, VF w2, VF w3, VF x0, VF x1, VF x
   }
 }
 
-// Adds a piece of D to sums [kOutputs, kTokens] of vectors, which begin at zero where the piece is the first.
+// Adds a piece of D to sums [kOutputs, kTokens] of vectors, which begin at zero where the piece is the first. Fetches
+// the weights that lie `ahead` rows behind these; 0: none.
 template <size_t kOutputs, size_t kTokens>
 HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_stride, const float* HWY_RESTRICT tokens,
-                          size_t token_stride, size_t depth, bool is_first, float* HWY_RESTRICT sums) {
+                          size_t token_stride, size_t depth, bool is_first, size_t ahead, float* HWY_RESTRICT sums) {
   static_assert(kOutputs <= 4 && kTokens <= kTokensAtOnce && kOutputs * kTokens <= kSumsAtOnce);
   const F32 d;
   const size_t lanes = hn::Lanes(d);
@@ -94,6 +96,11 @@ HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_str
     const auto load_row_of = [&](size_t output, VF& even, VF& odd) HWY_ATTR {
       load_pair(d, weight + (output < kOutputs ? output : 0) * weight_stride + i, even, odd);
     };
+    if (ahead > 0) {
+      for (size_t output = 0; output < kOutputs; ++output) {
+        __builtin_prefetch(weight + (ahead + output) * weight_stride + i);
+      }
+    }
     load_row_of(0, even0, odd0);
     load_row_of(1, even1, odd1);
     load_row_of(2, even2, odd2);
@@ -119,10 +126,11 @@ void multiply_tokens(const LinearRowsArgs& args, int64_t output, size_t rows, in
   const auto depth = static_cast<size_t>(args.D);
   const uint16_t* weight = args.weight + output * args.weight_stride;
   const float* tokens = args.widened + token * args.D;
+  const size_t ahead = token > 0 ? 0 : (kAhead / depth + kOutputs) / kOutputs * kOutputs;
   for (size_t begin = 0; begin < depth; begin += kPiece) {
     for (size_t row = 0; row < rows; row += kOutputs) {
       add_piece<kOutputs, kTokens>(weight + row * stride + begin, stride, tokens + begin, depth,
-                                   std::min(kPiece, depth - begin), begin == 0, sums + row * kTokens * lanes);
+                                   std::min(kPiece, depth - begin), begin == 0, ahead, sums + row * kTokens * lanes);
     }
   }
   for (size_t row = 0; row < rows; ++row) {
