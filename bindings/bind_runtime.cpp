@@ -96,21 +96,23 @@ void bind_batch(nb::module_& m) {
       .def(
           "__init__",
           [](BatchBuilder* self, int64_t num_slots, int64_t num_kv_blocks, int64_t kv_block_size, int64_t vocab_size,
-             bool has_attention, int64_t max_tokens, std::vector<int64_t> decode_buckets,
-             const DeviceArgument& device) {
+             bool has_attention, int64_t max_tokens, std::optional<int64_t> max_context,
+             std::vector<int64_t> decode_buckets, const DeviceArgument& device) {
             new (self) BatchBuilder({.num_slots = num_slots,
                                      .num_kv_blocks = num_kv_blocks,
                                      .kv_block_size = kv_block_size,
                                      .vocab_size = vocab_size,
                                      .has_attention = has_attention,
                                      .max_tokens = max_tokens,
+                                     .max_context = max_context,
                                      .decode_buckets = std::move(decode_buckets)},
                                     device.resolve("BatchBuilder"));
           },
           nb::kw_only(), "num_slots"_a, "num_kv_blocks"_a = 0, "kv_block_size"_a = 16, "vocab_size"_a,
-          "has_attention"_a = false, "max_tokens"_a = BatchLimits().max_tokens,
+          "has_attention"_a = false, "max_tokens"_a = BatchLimits().max_tokens, "max_context"_a = nb::none(),
           "decode_buckets"_a = BatchLimits().decode_buckets, "device"_a = "cpu",
-          "max_tokens: of a step; one that has more moves the buffers. decode_buckets: ascending sizes, to the next of "
+          "max_tokens: of a step; one that has more moves the buffers. max_context: tokens of a sequence; None: what "
+          "all blocks hold. decode_buckets: ascending sizes, to the next of "
           "which the decodes of a step are "
           "padded.")
       .def("build", &BatchBuilder::build, "sequences"_a,

@@ -37,7 +37,7 @@ enum class SequenceIds { kTrue, kCompactRanks };
 /// when num_v_heads_local > 64 or < 1.
 int64_t cumsum_block(int64_t num_v_heads_local);
 
-/// The two tables that chunk_gated_delta_rule takes, as host vectors; what the batch builder packs into its arena.
+/// The two tables that chunk_gated_delta_rule takes, as host vectors; what the batch builder packs into its buffers.
 struct ChunkTables {
   std::vector<int32_t> indices;  // chunk_indices_chunk64, row after row
   std::vector<int32_t> offsets;  // chunk_offsets_chunk64

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What may befall a device while a process uses it.
+// Whether a device still works.
 #pragma once
 
 #include <c10/core/Device.h>

@@ -10,7 +10,8 @@
 
 namespace xgdn {
 
-/// Index tensors are int32 on the layer's device.
+/// Index tensors are int32 on the layer's device. All but the positions are undefined for a model without full
+/// attention.
 struct AttentionBatch {
   at::Tensor positions;                    // [T]     place of each token in its sequence
   at::Tensor slot_mapping;                 // [T]     block * block_size + offset: where its key and value go; kPadSlot

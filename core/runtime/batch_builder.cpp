@@ -32,9 +32,13 @@ enum Field : size_t {
   kNumFields,
 };
 constexpr std::array<SegmentKind, 3> kKinds{SegmentKind::kDecode, SegmentKind::kVerify, SegmentKind::kPrefill};
-constexpr size_t kContextRows = kSegments + kKinds.size() * kNumFields;
-constexpr size_t kBlockTable = kContextRows + 1;  // the last: of a large table only the rows that are used are copied
-constexpr size_t kNumRegions = kBlockTable + 1;
+// Last what may be large: only what is used of it is copied.
+constexpr size_t kBlockTable = kSegments + kKinds.size() * kNumFields;
+constexpr size_t kContextRows = kBlockTable + 1;
+constexpr size_t kNumRegions = kContextRows + 1;
+
+constexpr int64_t kLargestBucket = 1 << 16;
+constexpr int64_t kMostNumbers = int64_t{1} << 56;  // sums of as many bytes still fit into 64 bits
 
 size_t region(SegmentKind kind, Field field) {
   return kSegments + static_cast<size_t>(kind) * kNumFields + field;
@@ -53,10 +57,14 @@ int64_t num_columns(const BatchLimits& limits) {
   return std::max<int64_t>(blocks_for(limits, max_context(limits)), 1);
 }
 
-// Numbers of the largest step. A verification's table may have any number of columns, and contexts may share their
-// rows: those regions grow when they have to.
-std::vector<int64_t> rooms(const BatchLimits& limits) {
-  const int64_t num_padded = limits.decode_buckets.empty() ? 0 : limits.decode_buckets.back();
+int64_t product(int64_t a, int64_t b) {
+  return a > 0 && b > kMostNumbers / a ? kMostNumbers : a * b;
+}
+
+// Numbers of the largest step. A verification's table may have any number of columns, and forks have rows of their
+// contexts in common: those regions grow when they have to.
+std::vector<int64_t> rooms(const BatchLimits& limits, bool wants_context_rows) {
+  const int64_t num_padded = limits.max_padding();
   const int64_t sequences = limits.num_slots + num_padded;
   const int64_t tokens = limits.max_tokens + num_padded;
   std::vector<int64_t> rooms(kNumRegions, 0);
@@ -71,7 +79,8 @@ std::vector<int64_t> rooms(const BatchLimits& limits) {
   rooms[region(SegmentKind::kPrefill, kHasInitialState)] = limits.num_slots;
   rooms[region(SegmentKind::kPrefill, kChunkIndices)] = 2 * (tokens / kernel::kChunkSize + limits.num_slots);
   rooms[region(SegmentKind::kPrefill, kChunkOffsets)] = limits.num_slots + 1;
-  rooms[kBlockTable] = limits.has_attention ? sequences * num_columns(limits) : 0;
+  if (limits.has_attention) rooms[kBlockTable] = product(sequences, num_columns(limits));
+  if (wants_context_rows) rooms[kContextRows] = limits.num_kv_blocks * limits.kv_block_size;
   return rooms;
 }
 
@@ -296,16 +305,26 @@ const BatchLimits& checked(const BatchLimits& limits) {
 
 }  // namespace
 
+int64_t BatchLimits::max_padding() const {
+  return decode_buckets.empty() ? 0 : decode_buckets.back();
+}
+
 void BatchLimits::check() const {
+  for (const auto& [name, size] :
+       {std::pair{"num_slots", num_slots}, std::pair{"num_kv_blocks", num_kv_blocks},
+        std::pair{"max_tokens", max_tokens}, std::pair{"max_context", max_context.value_or(0)}}) {
+    if (size >= 0) continue;
+    throw RequestError(c10::str("[BatchBuilder] ", name, ": expected at least 0, got ", size));
+  }
   if (kv_block_size < 1 || num_kv_blocks > kernel::kMaxIndex / kv_block_size) {
     throw RequestError(c10::str("[BatchBuilder] num_kv_blocks and kv_block_size: expected at most ", kernel::kMaxIndex,
                                 " rows, got ", num_kv_blocks, " blocks of ", kv_block_size));
   }
   int64_t last = 0;
   for (const int64_t bucket : decode_buckets) {
-    if (bucket <= last || bucket > kernel::kMaxIndex) {
-      throw RequestError(
-          c10::str("[BatchBuilder] decode_buckets: expected sizes that ascend from 1, got ", bucket, " behind ", last));
+    if (bucket <= last || bucket > kLargestBucket) {
+      throw RequestError(c10::str("[BatchBuilder] decode_buckets: expected ascending sizes of 1 to ", kLargestBucket,
+                                  ", got ", bucket, " after ", last));
     }
     last = bucket;
   }
@@ -314,10 +333,10 @@ void BatchLimits::check() const {
 BatchBuilder::BatchBuilder(const BatchLimits& limits, c10::Device device)
     : limits_(checked(limits)),
       wants_context_rows_(limits.has_attention && kernel::reads_context_rows(device)),
-      buffers_(rooms(limits), device) {}
+      buffers_(rooms(limits, wants_context_rows_), device) {}
 
-int64_t BatchBuilder::buffer_bytes(const BatchLimits& limits) {
-  return StepBuffers::bytes(rooms(limits));
+int64_t BatchBuilder::buffer_bytes(const BatchLimits& limits, c10::Device device) {
+  return StepBuffers::bytes(rooms(limits, limits.has_attention && kernel::reads_context_rows(device)));
 }
 
 BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) {

@@ -41,7 +41,11 @@ struct BatchLimits {
   /// that a device sees few different shapes. More decodes than the last size are not padded.
   std::vector<int64_t> decode_buckets = {};
 
-  /// Throws RequestError for more cache rows than an index can name, and for sizes that do not ascend from 1.
+  /// Rows without a sequence in a step, at most.
+  int64_t max_padding() const;
+
+  /// Throws RequestError for a negative size, for more cache rows than an index can name, and for buckets that do not
+  /// ascend.
   void check() const;
 };
 
@@ -51,8 +55,8 @@ struct BuiltStep {
   std::vector<int64_t> logit_rows;  // per given sequence: its first row of the logits, -1 without
 };
 
-/// Checks what the sequences do in a step and packs it into buffers that it owns. A decode's tensors lie at the same
-/// addresses in every step, unless a step exceeds what the limits announce.
+/// For one thread at a time. Checks what the sequences do in a step and packs it into buffers that it owns. A decode's
+/// tensors lie at the same addresses in every step, unless a step exceeds what the limits announce.
 class BatchBuilder {
  public:
   /// Throws as BatchLimits::check.
@@ -64,8 +68,8 @@ class BatchBuilder {
   /// another, too few blocks.
   BuiltStep build(const std::vector<SequenceStep>& sequences);
 
-  /// Bytes of the buffers of a builder with these limits; nothing is checked.
-  static int64_t buffer_bytes(const BatchLimits& limits);
+  /// Bytes of the buffers of a builder with these limits on that device; nothing is checked.
+  static int64_t buffer_bytes(const BatchLimits& limits, c10::Device device);
 
  private:
   int64_t num_padding(int64_t num_decodes) const;

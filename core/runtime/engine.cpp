@@ -177,24 +177,24 @@ bool Engine::is_stop_token(const Request& request, int32_t token) const {
 }
 
 // Books what the model has computed. Adds an event of it, and one of every branch where a prompt ends; `choices` gets
-// those for which the logits of the step's sequence `row`, where it has some, choose a token.
-void Engine::advance(const ScheduledStep& step, std::optional<size_t> row, std::vector<RequestEvent>& events,
+// those for which the logits of the step's sequence `index`, where it has some, choose a token.
+void Engine::advance(const ScheduledStep& step, std::optional<size_t> index, std::vector<RequestEvent>& events,
                      std::vector<Choice>& choices) {
   Sequence& s = *step.sequence;
   s.memory.advance(step.num_tokens);
   const auto add = [&](Sequence& sequence) {
-    if (row) choices.push_back({&sequence, {*row, &sequence.sampler}, events.size()});
+    if (index) choices.push_back({&sequence, {*index, &sequence.sampler}, events.size()});
     events.push_back(event_of(sequence));
   };
   add(s);
-  if (!row || s.request->n == 1 || s.num_computed() > s.prompt_size()) return;
+  if (!index || s.request->n == 1 || s.num_computed() > s.prompt_size()) return;
   for (Sequence* branch : scheduler_.fork(s)) add(*branch);
 }
 
 void Engine::book(Sequence& s, SampledToken&& sampled, RequestEvent& event) const {
-  if (!sampled.error.empty()) {
+  if (sampled.error) {
     event.finish_reason = FinishReason::kError;
-    event.error = std::move(sampled.error);
+    event.error = *std::move(sampled.error);
     return;
   }
   s.tokens.push_back(sampled.token);

@@ -31,7 +31,7 @@ struct StepStats {
   double forward_seconds = 0;      // the model in it, until its logits are on the host
 };
 
-/// How Engine::generate goes on.
+/// Options of Engine::generate.
 struct GenerateOptions {
   bool throw_on_error = true;                // false: a failed request has its error in its result
   std::function<void()> between_steps = {};  // may throw, which ends the call; may be empty
@@ -143,7 +143,7 @@ class Engine {
     SampleRow row;
     size_t event;
   };
-  void advance(const ScheduledStep& step, std::optional<size_t> row, std::vector<RequestEvent>& events,
+  void advance(const ScheduledStep& step, std::optional<size_t> index, std::vector<RequestEvent>& events,
                std::vector<Choice>& choices);
   void book(Sequence& sequence, SampledToken&& sampled, RequestEvent& event) const;
   std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);

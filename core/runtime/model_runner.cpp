@@ -15,6 +15,8 @@ ModelRunner::ModelRunner(std::shared_ptr<const HybridDecoder> model, const Servi
       state_{states.layers(), kv.layers()} {}
 
 void ModelRunner::launch(const std::vector<SequenceStep>& sequences) {
+  logits_.reset();
+  built_ = {};
   built_ = builder_.build(sequences);
   since_launch_ = Stopwatch();
   logits_ = model_->forward(built_.input, state_);

@@ -20,7 +20,7 @@ namespace xgdn {
 
 /// A sequence of a step to choose a token for.
 struct SampleRow {
-  size_t sequence;   // of those given to launch(); several rows may name the same
+  size_t sequence;   // of those given to launch(), which wants logits; its first row of them. Several may name the same
   Sampler* sampler;  // of its own
 };
 
@@ -28,11 +28,11 @@ struct SampleRow {
 struct SampledToken {
   int32_t token = -1;
   std::optional<Logprobs> logprobs;  // where the sampler's parameters ask for them
-  std::string error;                 // why no token could be chosen; empty: one was
+  std::optional<std::string> error;  // why no token could be chosen
 };
 
-/// Runs one step after the other over pools that outlive it. What a device of a later kind needs for streams, graphs
-/// and overlap lies here: the engine above sees sequences and tokens.
+/// Runs one step after the other over pools that outlive it, for one thread at a time. Streams, graphs and overlap
+/// belong here: the engine above sees sequences and tokens.
 class ModelRunner {
  public:
   /// Makes the step buffers for the largest step of these options.

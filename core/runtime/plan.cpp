@@ -5,6 +5,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace xgdn {
 namespace {
@@ -12,7 +13,7 @@ namespace {
 constexpr int64_t kFloatBytes = sizeof(float);
 // What ATen makes of a token's indices: int64, and floating positions.
 constexpr int64_t kMetadataBytes = 32;
-constexpr int64_t kMostMemory = int64_t{1} << 60;  // sums of twice as much still fit into 64 bits
+constexpr int64_t kMostMemory = int64_t{1} << 60;  // what twice as many sequences take still fits into 64 bits
 
 // Bytes per token of the tensors that live at once in each part of a layer. `e` is the size of an activation.
 struct LayerWidths {
@@ -66,15 +67,18 @@ struct LayerWidths {
 }  // namespace
 
 int64_t Plan::workspace_bytes(int64_t num_sequences, int64_t num_blocks, int64_t context) const {
-  const int64_t tokens = max_step_tokens(max_tokens_per_step, num_sequences);
+  const int64_t computed = max_step_tokens(max_tokens_per_step, num_sequences);
+  const int64_t tokens = computed + (decode_buckets.empty() ? 0 : decode_buckets.back());
   const int64_t capacity = std::min(num_blocks, kernel::kMaxIndex / kv_block_size) * kv_block_size;
   const int64_t buffers =
       BatchBuilder::buffer_bytes({.num_slots = num_sequences,
+                                  .num_kv_blocks = capacity / kv_block_size,
                                   .kv_block_size = kv_block_size,
                                   .has_attention = num_blocks > 0,
-                                  .max_tokens = tokens,
+                                  .max_tokens = computed,
                                   .max_context = max_positions == 0 ? capacity : std::min(max_positions, capacity),
-                                  .decode_buckets = decode_buckets});
+                                  .decode_buckets = decode_buckets},
+                                 device);
   return tokens * (step_token_bytes + context * step_mask_bytes) + num_sequences * step_logits_bytes +
          context * step_context_bytes + buffers;
 }
@@ -102,7 +106,7 @@ int64_t Plan::max_sequences(int64_t length, int64_t memory_limit) const {
 }
 
 Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const ServingOptions& serving) {
-  options.device = c10::kMeta;
+  const c10::Device device = std::exchange(options.device, c10::kMeta);
   options.on_layer_loaded = nullptr;
   const HybridDecoder model(opened.config, CheckpointShapes(opened.checkpoint), options);
   const LayerWidths widths{opened.config, static_cast<int64_t>(c10::elementSize(options.dtype))};
@@ -119,6 +123,7 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Servi
           .step_mask_bytes = has_attention ? 1 + 2 * widths.e : 0,
           .max_tokens_per_step = serving.max_tokens_per_step,
           .decode_buckets = serving.decode_buckets,
+          .device = device,
           .max_positions = opened.config.max_position_embeddings,
           .max_context = max_context(model, serving)};
 }

@@ -2,13 +2,13 @@
 #include "core/runtime/step_buffers.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <utility>
-
-#include "core/kernels/ops_api.h"
 
 namespace xgdn {
 namespace {
@@ -19,10 +19,10 @@ at::TensorOptions numbers() {
   return at::TensorOptions().dtype(at::kInt);
 }
 
-std::vector<int64_t> begins_of(const std::vector<int64_t>& rooms) {
-  std::vector<int64_t> begins{0};
-  std::partial_sum(rooms.begin(), rooms.end(), std::back_inserter(begins));
-  return begins;
+std::vector<int64_t> offsets_of(const std::vector<int64_t>& rooms) {
+  std::vector<int64_t> offsets{0};
+  std::partial_sum(rooms.begin(), rooms.end(), std::back_inserter(offsets));
+  return offsets;
 }
 
 int64_t words_of(int64_t num_flags) {
@@ -33,8 +33,8 @@ int64_t words_of(int64_t num_flags) {
 
 StepBuffers::StepBuffers(std::vector<int64_t> rooms, c10::Device device)
     : rooms_(std::move(rooms)),
-      begins_(begins_of(rooms_)),
-      memory_(at::empty({begins_.back()}, numbers().device(device))) {}
+      offsets_(offsets_of(rooms_)),
+      memory_(at::empty({offsets_.back()}, numbers().device(device))) {}
 
 int64_t StepBuffers::bytes(const std::vector<int64_t>& rooms) {
   return std::accumulate(rooms.begin(), rooms.end(), int64_t{0}) * kNumberBytes;
@@ -42,32 +42,34 @@ int64_t StepBuffers::bytes(const std::vector<int64_t>& rooms) {
 
 // The allocator of pinned memory lends it again only after the copies from it.
 at::Tensor StepBuffers::host_memory() const {
-  return memory_.is_cpu() ? memory_ : at::empty({begins_.back()}, numbers().pinned_memory(true));
+  return memory_.is_cpu() ? memory_ : at::empty({offsets_.back()}, numbers().pinned_memory(true));
 }
 
 void StepBuffers::begin() {
-  kernel::check_storage("BatchBuilder", "buffers", memory_);  // whoever has a view can free it
   entries_.clear();
-  end_ = 0;
+  used_ = 0;
+  // Whoever has a view of them can free the buffers.
+  if (memory_.storage().nbytes() < static_cast<size_t>(memory_.nbytes())) memory_ = at::empty_like(memory_);
+  host_.reset();
   host_ = host_memory();
 }
 
 int32_t* StepBuffers::reserve(size_t region, int64_t count) {
   if (count > rooms_[region]) {
-    const std::vector<int64_t> old_begins = begins_;
+    const std::vector<int64_t> old_offsets = offsets_;
     const at::Tensor old = host_;
     rooms_[region] = std::max(count, 2 * rooms_[region]);
-    begins_ = begins_of(rooms_);
-    memory_ = at::empty({begins_.back()}, memory_.options());
+    offsets_ = offsets_of(rooms_);
+    memory_ = at::empty({offsets_.back()}, memory_.options());
     host_ = host_memory();
-    for (size_t i = 0; i + 1 < old_begins.size(); ++i) {
-      std::copy_n(old.const_data_ptr<int32_t>() + old_begins[i], old_begins[i + 1] - old_begins[i],
-                  host_.mutable_data_ptr<int32_t>() + begins_[i]);
+    for (size_t i = 0; i + 1 < old_offsets.size(); ++i) {
+      std::copy_n(old.const_data_ptr<int32_t>() + old_offsets[i], old_offsets[i + 1] - old_offsets[i],
+                  host_.mutable_data_ptr<int32_t>() + offsets_[i]);
     }
-    end_ = begins_.back();
+    used_ = offsets_.back();
   }
-  end_ = std::max(end_, begins_[region] + count);
-  return host_.mutable_data_ptr<int32_t>() + begins_[region];
+  used_ = std::max(used_, offsets_[region] + count);
+  return host_.mutable_data_ptr<int32_t>() + offsets_[region];
 }
 
 void StepBuffers::put(size_t region, const std::vector<int32_t>& values, at::Tensor* device, int64_t columns,
@@ -94,14 +96,14 @@ void StepBuffers::put_table(size_t region, const std::vector<std::vector<int32_t
 
 at::Tensor StepBuffers::view(const at::Tensor& memory, const Entry& e) const {
   if (e.is_flags) {
-    return memory.narrow(0, begins_[e.region], words_of(e.count)).view(at::kBool).narrow(0, 0, e.count);
+    return memory.narrow(0, offsets_[e.region], words_of(e.count)).view(at::kBool).narrow(0, 0, e.count);
   }
-  const at::Tensor row = memory.narrow(0, begins_[e.region], e.count);
+  const at::Tensor row = memory.narrow(0, offsets_[e.region], e.count);
   return e.columns > 0 ? row.view({e.count / e.columns, e.columns}) : row;
 }
 
 void StepBuffers::bind() {
-  if (!memory_.is_same(host_)) memory_.narrow(0, 0, end_).copy_(host_.narrow(0, 0, end_), /*non_blocking=*/true);
+  if (!memory_.is_same(host_)) memory_.narrow(0, 0, used_).copy_(host_.narrow(0, 0, used_), /*non_blocking=*/true);
   for (const Entry& e : entries_) {
     *e.device = view(memory_, e);
     if (e.host != nullptr) *e.host = view(host_, e);

@@ -22,7 +22,7 @@ class StepBuffers {
   /// What rooms of these sizes take, in bytes, on the device.
   static int64_t bytes(const std::vector<int64_t>& rooms);
 
-  /// Starts a step, in which no region has anything. Throws ShapeError where somebody has freed the buffers.
+  /// Starts a step, in which no region has anything.
   void begin();
 
   /// Puts `values` into a region: after bind(), `*device` is [count], or [count / columns, columns] where columns > 0.
@@ -31,7 +31,7 @@ class StepBuffers {
            at::Tensor* host = nullptr);
   /// The same for flags; the tensor is bool.
   void put_flags(size_t region, const std::vector<uint8_t>& flags, at::Tensor* device);
-  /// The same for a table whose rows are given as far as they are used. What lies behind that is of earlier steps.
+  /// The same for a table whose rows are given as far as they are used; the rest of a row is undefined.
   void put_table(size_t region, const std::vector<std::vector<int32_t>>& rows, at::Tensor* device, int64_t columns);
 
   /// Copies the regions to the device and sets the tensors.
@@ -51,10 +51,10 @@ class StepBuffers {
   at::Tensor view(const at::Tensor& memory, const Entry& entry) const;
 
   std::vector<int64_t> rooms_;
-  std::vector<int64_t> begins_;  // of the regions, and the end of the last
-  at::Tensor memory_;            // of the device
-  at::Tensor host_;              // what the step is written to
-  int64_t end_ = 0;              // of the last number of the step
+  std::vector<int64_t> offsets_;  // of the regions, and the end of the last
+  at::Tensor memory_;             // of the device
+  at::Tensor host_;               // what the step is written to
+  int64_t used_ = 0;              // of the last number of the step
   std::vector<Entry> entries_;
 };
 

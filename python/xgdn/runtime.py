@@ -6,6 +6,8 @@ states = StatePool(decoder.state_specs(), num_slots=8)
 kv = KvCache(decoder, num_blocks=1024)
 step = builder.build([SequenceStep(kind=SegmentKind.DECODE, ...), ...])
 logits = decoder.forward(step.input, states, kv)
+
+A step's tensors hold until the builder's next build. A builder is for one thread at a time.
 """
 
 from xgdn._C import (

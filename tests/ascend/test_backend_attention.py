@@ -100,6 +100,49 @@ def test_the_builder_names_every_row_of_the_contexts_in_the_order_of_the_tokens(
     assert build("cpu").context_rows is None
 
 
+def test_a_context_of_no_rows_pads() -> None:
+    call = AttentionCall(((1, 40), (1, 0), (1, 0), (12, 30), (10, 0))).make()
+    padded = torch.tensor([False] + [True] * 2 + [False] * 12 + [True] * 10)
+    got = call.run("npu:0")
+    assert torch.equal(got[padded], torch.zeros_like(got[padded]))
+    assert_close("out", got[~padded], call.expected()[~padded], call.bound)
+
+
+def test_a_decodes_tensors_stay_where_they_are() -> None:
+    """Also those of a device, while contexts grow to all blocks; what they hold is the new step's."""
+    builder = _C.BatchBuilder(
+        num_slots=3,
+        num_kv_blocks=8,
+        kv_block_size=4,
+        vocab_size=9,
+        has_attention=True,
+        decode_buckets=[3],
+        device="npu:0",
+    )
+    addresses = set()
+    for cached in (0, 3, 4, 15):
+        steps = [
+            _C.SequenceStep(
+                kind=_C.SegmentKind.DECODE,
+                tokens=[n + 1],
+                num_cached=cached,
+                state_slots=[n],
+                kv_blocks=[4 * n, 4 * n + 1, 4 * n + 2, 4 * n + 3],
+            )
+            for n in range(2)
+        ]
+        step = builder.build(steps).input
+        (segment,), attention = step.gdn.segments, step.attention
+        tensors = (step.token_ids, step.logit_rows, attention.positions, attention.slot_mapping, attention.block_table)
+        tensors = (*tensors, attention.context_lens, attention.context_rows, segment.cu_seqlens, segment.state_indices)
+        addresses.add(tuple(t.data_ptr() for t in tensors))
+        assert step.token_ids.cpu().tolist() == [1, 2, 0]
+        assert segment.state_indices.cpu().tolist() == [0, 1, -1]
+        assert attention.context_lens.cpu().tolist() == [cached + 1, cached + 1, 0]
+        assert attention.context_rows.cpu().tolist() == [*range(cached + 1), *range(16, 16 + cached + 1)]
+    assert len(addresses) == 1
+
+
 def test_many_sequences_are_grouped() -> None:
     call = AttentionCall(((1, 1),) * 1030, HQ=1, HKV=1, D=16, block_size=1).make()
     with recorded() as ledger:

@@ -53,7 +53,7 @@ def test_slots_are_copied_and_no_other_bit_changes(call: CopyCall) -> None:
 def test_the_promise_of_no_padded_copies_changes_nothing(call: CopyCall) -> None:
     with recorded() as ledger:
         call.make().check("npu:0", may_have_padding=False)
-    if call.rows:
+    if call.rows and call.pools:
         assert ledger.launches == ["InplaceCopy"] * 2 + ["IndexSelect", "InplaceIndexCopy"] * len(call.pools)
 
 

@@ -283,9 +283,6 @@ def test_storages_that_were_freed_are_refused() -> None:
     freed(batch.segments[0].state_indices)
     with pytest.raises(errors.ShapeError, match=expected):
         host.net.forward(x, batch, host.state)
-    with pytest.raises(errors.ShapeError, match=rf"\[BatchBuilder\] buffers: {expected}"):
-        host.builder.build([_C.SequenceStep(tokens=[0] * 3, **prefill(0))])
-    host = Host(LAYERS[0].ours(module))
     batch = host.builder.build([_C.SequenceStep(tokens=[0] * 3, **prefill(0))]).input.gdn
     with pytest.raises(errors.ShapeError, match=rf"x: {expected}"):
         host.net.forward(freed(x), batch, host.state)

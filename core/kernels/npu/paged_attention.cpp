@@ -20,7 +20,7 @@ constexpr size_t kMaxSequences = 1024;  // in one call
 constexpr int64_t kMaxHeads = 256;
 constexpr int64_t kMaxHeadDim = 768;
 
-// SequenceLengths of a sequence.
+// Of a sequence.
 struct SequenceLengths {
   int64_t num_tokens, context;
 };
@@ -33,15 +33,21 @@ std::vector<SequenceLengths> sequence_lengths(const HostFacts& host) {
   return lengths;
 }
 
-// Neighbouring sequences that one call takes.
+// Padding has a context of no rows.
+bool is_padding(const SequenceLengths& s) {
+  return s.context == 0 && s.num_tokens > 0;
+}
+
+// Neighbouring sequences that one call takes, or neighbouring padding.
 struct Group {
   int64_t token_begin = 0;
   int64_t context_begin = 0;
   std::vector<int64_t> token_ends;    // from token_begin
   std::vector<int64_t> context_ends;  // from context_begin
+  bool is_padded = false;
 
   bool has_room(const SequenceLengths& s) const {
-    return token_ends.size() < kMaxSequences && num_tokens() + s.num_tokens <= kMaxRows &&
+    return is_padded == is_padding(s) && token_ends.size() < kMaxSequences && num_tokens() + s.num_tokens <= kMaxRows &&
            num_rows() + s.context <= kMaxRows;
   }
   void add(const SequenceLengths& s) {
@@ -57,8 +63,9 @@ std::vector<Group> groups(const std::vector<SequenceLengths>& sequences) {
   for (const SequenceLengths& s : sequences) {
     if (!all.back().has_room(s)) {
       const Group& full = all.back();
-      all.push_back(
-          {.token_begin = full.token_begin + full.num_tokens(), .context_begin = full.context_begin + full.num_rows()});
+      all.push_back({.token_begin = full.token_begin + full.num_tokens(),
+                     .context_begin = full.context_begin + full.num_rows(),
+                     .is_padded = is_padding(s)});
     }
     all.back().add(s);
   }
@@ -92,7 +99,6 @@ std::optional<std::string> why_not_attention(const PagedAttentionParams& p, cons
     if (lengths.context > kMaxRows) {
       return c10::str("the attention op takes contexts of at most ", kMaxRows, " tokens, got ", lengths.context);
     }
-    if (lengths.context < lengths.num_tokens) return "the attention op takes no padding, got a context of 0 rows";
   }
   return std::nullopt;
 }
@@ -101,6 +107,10 @@ void run_attention(const PagedAttentionParams& p, const AttentionShape& s) {
   const at::Tensor q = p.q.contiguous();
   for (const Group& group : groups(sequence_lengths(p.host))) {
     if (group.num_tokens() == 0) continue;
+    if (group.is_padded) {
+      p.out.narrow(0, group.token_begin, group.num_tokens()).zero_();
+      continue;
+    }
     const at::Tensor rows = p.context_rows->narrow(0, group.context_begin, group.num_rows());
     const at::Tensor out = attention({.q = q.narrow(0, group.token_begin, group.num_tokens()),
                                       .k = p.k.flatten(0, 1).index_select(0, rows),

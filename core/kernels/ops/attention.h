@@ -32,7 +32,7 @@ struct PagedAttentionParams {
 };
 void paged_attention(const PagedAttentionParams& p);
 void check_indices(const PagedAttentionParams& p);
-/// check_indices of what is on the host, for tensors that are not.
+/// Checks the lengths in `host`, for calls whose tensors are on a device. Throws RangeError or ShapeError.
 void check_host_facts(const PagedAttentionParams& p);
 
 /// Whether a backend of that device gathers all contexts at once, and so needs context_rows.

@@ -31,11 +31,11 @@ namespace xgdn::kernel {
 inline constexpr int32_t kPadSlot = -1;
 
 /// What the host knows of a call's sequences. Backends that need to know more than shapes tell read it here, because
-/// nobody reads a value back from a device.
+/// nobody reads a value back from a device. Errors name the tensors as Python does: cu_seqlens_cpu, context_lens_cpu.
 struct HostFacts {
   std::optional<at::Tensor> cu_seqlens = {};    // [N+1] i32 on the host, equal to the op's cu_seqlens
   std::optional<at::Tensor> context_lens = {};  // [N]   i32 on the host, equal to the op's context_lens
-  int64_t max_len = 1;                          // tokens of the longest sequence
+  int64_t max_len = 1;                          // tokens of the longest sequence; for causal_conv1d_update alone
   bool may_have_padding = true;                 // false: the caller promises that no slot is kPadSlot
 };
 

@@ -285,6 +285,8 @@ TEST(BatchBuilder, AStepBeyondTheLimitsMovesTheBuffers) {
   limits.max_tokens = 4;
   BatchBuilder builder(limits, c10::kCPU);
   SequenceStep wide = verify({21, 22}, 3, {10, 11, 12, 13, 14, 15, 16, 17, 18, 19}, 3, {30, 31});
+  const std::vector<void*> small = addresses(tensors_of(builder.build({decode(11, 6, 3, {4, 2})}).input));
+  std::vector<void*> first;
   for (int i = 0; i < 2; ++i) {
     const BuiltStep step =
         builder.build({decode(11, 6, 3, {4, 2}), wide, verify({23}, 0, {1, 2}, 1, {5}), prefill(70, 0, 9, 6)});
@@ -295,6 +297,18 @@ TEST(BatchBuilder, AStepBeyondTheLimitsMovesTheBuffers) {
                 {10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 1, 2, -1, -1, -1, -1, -1, -1, -1, -1});
     expect_rows(step.input.attention.context_lens, {7, 5, 1, 70});
     expect_rows(step.input.attention.block_table[0].narrow(0, 0, 2), {4, 2});
+    const std::vector<void*> moved = addresses(tensors_of(step.input));
+    EXPECT_NE(moved.front(), small.front());
+    if (i == 0) first = moved;
+    EXPECT_EQ(moved, first) << "the buffers are large enough now";
+  }
+}
+
+TEST(BatchBuilderRefusals, NegativeSizes) {
+  for (int64_t BatchLimits::*size : {&BatchLimits::num_slots, &BatchLimits::num_kv_blocks, &BatchLimits::max_tokens}) {
+    BatchLimits limits = kLimits;
+    limits.*size = -1;
+    expect_error<RequestError>([&] { BatchBuilder(limits, c10::kCPU); }, {"at least 0", "got -1"});
   }
 }
 
@@ -427,10 +441,10 @@ TEST(BatchBuilderRefusals, ASlotReadByOneAndWrittenByAnother) {
 }
 
 TEST(BatchBuilderRefusals, Buckets) {
-  for (const std::vector<int64_t>& buckets : {std::vector<int64_t>{0, 4}, {4, 4}, {8, 4}, {-1}}) {
+  for (const std::vector<int64_t>& buckets : {std::vector<int64_t>{0, 4}, {4, 4}, {8, 4}, {-1}, {1 << 20}}) {
     BatchLimits limits = kLimits;
     limits.decode_buckets = buckets;
-    expect_error<RequestError>([&] { BatchBuilder(limits, c10::kCPU); }, {"decode_buckets", "ascend from 1"});
+    expect_error<RequestError>([&] { BatchBuilder(limits, c10::kCPU); }, {"decode_buckets", "ascending sizes of 1"});
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The engine on a model directory written by hand: it is the engine on the same weights.
+// The engine on a model directory written by hand: it generates what an engine over the same weights does.
 #include "core/runtime/engine.h"
 
 #include <ATen/ops/argmax.h>
@@ -199,14 +199,33 @@ class AllocationPeak : public c10::MemoryReportingInfoBase {
   int64_t peak_ = 0;
 };
 
+TEST_F(EngineTest, TheStepBuffersTakeWhatIsPlanned) {
+  const BatchLimits limits{.num_slots = 7,
+                           .num_kv_blocks = 40,
+                           .kv_block_size = 16,
+                           .vocab_size = 64,
+                           .max_tokens = 300,
+                           .max_context = 500,
+                           .decode_buckets = {4, 9}};
+  const auto peak = std::make_shared<AllocationPeak>();
+  {
+    const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, peak);
+    const BatchBuilder builder(limits, c10::kCPU);
+  }
+  EXPECT_EQ(peak->peak(), BatchBuilder::buffer_bytes(limits, c10::kCPU));
+  EXPECT_GE(peak->peak(), (7 + 9) * 32 * 4) << "the block table";
+}
+
 TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
   std::vector<Request> requests;
   for (int32_t i = 0; i < 7; ++i) requests.push_back({.prompt = std::vector<int32_t>(300, i), .max_new_tokens = 4});
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     for (const int64_t max_tokens : {64, 256, 2048}) {
-      const EngineOptions options{
-          .serving = {.max_batch_size = 7, .max_cached_tokens = 2200, .max_tokens_per_step = max_tokens},
-          .dtype = dtype};
+      const EngineOptions options{.serving = {.max_batch_size = 7,
+                                              .max_cached_tokens = 2200,
+                                              .max_tokens_per_step = max_tokens,
+                                              .decode_buckets = {64}},
+                                  .dtype = dtype};
       const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
       const auto peak = std::make_shared<AllocationPeak>();
       {
@@ -251,6 +270,15 @@ TEST_F(EngineTest, PlansHowManySequencesFit) {
   EXPECT_EQ(plan.max_sequences(160, plan.total_bytes()), 1);
   EXPECT_EQ(plan.max_sequences(160, plan.total_bytes() - 1), 0);
   EXPECT_EQ(plan.max_sequences(161, plan.total_bytes()), 0) << "a block more";
+  const auto buffers_with = [&](int64_t num_sequences) {
+    return BatchBuilder::buffer_bytes({.num_slots = num_sequences,
+                                       .num_kv_blocks = num_sequences * 10,
+                                       .max_tokens = kStepTokens,
+                                       .max_context = std::min<int64_t>(num_sequences * 160, 4096)},
+                                      c10::kCPU);
+  };
+  const int64_t each = plan.state_slot_bytes + 10 * plan.kv_block_bytes + plan.step_logits_bytes;
+  EXPECT_EQ(bytes_with(18) - bytes_with(1), 17 * each + buffers_with(18) - buffers_with(1));
   for (const int64_t num_sequences : {2, 3, 18, 1001}) {
     EXPECT_EQ(plan.max_sequences(160, bytes_with(num_sequences)), num_sequences);
     EXPECT_EQ(plan.max_sequences(160, bytes_with(num_sequences) - 1), num_sequences - 1);

@@ -71,7 +71,7 @@ class EngineRequests : public ::testing::Test {
 
   std::shared_ptr<const HybridDecoder> model() const { return tiny_model(config_, weights_); }
 
-  /// The prompt's continuation with the pools of a engine that serves nothing else.
+  /// The prompt's continuation with the pools of an engine that serves nothing else.
   std::vector<int32_t> alone(const Request& request) const {
     Engine engine(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
     return engine.generate({request}).at(0).tokens;

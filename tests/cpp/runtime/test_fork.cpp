@@ -33,7 +33,7 @@ class ForkTest : public ::testing::Test {
  protected:
   ForkTest() : config_(tiny_config()), model_(tiny_model(config_, tiny_weights(config_))) {}
 
-  /// The same request with the seed of one branch, with a engine of its own.
+  /// The same request with the seed of one branch, with an engine of its own.
   GenerationResult alone(Request request, int64_t branch, const ServingOptions& options = kAlone) const {
     request.n = 1;
     request.sampling.seed += static_cast<uint64_t>(branch);
@@ -41,7 +41,7 @@ class ForkTest : public ::testing::Test {
     return engine.generate({request}).at(0);
   }
 
-  /// What is left of a engine's requests, to the end.
+  /// What is left of an engine's requests, to the end.
   static std::map<Branch, GenerationResult> drain(Engine& engine, std::map<Branch, GenerationResult> results = {}) {
     for (int i = 0; i < kMostSteps && !engine.is_idle(); ++i) book(engine.step(), results);
     return results;

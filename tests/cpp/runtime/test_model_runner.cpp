@@ -2,12 +2,14 @@
 // Steps on the device: buffers that stay, decodes that are padded, tokens for several rows of the same logits.
 #include "core/runtime/model_runner.h"
 
-#include <ATen/ops/full_like.h>
 #include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
+#include <memory>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 #include <vector>
 
