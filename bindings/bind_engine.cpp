@@ -32,37 +32,36 @@ std::vector<GenerationResult> generate(Engine& self, const std::vector<Request>&
 
 void bind_options(nb::module_& m) {
   const EngineOptions defaults;
-  nb::class_<ServingOptions>(m, "ServingOptions", "Sizes of the pools and of a step.")
+  nb::class_<RunnerOptions>(m, "RunnerOptions", "Sizes of the pools and of a step.")
       .def(
           "__init__",
-          [](ServingOptions* self, int64_t max_batch_size, int64_t max_cached_tokens, int64_t kv_block_size,
+          [](RunnerOptions* self, int64_t max_batch_size, int64_t max_cached_tokens, int64_t kv_block_size,
              int64_t max_tokens_per_step, bool poison_freed_slots) {
-            new (self) ServingOptions{.max_batch_size = max_batch_size,
-                                      .max_cached_tokens = max_cached_tokens,
-                                      .kv_block_size = kv_block_size,
-                                      .max_tokens_per_step = max_tokens_per_step,
-                                      .poison_freed_slots = poison_freed_slots};
+            new (self) RunnerOptions{.max_batch_size = max_batch_size,
+                                     .max_cached_tokens = max_cached_tokens,
+                                     .kv_block_size = kv_block_size,
+                                     .max_tokens_per_step = max_tokens_per_step,
+                                     .poison_freed_slots = poison_freed_slots};
           },
-          nb::kw_only(), "max_batch_size"_a = defaults.serving.max_batch_size,
-          "max_cached_tokens"_a = defaults.serving.max_cached_tokens,
-          "kv_block_size"_a = defaults.serving.kv_block_size,
-          "max_tokens_per_step"_a = defaults.serving.max_tokens_per_step,
-          "poison_freed_slots"_a = defaults.serving.poison_freed_slots)
-      .def_ro("max_batch_size", &ServingOptions::max_batch_size, "State slots: sequences that run at once.")
-      .def_ro("max_cached_tokens", &ServingOptions::max_cached_tokens, "Capacity of the KV cache, over all sequences.")
-      .def_ro("kv_block_size", &ServingOptions::kv_block_size, "Tokens in a block of the KV cache.")
-      .def_ro("max_tokens_per_step", &ServingOptions::max_tokens_per_step,
+          nb::kw_only(), "max_batch_size"_a = defaults.runner.max_batch_size,
+          "max_cached_tokens"_a = defaults.runner.max_cached_tokens, "kv_block_size"_a = defaults.runner.kv_block_size,
+          "max_tokens_per_step"_a = defaults.runner.max_tokens_per_step,
+          "poison_freed_slots"_a = defaults.runner.poison_freed_slots)
+      .def_ro("max_batch_size", &RunnerOptions::max_batch_size, "State slots: sequences that run at once.")
+      .def_ro("max_cached_tokens", &RunnerOptions::max_cached_tokens, "Capacity of the KV cache, over all sequences.")
+      .def_ro("kv_block_size", &RunnerOptions::kv_block_size, "Tokens in a block of the KV cache.")
+      .def_ro("max_tokens_per_step", &RunnerOptions::max_tokens_per_step,
               "Token budget of a step: decodes and prompt chunks together.")
-      .def_ro("poison_freed_slots", &ServingOptions::poison_freed_slots, "Fill freed slots with NaN, to find bugs.");
+      .def_ro("poison_freed_slots", &RunnerOptions::poison_freed_slots, "Fill freed slots with NaN, to find bugs.");
 
   nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
       .def(
           "__init__",
-          [](EngineOptions* self, const ServingOptions& serving, std::optional<at::ScalarType> dtype,
+          [](EngineOptions* self, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
              std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<int64_t> memory_limit) {
-            new (self) EngineOptions{.serving = serving,
+            new (self) EngineOptions{.runner = runner,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
                                      .device = device.resolve("Engine"),
@@ -72,11 +71,11 @@ void bind_options(nb::module_& m) {
                                      .on_layer_loaded = on_layer_loaded.value_or(Progress()),
                                      .memory_limit = memory_limit};
           },
-          nb::kw_only(), "serving"_a = defaults.serving, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
+          nb::kw_only(), "runner"_a = defaults.runner, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
           "device"_a = defaults.device.str(), "prefill_backend"_a = defaults.backends.prefill,
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
           "on_layer_loaded"_a = nb::none(), "memory_limit"_a = nb::none())
-      .def_ro("serving", &EngineOptions::serving)
+      .def_ro("runner", &EngineOptions::runner)
       .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")
       .def_ro("state_dtype", &EngineOptions::state_dtype)
       .def_prop_ro("device", [](const EngineOptions& self) { return self.device.str(); })

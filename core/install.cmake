@@ -58,7 +58,7 @@ set(xgdn_public_headers
   runtime/scheduler.h
   runtime/sequence.h
   runtime/sequence_memory.h
-  runtime/serving_options.h
+  runtime/runner_options.h
   runtime/state_pool.h
   runtime/step_buffers.h
   runtime/stopwatch.h

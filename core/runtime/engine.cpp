@@ -32,17 +32,17 @@ StepStats count(const std::vector<ScheduledStep>& steps) {
   return stats;
 }
 
-const ServingOptions& checked(const ServingOptions& options) {
+const RunnerOptions& checked(const RunnerOptions& options) {
   options.check();
   return options;
 }
 
 }  // namespace
 
-Engine::Engine(std::shared_ptr<const HybridDecoder> model, const ServingOptions& options)
+Engine::Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options)
     : Engine(std::move(model), {}, options) {}
 
-Engine::Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const ServingOptions& options)
+Engine::Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const RunnerOptions& options)
     : model_(std::move(model)),
       load_report_(std::move(report)),
       max_context_(xgdn::max_context(*model_, checked(options))),
@@ -56,7 +56,7 @@ Engine::~Engine() = default;
 std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
   const c10::InferenceMode inference;
   LoadedDecoder loaded = load_decoder(dir, options);
-  return std::unique_ptr<Engine>(new Engine(std::move(loaded.model), std::move(loaded.report), options.serving));
+  return std::unique_ptr<Engine>(new Engine(std::move(loaded.model), std::move(loaded.report), options.runner));
 }
 
 at::Tensor Engine::prompt_logits(const std::vector<int32_t>& prompt) const {

@@ -55,7 +55,7 @@ class Engine {
 
   /// Serves a decoder that the caller has built. Allocates the pools. Throws RequestError for options that no engine
   /// can have.
-  Engine(std::shared_ptr<const HybridDecoder> model, const ServingOptions& options);
+  Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);
 
   /// Queues a request. Throws RequestError or RangeError when it can never be served: empty prompt, token outside the
   /// vocabulary, more tokens than the model has positions or the pools hold, sampling parameter out of range.
@@ -149,7 +149,7 @@ class Engine {
   std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);
   bool is_stop_token(const Request& request, int32_t token) const;
 
-  Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const ServingOptions& options);
+  Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const RunnerOptions& options);
 
   std::shared_ptr<const HybridDecoder> model_;
   LoadReport load_report_;

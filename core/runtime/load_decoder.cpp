@@ -25,7 +25,7 @@ void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype) {
 
 // Checks what needs no file.
 void check_options(const EngineOptions& options) {
-  options.serving.check();
+  options.runner.check();
   kernel::check_backend_name(options.backends.prefill);
   kernel::check_backend_name(options.backends.decode);
   kernel::check_accuracy_name(options.backends.prefill_accuracy);
@@ -58,7 +58,7 @@ LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions
   const DecoderOptions decoder = decoder_options(opened.config, options);
   LoadReport report = inspect(opened, decoder);
   for (const std::string& warning : report.warnings()) std::cerr << "xgdn: " << dir.native() << ": " << warning << '\n';
-  if (options.memory_limit) check_fits(make_plan(opened, decoder, options.serving), *options.memory_limit);
+  if (options.memory_limit) check_fits(make_plan(opened, decoder, options.runner), *options.memory_limit);
   try_step(opened.config, decoder);
   return {std::make_shared<HybridDecoder>(opened.config, opened.checkpoint, decoder), std::move(report)};
 }
@@ -69,7 +69,7 @@ Plan make_plan(const std::filesystem::path& dir, const EngineOptions& options) {
   const ModelDirectory opened(dir);
   const DecoderOptions decoder = decoder_options(opened.config, options);
   inspect(opened, decoder);
-  return make_plan(opened, decoder, options.serving);
+  return make_plan(opened, decoder, options.runner);
 }
 
 }  // namespace xgdn

@@ -11,13 +11,13 @@
 #include "core/checkpoint/load_report.h"
 #include "core/models/hybrid_decoder.h"
 #include "core/runtime/plan.h"
-#include "core/runtime/serving_options.h"
+#include "core/runtime/runner_options.h"
 
 namespace xgdn {
 
 /// How to load and serve a model.
 struct EngineOptions {
-  ServingOptions serving;
+  RunnerOptions runner;
   std::optional<at::ScalarType> dtype;      // of weights and activations; default the checkpoint's
   at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states: f32 or bf16
   c10::Device device = c10::kCPU;           // of weights, activations and pools

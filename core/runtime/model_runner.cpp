@@ -8,7 +8,7 @@
 
 namespace xgdn {
 
-ModelRunner::ModelRunner(std::shared_ptr<const HybridDecoder> model, const ServingOptions& options, StatePool& states,
+ModelRunner::ModelRunner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, StatePool& states,
                          KvCache& kv)
     : model_(std::move(model)),
       builder_(batch_limits(*model_, options), model_->device()),

@@ -12,8 +12,8 @@
 #include "core/models/hybrid_decoder.h"
 #include "core/runtime/batch_builder.h"
 #include "core/runtime/logprobs.h"
+#include "core/runtime/runner_options.h"
 #include "core/runtime/sampler.h"
-#include "core/runtime/serving_options.h"
 #include "core/runtime/stopwatch.h"
 
 namespace xgdn {
@@ -36,8 +36,7 @@ struct SampledToken {
 class ModelRunner {
  public:
   /// Makes the step buffers for the largest step of these options.
-  ModelRunner(std::shared_ptr<const HybridDecoder> model, const ServingOptions& options, StatePool& states,
-              KvCache& kv);
+  ModelRunner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, StatePool& states, KvCache& kv);
 
   /// Packs a step and starts it on the device. Throws as BatchBuilder::build and HybridDecoder::forward.
   void launch(const std::vector<SequenceStep>& sequences);

@@ -105,7 +105,7 @@ int64_t Plan::max_sequences(int64_t length, int64_t memory_limit) const {
   return fits;
 }
 
-Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const ServingOptions& serving) {
+Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const RunnerOptions& runner) {
   const c10::Device device = std::exchange(options.device, c10::kMeta);
   options.on_layer_loaded = nullptr;
   const HybridDecoder model(opened.config, CheckpointShapes(opened.checkpoint), options);
@@ -113,19 +113,19 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Servi
   const bool has_attention = model.num_attention_layers() > 0;
   return {.weight_bytes = model.weight_bytes(),
           .state_slot_bytes = state_slot_bytes(model),
-          .num_state_slots = serving.max_batch_size,
-          .kv_block_bytes = kv_spec(model, serving.kv_block_size).block_bytes(),
-          .num_kv_blocks = num_kv_blocks(model, serving),
-          .kv_block_size = serving.kv_block_size,
+          .num_state_slots = runner.max_batch_size,
+          .kv_block_bytes = kv_spec(model, runner.kv_block_size).block_bytes(),
+          .num_kv_blocks = num_kv_blocks(model, runner),
+          .kv_block_size = runner.kv_block_size,
           .step_token_bytes = widths.token(),
           .step_logits_bytes = widths.logits(),
           .step_context_bytes = has_attention ? widths.context() : 0,
           .step_mask_bytes = has_attention ? 1 + 2 * widths.e : 0,
-          .max_tokens_per_step = serving.max_tokens_per_step,
-          .decode_buckets = serving.decode_buckets,
+          .max_tokens_per_step = runner.max_tokens_per_step,
+          .decode_buckets = runner.decode_buckets,
           .device = device,
           .max_positions = opened.config.max_position_embeddings,
-          .max_context = max_context(model, serving)};
+          .max_context = max_context(model, runner)};
 }
 
 }  // namespace xgdn

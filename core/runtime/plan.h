@@ -7,7 +7,7 @@
 
 #include "core/checkpoint/model_directory.h"
 #include "core/models/hybrid_decoder.h"
-#include "core/runtime/serving_options.h"
+#include "core/runtime/runner_options.h"
 
 namespace xgdn {
 
@@ -50,6 +50,6 @@ struct Plan {
 };
 
 /// `options` are those that the model would be loaded with.
-Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const ServingOptions& serving);
+Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const RunnerOptions& runner);
 
 }  // namespace xgdn

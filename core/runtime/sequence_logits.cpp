@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "core/runtime/batch_builder.h"
-#include "core/runtime/serving_options.h"
+#include "core/runtime/runner_options.h"
 
 namespace xgdn {
 

@@ -16,8 +16,8 @@ from xgdn._C import (
     Plan,
     Request,
     RequestEvent,
+    RunnerOptions,
     SamplingParams,
-    ServingOptions,
     StepStats,
     TokenLogprob,
 )
@@ -36,8 +36,8 @@ __all__ = [
     "Plan",
     "Request",
     "RequestEvent",
+    "RunnerOptions",
     "SamplingParams",
-    "ServingOptions",
     "StepStats",
     "TokenLogprob",
     "plan",
@@ -51,14 +51,14 @@ def plan(
     *,
     dtype: torch.dtype | None = EngineArgs.dtype,
     state_dtype: torch.dtype = EngineArgs.state_dtype,
-    serving: ServingOptions | None = None,
+    runner: RunnerOptions | None = None,
 ) -> Plan:
     """Return the bytes that an `Engine` with these arguments would take, and what fits into a given memory.
 
     Reads config.json and the headers of the safetensors files, and allocates nothing. Raises what `Engine` raises,
     except for errors that only a backend can find.
     """
-    options = _C.EngineOptions(serving=serving or ServingOptions(), dtype=dtype, state_dtype=state_dtype)
+    options = _C.EngineOptions(runner=runner or RunnerOptions(), dtype=dtype, state_dtype=state_dtype)
     return _C.Engine.plan(fspath(model_dir), options)
 
 
@@ -72,11 +72,11 @@ class Engine:
 
     Args:
         model_dir: directory with config.json and safetensors.
-        serving: sizes of the pools and of a step: `max_batch_size`, `max_cached_tokens`, `kv_block_size` and
+        runner: sizes of the pools and of a step: `max_batch_size`, `max_cached_tokens`, `kv_block_size` and
             `max_tokens_per_step`.
         on_layer_loaded: called with (loaded, total) while loading.
 
-    The other arguments are listed at the end, with those of `serving`; `from_args` takes all of them as `EngineArgs`.
+    The other arguments are listed at the end, with those of `runner`; `from_args` takes all of them as `EngineArgs`.
 
     Raises:
         xgdn.errors.CheckpointError, DeviceError, UnsupportedError, RequestError; OutOfMemory before anything is
@@ -90,7 +90,7 @@ class Engine:
         dtype: torch.dtype | None = EngineArgs.dtype,
         state_dtype: torch.dtype = EngineArgs.state_dtype,
         device: torch.device | str = EngineArgs.device,
-        serving: ServingOptions | None = None,
+        runner: RunnerOptions | None = None,
         prefill_backend: str = EngineArgs.prefill_backend,
         decode_backend: str = EngineArgs.decode_backend,
         prefill_accuracy: str = EngineArgs.prefill_accuracy,
@@ -98,7 +98,7 @@ class Engine:
         memory_limit: int | None = EngineArgs.memory_limit,
     ) -> None:
         options = _C.EngineOptions(
-            serving=serving or ServingOptions(),
+            runner=runner or RunnerOptions(),
             dtype=dtype,
             state_dtype=state_dtype,
             device=device,
@@ -124,7 +124,7 @@ class Engine:
             dtype=args.dtype,
             state_dtype=args.state_dtype,
             device=args.device,
-            serving=args.serving_options(),
+            runner=args.runner_options(),
             prefill_backend=args.prefill_backend,
             decode_backend=args.decode_backend,
             prefill_accuracy=args.prefill_accuracy,

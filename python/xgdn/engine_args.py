@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a model is loaded and served: one list of names, docs and defaults, for the command line and for Python.
 
-The defaults are those of the C++ structs `ServingOptions` and `EngineOptions`.
+The defaults are those of the C++ structs `RunnerOptions` and `EngineOptions`.
 """
 
 import inspect
@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from xgdn._C import EngineOptions, ServingOptions
+from xgdn._C import EngineOptions, RunnerOptions
 
 _DEFAULTS = EngineOptions()
-_SIZES = ServingOptions()
+_SIZES = RunnerOptions()
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -86,9 +86,9 @@ class EngineArgs:
         metadata=_documented("Maximum memory of weights, pools and steps together, in bytes (default: no limit)."),
     )
 
-    def serving_options(self) -> ServingOptions:
+    def runner_options(self) -> RunnerOptions:
         """Return the sizes of the pools and of a step."""
-        return ServingOptions(
+        return RunnerOptions(
             max_batch_size=self.max_batch_size,
             max_cached_tokens=self.max_cached_tokens,
             kv_block_size=self.kv_block_size,

@@ -48,8 +48,8 @@ class Engines:
 
 def make_engines(model: checkpoints.Tiny, path: Path, state_dtype: torch.dtype) -> Engines:
     directory, _ = checkpoints.make(model, path)
-    serving = xgdn.ServingOptions(max_batch_size=64, max_cached_tokens=4096)
-    options = {"dtype": torch.bfloat16, "state_dtype": state_dtype, "serving": serving}
+    runner = xgdn.RunnerOptions(max_batch_size=64, max_cached_tokens=4096)
+    options = {"dtype": torch.bfloat16, "state_dtype": state_dtype, "runner": runner}
     return Engines(
         npu=xgdn.Engine(directory, device="npu:0", **options),
         cpu=xgdn.Engine(directory, **options),
@@ -177,7 +177,7 @@ def test_after_an_error_of_the_task_queue_nobody_gets_a_wrong_token(tmp_path: Pa
 import ledger, xgdn
 
 engine = xgdn.Engine("{directory}", device="npu:0", dtype=torch.bfloat16, state_dtype=torch.bfloat16,
-                     serving=xgdn.ServingOptions(max_batch_size=2, max_tokens_per_step=64))
+                     runner=xgdn.RunnerOptions(max_batch_size=2, max_tokens_per_step=64))
 print(engine.device_error == "")
 request = xgdn.Request([1] * 150, max_new_tokens=12, ignore_eos=True)
 want = engine.generate([[1] * 150], max_new_tokens=12, ignore_eos=True)[0].tokens
@@ -220,7 +220,7 @@ import httpx, ledger, xgdn
 from live_server import live, post
 
 engine = xgdn.Engine("{directory}", device="npu:0", dtype=torch.bfloat16, state_dtype=torch.bfloat16,
-                     serving=xgdn.ServingOptions(max_batch_size=2, max_tokens_per_step=64))
+                     runner=xgdn.RunnerOptions(max_batch_size=2, max_tokens_per_step=64))
 body = {{"model": "tiny", "prompt": [1] * 150, "max_tokens": 4, "ignore_eos": True}}
 with live(engine) as url:
     print(post(url, body).status_code, httpx.get(f"{{url}}/health").status_code)

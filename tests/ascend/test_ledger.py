@@ -57,7 +57,7 @@ def make_engine(model: str, folder: Path) -> xgdn.Engine:
         dtype=torch.bfloat16,
         state_dtype=torch.bfloat16,
         device="npu:0",
-        serving=xgdn.ServingOptions(max_batch_size=64, max_cached_tokens=4096),
+        runner=xgdn.RunnerOptions(max_batch_size=64, max_cached_tokens=4096),
     )
     for batch in (1, 2, 4, 8):
         engine.generate([[1, 2, 3]] * batch, max_new_tokens=3, ignore_eos=True)

@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 TIMEOUT = 120.0  # seconds; of what hangs, not of what is slow
-SLOTS = 32  # ServingOptions' default
+SLOTS = 32  # RunnerOptions' default
 PROMPTS = [[5, 6, 7, 8, 9], [1], [100, 3, 100], list(range(70)), [42] * 130, [9, 8], [77, 0, 77, 0], [64]]
 
 

@@ -41,8 +41,8 @@ SLOTS, TOKENS, QUEUE, BODY_BYTES = 8, 1024, 56, 20_000
 
 def engine(model_dir: Path = CHECKPOINT, **options: Any) -> xgdn.Engine:
     torch.set_num_threads(1)
-    serving = xgdn.ServingOptions(max_batch_size=SLOTS, max_cached_tokens=TOKENS, max_tokens_per_step=64)
-    return xgdn.Engine(model_dir, dtype=torch.float32, serving=serving, **options)
+    runner = xgdn.RunnerOptions(max_batch_size=SLOTS, max_cached_tokens=TOKENS, max_tokens_per_step=64)
+    return xgdn.Engine(model_dir, dtype=torch.float32, runner=runner, **options)
 
 
 @cache

@@ -23,7 +23,7 @@ DENSE = CHECKPOINTS[0]
 WRAPPER = next(tiny for tiny in CHECKPOINTS if tiny.name == "qwen3_5-wrapper")
 MOE = next(tiny for tiny in CHECKPOINTS if tiny.name == "qwen3_5-moe")
 DOWN = "model.layers.0.mlp.down_proj.weight"
-OPTIONS = xgdn.engine.ServingOptions(max_batch_size=1, max_cached_tokens=64)
+OPTIONS = xgdn.engine.RunnerOptions(max_batch_size=1, max_cached_tokens=64)
 
 
 def configure(directory: Path, **changes: Any) -> None:
@@ -52,11 +52,11 @@ def add(directory: Path, names: Iterable[str], tensor: torch.Tensor | None = Non
 
 
 def load(directory: Path, dtype: torch.dtype | None = torch.float32) -> xgdn.Engine:
-    return xgdn.Engine(directory, dtype=dtype, serving=OPTIONS)
+    return xgdn.Engine(directory, dtype=dtype, runner=OPTIONS)
 
 
 def weight_bytes(directory: Path, dtype: torch.dtype | None = torch.float32) -> int:
-    return xgdn.engine.plan(directory, dtype=dtype, serving=OPTIONS).weight_bytes
+    return xgdn.engine.plan(directory, dtype=dtype, runner=OPTIONS).weight_bytes
 
 
 def assert_logits(engine: xgdn.Engine, model: nn.Module) -> None:
@@ -289,7 +289,7 @@ def test_convolutions_that_no_backend_has_are_refused_at_load(tmp_path: Path, wi
 
 def test_a_backend_that_cannot_serve_is_refused_at_load(dense: tuple[Path, nn.Module]) -> None:
     with pytest.raises(xgdn.errors.UnsupportedError, match="backend"):
-        xgdn.Engine(dense[0], prefill_backend="npu", serving=OPTIONS)
+        xgdn.Engine(dense[0], prefill_backend="npu", runner=OPTIONS)
 
 
 @pytest.mark.parametrize("changes", [{"pad_token_id": -1}, {"bos_token_id": 10**6}], ids=str)

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> xgdn.Engine:
-    return xgdn.Engine(checkpoint, serving=xgdn.ServingOptions(max_batch_size=4, max_cached_tokens=1024))
+    return xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_batch_size=4, max_cached_tokens=1024))
 
 
 def request(prompt: list[int], **options: object) -> xgdn.Request:
@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(engine: xgdn.Eng
 
 def test_preempted_requests_go_on_with_the_same_tokens(checkpoint: Path, engine: xgdn.Engine) -> None:
     want = [r.tokens for r in engine.generate(PROMPTS, max_new_tokens=40, ignore_eos=True)]
-    tight = xgdn.Engine(checkpoint, serving=xgdn.ServingOptions(max_batch_size=4, max_cached_tokens=256))
+    tight = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_batch_size=4, max_cached_tokens=256))
     for _ in range(2):
         before = tight.num_preemptions
         assert [r.tokens for r in tight.generate(PROMPTS, max_new_tokens=40, ignore_eos=True)] == want
@@ -134,7 +134,7 @@ def test_stop_tokens_end_a_request(engine: xgdn.Engine) -> None:
 
 
 def test_stream_reports_prefill_and_every_token(checkpoint: Path) -> None:
-    engine = xgdn.Engine(checkpoint, serving=xgdn.ServingOptions(max_tokens_per_step=64))
+    engine = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_tokens_per_step=64))
     events = list(engine.stream([request([9] * 130, max_new_tokens=3, ignore_eos=True)]))
     assert [e.num_prefilled for e in events] == [64, 128, 130, 130, 130]
     assert [len(e.tokens) for e in events] == [0, 0, 1, 1, 1]
@@ -148,10 +148,10 @@ def test_nan_in_one_request_never_reaches_another(checkpoint: Path, tmp_path: Pa
     weights = load_file(directory / "model.safetensors")
     weights["model.embed_tokens.weight"][100] = float("nan")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    clean = xgdn.Engine(directory, serving=xgdn.ServingOptions(max_batch_size=8))
+    clean = xgdn.Engine(directory, runner=xgdn.RunnerOptions(max_batch_size=8))
     want = [r.tokens for r in clean.generate(PROMPTS, max_new_tokens=10, ignore_eos=True)]
 
-    engine = xgdn.Engine(directory, serving=xgdn.ServingOptions(max_batch_size=3, max_cached_tokens=512))
+    engine = xgdn.Engine(directory, runner=xgdn.RunnerOptions(max_batch_size=3, max_cached_tokens=512))
     bad = [[7, 100, 8], [100] * 80]
     for _ in range(3):
         prompts = [bad[0], *PROMPTS[:2], bad[1], *PROMPTS[2:]]
@@ -434,7 +434,7 @@ def resident(key):
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
 before = resident("VmRSS")
-engine = xgdn.Engine(sys.argv[1], serving=xgdn.ServingOptions(max_batch_size=2, max_cached_tokens=256))
+engine = xgdn.Engine(sys.argv[1], runner=xgdn.RunnerOptions(max_batch_size=2, max_cached_tokens=256))
 engine.prompt_logits([1, 2, 3])  # touches every weight
 engine.generate([[1, 2, 3], [4]], max_new_tokens=2)
 print(resident("VmHWM") - before, *engine.memory_bytes.values())

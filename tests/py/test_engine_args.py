@@ -50,21 +50,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_defaults_are_those_of_the_core() -> None:
-    args, sizes, options = xgdn.EngineArgs(), _C.ServingOptions(), _C.EngineOptions()
+    args, sizes, options = xgdn.EngineArgs(), _C.RunnerOptions(), _C.EngineOptions()
     for name in NAMES:
         assert getattr(args, name) == getattr(sizes if name in SIZES else options, name), name
-    assert all(getattr(options.serving, name) == getattr(sizes, name) for name in SIZES)
+    assert all(getattr(options.runner, name) == getattr(sizes, name) for name in SIZES)
 
 
 def test_no_size_of_the_core_is_left_out() -> None:
-    sizes = {name for name in dir(_C.ServingOptions) if not name.startswith("_")}
+    sizes = {name for name in dir(_C.RunnerOptions) if not name.startswith("_")}
     assert sizes == {*SIZES, "poison_freed_slots"}
 
 
-def test_serving_options_carry_the_sizes() -> None:
+def test_runner_options_carry_the_sizes() -> None:
     args = replace(xgdn.EngineArgs(), **{name: OPTIONS[name][1] for name in SIZES})
-    serving = args.serving_options()
-    assert {name: getattr(serving, name) for name in SIZES} == {name: OPTIONS[name][1] for name in SIZES}
+    runner = args.runner_options()
+    assert {name: getattr(runner, name) for name in SIZES} == {name: OPTIONS[name][1] for name in SIZES}
 
 
 def test_the_engine_has_the_same_arguments_defaults_and_docs() -> None:
@@ -81,10 +81,10 @@ def test_from_args_passes_every_argument(monkeypatch: pytest.MonkeyPatch) -> Non
     given = {}
     monkeypatch.setattr(xgdn.Engine, "__init__", lambda self, model_dir, **args: given.update(args))
     xgdn.Engine.from_args("model", xgdn.EngineArgs(**{name: value for name, (_, value) in OPTIONS.items()}))
-    serving = given.pop("serving")
+    runner = given.pop("runner")
     assert given.pop("on_layer_loaded") is None
     assert given == {name: value for name, (_, value) in OPTIONS.items() if name not in SIZES}
-    assert {name: getattr(serving, name) for name in SIZES} == {name: OPTIONS[name][1] for name in SIZES}
+    assert {name: getattr(runner, name) for name in SIZES} == {name: OPTIONS[name][1] for name in SIZES}
 
 
 def test_from_args_loads_a_model(model: Path) -> None:

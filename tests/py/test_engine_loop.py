@@ -25,7 +25,7 @@ FOREVER = 3000  # tokens
 
 @pytest.fixture(scope="module")
 def engine() -> xgdn.Engine:
-    return xgdn.Engine(CHECKPOINT, serving=xgdn.ServingOptions(max_batch_size=4, max_cached_tokens=4096))
+    return xgdn.Engine(CHECKPOINT, runner=xgdn.RunnerOptions(max_batch_size=4, max_cached_tokens=4096))
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ def sampling(seed: int) -> xgdn.SamplingParams:
 
 
 def test_branches_are_requests_of_their_own(checkpoint: Path) -> None:
-    engine = xgdn.Engine(checkpoint, serving=xgdn.ServingOptions(max_batch_size=8, max_cached_tokens=2048))
+    engine = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_batch_size=8, max_cached_tokens=2048))
     results = engine.generate(PROMPTS, max_new_tokens=20, sampling=sampling(50), ignore_eos=True, n=3)
     assert [r.branch for r in results] == [0, 1, 2] * 3
     for i, result in enumerate(results):
@@ -39,7 +39,7 @@ def test_branches_are_requests_of_their_own(checkpoint: Path) -> None:
 
 
 def test_events_name_the_branch(checkpoint: Path) -> None:
-    engine = xgdn.Engine(checkpoint, serving=xgdn.ServingOptions(max_tokens_per_step=64))
+    engine = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_tokens_per_step=64))
     tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
     prefilled = []
     for event in engine.stream(
@@ -58,8 +58,8 @@ def test_events_name_the_branch(checkpoint: Path) -> None:
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 5])  # waiting, half of the prompt, forked, later
 @pytest.mark.parametrize("branch", [0, 1, 2])
 def test_cancel_of_a_branch_leaves_the_others_alone(checkpoint: Path, branch: int, num_steps: int) -> None:
-    options = xgdn.ServingOptions(max_batch_size=4, max_cached_tokens=2048, max_tokens_per_step=64)
-    engine = xgdn.Engine(checkpoint, serving=options)
+    options = xgdn.RunnerOptions(max_batch_size=4, max_cached_tokens=2048, max_tokens_per_step=64)
+    engine = xgdn.Engine(checkpoint, runner=options)
     want = engine.generate([PROMPTS[2]], max_new_tokens=8, sampling=sampling(50), ignore_eos=True, n=3)
     request = xgdn.Request(PROMPTS[2], max_new_tokens=8, sampling=sampling(50), ignore_eos=True, n=3)
     request_id = engine.submit(request)
@@ -81,6 +81,6 @@ def test_cancel_of_a_branch_leaves_the_others_alone(checkpoint: Path, branch: in
 
 
 def test_more_branches_than_slots_are_refused(checkpoint: Path) -> None:
-    engine = xgdn.Engine(checkpoint, serving=xgdn.ServingOptions(max_batch_size=2))
+    engine = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_batch_size=2))
     with pytest.raises(errors.RequestError, match=r"n: expected at most 2 branches.*got 3"):
         engine.submit(xgdn.Request([1], n=3))

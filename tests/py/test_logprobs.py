@@ -17,7 +17,7 @@ PROMPTS = [[5, 17, 3], list(range(70)), [9] * 130]
 def engine(tmp_path_factory: pytest.TempPathFactory) -> xgdn.Engine:
     return xgdn.Engine(
         make(CHECKPOINTS[0], tmp_path_factory.mktemp("logprobs"))[0],
-        serving=xgdn.ServingOptions(max_batch_size=2, max_cached_tokens=1024, max_tokens_per_step=64),
+        runner=xgdn.RunnerOptions(max_batch_size=2, max_cached_tokens=1024, max_tokens_per_step=64),
     )
 
 

@@ -37,7 +37,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def load(loaded: Loaded, **options: int) -> xgdn.Engine:
-    return xgdn.Engine(loaded.directory, dtype=torch.float32, serving=xgdn.ServingOptions(**options))
+    return xgdn.Engine(loaded.directory, dtype=torch.float32, runner=xgdn.RunnerOptions(**options))
 
 
 def reference_logits(model: nn.Module, tokens: list[int]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from checkpoints import CHECKPOINTS, Tiny, make, qwen3_next
 from xgdn import errors
 from xgdn.cli import app
 
-SERVING = xgdn.ServingOptions(max_batch_size=3, max_cached_tokens=100, max_tokens_per_step=128)
+RUNNER = xgdn.RunnerOptions(max_batch_size=3, max_cached_tokens=100, max_tokens_per_step=128)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,8 @@ def test_a_plan_is_what_the_engine_takes(
     tmp_path: Path, tiny: Tiny, dtype: torch.dtype | None, state_dtype: torch.dtype
 ) -> None:
     directory = make(tiny, tmp_path)[0]
-    plan = xgdn.Engine.plan(directory, dtype=dtype, state_dtype=state_dtype, serving=SERVING)
-    engine = xgdn.Engine(
-        directory, dtype=dtype, state_dtype=state_dtype, serving=SERVING, memory_limit=plan.total_bytes
-    )
+    plan = xgdn.Engine.plan(directory, dtype=dtype, state_dtype=state_dtype, runner=RUNNER)
+    engine = xgdn.Engine(directory, dtype=dtype, state_dtype=state_dtype, runner=RUNNER, memory_limit=plan.total_bytes)
     assert engine.memory_bytes == {
         "weights": plan.weight_bytes,
         "states": plan.state_bytes,
@@ -54,9 +52,9 @@ def test_weights_are_counted_as_the_checkpoint_stores_them(tmp_path: Path) -> No
 
 
 def test_a_limit_below_the_plan_is_refused_with_the_numbers(checkpoint: Path) -> None:
-    plan = xgdn.plan(checkpoint, serving=SERVING)
+    plan = xgdn.plan(checkpoint, runner=RUNNER)
     with pytest.raises(errors.OutOfMemory, match=f"at least {plan.total_bytes} bytes.*got 1000") as caught:
-        xgdn.Engine(checkpoint, serving=SERVING, memory_limit=1000)
+        xgdn.Engine(checkpoint, runner=RUNNER, memory_limit=1000)
     assert isinstance(caught.value, MemoryError)
 
 
@@ -84,7 +82,7 @@ def test_a_checkpoint_beyond_this_machine_is_planned_from_its_headers(tmp_path: 
 
 def test_the_command_prints_the_plan(checkpoint: Path) -> None:
     options = ["--max-batch-size", 3, "--max-cached-tokens", 100, "--max-tokens-per-step", 128]
-    plan = xgdn.plan(checkpoint, serving=SERVING)
+    plan = xgdn.plan(checkpoint, runner=RUNNER)
     result = run("plan", checkpoint, *options, "--memory-limit", "1GiB", "--length", 100, "--json")
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
@@ -101,9 +99,9 @@ def test_the_command_prints_the_plan(checkpoint: Path) -> None:
 def test_the_longest_sequence_is_that_of_the_model_or_of_the_cache(checkpoint: Path) -> None:
     positions = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
     for max_cached_tokens, longest in ((100, 112), (positions + 1000, positions)):
-        serving = xgdn.ServingOptions(max_cached_tokens=max_cached_tokens)
-        assert xgdn.plan(checkpoint, serving=serving).max_context == longest
-        assert xgdn.Engine(checkpoint, serving=serving).max_context == longest
+        runner = xgdn.RunnerOptions(max_cached_tokens=max_cached_tokens)
+        assert xgdn.plan(checkpoint, runner=runner).max_context == longest
+        assert xgdn.Engine(checkpoint, runner=runner).max_context == longest
         options = ["--max-cached-tokens", max_cached_tokens]
         assert f"a sequence may have {longest} tokens" in run("plan", checkpoint, *options).stdout
         assert json.loads(run("plan", checkpoint, *options, "--json").stdout)["max_context"] == longest

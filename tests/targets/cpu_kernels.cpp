@@ -512,14 +512,11 @@ void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, f
 }
 
 // A product; its two kernels take the same.
-using LinearKernel = std::function<void(const LinearRowsArgs&)>;
+using LinearKernel = std::function<void(const LinearCall&)>;
 
 LinearKernel packed_linear(const BFloat16Products* products) {
-  return [products](const LinearRowsArgs& call) {
-    LinearArgs args;
-    args.T = call.T, args.D = call.D, args.O = call.O;
-    args.x = call.x, args.weight = call.weight, args.weight_stride = call.weight_stride;
-    args.bias = call.bias, args.out = call.out, args.products = products;
+  return [products](const LinearCall& call) {
+    LinearArgs args = {call, products};
     const size_t lines = (packed_size(args) * sizeof(uint16_t) + sizeof(PackedLine) - 1) / sizeof(PackedLine);
     std::vector<PackedLine> packed(lines);
     args.packed = packed.data()->elements;
@@ -528,10 +525,9 @@ LinearKernel packed_linear(const BFloat16Products* products) {
   };
 }
 
-void linear_by_rows(const LinearRowsArgs& call) {
-  LinearRowsArgs args = call;
+void linear_by_rows(const LinearCall& call) {
   std::vector<float> widened(static_cast<size_t>(call.T * call.D), NAN);
-  args.widened = widened.data();
+  const LinearRowsArgs args = {call, widened.data()};
   widen_tokens(args, 0, call.T);
   linear_rows(args, 0, num_work_items(args));
 }
@@ -545,14 +541,14 @@ void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias
   Numbers weight = Numbers::random(DType::kBFloat16, O * (D + kGap));
   const Numbers bias = Numbers::random(DType::kBFloat16, O, 10.0f);
   Numbers out(out_dtype, T * width), one_by_one(out_dtype, T * width);
-  LinearRowsArgs args;
+  LinearCall args;
   args.T = T, args.D = D, args.O = O;
   args.x = x.in(D + kGap, 0), args.out = out.out(width, 1);
   args.weight = static_cast<const uint16_t*>(weight.data()), args.weight_stride = D + kGap;
   if (has_bias) args.bias = bias.in(0, 1);
   kernel(args);
   for (int64_t t = 0; t < T; ++t) {
-    LinearRowsArgs one = args;
+    LinearCall one = args;
     one.T = 1;
     one.x.data = args.x.at(t, 0);
     one.out = one_by_one.out(width, 1);

@@ -122,33 +122,28 @@ bool has_products(const LinearParams& p, const LinearShape& s) {
          p.x.stride(0) % 2 == 0 && p.out.stride(0) % 2 == 0;
 }
 
+cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
+  return {.T = s.T,
+          .D = s.D,
+          .O = s.O,
+          .x = in_rows(p.x),
+          .weight = static_cast<const uint16_t*>(p.weight.const_data_ptr()),
+          .weight_stride = p.weight.stride(0),
+          .bias = p.bias ? in_heads(*p.bias) : InRows(),
+          .out = out_columns(p.out)};
+}
+
 // Without instructions for bf16.
 void run_rows(const LinearParams& p, const LinearShape& s) {
   const at::Tensor widened = at::empty({s.T, s.D}, p.x.options().dtype(at::kFloat));
-  const cpu::LinearRowsArgs args = {.T = s.T,
-                                    .D = s.D,
-                                    .O = s.O,
-                                    .x = in_rows(p.x),
-                                    .weight = static_cast<const uint16_t*>(p.weight.const_data_ptr()),
-                                    .weight_stride = p.weight.stride(0),
-                                    .bias = p.bias ? in_heads(*p.bias) : InRows(),
-                                    .out = out_columns(p.out),
-                                    .widened = widened.mutable_data_ptr<float>()};
+  const cpu::LinearRowsArgs args = {linear_call(p, s), widened.mutable_data_ptr<float>()};
   parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
   parallel_ranges(cpu::num_work_items(args), std::max<int64_t>(s.T, 1) * s.D * cpu::kLinearRowsBlock,
                   [&](int64_t begin, int64_t end) { cpu::linear_rows(args, begin, end); });
 }
 
 void run_products(const LinearParams& p, const LinearShape& s) {
-  cpu::LinearArgs args = {.T = s.T,
-                          .D = s.D,
-                          .O = s.O,
-                          .x = in_rows(p.x),
-                          .weight = static_cast<const uint16_t*>(p.weight.const_data_ptr()),
-                          .weight_stride = p.weight.stride(0),
-                          .bias = p.bias ? in_heads(*p.bias) : InRows(),
-                          .out = out_columns(p.out),
-                          .products = cpu::bfloat16_products()};
+  cpu::LinearArgs args = {linear_call(p, s), cpu::bfloat16_products()};
   const at::Tensor packed = at::empty({cpu::packed_size(args)}, p.x.options());
   args.packed = static_cast<uint16_t*>(packed.mutable_data_ptr());
   parallel_ranges(cpu::num_panels(args), s.D * static_cast<int64_t>(cpu::kPanel),

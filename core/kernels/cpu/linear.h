@@ -15,7 +15,7 @@ inline constexpr int64_t kLinearWidthStep = 16;  // O is a multiple
 inline constexpr int64_t kLinearBlock = 32;      // outputs of a work item
 
 /// Letters as in core/kernels/ops.
-struct LinearArgs {
+struct LinearCall {
   int64_t T = 0;
   int64_t D = 0;
   int64_t O = 0;
@@ -24,6 +24,9 @@ struct LinearArgs {
   int64_t weight_stride = 0;         // elements from row to row
   InRows bias;                       // [O]     data may be null
   OutRows out;                       // [T, O]  f32, or bf16 with an even token stride; the head stride is 1
+};
+
+struct LinearArgs : LinearCall {
   const BFloat16Products* products = nullptr;
   uint16_t* packed = nullptr;  // of packed_size(args) elements, 64-byte aligned; pack_tokens fills it
 };

@@ -3,24 +3,14 @@
 // set.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
-#include "core/kernels/args.h"
+#include "core/kernels/cpu/linear.h"
 
 namespace xgdn::kernel::cpu {
 
-/// Letters as in core/kernels/ops. D is a multiple of kLinearDepthStep, O of kLinearWidthStep.
-struct LinearRowsArgs {
-  int64_t T = 0;
-  int64_t D = 0;
-  int64_t O = 0;
-  InRows x;                          // [T, D]  bf16
-  const uint16_t* weight = nullptr;  // [O, D]  bf16
-  int64_t weight_stride = 0;         // elements from row to row
-  InRows bias;                       // [O]     data may be null
-  OutRows out;                       // [T, O]  f32 | bf16; the head stride is 1
-  float* widened = nullptr;          // [T, D], 64-byte aligned; widen_tokens fills it
+struct LinearRowsArgs : LinearCall {
+  float* widened = nullptr;  // [T, D], 64-byte aligned; widen_tokens fills it
 };
 
 inline constexpr int64_t kLinearRowsBlock = 32;  // outputs of a work item

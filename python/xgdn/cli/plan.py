@@ -38,7 +38,7 @@ def plan(
     limit = engine_args.memory_limit
     with errors_in_one_line():
         planned = engine.plan(
-            model, dtype=engine_args.dtype, state_dtype=engine_args.state_dtype, serving=engine_args.serving_options()
+            model, dtype=engine_args.dtype, state_dtype=engine_args.state_dtype, runner=engine_args.runner_options()
         )
     fits = {} if limit is None else {str(n): planned.max_sequences(n, limit) for n in length or _LENGTHS}
     if as_json:

@@ -36,10 +36,10 @@ class EngineTest : public ::testing::Test {
 };
 
 TEST_F(EngineTest, LoadsWhatTheConstructorServes) {
-  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
   int64_t layers_loaded = 0;
   const std::unique_ptr<Engine> engine =
-      Engine::load(dir_.path(), {.serving = options, .on_layer_loaded = [&](int64_t loaded, int64_t total) {
+      Engine::load(dir_.path(), {.runner = options, .on_layer_loaded = [&](int64_t loaded, int64_t total) {
                                    EXPECT_EQ(loaded, ++layers_loaded);
                                    EXPECT_EQ(total, 3);
                                  }});
@@ -141,7 +141,7 @@ TEST_F(EngineTest, RefusesPromptsWithoutLogits) {
 
 TEST_F(EngineTest, ConvertsToTheAskedDtypes) {
   const std::unique_ptr<Engine> engine =
-      Engine::load(dir_.path(), {.serving = {.max_batch_size = 2, .max_cached_tokens = 256},
+      Engine::load(dir_.path(), {.runner = {.max_batch_size = 2, .max_cached_tokens = 256},
                                  .dtype = at::kBFloat16,
                                  .state_dtype = at::kBFloat16});
   EXPECT_EQ(engine->state_bytes(), 2 * 2 * (3 * 64 + 2 * 16 * 16) * 2);
@@ -158,7 +158,7 @@ TEST_F(EngineTest, RefusesBadOptionsBeforeItLoads) {
   expect_error<UnsupportedError>(load({.dtype = at::kDouble, .on_layer_loaded = never}), {"[Engine] dtype", "Double"});
   expect_error<UnsupportedError>(load({.state_dtype = at::kHalf, .on_layer_loaded = never}),
                                  {"[Engine] state_dtype", "Half"});
-  expect_error<RequestError>(load({.serving = {.max_batch_size = -1}, .on_layer_loaded = never}),
+  expect_error<RequestError>(load({.runner = {.max_batch_size = -1}, .on_layer_loaded = never}),
                              {"max_batch_size", "-1"});
   expect_error<CheckpointError>([&] { Engine::load(dir_.path() / "nothing"); }, {"nothing"});
 }
@@ -166,7 +166,7 @@ TEST_F(EngineTest, RefusesBadOptionsBeforeItLoads) {
 TEST_F(EngineTest, PlansWhatItAllocates) {
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     const EngineOptions options{
-        .serving = {.max_batch_size = 3, .max_cached_tokens = 50}, .dtype = dtype, .state_dtype = dtype};
+        .runner = {.max_batch_size = 3, .max_cached_tokens = 50}, .dtype = dtype, .state_dtype = dtype};
     int64_t weight_bytes = 0;
     for (const auto& [name, tensor] : weights_) {
       const bool is_wide =
@@ -221,10 +221,10 @@ TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
   for (int32_t i = 0; i < 7; ++i) requests.push_back({.prompt = std::vector<int32_t>(300, i), .max_new_tokens = 4});
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     for (const int64_t max_tokens : {64, 256, 2048}) {
-      const EngineOptions options{.serving = {.max_batch_size = 7,
-                                              .max_cached_tokens = 2200,
-                                              .max_tokens_per_step = max_tokens,
-                                              .decode_buckets = {64}},
+      const EngineOptions options{.runner = {.max_batch_size = 7,
+                                             .max_cached_tokens = 2200,
+                                             .max_tokens_per_step = max_tokens,
+                                             .decode_buckets = {64}},
                                   .dtype = dtype};
       const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
       const auto peak = std::make_shared<AllocationPeak>();
@@ -240,7 +240,7 @@ TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
 }
 
 TEST_F(EngineTest, RefusesToExceedItsMemoryLimit) {
-  EngineOptions options{.serving = {.max_batch_size = 3, .max_cached_tokens = 50}};
+  EngineOptions options{.runner = {.max_batch_size = 3, .max_cached_tokens = 50}};
   const Plan plan = Engine::plan(dir_.path(), options);
   options.memory_limit = plan.total_bytes();
   EXPECT_NE(Engine::load(dir_.path(), options), nullptr);
@@ -257,9 +257,9 @@ TEST_F(EngineTest, RefusesToExceedItsMemoryLimit) {
 TEST_F(EngineTest, PlansHowManySequencesFit) {
   constexpr int64_t kStepTokens = 2048;  // above the number of sequences
   const auto plan_for = [&](int64_t num_sequences) {
-    return Engine::plan(dir_.path(), {.serving = {.max_batch_size = num_sequences,
-                                                  .max_cached_tokens = num_sequences * 160,
-                                                  .max_tokens_per_step = kStepTokens}});
+    return Engine::plan(dir_.path(), {.runner = {.max_batch_size = num_sequences,
+                                                 .max_cached_tokens = num_sequences * 160,
+                                                 .max_tokens_per_step = kStepTokens}});
   };
   // Whose contexts have 160 tokens, although its cache would hold a longer one.
   const auto bytes_with = [&](int64_t num_sequences) {

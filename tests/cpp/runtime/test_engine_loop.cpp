@@ -24,7 +24,7 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr ServingOptions kSizes{.max_batch_size = 4, .max_cached_tokens = 1024, .poison_freed_slots = true};
+constexpr RunnerOptions kSizes{.max_batch_size = 4, .max_cached_tokens = 1024, .poison_freed_slots = true};
 constexpr int64_t kForever = 900;  // tokens; more than any test waits for
 
 /// What came for a request. Filled on the loop's thread, read by others after wait().
@@ -79,7 +79,7 @@ class EngineLoopTest : public ::testing::Test {
     const TemporaryDirectory dir;
     const ModelConfig config = tiny_config();
     write_checkpoint(dir, config, tiny_weights(config));
-    engine_ = Engine::load(dir.path(), {.serving = kSizes});
+    engine_ = Engine::load(dir.path(), {.runner = kSizes});
   }
   static void TearDownTestSuite() { engine_.reset(); }
 

@@ -43,7 +43,7 @@ std::vector<Request> twelve_requests() {
   return requests;
 }
 
-void expect_all_free(const Engine& engine, const ServingOptions& options) {
+void expect_all_free(const Engine& engine, const RunnerOptions& options) {
   EXPECT_TRUE(engine.is_idle());
   EXPECT_EQ(engine.num_free_slots(), options.max_batch_size);
   EXPECT_EQ(engine.num_free_kv_blocks(),
@@ -112,7 +112,7 @@ TEST_F(EngineRequests, GreedyTokensDependOnTheRequestAlone) {
     want.push_back(alone(request));
     ASSERT_EQ(static_cast<int64_t>(want.back().size()), request.max_new_tokens);
   }
-  const ServingOptions all_options[] = {
+  const RunnerOptions all_options[] = {
       {.max_batch_size = 12, .max_cached_tokens = 4096, .max_tokens_per_step = 2048},
       {.max_batch_size = 12, .max_cached_tokens = 4096, .max_tokens_per_step = 64},
       {.max_batch_size = 3, .max_cached_tokens = 4096, .kv_block_size = 7, .max_tokens_per_step = 200},
@@ -122,7 +122,7 @@ TEST_F(EngineRequests, GreedyTokensDependOnTheRequestAlone) {
   std::vector<size_t> order(requests.size());
   std::iota(order.begin(), order.end(), 0u);
   std::mt19937_64 generator(5);
-  for (const ServingOptions& options : all_options) {
+  for (const RunnerOptions& options : all_options) {
     Engine engine(model(), options);
     std::vector<Request> ordered;
     for (size_t i : order) ordered.push_back(requests[i]);
@@ -150,10 +150,10 @@ TEST_F(EngineRequests, PreemptedRequestsGoOnWithTheSameTokens) {
     want.push_back(alone(requests.back()));
   }
   for (const int64_t max_cached_tokens : {144, 208, 320}) {
-    const ServingOptions options{.max_batch_size = 6,
-                                 .max_cached_tokens = max_cached_tokens,
-                                 .max_tokens_per_step = 64,
-                                 .poison_freed_slots = true};
+    const RunnerOptions options{.max_batch_size = 6,
+                                .max_cached_tokens = max_cached_tokens,
+                                .max_tokens_per_step = 64,
+                                .poison_freed_slots = true};
     Engine engine(model(), options);
     const std::vector<GenerationResult> results = engine.generate(requests);
     EXPECT_GE(engine.num_preemptions(), 1) << max_cached_tokens;
@@ -175,8 +175,7 @@ TEST_F(EngineRequests, EveryDecodeAndTheOldestPromptMoveInEveryStep) {
   };
   for (const int64_t max_tokens : {64, 100, 200}) {
     SCOPED_TRACE(::testing::Message() << max_tokens << " tokens a step");
-    const ServingOptions options{
-        .max_batch_size = 30, .max_cached_tokens = 30 * 400, .max_tokens_per_step = max_tokens};
+    const RunnerOptions options{.max_batch_size = 30, .max_cached_tokens = 30 * 400, .max_tokens_per_step = max_tokens};
     Engine engine(model(), options);
     std::mt19937_64 generator(static_cast<uint64_t>(max_tokens));
     std::map<RequestId, Progress> alive;
@@ -282,7 +281,7 @@ TEST_F(EngineRequests, StopTokensEndARequest) {
 }
 
 TEST_F(EngineRequests, CancelsWaitingRunningAndFreshRequests) {
-  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
   const Request request{.prompt = random_prompt(9, 30), .max_new_tokens = 8};
   const Request survivor{.prompt = random_prompt(10, 30), .max_new_tokens = 8};
   Engine engine(model(), options);
@@ -339,10 +338,10 @@ TEST_F(NaNToken, EndsItsRequestAndLeavesTheOthersAlone) {
   requests[2].prompt[1] = kNaNToken;
   requests[8].prompt[10] = kNaNToken;    // in the first of two pieces
   requests[11].prompt[299] = kNaNToken;  // the last token
-  for (const ServingOptions& options :
-       {ServingOptions{.max_batch_size = 12, .max_cached_tokens = 4096},
-        ServingOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64},
-        ServingOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .poison_freed_slots = true}}) {
+  for (const RunnerOptions& options :
+       {RunnerOptions{.max_batch_size = 12, .max_cached_tokens = 4096},
+        RunnerOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64},
+        RunnerOptions{.max_batch_size = 3, .max_cached_tokens = 1024, .poison_freed_slots = true}}) {
     Engine sound(benign_, options);
     Engine engine(model(), options);
     const std::vector<GenerationResult> want = sound.generate(requests);
@@ -364,7 +363,7 @@ TEST_F(NaNToken, EndsItsRequestAndLeavesTheOthersAlone) {
 }
 
 TEST_F(NaNToken, GenerateThrowsAndCancelsTheOthers) {
-  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 1024};
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024};
   Engine engine(model(), options);
   const Request other{.prompt = {1, 2, 3}, .max_new_tokens = 900};
   const Request bad{.prompt = {1, kNaNToken}, .max_new_tokens = 4};
@@ -375,7 +374,7 @@ TEST_F(NaNToken, GenerateThrowsAndCancelsTheOthers) {
 }
 
 TEST_F(NaNToken, DrawnInTheMiddleOfARequestEndsIt) {
-  const ServingOptions options{.max_batch_size = 8, .max_cached_tokens = 4096};
+  const RunnerOptions options{.max_batch_size = 8, .max_cached_tokens = 4096};
   std::vector<Request> requests;
   for (uint64_t seed = 0; seed < 8; ++seed) {
     requests.push_back({.prompt = random_prompt(seed, 20),
@@ -402,7 +401,7 @@ TEST_F(NaNToken, DrawnInTheMiddleOfARequestEndsIt) {
 
 TEST_F(EngineRequests, AFailingStepFailsTheRequestsThatWereInIt) {
   // A weight that changes its shape under the model makes forward throw.
-  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 256};
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 256};
   const at::Tensor norm = weights_.at("model.norm.weight");
   const at::Tensor sound = norm.clone();
   Engine engine(model(), options);
@@ -436,7 +435,7 @@ TEST_F(EngineRequests, EndsWithRequestsThatRun) {
   std::optional<Engine> engine;
   {
     const c10::InferenceMode inference;
-    engine.emplace(model(), ServingOptions{.max_batch_size = 4, .max_cached_tokens = 256, .poison_freed_slots = true});
+    engine.emplace(model(), RunnerOptions{.max_batch_size = 4, .max_cached_tokens = 256, .poison_freed_slots = true});
   }
   engine->submit({.prompt = random_prompt(70, 70), .max_new_tokens = 20, .n = 3});
   for (int i = 0; i < 4; ++i) engine->step();
@@ -445,7 +444,7 @@ TEST_F(EngineRequests, EndsWithRequestsThatRun) {
 }
 
 TEST_F(EngineRequests, SubmitsAndCancelsFromOtherThreads) {
-  const ServingOptions options{.max_batch_size = 4, .max_cached_tokens = 512, .max_tokens_per_step = 64};
+  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 512, .max_tokens_per_step = 64};
   Engine engine(model(), options);
   const std::vector<Request> requests = twelve_requests();
   constexpr int kThreads = 3;
@@ -479,7 +478,7 @@ TEST_F(EngineRequests, SubmitsAndCancelsFromOtherThreads) {
 }
 
 TEST_F(EngineRequests, ThreadsShareTheSteps) {
-  const ServingOptions options{.max_batch_size = 4, .max_cached_tokens = 2048, .max_tokens_per_step = 64};
+  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 2048, .max_tokens_per_step = 64};
   Engine engine(model(), options);
   const std::vector<Request> requests = twelve_requests();
   std::vector<std::vector<int32_t>> want;
@@ -513,7 +512,7 @@ TEST_F(EngineRequests, ThreadsShareTheSteps) {
 }
 
 TEST_F(EngineRequests, WhatIsThrownBetweenStepsEndsTheCall) {
-  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 1024};
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 1024};
   Engine engine(model(), options);
   const Request request{.prompt = {1, 2, 3}, .max_new_tokens = 900};
   int num_steps = 0;
@@ -527,7 +526,7 @@ TEST_F(EngineRequests, WhatIsThrownBetweenStepsEndsTheCall) {
 }
 
 TEST_F(EngineRequests, RefusesWhatCanNeverBeServed) {
-  const ServingOptions options{.max_batch_size = 2, .max_cached_tokens = 64, .kv_block_size = 16};
+  const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 64, .kv_block_size = 16};
   Engine engine(model(), options);
   const Request good{.prompt = {1, 2, 3}, .max_new_tokens = 4};
   const auto with = [&](const std::function<void(Request&)>& change) {
@@ -578,7 +577,7 @@ TEST_F(EngineRequests, RefusesMoreTokensThanTheModelHasPositions) {
 }
 
 TEST_F(EngineRequests, RefusesImpossibleSizes) {
-  const auto refused = [&](const ServingOptions& options, std::string_view name) {
+  const auto refused = [&](const RunnerOptions& options, std::string_view name) {
     expect_error<RequestError>([&] { Engine(model(), options); }, {name, "expected at least"});
   };
   for (int64_t size : {0, -3}) {
@@ -587,7 +586,7 @@ TEST_F(EngineRequests, RefusesImpossibleSizes) {
     refused({.kv_block_size = size}, "kv_block_size");
   }
   refused({.max_tokens_per_step = 63}, "max_tokens_per_step");
-  const auto too_large = [&](const ServingOptions& options, std::string_view name) {
+  const auto too_large = [&](const RunnerOptions& options, std::string_view name) {
     expect_error<RequestError>([&] { Engine(model(), options); }, {name, "expected at most"});
   };
   for (int64_t size : {int64_t{1} << 31, std::numeric_limits<int64_t>::max()}) {  // more than an int32 index can name
@@ -599,7 +598,7 @@ TEST_F(EngineRequests, RefusesImpossibleSizes) {
 }
 
 TEST_F(EngineRequests, CountsItsBytesExactly) {
-  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 50, .kv_block_size = 16};
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 50, .kv_block_size = 16};
   Engine engine(model(), options);
   const int64_t slot = 2 * (3 * (2 * 16 + 32) * 4 + 2 * 16 * 16 * 4);  // two layers of conv and delta state
   EXPECT_EQ(state_slot_bytes(*model()), slot);

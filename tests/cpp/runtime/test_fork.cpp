@@ -27,14 +27,14 @@ std::vector<int32_t> random_prompt(uint64_t seed, int64_t size) {
 
 constexpr int kMostSteps = 300;      // more than any request here takes
 constexpr int64_t kStepTokens = 64;  // the pieces of a prompt decide the bits of its attention
-const ServingOptions kAlone{.max_batch_size = 1, .max_cached_tokens = 1024, .max_tokens_per_step = kStepTokens};
+const RunnerOptions kAlone{.max_batch_size = 1, .max_cached_tokens = 1024, .max_tokens_per_step = kStepTokens};
 
 class ForkTest : public ::testing::Test {
  protected:
   ForkTest() : config_(tiny_config()), model_(tiny_model(config_, tiny_weights(config_))) {}
 
   /// The same request with the seed of one branch, with an engine of its own.
-  GenerationResult alone(Request request, int64_t branch, const ServingOptions& options = kAlone) const {
+  GenerationResult alone(Request request, int64_t branch, const RunnerOptions& options = kAlone) const {
     request.n = 1;
     request.sampling.seed += static_cast<uint64_t>(branch);
     Engine engine(model_, options);
@@ -70,7 +70,7 @@ class ForkTest : public ::testing::Test {
     }
   }
 
-  static void expect_all_free(const Engine& engine, const ServingOptions& options) {
+  static void expect_all_free(const Engine& engine, const RunnerOptions& options) {
     EXPECT_TRUE(engine.is_idle());
     EXPECT_EQ(engine.num_free_slots(), options.max_batch_size);
     EXPECT_EQ(engine.num_free_kv_blocks(),
@@ -88,9 +88,9 @@ TEST_F(ForkTest, EveryBranchIsARequestOfItsOwn) {
                             .max_new_tokens = 24,
                             .sampling = {.temperature = temperature, .seed = 7, .logprobs = 0},
                             .n = 4};
-      for (const ServingOptions& options :
-           {ServingOptions{.max_batch_size = 4, .max_cached_tokens = 640, .poison_freed_slots = true},
-            ServingOptions{
+      for (const RunnerOptions& options :
+           {RunnerOptions{.max_batch_size = 4, .max_cached_tokens = 640, .poison_freed_slots = true},
+            RunnerOptions{
                 .max_batch_size = 9, .max_cached_tokens = 2048, .kv_block_size = 7, .max_tokens_per_step = 64}}) {
         Engine engine(model_, options);
         const Request other{.prompt = random_prompt(99, 40), .max_new_tokens = 12};
@@ -129,7 +129,7 @@ TEST_F(ForkTest, ABranchThatRunsAloneHasTheBitsOfASingleRun) {
 }
 
 TEST_F(ForkTest, BranchesShareThePromptsBlocks) {
-  const ServingOptions options{.max_batch_size = 4, .max_cached_tokens = 1600};
+  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 1600};
   Engine engine(model_, options);
   engine.submit({.prompt = random_prompt(1, 1000), .max_new_tokens = 20, .n = 4});
   engine.step();
@@ -140,7 +140,7 @@ TEST_F(ForkTest, BranchesShareThePromptsBlocks) {
 }
 
 TEST_F(ForkTest, BranchesEndOneByOne) {
-  const ServingOptions options{.max_batch_size = 6, .max_cached_tokens = 1024, .poison_freed_slots = true};
+  const RunnerOptions options{.max_batch_size = 6, .max_cached_tokens = 1024, .poison_freed_slots = true};
   Request request{.prompt = random_prompt(4, 50),
                   .max_new_tokens = 30,
                   .sampling = {.temperature = 1.5, .seed = 40, .logprobs = 0},
@@ -156,7 +156,7 @@ TEST_F(ForkTest, BranchesEndOneByOne) {
 }
 
 TEST_F(ForkTest, CancelEndsEveryBranch) {
-  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
   const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .n = 3};
   for (const int num_steps : {0, 1, 2, 3, 5}) {  // waiting, half of the prompt, forked, after the first step, later
     Engine engine(model_, options);
@@ -173,7 +173,7 @@ TEST_F(ForkTest, CancelEndsEveryBranch) {
 }
 
 TEST_F(ForkTest, CancelOfABranchLeavesTheOthersAlone) {
-  const ServingOptions options{
+  const RunnerOptions options{
       .max_batch_size = 4, .max_cached_tokens = 1024, .max_tokens_per_step = 64, .poison_freed_slots = true};
   const Request request{.prompt = random_prompt(4, 100),
                         .max_new_tokens = 10,
@@ -208,7 +208,7 @@ TEST_F(ForkTest, CancelOfABranchLeavesTheOthersAlone) {
 }
 
 TEST_F(ForkTest, TheBranchThatTakesOverThePromptHasTheBitsOfASingleRun) {
-  const ServingOptions options{
+  const RunnerOptions options{
       .max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64, .poison_freed_slots = true};
   const Request request{
       .prompt = random_prompt(4, 180), .max_new_tokens = 12, .sampling = {.temperature = 1.0, .logprobs = 0}, .n = 3};
@@ -233,7 +233,7 @@ TEST_F(ForkTest, TheBranchThatTakesOverThePromptHasTheBitsOfASingleRun) {
 }
 
 TEST_F(ForkTest, EveryBranchCanBeCancelledByItself) {
-  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
   const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .n = 3};
   for (const int num_steps : {0, 1, 2, 3}) {
     Engine engine(model_, options);
@@ -265,7 +265,7 @@ TEST_F(ForkTest, AWaitingRequestNeedsNoSlotForACancelledBranch) {
 TEST_F(ForkTest, AFailureAfterTheTakeoverEndsEveryBranchThatIsLeft) {
   Weights weights = tiny_weights(config_);
   const at::Tensor norm = weights.at("model.norm.weight");
-  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 512, .max_tokens_per_step = 64};
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 512, .max_tokens_per_step = 64};
   Engine engine(tiny_model(config_, weights), options);
   const RequestId id = engine.submit({.prompt = random_prompt(4, 150), .max_new_tokens = 10, .n = 3});
   engine.step();
@@ -282,7 +282,7 @@ TEST_F(ForkTest, AFailureAfterTheTakeoverEndsEveryBranchThatIsLeft) {
 TEST_F(ForkTest, AFailureBeforeTheForkEndsEveryBranch) {
   Weights weights = tiny_weights(config_);
   const at::Tensor norm = weights.at("model.norm.weight");
-  const ServingOptions options{.max_batch_size = 3, .max_cached_tokens = 512};
+  const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 512};
   Engine engine(tiny_model(config_, weights), options);
   engine.submit({.prompt = random_prompt(4, 20), .max_new_tokens = 10, .n = 3});
   norm.resize_({3});
@@ -314,11 +314,11 @@ TEST_F(ForkTest, BranchesThatRunOneAfterTheOtherHaveTheBitsOfSingleRuns) {
                           .max_new_tokens = capacity - prompt,
                           .sampling = {.temperature = 1.0, .seed = 3, .logprobs = 0},
                           .n = 4};
-    const ServingOptions options{.max_batch_size = 4,
-                                 .max_cached_tokens = capacity,
-                                 .kv_block_size = block,
-                                 .max_tokens_per_step = kStepTokens,
-                                 .poison_freed_slots = true};
+    const RunnerOptions options{.max_batch_size = 4,
+                                .max_cached_tokens = capacity,
+                                .kv_block_size = block,
+                                .max_tokens_per_step = kStepTokens,
+                                .poison_freed_slots = true};
     Engine engine(model_, options);
     for (const GenerationResult& result : engine.generate({request})) {
       expect_like_alone(result, request, /*tolerance=*/0.0);
@@ -336,10 +336,10 @@ TEST_F(ForkTest, PreemptedBranchesGoOnWithTheSameTokens) {
     const Request older{.prompt = random_prompt(5, 30), .max_new_tokens = 60};
     const Request younger{.prompt = random_prompt(6, 20), .max_new_tokens = 20};
     for (const int64_t extra : {16, 64}) {  // tokens beyond what the first branch needs alone
-      const ServingOptions options{.max_batch_size = 6,
-                                   .max_cached_tokens = std::max<int64_t>(96, prompt + 50 + extra),
-                                   .max_tokens_per_step = 64,
-                                   .poison_freed_slots = true};
+      const RunnerOptions options{.max_batch_size = 6,
+                                  .max_cached_tokens = std::max<int64_t>(96, prompt + 50 + extra),
+                                  .max_tokens_per_step = 64,
+                                  .poison_freed_slots = true};
       Engine engine(model_, options);
       const std::vector<GenerationResult> results = engine.generate({older, request, younger});
       EXPECT_GE(engine.num_preemptions(), 3) << "prompt " << prompt << " extra " << extra;
@@ -352,7 +352,7 @@ TEST_F(ForkTest, PreemptedBranchesGoOnWithTheSameTokens) {
 }
 
 TEST_F(ForkTest, CancellingPreemptedBranchesLeavesTheOthersAlone) {
-  const ServingOptions options{
+  const RunnerOptions options{
       .max_batch_size = 5, .max_cached_tokens = 160, .max_tokens_per_step = 64, .poison_freed_slots = true};
   const Request older{.prompt = random_prompt(1, 60), .max_new_tokens = 80};
   const Request forked{.prompt = random_prompt(2, 40), .max_new_tokens = 60, .n = 3};
@@ -382,11 +382,11 @@ TEST_F(ForkTest, RandomRequestsInSmallPoolsHaveTheTokensOfSingleRuns) {
     const auto draw = [&](int64_t least, int64_t most) {
       return least + static_cast<int64_t>(generator() % static_cast<uint64_t>(most - least + 1));
     };
-    const ServingOptions options{.max_batch_size = draw(4, 6),
-                                 .max_cached_tokens = draw(190, 260),
-                                 .kv_block_size = draw(5, 33),
-                                 .max_tokens_per_step = draw(64, 130),
-                                 .poison_freed_slots = true};
+    const RunnerOptions options{.max_batch_size = draw(4, 6),
+                                .max_cached_tokens = draw(190, 260),
+                                .kv_block_size = draw(5, 33),
+                                .max_tokens_per_step = draw(64, 130),
+                                .poison_freed_slots = true};
     Engine engine(model_, options);
     std::map<RequestId, Request> requests;
     std::map<Branch, GenerationResult> results;

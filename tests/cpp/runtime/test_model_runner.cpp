@@ -75,7 +75,7 @@ class Device {
   const ModelRunner& runner() const { return runner_; }
 
  private:
-  ServingOptions options_;
+  RunnerOptions options_;
   StatePool states_;
   KvCache kv_;
   ModelRunner runner_;

@@ -14,7 +14,7 @@
 namespace xgdn {
 
 /// Sizes of the pools and of a step.
-struct ServingOptions {
+struct RunnerOptions {
   int64_t max_batch_size = 32;        // state slots: sequences that run at once
   int64_t max_cached_tokens = 16384;  // KV cache, over all sequences, rounded up to blocks
   int64_t kv_block_size = 16;         // tokens
@@ -33,16 +33,16 @@ int64_t state_slot_bytes(const HybridDecoder& model);
 KvCacheSpec kv_spec(const HybridDecoder& model, int64_t kv_block_size);
 
 /// Blocks of the KV cache; 0 without full attention.
-int64_t num_kv_blocks(const HybridDecoder& model, const ServingOptions& options);
+int64_t num_kv_blocks(const HybridDecoder& model, const RunnerOptions& options);
 
 /// Tokens of the longest sequence, prompt and reply: what the model has positions and the KV cache has room for. 0:
 /// any.
-int64_t max_context(const HybridDecoder& model, const ServingOptions& options);
+int64_t max_context(const HybridDecoder& model, const RunnerOptions& options);
 
 /// Tokens of the largest step: its budget, or a decode of every slot and one chunk of a prompt.
 int64_t max_step_tokens(int64_t max_tokens_per_step, int64_t max_batch_size);
 
 /// What the steps of an engine are checked against.
-BatchLimits batch_limits(const HybridDecoder& model, const ServingOptions& options);
+BatchLimits batch_limits(const HybridDecoder& model, const RunnerOptions& options);
 
 }  // namespace xgdn

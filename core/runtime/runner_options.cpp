@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/runtime/serving_options.h"
+#include "core/runtime/runner_options.h"
 
 #include <c10/util/StringUtil.h>
 
@@ -7,10 +7,10 @@
 
 namespace xgdn {
 
-void ServingOptions::check() const {
+void RunnerOptions::check() const {
   const auto check_size = [](const char* name, int64_t most, int64_t got) {
-    if (got < 1) throw RequestError(c10::str("[ServingOptions] ", name, ": expected at least 1, got ", got));
-    if (got > most) throw RequestError(c10::str("[ServingOptions] ", name, ": expected at most ", most, ", got ", got));
+    if (got < 1) throw RequestError(c10::str("[RunnerOptions] ", name, ": expected at least 1, got ", got));
+    if (got > most) throw RequestError(c10::str("[RunnerOptions] ", name, ": expected at most ", most, ", got ", got));
   };
   check_size("max_batch_size", kernel::kMaxIndex, max_batch_size);
   check_size("kv_block_size", kernel::kMaxIndex, kv_block_size);
@@ -32,13 +32,13 @@ KvCacheSpec kv_spec(const HybridDecoder& model, int64_t kv_block_size) {
           .dtype = model.dtype()};
 }
 
-int64_t num_kv_blocks(const HybridDecoder& model, const ServingOptions& options) {
+int64_t num_kv_blocks(const HybridDecoder& model, const RunnerOptions& options) {
   options.check();
   if (model.num_attention_layers() == 0) return 0;
   return (options.max_cached_tokens + options.kv_block_size - 1) / options.kv_block_size;
 }
 
-int64_t max_context(const HybridDecoder& model, const ServingOptions& options) {
+int64_t max_context(const HybridDecoder& model, const RunnerOptions& options) {
   const int64_t num_positions = model.config().max_position_embeddings;
   const int64_t capacity = num_kv_blocks(model, options) * options.kv_block_size;
   if (model.num_attention_layers() == 0) return num_positions;
@@ -49,7 +49,7 @@ int64_t max_step_tokens(int64_t max_tokens_per_step, int64_t max_batch_size) {
   return std::max(max_tokens_per_step, max_batch_size + kernel::kChunkSize);
 }
 
-BatchLimits batch_limits(const HybridDecoder& model, const ServingOptions& options) {
+BatchLimits batch_limits(const HybridDecoder& model, const RunnerOptions& options) {
   const int64_t context = max_context(model, options);
   return {.num_slots = options.max_batch_size,
           .num_kv_blocks = num_kv_blocks(model, options),
