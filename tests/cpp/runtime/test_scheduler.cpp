@@ -67,7 +67,7 @@ class SchedulerTest : public ::testing::Test {
 
 // A cache on the meta device cannot be read: what is saved throws, in a destructor.
 TEST(Scheduler, EndsWithoutReadingTheCache) {
-  StatePool states({{{StateKind::kDelta, {1, 1, 1}, at::kFloat}}}, /*num_slots=*/2, c10::kMeta);
+  StatePool states({{{StateKind::kDelta, {1, 1, 1}, at::kFloat}}}, /*num_slots=*/2, c10::kCPU);
   KvCache kv({.num_layers = 1, .num_kv_heads = 1, .head_dim = 1, .block_size = 16}, /*num_blocks=*/5, c10::kMeta);
   {
     Scheduler scheduler({}, states, kv);
