@@ -275,3 +275,9 @@ def test_version() -> None:
 def test_transformers_is_not_imported() -> None:
     program = "import sys, xgdn, xgdn.cli; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_package_is_the_program() -> None:
+    command = [sys.executable, "-m", "xgdn", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **NO_COLOR})
+    assert json.loads(done.stdout)

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <set>
 #include <vector>
 
@@ -98,6 +99,11 @@ TEST(KvCache, ImpossibleSizesAreRefused) {
   KvCacheSpec spec = kSpec;
   spec.block_size = 0;
   expect_error<RequestError>([&] { KvCache(spec, 1, c10::kCPU); }, {"[KvCache] block_size", "got 0"});
+  // An index of a block is int32, and so is that of a row.
+  expect_error<RequestError>([] { KvCache(kSpec, std::numeric_limits<int64_t>::max(), c10::kCPU); },
+                             {"[KvCache] num_blocks", "at most 2147483647", "got 9223372036854775807"});
+  spec.block_size = int64_t{1} << 31;
+  expect_error<RequestError>([&] { KvCache(spec, 1, c10::kMeta); }, {"[KvCache] num_blocks", "at most 0 blocks"});
   KvCache cache(kSpec, 2, c10::kCPU);
   expect_error<RequestError>([&] { cache.allocate(-1); }, {"[KvCache] count", "-1"});
   EXPECT_EQ(cache.num_free(), 2);

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <limits>
 #include <set>
 #include <tuple>
 #include <vector>
@@ -164,8 +165,11 @@ TEST(StatePool, CountsItsBytesExactly) {
   EXPECT_EQ(pool.bytes(), 7 * StatePool::slot_bytes(two_layers()));
 }
 
-TEST(StatePool, ANegativeNumberOfSlotsIsRefused) {
+TEST(StatePool, ImpossibleNumbersOfSlotsAreRefused) {
   expect_error<RequestError>([] { StatePool(two_layers(), -1, c10::kCPU); }, {"num_slots", "-1"});
+  // An index is int32.
+  expect_error<RequestError>([] { StatePool({}, std::numeric_limits<int64_t>::max(), c10::kCPU); },
+                             {"[StatePool] num_slots", "at most 2147483647", "got 9223372036854775807"});
 }
 
 class Poison : public ::testing::TestWithParam<std::tuple<bool, SlotGroup>> {};
