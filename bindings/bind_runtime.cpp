@@ -112,9 +112,7 @@ void bind_batch(nb::module_& m) {
           "has_attention"_a = false, "max_tokens"_a = BatchLimits().max_tokens, "max_context"_a = nb::none(),
           "decode_buckets"_a = BatchLimits().decode_buckets, "device"_a = "cpu",
           "max_tokens: of a step; one that has more moves the buffers. max_context: tokens of a sequence; None: what "
-          "all blocks hold. decode_buckets: ascending sizes, to the next of "
-          "which the decodes of a step are "
-          "padded.")
+          "all blocks hold. decode_buckets: ascending sizes, to the next of which the decodes of a step are padded.")
       .def("build", &BatchBuilder::build, "sequences"_a,
            "The tensors are views of the builder's buffers: they hold until the next build.");
 }

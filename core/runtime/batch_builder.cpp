@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <span>
 
 namespace xgdn {
 namespace {
@@ -191,7 +192,7 @@ bool is_padding(const SequenceStep& s) {
 struct StepRows {
   std::vector<int32_t> tokens, positions, logit_rows, slot_mapping, context_lens, context_rows;
   std::vector<int32_t> cu_seqlens{0};
-  std::vector<std::vector<int32_t>> block_table;
+  std::vector<std::span<const int32_t>> block_table;  // of the sequences' own blocks
 
   int64_t num_tokens() const { return std::ssize(tokens); }
 };
@@ -227,7 +228,7 @@ void append_attention(StepRows& rows, const SequenceStep& s, const BatchLimits& 
   append_cache_rows(limits, s, s.num_cached, context, rows.slot_mapping);
   if (wants_context_rows) append_cache_rows(limits, s, 0, context, rows.context_rows);
   rows.context_lens.push_back(static_cast<int32_t>(context));
-  rows.block_table.emplace_back(s.kv_blocks.begin(), s.kv_blocks.begin() + blocks_for(limits, context));
+  rows.block_table.push_back(std::span(s.kv_blocks).first(static_cast<size_t>(blocks_for(limits, context))));
 }
 
 // Returns the first row of the logits, or -1.

@@ -67,20 +67,17 @@ struct LayerWidths {
 }  // namespace
 
 int64_t Plan::workspace_bytes(int64_t num_sequences, int64_t num_blocks, int64_t context) const {
-  const int64_t computed = max_step_tokens(max_tokens_per_step, num_sequences);
-  const int64_t tokens = computed + (decode_buckets.empty() ? 0 : decode_buckets.back());
   const int64_t capacity = std::min(num_blocks, kernel::kMaxIndex / kv_block_size) * kv_block_size;
-  const int64_t buffers =
-      BatchBuilder::buffer_bytes({.num_slots = num_sequences,
-                                  .num_kv_blocks = capacity / kv_block_size,
-                                  .kv_block_size = kv_block_size,
-                                  .has_attention = num_blocks > 0,
-                                  .max_tokens = computed,
-                                  .max_context = max_positions == 0 ? capacity : std::min(max_positions, capacity),
-                                  .decode_buckets = decode_buckets},
-                                 device);
+  const BatchLimits limits{.num_slots = num_sequences,
+                           .num_kv_blocks = capacity / kv_block_size,
+                           .kv_block_size = kv_block_size,
+                           .has_attention = num_blocks > 0,
+                           .max_tokens = max_step_tokens(max_tokens_per_step, num_sequences),
+                           .max_context = max_positions == 0 ? capacity : std::min(max_positions, capacity),
+                           .decode_buckets = decode_buckets};
+  const int64_t tokens = limits.max_tokens + limits.max_padding();
   return tokens * (step_token_bytes + context * step_mask_bytes) + num_sequences * step_logits_bytes +
-         context * step_context_bytes + buffers;
+         context * step_context_bytes + BatchBuilder::buffer_bytes(limits, device);
 }
 
 int64_t Plan::bytes_with(int64_t num_sequences, int64_t length) const {

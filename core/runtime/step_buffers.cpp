@@ -84,7 +84,7 @@ void StepBuffers::put_flags(size_t region, const std::vector<uint8_t>& flags, at
   entries_.push_back({region, std::ssize(flags), /*columns=*/0, /*is_flags=*/true, device, nullptr});
 }
 
-void StepBuffers::put_table(size_t region, const std::vector<std::vector<int32_t>>& rows, at::Tensor* device,
+void StepBuffers::put_table(size_t region, const std::vector<std::span<const int32_t>>& rows, at::Tensor* device,
                             int64_t columns) {
   const int64_t count = std::ssize(rows) * columns;
   int32_t* table = reserve(region, count);

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace xgdn {
@@ -32,7 +33,7 @@ class StepBuffers {
   /// The same for flags; the tensor is bool.
   void put_flags(size_t region, const std::vector<uint8_t>& flags, at::Tensor* device);
   /// The same for a table whose rows are given as far as they are used; the rest of a row is undefined.
-  void put_table(size_t region, const std::vector<std::vector<int32_t>>& rows, at::Tensor* device, int64_t columns);
+  void put_table(size_t region, const std::vector<std::span<const int32_t>>& rows, at::Tensor* device, int64_t columns);
 
   /// Copies the regions to the device and sets the tensors.
   void bind();
