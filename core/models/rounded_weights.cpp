@@ -41,7 +41,11 @@ std::optional<kernel::QuantizedRows> RoundedWeights::quantized(const std::string
   if (size == 0) return std::nullopt;
   at::Tensor weight = plain_.get(name, shape).flatten(0, -2);
   if (weight.scalar_type() == at::kDouble) weight = weight.to(at::kFloat);
-  return kernel::quantize_rows(weight, format, size);
+  try {
+    return kernel::quantize_rows(weight, format, size);
+  } catch (const RangeError& error) {
+    throw CheckpointError("[Engine] quantize: " + name + ": " + error.what());
+  }
 }
 
 }  // namespace xgdn
