@@ -166,7 +166,8 @@ at::Tensor spread_groups(const at::Tensor& groups, int64_t num_rows, int64_t gro
   return groups.to(at::kFloat).transpose(1, 2).flatten(0, 1).narrow(0, 0, num_rows).repeat_interleave(group_size, 1);
 }
 
-// The divisors of a group's largest magnitude that are tried as its scale.
+// The scales that are tried are a group's largest element over one of these, with the sign that brings it to the lower
+// end of the range, which reaches further than the upper one.
 constexpr std::array<float, 5> kInt8Divisors = {128, 127, 126, 124, 122};
 constexpr std::array<float, 16> kInt4Divisors = {9, 8.75f, 8.5f, 8.25f, 8, 7.75f, 7.5f, 7.25f,
                                                  7, 6.75f, 6.5f, 6.25f, 6, 5.75f, 5.5f, 5};
@@ -202,17 +203,20 @@ float squared_error(std::span<const float> group, float inverse, const IntegerRa
 // Codes of a group, the zero of the format added, and its scale.
 template <class Scale, class Code>
 void quantize_group(std::span<const float> group, const IntegerRange& range, float zero, Scale& scale, Code* codes) {
-  float largest = 0;
+  float low = 0;
+  float high = 0;
   bool is_finite = true;
   for (const float x : group) {
-    largest = std::max(largest, std::abs(x));
+    low = std::min(low, x);
+    high = std::max(high, x);
     is_finite &= std::abs(x) <= std::numeric_limits<float>::max();
   }
   if (!is_finite) throw RangeError("[quantize_rows] weight: expected finite values, got inf or nan");
+  const float largest = high > -low ? high : low;
   float best = 0;
   float best_error = INFINITY;
   for (const float divisor : range.divisors) {
-    const auto candidate = static_cast<float>(static_cast<Scale>(largest / divisor));
+    const auto candidate = static_cast<float>(static_cast<Scale>(-largest / divisor));
     const float inverse = 1.0f / candidate;
     if (!std::isfinite(candidate) || !std::isfinite(inverse)) continue;
     const float step = candidate / largest;

@@ -268,7 +268,7 @@ def test_rounding_is_to_nearest_and_no_worse_than_by_the_largest(
     low, high = (-128, 127) if format == "int8" else (-8, 7)
     assert codes.amin() >= low
     assert codes.amax() <= high
-    scales = rows.scales.double().unsqueeze(2)
+    scales = rows.scales.double().abs().unsqueeze(2)
     is_nearest = difference.abs() <= scales * 0.5001
     assert (is_nearest | (codes == low) | (codes == high) | (scales == 0)).all()
 
