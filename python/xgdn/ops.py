@@ -468,7 +468,7 @@ def quantized_linear(
     each group, so that a group's sum is exact.
     """
     if out is None:
-        out = x.new_empty(x.shape[:1] + (16 * codes.shape[0] if num_outputs is None else num_outputs,))
+        out = x.new_empty(x.shape[0], 16 * codes.shape[0] if num_outputs is None else num_outputs)
     torch.ops.xgdn.quantized_linear(x, codes, scales, out, zeros=zeros, order=order, bias=bias, backend=backend)
     return out
 

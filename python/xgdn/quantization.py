@@ -8,7 +8,6 @@ out = ops.quantized_linear(x, packed.codes, packed.scales, num_outputs=weight.sh
 
 from typing import Literal, NamedTuple
 
-
 from torch import Tensor
 
 from xgdn import _C
