@@ -10,7 +10,9 @@
 
 #include "bindings/bind.h"
 #include "bindings/chunk_metadata_caster.h"
+#include "core/checkpoint/checkpoint.h"
 #include "core/kernels/ops_api.h"
+#include "core/models/rounded_weights.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -59,6 +61,16 @@ void bind_kernels(nb::module_& m) {
       },
       "codes"_a, "scales"_a, "zeros"_a.none(), "order"_a.none(), "format"_a, "group_size"_a,
       nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "rounding_of",
+      [](const std::string& name, const std::vector<int64_t>& shape,
+         kernel::WeightFormat format) -> std::optional<std::tuple<kernel::WeightFormat, int64_t>> {
+        if (is_other_part(bare_name(name))) return std::nullopt;
+        const std::optional<Rounding> rounding = rounding_of(name, shape, format);
+        if (!rounding) return std::nullopt;
+        return std::tuple(rounding->format, rounding->group_size);
+      },
+      "name"_a, "shape"_a, "format"_a, "Format and group size of a checkpoint's weight; None: it stays plain.");
   m.def("write_chunk_metadata", &kernel::write_chunk_metadata, "cu_seqlens"_a, "num_v_heads_local"_a, "tables"_a,
         nb::call_guard<nb::gil_scoped_release>());
 }

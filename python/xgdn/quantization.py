@@ -15,7 +15,7 @@ from xgdn import _C
 __all__ = ["PackedWeight", "QuantizedRows", "WeightFormat", "pack", "quantize"]
 
 WeightFormat = Literal["int8", "int4", "float8"]
-_FORMATS = {
+FORMATS = {
     "int8": _C.WeightFormat.INT8,
     "int4": _C.WeightFormat.INT4,
     "float8": _C.WeightFormat.FLOAT8,
@@ -62,7 +62,7 @@ def quantize(weight: Tensor, format: Literal["int8", "int4"], *, group_size: int
         NotImplementedError: for another format, or a group size that is not 32, 64 or 128 or does not divide D.
         ValueError, TypeError: for a weight of another shape or dtype.
     """
-    codes, scales = _C.quantize_rows(weight, _FORMATS[format], group_size)
+    codes, scales = _C.quantize_rows(weight, FORMATS[format], group_size)
     return QuantizedRows(format, group_size, codes, scales)
 
 
@@ -73,5 +73,5 @@ def pack(rows: QuantizedRows) -> PackedWeight:
         ValueError, TypeError: for tensors that do not fit each other.
     """
     return PackedWeight(
-        *_C.pack_rows(rows.codes, rows.scales, rows.zeros, rows.order, _FORMATS[rows.format], rows.group_size)
+        *_C.pack_rows(rows.codes, rows.scales, rows.zeros, rows.order, FORMATS[rows.format], rows.group_size)
     )

@@ -134,11 +134,14 @@ cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
           .out = out_columns(p.out)};
 }
 
-// Without instructions for bf16.
+// Without tiles. One token costs a pass over the weights, where products of panels would cost what 16 tokens do.
 void run_rows(const LinearParams& p, const LinearShape& s) {
-  const at::Tensor widened = at::empty({s.T, s.D}, p.x.options().dtype(at::kFloat));
-  const cpu::LinearRowsArgs args = {linear_call(p, s), widened.mutable_data_ptr<float>()};
-  parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
+  const bool has_pairs = cpu::bfloat16_products() != nullptr;
+  const at::Tensor widened = at::empty({has_pairs ? 0 : s.T, s.D}, p.x.options().dtype(at::kFloat));
+  const cpu::LinearRowsArgs args = {linear_call(p, s), has_pairs ? nullptr : widened.mutable_data_ptr<float>()};
+  if (!has_pairs) {
+    parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
+  }
   parallel_ranges(cpu::num_work_items(args), std::max<int64_t>(s.T, 1) * s.D * cpu::kLinearRowsBlock,
                   [&](int64_t begin, int64_t end) { cpu::linear_rows(args, begin, end); });
 }
@@ -364,7 +367,8 @@ class CpuBackend final : public HostBackend {
 
   void run(const LinearParams& p, const LinearShape& s) const override {
     if (!has_products(p, s)) return aten::linear(p);
-    cpu::bfloat16_products() != nullptr ? run_products(p, s) : run_rows(p, s);
+    const cpu::BFloat16Products* products = cpu::bfloat16_products();
+    products != nullptr && products->are_tiles ? run_products(p, s) : run_rows(p, s);
   }
 
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape& s) const override { run_quantized(p, s); }
