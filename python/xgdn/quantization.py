@@ -48,7 +48,7 @@ class QuantizedRows(NamedTuple):
 class PackedWeight(NamedTuple):
     """A weight in the order in which kernels read it; the arguments of `xgdn.ops.quantized_linear`."""
 
-    codes: Tensor  # [P, D/4, 16, 4], of int4 [P, D/8, 16, 4]
+    codes: Tensor  # [P, D/4, 16, 4]; int4: [P, D/8, 16, 4]; float8: [P, D/2, 16, 2]
     scales: Tensor  # [P, G, 16]
     zeros: Tensor | None  # [P, G, 16]
     order: Tensor | None  # [D]  int32
