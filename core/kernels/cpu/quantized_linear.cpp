@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // out = x weight^T + bias with weights in 8 or 4 bits. Lanes are outputs, a token's elements are broadcast.
 //
-//            D ->                     Loop: block of 32 outputs -> up to 6 tokens -> two vectors of outputs -> groups
-//            of
-//        +---------+   panels of 16   D -> rows of a panel (2, 4 or 8 of D). Codes come from memory once, for
-//        the
-//   O    | codes   |   outputs,       first tokens, in the order in which they lie, and are fetched ahead; they are
-//        +---------+   interleaved    unpacked once for all tokens at once.
+//            D ->
+//        +---------+   panels of     Loop: block of 32 outputs -> up to 6 tokens -> two vectors of outputs -> groups of
+//   O    | codes   |   16 outputs,   D -> rows of a panel (2, 4 or 8 of D). Codes come from memory once, for the first
+//        +---------+   interleaved   tokens, in the order in which they lie, and are fetched ahead; they are unpacked
+//        +---------+                 once for all tokens at once.
+//   T    | tokens  |
 //        +---------+
-//   T    | tokens  |   Integer codes: a token's group is i16 times a scale of its own (its largest element becomes
-//        +---------+   32767), so that a group's sum of products is exact in i32, whatever the vectors; one f32
-//                      multiply-add a group brings the scales in. f8: codes are widened exactly, a group's sum is f32
-//                      in ascending D. Groups are added in ascending order, then the bias; out is rounded once. A
-//                      token's bits depend neither on other tokens nor, where multiply-adds are fused, on the vectors'
-//                      width. A token's group with a value that is not finite becomes NaN.
+//
+// Integer codes: a token's group is i16 times a scale of its own (its largest element becomes 32767), so that a group's
+// sum of products is exact in i32, whatever the vectors; one f32 multiply-add a group brings the scales in. float8:
+// codes are widened exactly, a group's sum is f32 in ascending D. Groups are added in ascending order, then the bias;
+// out is rounded once. A token's bits depend neither on other tokens nor, where multiply-adds are fused, on the width of
+// the vectors. A token's group with a value that is not finite becomes NaN.
 #include "core/kernels/cpu/quantized_linear.h"
 
 #undef HWY_TARGET_INCLUDE
