@@ -29,6 +29,15 @@ void bind_kernels(nb::module_& m) {
         return rows;
       },
       nb::call_guard<nb::gil_scoped_release>(), "Rows (op, backend, why not, is selected, is batch-invariant).");
+  nb::class_<kernel::OpTime>(m, "OpTime", "The calls of one op with sizes of one kind.")
+      .def_ro("op", &kernel::OpTime::op)
+      .def_ro("sizes", &kernel::OpTime::sizes, "Of heads, experts or weights (outputs x inputs); not of tokens.")
+      .def_ro("calls", &kernel::OpTime::calls)
+      .def_ro("seconds", &kernel::OpTime::seconds, "In the calls, with their checks.")
+      .def_ro("seconds_before", &kernel::OpTime::seconds_before,
+              "From the end of the op before, or from the start of the profile, to each call.");
+  m.def("start_op_profile", &kernel::start_op_profile, "Begin to time the ops that this thread calls.");
+  m.def("stop_op_profile", &kernel::stop_op_profile, "End it; return the rows in the order of the first calls.");
   m.def(
       "allocate_chunk_metadata",
       [](int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local, const DeviceArgument& device) {
