@@ -205,6 +205,8 @@ class CpuBackend final : public HostBackend {
 
   std::string_view name() const override { return "cpu"; }
 
+  bool copies_contexts() const override { return false; }
+
   std::optional<std::string> why_not(const RecurrentGatedDeltaRuleParams&, const GdnShape& s) const override {
     return why_not_head_dims(s);
   }
