@@ -21,6 +21,7 @@ namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
 inline constexpr size_t kTile = 64;  // rows of the context
+inline constexpr size_t kRowsAhead = 16;
 
 // A key head's rows of a context, in the pool of keys or in that of values.
 struct ContextRows {
@@ -28,11 +29,19 @@ struct ContextRows {
   const int32_t* blocks;
   int64_t head;
   const void* pool;
+  size_t num_rows;
 
   const void* at(size_t i) const {
     const auto B = static_cast<size_t>(args.B);
     const int64_t row = blocks[i / B] * args.B + static_cast<int64_t>(i % B);
     return static_cast<const char*>(pool) + (row * args.HKV + head) * args.D * size_of(args.q.dtype);
+  }
+  // The row, while a later one comes from memory: rows lie too far apart for the processor to see that they are next.
+  const void* read(size_t i) const {
+    if (i + kRowsAhead < num_rows) {
+      prefetch(at(i + kRowsAhead), static_cast<size_t>(args.D * size_of(args.q.dtype)));
+    }
+    return at(i);
   }
 };
 
@@ -75,13 +84,13 @@ void pack_keys(const ContextRows& context, const TileRows& tile, size_t depth, f
       auto* gathered = reinterpret_cast<uint16_t*>(rows);
       if (count < kPanel || D < depth) std::memset(gathered, 0, kPanel * depth * sizeof(uint16_t));
       for (size_t i = 0; i < count; ++i) {
-        std::memcpy(gathered + i * depth, context.at(tile.begin + first + i), D * sizeof(uint16_t));
+        std::memcpy(gathered + i * depth, context.read(tile.begin + first + i), D * sizeof(uint16_t));
       }
       transpose_pairs(gathered, depth, panel, rows + kPanel * depth);
     } else if constexpr (std::is_same_v<Element, float>) {
       if (count < kPanel || D < depth) std::memset(rows, 0, kPanel * depth * sizeof(float));
       for (size_t i = 0; i < count; ++i) {
-        load_row(dtype, context.at(tile.begin + first + i), D, rows + i * depth);
+        load_row(dtype, context.read(tile.begin + first + i), D, rows + i * depth);
       }
       transpose(rows, kPanel, depth, depth, panel, kPanel);
     }
@@ -99,7 +108,7 @@ void pack_values_with(const ContextRows& context, const TileRows& tile, size_t d
   T tails[2][kPanel] = {};  // of rows whose D ends inside a panel
   for (size_t i = 0; i < depth; i += 2) {
     const auto row = [&](size_t r) {
-      return i + r < tile.count ? static_cast<const T*>(context.at(tile.begin + i + r)) : nullptr;
+      return i + r < tile.count ? static_cast<const T*>(context.read(tile.begin + i + r)) : nullptr;
     };
     const T* const even = row(0);
     const T* const odd = row(1);

@@ -25,6 +25,7 @@ constexpr size_t kBlocks = kChunk / kBlock;
 constexpr size_t kStrip = 32;  // tokens: the granularity of triangular products
 constexpr size_t kMaxDim = 256;
 constexpr size_t kGroup = 2;               // panels of V that pass through a chunk together
+constexpr float kSmallestLog = -86.0f;     // below it a decay is zero: nothing here is subnormal
 constexpr float kSmallestGate = -1000.0f;  // of one token; its exp is zero many times over
 
 // How many bf16 parts stand for a value in each operand (see "Rounding").
@@ -123,6 +124,17 @@ HWY_INLINE void run(const Work<BFloat16Mode>& w, const Product<uint16_t>& p) {
 }
 HWY_INLINE void run(const Work<Float32Mode>&, const Product<float>& p) {
   multiply(p);
+}
+
+// e^x for x <= 0, zero below kSmallestLog.
+HWY_INLINE VF exp_decay(F32 d, VF x) {
+  const I32 i;
+  const auto is_zero = hn::Lt(x, hn::Set(d, kSmallestLog));
+  const VF clamped = hn::IfThenElse(is_zero, hn::Set(d, kSmallestLog), x);
+  VF p, n;
+  split_exp(d, clamped, p, n);
+  const VF power = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(i, n), hn::Set(i, 127))));
+  return hn::IfThenZeroElse(is_zero, hn::Mul(p, power));
 }
 
 }  // namespace HWY_NAMESPACE

@@ -152,6 +152,12 @@ void run_products(const LinearParams& p, const LinearShape& s) {
                   [&](int64_t begin, int64_t end) { cpu::linear(args, begin, end); });
 }
 
+// Without tiles the rate of f32 vectors is about that of bf16 products, which round the weights.
+const cpu::BFloat16Products* attention_products(const PagedAttentionParams& p) {
+  const cpu::BFloat16Products* products = cpu::bfloat16_products();
+  return p.q.scalar_type() == at::kBFloat16 && products != nullptr && products->are_tiles ? products : nullptr;
+}
+
 // Pairs of a token and a row that it sees.
 int64_t work_of(const cpu::AttentionBlock& b) {
   return b.num_tokens * std::max<int64_t>(b.context_len + b.num_tokens / 2, 0);
@@ -330,7 +336,6 @@ class CpuBackend final : public HostBackend {
   }
 
   void run(const PagedAttentionParams& p, const AttentionShape& s) const override {
-    const bool is_bfloat16 = p.q.scalar_type() == at::kBFloat16;
     const cpu::PagedAttentionArgs args = {.HQ = s.HQ,
                                           .HKV = s.HKV,
                                           .D = s.D,
@@ -340,7 +345,7 @@ class CpuBackend final : public HostBackend {
                                           .v = p.v.const_data_ptr(),
                                           .out = out_rows(p.out),
                                           .scale = static_cast<float>(p.scale.value_or(1.0 / std::sqrt(s.D))),
-                                          .products = is_bfloat16 ? cpu::bfloat16_products() : nullptr};
+                                          .products = attention_products(p)};
     const std::vector<cpu::AttentionBlock> blocks = attention_blocks(p, attention_block_size(p, s));
     int64_t elements = 0;
     for (const cpu::AttentionBlock& b : blocks) elements += work_of(b) * s.HQ * s.D;

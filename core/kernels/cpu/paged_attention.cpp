@@ -94,7 +94,10 @@ struct Work {
   }
 
   size_t num_queries() const { return static_cast<size_t>(block.num_tokens) * group; }
-  ContextRows context(const void* pool) const { return {args, block.blocks, head, pool}; }
+  int64_t num_context_rows() const { return std::max<int64_t>(block.context_len + block.num_tokens - 1, 0); }
+  ContextRows context(const void* pool) const {
+    return {args, block.blocks, head, pool, static_cast<size_t>(num_context_rows())};
+  }
 
   // How many rows of a tile a query sees.
   size_t num_visible(size_t query, const TileRows& tile) const {
@@ -155,52 +158,94 @@ void multiply_keys(const Work<Element>& w, const TileRows& tile) {
   }
 }
 
-// As a number, what is stored.
+// 2^x for x <= 0, to about one unit in the last place; zero below 2^-125.
+HWY_INLINE VF exp2_decay(F32 d, VF x) {
+  const I32 i;
+  const VF smallest = hn::Set(d, -125.0f);
+  const auto is_zero = hn::Lt(x, smallest);
+  const VF clamped = hn::IfThenElse(is_zero, smallest, x);
+  const VF n = hn::Round(clamped);
+  const VF r = hn::Sub(clamped, n);
+  VF p = hn::Set(d, 1.54035304e-4f);  // ln(2)^k / k!
+  p = hn::MulAdd(p, r, hn::Set(d, 1.33335581e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 9.61812911e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 5.55041087e-2f));
+  p = hn::MulAdd(p, r, hn::Set(d, 2.40226507e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 6.93147181e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
+  const auto power = hn::ShiftLeft<23>(hn::ConvertTo(i, n));
+  return hn::IfThenZeroElse(is_zero, hn::BitCast(d, hn::Add(hn::BitCast(i, p), power)));
+}
+
+// Returns what is stored, as a number.
 HWY_INLINE VF store_weight(F32 d, VF x, float* to) {
   hn::Store(x, d, to);
   return x;
 }
 HWY_INLINE VF store_weight(F32 d, VF x, uint16_t* to) {
-  const auto bits = hn::ShiftRight<16>(round_to_upper_half(x));
-  store_low_halves(bits, to);
-  return hn::BitCast(d, hn::ShiftLeft<16>(bits));
+  const VF rounded = rounded_up(d, x);
+  store_low_halves(hn::ShiftRight<16>(hn::BitCast(U32(), rounded)), to);
+  return upper_half(d, rounded);
 }
 
-// Scores of a query to weights under the new maximum; what was summed under the old one is scaled down.
+// Scores of a query from column `i` of a tile on, base 2.
 template <class Element>
-void soften(const Work<Element>& w, size_t query, size_t num_visible, size_t columns) {
+HWY_INLINE VF load_scores(const Work<Element>& w, size_t query, size_t num_visible, size_t i) {
+  constexpr float kLog2E = 1.44269504f;
+  const F32 d;
+  const VF product = hn::Load(d, w.scores + (i / kPanel * w.rows + query) * kPanel + i % kPanel);
+  const VF score = hn::Mul(product, hn::Set(d, w.args.scale * kLog2E));
+  if (i + hn::Lanes(d) <= num_visible) return score;
+  const auto is_visible = hn::Lt(hn::Iota(d, static_cast<float>(i)), hn::Set(d, static_cast<float>(num_visible)));
+  return hn::IfThenElse(is_visible, score, hn::Set(d, kNoScore));
+}
+
+// Raises the maximum of a query that sees any of the tile; what was summed under the old one is scaled down.
+template <class Element>
+void raise_largest(const Work<Element>& w, size_t query, size_t num_visible, size_t columns) {
   const F32 d;
   const size_t lanes = hn::Lanes(d);
-  Element* weights = w.weights + query * kTile;
-  if (num_visible == 0) {
-    std::memset(weights, 0, columns * sizeof(Element));
-    return;
-  }
-  HWY_ALIGN float scores[kTile];
-  const VF scale = hn::Set(d, w.args.scale);
-  const VF visible = hn::Set(d, static_cast<float>(num_visible));
-  VF all_largest = hn::Set(d, w.largest[query]);
-  for (size_t i = 0; i < columns; i += lanes) {
-    const VF product = hn::Load(d, w.scores + (i / kPanel * w.rows + query) * kPanel + i % kPanel);
-    const auto is_visible = hn::Lt(hn::Iota(d, static_cast<float>(i)), visible);
-    const VF score = hn::IfThenElse(is_visible, hn::Mul(product, scale), hn::Set(d, kNoScore));
-    hn::Store(score, d, scores + i);
-    all_largest = hn::Max(all_largest, score);
-  }
-  const VF largest = hn::MaxOfLanes(d, all_largest);
-  const VF keep = exp_decay(d, hn::Sub(hn::Set(d, w.largest[query]), largest));
-  VF total = hn::Zero(d);
-  for (size_t i = 0; i < columns; i += lanes) {
-    const VF weight = exp_decay(d, hn::Sub(hn::Load(d, scores + i), largest));
-    total = hn::Add(total, store_weight(d, weight, weights + i));
-  }
-  const float factor = hn::GetLane(keep);
-  w.largest[query] = hn::GetLane(largest);
-  w.totals[query] = w.totals[query] * factor + hn::GetLane(hn::SumOfLanes(d, total));
-  if (factor == 1.0f) return;
+  const float before = w.largest[query];
+  VF all = hn::Set(d, before);
+  for (size_t i = 0; i < columns; i += lanes) all = hn::Max(all, load_scores(w, query, num_visible, i));
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, all));
+  if (!(largest > before)) return;
+  w.largest[query] = largest;
+  if (before == kNoScore) return;
+  const VF keep = exp2_decay(d, hn::Set(d, before - largest));
+  w.totals[query] *= hn::GetLane(keep);
   for (size_t column = 0; column < w.width; column += kPanel) {
     float* sums = w.sums + column * w.rows + query * kPanel;
     for (size_t i = 0; i < kPanel; i += lanes) hn::Store(hn::Mul(hn::Load(d, sums + i), keep), d, sums + i);
+  }
+}
+
+template <class Element>
+void store_weights(const Work<Element>& w, size_t query, size_t num_visible, size_t columns) {
+  const F32 d;
+  const VF largest = hn::Set(d, w.largest[query]);
+  VF total = hn::Zero(d);
+  for (size_t i = 0; i < columns; i += hn::Lanes(d)) {
+    const VF weight = exp2_decay(d, hn::Sub(load_scores(w, query, num_visible, i), largest));
+    total = hn::Add(total, store_weight(d, weight, w.weights + query * kTile + i));
+  }
+  w.totals[query] += hn::GetLane(hn::SumOfLanes(d, total));
+}
+
+// Scores to weights. Two passes: the processor works on many queries at a time where little depends on a maximum.
+template <class Element>
+void soften(const Work<Element>& w, const TileRows& tile, size_t first, size_t columns) {
+  for (size_t query = first; query < w.num_queries(); ++query) {
+    const size_t num_visible = w.num_visible(query, tile);
+    if (num_visible > 0) raise_largest(w, query, num_visible, columns);
+  }
+  for (size_t query = first; query < w.num_queries(); ++query) {
+    const size_t num_visible = w.num_visible(query, tile);
+    if (num_visible > 0) {
+      store_weights(w, query, num_visible, columns);
+    } else {
+      std::memset(w.weights + query * kTile, 0, columns * sizeof(Element));
+    }
   }
 }
 
@@ -235,9 +280,7 @@ void add_tile(const Work<Element>& w, const TileRows& tile) {
   multiply_keys(w, tile);
   const bool is_first = tile.begin == 0;
   const size_t first = is_first ? 0 : w.first_query(tile, 0);
-  for (size_t query = first; query < w.num_queries(); ++query) {
-    soften(w, query, w.num_visible(query, tile), round_up(count, kPanel));
-  }
+  soften(w, tile, first, round_up(count, kPanel));
   const size_t seen_by_all = w.num_visible(first, tile);
   const bool has_special = seen_by_all < tile.count && hide_special_values(w, tile, seen_by_all);
   multiply_with(w.args.products, Product<Element>{.terms = {{.a = w.weights + first * kTile,  //
@@ -278,7 +321,7 @@ template <class Element>
 void attend(const PagedAttentionArgs& args, const AttentionBlock& block, int64_t head) {
   const Work<Element> w(args, block, head);
   load_queries(w);
-  const int64_t context = block.context_len + block.num_tokens - 1;
+  const int64_t context = w.num_context_rows();
   for (int64_t begin = 0; begin < context; begin += kTile) {
     add_tile(w, {static_cast<size_t>(begin), static_cast<size_t>(std::min<int64_t>(kTile, context - begin))});
   }

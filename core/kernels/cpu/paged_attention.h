@@ -20,21 +20,20 @@ struct PagedAttentionArgs {
   const void* v = nullptr;  // [P, B, HKV, D]
   OutRows out;              // [T, HQ, D]
   float scale = 0;
-  const BFloat16Products* products = nullptr;  // null: f32 vectors; else q is bf16
+  const BFloat16Products* products = nullptr;  // of bf16 queries; null: f32 vectors
 };
 
 /// Tokens of a sequence, one after the other, that read its context together.
 struct AttentionBlock {
   int64_t token = 0;                // the first
-  int64_t num_tokens = 0;           // at most kAttentionRows / (HQ / HKV), or 1
+  int64_t num_tokens = 0;           // any number
   int64_t context_len = 0;          // rows that the first token sees, its own among them; each sees one more than that
                                     // before it. Of less than 1 row the result is zero.
   const int32_t* blocks = nullptr;  // that hold the rows
 };
 
-/// Query heads of tokens that are worked on together: enough to hide what a row of the cache costs, and little enough
-/// for the second-level cache.
-inline constexpr int64_t kAttentionRows = 128;
+/// Query heads of tokens that are best worked on together: they share what it costs to pack a row of the cache.
+inline constexpr int64_t kAttentionRows = 256;
 
 /// Attends with the query heads of key head `head`.
 void paged_attention(const PagedAttentionArgs& args, const AttentionBlock& block, int64_t head);

@@ -341,19 +341,6 @@ HWY_INLINE VF exp(F32 d, VF x) {
   return hn::Mul(hn::Mul(p, power(half)), power(hn::Sub(whole, half)));
 }
 
-inline constexpr float kSmallestLog = -86.0f;  // below it e^x would soon be subnormal
-
-// e^x for x <= 0, zero below kSmallestLog.
-HWY_INLINE VF exp_decay(F32 d, VF x) {
-  const I32 i;
-  const auto is_zero = hn::Lt(x, hn::Set(d, kSmallestLog));
-  const VF clamped = hn::IfThenElse(is_zero, hn::Set(d, kSmallestLog), x);
-  VF p, n;
-  split_exp(d, clamped, p, n);
-  const VF power = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(i, n), hn::Set(i, 127))));
-  return hn::IfThenZeroElse(is_zero, hn::Mul(p, power));
-}
-
 HWY_INLINE VF sigmoid(F32 d, VF x) {
   const VF one = hn::Set(d, 1.0f);
   return hn::Div(one, hn::Add(one, exp(d, hn::Neg(x))));
