@@ -34,6 +34,31 @@ void bind_kernels(nb::module_& m) {
                                                device.resolve("allocate_chunk_metadata"));
       },
       nb::kw_only(), "max_sequences"_a, "max_tokens"_a, "num_v_heads_local"_a, "device"_a = "cpu");
+  nb::enum_<kernel::WeightFormat>(m, "WeightFormat", "How the elements of a weight are stored.")
+      .value("INT8", kernel::WeightFormat::kInt8)
+      .value("INT4", kernel::WeightFormat::kInt4)
+      .value("FLOAT8", kernel::WeightFormat::kFloat8);
+  m.def(
+      "quantize_rows",
+      [](const at::Tensor& weight, kernel::WeightFormat format, int64_t group_size) {
+        const kernel::QuantizedRows rows = kernel::quantize_rows(weight, format, group_size);
+        return std::tuple(rows.codes, rows.scales);
+      },
+      "weight"_a, "format"_a, "group_size"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "pack_rows",
+      [](const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& zeros,
+         const std::optional<at::Tensor>& order, kernel::WeightFormat format, int64_t group_size) {
+        const kernel::QuantizedWeight w = kernel::pack_rows({.format = format,
+                                                             .group_size = group_size,
+                                                             .codes = codes,
+                                                             .scales = scales,
+                                                             .zeros = zeros,
+                                                             .order = order});
+        return std::tuple(w.codes, w.scales, w.zeros, w.order);
+      },
+      "codes"_a, "scales"_a, "zeros"_a.none(), "order"_a.none(), "format"_a, "group_size"_a,
+      nb::call_guard<nb::gil_scoped_release>());
   m.def("write_chunk_metadata", &kernel::write_chunk_metadata, "cu_seqlens"_a, "num_v_heads_local"_a, "tables"_a,
         nb::call_guard<nb::gil_scoped_release>());
 }
