@@ -108,8 +108,8 @@ bool is_quantizer_part(std::string_view name) {
   return false;
 }
 
-bool is_gate_projection(std::string_view bare) {
-  return std::ranges::any_of(kGateProjections, [&](std::string_view end) { return bare.ends_with(end); });
+bool is_gate_projection(std::string_view name) {
+  return std::ranges::any_of(kGateProjections, [&](std::string_view end) { return name.ends_with(end); });
 }
 
 Checkpoint::Checkpoint(const std::filesystem::path& dir, QuantizationConfig quantization)
@@ -228,6 +228,7 @@ std::optional<StoredWeight> Checkpoint::find_quantized(const std::string& name, 
 }
 
 std::optional<kernel::QuantizedRows> Checkpoint::quantized(const std::string& name, at::IntArrayRef shape) const {
+  if (is_gate_projection(name)) return std::nullopt;
   const std::optional<StoredWeight> weight = find_quantized(name, shape);
   if (!weight) return std::nullopt;
   return weight->read();
@@ -235,7 +236,9 @@ std::optional<kernel::QuantizedRows> Checkpoint::quantized(const std::string& na
 
 at::Tensor Checkpoint::get(const std::string& name, at::IntArrayRef shape) const {
   if (is_gate_projection(name)) {
-    if (const std::optional<kernel::QuantizedRows> rows = quantized(name, shape)) return dequantize(*rows);
+    if (const std::optional<StoredWeight> weight = find_quantized(name, shape)) {
+      return kernel::dequantize(kernel::pack_rows(weight->read()), shape.front());
+    }
   }
   entry(name, shape);
   const std::string& stored = stored_name(name);
@@ -300,6 +303,7 @@ at::Tensor CheckpointShapes::get(const std::string& name, at::IntArrayRef shape)
 }
 
 std::optional<kernel::QuantizedRows> CheckpointShapes::quantized(const std::string& name, at::IntArrayRef shape) const {
+  if (is_gate_projection(name)) return std::nullopt;
   const std::optional<StoredWeight> weight = checkpoint_.find_quantized(name, shape);
   if (!weight) return std::nullopt;
   ask(*weight);

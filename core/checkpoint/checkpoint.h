@@ -29,9 +29,9 @@ bool is_other_part(std::string_view bare);
 /// Whether a name, relative to a module, is one that quantizers give to scales, packed weights and their tables.
 bool is_quantizer_part(std::string_view name);
 
-/// Whether a bare name is of a projection to the gates of linear attention, whose rows lie beside those of others: its
-/// weight is kept plain.
-bool is_gate_projection(std::string_view bare);
+/// Whether a name is of the weight of a projection to the gates of linear attention: it is few rows, whose errors decide
+/// what a state keeps, and stays plain.
+bool is_gate_projection(std::string_view name);
 
 /// Opens model.safetensors, or else the shards that model.safetensors.index.json names. Nothing is read but the headers
 /// until a tensor's elements are. A tensor is found by its bare name, whatever prefixes the file and the caller use.
@@ -60,7 +60,7 @@ class Checkpoint : public WeightSource {
   /// as StoredWeight.
   std::optional<StoredWeight> find_quantized(const std::string& name, at::IntArrayRef shape) const;
 
-  /// As StoredWeight::read.
+  /// As StoredWeight::read; nullopt for the projections of gates, too.
   std::optional<kernel::QuantizedRows> quantized(const std::string& name, at::IntArrayRef shape) const override;
 
   /// Compares the bytes of both tensors; quantized ones differ.

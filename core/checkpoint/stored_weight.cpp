@@ -5,8 +5,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/isfinite.h>
 #include <c10/util/StringUtil.h>
 
@@ -14,7 +12,6 @@
 #include <array>
 #include <atomic>
 #include <numeric>
-#include <utility>
 
 #include "core/checkpoint/bit_packing.h"
 #include "core/checkpoint/json_object.h"
@@ -405,21 +402,6 @@ std::optional<at::Tensor> StoredWeight::read_zeros() const {
     throw zeros_->error(c10::str("zero points from 0 to ", count - 1), std::to_string(least < 0 ? least : most));
   }
   return for_rows((scheme_.bits == 8 ? zeros - count / 2 : zeros).to(at::kChar));
-}
-
-at::Tensor dequantize(const kernel::QuantizedRows& rows) {
-  const int64_t groups = rows.num_columns() / rows.group_size;
-  const auto grouped = [](const at::Tensor& values) { return values.to(at::kFloat).unsqueeze(2); };
-  at::Tensor values = rows.codes.to(at::kFloat).view({rows.num_rows(), groups, rows.group_size});
-  if (rows.zeros) {
-    values -= grouped(*rows.zeros);
-  } else if (rows.format == kernel::WeightFormat::kInt4) {
-    values -= 8;
-  }
-  values *= grouped(rows.scales);
-  at::Tensor weight = values.view({rows.num_rows(), rows.num_columns()});
-  if (!rows.order) return weight;
-  return at::empty_like(weight).index_copy_(1, *rows.order, weight);
 }
 
 }  // namespace xgdn

@@ -13,7 +13,7 @@
 
 #include "core/checkpoint/quantization_config.h"
 #include "core/checkpoint/safetensors.h"
-#include "core/kernels/ops/quantized_weight.h"
+#include "core/kernels/ops_api.h"
 
 namespace xgdn {
 
@@ -99,8 +99,5 @@ class StoredWeight {
   std::optional<StoredTensor> group_indices_;
   std::optional<StoredTensor> stated_shape_;
 };
-
-/// The weight [O, D] in float32, its columns in their own order.
-at::Tensor dequantize(const kernel::QuantizedRows& rows);
 
 }  // namespace xgdn
