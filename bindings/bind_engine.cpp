@@ -30,6 +30,13 @@ std::vector<GenerationResult> generate(Engine& self, const std::vector<Request>&
   return self.generate(requests, {.throw_on_error = raise_on_error, .between_steps = handle_signals});
 }
 
+std::optional<kernel::WeightFormat> format_named(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  if (*name == "int8") return kernel::WeightFormat::kInt8;
+  if (*name == "int4") return kernel::WeightFormat::kInt4;
+  throw UnsupportedError("[Engine] quantize: expected int8 or int4, got '" + *name + "'");
+}
+
 void bind_options(nb::module_& m) {
   const EngineOptions defaults;
   nb::class_<RunnerOptions>(m, "RunnerOptions", "Sizes of the pools and of a step.")
@@ -60,7 +67,7 @@ void bind_options(nb::module_& m) {
           [](EngineOptions* self, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
              std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
-             std::optional<int64_t> memory_limit) {
+             std::optional<std::string> quantize, std::optional<int64_t> memory_limit) {
             new (self) EngineOptions{.runner = runner,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
@@ -69,12 +76,13 @@ void bind_options(nb::module_& m) {
                                                   .decode = std::move(decode_backend),
                                                   .prefill_accuracy = std::move(prefill_accuracy)},
                                      .on_layer_loaded = on_layer_loaded.value_or(Progress()),
+                                     .quantize = format_named(quantize),
                                      .memory_limit = memory_limit};
           },
           nb::kw_only(), "runner"_a = defaults.runner, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
           "device"_a = defaults.device.str(), "prefill_backend"_a = defaults.backends.prefill,
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
-          "on_layer_loaded"_a = nb::none(), "memory_limit"_a = nb::none())
+          "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none())
       .def_ro("runner", &EngineOptions::runner)
       .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")
       .def_ro("state_dtype", &EngineOptions::state_dtype)
@@ -82,6 +90,13 @@ void bind_options(nb::module_& m) {
       .def_prop_ro("prefill_backend", [](const EngineOptions& self) { return self.backends.prefill; })
       .def_prop_ro("decode_backend", [](const EngineOptions& self) { return self.backends.decode; })
       .def_prop_ro("prefill_accuracy", [](const EngineOptions& self) { return self.backends.prefill_accuracy; })
+      .def_prop_ro(
+          "quantize",
+          [](const EngineOptions& self) -> std::optional<std::string> {
+            if (!self.quantize) return std::nullopt;
+            return self.quantize == kernel::WeightFormat::kInt8 ? "int8" : "int4";
+          },
+          "int8, int4 or None.")
       .def_ro("memory_limit", &EngineOptions::memory_limit);
 }
 
@@ -151,11 +166,15 @@ void bind_decoder(nb::module_& m) {
   m.def(
       "load_decoder",
       [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
-         const DeviceArgument& device) {
-        return load_decoder(dir, {.dtype = dtype, .state_dtype = state_dtype, .device = device.resolve("load_decoder")})
+         const DeviceArgument& device, const std::optional<std::string>& quantize) {
+        return load_decoder(dir, {.dtype = dtype,
+                                  .state_dtype = state_dtype,
+                                  .device = device.resolve("load_decoder"),
+                                  .quantize = format_named(quantize)})
             .model;
       },
-      "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu", WithoutGil(),
+      "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
+      "quantize"_a = nb::none(), WithoutGil(),
       "The decoder of a Hugging Face directory, for callers that drive the steps.");
 }
 
@@ -193,6 +212,7 @@ void bind_engine_class(nb::module_& m) {
       .def_prop_ro("max_context", &Engine::max_context)
       .def_prop_ro("last_step", &Engine::last_step, WithoutGil())
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
+      .def_prop_ro("streamed_bytes", &Engine::streamed_bytes)
       .def_prop_ro("state_bytes", &Engine::state_bytes)
       .def_prop_ro("kv_bytes", &Engine::kv_bytes);
 }

@@ -45,7 +45,9 @@ set(xgdn_public_headers
   checkpoint/checkpoint.h
   checkpoint/load_report.h
   checkpoint/model_directory.h
+  checkpoint/quantization_config.h
   checkpoint/safetensors.h
+  checkpoint/stored_weight.h
   runtime/batch_builder.h
   runtime/engine.h
   runtime/engine_loop.h

@@ -30,9 +30,9 @@ class WeightSource {
   /// shape differs from `shape`, ShapeError when its storage holds less.
   virtual at::Tensor get(const std::string& name, at::IntArrayRef shape) const = 0;
 
-  /// The weight in 8 or 4 bits, where that is how it is stored or shall be kept; nullopt: it is plain, and get() has it.
-  /// A weight of three dimensions comes with its first two as one. `name` is that of the plain weight, whatever names
-  /// its parts have. Throws CheckpointError for parts that are missing, misshapen or out of range.
+  /// The weight in 8 or 4 bits, where that is how it is stored or shall be kept; nullopt: it is plain, and get() has
+  /// it. A weight of three dimensions comes with its first two as one. `name` is that of the plain weight, whatever
+  /// names its parts have. Throws CheckpointError for parts that are missing, misshapen or out of range.
   virtual std::optional<kernel::QuantizedRows> quantized(const std::string& /*name*/, at::IntArrayRef /*shape*/) const {
     return {};
   }

@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "core/layers/attention_batch.h"
 #include "core/layers/gdn_batch.h"
 #include "core/layers/gdn_state.h"
+#include "core/layers/projection.h"
 #include "core/layers/qwen3_gated_delta_net.h"
 #include "core/layers/rotary.h"
 #include "core/layers/weight_source.h"
@@ -40,6 +42,7 @@ struct DecoderOptions {
   at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states
   int64_t max_draft_tokens = 0;
   BackendSelection backends;
+  std::optional<kernel::WeightFormat> quantize = {};  // rounds the weights of products, see RoundedWeights
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // may be empty
 };
 
@@ -47,8 +50,8 @@ struct DecoderOptions {
 class HybridDecoder {
  public:
   /// Builds every layer from the source. Throws CheckpointError for missing or misshapen weights, DeviceError for a
-  /// device that the process cannot use.
-  HybridDecoder(const ModelConfig& config, const WeightSource& weights, const DecoderOptions& options);
+  /// device that the process cannot use, UnsupportedError for weights that cannot be rounded as options ask.
+  HybridDecoder(const ModelConfig& config, const WeightSource& source, const DecoderOptions& options);
   HybridDecoder(const HybridDecoder&) = delete;
   HybridDecoder& operator=(const HybridDecoder&) = delete;
   ~HybridDecoder();
@@ -60,10 +63,12 @@ class HybridDecoder {
   std::vector<std::vector<StateSpec>> state_specs() const;
   /// Layers with full attention, each with a KvPool.
   int64_t num_attention_layers() const;
-  /// Whether the head is the token embedding.
-  bool has_tied_head() const;
+  /// Whether the head has the weights of the token embedding, be it the same tensor or a rounded copy.
+  bool has_tied_head() const { return has_tied_head_; }
   /// Bytes of all tensors of the model, a tied head counted once.
   int64_t weight_bytes() const;
+  /// Bytes of the tensors that a step reads whole: all but the token embedding where the head is another tensor.
+  int64_t streamed_bytes() const;
   const ModelConfig& config() const { return config_; }  // as given
   at::ScalarType dtype() const { return dtype_; }        // of weights and activations
   c10::Device device() const { return device_; }         // of weights, activations and pools
@@ -78,7 +83,8 @@ class HybridDecoder {
   Rotary rotary_;
   at::Tensor embedding_;  // [vocab, hidden]
   at::Tensor norm_;       // [hidden]
-  at::Tensor lm_head_;    // [vocab, hidden]
+  Projection lm_head_;    // [vocab, hidden]
+  bool has_tied_head_ = false;
   std::vector<std::unique_ptr<Layer>> layers_;
 };
 

@@ -7,8 +7,10 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/kernels/cpu/causal_conv1d.h"
@@ -18,6 +20,7 @@
 #include "core/kernels/cpu/linear.h"
 #include "core/kernels/cpu/linear_rows.h"
 #include "core/kernels/cpu/paged_attention.h"
+#include "core/kernels/cpu/quantized_linear.h"
 #include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
@@ -457,58 +460,115 @@ void test_silu_and_mul(int64_t I, DType dtype) {
   expect_close("silu_and_mul, I=" + std::to_string(I), out, want, tolerance(dtype));
 }
 
-// Attention of single tokens; the cache is NaN outside their contexts. Scores of up to about 3 times q_size.
-void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, float q_size) {
-  constexpr int64_t HKV = 2;
-  const int64_t HQ = HKV * group;
-  const std::vector<int64_t> contexts = {1, 15, 16, 17, 70};
-  const auto T = static_cast<int64_t>(contexts.size());
-  int64_t num_blocks = 0;
-  for (const int64_t context : contexts) num_blocks += (context + block_size - 1) / block_size;
-  std::vector<int32_t> blocks;  // from the last to the first
-  for (int64_t i = 0; i < num_blocks; ++i) blocks.push_back(static_cast<int32_t>(num_blocks - 1 - i));
-  const size_t row_size = HKV * D;
-  Numbers q = Numbers::random(dtype, T * HQ * D, q_size), out(dtype, q.size());
-  Numbers k(dtype, num_blocks * block_size * row_size), v(dtype, k.size());
-  PagedAttentionArgs args;
-  args.HQ = HQ, args.HKV = HKV, args.D = D, args.B = block_size;
-  args.q = q.in(HQ * D, D), args.k = k.data(), args.v = v.data(), args.out = out.out(HQ * D, D);
-  args.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(D)));
+// Sequences of (tokens of this call, context with them); the cache is NaN outside their contexts. Scores of up to about
+// 3 times q_size. Blocks of many tokens have the bits of tokens one by one.
+struct Attention {
+  static constexpr int64_t HKV = 2;
+  const std::vector<std::pair<int64_t, int64_t>> sequences = {{1, 1},   {1, 15},  {2, 16},   {3, 17}, {1, 64},
+                                                              {1, 130}, {20, 20}, {33, 100}, {4, 0},  {70, 129}};
+  int64_t group, D, block_size;
+  DType dtype;
+  const BFloat16Products* products;
+  std::vector<int32_t> blocks;        // from the last to the first
+  std::vector<int64_t> first_blocks;  // of the sequences
+  Numbers q{dtype, 0}, k{dtype, 0}, v{dtype, 0};
 
-  Doubles want;
-  int64_t first_block = 0;
-  for (int64_t t = 0; t < T; ++t) {
-    const int64_t context = contexts[t];
-    const auto row = [&](int64_t i) {
-      return (blocks[first_block + i / block_size] * block_size + i % block_size) * row_size;
-    };
-    for (int64_t i = 0; i < context; ++i) {
-      const Numbers key = Numbers::random(DType::kFloat32, row_size), value = Numbers::random(dtype, row_size);
-      for (size_t j = 0; j < row_size; ++j) k.set(row(i) + j, static_cast<float>(key[j]));
-      for (size_t j = 0; j < row_size; ++j) v.set(row(i) + j, static_cast<float>(value[j]));
-    }
-    for (int64_t h = 0; h < HQ; ++h) {
-      Doubles scores(context, 0.0), sum(D, 0.0);
-      for (int64_t i = 0; i < context; ++i) {
-        for (int64_t j = 0; j < D; ++j) scores[i] += q[(t * HQ + h) * D + j] * k[row(i) + h / group * D + j];
-        scores[i] /= std::sqrt(static_cast<double>(D));
-      }
-      const double largest = *std::max_element(scores.begin(), scores.end());
-      double total = 0;
-      for (int64_t i = 0; i < context; ++i) {
-        const double weight = std::exp(scores[i] - largest);
-        for (int64_t j = 0; j < D; ++j) sum[j] += weight * v[row(i) + h / group * D + j];
-        total += weight;
-      }
-      for (const double x : sum) want.push_back(x / total);
-    }
-    const AttentionToken token = {.token = t, .context_len = context, .blocks = blocks.data() + first_block};
-    for (int64_t head = 0; head < HKV; ++head) paged_attention(args, token, head);
-    first_block += (context + block_size - 1) / block_size;
+  int64_t HQ() const { return HKV * group; }
+  size_t row(size_t n, int64_t i) const {
+    return (blocks[first_blocks[n] + i / block_size] * block_size + i % block_size) * HKV * D;
   }
+
+  void make(float q_size) {
+    int64_t T = 0, num_blocks = 0;
+    for (const auto& [tokens, context] : sequences) {
+      first_blocks.push_back(num_blocks);
+      T += tokens, num_blocks += (context + block_size - 1) / block_size;
+    }
+    for (int64_t i = 0; i < num_blocks; ++i) blocks.push_back(static_cast<int32_t>(num_blocks - 1 - i));
+    q = Numbers::random(dtype, T * HQ() * D, q_size);
+    k = v = Numbers(dtype, num_blocks * block_size * HKV * D);
+    for (size_t n = 0; n < sequences.size(); ++n) {
+      for (int64_t i = 0; i < sequences[n].second; ++i) {
+        for (Numbers* pool : {&k, &v}) {
+          const Numbers values = Numbers::random(dtype, HKV * D);
+          for (int64_t j = 0; j < HKV * D; ++j) pool->set(row(n, i) + j, static_cast<float>(values[j]));
+        }
+      }
+    }
+  }
+
+  Doubles expected() const {
+    Doubles want;
+    int64_t t = 0;
+    for (size_t n = 0; n < sequences.size(); ++n) {
+      const auto [tokens, context] = sequences[n];
+      for (int64_t token = 0; token < tokens; ++token, ++t) {
+        for (int64_t h = 0; h < HQ(); ++h) {
+          const int64_t seen = std::max<int64_t>(context - tokens + 1 + token, 0);
+          Doubles scores(seen, 0.0), sum(D, 0.0);
+          for (int64_t i = 0; i < seen; ++i) {
+            for (int64_t j = 0; j < D; ++j) scores[i] += q[(t * HQ() + h) * D + j] * k[row(n, i) + h / group * D + j];
+            scores[i] /= std::sqrt(static_cast<double>(D));
+          }
+          const double largest = seen == 0 ? 0 : *std::max_element(scores.begin(), scores.end());
+          double total = 0;
+          for (int64_t i = 0; i < seen; ++i) {
+            const double weight = std::exp(scores[i] - largest);
+            for (int64_t j = 0; j < D; ++j) sum[j] += weight * v[row(n, i) + h / group * D + j];
+            total += weight;
+          }
+          for (const double x : sum) want.push_back(seen == 0 ? 0 : x / total);
+        }
+      }
+    }
+    return want;
+  }
+
+  Numbers run(int64_t tokens_at_once) {
+    Numbers out(dtype, q.size());
+    PagedAttentionArgs args;
+    args.HQ = HQ(), args.HKV = HKV, args.D = D, args.B = block_size;
+    args.q = q.in(HQ() * D, D), args.k = k.data(), args.v = v.data(), args.out = out.out(HQ() * D, D);
+    args.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(D))), args.products = products;
+    int64_t t = 0;
+    for (size_t n = 0; n < sequences.size(); ++n) {
+      const auto [tokens, context] = sequences[n];
+      for (int64_t begin = 0; begin < tokens; begin += tokens_at_once) {
+        const AttentionBlock block = {.token = t + begin,
+                                      .num_tokens = std::min(tokens_at_once, tokens - begin),
+                                      .context_len = context - tokens + 1 + begin,
+                                      .blocks = blocks.data() + first_blocks[n]};
+        for (int64_t head = 0; head < HKV; ++head) paged_attention(args, block, head);
+      }
+      t += tokens;
+    }
+    return out;
+  }
+};
+
+void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, float q_size,
+                    const BFloat16Products* products = nullptr) {
+  Attention call = {.group = group, .D = D, .block_size = block_size, .dtype = dtype, .products = products};
+  call.make(q_size);
   const std::string name = "attention, D=" + std::to_string(D) + ", " + std::to_string(group) + " heads a key head";
+  const Numbers out = call.run(/*tokens_at_once=*/70);
   // An error of a score is the relative one of its weight.
-  expect_close(name, out, want, tolerance(dtype) * (dtype == DType::kFloat32 ? q_size : 1.0f));
+  expect_close(name, out, call.expected(), tolerance(dtype) * (dtype == DType::kFloat32 ? q_size : 1.0f));
+  for (const int64_t tokens_at_once : {1, 7, 32}) {
+    expect(out.has_bits_of(call.run(tokens_at_once)), name + ": a token's bits depend on the tokens beside it");
+  }
+
+  // An infinite value, which those before it do not see.
+  const size_t last = call.sequences.size() - 1, special = call.row(last, 80);
+  call.v.set(special + 1, INFINITY);
+  const Numbers spoilt = call.run(/*tokens_at_once=*/70);
+  const int64_t first_to_see = static_cast<int64_t>(out.size()) / (call.HQ() * D) - (129 - 80);
+  for (size_t i = 0; i < out.size(); ++i) {
+    const auto token = static_cast<int64_t>(i) / (call.HQ() * D), head = static_cast<int64_t>(i) / D % call.HQ();
+    const bool sees = token >= first_to_see && head < group && static_cast<int64_t>(i) % D == 1;
+    expect(sees ? !std::isfinite(spoilt[i]) : spoilt[i] == out[i],
+           name + ": an infinite value is not where it belongs");
+  }
 }
 
 // A product; its two kernels take the same.
@@ -529,6 +589,11 @@ void linear_by_rows(const LinearCall& call) {
   std::vector<float> widened(static_cast<size_t>(call.T * call.D), NAN);
   const LinearRowsArgs args = {call, widened.data()};
   widen_tokens(args, 0, call.T);
+  linear_rows(args, 0, num_work_items(args));
+}
+
+void linear_by_paired_rows(const LinearCall& call) {
+  const LinearRowsArgs args = {call, /*widened=*/nullptr};
   linear_rows(args, 0, num_work_items(args));
 }
 
@@ -581,6 +646,137 @@ void test_linear_with(const LinearKernel& kernel) {
   test_linear(/*T=*/13, /*D=*/2080, /*O=*/48, DType::kFloat32, /*has_bias=*/false, kernel);  // several pieces of D
 }
 
+// A weight [O, D] in 8 or 4 bits as kernels read it, and its values.
+struct QuantizedWeight {
+  std::vector<uint8_t> codes;
+  Numbers scales;
+  std::vector<int8_t> zeros;
+  std::vector<int32_t> order;
+  Doubles values;
+};
+
+double value_of_float8(int code) {
+  const double size = code >> 3 & 15 ? std::ldexp(8 + (code & 7), (code >> 3 & 15) - 10) : std::ldexp(code & 7, -9);
+  return code & 0x80 ? -size : size;
+}
+
+QuantizedWeight quantized_weight(Codes format, int64_t D, int64_t O, int64_t group_size, DType scale_dtype,
+                                 bool has_zeros) {
+  constexpr int64_t kPanel = 16;
+  const bool is_int4 = format == Codes::kInt4;
+  const int64_t groups = D / group_size, panels = (O + kPanel - 1) / kPanel, depth = is_int4 ? 8 : 4;
+  std::mt19937 generator(2);
+  const auto draw = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); };
+  QuantizedWeight weight = {std::vector<uint8_t>(static_cast<size_t>(panels * kPanel * D * 4 / depth)),
+                            Numbers(scale_dtype, static_cast<size_t>(panels * groups * kPanel)),
+                            std::vector<int8_t>(static_cast<size_t>(has_zeros ? panels * groups * kPanel : 0)),
+                            std::vector<int32_t>(static_cast<size_t>(D)), Doubles(static_cast<size_t>(O * D))};
+  for (int64_t i = 0; i < panels * groups * kPanel; ++i) weight.scales.set(i, 0);
+  std::iota(weight.order.begin(), weight.order.end(), 0);
+  std::shuffle(weight.order.begin(), weight.order.end(), generator);
+  for (int64_t o = 0; o < O; ++o) {
+    const auto at = [&](int64_t row, int64_t rows) { return (o / kPanel * rows + row) * kPanel + o % kPanel; };
+    for (int64_t d = 0; d < D; ++d) {
+      const int64_t group = at(d / group_size, groups);
+      if (d % group_size == 0) {
+        weight.scales.set(group, static_cast<float>(draw(1, 50)) / 16.0f);
+        if (has_zeros) weight.zeros[group] = static_cast<int8_t>(is_int4 ? draw(0, 15) : draw(-128, 127));
+      }
+      uint8_t* bytes = weight.codes.data() + at(d / depth, D / depth) * 4;
+      const int64_t element = d % depth;
+      const int zero = has_zeros ? weight.zeros[group] : is_int4 ? 8 : 0;
+      double value;
+      if (is_int4) {  // 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on
+        const int code = draw(0, 15);
+        const int64_t nibble = element % 2 * 4 + element / 2;
+        bytes[nibble / 2] = static_cast<uint8_t>(bytes[nibble / 2] | code << nibble % 2 * 4);
+        value = code - zero;
+      } else {  // 0, 2, 1, 3
+        const int code = format == Codes::kInt8 ? draw(-128, 127) : draw(0, 126) | draw(0, 1) << 7;
+        bytes[element % 2 * 2 + element / 2] = static_cast<uint8_t>(code);
+        value = format == Codes::kInt8 ? code - zero : value_of_float8(code);
+      }
+      weight.values[o * D + weight.order[d]] = weight.scales[group] * value;
+    }
+  }
+  return weight;
+}
+
+void run_quantized_linear(QuantizedLinearArgs args) {
+  const auto lines = [](int64_t bytes) { return std::vector<PackedLine>(static_cast<size_t>(bytes) / 64 + 1); };
+  std::vector<PackedLine> tokens = lines(args.T * args.D * 4), scales = lines(args.T * num_groups(args) * 4),
+                          sums = scales;
+  args.tokens = tokens.data();
+  args.token_scales = reinterpret_cast<float*>(scales.data());
+  args.token_sums = reinterpret_cast<int32_t*>(sums.data());
+  prepare_tokens(args, 0, args.T);
+  quantized_linear(args, 0, num_work_items(args));
+}
+
+// All tokens at once, and each by itself with the same bits. Rows of x and out lie apart.
+void test_quantized_linear(Codes format, int64_t T, int64_t D, int64_t O, int64_t group_size, DType out_dtype,
+                           bool has_options) {
+  constexpr int64_t kGap = 3;
+  const int64_t width = O + kGap;
+  const std::string name = "quantized linear, format " + std::to_string(static_cast<int>(format)) +
+                           ", T=" + std::to_string(T) + ", D=" + std::to_string(D) + ", O=" + std::to_string(O);
+  const DType in_dtype = has_options ? DType::kBFloat16 : DType::kFloat32;
+  const Numbers x = Numbers::random(in_dtype, T * (D + kGap)), bias = Numbers::random(in_dtype, O, 100.0f);
+  const bool has_zeros = has_options && format != Codes::kFloat8;
+  QuantizedWeight weight = quantized_weight(format, D, O, group_size, in_dtype, has_zeros);
+  if (!has_options) {  // the columns as they are
+    const Doubles ordered = weight.values;
+    for (int64_t o = 0; o < O; ++o) {
+      for (int64_t d = 0; d < D; ++d) weight.values[o * D + d] = ordered[o * D + weight.order[d]];
+    }
+  }
+  Numbers out(out_dtype, T * width), one_by_one(out_dtype, T * width);
+  QuantizedLinearArgs args;
+  args.T = T, args.D = D, args.O = O, args.group_size = group_size, args.format = format;
+  args.x = x.in(D + kGap, 0), args.out = out.out(width, 1), args.codes = weight.codes.data();
+  args.scales = weight.scales.in(16 * num_groups(args), 16);
+  if (has_zeros) args.zeros = weight.zeros.data();
+  if (has_options) args.order = weight.order.data(), args.bias = bias.in(0, 1);
+  run_quantized_linear(args);
+  for (int64_t t = 0; t < T; ++t) {
+    QuantizedLinearArgs one = args;
+    one.T = 1;
+    one.x.data = args.x.at(t, 0);
+    one.out = one_by_one.out(width, 1);
+    one.out.data = one.out.at(t, 0);
+    run_quantized_linear(one);
+  }
+  expect(out.has_bits_of(one_by_one), name + ": a token's bits depend on the tokens beside it");
+
+  Numbers inside(out_dtype, T * O);
+  Doubles want;
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t o = 0; o < O; ++o) {
+      double sum = has_options ? bias[o] : 0;
+      for (int64_t d = 0; d < D; ++d) sum += x[t * (D + kGap) + d] * weight.values[o * D + d];
+      want.push_back(sum);
+      inside.set(t * O + o, static_cast<float>(out[t * width + o]));
+    }
+    for (int64_t o = O; o < width; ++o) expect(std::isnan(out[t * width + o]), name + ": writes beside out");
+  }
+  // Beside integer codes x has 16 bits.
+  expect_close(name, inside, want, std::max(tolerance(out_dtype), format == Codes::kFloat8 ? 0 : 4e-5));
+}
+
+void test_quantized_linears() {
+  for (const Codes format : {Codes::kInt8, Codes::kInt4, Codes::kFloat8}) {
+    for (const int64_t T : {1, 2, 3, 4, 5, 6, 7, 13}) {
+      for (const int64_t O : {16, 40, 80}) {
+        for (const bool has_options : {false, true}) {
+          test_quantized_linear(format, T, /*D=*/96, O, /*group_size=*/32, DType::kFloat32, has_options);
+        }
+      }
+      test_quantized_linear(format, T, /*D=*/64, /*O=*/33, /*group_size=*/64, DType::kBFloat16, T % 2 == 1);
+      test_quantized_linear(format, T, /*D=*/256, /*O=*/47, /*group_size=*/128, DType::kFloat32, T % 2 == 0);
+    }
+  }
+}
+
 void test_target(int64_t target) {
   instruction_set = hwy::TargetName(target);
   std::printf("%s\n", instruction_set.c_str());
@@ -607,10 +803,18 @@ void test_target(int64_t target) {
       test_attention(/*group=*/1, /*D=*/40, /*block_size=*/16, dtype, q_size);
       test_attention(/*group=*/4, /*D=*/64, /*block_size=*/1, dtype, q_size);
     }
+    test_attention(/*group=*/3, /*D=*/256, /*block_size=*/48, dtype, /*q_size=*/1);
   }
+  test_quantized_linears();
   test_linear_with(linear_by_rows);
+  const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;
+  if (has_pairs) test_linear_with(linear_by_paired_rows);
   for (const BFloat16Products* products : {&kPlainProducts, bfloat16_products()}) {
-    if (products != nullptr) test_linear_with(packed_linear(products));
+    if (products != nullptr) {
+      test_linear_with(packed_linear(products));
+      test_attention(/*group=*/1, /*D=*/40, /*block_size=*/16, DType::kBFloat16, /*q_size=*/1, products);
+      test_attention(/*group=*/3, /*D=*/256, /*block_size=*/1, DType::kBFloat16, /*q_size=*/30, products);
+    }
     test_fast_chunks_with(products);
   }
 }

@@ -25,6 +25,49 @@ struct QuantizedRows {
 
   int64_t num_rows() const { return codes.size(0); }
   int64_t num_columns() const { return codes.size(1); }
+
+  /// Views of `count` rows from `begin` on.
+  QuantizedRows narrow(int64_t begin, int64_t count) const;
+
+  /// Views of `count` columns from `begin` on, whole groups. Throws UnsupportedError where columns have an order.
+  QuantizedRows narrow_columns(int64_t begin, int64_t count) const;
 };
+
+/// Outputs whose elements lie side by side in a packed weight.
+inline constexpr int64_t kPackedOutputs = 16;
+
+/// A weight [O, D] as kernels read it: panels of 16 outputs, P = ceil(O / 16) of them, the last one filled up with
+/// zeros. A row of a panel has four bytes for each output, which hold the next four elements of D in the order 0, 2, 1,
+/// 3; or the next eight in 4 bits, from the lowest bits of the first byte on, in the order 0, 2, 4, 6, 1, 3, 5, 7; or,
+/// of float8, two bytes, 0 and 1. The dtype of `codes` is the format. G is D / group_size.
+struct QuantizedWeight {
+  at::Tensor codes;                      // [P, D/4, 16, 4] i8 | [P, D/8, 16, 4] u8 | [P, D/2, 16, 2] float8_e4m3fn
+  at::Tensor scales;                     // [P, G, 16]  f32 | bf16 | f16
+  std::optional<at::Tensor> zeros = {};  // [P, G, 16]  i8
+  std::optional<at::Tensor> order = {};  // [D]         i32
+
+  /// The tensors that there are.
+  std::vector<at::Tensor> tensors() const;
+};
+
+/// Rounds a weight [O, D] of f32, bf16 or f16 to 8 or 4 bits with a scale for each group, in the dtype of the weight,
+/// that makes the group's squared error smallest among a row of candidates; symmetric, without zeros. Throws
+/// UnsupportedError for kFloat8 and for group sizes that do not divide D; RangeError for values that are not finite;
+/// ShapeError, DtypeError and DeviceError for a weight that is not a matrix of these dtypes on the host.
+QuantizedRows quantize_rows(const at::Tensor& weight, WeightFormat format, int64_t group_size);
+
+/// Brings rows into the order in which kernels read them. Throws ShapeError, DtypeError and DeviceError for tensors that
+/// are not as above, on the host; UnsupportedError for zeros of kFloat8 and for group sizes that do not divide D;
+/// RangeError for codes that the format does not have and for an order that is no permutation.
+QuantizedWeight pack_rows(const QuantizedRows& rows);
+
+/// Joins weights that differ in rows alone. Throws UnsupportedError where they differ otherwise, see can_join.
+QuantizedRows join_rows(const std::vector<QuantizedRows>& blocks);
+
+/// Whether both have one format, group size, dtype of scales, and neither zeros nor an order that the other lacks.
+bool can_join(const QuantizedRows& a, const QuantizedRows& b);
+
+/// The plain weight [O, D] in f32.
+at::Tensor dequantize(const QuantizedWeight& weight, int64_t num_rows);
 
 }  // namespace xgdn::kernel

@@ -119,7 +119,7 @@ class ModelBenchmark:
             threads=threads,
             times=[1e3 * step.seconds for step in timed],
             engine=statistics.median(1 - step.forward_seconds / step.seconds for step in timed),
-            roofline=1e3 * _roofline(engine.memory_bytes["weights"], engine.memory_bytes["states"] * batch // slots),
+            roofline=1e3 * _roofline(engine.streamed_bytes, engine.memory_bytes["states"] * batch // slots),
             prefill=batch * self._prompt_tokens / prefill_seconds,
             profiles=[step_profile(kind, steps) for kind, steps in recorded.items()] if self._profile else [],
         )
