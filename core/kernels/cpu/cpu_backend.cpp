@@ -35,6 +35,10 @@ using cpu::parallel_dynamic;
 using cpu::parallel_ranges;
 using cpu::threads_for;
 
+// How many elements of a copy take as long as one of a norm or of an exponential. At 1.4 ns each, measured on a Zen 3,
+// a norm of 32 tokens of 1,024 is worth eight threads.
+constexpr int64_t kPointwiseCost = 4;
+
 // Few items are split into blocks of V rows.
 void run_delta_rule(cpu::RecurrentGatedDeltaRuleArgs args, const GdnShape& s) {
   const int64_t threads = threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K);
@@ -332,7 +336,7 @@ class CpuBackend final : public HostBackend {
                                      .dt_bias = in_heads(p.dt_bias),
                                      .g = out_rows(p.g),
                                      .beta = out_rows(p.beta)};
-    parallel_ranges(s.T, s.HV, [&](int64_t begin, int64_t end) { cpu::gdn_gating(args, begin, end); });
+    parallel_ranges(s.T, kPointwiseCost * s.HV, [&](int64_t begin, int64_t end) { cpu::gdn_gating(args, begin, end); });
   }
 
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& shape) const override {
@@ -359,18 +363,23 @@ class CpuBackend final : public HostBackend {
   void run(const RmsNormParams& p, const NormShape& s) const override {
     const cpu::RmsNormArgs args = {.H = s.H,
                                    .D = s.D,
+                                   .P = p.cos ? p.cos->size(1) : 0,
                                    .x = in_rows(p.x),
                                    .weight = in_heads(p.weight),
                                    .residual = p.residual ? out_rows(*p.residual) : OutRows(),
+                                   .cos = p.cos ? in_rows(*p.cos) : InRows(),
+                                   .sin = p.sin ? in_rows(*p.sin) : InRows(),
                                    .out = out_rows(p.out),
                                    .eps = static_cast<float>(p.eps)};
-    parallel_ranges(s.T * s.H, s.D, [&](int64_t begin, int64_t end) { cpu::rms_norm(args, begin, end); });
+    parallel_ranges(s.T * s.H, kPointwiseCost * s.D,
+                    [&](int64_t begin, int64_t end) { cpu::rms_norm(args, begin, end); });
   }
 
   void run(const SiluAndMulParams& p, const LinearShape& s) const override {
     const cpu::SiluAndMulArgs args = {
         .I = s.O, .gate = in_columns(p.gate, 0, 1), .up = in_columns(p.up, 0, 1), .out = out_columns(p.out)};
-    parallel_ranges(s.T, s.O, [&](int64_t begin, int64_t end) { cpu::silu_and_mul(args, begin, end); });
+    parallel_ranges(s.T, kPointwiseCost * s.O,
+                    [&](int64_t begin, int64_t end) { cpu::silu_and_mul(args, begin, end); });
   }
 
   void run(const LinearParams& p, const LinearShape& s) const override {
@@ -442,7 +451,8 @@ class CpuBackend final : public HostBackend {
                                         .weight = in_heads(p.weight),
                                         .out = out_rows(p.out),
                                         .eps = static_cast<float>(p.eps)};
-    parallel_ranges(s.T * s.HV, s.V, [&](int64_t begin, int64_t end) { cpu::rms_norm_gated(args, begin, end); });
+    parallel_ranges(s.T * s.HV, kPointwiseCost * s.V,
+                    [&](int64_t begin, int64_t end) { cpu::rms_norm_gated(args, begin, end); });
   }
 };
 
