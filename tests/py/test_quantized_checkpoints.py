@@ -36,15 +36,19 @@ def with_head(scheme: Scheme) -> Scheme:
     return replace(scheme, weights=PRODUCTS + HEAD)
 
 
-def load(directory: Path, dtype: torch.dtype | None = torch.float32) -> xgdn.Engine:
-    return xgdn.Engine(directory, dtype=dtype, runner=RUNNER)
+def load(directory: Path, backend: str = "auto") -> xgdn.Engine:
+    return xgdn.Engine(directory, dtype=torch.float32, runner=RUNNER, prefill_backend=backend, decode_backend=backend)
 
 
-def distance(engine: xgdn.Engine, model: nn.Module) -> float:
+def assert_logits(directory: Path, model: nn.Module) -> None:
+    """Of the weights as they are, and within the rounding of activations of the kernels that people run."""
     with torch.no_grad(), one_thread():
         want = model(torch.tensor([PROMPT])).logits[0].double()
-        got = engine.prompt_logits(PROMPT).double()
-    return float((got - want).norm() / want.norm())
+        for backend, most in (("reference", 1e-5), ("auto", 2e-3)):
+            engine = load(directory, backend)
+            assert not engine.load_report.warnings
+            got = engine.prompt_logits(PROMPT).double()
+            assert float((got - want).norm() / want.norm()) < most, backend
 
 
 def quantized(tiny: Tiny, scheme: Scheme, folder: Path) -> tuple[Path, nn.Module]:
@@ -57,22 +61,20 @@ def quantized(tiny: Tiny, scheme: Scheme, folder: Path) -> tuple[Path, nn.Module
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_logits(tmp_path: Path, scheme: Scheme) -> None:
     directory, model = quantized(DENSE, scheme, tmp_path)
-    engine = load(directory)
-    assert distance(engine, model) < 1e-4
-    assert not engine.load_report.unused_tensors
+    assert_logits(directory, model)
 
 
 @pytest.mark.parametrize("scheme", EACH_METHOD, ids=str)
 @pytest.mark.parametrize("tiny", OTHERS, ids=str)
 def test_logits_of_other_models(tmp_path: Path, tiny: Tiny, scheme: Scheme) -> None:
     directory, model = quantized(tiny, scheme, tmp_path)
-    assert distance(load(directory), model) < 1e-4
+    assert_logits(directory, model)
 
 
 @pytest.mark.parametrize("scheme", EACH_METHOD, ids=str)
 def test_a_quantized_head(tmp_path: Path, scheme: Scheme) -> None:
     directory, model = quantized(DENSE, with_head(scheme), tmp_path)
-    assert distance(load(directory), model) < 1e-4
+    assert_logits(directory, model)
 
 
 @pytest.mark.parametrize("scheme", [awq(32), fp8()], ids=str)
@@ -80,7 +82,7 @@ def test_projections_of_gates_that_are_quantized_too(tmp_path: Path, scheme: Sch
     tiny = Tiny("eight-heads", qwen3_5, {"linear_num_value_heads": 8})
     gates = r"|linear_attn\.in_proj_(a|b)\.weight$"
     directory, model = quantized(tiny, replace(scheme, weights=PRODUCTS + gates), tmp_path)
-    assert distance(load(directory), model) < 1e-4
+    assert_logits(directory, model)
 
 
 def test_fused_experts_with_scales_beside_them(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_fused_experts_with_scales_beside_them(tmp_path: Path) -> None:
 
     truth = quantize(plain, fp8(torch.float32), tmp_path / "quantized")
     assert "model.layers.0.mlp.experts.gate_up_proj_scale_inv" in load_file(tmp_path / "quantized/model.safetensors")
-    assert distance(load(tmp_path / "quantized"), reference(model, plain, truth, tmp_path / "reference")) < 1e-4
+    assert_logits(tmp_path / "quantized", reference(model, plain, truth, tmp_path / "reference"))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
@@ -131,7 +133,7 @@ def test_transformers_reads_the_same_from_fp8(tmp_path: Path, tiny: Tiny) -> Non
         modules_to_not_convert=scheme.config["modules_to_not_convert"],
     )
     theirs = type(model).from_pretrained(tmp_path / "quantized", dtype=torch.float32, quantization_config=config).eval()
-    assert distance(load(tmp_path / "quantized"), theirs) < 1e-4
+    assert_logits(tmp_path / "quantized", theirs)
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.config["quant_method"] == "compressed-tensors"], ids=str)
