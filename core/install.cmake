@@ -18,6 +18,7 @@ set(xgdn_public_headers
   kernels/backend_choice.h
   kernels/chunk_metadata.h
   kernels/device.h
+  kernels/op_profile.h
   kernels/ops/attention.h
   kernels/ops/causal_conv1d.h
   kernels/ops/contract.h

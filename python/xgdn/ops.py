@@ -459,8 +459,8 @@ def quantized_linear(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`linear` with a weight in 8 or 4 bits, packed by `xgdn.quantization.pack`: `codes` `[P, D/4, 16, 4]` of int8 or
-    float8_e4m3fn, or `[P, D/8, 16, 4]` of uint8 for 4 bits, where `P = ceil(O / 16)`.
+    """`linear` with a weight in 8 or 4 bits, packed by `xgdn.quantization.pack`: `codes` `[P, D/4, 16, 4]` of int8,
+    `[P, D/8, 16, 4]` of uint8 for 4 bits, or `[P, D/2, 16, 2]` of float8_e4m3fn, where `P = ceil(O / 16)`.
 
     `scales` `[P, G, 16]` f32 | bf16 | f16 and `zeros` `[P, G, 16]` int8 (default 0; of 4 bits 8) belong to groups of
     `D / G` columns, 32, 64 or 128. `order` `[D]` int32: column `i` of the codes is column `order[i]` of the weight. `O`
@@ -468,7 +468,7 @@ def quantized_linear(
     each group, so that a group's sum is exact.
     """
     if out is None:
-        out = x.new_empty(x.shape[:1] + (16 * codes.shape[0] if num_outputs is None else num_outputs,))
+        out = x.new_empty(x.shape[0], 16 * codes.shape[0] if num_outputs is None else num_outputs)
     torch.ops.xgdn.quantized_linear(x, codes, scales, out, zeros=zeros, order=order, bias=bias, backend=backend)
     return out
 
