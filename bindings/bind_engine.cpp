@@ -166,11 +166,15 @@ void bind_decoder(nb::module_& m) {
   m.def(
       "load_decoder",
       [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
-         const DeviceArgument& device) {
-        return load_decoder(dir, {.dtype = dtype, .state_dtype = state_dtype, .device = device.resolve("load_decoder")})
+         const DeviceArgument& device, const std::optional<std::string>& quantize) {
+        return load_decoder(dir, {.dtype = dtype,
+                                  .state_dtype = state_dtype,
+                                  .device = device.resolve("load_decoder"),
+                                  .quantize = format_named(quantize)})
             .model;
       },
-      "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu", WithoutGil(),
+      "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
+      "quantize"_a = nb::none(), WithoutGil(),
       "The decoder of a Hugging Face directory, for callers that drive the steps.");
 }
 

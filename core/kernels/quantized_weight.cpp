@@ -15,8 +15,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <span>
+#include <string_view>
 
 #include "core/errors.h"
 #include "core/kernels/allocation.h"
@@ -33,6 +35,88 @@ std::span<const int64_t> order_of(at::ScalarType codes) {
   if (codes == at::kByte) return kInt4Order;
   if (codes == at::kChar) return kInt8Order;
   return kFloat8Order;
+}
+
+at::ScalarType codes_dtype(WeightFormat format) {
+  if (format == WeightFormat::kFloat8) return at::kFloat8_e4m3fn;
+  return format == WeightFormat::kInt8 ? at::kChar : at::kByte;
+}
+
+void check_group_size(const char* op, int64_t group_size, int64_t D) {
+  const auto refuse = [&](const std::string& expected) {
+    throw UnsupportedError(c10::str("[", op, "] group_size: expected ", expected, ", got ", group_size));
+  };
+  if (group_size != 32 && group_size != 64 && group_size != 128) refuse("32, 64 or 128");
+  if (D % group_size != 0) refuse(c10::str("a divisor of D=", D));
+}
+
+// Rows are read and written on the host; meta tensors have sizes alone.
+void check_device(const char* op, const char* arg, const at::Tensor& t) {
+  if (t.is_cpu() || t.is_meta()) return;
+  throw DeviceError(c10::str("[", op, "] ", arg, ": expected a tensor on cpu, got one on ", t.device().str()));
+}
+
+void check_order(const at::Tensor& order, int64_t D) {
+  const at::Tensor columns = order.to(at::kLong).contiguous();
+  const auto* column = columns.const_data_ptr<int64_t>();
+  std::vector<bool> seen(static_cast<size_t>(D));
+  for (int64_t i = 0; i < D; ++i) {
+    if (column[i] < 0 || column[i] >= D || seen[static_cast<size_t>(column[i])]) {
+      throw RangeError(
+          c10::str("[pack_rows] order: expected each column 0..", D - 1, " once, got ", column[i], " at index ", i));
+    }
+    seen[static_cast<size_t>(column[i])] = true;
+  }
+}
+
+void check_rows(const QuantizedRows& rows) {
+  const auto check = [&](const char* arg, const at::Tensor& t, const char* names, at::IntArrayRef shape,
+                         std::initializer_list<at::ScalarType> dtypes) {
+    check_device("pack_rows", arg, t);
+    if (t.device() != rows.codes.device()) {
+      throw DeviceError(c10::str("[pack_rows] ", arg, ": expected a tensor on ", rows.codes.device().str(),
+                                 " (set by codes), got one on ", t.device().str()));
+    }
+    if (t.sizes() != shape) {
+      throw ShapeError(c10::str("[pack_rows] ", arg, ": expected ", names, "=", shape, ", got ", t.sizes()));
+    }
+    if (std::ranges::count(dtypes, t.scalar_type()) > 0) return;
+    std::string expected;
+    for (const at::ScalarType dtype : dtypes) expected += c10::str(expected.empty() ? "" : " or ", dtype);
+    throw DtypeError(c10::str("[pack_rows] ", arg, ": expected ", expected, ", got ", t.scalar_type()));
+  };
+  const at::Tensor& codes = rows.codes;
+  if (codes.dim() != 2) throw ShapeError(c10::str("[pack_rows] codes: expected [O, D], got ", codes.sizes()));
+  check("codes", codes, "[O, D]", codes.sizes(), {codes_dtype(rows.format)});
+  const int64_t D = codes.size(1);
+  check_group_size("pack_rows", rows.group_size, D);
+  const std::array<int64_t, 2> groups = {codes.size(0), D / rows.group_size};
+  check("scales", rows.scales, "[O, G]", groups, {at::kFloat, at::kBFloat16, at::kHalf});
+  if (rows.zeros) {
+    if (rows.format == WeightFormat::kFloat8) {
+      throw UnsupportedError("[pack_rows] zeros: expected none beside codes of float8, got some");
+    }
+    check("zeros", *rows.zeros, "[O, G]", groups, {at::kChar});
+  }
+  if (!rows.order) return;
+  check("order", *rows.order, "[D]", D, {at::kLong, at::kInt});
+  if (!rows.order->is_meta()) check_order(*rows.order, D);
+}
+
+// No element of int4 has more than 4 bits, and none of float8 is NaN: kernels rely on both.
+void check_codes(WeightFormat format, std::span<const uint8_t> row) {
+  uint8_t bits = 0;
+  bool is_nan = false;
+  for (const uint8_t code : row) {
+    bits |= code;
+    is_nan |= (code & 0x7F) == 0x7F;
+  }
+  if (format == WeightFormat::kInt4 && bits > 15) {
+    throw RangeError(c10::str("[pack_rows] codes: expected 0..15 of int4, got ", int{*std::ranges::max_element(row)}));
+  }
+  if (format == WeightFormat::kFloat8 && is_nan) {
+    throw RangeError("[pack_rows] codes: expected finite values of float8, got nan");
+  }
 }
 
 at::Tensor packed_codes(const QuantizedRows& rows) {
@@ -56,6 +140,7 @@ at::Tensor packed_codes(const QuantizedRows& rows) {
       if (outputs < kPackedOutputs) std::fill_n(of_panel, panel_bytes, uint8_t{0});
       for (int64_t i = 0; i < outputs; ++i) {
         const uint8_t* row = from + (panel * kPackedOutputs + i) * D;
+        check_codes(rows.format, {row, static_cast<size_t>(D)});
         for (int64_t d = 0; d < D; d += depth) {
           uint8_t* at = of_panel + (d / depth * kPackedOutputs + i) * row_bytes;
           for (int64_t j = 0; j < row_bytes; ++j) {
@@ -110,36 +195,46 @@ float code_of(float x, float inverse, const IntegerRange& range) {
 constexpr size_t kLanes = 8;
 using Lanes = std::array<float, kLanes>;
 
-float squared_error(std::span<const float> group, float scale, float inverse, const IntegerRange& range) {
+// In units of the scale: squares of the elements themselves can leave f32.
+float squared_error(std::span<const float> group, float inverse, const IntegerRange& range) {
   Lanes sums{};
   for (size_t i = 0; i < group.size(); i += kLanes) {
     for (size_t j = 0; j < kLanes; ++j) {
-      const float off = code_of(group[i + j], inverse, range) * scale - group[i + j];
+      const float off = code_of(group[i + j], inverse, range) - group[i + j] * inverse;
       sums[j] += off * off;
     }
   }
   return std::accumulate(sums.begin(), sums.end(), 0.0f);
 }
 
+// Infinite or NaN where an element is.
 float largest_magnitude(std::span<const float> group) {
   Lanes largest{};
+  Lanes rest{};  // 0, or NaN
   for (size_t i = 0; i < group.size(); i += kLanes) {
-    for (size_t j = 0; j < kLanes; ++j) largest[j] = std::max(largest[j], std::abs(group[i + j]));
+    for (size_t j = 0; j < kLanes; ++j) {
+      largest[j] = std::max(largest[j], std::abs(group[i + j]));
+      rest[j] += group[i + j] - group[i + j];
+    }
   }
-  return *std::ranges::max_element(largest);
+  return *std::ranges::max_element(largest) + std::accumulate(rest.begin(), rest.end(), 0.0f);
 }
 
 // Codes of a group, the zero of the format added, and its scale.
 template <class Scale, class Code>
 void quantize_group(std::span<const float> group, const IntegerRange& range, float zero, Scale& scale, Code* codes) {
   const float largest = largest_magnitude(group);
+  if (!(largest <= std::numeric_limits<float>::max())) {
+    throw RangeError("[quantize_rows] weight: expected finite values, got inf or nan");
+  }
   float best = 0;
   float best_error = INFINITY;
   for (const float divisor : range.divisors) {
     const auto candidate = static_cast<float>(static_cast<Scale>(largest / divisor));
     const float inverse = 1.0f / candidate;
     if (!std::isfinite(candidate) || !std::isfinite(inverse)) continue;
-    const float error = squared_error(group, candidate, inverse, range);
+    const float step = candidate / largest;
+    const float error = squared_error(group, inverse, range) * step * step;
     if (error >= best_error) continue;
     best_error = error;
     best = candidate;
@@ -217,24 +312,20 @@ std::vector<at::Tensor> QuantizedWeight::tensors() const {
 }
 
 QuantizedRows quantize_rows(const at::Tensor& weight, WeightFormat format, int64_t group_size) {
-  const auto refuse = [](const std::string& sentence) { throw UnsupportedError("[quantize_rows] " + sentence); };
-  if (format == WeightFormat::kFloat8) refuse("format: expected int8 or int4, got float8");
+  if (format == WeightFormat::kFloat8) {
+    throw UnsupportedError("[quantize_rows] format: expected int8 or int4, got float8");
+  }
   if (weight.dim() != 2) throw ShapeError(c10::str("[quantize_rows] weight: expected [O, D], got ", weight.sizes()));
-  if (group_size != 32 && group_size != 64 && group_size != 128) {
-    refuse(c10::str("group_size: expected 32, 64 or 128, got ", group_size));
-  }
-  if (weight.size(1) % group_size != 0) {
-    refuse(c10::str("group_size: expected a divisor of D=", weight.size(1), ", got ", group_size));
-  }
+  check_device("quantize_rows", "weight", weight);
+  check_group_size("quantize_rows", group_size, weight.size(1));
   const at::ScalarType dtype = weight.scalar_type();
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
     throw DtypeError(c10::str("[quantize_rows] weight: expected float32, bfloat16 or float16, got ", dtype));
   }
-  QuantizedRows rows{
-      .format = format,
-      .group_size = group_size,
-      .codes = at::empty(weight.sizes(), weight.options().dtype(format == WeightFormat::kInt8 ? at::kChar : at::kByte)),
-      .scales = at::empty({weight.size(0), weight.size(1) / group_size}, weight.options())};
+  QuantizedRows rows{.format = format,
+                     .group_size = group_size,
+                     .codes = at::empty(weight.sizes(), weight.options().dtype(codes_dtype(format))),
+                     .scales = at::empty({weight.size(0), weight.size(1) / group_size}, weight.options())};
   if (weight.is_meta()) return rows;
   if (dtype == at::kFloat) {
     quantize_into<float>(weight, rows);
@@ -247,6 +338,7 @@ QuantizedRows quantize_rows(const at::Tensor& weight, WeightFormat format, int64
 }
 
 QuantizedWeight pack_rows(const QuantizedRows& rows) {
+  check_rows(rows);
   QuantizedWeight weight{.codes = packed_codes(rows), .scales = packed_groups(rows.scales)};
   if (rows.zeros) weight.zeros = packed_groups(*rows.zeros);
   if (rows.order) weight.order = rows.order->to(at::kInt);

@@ -25,7 +25,7 @@ using Weight = std::variant<at::Tensor, kernel::QuantizedWeight>;
 /// Its tensors.
 std::vector<at::Tensor> tensors_of(const Weight& weight);
 
-/// The weight as kernels read it, on the device of `options`. Throws CheckpointError for rows on another device.
+/// The weight as kernels read it, on the device of `options`.
 kernel::QuantizedWeight load_quantized(const kernel::QuantizedRows& rows, const at::TensorOptions& options);
 
 /// Rows of the stored weight `name`, of `shape` as a whole.

@@ -47,7 +47,11 @@ std::optional<kernel::QuantizedRows> RoundedWeights::quantized(const std::string
   if (!rounding) return std::nullopt;
   at::Tensor weight = plain_.get(name, shape).flatten(0, -2);
   if (weight.scalar_type() == at::kDouble) weight = weight.to(at::kFloat);
-  return kernel::quantize_rows(weight, rounding->format, rounding->group_size);
+  try {
+    return kernel::quantize_rows(weight, rounding->format, rounding->group_size);
+  } catch (const RangeError& error) {
+    throw CheckpointError("[Engine] quantize: " + name + ": " + error.what());
+  }
 }
 
 }  // namespace xgdn

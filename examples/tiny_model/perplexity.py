@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity of the small model's held-out text: every backend and type of state beside transformers in float32.
 
-    python examples/tiny_model/perplexity.py [--windows 8] [--device npu:0] [--dtype bfloat16]
+    python examples/tiny_model/perplexity.py [--windows 8] [--device npu:0] [--dtype bfloat16] [--quantize int8]
 
 Prefill reads a window at once; decode reads the same window token by token, all windows in one batch. `--dtype` is that
-of weights and activations. A backend that refuses a row has its sentence there.
+of weights and activations; `--quantize` rounds the weights of products to 8 or 4 bits. A backend that refuses a row has
+its sentence there.
 """
 
 import argparse
 import importlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -44,12 +46,21 @@ def by_transformers(windows: Tensor) -> float:
     return perplexity(torch.stack([model(input_ids=window[None]).logits[0] for window in windows]), windows)
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """How a model keeps its numbers."""
+
+    dtype: torch.dtype = torch.float32  # of weights and activations
+    state_dtype: torch.dtype = torch.float32
+    quantize: str | None = None
+
+
 class Reader:
     """A model with its pools, one slot for each window."""
 
-    def __init__(self, num_windows: int, *, dtype: torch.dtype, state_dtype: torch.dtype, device: str) -> None:
+    def __init__(self, num_windows: int, numbers: Numbers, *, device: str) -> None:
         num_blocks = num_windows * WINDOW // 16
-        self.decoder: HybridDecoder = load_decoder(str(MODEL), dtype=dtype, state_dtype=state_dtype, device=device)
+        self.decoder: HybridDecoder = load_decoder(str(MODEL), device=device, **asdict(numbers))
         self.states = StatePool(self.decoder.state_specs(), num_slots=num_windows, device=device, poison_freed=True)
         self.kv = KvCache(self.decoder, num_blocks=num_blocks, block_size=16)
         self.slots = list(range(num_windows))
@@ -84,18 +95,23 @@ class Reader:
         return torch.stack(logits, dim=1)
 
 
-def by_prefill(windows: Tensor, *, dtype: torch.dtype, state_dtype: torch.dtype, device: str) -> float:
-    engine = xgdn.Engine(MODEL, dtype=dtype, state_dtype=state_dtype, device=device)
+def by_prefill(windows: Tensor, numbers: Numbers, *, device: str = "cpu") -> float:
+    engine = xgdn.Engine(MODEL, device=device, **asdict(numbers))
     return perplexity(torch.stack([engine.prompt_logits(window.tolist()).cpu() for window in windows]), windows)
 
 
-def by_decode(windows: Tensor, *, dtype: torch.dtype, state_dtype: torch.dtype, device: str) -> float:
-    reader = Reader(len(windows), dtype=dtype, state_dtype=state_dtype, device=device)
+def by_decode(windows: Tensor, numbers: Numbers, *, device: str = "cpu") -> float:
+    reader = Reader(len(windows), numbers, device=device)
     return perplexity(reader.decode(windows), windows)
 
 
 def figures(
-    windows: Tensor, backends: tuple[str, ...], *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    windows: Tensor,
+    backends: tuple[str, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    quantize: str | None = None,
 ) -> dict[tuple[str, str, str], float | str]:
     """(backend, phase, type of the states) -> perplexity, or why the backend refuses."""
     found: dict[tuple[str, str, str], float | str] = {}
@@ -104,7 +120,7 @@ def figures(
             for state, state_dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
                 try:
                     with xgdn.use_backend(prefill=backend, decode=backend):
-                        figure = measure(windows, dtype=dtype, state_dtype=state_dtype, device=device)
+                        figure = measure(windows, Numbers(dtype, state_dtype, quantize), device=device)
                 except xgdn.errors.UnsupportedError as error:
                     figure = str(error)
                 found[backend, phase, state] = figure
@@ -119,6 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations"
     )
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="rounds the weights of products; default: plain")
     args = parser.parse_args()
     backends: tuple[str, ...] = ("cpu", "reference")
     if args.device != "cpu":
@@ -129,11 +146,12 @@ def main() -> None:
     windows = held_out_windows(args.windows)
     table = Table("backend", "phase", "state", "perplexity")
     table.add_row("transformers, float32", "prefill", "f32", f"{by_transformers(windows):.4f}")
-    found = figures(windows, backends, dtype=getattr(torch, args.dtype), device=args.device)
+    found = figures(windows, backends, dtype=getattr(torch, args.dtype), device=args.device, quantize=args.quantize)
     for key, figure in found.items():
         table.add_row(*key, escape(figure) if isinstance(figure, str) else f"{figure:.4f}")
     console = Console()
-    console.print(f"{windows.numel()} held-out tokens, weights and activations {args.dtype}")
+    rounded = f", weights of products rounded to {args.quantize}" if args.quantize else ""
+    console.print(f"{windows.numel()} held-out tokens, weights and activations {args.dtype}{rounded}")
     console.print(table)
 
 

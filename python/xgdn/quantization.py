@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from xgdn import _C
+from xgdn import _C, errors
 
 __all__ = ["PackedWeight", "QuantizedRows", "WeightFormat", "pack", "quantize"]
 
@@ -54,15 +54,22 @@ class PackedWeight(NamedTuple):
     order: Tensor | None  # [D]  int32
 
 
+def _format(op: str, name: str) -> _C.WeightFormat:
+    if name not in FORMATS:
+        raise errors.UnsupportedError(f"[{op}] format: expected {', '.join(FORMATS)}, got {name!r}")
+    return FORMATS[name]
+
+
 def quantize(weight: Tensor, format: Literal["int8", "int4"], *, group_size: int = 64) -> QuantizedRows:
     """Round a weight `[O, D]` of f32, bf16 or f16 to the nearest codes, with the scale for each group, in the dtype of
     the weight, that makes the group's squared error smallest among a few candidates.
 
     Raises:
         NotImplementedError: for another format, or a group size that is not 32, 64 or 128 or does not divide D.
-        ValueError, TypeError: for a weight of another shape or dtype.
+        ValueError, TypeError: for a weight of another shape, dtype or device.
+        IndexError: for values that are not finite.
     """
-    codes, scales = _C.quantize_rows(weight, FORMATS[format], group_size)
+    codes, scales = _C.quantize_rows(weight, _format("quantize_rows", format), group_size)
     return QuantizedRows(format, group_size, codes, scales)
 
 
@@ -70,8 +77,9 @@ def pack(rows: QuantizedRows) -> PackedWeight:
     """Bring rows into the order in which kernels read them.
 
     Raises:
-        ValueError, TypeError: for tensors that do not fit each other.
+        NotImplementedError: for another format, zeros of float8, or a group size as in `quantize`.
+        ValueError, TypeError: for tensors of another shape, dtype or device.
+        IndexError: for codes that the format does not have, or an order that is no permutation.
     """
-    return PackedWeight(
-        *_C.pack_rows(rows.codes, rows.scales, rows.zeros, rows.order, FORMATS[rows.format], rows.group_size)
-    )
+    format = _format("pack_rows", rows.format)
+    return PackedWeight(*_C.pack_rows(rows.codes, rows.scales, rows.zeros, rows.order, format, rows.group_size))

@@ -30,11 +30,13 @@ OPS: dict[str, Callable[..., Any]] = {
         "rms_norm",
         "silu_and_mul",
         "linear",
+        "quantized_linear",
         "gdn_decode_step",
         "paged_attention",
         "store_kv",
         "copy_slots",
         "moe_experts",
+        "quantized_moe_experts",
     )
 }
 
@@ -217,6 +219,23 @@ def backends_for_cpu_tensors() -> list[str]:
     """Backends of this build that serve every op on CPU tensors, in order of preference."""
     unable = {row.backend for row in xgdn.doctor() if row.why_not is not None}
     return [name for name in xgdn.available_backends() if name not in unable]
+
+
+class Matrix:
+    """A matrix inside wider memory: `gap` more columns, one more row at either end."""
+
+    def __init__(self, values: Tensor, gap: int, around: float = torch.nan) -> None:
+        rows, columns = values.shape
+        self.gap, self.columns = gap, columns
+        self.memory = torch.full((rows + 2, columns + gap), around, dtype=values.dtype)
+        self.within(self.memory).copy_(values)
+
+    def within(self, memory: Tensor) -> Tensor:
+        return memory[1:-1, self.gap // 2 : self.gap // 2 + self.columns]
+
+    @property
+    def values(self) -> Tensor:
+        return self.within(self.memory)
 
 
 @dataclass

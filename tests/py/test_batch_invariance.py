@@ -13,7 +13,9 @@ from torch import Tensor
 import xgdn
 from attention_calls import AttentionCall
 from cases import OPS, assert_batch_invariant, i32
+from quantized_calls import QuantizedExpertsCall, random_rows
 from xgdn import ops
+from xgdn.quantization import pack
 
 LENGTHS = (1, 3, 70, 2, 65)  # of the ops on sequences of several tokens
 H, HV, K, V, W = 2, 4, 32, 48, 4
@@ -92,6 +94,8 @@ def token_op(op: str, dtype: torch.dtype, backend: str) -> Call:
     norm, A_log = torch.randn(50), torch.randn(HV)
     experts = torch.randn(6, 64, 96).to(dtype), torch.randn(6, 96, 32).to(dtype)
     weights, chosen = torch.rand(N, 2).to(dtype), torch.stack([torch.randperm(6)[:2] for _ in range(N)])
+    codes, scales, zeros, columns = pack(random_rows("int4", 80, 96, 32, zeros=True, order=True))
+    _, _, _, *quantized = QuantizedExpertsCall(N, D=96, formats=("int4", "int8")).make().arguments()
     calls: dict[str, Callable[[list[int]], Tensor | tuple[Tensor, ...]]] = {
         "gdn_gating": lambda n: ops.gdn_gating(heads[n, :, 0], other[n, :, 0], A_log, A_log, backend=backend),
         "l2_norm": lambda n: ops.l2_norm(heads[n], backend=backend),
@@ -99,7 +103,13 @@ def token_op(op: str, dtype: torch.dtype, backend: str) -> Call:
         "rms_norm": lambda n: ops.rms_norm(heads[n], norm, backend=backend),
         "silu_and_mul": lambda n: ops.silu_and_mul(heads[n, 0], other[n, 0], backend=backend),
         "linear": lambda n: ops.linear(x[n], weight, bias=bias, backend=backend),
+        "quantized_linear": lambda n: ops.quantized_linear(
+            x[n], codes, scales, zeros=zeros, order=columns, bias=bias, backend=backend
+        ),
         "moe_experts": lambda n: ops.moe_experts(x[n], weights[n], chosen[n], *experts, backend=backend),
+        "quantized_moe_experts": lambda n: ops.quantized_moe_experts(
+            x[n], weights[n], chosen[n], *quantized, backend=backend
+        ),
     }
 
     def call(order: Sequence[int]) -> Results:
@@ -184,7 +194,7 @@ def test_what_is_promised() -> None:
         backend: {row.op for row in xgdn.doctor() if row.backend == backend and row.is_batch_invariant}
         for backend in ("cpu", "reference", "npu", "cuda")
     }
-    assert promised["cpu"] - {"linear"} == set(OPS) - {"l2_norm", "linear", "moe_experts"}
+    assert promised["cpu"] - {"linear"} == set(OPS) - {"l2_norm", "linear", "moe_experts", "quantized_moe_experts"}
     assert promised["reference"] == {
         "recurrent_gated_delta_rule",
         "chunk_gated_delta_rule",

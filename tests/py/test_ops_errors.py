@@ -40,6 +40,10 @@ def replaced(arguments: Arguments, name: str, t: torch.Tensor) -> Arguments:
     return {**arguments, argument: t}
 
 
+def int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
 def good_arguments(op: str) -> Arguments:
     """Five tokens of two sequences (packed_decode, gdn_decode_step: two tokens) that the op accepts."""
     T, N, S, H, HV, K, V, D, W = 5, 2, 4, 2, 4, 16, 32, 24, 4
@@ -81,6 +85,16 @@ def good_arguments(op: str) -> Arguments:
             "x": torch.randn(T, D),
             "weight": torch.randn(K, D),
             "bias": torch.randn(K),
+        },
+        "quantized_linear": {"x": torch.randn(T, 2 * V), "codes": int8(1, K, 16, 4), "scales": torch.rand(1, 2, 16)},
+        "quantized_moe_experts": {
+            "x": torch.randn(T, V),
+            "weights": torch.rand(T, 2),
+            "chosen": torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]]),
+            "gate_up_codes": int8(3, 8, 8, 16, 4),
+            "gate_up_scales": torch.rand(3, 8, 1, 16),
+            "down_codes": int8(3, 2, 16, 16, 4),
+            "down_scales": torch.rand(3, 2, 2, 16),
         },
         "paged_attention": {
             "q": torch.randn(T, HV, K),
@@ -125,6 +139,8 @@ RECURRENT = "recurrent_gated_delta_rule"
 STEP = "gdn_decode_step"
 ATTENTION = "paged_attention"
 EXPERTS = "moe_experts"
+QUANTIZED = "quantized_linear"
+QUANTIZED_EXPERTS = "quantized_moe_experts"
 STORE = "store_kv"
 COPY = "copy_slots"
 VERIFY = {"state_indices": i32([[0, 1, 2], [3, 4, 5]]), "num_accepted": i32([1, 3]), "state": torch.randn(6, 4, 32, 16)}
@@ -257,6 +273,95 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ),
     (EXPERTS, {"x": torch.randn(5, 23)}, ValueError, ("down", "D=23 (set by x)", "[3, 24, 16]")),
     (EXPERTS, {"out": torch.empty(5, 48)[:, ::2]}, ValueError, ("out", "contiguous")),
+    (QUANTIZED, {"x": torch.randn(5, 64).double()}, TypeError, ("x", "Float", "Double")),
+    (QUANTIZED, {"codes": torch.randn(1, 16, 16, 4)}, TypeError, ("codes", "Char or Byte or Float8_e4m3fn", "Float")),
+    (QUANTIZED, {"scales": torch.rand(1, 2, 16).double()}, TypeError, ("scales", "BFloat16", "Double")),
+    (QUANTIZED, {"zeros": torch.zeros(1, 2, 16)}, TypeError, ("zeros", "Char", "Float")),
+    (QUANTIZED, {"order": torch.arange(64)}, TypeError, ("order", "Int", "Long")),
+    (QUANTIZED, {"bias": torch.randn(16).half()}, TypeError, ("bias", "Float", "Half")),
+    (QUANTIZED, {"out": torch.empty(5, 16).half()}, TypeError, ("out", "Float", "Half")),
+    (QUANTIZED, {"x": torch.randn(5, 48)}, ValueError, ("x", "D a multiple of 32", "48")),
+    (QUANTIZED, {"x": torch.randn(5, 96)}, ValueError, ("codes", "[P, D/4, 16, 4]", "D/4=24 (set by x)", "[1, 16")),
+    (QUANTIZED, {"x": torch.randn(5, 4, 16)}, ValueError, ("x", "T, D", "[5, 4, 16]")),
+    (QUANTIZED, {"codes": int8(1, 16, 16, 4).view(torch.uint8)}, ValueError, ("codes", "[P, D/8, 16, 4]", "D/8=8")),
+    (QUANTIZED, {"codes": int8(16, 64)}, ValueError, ("codes", "[P, D/4, 16, 4]", "[16, 64]")),
+    (QUANTIZED, {"codes": int8(1, 16, 4, 16).mT}, ValueError, ("codes", "contiguous", "strides")),
+    (QUANTIZED, {"scales": torch.rand(2, 2, 16)}, ValueError, ("scales", "P=1 (set by codes)", "[2, 2, 16]")),
+    *(
+        (QUANTIZED, {"scales": torch.rand(1, G, 16)}, ValueError, ("scales", "groups of 32, 64 or 128", f"got G={G}"))
+        for G in (0, 3, 4)
+    ),
+    (
+        QUANTIZED,
+        {"x": torch.randn(5, 0), "codes": int8(1, 0, 16, 4), "scales": torch.rand(1, 0, 16)},
+        ValueError,
+        ("scales", "groups of 32, 64 or 128 elements of D=0", "got G=0"),
+    ),
+    (QUANTIZED, {"zeros": int8(1, 1, 16)}, ValueError, ("zeros", "G=2 (set by scales)", "[1, 1, 16]")),
+    (
+        QUANTIZED,
+        {"codes": torch.zeros(1, 16, 16, 4).to(torch.float8_e4m3fn), "zeros": int8(1, 2, 16)},
+        ValueError,
+        ("zeros", "none", "float8"),
+    ),
+    (QUANTIZED, {"order": i32(range(63))}, ValueError, ("order", "D=64 (set by x)", "[63]")),
+    *(
+        (QUANTIZED, {"out": torch.empty(5, n)}, ValueError, ("out", "P=1 panels of 16 (set by codes)", f"got O={n}"))
+        for n in (0, 17)
+    ),
+    (QUANTIZED, {"out": torch.empty(4, 16)}, ValueError, ("out", "T=5 (set by x)", "[4, 16]")),
+    (QUANTIZED, {"bias": torch.randn(15)}, ValueError, ("out", "O=15 (set by bias)", "[5, 16]")),
+    (QUANTIZED, {"scales": torch.empty(1, 2, 16, device="meta")}, ValueError, ("scales", "cpu", "meta")),
+    *(
+        (QUANTIZED, {"order": i32([*range(63), value])}, IndexError, ("order", "0..63", f"got {value} at index 63"))
+        for value in (64, -1)
+    ),
+    (QUANTIZED_EXPERTS, {"chosen": i32([[0, 1]] * 5)}, TypeError, ("chosen", "Long", "Int")),
+    (QUANTIZED_EXPERTS, {"weights": torch.rand(5, 2).half()}, TypeError, ("weights", "Float", "Half")),
+    *(
+        (QUANTIZED_EXPERTS, {f"{name}_{kind}": torch.zeros(shape).double()}, TypeError, (f"{name}_{kind}", "Double"))
+        for name, P, rows, G in (("gate_up", 8, 8, 1), ("down", 2, 16, 2))
+        for kind, shape in (("codes", (3, P, rows, 16, 4)), ("scales", (3, P, G, 16)), ("zeros", (3, P, G, 16)))
+    ),
+    (QUANTIZED_EXPERTS, {"x": torch.randn(5, 48)}, ValueError, ("x", "D a multiple of 32", "48")),
+    (
+        QUANTIZED_EXPERTS,
+        {"x": torch.randn(5, 64)},
+        ValueError,
+        ("down_codes", "D/16=4 (set by x)", "[3, 2, 16, 16, 4]"),
+    ),
+    *(
+        (QUANTIZED_EXPERTS, {"gate_up_codes": int8(*shape)}, ValueError, ("gate_up_codes", str(list(shape))))
+        for shape in ((2, 8, 8, 16, 4), (3, 4, 8, 16, 4), (3, 8, 16, 16, 4), (8, 8, 16, 4))
+    ),
+    (
+        QUANTIZED_EXPERTS,
+        {"down_codes": int8(3, 2, 0, 16, 4), "down_scales": torch.rand(3, 2, 0, 16)},
+        ValueError,
+        ("down_scales", "I=0", "got H=0"),
+    ),
+    (
+        QUANTIZED_EXPERTS,
+        {"down_codes": int8(0, 2, 16, 16, 4), "down_scales": torch.rand(0, 2, 2, 16)},
+        ValueError,
+        ("down_codes", "at least one expert", "E=0"),
+    ),
+    (QUANTIZED_EXPERTS, {"down_scales": torch.rand(3, 2, 4, 16)}, ValueError, ("down_scales", "I=64", "got H=4")),
+    (QUANTIZED_EXPERTS, {"gate_up_scales": torch.rand(3, 8, 2, 16)}, ValueError, ("gate_up_scales", "D=32", "got G=2")),
+    (
+        QUANTIZED_EXPERTS,
+        {"gate_up_zeros": int8(3, 8, 2, 16)},
+        ValueError,
+        ("gate_up_zeros", "G=1 (set by gate_up_scales)"),
+    ),
+    (QUANTIZED_EXPERTS, {"down_zeros": int8(3, 2, 1, 16)}, ValueError, ("down_zeros", "H=2 (set by down_scales)")),
+    (QUANTIZED_EXPERTS, {"out": torch.empty(5, 64)[:, ::2]}, ValueError, ("out", "contiguous")),
+    (
+        QUANTIZED_EXPERTS,
+        {"chosen": torch.arange(10).view(5, 2)},
+        IndexError,
+        ("chosen", "an expert 0..2", "got 3 at index 3"),
+    ),
     (STORE, {"k": torch.randn(5, 2, 16).double()}, TypeError, ("k", "Float", "Double")),
     *(
         (STORE, {name: good_arguments(STORE)[name].half()}, TypeError, (name, "Float", "Half"))
@@ -516,6 +621,8 @@ OPTIONAL: dict[str, Arguments] = {
         "cu_seqlens_cpu": i32([0, 3, 5]),
         "context_lens_cpu": i32([7, 2]),
     },
+    QUANTIZED: {"zeros": int8(1, 2, 16), "order": torch.randperm(64).int(), "bias": torch.randn(16)},
+    QUANTIZED_EXPERTS: {"gate_up_zeros": int8(3, 8, 1, 16), "down_zeros": int8(3, 2, 2, 16)},
     STEP: {
         "conv_bias": torch.randn(192),
         "write_indices": i32([1, 3]),
@@ -537,7 +644,9 @@ OUT_SHAPES = {
     "silu_and_mul": (5, 24),
     "linear": (5, 16),
     ATTENTION: (5, 4, 16),
+    QUANTIZED: (5, 16),
     EXPERTS: (5, 24),
+    QUANTIZED_EXPERTS: (5, 32),
     STEP: (2, 4, 32),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import xgdn
-from cases import assert_batch_invariant, assert_bits_equal, assert_close
+from cases import Matrix, assert_batch_invariant, assert_bits_equal, assert_close
 from xgdn import ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -21,23 +21,6 @@ BOUND = {F32: 1e-6, BF16: 4e-3, F16: 5e-4}
 
 
 NEEDS_CPU = pytest.mark.skipif("cpu" not in xgdn.available_backends(), reason="this build has no cpu backend")
-
-
-class Matrix:
-    """A matrix inside wider memory: `gap` more columns, one more row at either end."""
-
-    def __init__(self, values: Tensor, gap: int, around: float = torch.nan) -> None:
-        rows, columns = values.shape
-        self.gap, self.columns = gap, columns
-        self.memory = torch.full((rows + 2, columns + gap), around, dtype=values.dtype)
-        self.within(self.memory).copy_(values)
-
-    def within(self, memory: Tensor) -> Tensor:
-        return memory[1:-1, self.gap // 2 : self.gap // 2 + self.columns]
-
-    @property
-    def values(self) -> Tensor:
-        return self.within(self.memory)
 
 
 @dataclass(frozen=True)

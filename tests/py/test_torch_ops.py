@@ -13,7 +13,9 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cases import OPS, assert_bits_equal, i32
+from quantized_calls import QuantizedExpertsCall, random_rows
 from xgdn import ops
+from xgdn.quantization import pack
 
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 H, HV, K, V, D, W, S = 2, 4, 16, 32, 24, 4, 9
@@ -60,6 +62,10 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
     heads_out = torch.zeros(T, HV, K, dtype=dtype)
     experts = (conv[0], torch.rand(T, 2).to(dtype), torch.randint(0, 3, (T, 2)))
     experts = (*experts, torch.randn(3, 2 * V, D).to(dtype), torch.randn(3, D, V).to(dtype))
+    rows = QuantizedExpertsCall(T, E=3, D=HV * K, I=V, dtype=dtype, formats=("int4", "int8"), zeros=(True, True)).make()
+    packed_rows = pack(random_rows("int4", D, HV * V, 64, zeros=True, order=True))
+    quantized = (x[2].flatten(1), packed_rows.codes, packed_rows.scales, conv_out)
+    float8 = pack(random_rows("float8", D, HV * V, 32))
     return {
         "recurrent_gated_delta_rule": [
             ((*x, cu, slots, out), {}),
@@ -105,7 +111,16 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
             (([x[5], conv[2]], i32([4, 1, 0]), i32([8, -1, 2])), {}),
             (([], slots, slots), {"backend": "reference"}),
         ],
+        "quantized_linear": [
+            (quantized, {}),
+            (quantized, {"zeros": packed_rows.zeros, "order": packed_rows.order, "bias": bias}),
+            ((quantized[0], float8.codes, float8.scales, conv_out), {"backend": "reference"}),
+        ],
         "moe_experts": [((*experts, torch.zeros(T, D, dtype=dtype)), {})],
+        "quantized_moe_experts": [
+            ((*rows.arguments(), torch.zeros(T, HV * K, dtype=dtype)), {}),
+            ((*rows.arguments(), torch.zeros(T, HV * K, dtype=dtype)), rows.zero_points()),
+        ],
     }[op]
 
 

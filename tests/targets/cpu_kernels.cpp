@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
@@ -19,6 +20,7 @@
 #include "core/kernels/cpu/linear.h"
 #include "core/kernels/cpu/linear_rows.h"
 #include "core/kernels/cpu/paged_attention.h"
+#include "core/kernels/cpu/quantized_linear.h"
 #include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
@@ -644,6 +646,137 @@ void test_linear_with(const LinearKernel& kernel) {
   test_linear(/*T=*/13, /*D=*/2080, /*O=*/48, DType::kFloat32, /*has_bias=*/false, kernel);  // several pieces of D
 }
 
+// A weight [O, D] in 8 or 4 bits as kernels read it, and its values.
+struct QuantizedWeight {
+  std::vector<uint8_t> codes;
+  Numbers scales;
+  std::vector<int8_t> zeros;
+  std::vector<int32_t> order;
+  Doubles values;
+};
+
+double value_of_float8(int code) {
+  const double size = code >> 3 & 15 ? std::ldexp(8 + (code & 7), (code >> 3 & 15) - 10) : std::ldexp(code & 7, -9);
+  return code & 0x80 ? -size : size;
+}
+
+QuantizedWeight quantized_weight(Codes format, int64_t D, int64_t O, int64_t group_size, DType scale_dtype,
+                                 bool has_zeros) {
+  constexpr int64_t kPanel = 16;
+  const bool is_int4 = format == Codes::kInt4;
+  const int64_t groups = D / group_size, panels = (O + kPanel - 1) / kPanel, depth = is_int4 ? 8 : 4;
+  std::mt19937 generator(2);
+  const auto draw = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); };
+  QuantizedWeight weight = {std::vector<uint8_t>(static_cast<size_t>(panels * kPanel * D * 4 / depth)),
+                            Numbers(scale_dtype, static_cast<size_t>(panels * groups * kPanel)),
+                            std::vector<int8_t>(static_cast<size_t>(has_zeros ? panels * groups * kPanel : 0)),
+                            std::vector<int32_t>(static_cast<size_t>(D)), Doubles(static_cast<size_t>(O * D))};
+  for (int64_t i = 0; i < panels * groups * kPanel; ++i) weight.scales.set(i, 0);
+  std::iota(weight.order.begin(), weight.order.end(), 0);
+  std::shuffle(weight.order.begin(), weight.order.end(), generator);
+  for (int64_t o = 0; o < O; ++o) {
+    const auto at = [&](int64_t row, int64_t rows) { return (o / kPanel * rows + row) * kPanel + o % kPanel; };
+    for (int64_t d = 0; d < D; ++d) {
+      const int64_t group = at(d / group_size, groups);
+      if (d % group_size == 0) {
+        weight.scales.set(group, static_cast<float>(draw(1, 50)) / 16.0f);
+        if (has_zeros) weight.zeros[group] = static_cast<int8_t>(is_int4 ? draw(0, 15) : draw(-128, 127));
+      }
+      uint8_t* bytes = weight.codes.data() + at(d / depth, D / depth) * 4;
+      const int64_t element = d % depth;
+      const int zero = has_zeros ? weight.zeros[group] : is_int4 ? 8 : 0;
+      double value;
+      if (is_int4) {  // 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on
+        const int code = draw(0, 15);
+        const int64_t nibble = element % 2 * 4 + element / 2;
+        bytes[nibble / 2] = static_cast<uint8_t>(bytes[nibble / 2] | code << nibble % 2 * 4);
+        value = code - zero;
+      } else {  // 0, 2, 1, 3
+        const int code = format == Codes::kInt8 ? draw(-128, 127) : draw(0, 126) | draw(0, 1) << 7;
+        bytes[element % 2 * 2 + element / 2] = static_cast<uint8_t>(code);
+        value = format == Codes::kInt8 ? code - zero : value_of_float8(code);
+      }
+      weight.values[o * D + weight.order[d]] = weight.scales[group] * value;
+    }
+  }
+  return weight;
+}
+
+void run_quantized_linear(QuantizedLinearArgs args) {
+  const auto lines = [](int64_t bytes) { return std::vector<PackedLine>(static_cast<size_t>(bytes) / 64 + 1); };
+  std::vector<PackedLine> tokens = lines(args.T * args.D * 4), scales = lines(args.T * num_groups(args) * 4),
+                          sums = scales;
+  args.tokens = tokens.data();
+  args.token_scales = reinterpret_cast<float*>(scales.data());
+  args.token_sums = reinterpret_cast<int32_t*>(sums.data());
+  prepare_tokens(args, 0, args.T);
+  quantized_linear(args, 0, num_work_items(args));
+}
+
+// All tokens at once, and each by itself with the same bits. Rows of x and out lie apart.
+void test_quantized_linear(Codes format, int64_t T, int64_t D, int64_t O, int64_t group_size, DType out_dtype,
+                           bool has_options) {
+  constexpr int64_t kGap = 3;
+  const int64_t width = O + kGap;
+  const std::string name = "quantized linear, format " + std::to_string(static_cast<int>(format)) +
+                           ", T=" + std::to_string(T) + ", D=" + std::to_string(D) + ", O=" + std::to_string(O);
+  const DType in_dtype = has_options ? DType::kBFloat16 : DType::kFloat32;
+  const Numbers x = Numbers::random(in_dtype, T * (D + kGap)), bias = Numbers::random(in_dtype, O, 100.0f);
+  const bool has_zeros = has_options && format != Codes::kFloat8;
+  QuantizedWeight weight = quantized_weight(format, D, O, group_size, in_dtype, has_zeros);
+  if (!has_options) {  // the columns as they are
+    const Doubles ordered = weight.values;
+    for (int64_t o = 0; o < O; ++o) {
+      for (int64_t d = 0; d < D; ++d) weight.values[o * D + d] = ordered[o * D + weight.order[d]];
+    }
+  }
+  Numbers out(out_dtype, T * width), one_by_one(out_dtype, T * width);
+  QuantizedLinearArgs args;
+  args.T = T, args.D = D, args.O = O, args.group_size = group_size, args.format = format;
+  args.x = x.in(D + kGap, 0), args.out = out.out(width, 1), args.codes = weight.codes.data();
+  args.scales = weight.scales.in(16 * num_groups(args), 16);
+  if (has_zeros) args.zeros = weight.zeros.data();
+  if (has_options) args.order = weight.order.data(), args.bias = bias.in(0, 1);
+  run_quantized_linear(args);
+  for (int64_t t = 0; t < T; ++t) {
+    QuantizedLinearArgs one = args;
+    one.T = 1;
+    one.x.data = args.x.at(t, 0);
+    one.out = one_by_one.out(width, 1);
+    one.out.data = one.out.at(t, 0);
+    run_quantized_linear(one);
+  }
+  expect(out.has_bits_of(one_by_one), name + ": a token's bits depend on the tokens beside it");
+
+  Numbers inside(out_dtype, T * O);
+  Doubles want;
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t o = 0; o < O; ++o) {
+      double sum = has_options ? bias[o] : 0;
+      for (int64_t d = 0; d < D; ++d) sum += x[t * (D + kGap) + d] * weight.values[o * D + d];
+      want.push_back(sum);
+      inside.set(t * O + o, static_cast<float>(out[t * width + o]));
+    }
+    for (int64_t o = O; o < width; ++o) expect(std::isnan(out[t * width + o]), name + ": writes beside out");
+  }
+  // Beside integer codes x has 16 bits.
+  expect_close(name, inside, want, std::max(tolerance(out_dtype), format == Codes::kFloat8 ? 0 : 4e-5));
+}
+
+void test_quantized_linears() {
+  for (const Codes format : {Codes::kInt8, Codes::kInt4, Codes::kFloat8}) {
+    for (const int64_t T : {1, 2, 3, 4, 5, 6, 7, 13}) {
+      for (const int64_t O : {16, 40, 80}) {
+        for (const bool has_options : {false, true}) {
+          test_quantized_linear(format, T, /*D=*/96, O, /*group_size=*/32, DType::kFloat32, has_options);
+        }
+      }
+      test_quantized_linear(format, T, /*D=*/64, /*O=*/33, /*group_size=*/64, DType::kBFloat16, T % 2 == 1);
+      test_quantized_linear(format, T, /*D=*/256, /*O=*/47, /*group_size=*/128, DType::kFloat32, T % 2 == 0);
+    }
+  }
+}
+
 void test_target(int64_t target) {
   instruction_set = hwy::TargetName(target);
   std::printf("%s\n", instruction_set.c_str());
@@ -672,6 +805,7 @@ void test_target(int64_t target) {
     }
     test_attention(/*group=*/3, /*D=*/256, /*block_size=*/48, dtype, /*q_size=*/1);
   }
+  test_quantized_linears();
   test_linear_with(linear_by_rows);
   const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;
   if (has_pairs) test_linear_with(linear_by_paired_rows);

@@ -29,6 +29,9 @@ inline Sizes sizes_of(const NormShape& s) {
 inline Sizes sizes_of(const LinearShape& s) {
   return {s.O, s.D, 0};
 }
+inline Sizes sizes_of(const QuantizedLinearShape& s) {
+  return {s.O, s.D, s.group_size};
+}
 inline Sizes sizes_of(const AttentionShape& s) {
   return {s.HQ, s.HKV, s.D};
 }
@@ -40,6 +43,9 @@ inline Sizes sizes_of(const SlotsShape&) {
 }
 inline Sizes sizes_of(const ExpertsShape& s) {
   return {s.E, s.I, s.D};
+}
+inline Sizes sizes_of(const QuantizedExpertsShape& s) {
+  return sizes_of(s.experts);
 }
 
 /// For one thread.

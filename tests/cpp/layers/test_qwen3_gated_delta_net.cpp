@@ -25,6 +25,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/models/rounded_weights.h"
 #include "tests/cpp/support/compare.h"
 #include "tests/cpp/support/expect_error.h"
 #include "tests/cpp/support/random_weights.h"
@@ -33,7 +34,8 @@ namespace xgdn::testing {
 namespace {
 
 const std::string kPrefix = "layer.";
-constexpr double kBound = 1e-5;  // f32: sums of up to 128 terms through four stages
+constexpr double kBound = 1e-5;         // f32: sums of up to 128 terms through four stages
+constexpr double kRoundedBound = 1e-4;  // beside weights in few bits x has 16: what differs in f32 may be rounded apart
 
 GdnConfig small() {
   return {.hidden_size = 32, .num_k_heads = 2, .num_v_heads = 8, .head_k_dim = 16, .head_v_dim = 32};
@@ -455,6 +457,41 @@ TEST_P(ShardTest, TheGroupIsAskedOnceAForward) {
     EXPECT_LE(relative_error(out.second, out_.second), kBound);
     EXPECT_TRUE(same_bits(out.first, outs[0].first)) << "the ranks disagree";
   }
+}
+
+TEST_P(ShardTest, RoundedRowsAndColumnsAreCutBetweenTheirGroups) {
+  const TensorMap separate(weights_), fused(interleaved(weights_, config_));
+  constexpr auto kFormat = kernel::WeightFormat::kInt4;
+  const RoundedWeights rounded(separate, kFormat), fused_rounded(fused, kFormat);
+  const Qwen3GatedDeltaNet whole(config_, rounded, kPrefix, at::kFloat);
+  GdnState state = make_state(whole, 2);
+  const TwoSteps want = run_two_steps(whole, state, x_);
+  EXPECT_GT(relative_error(want.first, out_.first), 1e-2) << "nothing was rounded";
+
+  for (const WeightSource* weights : {static_cast<const WeightSource*>(&rounded), &fused_rounded}) {
+    at::Tensor first = at::zeros_like(want.first), second = at::zeros_like(want.second);
+    for (int64_t r = 0; r < GetParam(); ++r) {
+      const Shard shard{.rank = r, .world = GetParam()};
+      const Qwen3GatedDeltaNet layer(config_, *weights, kPrefix, at::kFloat, shard);
+      GdnState of_rank = make_state(layer, 2);
+      const TwoSteps partial = run_two_steps(layer, of_rank, x_);
+      first += partial.first;
+      second += partial.second;
+    }
+    EXPECT_LE(relative_error(first, want.first), kRoundedBound);
+    EXPECT_LE(relative_error(second, want.second), kRoundedBound);
+  }
+}
+
+TEST(Qwen3GatedDeltaNet, RefusesShardsThatCutThroughGroups) {
+  const GdnConfig config = small();  // out_proj has 256 columns
+  const TensorMap plain(gdn_weights(config));
+  const RoundedWeights rounded(plain, kernel::WeightFormat::kInt8);
+  const auto build = [&](int64_t world) {
+    return [&, world] { Qwen3GatedDeltaNet(config, rounded, kPrefix, at::kFloat, {.rank = 1, .world = world}); };
+  };
+  build(4)();
+  expect_error<UnsupportedError>(build(8), {"columns", "groups of 64", "got 32 to 64"});
 }
 
 TEST(Qwen3GatedDeltaNet, SaysWhichStateItNeeds) {

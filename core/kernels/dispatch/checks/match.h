@@ -78,7 +78,7 @@ inline void match_packed(Dims& d, const QuantizedWeight& weight, const PackedNam
 inline void require_groups(const Dims& d, std::string_view scales, std::string_view width, std::string_view groups) {
   const c10::SymInt& count = d.sym(groups);
   const auto makes = [&](int64_t size) { return count * size == d.sym(width); };
-  if (makes(32) || makes(64) || makes(128)) return;
+  if (count > 0 && (makes(32) || makes(64) || makes(128))) return;
   throw ShapeError(c10::str("[", d.op(), "] ", scales, ": expected ", groups, " groups of 32, 64 or 128 elements of ",
                             width, "=", d.sym(width), ", got ", groups, "=", count));
 }
