@@ -23,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 
 # Weights that quantizers leave to others are not in: gates, router, embedding, norms, convolution.
 PRODUCTS = (
-    r"layers\..*\.(q|k|v|o|gate|up|down|out|in_proj_qkv|in_proj_z|in_proj_qkvz)(_proj)?\.weight$|"
+    r"layers\..*\.((q|k|v|o|gate|up|down|out)_proj|in_proj_qkv|in_proj_z|in_proj_qkvz)\.weight$|"
     r"layers\..*\.experts\.(gate_up|down)_proj$"
 )
 HEAD = r"|lm_head\.weight$"

@@ -433,7 +433,9 @@ TEST_F(QuantizationTest, ProjectionsOfGatesAreDequantized) {
     const at::Tensor got = checkpoint.get(weight, {8, 64});
     const at::Tensor want = matrix<double>(8, 64, at::kFloat, [&](int64_t o, int64_t d) { return n.at(o, d); });
     EXPECT_TRUE(at::allclose(got, want, 1e-6, 0));
+    EXPECT_FALSE(checkpoint.quantized(weight, {8, 64}));
     const CheckpointShapes headers(checkpoint);
+    EXPECT_FALSE(headers.quantized(weight, {8, 64}));
     expect_same_form(headers.get(weight, {8, 64}), got);
     EXPECT_EQ(headers.asked().size(), 3U);
     checkpoint.release(weight);
