@@ -27,8 +27,8 @@ import torch
 import transformers
 
 import xgdn
-from figure import markdown
 from kernels.compare import relative_error
+from markdown_table import markdown
 from peers import model_llama_cpp
 from peers.programs import output_of
 from xgdn.bench.report import machine
@@ -43,7 +43,7 @@ BFLOAT16_SLACK = 1.25  # times the error of transformers' own bfloat16
 
 
 BITS = {"none": 16, "int8": 8, "int4": 4}  # of a weight, by the value of --quantize
-REPETITIONS = 2  # of a prompt in a round, after one that touches memory that nobody has used yet
+REPETITIONS = 1  # of a prompt in a round, after one that touches memory that nobody has used yet
 
 
 @dataclass(frozen=True)
