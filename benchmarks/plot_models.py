@@ -32,7 +32,7 @@ def main() -> None:
         axes.tick_params(axis="both", labelsize=7)
         axes.set_title(f"batch {size}" if kind == "decode" else f"prompt of {size:,}", loc="left", fontsize=10)
         axes.set_xlabel("tokens/s", fontsize=8)
-        axes.margins(x=0.25)
+        axes.margins(x=0.35)
     save(figure, args.out)
 
 

@@ -161,6 +161,9 @@ def test_a_build_that_fails_says_where_and_shows_its_end(tmp_path: Path) -> None
     assert first.endswith(f"ended with status 3, see {log}:")
     assert rest == [f"line {i}" for i in range(30, 50)]
     assert log.read_text().startswith("the command before\nline 0\n")
+    with pytest.raises(SystemExit) as failed:
+        programs.run_logged([sys.executable, "-c", "import sys; sys.exit('nothing else')"], log)
+    assert str(failed.value).splitlines()[1:] == ["nothing else"]
 
 
 def test_a_program_that_fails_shows_its_errors() -> None:
