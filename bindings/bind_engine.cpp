@@ -30,6 +30,13 @@ std::vector<GenerationResult> generate(Engine& self, const std::vector<Request>&
   return self.generate(requests, {.throw_on_error = raise_on_error, .between_steps = handle_signals});
 }
 
+std::optional<kernel::WeightFormat> format_named(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  if (*name == "int8") return kernel::WeightFormat::kInt8;
+  if (*name == "int4") return kernel::WeightFormat::kInt4;
+  throw UnsupportedError("[Engine] quantize: expected int8 or int4, got '" + *name + "'");
+}
+
 void bind_options(nb::module_& m) {
   const EngineOptions defaults;
   nb::class_<RunnerOptions>(m, "RunnerOptions", "Sizes of the pools and of a step.")
@@ -60,7 +67,7 @@ void bind_options(nb::module_& m) {
           [](EngineOptions* self, const RunnerOptions& runner, std::optional<at::ScalarType> dtype,
              std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
-             std::optional<int64_t> memory_limit) {
+             std::optional<std::string> quantize, std::optional<int64_t> memory_limit) {
             new (self) EngineOptions{.runner = runner,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
@@ -69,12 +76,13 @@ void bind_options(nb::module_& m) {
                                                   .decode = std::move(decode_backend),
                                                   .prefill_accuracy = std::move(prefill_accuracy)},
                                      .on_layer_loaded = on_layer_loaded.value_or(Progress()),
+                                     .quantize = format_named(quantize),
                                      .memory_limit = memory_limit};
           },
           nb::kw_only(), "runner"_a = defaults.runner, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
           "device"_a = defaults.device.str(), "prefill_backend"_a = defaults.backends.prefill,
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
-          "on_layer_loaded"_a = nb::none(), "memory_limit"_a = nb::none())
+          "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none())
       .def_ro("runner", &EngineOptions::runner)
       .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")
       .def_ro("state_dtype", &EngineOptions::state_dtype)
@@ -82,6 +90,13 @@ void bind_options(nb::module_& m) {
       .def_prop_ro("prefill_backend", [](const EngineOptions& self) { return self.backends.prefill; })
       .def_prop_ro("decode_backend", [](const EngineOptions& self) { return self.backends.decode; })
       .def_prop_ro("prefill_accuracy", [](const EngineOptions& self) { return self.backends.prefill_accuracy; })
+      .def_prop_ro(
+          "quantize",
+          [](const EngineOptions& self) -> std::optional<std::string> {
+            if (!self.quantize) return std::nullopt;
+            return self.quantize == kernel::WeightFormat::kInt8 ? "int8" : "int4";
+          },
+          "int8, int4 or None.")
       .def_ro("memory_limit", &EngineOptions::memory_limit);
 }
 

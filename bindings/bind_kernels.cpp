@@ -10,7 +10,9 @@
 
 #include "bindings/bind.h"
 #include "bindings/chunk_metadata_caster.h"
+#include "core/checkpoint/checkpoint.h"
 #include "core/kernels/ops_api.h"
+#include "core/models/rounded_weights.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -34,6 +36,41 @@ void bind_kernels(nb::module_& m) {
                                                device.resolve("allocate_chunk_metadata"));
       },
       nb::kw_only(), "max_sequences"_a, "max_tokens"_a, "num_v_heads_local"_a, "device"_a = "cpu");
+  nb::enum_<kernel::WeightFormat>(m, "WeightFormat", "How the elements of a weight are stored.")
+      .value("INT8", kernel::WeightFormat::kInt8)
+      .value("INT4", kernel::WeightFormat::kInt4)
+      .value("FLOAT8", kernel::WeightFormat::kFloat8);
+  m.def(
+      "quantize_rows",
+      [](const at::Tensor& weight, kernel::WeightFormat format, int64_t group_size) {
+        const kernel::QuantizedRows rows = kernel::quantize_rows(weight, format, group_size);
+        return std::tuple(rows.codes, rows.scales);
+      },
+      "weight"_a, "format"_a, "group_size"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "pack_rows",
+      [](const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& zeros,
+         const std::optional<at::Tensor>& order, kernel::WeightFormat format, int64_t group_size) {
+        const kernel::QuantizedWeight w = kernel::pack_rows({.format = format,
+                                                             .group_size = group_size,
+                                                             .codes = codes,
+                                                             .scales = scales,
+                                                             .zeros = zeros,
+                                                             .order = order});
+        return std::tuple(w.codes, w.scales, w.zeros, w.order);
+      },
+      "codes"_a, "scales"_a, "zeros"_a.none(), "order"_a.none(), "format"_a, "group_size"_a,
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "rounding_of",
+      [](const std::string& name, const std::vector<int64_t>& shape,
+         kernel::WeightFormat format) -> std::optional<std::tuple<kernel::WeightFormat, int64_t>> {
+        if (is_other_part(bare_name(name))) return std::nullopt;
+        const std::optional<Rounding> rounding = rounding_of(name, shape, format);
+        if (!rounding) return std::nullopt;
+        return std::tuple(rounding->format, rounding->group_size);
+      },
+      "name"_a, "shape"_a, "format"_a, "Format and group size of a checkpoint's weight; None: it stays plain.");
   m.def("write_chunk_metadata", &kernel::write_chunk_metadata, "cu_seqlens"_a, "num_v_heads_local"_a, "tables"_a,
         nb::call_guard<nb::gil_scoped_release>());
 }

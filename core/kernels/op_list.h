@@ -24,10 +24,12 @@
   op(RmsNormParams, rms_norm, NormShape, kDecode, x)                                  \
   op(SiluAndMulParams, silu_and_mul, LinearShape, kDecode, gate)                      \
   op(LinearParams, linear, LinearShape, kDecode, x)                                   \
+  op(QuantizedLinearParams, quantized_linear, QuantizedLinearShape, kDecode, x)       \
   op(PagedAttentionParams, paged_attention, AttentionShape, kDecode, q)               \
   op(StoreKvParams, store_kv, KvShape, kDecode, k)                                    \
   op(CopySlotsParams, copy_slots, SlotsShape, kDecode, from_indices)                  \
-  op(MoeExpertsParams, moe_experts, ExpertsShape, kDecode, x)
+  op(MoeExpertsParams, moe_experts, ExpertsShape, kDecode, x)                         \
+  op(QuantizedMoeExpertsParams, quantized_moe_experts, QuantizedExpertsShape, kDecode, x)
 // clang-format on
 
 namespace xgdn::kernel {

@@ -48,6 +48,14 @@ struct LinearShape {
   int64_t O = 0;  // width of the output
 };
 
+/// Sizes of a product with a weight in 8 or 4 bits.
+struct QuantizedLinearShape {
+  int64_t T = 0;           // tokens
+  int64_t D = 0;           // width of the input
+  int64_t O = 0;           // width of the output
+  int64_t group_size = 0;  // elements of a row that share a scale
+};
+
 /// Sizes of an attention call.
 struct AttentionShape {
   int64_t T = 0;    // tokens
@@ -79,6 +87,13 @@ struct ExpertsShape {
   int64_t E = 0;  // experts
   int64_t D = 0;  // width of a token
   int64_t I = 0;  // width of an expert
+};
+
+/// Sizes of a call of a mixture of experts with weights in 8 or 4 bits.
+struct QuantizedExpertsShape {
+  ExpertsShape experts;
+  int64_t gate_up_group_size = 0;
+  int64_t down_group_size = 0;
 };
 
 }  // namespace xgdn::kernel

@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sigmoid.h>
 
-#include "core/layers/projection.h"
 #include "core/layers/rms_norm.h"
 
 namespace xgdn {
@@ -14,9 +13,8 @@ GatedAttention::GatedAttention(const AttentionConfig& config, const WeightSource
                                const at::TensorOptions& options, const BackendSelection& backends)
     : config_(config), backend_(backends.decode) {
   const auto projection = [&](const std::string& name, int64_t out, int64_t in) {
-    Projection p{.weight = load_weight(weights, prefix + name + ".weight", {out, in}, options), .bias = {}};
-    if (config.bias) p.bias = load_weight(weights, prefix + name + ".bias", {out}, options);
-    return p;
+    return Projection(weights, prefix + name + ".weight", {out, in}, options,
+                      config.bias ? prefix + name + ".bias" : "");
   };
   q_ = projection("q_proj", 2 * config.num_heads * config.head_dim, config.hidden_size);
   k_ = projection("k_proj", config.num_kv_heads * config.head_dim, config.hidden_size);
@@ -29,8 +27,8 @@ GatedAttention::GatedAttention(const AttentionConfig& config, const WeightSource
 std::vector<at::Tensor> GatedAttention::weights() const {
   std::vector<at::Tensor> weights{q_norm_, k_norm_};
   for (const Projection* projection : {&q_, &k_, &v_, &o_}) {
-    weights.push_back(projection->weight);
-    if (projection->bias) weights.push_back(*projection->bias);
+    const std::vector<at::Tensor> tensors = projection->weights();
+    weights.insert(weights.end(), tensors.begin(), tensors.end());
   }
   return weights;
 }
@@ -38,12 +36,11 @@ std::vector<at::Tensor> GatedAttention::weights() const {
 at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
                                    KvPool& kv) const {
   const int64_t dim = config_.head_dim;
-  const at::Tensor query_gate =
-      project(hidden, q_.weight, backend_, q_.bias).unflatten(1, {config_.num_heads, 2 * dim});
+  const at::Tensor query_gate = q_.forward(hidden, backend_).unflatten(1, {config_.num_heads, 2 * dim});
   const at::Tensor query = query_gate.narrow(-1, 0, dim);
   const at::Tensor gate = query_gate.narrow(-1, dim, dim);
-  const at::Tensor key = project(hidden, k_.weight, backend_, k_.bias).unflatten(1, {config_.num_kv_heads, dim});
-  const at::Tensor v = project(hidden, v_.weight, backend_, v_.bias).unflatten(1, {config_.num_kv_heads, dim});
+  const at::Tensor key = k_.forward(hidden, backend_).unflatten(1, {config_.num_kv_heads, dim});
+  const at::Tensor v = v_.forward(hidden, backend_).unflatten(1, {config_.num_kv_heads, dim});
   const at::Tensor q = apply_rotary(rms_norm_zero_centred(query, q_norm_, config_.rms_norm_eps, backend_), rotary);
   const at::Tensor k = apply_rotary(rms_norm_zero_centred(key, k_norm_, config_.rms_norm_eps, backend_), rotary);
 
@@ -66,7 +63,7 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
                            .context_rows = batch.context_rows,
                            .host = batch.host,
                            .backend = backend_});
-  return project((o * at::sigmoid(gate)).flatten(1), o_.weight, backend_, o_.bias);
+  return o_.forward((o * at::sigmoid(gate)).flatten(1), backend_);
 }
 
 }  // namespace xgdn

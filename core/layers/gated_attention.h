@@ -11,6 +11,7 @@
 
 #include "core/layers/attention_batch.h"
 #include "core/layers/backend_selection.h"
+#include "core/layers/projection.h"
 #include "core/layers/rotary.h"
 #include "core/layers/weight_source.h"
 
@@ -41,11 +42,6 @@ class GatedAttention {
   std::vector<at::Tensor> weights() const;
 
  private:
-  struct Projection {
-    at::Tensor weight;
-    std::optional<at::Tensor> bias;
-  };
-
   AttentionConfig config_;
   std::string backend_;
   Projection q_;  // rows of a head: [query | gate]

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/layers/backend_selection.h"
+#include "core/layers/projection.h"
 #include "core/layers/weight_source.h"
 
 namespace xgdn {
@@ -29,9 +30,9 @@ class Mlp {
   std::vector<at::Tensor> weights() const;
 
  private:
-  at::Tensor gate_;  // [intermediate, hidden]
-  at::Tensor up_;    // [intermediate, hidden]
-  at::Tensor down_;  // [hidden, intermediate]
+  Projection gate_;  // [intermediate, hidden]
+  Projection up_;    // [intermediate, hidden]
+  Projection down_;  // [hidden, intermediate]
   std::string backend_;
 };
 
@@ -66,8 +67,8 @@ class SparseMoe {
   at::Tensor router_;       // [E, hidden]
   at::Tensor shared_gate_;  // [1, hidden]
   Mlp shared_;
-  at::Tensor gate_up_;  // [E, 2 * intermediate, hidden]
-  at::Tensor down_;     // [E, hidden, intermediate]
+  Weight gate_up_;  // [E, 2 * intermediate, hidden]
+  Weight down_;     // [E, hidden, intermediate]
 };
 
 }  // namespace xgdn

@@ -3,15 +3,159 @@
 
 #include <ATen/ops/empty.h>
 
-#include "core/kernels/ops_api.h"
+#include <algorithm>
+#include <map>
+#include <utility>
 
 namespace xgdn {
+namespace {
+
+using kernel::QuantizedRows;
+
+// Stored weights, each read once.
+class StoredWeights {
+ public:
+  explicit StoredWeights(const WeightSource& source) : source_(source) {}
+
+  // Its rows in 8 or 4 bits, or nullptr where it is plain.
+  const QuantizedRows* quantized(const RowRange& range) {
+    const auto [it, is_new] = quantized_.try_emplace(range.name);
+    if (is_new) it->second = source_.quantized(range.name, range.shape);
+    return it->second ? &*it->second : nullptr;
+  }
+
+  RowBlock plain(const RowRange& range) {
+    const auto [it, is_new] = plain_.try_emplace(range.name);
+    if (is_new) it->second = source_.get(range.name, range.shape);
+    return {range.name, it->second.narrow(0, range.begin, range.count)};
+  }
+
+ private:
+  const WeightSource& source_;
+  std::map<std::string, std::optional<QuantizedRows>> quantized_;
+  std::map<std::string, at::Tensor> plain_;
+};
+
+bool is_whole(const RowRange& range) {
+  return range.begin == 0 && range.count == range.shape.front();
+}
+
+void multiply(const at::Tensor& x, const Weight& weight, const std::optional<at::Tensor>& bias,
+              const std::string& backend, const at::Tensor& out) {
+  if (const auto* plain = std::get_if<at::Tensor>(&weight)) {
+    kernel::linear({.x = x, .weight = *plain, .out = out, .bias = bias, .backend = backend});
+  } else {
+    kernel::quantized_linear(
+        {.x = x, .weight = std::get<kernel::QuantizedWeight>(weight), .out = out, .bias = bias, .backend = backend});
+  }
+}
+
+}  // namespace
 
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const std::string& backend,
                    const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> dtype) {
   at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options().dtype(dtype.value_or(x.scalar_type())));
-  kernel::linear({.x = x, .weight = weight, .out = out, .bias = bias, .backend = backend});
+  multiply(x, weight, bias, backend, out);
   return out;
+}
+
+std::vector<at::Tensor> tensors_of(const Weight& weight) {
+  if (const auto* plain = std::get_if<at::Tensor>(&weight)) return {*plain};
+  return std::get<kernel::QuantizedWeight>(weight).tensors();
+}
+
+kernel::QuantizedWeight load_quantized(const QuantizedRows& rows, const at::TensorOptions& options) {
+  kernel::QuantizedWeight weight = kernel::pack_rows(rows);
+  weight.codes = weight.codes.to(options.device());
+  weight.scales = weight.scales.to(options.device());
+  if (weight.zeros) weight.zeros = weight.zeros->to(options.device());
+  if (weight.order) weight.order = weight.order->to(options.device());
+  return weight;
+}
+
+Projection::Projection(at::Tensor weight) {
+  const int64_t num_outputs = weight.size(0);
+  parts_.push_back({std::move(weight), num_outputs});
+}
+
+Projection::Projection(kernel::QuantizedWeight weight, int64_t num_outputs) {
+  parts_.push_back({std::move(weight), num_outputs});
+}
+
+Projection::Projection(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
+                       const at::TensorOptions& options, const std::string& bias) {
+  add(weights, {{name, shape.vec(), 0, shape[0]}}, options);
+  if (!bias.empty()) bias_ = load_weight(weights, bias, {shape[0]}, options);
+}
+
+Projection::Projection(const WeightSource& weights, const std::vector<RowRange>& ranges,
+                       const at::TensorOptions& options) {
+  add(weights, ranges, options);
+}
+
+// Neighbours of one kind become one part.
+void Projection::add(const WeightSource& weights, const std::vector<RowRange>& ranges,
+                     const at::TensorOptions& options) {
+  StoredWeights stored(weights);
+  for (size_t begin = 0, end = 0; begin < ranges.size(); begin = end) {
+    const QuantizedRows* first = stored.quantized(ranges[begin]);
+    int64_t num_outputs = 0;
+    std::vector<QuantizedRows> rows;
+    std::vector<RowBlock> blocks;
+    for (; end < ranges.size(); ++end) {
+      const RowRange& range = ranges[end];
+      const QuantizedRows* next = stored.quantized(range);
+      const bool is_alike = first == nullptr ? next == nullptr : next != nullptr && kernel::can_join(*first, *next);
+      if (!is_alike) break;
+      if (next != nullptr) rows.push_back(next->narrow(range.begin, range.count));
+      num_outputs += range.count;
+    }
+    if (first != nullptr) {
+      parts_.push_back({load_quantized(kernel::join_rows(rows), options), num_outputs});
+      for (size_t i = begin; i < end; ++i) weights.release(ranges[i].name);
+    } else if (end - begin == 1 && is_whole(ranges[begin])) {
+      parts_.push_back({load_weight(weights, ranges[begin].name, ranges[begin].shape, options), num_outputs});
+    } else {
+      for (size_t i = begin; i < end; ++i) blocks.push_back(stored.plain(ranges[i]));
+      parts_.push_back({fuse_rows(weights, blocks, options), num_outputs});
+    }
+  }
+}
+
+Projection Projection::of_columns(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
+                                  int64_t begin, int64_t count, const at::TensorOptions& options) {
+  if (begin == 0 && count == shape[1]) return Projection(weights, name, shape, options);
+  if (const std::optional<QuantizedRows> rows = weights.quantized(name, shape)) {
+    Projection part(load_quantized(rows->narrow_columns(begin, count), options), shape[0]);
+    weights.release(name);
+    return part;
+  }
+  Projection part(load_weight(weights, name, shape, options).narrow(1, begin, count).clone());
+  weights.release(name);
+  return part;
+}
+
+at::Tensor Projection::forward(const at::Tensor& x, const std::string& backend,
+                               std::optional<at::ScalarType> dtype) const {
+  int64_t num_outputs = 0;
+  for (const Part& part : parts_) num_outputs += part.num_outputs;
+  const at::Tensor out = at::empty({x.size(0), num_outputs}, x.options().dtype(dtype.value_or(x.scalar_type())));
+  int64_t begin = 0;
+  for (const Part& part : parts_) {
+    multiply(x, part.weight, bias_, backend, parts_.size() == 1 ? out : out.narrow(1, begin, part.num_outputs));
+    begin += part.num_outputs;
+  }
+  return out;
+}
+
+std::vector<at::Tensor> Projection::weights() const {
+  std::vector<at::Tensor> all;
+  for (const Part& part : parts_) {
+    const std::vector<at::Tensor> tensors = tensors_of(part.weight);
+    all.insert(all.end(), tensors.begin(), tensors.end());
+  }
+  if (bias_) all.push_back(*bias_);
+  return all;
 }
 
 }  // namespace xgdn

@@ -1,16 +1,79 @@
 // SPDX-License-Identifier: Apache-2.0
-// A product with a layer's weight.
+// Products with a layer's weights, which are plain tensors, or in 8 or 4 bits.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
 #include <string>
+#include <variant>
+#include <vector>
+
+#include "core/kernels/ops_api.h"
+#include "core/layers/weight_source.h"
 
 namespace xgdn {
 
 /// x weight^T + bias of x [T, D] and weight [O, D], as kernel::linear, in the dtype of x or in `dtype`.
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const std::string& backend,
                    const std::optional<at::Tensor>& bias = {}, std::optional<at::ScalarType> dtype = {});
+
+/// A weight as a layer holds it.
+using Weight = std::variant<at::Tensor, kernel::QuantizedWeight>;
+
+/// Its tensors.
+std::vector<at::Tensor> tensors_of(const Weight& weight);
+
+/// The weight as kernels read it, on the device of `options`. Throws CheckpointError for rows on another device.
+kernel::QuantizedWeight load_quantized(const kernel::QuantizedRows& rows, const at::TensorOptions& options);
+
+/// Rows of the stored weight `name`, of `shape` as a whole.
+struct RowRange {
+  std::string name;
+  std::vector<int64_t> shape;
+  int64_t begin = 0;
+  int64_t count = 0;
+};
+
+/// x -> x weight^T + bias, where the rows of the weight may come from several stored weights, some of them in 8 or 4
+/// bits and some plain.
+class Projection {
+ public:
+  Projection() = default;
+
+  /// Takes a weight [O, D] that exists.
+  explicit Projection(at::Tensor weight);
+  explicit Projection(kernel::QuantizedWeight weight, int64_t num_outputs);
+
+  /// Reads a stored weight [O, D], and the bias of that name where it is not empty. What is plain has the dtype and the
+  /// device of `options`, as load_weight.
+  Projection(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
+             const at::TensorOptions& options, const std::string& bias = {});
+
+  /// Joins rows of stored weights with one D.
+  Projection(const WeightSource& weights, const std::vector<RowRange>& ranges, const at::TensorOptions& options);
+
+  /// Reads columns of a stored weight. Throws UnsupportedError where a weight in groups cannot be cut there.
+  static Projection of_columns(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
+                               int64_t begin, int64_t count, const at::TensorOptions& options);
+
+  /// x [T, D] -> [T, O], in the dtype of x or in `dtype`.
+  at::Tensor forward(const at::Tensor& x, const std::string& backend, std::optional<at::ScalarType> dtype = {}) const;
+
+  /// The tensors that the projection holds.
+  std::vector<at::Tensor> weights() const;
+
+ private:
+  struct Part {
+    Weight weight;
+    int64_t num_outputs;
+  };
+
+  void add(const WeightSource& weights, const std::vector<RowRange>& ranges, const at::TensorOptions& options);
+
+  std::vector<Part> parts_;  // one after the other in O
+  std::optional<at::Tensor> bias_;
+};
 
 }  // namespace xgdn

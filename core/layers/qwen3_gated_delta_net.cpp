@@ -5,8 +5,6 @@
 #include <ATen/ops/empty_like.h>
 #include <c10/util/StringUtil.h>
 
-#include "core/layers/projection.h"
-
 namespace xgdn {
 namespace {
 
@@ -35,67 +33,62 @@ HeadRange local_heads(const GdnConfig& c, const Shard& shard) {
   return {value_begin / ratio, (value_begin + value_heads - 1) / ratio + 1, value_begin, value_begin + value_heads};
 }
 
-// Row blocks q, k, v, z, b, a of one layer, whatever the checkpoint's layout.
+// Rows q, k, v, z, b, a of one layer, whatever the checkpoint's layout.
 class ProjectionRows {
  public:
-  ProjectionRows(const GdnConfig& config, const HeadRange& heads, const WeightSource& weights,
-                 const std::string& prefix)
-      : c_(config), heads_(heads), weights_(weights), prefix_(prefix) {}
+  ProjectionRows(const GdnConfig& config, const HeadRange& heads, const std::string& prefix)
+      : c_(config), heads_(heads), prefix_(prefix) {}
 
-  std::vector<RowBlock> blocks() const {
-    return weights_.contains(prefix_ + "in_proj_qkvz.weight") ? interleaved() : separate();
-  }
-
- private:
   // Qwen3.5: rows of in_proj_qkv are [q heads | k heads | v heads].
-  std::vector<RowBlock> separate() const {
+  std::vector<RowRange> separate() const {
     const int64_t key_dim = c_.num_k_heads * c_.head_k_dim;
     const int64_t value_dim = c_.num_v_heads * c_.head_v_dim;
-    const std::string qkv = prefix_ + "in_proj_qkv.weight";
-    const std::string z = prefix_ + "in_proj_z.weight";
-    const std::string b = prefix_ + "in_proj_b.weight";
-    const std::string a = prefix_ + "in_proj_a.weight";
-    const at::Tensor qkv_rows = weights_.get(qkv, {2 * key_dim + value_dim, c_.hidden_size});
-    return {{qkv, key_heads(qkv_rows.narrow(0, 0, key_dim))},
-            {qkv, key_heads(qkv_rows.narrow(0, key_dim, key_dim))},
-            {qkv, value_heads(qkv_rows.narrow(0, 2 * key_dim, value_dim), c_.head_v_dim)},
-            {z, value_heads(weights_.get(z, {value_dim, c_.hidden_size}), c_.head_v_dim)},
-            {b, value_heads(weights_.get(b, {c_.num_v_heads, c_.hidden_size}), 1)},
-            {a, value_heads(weights_.get(a, {c_.num_v_heads, c_.hidden_size}), 1)}};
+    return {key_heads("in_proj_qkv", 2 * key_dim + value_dim, 0),
+            key_heads("in_proj_qkv", 2 * key_dim + value_dim, key_dim),
+            value_heads("in_proj_qkv", 2 * key_dim + value_dim, 2 * key_dim, c_.head_v_dim),
+            value_heads("in_proj_z", value_dim, 0, c_.head_v_dim),
+            value_heads("in_proj_b", c_.num_v_heads, 0, 1),
+            value_heads("in_proj_a", c_.num_v_heads, 0, 1)};
   }
 
   // Qwen3-Next: for each key head the rows [q | k | its value heads' v | z], and [b | a].
-  std::vector<RowBlock> interleaved() const {
+  std::vector<RowRange> interleaved() const {
     const int64_t ratio = c_.num_v_heads / c_.num_k_heads;
     const int64_t value_rows = ratio * c_.head_v_dim;
     const int64_t group = 2 * c_.head_k_dim + 2 * value_rows;
-    const std::string qkvz = prefix_ + "in_proj_qkvz.weight";
-    const std::string ba = prefix_ + "in_proj_ba.weight";
-    const at::Tensor heads =
-        weights_.get(qkvz, {c_.num_k_heads * group, c_.hidden_size}).view({c_.num_k_heads, group, c_.hidden_size});
-    const at::Tensor gates =
-        weights_.get(ba, {2 * c_.num_v_heads, c_.hidden_size}).view({c_.num_k_heads, 2 * ratio, c_.hidden_size});
-    const auto rows = [&](const at::Tensor& groups, int64_t begin, int64_t count) {
-      return groups.narrow(1, begin, count).reshape({-1, c_.hidden_size});
+    std::vector<RowRange> ranges;
+    for (const auto& [begin, count] : {std::pair<int64_t, int64_t>{0, c_.head_k_dim}, {c_.head_k_dim, c_.head_k_dim}}) {
+      for (int64_t h = heads_.key_begin; h < heads_.key_end; ++h) {
+        ranges.push_back(rows("in_proj_qkvz", c_.num_k_heads * group, h * group + begin, count));
+      }
+    }
+    const auto add_value_heads = [&](const char* name, int64_t of_group, int64_t first, int64_t dim) {
+      for (int64_t h = heads_.value_begin; h < heads_.value_end; ++h) {
+        const int64_t begin = h / ratio * of_group + first + h % ratio * dim;
+        ranges.push_back(rows(name, c_.num_k_heads * of_group, begin, dim));
+      }
     };
-    return {{qkvz, key_heads(rows(heads, 0, c_.head_k_dim))},
-            {qkvz, key_heads(rows(heads, c_.head_k_dim, c_.head_k_dim))},
-            {qkvz, value_heads(rows(heads, 2 * c_.head_k_dim, value_rows), c_.head_v_dim)},
-            {qkvz, value_heads(rows(heads, 2 * c_.head_k_dim + value_rows, value_rows), c_.head_v_dim)},
-            {ba, value_heads(rows(gates, 0, ratio), 1)},
-            {ba, value_heads(rows(gates, ratio, ratio), 1)}};
+    add_value_heads("in_proj_qkvz", group, 2 * c_.head_k_dim, c_.head_v_dim);
+    add_value_heads("in_proj_qkvz", group, 2 * c_.head_k_dim + value_rows, c_.head_v_dim);
+    add_value_heads("in_proj_ba", 2 * ratio, 0, 1);
+    add_value_heads("in_proj_ba", 2 * ratio, ratio, 1);
+    return ranges;
   }
 
-  at::Tensor key_heads(const at::Tensor& rows) const {
-    return rows.narrow(0, heads_.key_begin * c_.head_k_dim, (heads_.key_end - heads_.key_begin) * c_.head_k_dim);
+ private:
+  RowRange rows(const char* name, int64_t of, int64_t begin, int64_t count) const {
+    return {prefix_ + name + ".weight", {of, c_.hidden_size}, begin, count};
   }
-  at::Tensor value_heads(const at::Tensor& rows, int64_t dim) const {
-    return rows.narrow(0, heads_.value_begin * dim, (heads_.value_end - heads_.value_begin) * dim);
+  RowRange key_heads(const char* name, int64_t of, int64_t first) const {
+    return rows(name, of, first + heads_.key_begin * c_.head_k_dim,
+                (heads_.key_end - heads_.key_begin) * c_.head_k_dim);
+  }
+  RowRange value_heads(const char* name, int64_t of, int64_t first, int64_t dim) const {
+    return rows(name, of, first + heads_.value_begin * dim, (heads_.value_end - heads_.value_begin) * dim);
   }
 
   const GdnConfig& c_;
   const HeadRange& heads_;
-  const WeightSource& weights_;
   const std::string& prefix_;
 };
 
@@ -142,7 +135,9 @@ Qwen3GatedDeltaNet::Qwen3GatedDeltaNet(const GdnConfig& config, const WeightSour
   local_.num_k_heads = heads.key_end - heads.key_begin;
   local_.num_v_heads = heads.value_end - heads.value_begin;
 
-  in_proj_ = fuse_rows(weights, ProjectionRows(config, heads, weights, prefix).blocks(), options);
+  const ProjectionRows rows(config, heads, prefix);
+  const bool is_interleaved = weights.contains(prefix + "in_proj_qkvz.weight");
+  in_proj_ = Projection(weights, is_interleaved ? rows.interleaved() : rows.separate(), options);
 
   const int64_t channels = 2 * config.num_k_heads * config.head_k_dim + config.num_v_heads * config.head_v_dim;
   const std::string conv = prefix + "conv1d.weight";
@@ -162,14 +157,9 @@ Qwen3GatedDeltaNet::Qwen3GatedDeltaNet(const GdnConfig& config, const WeightSour
   dt_bias_ = per_value_head("dt_bias");
   norm_ = load_weight(weights, prefix + "norm.weight", {config.head_v_dim}, options.dtype(at::kFloat));
 
-  const std::string out = prefix + "out_proj.weight";
-  const int64_t value_dim = config.num_v_heads * config.head_v_dim;
-  out_proj_ = load_weight(weights, out, {config.hidden_size, value_dim}, options);
-  if (shard.world > 1) {
-    out_proj_ =
-        out_proj_.narrow(1, heads.value_begin * config.head_v_dim, local_.num_v_heads * config.head_v_dim).clone();
-    weights.release(out);
-  }
+  out_proj_ = Projection::of_columns(
+      weights, prefix + "out_proj.weight", {config.hidden_size, config.num_v_heads * config.head_v_dim},
+      heads.value_begin * config.head_v_dim, local_.num_v_heads * config.head_v_dim, options);
 }
 
 std::vector<StateSpec> Qwen3GatedDeltaNet::state_specs() const {
@@ -180,14 +170,18 @@ std::vector<StateSpec> Qwen3GatedDeltaNet::state_specs() const {
 }
 
 std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
-  std::vector<at::Tensor> weights{in_proj_, conv_weight_, A_log_, dt_bias_, norm_, out_proj_};
+  std::vector<at::Tensor> weights{conv_weight_, A_log_, dt_bias_, norm_};
+  for (const Projection* projection : {&in_proj_, &out_proj_}) {
+    const std::vector<at::Tensor> tensors = projection->weights();
+    weights.insert(weights.end(), tensors.begin(), tensors.end());
+  }
   if (conv_bias_) weights.push_back(*conv_bias_);
   return weights;
 }
 
 at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
   check_covers(batch, hidden);
-  const at::Tensor projected = project(hidden, in_proj_, backends_.decode);
+  const at::Tensor projected = in_proj_.forward(hidden, backends_.decode);
   const at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
   for (const Segment& segment : batch.segments) {
     const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
@@ -197,7 +191,7 @@ at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch&
       attend(segment, rows(projected), state, rows(o));
     }
   }
-  at::Tensor out = project(o.flatten(1), out_proj_, backends_.decode);
+  at::Tensor out = out_proj_.forward(o.flatten(1), backends_.decode);
   if (shard_.group != nullptr) shard_.group->sum(out);
   return out;
 }

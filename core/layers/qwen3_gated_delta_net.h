@@ -12,6 +12,7 @@
 #include "core/layers/backend_selection.h"
 #include "core/layers/gdn_batch.h"
 #include "core/layers/gdn_state.h"
+#include "core/layers/projection.h"
 #include "core/layers/shard.h"
 #include "core/layers/weight_source.h"
 
@@ -64,13 +65,13 @@ class Qwen3GatedDeltaNet {
   GdnConfig local_;
   Shard shard_;
   BackendSelection backends_;
-  at::Tensor in_proj_;      // [2HK + 2HVV + 2HV, hidden]  rows q, k, v, z, b, a
+  Projection in_proj_;      // [2HK + 2HVV + 2HV, hidden]  rows q, k, v, z, b, a
   at::Tensor conv_weight_;  // [2HK + HVV, W]
   std::optional<at::Tensor> conv_bias_;
   at::Tensor A_log_;     // [HV]  f32
   at::Tensor dt_bias_;   // [HV]  f32
   at::Tensor norm_;      // [V]
-  at::Tensor out_proj_;  // [hidden, HVV]
+  Projection out_proj_;  // [hidden, HVV]
 };
 
 }  // namespace xgdn

@@ -5,11 +5,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "core/errors.h"
+#include "core/kernels/ops_api.h"
 
 namespace xgdn {
 
@@ -27,6 +29,13 @@ class WeightSource {
   /// The tensor as stored; it may alias a memory-mapped file. Throws CheckpointError when the name is missing or the
   /// shape differs from `shape`, ShapeError when its storage holds less.
   virtual at::Tensor get(const std::string& name, at::IntArrayRef shape) const = 0;
+
+  /// The weight in 8 or 4 bits, where that is how it is stored or shall be kept; nullopt: it is plain, and get() has
+  /// it. A weight of three dimensions comes with its first two as one. `name` is that of the plain weight, whatever
+  /// names its parts have. Throws CheckpointError for parts that are missing, misshapen or out of range.
+  virtual std::optional<kernel::QuantizedRows> quantized(const std::string& /*name*/, at::IntArrayRef /*shape*/) const {
+    return {};
+  }
 
   /// Whether both tensors are there, with the same dtype, shape and bytes.
   virtual bool is_same(const std::string& name, const std::string& other) const = 0;

@@ -13,8 +13,8 @@
 #include "core/errors.h"
 #include "core/layers/gated_attention.h"
 #include "core/layers/mlp.h"
-#include "core/layers/projection.h"
 #include "core/layers/rms_norm.h"
+#include "core/models/rounded_weights.h"
 
 namespace xgdn {
 namespace {
@@ -104,19 +104,26 @@ struct HybridDecoder::Layer {
   FeedForward feed_forward;
 };
 
-HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& weights, const DecoderOptions& options)
+HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& source, const DecoderOptions& options)
     : config_(config),
       dtype_(options.dtype),
       device_(usable(options.device)),
       backend_(options.backends.decode),
       rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta, device_) {
+  const RoundedWeights rounded(source, options.quantize.value_or(kernel::WeightFormat::kInt8));
+  const WeightSource& weights = options.quantize ? static_cast<const WeightSource&>(rounded) : source;
   const std::string& root = config.weight_prefix;
   const at::TensorOptions tensor = weight_options(options);
   const std::vector<int64_t> table{config.vocab_size, config.hidden_size};
   const TableNames names = table_names(config, weights);
   embedding_ = load_weight(weights, names.embedding, table, tensor);
   norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
-  lm_head_ = names.is_tied() ? embedding_ : load_weight(weights, names.head, table, tensor);
+  if (const auto rows = weights.quantized(names.head, table)) {
+    lm_head_ = Projection(load_quantized(*rows, tensor), config.vocab_size);
+    weights.release(names.head);
+  } else {
+    lm_head_ = Projection(names.is_tied() ? embedding_ : load_weight(weights, names.head, table, tensor));
+  }
   for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
     const std::string prefix = root + "layers." + std::to_string(i) + ".";
     const auto norm = [&](const char* name) {
@@ -146,12 +153,13 @@ int64_t HybridDecoder::num_attention_layers() const {
 }
 
 bool HybridDecoder::has_tied_head() const {
-  return lm_head_.is_same(embedding_);
+  return lm_head_.weights().front().is_same(embedding_);
 }
 
 int64_t HybridDecoder::weight_bytes() const {
   std::vector<at::Tensor> weights{embedding_, norm_};
-  if (!has_tied_head()) weights.push_back(lm_head_);
+  const std::vector<at::Tensor> head = lm_head_.weights();
+  if (!has_tied_head()) weights.insert(weights.end(), head.begin(), head.end());
   for (const auto& layer : layers_) {
     weights.insert(weights.end(), {layer->input_norm, layer->post_attention_norm});
     for (const std::vector<at::Tensor>& part :
@@ -196,7 +204,7 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
   const auto wanted = [&](const at::Tensor& rows) { return at::index_select(rows, 0, input.logit_rows); };
   const at::Tensor last =
       add_rms_norm_zero_centred(wanted(branch), wanted(residual), norm_, config_.rms_norm_eps, backend_);
-  return project(last, lm_head_, backend_, {}, at::kFloat);
+  return lm_head_.forward(last, backend_, at::kFloat);
 }
 
 }  // namespace xgdn

@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "core/layers/attention_batch.h"
 #include "core/layers/gdn_batch.h"
 #include "core/layers/gdn_state.h"
+#include "core/layers/projection.h"
 #include "core/layers/qwen3_gated_delta_net.h"
 #include "core/layers/rotary.h"
 #include "core/layers/weight_source.h"
@@ -40,6 +42,7 @@ struct DecoderOptions {
   at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states
   int64_t max_draft_tokens = 0;
   BackendSelection backends;
+  std::optional<kernel::WeightFormat> quantize = {};  // rounds the weights of products, see RoundedWeights
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // may be empty
 };
 
@@ -47,8 +50,8 @@ struct DecoderOptions {
 class HybridDecoder {
  public:
   /// Builds every layer from the source. Throws CheckpointError for missing or misshapen weights, DeviceError for a
-  /// device that the process cannot use.
-  HybridDecoder(const ModelConfig& config, const WeightSource& weights, const DecoderOptions& options);
+  /// device that the process cannot use, UnsupportedError for weights that cannot be rounded as options ask.
+  HybridDecoder(const ModelConfig& config, const WeightSource& source, const DecoderOptions& options);
   HybridDecoder(const HybridDecoder&) = delete;
   HybridDecoder& operator=(const HybridDecoder&) = delete;
   ~HybridDecoder();
@@ -78,7 +81,7 @@ class HybridDecoder {
   Rotary rotary_;
   at::Tensor embedding_;  // [vocab, hidden]
   at::Tensor norm_;       // [hidden]
-  at::Tensor lm_head_;    // [vocab, hidden]
+  Projection lm_head_;    // [vocab, hidden]
   std::vector<std::unique_ptr<Layer>> layers_;
 };
 

@@ -29,6 +29,9 @@ void check_options(const EngineOptions& options) {
   kernel::check_backend_name(options.backends.prefill);
   kernel::check_backend_name(options.backends.decode);
   kernel::check_accuracy_name(options.backends.prefill_accuracy);
+  if (options.quantize == kernel::WeightFormat::kFloat8) {
+    throw UnsupportedError("[Engine] quantize: expected int8 or int4, got float8");
+  }
 }
 
 DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& options) {
@@ -38,6 +41,7 @@ DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& o
           .device = options.device,
           .state_dtype = options.state_dtype,
           .backends = options.backends,
+          .quantize = options.quantize,
           .on_layer_loaded = options.on_layer_loaded};
 }
 

@@ -23,7 +23,8 @@ struct EngineOptions {
   c10::Device device = c10::kCPU;           // of weights, activations and pools
   BackendSelection backends;
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // progress; may be empty
-  std::optional<int64_t> memory_limit = {};  // bytes that weights, pools and steps may take together
+  std::optional<kernel::WeightFormat> quantize = {};  // rounds plain weights of products to int8 or int4
+  std::optional<int64_t> memory_limit = {};           // bytes that weights, pools and steps may take together
 };
 
 /// A decoder, and what a user should know about its load.

@@ -51,6 +51,7 @@ def plan(
     *,
     dtype: torch.dtype | None = EngineArgs.dtype,
     state_dtype: torch.dtype = EngineArgs.state_dtype,
+    quantize: str | None = EngineArgs.quantize,
     runner: RunnerOptions | None = None,
 ) -> Plan:
     """Return the bytes that an `Engine` with these arguments would take, and what fits into a given memory.
@@ -58,7 +59,9 @@ def plan(
     Reads config.json and the headers of the safetensors files, and allocates nothing. Raises what `Engine` raises,
     except for errors that only a backend can find.
     """
-    options = _C.EngineOptions(runner=runner or RunnerOptions(), dtype=dtype, state_dtype=state_dtype)
+    options = _C.EngineOptions(
+        runner=runner or RunnerOptions(), dtype=dtype, state_dtype=state_dtype, quantize=quantize
+    )
     return _C.Engine.plan(fspath(model_dir), options)
 
 
@@ -89,6 +92,7 @@ class Engine:
         *,
         dtype: torch.dtype | None = EngineArgs.dtype,
         state_dtype: torch.dtype = EngineArgs.state_dtype,
+        quantize: str | None = EngineArgs.quantize,
         device: torch.device | str = EngineArgs.device,
         runner: RunnerOptions | None = None,
         prefill_backend: str = EngineArgs.prefill_backend,
@@ -101,6 +105,7 @@ class Engine:
             runner=runner or RunnerOptions(),
             dtype=dtype,
             state_dtype=state_dtype,
+            quantize=quantize,
             device=device,
             prefill_backend=prefill_backend,
             decode_backend=decode_backend,
@@ -123,6 +128,7 @@ class Engine:
             model_dir,
             dtype=args.dtype,
             state_dtype=args.state_dtype,
+            quantize=args.quantize,
             device=args.device,
             runner=args.runner_options(),
             prefill_backend=args.prefill_backend,

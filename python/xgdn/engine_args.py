@@ -19,8 +19,8 @@ _SIZES = RunnerOptions()
 _Class = TypeVar("_Class", bound=type)
 
 
-def _documented(doc: str, *, choices: Sequence[torch.dtype] = ()) -> dict[str, Any]:
-    """Metadata of a field: its doc and, for a dtype, the values that it may have."""
+def _documented(doc: str, *, choices: Sequence[torch.dtype | str] = ()) -> dict[str, Any]:
+    """Metadata of a field: its doc and the values that it may have, where they are few."""
     return {"doc": doc, "choices": tuple(choices)}
 
 
@@ -46,6 +46,13 @@ class EngineArgs:
     state_dtype: torch.dtype = field(
         default=_DEFAULTS.state_dtype,
         metadata=_documented("Dtype of the delta-rule states.", choices=[torch.float32, torch.bfloat16]),
+    )
+    quantize: str | None = field(
+        default=_DEFAULTS.quantize,
+        metadata=_documented(
+            "Round the weights of a 16-bit checkpoint to int8 or int4 while it is loaded (default: as stored).",
+            choices=["int8", "int4"],
+        ),
     )
     device: str = field(
         default=_DEFAULTS.device,

@@ -46,6 +46,8 @@ __all__ = [
     "moe_experts",
     "packed_decode",
     "paged_attention",
+    "quantized_linear",
+    "quantized_moe_experts",
     "recurrent_gated_delta_rule",
     "rms_norm",
     "rms_norm_gated",
@@ -445,6 +447,32 @@ def linear(
     return out
 
 
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    num_outputs: int | None = None,
+    zeros: Tensor | None = None,
+    order: Tensor | None = None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`linear` with a weight in 8 or 4 bits, packed by `xgdn.quantization.pack`: `codes` `[P, D/4, 16, 4]` of int8 or
+    float8_e4m3fn, or `[P, D/8, 16, 4]` of uint8 for 4 bits, where `P = ceil(O / 16)`.
+
+    `scales` `[P, G, 16]` f32 | bf16 | f16 and `zeros` `[P, G, 16]` int8 (default 0; of 4 bits 8) belong to groups of
+    `D / G` columns, 32, 64 or 128. `order` `[D]` int32: column `i` of the codes is column `order[i]` of the weight. `O`
+    is `num_outputs`, or 16 P. On the cpu backend integer codes are multiplied with `x` in 16 bits behind a scale for
+    each group, so that a group's sum is exact.
+    """
+    if out is None:
+        out = x.new_empty(x.shape[0], 16 * codes.shape[0] if num_outputs is None else num_outputs)
+    torch.ops.xgdn.quantized_linear(x, codes, scales, out, zeros=zeros, order=order, bias=bias, backend=backend)
+    return out
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -572,4 +600,38 @@ def moe_experts(
     """
     out = x.new_empty(x.shape) if out is None else out
     torch.ops.xgdn.moe_experts(x, weights, chosen, gate_up, down, out, backend=backend)
+    return out
+
+
+def quantized_moe_experts(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_scales: Tensor,
+    down_codes: Tensor,
+    down_scales: Tensor,
+    *,
+    gate_up_zeros: Tensor | None = None,
+    down_zeros: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`moe_experts` with weights in 8 or 4 bits: the tensors of `quantized_linear`, each with a dimension `E` before
+    its own. `2 I` and `D` are multiples of 16; the columns have no order.
+    """
+    out = x.new_empty(x.shape) if out is None else out
+    torch.ops.xgdn.quantized_moe_experts(
+        x,
+        weights,
+        chosen,
+        gate_up_codes,
+        gate_up_scales,
+        down_codes,
+        down_scales,
+        out,
+        gate_up_zeros=gate_up_zeros,
+        down_zeros=down_zeros,
+        backend=backend,
+    )
     return out

@@ -22,6 +22,7 @@ SIZES = ("max_batch_size", "max_cached_tokens", "kv_block_size", "max_tokens_per
 OPTIONS = {
     "dtype": ("bfloat16", torch.bfloat16),
     "state_dtype": ("bfloat16", torch.bfloat16),
+    "quantize": ("int4", "int4"),
     "device": ("meta", "meta"),
     "prefill_backend": ("reference", "reference"),
     "decode_backend": ("cpu", "cpu"),
@@ -35,8 +36,8 @@ OPTIONS = {
 SUBSETS = {
     "generate": NAMES,
     "serve": NAMES,
-    "plan": ["dtype", "state_dtype", *SIZES, "memory_limit"],
-    "bench model": ["dtype", "state_dtype", "prefill_backend", "decode_backend", "prefill_accuracy"],
+    "plan": ["dtype", "state_dtype", "quantize", *SIZES, "memory_limit"],
+    "bench model": ["dtype", "state_dtype", "quantize", "prefill_backend", "decode_backend", "prefill_accuracy"],
 }
 
 

@@ -532,6 +532,11 @@ void linear_by_rows(const LinearCall& call) {
   linear_rows(args, 0, num_work_items(args));
 }
 
+void linear_by_paired_rows(const LinearCall& call) {
+  const LinearRowsArgs args = {call, /*widened=*/nullptr};
+  linear_rows(args, 0, num_work_items(args));
+}
+
 // All tokens at once, and each by itself with the same bits. Rows of x, weight and out lie apart.
 void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias, const LinearKernel& kernel) {
   constexpr int64_t kGap = 2;
@@ -609,6 +614,8 @@ void test_target(int64_t target) {
     }
   }
   test_linear_with(linear_by_rows);
+  const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;
+  if (has_pairs) test_linear_with(linear_by_paired_rows);
   for (const BFloat16Products* products : {&kPlainProducts, bfloat16_products()}) {
     if (products != nullptr) test_linear_with(packed_linear(products));
     test_fast_chunks_with(products);

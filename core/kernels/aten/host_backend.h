@@ -38,11 +38,15 @@ class HostBackend : public Backend {
   void run(const RmsNormParams& p, const NormShape&) const override { aten::rms_norm(p); }
   void run(const SiluAndMulParams& p, const LinearShape&) const override { aten::silu_and_mul(p); }
   void run(const LinearParams& p, const LinearShape&) const override { aten::linear(p); }
+  void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override { aten::quantized_linear(p); }
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
     aten::gdn_decode_step(*this, p, s);
   }
   void run(const PagedAttentionParams& p, const AttentionShape&) const override { aten::attend_one_by_one(p, 0); }
   void run(const MoeExpertsParams& p, const ExpertsShape& s) const override { aten::moe_experts(p, s); }
+  void run(const QuantizedMoeExpertsParams& p, const QuantizedExpertsShape& s) const override {
+    aten::quantized_moe_experts(*this, p, s);
+  }
 };
 
 }  // namespace xgdn::kernel

@@ -21,4 +21,9 @@ void linear(const LinearParams& p) {
   }
 }
 
+void quantized_linear(const QuantizedLinearParams& p) {
+  const at::Tensor weight = dequantize(p.weight, p.out.size(1)).to(p.x.scalar_type());
+  linear({.x = p.x, .weight = weight, .out = p.out, .bias = p.bias});
+}
+
 }  // namespace xgdn::kernel::aten

@@ -8,5 +8,7 @@ namespace xgdn::kernel::aten {
 
 void silu_and_mul(const SiluAndMulParams& p);
 void linear(const LinearParams& p);
+/// Makes the weight plain at every call.
+void quantized_linear(const QuantizedLinearParams& p);
 
 }  // namespace xgdn::kernel::aten

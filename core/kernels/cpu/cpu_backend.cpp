@@ -19,6 +19,7 @@
 #include "core/kernels/cpu/linear.h"
 #include "core/kernels/cpu/linear_rows.h"
 #include "core/kernels/cpu/paged_attention.h"
+#include "core/kernels/cpu/quantized_linear.h"
 #include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
@@ -133,11 +134,14 @@ cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
           .out = out_columns(p.out)};
 }
 
-// Without instructions for bf16.
+// Without tiles. One token costs a pass over the weights, where products of panels would cost what 16 tokens do.
 void run_rows(const LinearParams& p, const LinearShape& s) {
-  const at::Tensor widened = at::empty({s.T, s.D}, p.x.options().dtype(at::kFloat));
-  const cpu::LinearRowsArgs args = {linear_call(p, s), widened.mutable_data_ptr<float>()};
-  parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
+  const bool has_pairs = cpu::bfloat16_products() != nullptr;
+  const at::Tensor widened = at::empty({has_pairs ? 0 : s.T, s.D}, p.x.options().dtype(at::kFloat));
+  const cpu::LinearRowsArgs args = {linear_call(p, s), has_pairs ? nullptr : widened.mutable_data_ptr<float>()};
+  if (!has_pairs) {
+    parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
+  }
   parallel_ranges(cpu::num_work_items(args), std::max<int64_t>(s.T, 1) * s.D * cpu::kLinearRowsBlock,
                   [&](int64_t begin, int64_t end) { cpu::linear_rows(args, begin, end); });
 }
@@ -150,6 +154,44 @@ void run_products(const LinearParams& p, const LinearShape& s) {
                   [&](int64_t begin, int64_t end) { cpu::pack_tokens(args, begin, end); });
   parallel_ranges(cpu::num_work_items(args), s.D * cpu::kLinearBlock,
                   [&](int64_t begin, int64_t end) { cpu::linear(args, begin, end); });
+}
+
+cpu::Codes format_of(const at::Tensor& codes) {
+  switch (codes.scalar_type()) {
+    case at::kChar:
+      return cpu::Codes::kInt8;
+    case at::kByte:
+      return cpu::Codes::kInt4;
+    default:
+      return cpu::Codes::kFloat8;
+  }
+}
+
+void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s) {
+  const int64_t groups = s.D / s.group_size;
+  const at::Tensor& scales = p.weight.scales;
+  cpu::QuantizedLinearArgs args = {.T = s.T,
+                                   .D = s.D,
+                                   .O = s.O,
+                                   .group_size = s.group_size,
+                                   .format = format_of(p.weight.codes),
+                                   .x = in_rows(p.x),
+                                   .codes = static_cast<const uint8_t*>(p.weight.codes.const_data_ptr()),
+                                   .scales = in_rows(scales),
+                                   .zeros = pointer<int8_t>(p.weight.zeros),
+                                   .order = pointer<int32_t>(p.weight.order),
+                                   .bias = p.bias ? in_heads(*p.bias) : InRows(),
+                                   .out = out_columns(p.out)};
+  const bool is_float = args.format == cpu::Codes::kFloat8;
+  const at::Tensor tokens = at::empty({s.T, s.D}, p.x.options().dtype(is_float ? at::kFloat : at::kShort));
+  const at::Tensor token_scales = at::empty({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kFloat));
+  const at::Tensor token_sums = at::empty({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kInt));
+  args.tokens = tokens.mutable_data_ptr();
+  args.token_scales = token_scales.mutable_data_ptr<float>();
+  args.token_sums = token_sums.mutable_data_ptr<int32_t>();
+  parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::prepare_tokens(args, begin, end); });
+  parallel_ranges(cpu::num_work_items(args), std::max<int64_t>(s.T, 1) * s.D * cpu::kQuantizedLinearBlock,
+                  [&](int64_t begin, int64_t end) { cpu::quantized_linear(args, begin, end); });
 }
 
 // A sequence with more tokens is left to ATen, whose products suit it.
@@ -228,6 +270,7 @@ class CpuBackend final : public HostBackend {
   bool is_batch_invariant(const GdnDecodeStepParams&, const DecodeStepShape&) const override { return true; }
   bool is_batch_invariant(const CopySlotsParams&, const SlotsShape&) const override { return true; }
   bool is_batch_invariant(const StoreKvParams&, const KvShape&) const override { return true; }
+  bool is_batch_invariant(const QuantizedLinearParams&, const QuantizedLinearShape&) const override { return true; }
   bool is_batch_invariant(const LinearParams& p, const LinearShape& s) const override { return has_products(p, s); }
   bool is_batch_invariant(const PagedAttentionParams& p, const AttentionShape&) const override {
     return are_all_short(p.cu_seqlens);
@@ -324,8 +367,11 @@ class CpuBackend final : public HostBackend {
 
   void run(const LinearParams& p, const LinearShape& s) const override {
     if (!has_products(p, s)) return aten::linear(p);
-    cpu::bfloat16_products() != nullptr ? run_products(p, s) : run_rows(p, s);
+    const cpu::BFloat16Products* products = cpu::bfloat16_products();
+    products != nullptr && products->are_tiles ? run_products(p, s) : run_rows(p, s);
   }
+
+  void run(const QuantizedLinearParams& p, const QuantizedLinearShape& s) const override { run_quantized(p, s); }
 
   void run(const PagedAttentionParams& p, const AttentionShape& s) const override {
     const cpu::PagedAttentionArgs args = {.HQ = s.HQ,

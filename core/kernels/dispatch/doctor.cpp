@@ -47,6 +47,9 @@ TypicalTensors::TypicalTensors() {
   chosen = zeros({1, 1}, at::kLong), slot = zeros({1}, at::kInt);
   cu_seqlens = at::arange(2, at::kInt);
   gate_up = zeros({1, 2 * D, D}), down = zeros({1, D, D});
+  packed = {.codes = zeros({D / 16, D / 4, 16, 4}, at::kChar), .scales = zeros({D / 16, 1, 16})};
+  packed_gate_up = {.codes = zeros({1, D / 8, D / 4, 16, 4}, at::kChar), .scales = zeros({1, D / 8, 1, 16})};
+  packed_down = {.codes = packed.codes.unsqueeze(0), .scales = packed.scales.unsqueeze(0)};
   chunk = build_chunk_metadata({1}, /*num_v_heads_local=*/1);
 }
 

@@ -17,7 +17,7 @@ constexpr int64_t kWidthEnd = 65536;  // of rows and of weights
 
 }  // namespace
 
-std::optional<std::string> why_not_experts(const MoeExpertsParams&, const ExpertsShape& s) {
+std::optional<std::string> why_not_experts(const ExpertsShape& s) {
   if (const std::string& sentence = capabilities().why_not_experts; !sentence.empty()) return sentence;
   if (s.E < kMinExperts || s.E > kMaxExperts) {
     return c10::str("the grouped product takes ", kMinExperts, " to ", kMaxExperts, " experts, got E=", s.E);

@@ -11,7 +11,7 @@
 namespace xgdn::kernel::npu {
 
 /// nullopt: the ops' documented limits hold; else a sentence.
-std::optional<std::string> why_not_experts(const MoeExpertsParams& p, const ExpertsShape& s);
+std::optional<std::string> why_not_experts(const ExpertsShape& s);
 
 void run_experts(const MoeExpertsParams& p, const ExpertsShape& s);
 

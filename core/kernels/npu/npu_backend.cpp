@@ -19,6 +19,7 @@
 #include "core/kernels/aten/causal_conv1d.h"
 #include "core/kernels/aten/delta_rule.h"
 #include "core/kernels/aten/linear.h"
+#include "core/kernels/aten/moe.h"
 #include "core/kernels/aten/norm.h"
 #include "core/kernels/aten/state.h"
 #include "core/kernels/npu/causal_conv1d.h"
@@ -68,8 +69,9 @@ class NpuBackend final : public Backend {
   Sentence why_not(const PagedAttentionParams& p, const AttentionShape& s) const override {
     return npu::why_not_attention(p, s);
   }
-  Sentence why_not(const MoeExpertsParams& p, const ExpertsShape& s) const override {
-    return npu::why_not_experts(p, s);
+  Sentence why_not(const MoeExpertsParams&, const ExpertsShape& s) const override { return npu::why_not_experts(s); }
+  Sentence why_not(const QuantizedMoeExpertsParams&, const QuantizedExpertsShape& s) const override {
+    return npu::why_not_experts(s.experts);
   }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override { npu::run_recurrent(p, s); }
@@ -87,6 +89,7 @@ class NpuBackend final : public Backend {
   void run(const RmsNormParams& p, const NormShape&) const override { aten::rms_norm(p); }
   void run(const SiluAndMulParams& p, const LinearShape&) const override { aten::silu_and_mul(p); }
   void run(const LinearParams& p, const LinearShape&) const override { aten::linear(p); }
+  void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override { aten::quantized_linear(p); }
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
     aten::gdn_decode_step(*this, p, s);
   }
@@ -94,6 +97,9 @@ class NpuBackend final : public Backend {
   void run(const StoreKvParams& p, const KvShape&) const override { aten::store_kv(p); }
   void run(const CopySlotsParams& p, const SlotsShape& s) const override { aten::copy_slots(p, s); }
   void run(const MoeExpertsParams& p, const ExpertsShape& s) const override { npu::run_experts(p, s); }
+  void run(const QuantizedMoeExpertsParams& p, const QuantizedExpertsShape& s) const override {
+    npu::run_experts(aten::with_plain_weights(p, s), s.experts);
+  }
 };
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/kernels/ops/contract.h"
+#include "core/kernels/ops/quantized_weight.h"
 
 namespace xgdn::kernel {
 
@@ -31,5 +32,16 @@ struct LinearParams {
   std::string backend = "auto";
 };
 void linear(const LinearParams& p);
+
+/// As linear, with a weight in 8 or 4 bits; out says how many outputs it has.
+struct QuantizedLinearParams {
+  at::Tensor x;                         // [T, D]  f32 | bf16 | f16, strided
+  QuantizedWeight weight;               // [O, D]
+  at::Tensor out;                       // [T, O]  f32 | as x, strided, written
+  std::optional<at::Tensor> bias = {};  // [O]     as x
+  std::string backend = "auto";
+};
+void quantized_linear(const QuantizedLinearParams& p);
+void check_indices(const QuantizedLinearParams& p);
 
 }  // namespace xgdn::kernel

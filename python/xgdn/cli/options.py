@@ -84,8 +84,8 @@ def readable_bytes(num_bytes: int) -> str:
     return f"{num_bytes / _UNITS[unit]:.2f} {unit}" if unit else str(num_bytes)
 
 
-def _short_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short_name(choice: torch.dtype | str) -> str:
+    return str(choice).removeprefix("torch.")
 
 
 def _option(argument: "Field[Any]") -> inspect.Parameter:
@@ -112,7 +112,9 @@ def with_engine_args(*names: str) -> Callable[[Callable[..., None]], Callable[..
 
     The command gets the EngineArgs that the options make.
     """
-    options = [_option(argument) for argument in fields(EngineArgs) if not names or argument.name in names]
+    arguments = [argument for argument in fields(EngineArgs) if not names or argument.name in names]
+    options = [_option(argument) for argument in arguments]
+    choices = {argument.name: {_short_name(c): c for c in argument.metadata["choices"]} for argument in arguments}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -120,7 +122,7 @@ def with_engine_args(*names: str) -> Callable[[Callable[..., None]], Callable[..
             values = {option.name: given.pop(option.name) for option in options}
             for name, value in values.items():
                 if isinstance(value, Enum):
-                    values[name] = getattr(torch, value.value)
+                    values[name] = choices[name][value.value]
             command(engine_args=EngineArgs(**values), **given)
 
         parameters: list[inspect.Parameter] = []

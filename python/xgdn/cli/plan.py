@@ -20,6 +20,7 @@ _LENGTHS = [512, 2048, 8192]  # without --length
 @with_engine_args(
     "dtype",
     "state_dtype",
+    "quantize",
     "max_batch_size",
     "max_cached_tokens",
     "kv_block_size",
@@ -38,7 +39,11 @@ def plan(
     limit = engine_args.memory_limit
     with errors_in_one_line():
         planned = engine.plan(
-            model, dtype=engine_args.dtype, state_dtype=engine_args.state_dtype, runner=engine_args.runner_options()
+            model,
+            dtype=engine_args.dtype,
+            state_dtype=engine_args.state_dtype,
+            quantize=engine_args.quantize,
+            runner=engine_args.runner_options(),
         )
     fits = {} if limit is None else {str(n): planned.max_sequences(n, limit) for n in length or _LENGTHS}
     if as_json:

@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <c10/util/StringUtil.h>
+
+#include "core/kernels/dispatch/checks/index_checker.h"
 #include "core/kernels/dispatch/checks/match.h"
 #include "core/kernels/dispatch/op_checks.h"
 
@@ -43,6 +46,39 @@ LinearShape shape(const LinearParams&, const Dims& d) {
 template <>
 LinearParams sample(const TypicalTensors& t) {
   return {.x = t.token, .weight = t.square, .out = t.out_token};
+}
+
+// ---- quantized_linear -----------------------------------------------------------------------------------------------
+
+Dims match(const QuantizedLinearParams& p) {
+  Dims d(Op<QuantizedLinearParams>::name);
+  match_strided(d, "x", p.x, "T D", kInputTypes);
+  const at::ScalarType in = p.x.scalar_type();
+  bind_packed(d, "D", "D/4", "D/8", "x");
+  match_packed(d, p.weight, {"codes", "scales", "zeros", "P D/4 16 4", "P D/8 16 4", "P G 16"});
+  require_groups(d, "scales", "D", "G");
+  match_contiguous(d, "order", p.weight.order, "D", {at::kInt});
+  match_contiguous(d, "bias", p.bias, "O", {in});
+  match_out(d, "out", p.out, "T O", {at::kFloat, in});
+  d.require((d.sym("O") + kPackedOutputs - 1) / kPackedOutputs == d.sym("P"),
+            "out: expected O outputs of P=", d.sym("P"), " panels of ", kPackedOutputs,
+            " (set by codes), got O=", d.sym("O"));
+  return d;
+}
+
+QuantizedLinearShape shape(const QuantizedLinearParams&, const Dims& d) {
+  return {.T = d["T"], .D = d["D"], .O = d["O"], .group_size = d["D"] / d["G"]};
+}
+
+template <>
+QuantizedLinearParams sample(const TypicalTensors& t) {
+  return {.x = t.token, .weight = t.packed, .out = t.out_token};
+}
+
+void check_indices(const QuantizedLinearParams& p) {
+  const QuantizedLinearShape s = checked_shape(p);
+  const IndexChecker c(Op<QuantizedLinearParams>::name);
+  if (p.weight.order) c.range("order", *p.weight.order, 0, s.D - 1, c10::str("a column 0..", s.D - 1));
 }
 
 }  // namespace xgdn::kernel

@@ -6,6 +6,7 @@
 
 #include "core/kernels/dispatch/dims.h"
 #include "core/kernels/ops/contract.h"
+#include "core/kernels/ops/quantized_weight.h"
 
 namespace xgdn::kernel {
 
@@ -45,6 +46,40 @@ inline void match_out(Dims& d, std::string_view arg, const at::Tensor& out, std:
 inline void match_taps(Dims& d, std::string_view arg, const at::Tensor& weight, at::ScalarType in) {
   match_contiguous(d, arg, weight, "D W", {in});
   d.require(d.sym("W") >= 2 && d.sym("W") <= 4, arg, ": expected a width W of 2 to 4, got ", d.sym("W"));
+}
+
+// Names of the arguments and of the dimensions of a packed weight.
+struct PackedNames {
+  std::string_view codes, scales, zeros;
+  std::string_view bytes;    // dimensions of codes in 8 bits
+  std::string_view nibbles;  // in 4 bits
+  std::string_view groups;   // of scales and zeros
+};
+
+// The rows of a panel that `width`, bound by `arg`, makes of 8 and of 4 bits.
+inline void bind_packed(Dims& d, std::string_view width, std::string_view of_bytes, std::string_view of_nibbles,
+                        std::string_view arg) {
+  d.require(d.sym(width) % 32 == 0, arg, ": expected ", width, " a multiple of 32, got ", d.sym(width));
+  d.bind(of_bytes, d.sym(width) / 4, arg);
+  d.bind(of_nibbles, d.sym(width) / 8, arg);
+}
+
+inline void match_packed(Dims& d, const QuantizedWeight& weight, const PackedNames& names) {
+  const bool is_nibbles = weight.codes.defined() && weight.codes.scalar_type() == at::kByte;
+  match_contiguous(d, names.codes, weight.codes, is_nibbles ? names.nibbles : names.bytes,
+                   {at::kChar, at::kByte, at::kFloat8_e4m3fn});
+  match_contiguous(d, names.scales, weight.scales, names.groups, kInputTypes);
+  match_contiguous(d, names.zeros, weight.zeros, names.groups, {at::kChar});
+  d.require(!weight.zeros || weight.codes.scalar_type() != at::kFloat8_e4m3fn, names.zeros,
+            ": expected none beside codes of float8, got one");
+}
+
+inline void require_groups(const Dims& d, std::string_view scales, std::string_view width, std::string_view groups) {
+  const c10::SymInt& count = d.sym(groups);
+  const auto makes = [&](int64_t size) { return count * size == d.sym(width); };
+  if (makes(32) || makes(64) || makes(128)) return;
+  throw ShapeError(c10::str("[", d.op(), "] ", scales, ": expected ", groups, " groups of 32, 64 or 128 elements of ",
+                            width, "=", d.sym(width), ", got ", groups, "=", count));
 }
 
 inline void bind_sequences(Dims& d, const at::Tensor& cu_seqlens) {

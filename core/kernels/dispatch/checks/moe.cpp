@@ -34,10 +34,65 @@ MoeExpertsParams sample(const TypicalTensors& t) {
       .x = t.token, .weights = t.logit, .chosen = t.chosen, .gate_up = t.gate_up, .down = t.down, .out = t.out_token};
 }
 
+namespace {
+
+template <class Params>
+void check_chosen(const Params& p, int64_t num_experts) {
+  const IndexChecker c(Op<Params>::name);
+  c.range("chosen", p.chosen, 0, num_experts - 1, c10::str("an expert 0..", num_experts - 1));
+}
+
+}  // namespace
+
 void check_indices(const MoeExpertsParams& p) {
-  const ExpertsShape s = checked_shape(p);
-  const IndexChecker c(Op<MoeExpertsParams>::name);
-  c.range("chosen", p.chosen, 0, s.E - 1, c10::str("an expert 0..", s.E - 1));
+  check_chosen(p, checked_shape(p).E);
+}
+
+// ---- quantized_moe_experts ------------------------------------------------------------------------------------------
+
+Dims match(const QuantizedMoeExpertsParams& p) {
+  Dims d(Op<QuantizedMoeExpertsParams>::name);
+  match_strided(d, "x", p.x, "T D", kInputTypes);
+  const at::ScalarType in = p.x.scalar_type();
+  match_contiguous(d, "weights", p.weights, "T A", {in});
+  match_contiguous(d, "chosen", p.chosen, "T A", {at::kLong});
+  bind_packed(d, "D", "D/4", "D/8", "x");
+  d.bind("D/16", d.sym("D") / kPackedOutputs, "x");
+  match_packed(d, p.down,
+               {"down_codes", "down_scales", "down_zeros", "E D/16 I/4 16 4", "E D/16 I/8 16 4", "E D/16 H 16"});
+  d.require(d.sym("E") > 0, "down_codes: expected at least one expert, got E=0");
+  const bool is_nibbles = p.down.codes.scalar_type() == at::kByte;
+  d.bind("I", is_nibbles ? d.sym("I/8") * 8 : d.sym("I/4") * 4, "down_codes");
+  require_groups(d, "down_scales", "I", "H");
+  d.bind("(2I/16)", d.sym("I") / 8, "down_codes");
+  match_packed(d, p.gate_up,
+               {"gate_up_codes", "gate_up_scales", "gate_up_zeros", "E (2I/16) D/4 16 4", "E (2I/16) D/8 16 4",
+                "E (2I/16) G 16"});
+  require_groups(d, "gate_up_scales", "D", "G");
+  d.require(!p.gate_up.order && !p.down.order, "order: expected none, got one");
+  match_contiguous(d, "out", p.out, "T D", {in});
+  d.written("out");
+  return d;
+}
+
+QuantizedExpertsShape shape(const QuantizedMoeExpertsParams&, const Dims& d) {
+  return {.experts = {.T = d["T"], .A = d["A"], .E = d["E"], .D = d["D"], .I = d["I"]},
+          .gate_up_group_size = d["D"] / d["G"],
+          .down_group_size = d["I"] / d["H"]};
+}
+
+template <>
+QuantizedMoeExpertsParams sample(const TypicalTensors& t) {
+  return {.x = t.token,
+          .weights = t.logit,
+          .chosen = t.chosen,
+          .gate_up = t.packed_gate_up,
+          .down = t.packed_down,
+          .out = t.out_token};
+}
+
+void check_indices(const QuantizedMoeExpertsParams& p) {
+  check_chosen(p, checked_shape(p).experts.E);
 }
 
 }  // namespace xgdn::kernel

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+// The formats of quantized_linear.h inside one instruction set. A row of a panel holds, for each of its outputs, four
+// bytes; a vector of rows' bytes has an output in each 32-bit lane.
+//
+//   int8     4 of D: bytes 0, 2, 1, 3. The low bytes of both 16-bit halves are a pair of neighbours, so are the high
+//   ones. int4     8 of D: from the lowest bits on, the low half holds 0, 2, 4, 6 and the high one 1, 3, 5, 7: four
+//   pairs. float8   4 of D, in the order of int8.
+#if defined(XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_
+#undef XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_
+#else
+#define XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_
+#endif
+
+#include <cstring>
+
+#include "core/kernels/cpu/quantized_linear.h"
+#include "core/kernels/cpu/simd-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace xgdn::kernel::cpu {
+namespace HWY_NAMESPACE {
+
+using VI = hn::Vec<I32>;
+
+// ---- pairs of i16 in 32-bit lanes -----------------------------------------------------------------------------------
+
+#if HWY_TARGET == HWY_SCALAR  // its vectors hold one element of any type
+
+HWY_INLINE int16_t half_of(VI pairs, int shift) {
+  return static_cast<int16_t>(static_cast<uint32_t>(hn::GetLane(pairs)) >> shift & 0xFFFF);
+}
+HWY_INLINE VI pair_of(int low, int high) {
+  return hn::Set(I32(), static_cast<int32_t>(static_cast<uint32_t>(low & 0xFFFF) | static_cast<uint32_t>(high) << 16));
+}
+
+template <int kBits>
+HWY_INLINE VI shift_pairs_left(VI pairs) {
+  return pair_of(half_of(pairs, 0) << kBits, half_of(pairs, 16) << kBits);
+}
+template <int kBits>
+HWY_INLINE VI shift_pairs_right(VI pairs) {  // with the sign
+  return pair_of(half_of(pairs, 0) >> kBits, half_of(pairs, 16) >> kBits);
+}
+HWY_INLINE VI add_pair_products(VI sum, VI a, VI b) {
+  const int32_t products = half_of(a, 0) * half_of(b, 0) + half_of(a, 16) * half_of(b, 16);
+  return hn::Add(sum, hn::Set(I32(), products));
+}
+
+#else
+
+using I16Pairs = hn::Repartition<int16_t, F32>;
+
+template <int kBits>
+HWY_INLINE VI shift_pairs_left(VI pairs) {
+  return hn::BitCast(I32(), hn::ShiftLeft<kBits>(hn::BitCast(I16Pairs(), pairs)));
+}
+template <int kBits>
+HWY_INLINE VI shift_pairs_right(VI pairs) {  // with the sign
+  return hn::BitCast(I32(), hn::ShiftRight<kBits>(hn::BitCast(I16Pairs(), pairs)));
+}
+HWY_INLINE VI add_pair_products(VI sum, VI a, VI b) {
+  const I32 i;
+  VI rest = hn::Zero(i);
+  const I16Pairs pairs;
+  const VI products = hn::ReorderWidenMulAccumulate(i, hn::BitCast(pairs, a), hn::BitCast(pairs, b), hn::Zero(i), rest);
+  return hn::Add(sum, hn::RearrangeToOddPlusEven(products, rest));
+}
+
+#endif
+
+// Highway 1.0.3 has no target for AVX512-VNNI, which adds pairs of products in one instruction instead of two.
+#undef XGDN_VNNI
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+#define XGDN_VNNI
+HWY_INLINE VI dot_pairs(VI sum, VI a, VI b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
+  return sum;
+}
+#endif
+
+// ---- formats --------------------------------------------------------------------------------------------------------
+
+// What integer codes have in common. A token is i16 behind a scale for each group.
+template <bool kHasVnni>
+struct IntegerCodes {
+  using Token = int16_t;
+  static constexpr size_t kStepDepth = 2;
+
+  static HWY_INLINE VI load(const uint8_t* p) { return hn::LoadU(I32(), reinterpret_cast<const int32_t*>(p)); }
+
+  static HWY_INLINE VI broadcast(const int16_t* x) {
+    int32_t pair;
+    std::memcpy(&pair, x, sizeof(pair));
+    return hn::Set(I32(), pair);
+  }
+
+  static HWY_INLINE VI add(VI sum, VI weights, VI x) {
+#ifdef XGDN_VNNI
+    if constexpr (kHasVnni) return dot_pairs(sum, weights, x);
+#endif
+    return add_pair_products(sum, weights, x);
+  }
+
+  static HWY_INLINE VF widen(VI sum) {
+    return hn::ConvertTo(F32(), sum);
+  }
+
+  static HWY_INLINE VF token_scale(const QuantizedLinearArgs& args, int64_t token, size_t group) {
+    return hn::Set(F32(), args.token_scales[token * num_groups(args) + static_cast<int64_t>(group)]);
+  }
+
+  // -zero * sum of the token's integers
+  template <class Outputs>
+  static HWY_INLINE VI without_zeros(const QuantizedLinearArgs& args, const Outputs& outputs, size_t group,
+                                     int64_t token) {
+    const I32 i;
+    const hn::Rebind<int8_t, I32> bytes;
+    const auto at = static_cast<int64_t>(group) + num_groups(args) * outputs.panel;
+    const VI zeros = hn::PromoteTo(i, hn::LoadU(bytes, args.zeros + at * kQuantizedPanel + outputs.lane));
+    return hn::Neg(hn::Mul(zeros, hn::Set(i, sum_of(args, group, token))));
+  }
+
+  static HWY_INLINE int32_t sum_of(const QuantizedLinearArgs& args, size_t group, int64_t token) {
+    return args.token_sums[token * num_groups(args) + static_cast<int64_t>(group)];
+  }
+};
+
+template <bool kHasVnni>
+struct Int8Codes : IntegerCodes<kHasVnni> {
+  static constexpr size_t kDepth = 4;  // of D in a row
+  static constexpr size_t kSteps = 2;
+
+  template <size_t kStep>
+  static HWY_INLINE VI unpack(VI codes) {
+    if constexpr (kStep == 0) codes = shift_pairs_left<8>(codes);
+    return shift_pairs_right<8>(codes);
+  }
+
+  template <class Outputs>
+  static HWY_INLINE VI start(const QuantizedLinearArgs& args, const Outputs& outputs, size_t group, int64_t token) {
+    return args.zeros == nullptr ? hn::Zero(I32()) : IntegerCodes<kHasVnni>::without_zeros(args, outputs, group, token);
+  }
+};
+
+template <bool kHasVnni>
+struct Int4Codes : IntegerCodes<kHasVnni> {
+  static constexpr size_t kDepth = 8;
+  static constexpr size_t kSteps = 4;
+  static constexpr int32_t kZero = 8;
+
+  template <size_t kStep>
+  static HWY_INLINE VI unpack(VI codes) {
+    const U32 u;
+    const auto shifted = hn::ShiftRight<4 * kStep>(hn::BitCast(u, codes));  // what crosses the halves is cut off
+    return hn::BitCast(I32(), hn::And(shifted, hn::Set(u, 0x000F000F)));
+  }
+
+  template <class Outputs>
+  static HWY_INLINE VI start(const QuantizedLinearArgs& args, const Outputs& outputs, size_t group, int64_t token) {
+    return args.zeros == nullptr ? hn::Set(I32(), -kZero * IntegerCodes<kHasVnni>::sum_of(args, group, token))
+                                 : IntegerCodes<kHasVnni>::without_zeros(args, outputs, group, token);
+  }
+};
+
+// e4m3: four bits of exponent with a bias of 7, no infinities. A token is f32.
+struct Float8Codes {
+  using Token = float;
+  static constexpr size_t kDepth = 4;
+  static constexpr size_t kSteps = 4;
+  static constexpr size_t kStepDepth = 1;
+
+  static HWY_INLINE VI load(const uint8_t* p) { return hn::LoadU(I32(), reinterpret_cast<const int32_t*>(p)); }
+
+  static HWY_INLINE VF broadcast(const float* x) { return hn::Set(F32(), *x); }
+
+  template <size_t kStep>
+  static HWY_INLINE VF unpack(VI codes) {
+    constexpr int kShift = 8 * (kStep == 0 ? 0 : kStep == 1 ? 2 : kStep == 2 ? 1 : 3);  // where the byte begins
+    const F32 d;
+    const U32 u;
+    const auto byte_on_top = hn::ShiftLeft<24 - kShift>(hn::BitCast(u, codes));
+    const auto magnitude = hn::And(hn::ShiftRight<4>(byte_on_top), hn::Set(u, 0x07F00000));
+    // As if it were normal. A subnormal 2^-7 (1 + f) stands for 2^-6 f, which is the smaller of the two for it alone.
+    const VF normal = hn::BitCast(d, hn::Add(magnitude, hn::Set(u, uint32_t{127 - 7} << 23)));
+    const VF value = hn::Min(normal, hn::MulAdd(normal, hn::Set(d, 2.0f), hn::Set(d, -0x1p-6f)));
+    const auto sign = hn::And(byte_on_top, hn::Set(u, 0x80000000));
+    return hn::BitCast(d, hn::Or(hn::BitCast(u, value), sign));
+  }
+
+  static HWY_INLINE VF add(VF sum, VF weights, VF x) { return hn::MulAdd(weights, x, sum); }
+  static HWY_INLINE VF widen(VF sum) { return sum; }
+  static HWY_INLINE VF token_scale(const QuantizedLinearArgs&, int64_t, size_t) { return hn::Set(F32(), 1.0f); }
+
+  template <class Outputs>
+  static HWY_INLINE VF start(const QuantizedLinearArgs&, const Outputs&, size_t, int64_t) {
+    return hn::Zero(F32());
+  }
+};
+
+// Calls f(Format()).
+template <bool kHasVnni, class F>
+void with_format_of(Codes format, const F& f) {
+  switch (format) {
+    case Codes::kInt8:
+      return f(Int8Codes<kHasVnni>());
+    case Codes::kInt4:
+      return f(Int4Codes<kHasVnni>());
+    case Codes::kFloat8:
+      return f(Float8Codes());
+  }
+}
+
+template <class F>
+void with_format(Codes format, const F& f) {
+#ifdef XGDN_VNNI
+  if (__builtin_cpu_supports("avx512vnni")) return with_format_of<true>(format, f);
+#endif
+  with_format_of<false>(format, f);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace xgdn::kernel::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_

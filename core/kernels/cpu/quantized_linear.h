@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with weights in 8 or 4 bits on the CPU over pointers, strides and sizes.
+#pragma once
+
+#include <cstdint>
+
+#include "core/kernels/args.h"
+
+namespace xgdn::kernel::cpu {
+
+enum class Codes : uint8_t { kInt8, kInt4, kFloat8 };
+
+inline constexpr int64_t kQuantizedPanel = 16;        // outputs whose codes lie side by side
+inline constexpr int64_t kQuantizedLinearBlock = 32;  // outputs of a work item
+
+/// Letters as in core/kernels/ops; G is D / group_size and P the number of panels.
+struct QuantizedLinearArgs {
+  int64_t T = 0;
+  int64_t D = 0;
+  int64_t O = 0;
+  int64_t group_size = 0;  // 32, 64 or 128
+  Codes format = Codes::kInt8;
+  InRows x;                        // [T, D]
+  const uint8_t* codes = nullptr;  // [P, D/4, 16, 4], of kInt4 [P, D/8, 16, 4]
+  InRows scales;                   // [P, G, 16]  the token stride is 16 G, the head stride 16
+  const int8_t* zeros = nullptr;   // [P, G, 16]  null: 0, of kInt4 8
+  const int32_t* order = nullptr;  // [D]  null: as they are
+  InRows bias;                     // [O]  data may be null
+  OutRows out;                     // [T, O]  the head stride is 1
+
+  // Of the tokens; prepare_tokens fills them. All are 64-byte aligned.
+  void* tokens = nullptr;         // [T, D]  i16, of kFloat8 f32
+  float* token_scales = nullptr;  // [T, G]  not of kFloat8
+  int32_t* token_sums = nullptr;  // [T, G]  not of kFloat8
+};
+
+inline int64_t num_groups(const QuantizedLinearArgs& args) {
+  return args.D / args.group_size;
+}
+inline int64_t num_work_items(const QuantizedLinearArgs& args) {
+  return (args.O + kQuantizedLinearBlock - 1) / kQuantizedLinearBlock;
+}
+
+/// Brings tokens into the form in which they are multiplied.
+void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_t end_token);
+
+/// Computes blocks of outputs for all tokens.
+void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item);
+
+}  // namespace xgdn::kernel::cpu

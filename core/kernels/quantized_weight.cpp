@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/kernels/ops/quantized_weight.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/argsort.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <span>
+
+#include "core/errors.h"
+#include "core/kernels/allocation.h"
+
+namespace xgdn::kernel {
+namespace {
+
+constexpr int64_t kRowBytes = 4;  // of an output in a row of a panel
+constexpr std::array<int64_t, 4> kByteOrder = {0, 2, 1, 3};
+constexpr std::array<int64_t, 8> kNibbleOrder = {0, 2, 4, 6, 1, 3, 5, 7};
+
+// Four bytes of a panel from the next elements of D.
+void pack_bytes(const uint8_t* from, uint8_t* to) {
+  for (size_t i = 0; i < kByteOrder.size(); ++i) to[i] = from[kByteOrder[i]];
+}
+void pack_nibbles(const uint8_t* from, uint8_t* to) {
+  for (size_t i = 0; i < 4; ++i) {
+    to[i] = static_cast<uint8_t>(from[kNibbleOrder[2 * i]] | from[kNibbleOrder[2 * i + 1]] << 4);
+  }
+}
+
+at::Tensor packed_codes(const QuantizedRows& rows) {
+  const bool is_int4 = rows.format == WeightFormat::kInt4;
+  const int64_t depth = is_int4 ? 2 * kRowBytes : kRowBytes;
+  const int64_t O = rows.num_rows();
+  const int64_t D = rows.num_columns();
+  const int64_t panels = (O + kPackedOutputs - 1) / kPackedOutputs;
+  const int64_t panel_bytes = D / depth * kPackedOutputs * kRowBytes;
+  at::Tensor packed = allocate_weight({panels, D / depth, kPackedOutputs, kRowBytes}, rows.codes.options());
+  if (packed.is_meta()) return packed;
+  const at::Tensor codes = rows.codes.contiguous();
+  const auto* from = static_cast<const uint8_t*>(codes.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      uint8_t* of_panel = to + panel * panel_bytes;
+      const int64_t outputs = std::min(kPackedOutputs, O - panel * kPackedOutputs);
+      if (outputs < kPackedOutputs) std::fill_n(of_panel, panel_bytes, uint8_t{0});
+      for (int64_t i = 0; i < outputs; ++i) {
+        const uint8_t* row = from + (panel * kPackedOutputs + i) * D;
+        for (int64_t d = 0; d < D; d += depth) {
+          uint8_t* at = of_panel + (d / depth * kPackedOutputs + i) * kRowBytes;
+          is_int4 ? pack_nibbles(row + d, at) : pack_bytes(row + d, at);
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+// [O, G] to [P, G, 16].
+at::Tensor packed_groups(const at::Tensor& groups) {
+  const int64_t O = groups.size(0);
+  const int64_t panels = (O + kPackedOutputs - 1) / kPackedOutputs;
+  at::Tensor whole = at::zeros({panels * kPackedOutputs, groups.size(1)}, groups.options());
+  whole.narrow(0, 0, O).copy_(groups);
+  return whole.view({panels, kPackedOutputs, -1}).transpose(1, 2).contiguous();
+}
+
+// [P, G, 16] to [O, D].
+at::Tensor spread_groups(const at::Tensor& groups, int64_t num_rows, int64_t group_size) {
+  return groups.to(at::kFloat).transpose(1, 2).flatten(0, 1).narrow(0, 0, num_rows).repeat_interleave(group_size, 1);
+}
+
+// The divisors of a group's largest magnitude that are tried as its scale.
+constexpr std::array<float, 5> kInt8Divisors = {128, 127, 126, 124, 122};
+constexpr std::array<float, 16> kInt4Divisors = {9, 8.75f, 8.5f, 8.25f, 8, 7.75f, 7.5f, 7.25f,
+                                                 7, 6.75f, 6.5f, 6.25f, 6, 5.75f, 5.5f, 5};
+
+struct IntegerRange {
+  float low, high;
+  std::span<const float> divisors;
+};
+
+IntegerRange range_of(WeightFormat format) {
+  return format == WeightFormat::kInt8 ? IntegerRange{-128, 127, kInt8Divisors} : IntegerRange{-8, 7, kInt4Divisors};
+}
+
+float rounded(float x) {  // to whole numbers below 2^22, ties to even; in vectors on any processor
+  constexpr float kShift = 12582912.0f;
+  return x + kShift - kShift;
+}
+
+float code_of(float x, float inverse, const IntegerRange& range) {
+  return std::min(std::max(rounded(x * inverse), range.low), range.high);
+}
+
+float squared_error(std::span<const float> group, float scale, float inverse, const IntegerRange& range) {
+  float sum = 0;
+  for (const float x : group) {
+    const float off = code_of(x, inverse, range) * scale - x;
+    sum += off * off;
+  }
+  return sum;
+}
+
+// Codes of a group, the zero of the format added, and its scale.
+template <class Scale, class Code>
+void quantize_group(std::span<const float> group, const IntegerRange& range, float zero, Scale& scale, Code* codes) {
+  float largest = 0;
+  for (const float x : group) largest = std::max(largest, std::abs(x));
+  float best = 0;
+  float best_error = INFINITY;
+  for (const float divisor : range.divisors) {
+    const auto candidate = static_cast<float>(static_cast<Scale>(largest / divisor));
+    const float inverse = 1.0f / candidate;
+    if (!std::isfinite(candidate) || !std::isfinite(inverse)) continue;
+    const float error = squared_error(group, candidate, inverse, range);
+    if (error >= best_error) continue;
+    best_error = error;
+    best = candidate;
+  }
+  scale = static_cast<Scale>(best);
+  const float inverse = best == 0 ? 0.0f : 1.0f / best;
+  for (size_t i = 0; i < group.size(); ++i) {
+    codes[i] = static_cast<Code>(code_of(group[i], inverse, range) + zero);
+  }
+}
+
+template <class Scale, class Code>
+void quantize_into(const at::Tensor& weight, int64_t group_size, const IntegerRange& range, float zero,
+                   const at::Tensor& codes, const at::Tensor& scales) {
+  constexpr int64_t kRowsAtOnce = 16;  // what is widened to f32
+  const int64_t D = weight.size(1);
+  auto* code = codes.mutable_data_ptr<Code>();
+  auto* scale = scales.mutable_data_ptr<Scale>();
+  at::parallel_for(0, weight.size(0), kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block += kRowsAtOnce) {
+      const int64_t rows = std::min(kRowsAtOnce, end - block);
+      const at::Tensor wide = weight.narrow(0, block, rows).to(at::kFloat).contiguous();
+      const auto* x = wide.const_data_ptr<float>();
+      for (int64_t i = 0; i < rows * D / group_size; ++i) {
+        quantize_group<Scale>({x + i * group_size, static_cast<size_t>(group_size)}, range, zero,
+                              scale[block * D / group_size + i], code + block * D + i * group_size);
+      }
+    }
+  });
+}
+
+template <class Scale>
+void quantize_into(const at::Tensor& weight, const QuantizedRows& rows) {
+  const IntegerRange range = range_of(rows.format);
+  if (rows.format == WeightFormat::kInt8) {
+    quantize_into<Scale, int8_t>(weight, rows.group_size, range, 0, rows.codes, rows.scales);
+  } else {
+    quantize_into<Scale, uint8_t>(weight, rows.group_size, range, -range.low, rows.codes, rows.scales);
+  }
+}
+
+bool are_same(const std::optional<at::Tensor>& a, const std::optional<at::Tensor>& b) {
+  if (a.has_value() != b.has_value()) return false;
+  return !a || a->is_same(*b) || (!a->is_meta() && at::equal(*a, *b));
+}
+
+}  // namespace
+
+QuantizedRows QuantizedRows::narrow(int64_t begin, int64_t count) const {
+  QuantizedRows some = *this;
+  some.codes = codes.narrow(0, begin, count);
+  some.scales = scales.narrow(0, begin, count);
+  if (zeros) some.zeros = zeros->narrow(0, begin, count);
+  return some;
+}
+
+QuantizedRows QuantizedRows::narrow_columns(int64_t begin, int64_t count) const {
+  if (order || begin % group_size != 0 || count % group_size != 0) {
+    throw UnsupportedError(c10::str("[QuantizedRows] columns: expected whole groups of ", group_size,
+                                    " without an order, got ", begin, " to ", begin + count,
+                                    order ? " of columns that have one" : ""));
+  }
+  QuantizedRows some = *this;
+  some.codes = codes.narrow(1, begin, count);
+  some.scales = scales.narrow(1, begin / group_size, count / group_size);
+  if (zeros) some.zeros = zeros->narrow(1, begin / group_size, count / group_size);
+  return some;
+}
+
+std::vector<at::Tensor> QuantizedWeight::tensors() const {
+  std::vector<at::Tensor> all{codes, scales};
+  if (zeros) all.push_back(*zeros);
+  if (order) all.push_back(*order);
+  return all;
+}
+
+QuantizedRows quantize_rows(const at::Tensor& weight, WeightFormat format, int64_t group_size) {
+  const auto refuse = [](const std::string& sentence) { throw UnsupportedError("[quantize_rows] " + sentence); };
+  if (format == WeightFormat::kFloat8) refuse("format: expected int8 or int4, got float8");
+  if (weight.dim() != 2) throw ShapeError(c10::str("[quantize_rows] weight: expected [O, D], got ", weight.sizes()));
+  if (group_size != 32 && group_size != 64 && group_size != 128) {
+    refuse(c10::str("group_size: expected 32, 64 or 128, got ", group_size));
+  }
+  if (weight.size(1) % group_size != 0) {
+    refuse(c10::str("group_size: expected a divisor of D=", weight.size(1), ", got ", group_size));
+  }
+  const at::ScalarType dtype = weight.scalar_type();
+  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
+    throw DtypeError(c10::str("[quantize_rows] weight: expected float32, bfloat16 or float16, got ", dtype));
+  }
+  QuantizedRows rows{
+      .format = format,
+      .group_size = group_size,
+      .codes = at::empty(weight.sizes(), weight.options().dtype(format == WeightFormat::kInt8 ? at::kChar : at::kByte)),
+      .scales = at::empty({weight.size(0), weight.size(1) / group_size}, weight.options())};
+  if (weight.is_meta()) return rows;
+  if (dtype == at::kFloat) {
+    quantize_into<float>(weight, rows);
+  } else if (dtype == at::kBFloat16) {
+    quantize_into<at::BFloat16>(weight, rows);
+  } else {
+    quantize_into<at::Half>(weight, rows);
+  }
+  return rows;
+}
+
+QuantizedWeight pack_rows(const QuantizedRows& rows) {
+  QuantizedWeight weight{.codes = packed_codes(rows), .scales = packed_groups(rows.scales)};
+  if (rows.zeros) weight.zeros = packed_groups(*rows.zeros);
+  if (rows.order) weight.order = rows.order->to(at::kInt);
+  return weight;
+}
+
+bool can_join(const QuantizedRows& a, const QuantizedRows& b) {
+  return a.format == b.format && a.group_size == b.group_size && a.num_columns() == b.num_columns() &&
+         a.scales.scalar_type() == b.scales.scalar_type() && a.zeros.has_value() == b.zeros.has_value() &&
+         are_same(a.order, b.order);
+}
+
+QuantizedRows join_rows(const std::vector<QuantizedRows>& blocks) {
+  std::vector<at::Tensor> codes, scales, zeros;
+  for (const QuantizedRows& block : blocks) {
+    if (!can_join(blocks.front(), block)) {
+      throw UnsupportedError("[join_rows] blocks: expected one format, group size, dtype of scales and order");
+    }
+    codes.push_back(block.codes);
+    scales.push_back(block.scales);
+    if (block.zeros) zeros.push_back(*block.zeros);
+  }
+  QuantizedRows joined = blocks.front();
+  if (blocks.size() == 1) return joined;
+  const bool is_float8 = joined.format == WeightFormat::kFloat8;  // of which ATen copies bytes
+  if (is_float8) std::ranges::transform(codes, codes.begin(), [](const at::Tensor& t) { return t.view(at::kByte); });
+  joined.codes = at::cat(codes);
+  if (is_float8) joined.codes = joined.codes.view(at::kFloat8_e4m3fn);
+  joined.scales = at::cat(scales);
+  if (joined.zeros) joined.zeros = at::cat(zeros);
+  return joined;
+}
+
+at::Tensor dequantize(const QuantizedWeight& weight, int64_t num_rows) {
+  const auto in_order = [&](const at::Tensor& elements, std::span<const int64_t> order) {
+    std::vector<int64_t> places(order.size());
+    for (size_t i = 0; i < order.size(); ++i) places[static_cast<size_t>(order[i])] = static_cast<int64_t>(i);
+    const at::Tensor index = at::tensor(places, at::TensorOptions().dtype(at::kLong).device(elements.device()));
+    return elements.index_select(3, index).transpose(1, 2).flatten(2, 3).flatten(0, 1).narrow(0, 0, num_rows);
+  };
+  const bool is_int4 = weight.codes.scalar_type() == at::kByte;
+  at::Tensor values;
+  if (is_int4) {
+    const at::Tensor nibbles = at::stack({weight.codes.bitwise_and(15), weight.codes.bitwise_right_shift(4)}, -1);
+    values = in_order(nibbles.flatten(3, 4), kNibbleOrder).to(at::kFloat);
+  } else {
+    values = in_order(weight.codes.to(at::kFloat), kByteOrder);
+  }
+  const int64_t group_size = values.size(1) / weight.scales.size(1);
+  if (weight.zeros) {
+    values = values - spread_groups(*weight.zeros, num_rows, group_size);
+  } else if (is_int4) {
+    values = values - 8;
+  }
+  values = values * spread_groups(weight.scales, num_rows, group_size);
+  return weight.order ? values.index_select(1, at::argsort(weight.order->to(at::kLong))) : values;
+}
+
+}  // namespace xgdn::kernel
