@@ -212,6 +212,7 @@ void bind_engine_class(nb::module_& m) {
       .def_prop_ro("max_context", &Engine::max_context)
       .def_prop_ro("last_step", &Engine::last_step, WithoutGil())
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
+      .def_prop_ro("streamed_bytes", &Engine::streamed_bytes)
       .def_prop_ro("state_bytes", &Engine::state_bytes)
       .def_prop_ro("kv_bytes", &Engine::kv_bytes);
 }

@@ -10,7 +10,9 @@
 
 #include "bindings/bind.h"
 #include "bindings/chunk_metadata_caster.h"
+#include "core/checkpoint/checkpoint.h"
 #include "core/kernels/ops_api.h"
+#include "core/models/rounded_weights.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -27,6 +29,15 @@ void bind_kernels(nb::module_& m) {
         return rows;
       },
       nb::call_guard<nb::gil_scoped_release>(), "Rows (op, backend, why not, is selected, is batch-invariant).");
+  nb::class_<kernel::OpTime>(m, "OpTime", "The calls of one op with sizes of one kind.")
+      .def_ro("op", &kernel::OpTime::op)
+      .def_ro("sizes", &kernel::OpTime::sizes, "Of heads, experts or weights (outputs x inputs); not of tokens.")
+      .def_ro("calls", &kernel::OpTime::calls)
+      .def_ro("seconds", &kernel::OpTime::seconds, "In the calls, with their checks.")
+      .def_ro("seconds_before", &kernel::OpTime::seconds_before,
+              "From the end of the op before, or from the start of the profile, to each call.");
+  m.def("start_op_profile", &kernel::start_op_profile, "Begin to time the ops that this thread calls.");
+  m.def("stop_op_profile", &kernel::stop_op_profile, "End it; return the rows in the order of the first calls.");
   m.def(
       "allocate_chunk_metadata",
       [](int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local, const DeviceArgument& device) {
@@ -59,6 +70,16 @@ void bind_kernels(nb::module_& m) {
       },
       "codes"_a, "scales"_a, "zeros"_a.none(), "order"_a.none(), "format"_a, "group_size"_a,
       nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "rounding_of",
+      [](const std::string& name, const std::vector<int64_t>& shape,
+         kernel::WeightFormat format) -> std::optional<std::tuple<kernel::WeightFormat, int64_t>> {
+        if (is_other_part(bare_name(name))) return std::nullopt;
+        const std::optional<Rounding> rounding = rounding_of(name, shape, format);
+        if (!rounding) return std::nullopt;
+        return std::tuple(rounding->format, rounding->group_size);
+      },
+      "name"_a, "shape"_a, "format"_a, "Format and group size of a checkpoint's weight; None: it stays plain.");
   m.def("write_chunk_metadata", &kernel::write_chunk_metadata, "cu_seqlens"_a, "num_v_heads_local"_a, "tables"_a,
         nb::call_guard<nb::gil_scoped_release>());
 }

@@ -18,6 +18,7 @@ set(xgdn_public_headers
   kernels/backend_choice.h
   kernels/chunk_metadata.h
   kernels/device.h
+  kernels/op_profile.h
   kernels/ops/attention.h
   kernels/ops/causal_conv1d.h
   kernels/ops/contract.h
@@ -44,7 +45,9 @@ set(xgdn_public_headers
   checkpoint/checkpoint.h
   checkpoint/load_report.h
   checkpoint/model_directory.h
+  checkpoint/quantization_config.h
   checkpoint/safetensors.h
+  checkpoint/stored_weight.h
   runtime/batch_builder.h
   runtime/engine.h
   runtime/engine_loop.h

@@ -30,6 +30,8 @@ constexpr std::array<std::string_view, 14> kQuantizerStems = {"scale",   "scalin
                                                               "qweight", "qzero",    "qscale", "zero",   "pack",
                                                               "quant",   "codebook", "codes",  "nested"};
 constexpr std::array<std::string_view, 5> kQuantizerWords = {"idx", "blocks", "perm", "shape", "format"};
+constexpr std::array<std::string_view, 3> kGateProjections = {".in_proj_a.weight", ".in_proj_b.weight",
+                                                              ".in_proj_ba.weight"};
 constexpr size_t kMostSuggestions = 3;
 
 // A file of the checkpoint's own directory and nothing else; a backslash or a NUL would end or split the name
@@ -59,6 +61,10 @@ std::map<std::string, std::string> read_weight_map(const std::filesystem::path& 
 std::string_view module_of(std::string_view name) {
   const size_t dot = name.rfind('.');
   return dot == name.npos ? std::string_view() : name.substr(0, dot);
+}
+
+std::string_view leaf_of(std::string_view name) {
+  return name.substr(name.rfind('.') + 1);  // all of it where there is no dot
 }
 
 bool is_weight_dtype(at::ScalarType dtype) {
@@ -102,7 +108,12 @@ bool is_quantizer_part(std::string_view name) {
   return false;
 }
 
-Checkpoint::Checkpoint(const std::filesystem::path& dir) : dir_(dir) {
+bool is_gate_projection(std::string_view name) {
+  return std::ranges::any_of(kGateProjections, [&](std::string_view end) { return name.ends_with(end); });
+}
+
+Checkpoint::Checkpoint(const std::filesystem::path& dir, QuantizationConfig quantization)
+    : dir_(dir), quantization_(std::move(quantization)) {
   std::error_code unreadable;
   if (std::filesystem::exists(dir / kSingleFile, unreadable)) {
     add_shard(dir / kSingleFile);
@@ -175,7 +186,9 @@ CheckpointError Checkpoint::missing(const std::string& name) const {
     similar.resize(std::min(similar.size(), kMostSuggestions));
     got += ", but " + quoted_list(similar);
   } else if (!quantized.empty()) {
-    got += ", but " + quoted_list(quantized) + ": quantized weights are not supported";
+    got += ", but " + quoted_list(quantized);
+    got += quantization_.is_present() ? ": this weight cannot be quantized"
+                                      : ", and config.json has no quantization_config";
   }
   return checkpoint_error(dir_, "tensor " + quote(name), "a tensor of that name", got);
 }
@@ -185,8 +198,7 @@ const SafetensorsFile::Entry& Checkpoint::entry(const std::string& name, at::Int
   const SafetensorsFile& file = shard(stored);
   const SafetensorsFile::Entry& entry = file.entry(stored);
   if (!is_weight_dtype(entry.dtype)) {
-    throw checkpoint_error(file.path(), "tensor " + quote(stored),
-                           "dtype BF16, F16, F32 or F64: quantized weights are not supported", entry.dtype_name);
+    throw checkpoint_error(file.path(), "tensor " + quote(stored), "dtype BF16, F16, F32 or F64", entry.dtype_name);
   }
   if (at::IntArrayRef(entry.shape) != shape) {
     throw checkpoint_error(file.path(), "tensor " + quote(stored), describe_shape(shape), describe_shape(entry.shape));
@@ -194,7 +206,40 @@ const SafetensorsFile::Entry& Checkpoint::entry(const std::string& name, at::Int
   return entry;
 }
 
+// Whether parts of a weight tell that it is quantized: tensors that a plain one has not, or its own dtype.
+bool Checkpoint::is_quantized(const std::string& name) const {
+  if (!quantization_.is_present()) return false;
+  const std::vector<std::string> parts = quantized_part_names(name);
+  if (std::ranges::any_of(parts, [&](const std::string& part) { return is_stored(part); })) return true;
+  if (!is_stored(name)) return false;
+  const std::string& stored = stored_name(name);
+  return !is_weight_dtype(shard(stored).entry(stored).dtype);
+}
+
+std::optional<StoredWeight> Checkpoint::find_quantized(const std::string& name, at::IntArrayRef shape) const {
+  if (shape.size() < 2 || !is_quantized(name)) return std::nullopt;
+  const auto find = [this](const std::string& part) -> std::optional<StoredTensor> {
+    if (!is_stored(part)) return std::nullopt;
+    const std::string& stored = stored_name(part);
+    return StoredTensor{&shard(stored), stored};
+  };
+  const std::string module(name.ends_with(".weight") ? module_of(name) : name);
+  return StoredWeight(quantization_.scheme_of(module), dir_, name, shape, find);
+}
+
+std::optional<kernel::QuantizedRows> Checkpoint::quantized(const std::string& name, at::IntArrayRef shape) const {
+  if (is_gate_projection(name)) return std::nullopt;
+  const std::optional<StoredWeight> weight = find_quantized(name, shape);
+  if (!weight) return std::nullopt;
+  return weight->read();
+}
+
 at::Tensor Checkpoint::get(const std::string& name, at::IntArrayRef shape) const {
+  if (is_gate_projection(name)) {
+    if (const std::optional<StoredWeight> weight = find_quantized(name, shape)) {
+      return kernel::dequantize(kernel::pack_rows(weight->read()), shape.front());
+    }
+  }
   entry(name, shape);
   const std::string& stored = stored_name(name);
   return shard(stored).tensor(stored);
@@ -212,19 +257,24 @@ bool Checkpoint::have_same_bytes(const std::string& stored, const std::string& o
 }
 
 bool Checkpoint::is_same(const std::string& name, const std::string& other) const {
-  return contains(name) && contains(other) && have_same_bytes(stored_name(name), stored_name(other));
+  return is_stored(name) && is_stored(other) && have_same_bytes(stored_name(name), stored_name(other));
 }
 
 void Checkpoint::release(const std::string& name) const {
-  const std::string& stored = stored_name(name);
-  shard(stored).release(stored);
+  const auto release_stored = [this](const std::string& stored) { shard(stored).release(stored); };
+  const bool has_parts = is_quantized(name);
+  if (!has_parts || is_stored(name)) release_stored(stored_name(name));
+  if (!has_parts) return;
+  for (const std::string& part : quantized_part_names(name)) {
+    if (is_stored(part)) release_stored(stored_name(part));
+  }
 }
 
 at::ScalarType Checkpoint::prevailing_dtype() const {
   std::map<at::ScalarType, int64_t> elements;
   for (const auto& [bare, names] : stored_) {
     const SafetensorsFile::Entry& entry = shard(names.front()).entry(names.front());
-    if (is_other_part(bare) || !is_weight_dtype(entry.dtype)) continue;
+    if (is_other_part(bare) || is_quantizer_part(leaf_of(bare)) || !is_weight_dtype(entry.dtype)) continue;
     elements[entry.dtype] += entry.num_bytes() / static_cast<int64_t>(c10::elementSize(entry.dtype));
   }
   if (elements.empty()) return at::kFloat;
@@ -238,9 +288,30 @@ std::vector<std::string> Checkpoint::names() const {
 }
 
 at::Tensor CheckpointShapes::get(const std::string& name, at::IntArrayRef shape) const {
+  const auto on_meta = [&](at::ScalarType dtype) {
+    return at::empty(shape, at::TensorOptions().dtype(dtype).device(c10::kMeta));
+  };
+  if (is_gate_projection(name)) {
+    if (const std::optional<StoredWeight> weight = checkpoint_.find_quantized(name, shape)) {
+      ask(*weight);
+      return on_meta(at::kFloat);
+    }
+  }
   const at::ScalarType dtype = checkpoint_.entry(name, shape).dtype;
   asked_.insert(checkpoint_.stored_name(name));
-  return at::empty(shape, at::TensorOptions().dtype(dtype).device(c10::kMeta));
+  return on_meta(dtype);
+}
+
+std::optional<kernel::QuantizedRows> CheckpointShapes::quantized(const std::string& name, at::IntArrayRef shape) const {
+  if (is_gate_projection(name)) return std::nullopt;
+  const std::optional<StoredWeight> weight = checkpoint_.find_quantized(name, shape);
+  if (!weight) return std::nullopt;
+  ask(*weight);
+  return weight->shapes();
+}
+
+void CheckpointShapes::ask(const StoredWeight& weight) const {
+  for (const StoredTensor& part : weight.parts()) asked_.insert(part.name);
 }
 
 bool CheckpointShapes::is_same(const std::string& name, const std::string& other) const {

@@ -6,12 +6,15 @@
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "core/checkpoint/quantization_config.h"
 #include "core/checkpoint/safetensors.h"
+#include "core/checkpoint/stored_weight.h"
 #include "core/layers/weight_source.h"
 
 namespace xgdn {
@@ -26,16 +29,20 @@ bool is_other_part(std::string_view bare);
 /// Whether a name, relative to a module, is one that quantizers give to scales, packed weights and their tables.
 bool is_quantizer_part(std::string_view name);
 
+/// Whether a name is of the weight of a projection to the gates of linear attention: it is few rows, whose errors decide
+/// what a state keeps, and stays plain.
+bool is_gate_projection(std::string_view name);
+
 /// Opens model.safetensors, or else the shards that model.safetensors.index.json names. Nothing is read but the headers
 /// until a tensor's elements are. A tensor is found by its bare name, whatever prefixes the file and the caller use.
 class Checkpoint : public WeightSource {
  public:
   /// Throws CheckpointError when files are missing or damaged, when the index leaves the directory or names a tensor
   /// that its shard does not hold, or when two shards hold the same tensor.
-  explicit Checkpoint(const std::filesystem::path& dir);
+  explicit Checkpoint(const std::filesystem::path& dir, QuantizationConfig quantization = {});
 
-  /// Whether a shard holds the tensor.
-  bool contains(const std::string& name) const override { return stored_.contains(bare_name(name)); }
+  /// Whether a shard holds the tensor, or parts of it.
+  bool contains(const std::string& name) const override { return is_stored(name) || is_quantized(name); }
 
   /// The name under which the tensor is stored. Throws CheckpointError when there is none, saying what similar names
   /// there are, or when several prefixes lead to tensors that differ.
@@ -45,17 +52,25 @@ class Checkpoint : public WeightSource {
   /// the dtype is not one that weights can be converted from: BF16, F16, F32, F64.
   const SafetensorsFile::Entry& entry(const std::string& name, at::IntArrayRef shape) const;
 
-  /// Read-only, as SafetensorsFile::tensor. Throws as entry().
+  /// Read-only, as SafetensorsFile::tensor; the projections of gates, where they are quantized, in float32. Throws as
+  /// entry().
   at::Tensor get(const std::string& name, at::IntArrayRef shape) const override;
 
-  /// Compares the bytes of both tensors.
+  /// The weight's parts, by their headers; nullopt: it is plain, or the config speaks of no quantized weights. Throws
+  /// as StoredWeight.
+  std::optional<StoredWeight> find_quantized(const std::string& name, at::IntArrayRef shape) const;
+
+  /// As StoredWeight::read; nullopt for the projections of gates, too.
+  std::optional<kernel::QuantizedRows> quantized(const std::string& name, at::IntArrayRef shape) const override;
+
+  /// Compares the bytes of both tensors; quantized ones differ.
   bool is_same(const std::string& name, const std::string& other) const override;
 
   bool is_mapped() const override { return true; }
 
   void release(const std::string& name) const override;
 
-  /// The dtype that most elements of the decoder have; F32 where it has no tensor of floating point.
+  /// The dtype that most elements of the decoder's plain tensors have; F32 where none is of floating point.
   at::ScalarType prevailing_dtype() const;
 
   /// All tensors as stored, in alphabetical order.
@@ -67,6 +82,8 @@ class Checkpoint : public WeightSource {
   int64_t total_bytes() const { return total_bytes_; }
 
  private:
+  bool is_stored(const std::string& name) const { return stored_.contains(bare_name(name)); }
+  bool is_quantized(const std::string& name) const;
   void add_shard(const std::filesystem::path& path);
   void add_indexed_shards(const std::filesystem::path& index);
   void index_bare_names();
@@ -75,6 +92,7 @@ class Checkpoint : public WeightSource {
   CheckpointError missing(const std::string& name) const;
 
   std::filesystem::path dir_;
+  QuantizationConfig quantization_;
   std::vector<SafetensorsFile> shards_;
   std::map<std::string, size_t> shard_of_;                               // position in shards_
   std::map<std::string, std::vector<std::string>, std::less<>> stored_;  // bare name -> names in the files
@@ -90,12 +108,16 @@ class CheckpointShapes : public WeightSource {
   bool contains(const std::string& name) const override { return checkpoint_.contains(name); }
   /// On the meta device. Throws as Checkpoint::get.
   at::Tensor get(const std::string& name, at::IntArrayRef shape) const override;
+  /// On the meta device. Throws as Checkpoint::find_quantized.
+  std::optional<kernel::QuantizedRows> quantized(const std::string& name, at::IntArrayRef shape) const override;
   bool is_same(const std::string& name, const std::string& other) const override;
 
   /// The tensors asked for so far, as stored.
   const std::set<std::string>& asked() const { return asked_; }
 
  private:
+  void ask(const StoredWeight& weight) const;
+
   const Checkpoint& checkpoint_;
   mutable std::set<std::string> asked_;
 };

@@ -73,7 +73,7 @@ LoadReport inspect(const ModelDirectory& opened, DecoderOptions options) {
     (is_quantizer_of(bare, modules) ? quantizers : report.unused_tensors).push_back(name);
   }
   if (!quantizers.empty()) {
-    throw checkpoint_error(checkpoint.directory(), "", "plain weights: quantized weights are not supported",
+    throw checkpoint_error(checkpoint.directory(), "", "no tensors of a quantizer but those that config.json explains",
                            "tensors of a quantizer beside them: " + shortened(quantizers));
   }
   return report;

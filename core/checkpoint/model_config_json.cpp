@@ -366,18 +366,6 @@ void read_tokens(const JsonObject& object, ModelConfig& c) {
   if (object.has("pad_token_id")) c.pad_token_id = read_unused_token(object, "pad_token_id", c.vocab_size);
 }
 
-void refuse_quantization(const JsonObject& object) {
-  for (const char* key : {"quantization_config", "compression_config"}) {
-    const json* found = object.find(key);
-    if (found == nullptr) continue;
-    std::string got = describe(*found);
-    if (found->is_object() && found->contains("quant_method")) {
-      got = "quant_method " + describe(found->at("quant_method"));
-    }
-    throw object.error(key, "no such key: quantized weights are not supported", got);
-  }
-}
-
 }  // namespace
 
 ModelConfig read_model_config(const std::filesystem::path& dir) {
@@ -386,8 +374,6 @@ ModelConfig read_model_config(const std::filesystem::path& dir) {
   const JsonObject config(document, file);
   const ModelKind& kind = find_kind(config);
   const JsonObject text = text_part(config, kind);
-  refuse_quantization(config);
-  refuse_quantization(text);
 
   ModelConfig c = defaults(kind.architecture);
   if (kind.is_wrapper()) c.weight_prefix = "model.language_model.";

@@ -13,7 +13,7 @@ namespace xgdn {
 /// part of their vision-language wrappers qwen3_5 and qwen3_5_moe, and qwen3_next; dtype is empty where the file leaves
 /// it to the weights; other keys that are absent take transformers' defaults. Throws CheckpointError naming the file
 /// and the key for whatever is malformed, inconsistent, or beyond what the decoder computes (other rotary scalings or
-/// activations, quantization).
+/// activations). What the file says of quantized weights is for read_quantization_config.
 ModelConfig read_model_config(const std::filesystem::path& dir);
 
 }  // namespace xgdn

@@ -5,7 +5,8 @@
 
 namespace xgdn {
 
-ModelDirectory::ModelDirectory(const std::filesystem::path& dir) : config(read_model_config(dir)), checkpoint(dir) {
+ModelDirectory::ModelDirectory(const std::filesystem::path& dir)
+    : config(read_model_config(dir)), checkpoint(dir, read_quantization_config(dir)) {
   if (!config.dtype) config.dtype = checkpoint.prevailing_dtype();
 }
 

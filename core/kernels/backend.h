@@ -55,6 +55,9 @@ class Backend : public BackendOps<AllOps> {
   // Whether its paged_attention gathers all contexts at once, by PagedAttentionParams::context_rows.
   virtual bool reads_context_rows() const { return false; }
 
+  // Whether the memory of its paged_attention grows with the context, which it copies and may make a mask for.
+  virtual bool copies_contexts() const { return true; }
+
   // Why not on this device; every backend's first answer.
   virtual std::optional<std::string> why_not_device(c10::Device device) const = 0;
 };

@@ -11,6 +11,7 @@
 #include "core/kernels/backend_choice.h"
 #include "core/kernels/chunk_metadata.h"
 #include "core/kernels/device.h"
+#include "core/kernels/op_profile.h"
 #include "core/kernels/ops/attention.h"
 #include "core/kernels/ops/causal_conv1d.h"
 #include "core/kernels/ops/contract.h"

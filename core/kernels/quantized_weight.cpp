@@ -6,7 +6,6 @@
 #include <ATen/ops/argsort.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/equal.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
@@ -17,6 +16,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <string_view>
 
@@ -26,18 +26,15 @@
 namespace xgdn::kernel {
 namespace {
 
-constexpr int64_t kRowBytes = 4;  // of an output in a row of a panel
-constexpr std::array<int64_t, 4> kByteOrder = {0, 2, 1, 3};
-constexpr std::array<int64_t, 8> kNibbleOrder = {0, 2, 4, 6, 1, 3, 5, 7};
+// Where the elements of an output's bytes in a row of a panel stand in D.
+constexpr std::array<int64_t, 4> kInt8Order = {0, 2, 1, 3};
+constexpr std::array<int64_t, 8> kInt4Order = {0, 2, 4, 6, 1, 3, 5, 7};  // two a byte
+constexpr std::array<int64_t, 2> kFloat8Order = {0, 1};
 
-// Four bytes of a panel from the next elements of D.
-void pack_bytes(const uint8_t* from, uint8_t* to) {
-  for (size_t i = 0; i < kByteOrder.size(); ++i) to[i] = from[kByteOrder[i]];
-}
-void pack_nibbles(const uint8_t* from, uint8_t* to) {
-  for (size_t i = 0; i < 4; ++i) {
-    to[i] = static_cast<uint8_t>(from[kNibbleOrder[2 * i]] | from[kNibbleOrder[2 * i + 1]] << 4);
-  }
+std::span<const int64_t> order_of(at::ScalarType codes) {
+  if (codes == at::kByte) return kInt4Order;
+  if (codes == at::kChar) return kInt8Order;
+  return kFloat8Order;
 }
 
 at::ScalarType codes_dtype(WeightFormat format) {
@@ -124,12 +121,14 @@ void check_codes(WeightFormat format, std::span<const uint8_t> row) {
 
 at::Tensor packed_codes(const QuantizedRows& rows) {
   const bool is_int4 = rows.format == WeightFormat::kInt4;
-  const int64_t depth = is_int4 ? 2 * kRowBytes : kRowBytes;
+  const std::span<const int64_t> order = order_of(rows.codes.scalar_type());
+  const auto depth = static_cast<int64_t>(order.size());
+  const int64_t row_bytes = is_int4 ? depth / 2 : depth;  // of an output
   const int64_t O = rows.num_rows();
   const int64_t D = rows.num_columns();
   const int64_t panels = (O + kPackedOutputs - 1) / kPackedOutputs;
-  const int64_t panel_bytes = D / depth * kPackedOutputs * kRowBytes;
-  at::Tensor packed = allocate_weight({panels, D / depth, kPackedOutputs, kRowBytes}, rows.codes.options());
+  const int64_t panel_bytes = D / depth * kPackedOutputs * row_bytes;
+  at::Tensor packed = allocate_weight({panels, D / depth, kPackedOutputs, row_bytes}, rows.codes.options());
   if (packed.is_meta()) return packed;
   const at::Tensor codes = rows.codes.contiguous();
   const auto* from = static_cast<const uint8_t*>(codes.const_data_ptr());
@@ -143,8 +142,11 @@ at::Tensor packed_codes(const QuantizedRows& rows) {
         const uint8_t* row = from + (panel * kPackedOutputs + i) * D;
         check_codes(rows.format, {row, static_cast<size_t>(D)});
         for (int64_t d = 0; d < D; d += depth) {
-          uint8_t* at = of_panel + (d / depth * kPackedOutputs + i) * kRowBytes;
-          is_int4 ? pack_nibbles(row + d, at) : pack_bytes(row + d, at);
+          uint8_t* at = of_panel + (d / depth * kPackedOutputs + i) * row_bytes;
+          for (int64_t j = 0; j < row_bytes; ++j) {
+            at[j] = is_int4 ? static_cast<uint8_t>(row[d + order[2 * j]] | row[d + order[2 * j + 1]] << 4)
+                            : row[d + order[j]];
+          }
         }
       }
     }
@@ -190,29 +192,42 @@ float code_of(float x, float inverse, const IntegerRange& range) {
   return std::min(std::max(rounded(x * inverse), range.low), range.high);
 }
 
+// Partial results of a group, side by side so that compilers make vectors of them.
+constexpr size_t kLanes = 8;
+using Lanes = std::array<float, kLanes>;
+
 // In units of the scale: squares of the elements themselves can leave f32.
 float squared_error(std::span<const float> group, float inverse, const IntegerRange& range) {
-  float sum = 0;
-  for (const float x : group) {
-    const float off = code_of(x, inverse, range) - x * inverse;
-    sum += off * off;
+  Lanes sums{};
+  for (size_t i = 0; i < group.size(); i += kLanes) {
+    for (size_t j = 0; j < kLanes; ++j) {
+      const float off = code_of(group[i + j], inverse, range) - group[i + j] * inverse;
+      sums[j] += off * off;
+    }
   }
-  return sum;
+  return std::accumulate(sums.begin(), sums.end(), 0.0f);
+}
+
+// With its sign. Not finite where an element is not.
+float largest_element(std::span<const float> group) {
+  Lanes low{}, high{};
+  Lanes rest{};  // 0, or NaN
+  for (size_t i = 0; i < group.size(); i += kLanes) {
+    for (size_t j = 0; j < kLanes; ++j) {
+      low[j] = std::min(low[j], group[i + j]);
+      high[j] = std::max(high[j], group[i + j]);
+      rest[j] += group[i + j] - group[i + j];
+    }
+  }
+  const float least = *std::ranges::min_element(low), most = *std::ranges::max_element(high);
+  return (most > -least ? most : least) + std::accumulate(rest.begin(), rest.end(), 0.0f);
 }
 
 // Codes of a group, the zero of the format added, and its scale.
 template <class Scale, class Code>
 void quantize_group(std::span<const float> group, const IntegerRange& range, float zero, Scale& scale, Code* codes) {
-  float low = 0;
-  float high = 0;
-  bool is_finite = true;
-  for (const float x : group) {
-    low = std::min(low, x);
-    high = std::max(high, x);
-    is_finite &= std::abs(x) <= std::numeric_limits<float>::max();
-  }
-  if (!is_finite) throw RangeError("[quantize_rows] weight: expected finite values, got inf or nan");
-  const float largest = high > -low ? high : low;
+  const float largest = largest_element(group);
+  if (!std::isfinite(largest)) throw RangeError("[quantize_rows] weight: expected finite values, got inf or nan");
   float best = 0;
   float best_error = INFINITY;
   for (const float divisor : range.divisors) {
@@ -262,9 +277,9 @@ void quantize_into(const at::Tensor& weight, const QuantizedRows& rows) {
   }
 }
 
+// One tensor, that is: of equal ones a plan, which has shapes alone, could not tell.
 bool are_same(const std::optional<at::Tensor>& a, const std::optional<at::Tensor>& b) {
-  if (a.has_value() != b.has_value()) return false;
-  return !a || a->is_same(*b) || (!a->is_meta() && at::equal(*a, *b));
+  return a.has_value() == b.has_value() && (!a || a->is_same(*b));
 }
 
 }  // namespace
@@ -359,20 +374,15 @@ QuantizedRows join_rows(const std::vector<QuantizedRows>& blocks) {
 }
 
 at::Tensor dequantize(const QuantizedWeight& weight, int64_t num_rows) {
-  const auto in_order = [&](const at::Tensor& elements, std::span<const int64_t> order) {
-    std::vector<int64_t> places(order.size());
-    for (size_t i = 0; i < order.size(); ++i) places[static_cast<size_t>(order[i])] = static_cast<int64_t>(i);
-    const at::Tensor index = at::tensor(places, at::TensorOptions().dtype(at::kLong).device(elements.device()));
-    return elements.index_select(3, index).transpose(1, 2).flatten(2, 3).flatten(0, 1).narrow(0, 0, num_rows);
-  };
   const bool is_int4 = weight.codes.scalar_type() == at::kByte;
-  at::Tensor values;
-  if (is_int4) {
-    const at::Tensor nibbles = at::stack({weight.codes.bitwise_and(15), weight.codes.bitwise_right_shift(4)}, -1);
-    values = in_order(nibbles.flatten(3, 4), kNibbleOrder).to(at::kFloat);
-  } else {
-    values = in_order(weight.codes.to(at::kFloat), kByteOrder);
-  }
+  at::Tensor values = weight.codes;
+  if (is_int4) values = at::stack({values.bitwise_and(15), values.bitwise_right_shift(4)}, -1).flatten(3, 4);
+  const std::span<const int64_t> order = order_of(weight.codes.scalar_type());
+  std::vector<int64_t> places(order.size());
+  for (size_t i = 0; i < order.size(); ++i) places[static_cast<size_t>(order[i])] = static_cast<int64_t>(i);
+  const at::Tensor index = at::tensor(places, at::TensorOptions().dtype(at::kLong).device(values.device()));
+  values = values.to(at::kFloat).index_select(3, index).transpose(1, 2).flatten(2, 3).flatten(0, 1);
+  values = values.narrow(0, 0, num_rows);
   const int64_t group_size = values.size(1) / weight.scales.size(1);
   if (weight.zeros) {
     values = values - spread_groups(*weight.zeros, num_rows, group_size);

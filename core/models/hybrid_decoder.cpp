@@ -116,6 +116,7 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
   const at::TensorOptions tensor = weight_options(options);
   const std::vector<int64_t> table{config.vocab_size, config.hidden_size};
   const TableNames names = table_names(config, weights);
+  has_tied_head_ = names.is_tied();
   embedding_ = load_weight(weights, names.embedding, table, tensor);
   norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
   if (const auto rows = weights.quantized(names.head, table)) {
@@ -152,14 +153,14 @@ int64_t HybridDecoder::num_attention_layers() const {
   return static_cast<int64_t>(layers_.size() - state_specs().size());
 }
 
-bool HybridDecoder::has_tied_head() const {
-  return lm_head_.weights().front().is_same(embedding_);
+int64_t HybridDecoder::weight_bytes() const {
+  const bool shares_tensor = lm_head_.weights().front().is_same(embedding_);
+  return streamed_bytes() + (shares_tensor ? 0 : static_cast<int64_t>(embedding_.nbytes()));
 }
 
-int64_t HybridDecoder::weight_bytes() const {
-  std::vector<at::Tensor> weights{embedding_, norm_};
-  const std::vector<at::Tensor> head = lm_head_.weights();
-  if (!has_tied_head()) weights.insert(weights.end(), head.begin(), head.end());
+int64_t HybridDecoder::streamed_bytes() const {
+  std::vector<at::Tensor> weights = lm_head_.weights();
+  weights.push_back(norm_);
   for (const auto& layer : layers_) {
     weights.insert(weights.end(), {layer->input_norm, layer->post_attention_norm});
     for (const std::vector<at::Tensor>& part :

@@ -63,10 +63,12 @@ class HybridDecoder {
   std::vector<std::vector<StateSpec>> state_specs() const;
   /// Layers with full attention, each with a KvPool.
   int64_t num_attention_layers() const;
-  /// Whether the head is the token embedding.
-  bool has_tied_head() const;
+  /// Whether the head has the weights of the token embedding, be it the same tensor or a rounded copy.
+  bool has_tied_head() const { return has_tied_head_; }
   /// Bytes of all tensors of the model, a tied head counted once.
   int64_t weight_bytes() const;
+  /// Bytes of the tensors that a step reads whole: all but the token embedding where the head is another tensor.
+  int64_t streamed_bytes() const;
   const ModelConfig& config() const { return config_; }  // as given
   at::ScalarType dtype() const { return dtype_; }        // of weights and activations
   c10::Device device() const { return device_; }         // of weights, activations and pools
@@ -82,6 +84,7 @@ class HybridDecoder {
   at::Tensor embedding_;  // [vocab, hidden]
   at::Tensor norm_;       // [hidden]
   Projection lm_head_;    // [vocab, hidden]
+  bool has_tied_head_ = false;
   std::vector<std::unique_ptr<Layer>> layers_;
 };
 

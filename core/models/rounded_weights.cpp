@@ -29,20 +29,26 @@ int64_t group_size(WeightFormat format, int64_t columns) {
 
 }  // namespace
 
+std::optional<Rounding> rounding_of(const std::string& name, at::IntArrayRef shape, WeightFormat asked) {
+  const std::string_view module = module_of(name);
+  const bool is_head = std::ranges::count(kHeads, module) > 0;
+  if (!is_head && std::ranges::count(kProducts, module) == 0) return std::nullopt;
+  const WeightFormat format = is_head ? WeightFormat::kInt8 : asked;
+  const int64_t size = group_size(format, shape.back());
+  if (size == 0) return std::nullopt;
+  return Rounding{format, size};
+}
+
 std::optional<kernel::QuantizedRows> RoundedWeights::quantized(const std::string& name, at::IntArrayRef shape) const {
   if (plain_.quantized(name, shape)) {
     throw UnsupportedError("[Engine] quantize: expected a checkpoint of plain weights, got a quantized " + name);
   }
-  const std::string_view module = module_of(name);
-  const bool is_head = std::ranges::count(kHeads, module) > 0;
-  if (!is_head && std::ranges::count(kProducts, module) == 0) return std::nullopt;
-  const WeightFormat format = is_head ? WeightFormat::kInt8 : format_;
-  const int64_t size = group_size(format, shape.back());
-  if (size == 0) return std::nullopt;
+  const std::optional<Rounding> rounding = rounding_of(name, shape, format_);
+  if (!rounding) return std::nullopt;
   at::Tensor weight = plain_.get(name, shape).flatten(0, -2);
   if (weight.scalar_type() == at::kDouble) weight = weight.to(at::kFloat);
   try {
-    return kernel::quantize_rows(weight, format, size);
+    return kernel::quantize_rows(weight, rounding->format, rounding->group_size);
   } catch (const RangeError& error) {
     throw CheckpointError("[Engine] quantize: " + name + ": " + error.what());
   }

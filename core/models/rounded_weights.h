@@ -8,6 +8,15 @@
 
 namespace xgdn {
 
+/// How a weight is rounded.
+struct Rounding {
+  kernel::WeightFormat format;
+  int64_t group_size;
+};
+
+/// How the weight of that name and shape is rounded where `format` is asked for; nullopt: it stays plain.
+std::optional<Rounding> rounding_of(const std::string& name, at::IntArrayRef shape, kernel::WeightFormat format);
+
 /// The weights of products, in groups of 64 (int8) or 32 (int4), as kernel::quantize_rows rounds them. Plain stay: the
 /// projections b and a of the gates, convolutions, norms, the router and the gate of the shared expert, whatever is not
 /// a matrix, and matrices whose rows have no groups of 32. The head has 8 bits in either format.

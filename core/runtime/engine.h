@@ -115,10 +115,11 @@ class Engine {
   /// Logits [T, vocab] f32 of one prompt, in one pass with temporary pools; running requests are not affected.
   at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;
 
-  const ModelConfig& config() const { return model_->config(); }   // of config.json
-  const LoadReport& load_report() const { return load_report_; }   // what of the checkpoint was left unused
-  int64_t weight_bytes() const { return model_->weight_bytes(); }  // of the model
-  int64_t max_context() const { return max_context_; }             // tokens of the longest sequence; 0: any
+  const ModelConfig& config() const { return model_->config(); }       // of config.json
+  const LoadReport& load_report() const { return load_report_; }       // what of the checkpoint was left unused
+  int64_t weight_bytes() const { return model_->weight_bytes(); }      // of the model
+  int64_t streamed_bytes() const { return model_->streamed_bytes(); }  // of the weights that a step reads whole
+  int64_t max_context() const { return max_context_; }                 // tokens of the longest sequence; 0: any
 
  private:
   friend class RequestStream;

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/kernels/ops_api.h"
+
 namespace xgdn {
 namespace {
 
@@ -107,7 +109,8 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Runne
   options.on_layer_loaded = nullptr;
   const HybridDecoder model(opened.config, CheckpointShapes(opened.checkpoint), options);
   const LayerWidths widths{opened.config, static_cast<int64_t>(c10::elementSize(options.dtype))};
-  const bool has_attention = model.num_attention_layers() > 0;
+  const bool copies_contexts =
+      model.num_attention_layers() > 0 && kernel::copies_contexts(device, options.backends.decode);
   return {.weight_bytes = model.weight_bytes(),
           .state_slot_bytes = state_slot_bytes(model),
           .num_state_slots = runner.max_batch_size,
@@ -116,8 +119,8 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Runne
           .kv_block_size = runner.kv_block_size,
           .step_token_bytes = widths.token(),
           .step_logits_bytes = widths.logits(),
-          .step_context_bytes = has_attention ? widths.context() : 0,
-          .step_mask_bytes = has_attention ? 1 + 2 * widths.e : 0,
+          .step_context_bytes = copies_contexts ? widths.context() : 0,
+          .step_mask_bytes = copies_contexts ? 1 + 2 * widths.e : 0,
           .max_tokens_per_step = runner.max_tokens_per_step,
           .decode_buckets = runner.decode_buckets,
           .device = device,

@@ -26,8 +26,8 @@ struct Plan {
   // and the keys and values of preempted sequences, which wait in host memory.
   int64_t step_token_bytes = 0;    // per token of the step
   int64_t step_logits_bytes = 0;   // per sequence that wants logits
-  int64_t step_context_bytes = 0;  // per token of the longest context, gathered from its blocks
-  int64_t step_mask_bytes = 0;     // per pair of a token and a context token
+  int64_t step_context_bytes = 0;  // per token of the longest context, where a backend copies it from its blocks
+  int64_t step_mask_bytes = 0;     // per pair of a token and a context token, where it makes a mask
   int64_t max_tokens_per_step = 0;
   std::vector<int64_t> decode_buckets = {};
   c10::Device device = c10::kCPU;

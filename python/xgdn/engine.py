@@ -270,6 +270,11 @@ class Engine:
         return self._engine.last_step
 
     @property
+    def streamed_bytes(self) -> int:
+        """Bytes of the weights that a step reads whole: not the token embedding, unless it is the head."""
+        return self._engine.streamed_bytes
+
+    @property
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of the model's weights and of the two pools."""
         return {

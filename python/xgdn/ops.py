@@ -459,8 +459,8 @@ def quantized_linear(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`linear` with a weight in 8 or 4 bits, packed by `xgdn.quantization.pack`: `codes` `[P, D/4, 16, 4]` of int8 or
-    float8_e4m3fn, or `[P, D/8, 16, 4]` of uint8 for 4 bits, where `P = ceil(O / 16)`.
+    """`linear` with a weight in 8 or 4 bits, packed by `xgdn.quantization.pack`: `codes` `[P, D/4, 16, 4]` of int8,
+    `[P, D/8, 16, 4]` of uint8 for 4 bits, or `[P, D/2, 16, 2]` of float8_e4m3fn, where `P = ceil(O / 16)`.
 
     `scales` `[P, G, 16]` f32 | bf16 | f16 and `zeros` `[P, G, 16]` int8 (default 0; of 4 bits 8) belong to groups of
     `D / G` columns, 32, 64 or 128. `order` `[D]` int32: column `i` of the codes is column `order[i]` of the weight. `O`
@@ -468,7 +468,7 @@ def quantized_linear(
     each group, so that a group's sum is exact.
     """
     if out is None:
-        out = x.new_empty(x.shape[:1] + (16 * codes.shape[0] if num_outputs is None else num_outputs,))
+        out = x.new_empty(x.shape[0], 16 * codes.shape[0] if num_outputs is None else num_outputs)
     torch.ops.xgdn.quantized_linear(x, codes, scales, out, zeros=zeros, order=order, bias=bias, backend=backend)
     return out
 
@@ -478,6 +478,8 @@ def rms_norm(
     weight: Tensor,
     *,
     residual: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     eps: float = 1e-6,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -486,9 +488,12 @@ def rms_norm(
     `sqrt(mean(x^2) + eps)`. `weight` `[D]` is f32 or as `x`, contiguous, and around zero, as checkpoints store it.
 
     `residual` `[T, H, D]`, as `x`, is updated in place: `x` is added to it, and the sum is normed.
+
+    `cos` and `sin` `[T, P]`, as `x`, with an even P of at most D, rotate the first P elements of a normed row `n`,
+    halves and not pairs: `n * cos + (-n[P/2:P], n[:P/2]) * sin`. `n` and both products are rounded to the dtype.
     """
     out = x.new_empty(x.shape) if out is None else out
-    torch.ops.xgdn.rms_norm(x, weight, out, residual=residual, eps=eps, backend=backend)
+    torch.ops.xgdn.rms_norm(x, weight, out, residual=residual, cos=cos, sin=sin, eps=eps, backend=backend)
     return out
 
 

@@ -15,7 +15,7 @@ from xgdn import _C, errors
 __all__ = ["PackedWeight", "QuantizedRows", "WeightFormat", "pack", "quantize"]
 
 WeightFormat = Literal["int8", "int4", "float8"]
-_FORMATS = {
+FORMATS = {
     "int8": _C.WeightFormat.INT8,
     "int4": _C.WeightFormat.INT4,
     "float8": _C.WeightFormat.FLOAT8,
@@ -48,16 +48,16 @@ class QuantizedRows(NamedTuple):
 class PackedWeight(NamedTuple):
     """A weight in the order in which kernels read it; the arguments of `xgdn.ops.quantized_linear`."""
 
-    codes: Tensor  # [P, D/4, 16, 4], of int4 [P, D/8, 16, 4]
+    codes: Tensor  # [P, D/4, 16, 4]; int4: [P, D/8, 16, 4]; float8: [P, D/2, 16, 2]
     scales: Tensor  # [P, G, 16]
     zeros: Tensor | None  # [P, G, 16]
     order: Tensor | None  # [D]  int32
 
 
 def _format(op: str, name: str) -> _C.WeightFormat:
-    if name not in _FORMATS:
-        raise errors.UnsupportedError(f"[{op}] format: expected {', '.join(_FORMATS)}, got {name!r}")
-    return _FORMATS[name]
+    if name not in FORMATS:
+        raise errors.UnsupportedError(f"[{op}] format: expected {', '.join(FORMATS)}, got {name!r}")
+    return FORMATS[name]
 
 
 def quantize(weight: Tensor, format: Literal["int8", "int4"], *, group_size: int = 64) -> QuantizedRows:

@@ -159,8 +159,10 @@ class ExpertsCall:
 
 # One token with contexts around the tile of 16 rows in which the CPU kernel reads them.
 DECODE = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 33), (1, 130))
-# The CPU kernel takes sequences of up to 8 tokens and leaves longer ones to ATen.
 MIXED = ((8, 8), (9, 9), (1, 40), (8, 50), (9, 30), (20, 20), (2, 17))
+# Around the tiles and the blocks of queries of the CPU kernel, whole prompts and pieces of them.
+PROMPTS = tuple((t, t) for t in (1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 129, 300))
+PIECES = ((65, 300), (7, 71), (64, 128), (100, 163), (1, 300), (9, 0), (33, 97))
 
 ATTENTION = [
     AttentionCall(((1, 1),)),
@@ -184,6 +186,17 @@ ATTENTION = [
     AttentionCall(MIXED, HQ=8, D=64),
     AttentionCall(MIXED, HQ=16, D=80, block_size=1, strided=True),
     AttentionCall(MIXED, D=40, dtype=torch.float16),
+    *(
+        AttentionCall(sequences, HQ=HQ, HKV=2, D=D, block_size=block_size, dtype=dtype)
+        for sequences in (PROMPTS, PIECES)
+        for HQ, D, block_size, dtype in (
+            (2, 64, 16, torch.float16),
+            (4, 128, 7, torch.float32),
+            (8, 256, 16, torch.bfloat16),
+            (16, 64, 48, torch.float32),
+        )
+    ),
+    AttentionCall(PIECES, HQ=30, HKV=1, D=20, strided=True),
     *(AttentionCall(DECODE, D=64, dtype=dtype, q_size=30) for dtype in (torch.float32, torch.bfloat16)),
 ]
 

@@ -60,7 +60,7 @@ def test_providers_take_turns() -> None:
     assert [len(taken) for taken in times] == [5, 5]
 
 
-@pytest.mark.parametrize("command", ["ops", "layer", "linear"])
+@pytest.mark.parametrize("command", ["ops", "layer", "linear", "attention"])
 def test_every_kernel_benchmark_has_json(command: str) -> None:
     result = CliRunner(env={"FORCE_COLOR": None}).invoke(kernels_app, [command, "--help"])
     assert result.exit_code == 0
@@ -112,6 +112,59 @@ def test_bench_model_prints_one_document() -> None:
         assert row["prefill"] > 0
 
 
+# Calls in a decode step of the tiny model: six GDN layers and two of attention, each with an MLP.
+TINY_CALLS = {
+    ("rms_norm", (1, 256)): 17,
+    ("rms_norm", (4, 64)): 2,
+    ("rms_norm", (2, 64)): 2,
+    ("linear", (776, 256)): 6,
+    ("linear", (512, 256)): 2 + 16,
+    ("linear", (128, 256)): 4,
+    ("linear", (256, 256)): 8,
+    ("linear", (256, 512)): 8,
+    ("linear", (2048, 256)): 1,
+    ("silu_and_mul", (512,)): 8,
+    ("gdn_decode_step", (4, 64, 64)): 6,
+    ("store_kv", (2, 64)): 2,
+    ("paged_attention", (4, 2, 64)): 2,
+}
+PROMPT_OPS = {"causal_conv1d", "gdn_gating", "chunk_gated_delta_rule", "rms_norm_gated"}
+
+
+def test_bench_model_profile_counts_the_ops_of_a_step() -> None:
+    options = ["--batch", "3", "--threads", "1", "--prompt-tokens", "70", "--steps", "3", "--profile", "--json"]
+    result = CliRunner().invoke(app, ["bench", "model", str(CHECKPOINT), *options])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["rows"]
+    prompt, decode = row["profiles"]
+    assert (prompt["kind"], prompt["steps"], prompt["tokens"]) == ("prompt", 1, 210)
+    assert {op["op"] for op in prompt["ops"]} == {op for op, _ in TINY_CALLS} - {"gdn_decode_step"} | PROMPT_OPS
+    assert (decode["kind"], decode["steps"], decode["tokens"]) == ("decode", len(row["times"]), 3)
+    assert {(op["op"], tuple(op["sizes"])): op["calls"] for op in decode["ops"]} == TINY_CALLS
+    mean = 1e3 * sum(row["times"]) / len(row["times"])
+    for profile in (prompt, decode):
+        assert all(op["inside"] > 0 and op["before"] > 0 for op in profile["ops"])
+        in_all = sum(op["inside"] + op["before"] for op in profile["ops"])
+        assert 0 < in_all < profile["step"]
+        assert in_all + profile["after"] == pytest.approx(profile["step"])
+    assert mean <= decode["step"] <= 1.5 * mean  # the clock is outside of the engine's
+
+
+def test_bench_model_profile_prints_a_table_for_each_kind_of_step() -> None:
+    options = ["--batch", "1", "--threads", "1", "--prompt-tokens", "70", "--steps", "3"]
+    plain = CliRunner().invoke(app, ["bench", "model", str(CHECKPOINT), *options])
+    assert "us before" not in plain.output
+    result = CliRunner().invoke(app, ["bench", "model", str(CHECKPOINT), *options, "--profile"])
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    decode = lines[next(i for i, line in enumerate(lines) if line[:1] == ["decode,"]) :]
+    assert ["linear", "2,048", "x", "256", "1"] in [line[:5] for line in decode]
+    times = [float(line[-4].replace(",", "")) for line in decode if len(line) > 6 and "%" in line[-2]]
+    assert len(times) == len(TINY_CALLS)
+    assert times == sorted(times, reverse=True)
+    assert [line[:2] for line in decode[-2:]] == [["between", "ops"], ["after", "the"]]
+
+
 def test_bench_linear_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.linear, "_ROTATE_BYTES", 2**20)
     options = ["--tokens", "1,17", "--threads", "1", "--seconds", "0", "--json"]
@@ -134,6 +187,29 @@ def test_bench_linear_refuses_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(kernels_app, ["linear", "--tokens", "1", "--threads", "1", "--seconds", "0"])
     assert result.exit_code == 1
     assert "linear of 1 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
+
+
+def test_bench_attention_prints_one_document() -> None:
+    options = ["--tokens", "1,17", "--context", "5,40", "--threads", "1", "--seconds", "0", "--json"]
+    result = CliRunner().invoke(kernels_app, ["attention", *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["tokens"], row["context"]) for row in rows] == [(1, 5), (1, 40), (17, 40)]
+    for row in rows:
+        assert 0 < row["min"] <= row["median"]
+        assert row["ratio"] == pytest.approx(row["torch_median"] / row["median"])
+        assert 0 < row["error"] < 2.5e-3
+    pairs = sum(range(24, 41))  # what 17 tokens see
+    assert rows[2]["gflops"] * rows[2]["median"] * 1e3 == pytest.approx(4 * 8 * 256 * pairs)
+
+
+def test_bench_attention_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = xgdn.ops.paged_attention
+    monkeypatch.setattr(xgdn.ops, "paged_attention", lambda *args, **options: 1.01 * attend(*args, **options))
+    options = ["--tokens", "3", "--context", "9", "--threads", "1", "--seconds", "0"]
+    result = CliRunner().invoke(kernels_app, ["attention", *options])
+    assert result.exit_code == 1
+    assert "attention of 3 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
 
 
 def test_bench_layer_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,7 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
         "rms_norm": [
             ((x[2], torch.randn(V), out), {}),
             ((x[2], torch.randn(V), out), {"residual": x[2].flip(0), "eps": 1e-5}),
+            ((x[2], torch.randn(V), out), {"cos": x[2][:, 0, :4], "sin": x[2][:, 1, :4]}),
         ],
         "silu_and_mul": [((conv[0], conv[0].flip(0), conv_out), {})],
         "linear": [

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/kernels/cpu/causal_conv1d.h"
@@ -459,58 +460,115 @@ void test_silu_and_mul(int64_t I, DType dtype) {
   expect_close("silu_and_mul, I=" + std::to_string(I), out, want, tolerance(dtype));
 }
 
-// Attention of single tokens; the cache is NaN outside their contexts. Scores of up to about 3 times q_size.
-void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, float q_size) {
-  constexpr int64_t HKV = 2;
-  const int64_t HQ = HKV * group;
-  const std::vector<int64_t> contexts = {1, 15, 16, 17, 70};
-  const auto T = static_cast<int64_t>(contexts.size());
-  int64_t num_blocks = 0;
-  for (const int64_t context : contexts) num_blocks += (context + block_size - 1) / block_size;
-  std::vector<int32_t> blocks;  // from the last to the first
-  for (int64_t i = 0; i < num_blocks; ++i) blocks.push_back(static_cast<int32_t>(num_blocks - 1 - i));
-  const size_t row_size = HKV * D;
-  Numbers q = Numbers::random(dtype, T * HQ * D, q_size), out(dtype, q.size());
-  Numbers k(dtype, num_blocks * block_size * row_size), v(dtype, k.size());
-  PagedAttentionArgs args;
-  args.HQ = HQ, args.HKV = HKV, args.D = D, args.B = block_size;
-  args.q = q.in(HQ * D, D), args.k = k.data(), args.v = v.data(), args.out = out.out(HQ * D, D);
-  args.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(D)));
+// Sequences of (tokens of this call, context with them); the cache is NaN outside their contexts. Scores of up to about
+// 3 times q_size. Blocks of many tokens have the bits of tokens one by one.
+struct Attention {
+  static constexpr int64_t HKV = 2;
+  const std::vector<std::pair<int64_t, int64_t>> sequences = {{1, 1},   {1, 15},  {2, 16},   {3, 17}, {1, 64},
+                                                              {1, 130}, {20, 20}, {33, 100}, {4, 0},  {70, 129}};
+  int64_t group, D, block_size;
+  DType dtype;
+  const BFloat16Products* products;
+  std::vector<int32_t> blocks;        // from the last to the first
+  std::vector<int64_t> first_blocks;  // of the sequences
+  Numbers q{dtype, 0}, k{dtype, 0}, v{dtype, 0};
 
-  Doubles want;
-  int64_t first_block = 0;
-  for (int64_t t = 0; t < T; ++t) {
-    const int64_t context = contexts[t];
-    const auto row = [&](int64_t i) {
-      return (blocks[first_block + i / block_size] * block_size + i % block_size) * row_size;
-    };
-    for (int64_t i = 0; i < context; ++i) {
-      const Numbers key = Numbers::random(DType::kFloat32, row_size), value = Numbers::random(dtype, row_size);
-      for (size_t j = 0; j < row_size; ++j) k.set(row(i) + j, static_cast<float>(key[j]));
-      for (size_t j = 0; j < row_size; ++j) v.set(row(i) + j, static_cast<float>(value[j]));
-    }
-    for (int64_t h = 0; h < HQ; ++h) {
-      Doubles scores(context, 0.0), sum(D, 0.0);
-      for (int64_t i = 0; i < context; ++i) {
-        for (int64_t j = 0; j < D; ++j) scores[i] += q[(t * HQ + h) * D + j] * k[row(i) + h / group * D + j];
-        scores[i] /= std::sqrt(static_cast<double>(D));
-      }
-      const double largest = *std::max_element(scores.begin(), scores.end());
-      double total = 0;
-      for (int64_t i = 0; i < context; ++i) {
-        const double weight = std::exp(scores[i] - largest);
-        for (int64_t j = 0; j < D; ++j) sum[j] += weight * v[row(i) + h / group * D + j];
-        total += weight;
-      }
-      for (const double x : sum) want.push_back(x / total);
-    }
-    const AttentionToken token = {.token = t, .context_len = context, .blocks = blocks.data() + first_block};
-    for (int64_t head = 0; head < HKV; ++head) paged_attention(args, token, head);
-    first_block += (context + block_size - 1) / block_size;
+  int64_t HQ() const { return HKV * group; }
+  size_t row(size_t n, int64_t i) const {
+    return (blocks[first_blocks[n] + i / block_size] * block_size + i % block_size) * HKV * D;
   }
+
+  void make(float q_size) {
+    int64_t T = 0, num_blocks = 0;
+    for (const auto& [tokens, context] : sequences) {
+      first_blocks.push_back(num_blocks);
+      T += tokens, num_blocks += (context + block_size - 1) / block_size;
+    }
+    for (int64_t i = 0; i < num_blocks; ++i) blocks.push_back(static_cast<int32_t>(num_blocks - 1 - i));
+    q = Numbers::random(dtype, T * HQ() * D, q_size);
+    k = v = Numbers(dtype, num_blocks * block_size * HKV * D);
+    for (size_t n = 0; n < sequences.size(); ++n) {
+      for (int64_t i = 0; i < sequences[n].second; ++i) {
+        for (Numbers* pool : {&k, &v}) {
+          const Numbers values = Numbers::random(dtype, HKV * D);
+          for (int64_t j = 0; j < HKV * D; ++j) pool->set(row(n, i) + j, static_cast<float>(values[j]));
+        }
+      }
+    }
+  }
+
+  Doubles expected() const {
+    Doubles want;
+    int64_t t = 0;
+    for (size_t n = 0; n < sequences.size(); ++n) {
+      const auto [tokens, context] = sequences[n];
+      for (int64_t token = 0; token < tokens; ++token, ++t) {
+        for (int64_t h = 0; h < HQ(); ++h) {
+          const int64_t seen = std::max<int64_t>(context - tokens + 1 + token, 0);
+          Doubles scores(seen, 0.0), sum(D, 0.0);
+          for (int64_t i = 0; i < seen; ++i) {
+            for (int64_t j = 0; j < D; ++j) scores[i] += q[(t * HQ() + h) * D + j] * k[row(n, i) + h / group * D + j];
+            scores[i] /= std::sqrt(static_cast<double>(D));
+          }
+          const double largest = seen == 0 ? 0 : *std::max_element(scores.begin(), scores.end());
+          double total = 0;
+          for (int64_t i = 0; i < seen; ++i) {
+            const double weight = std::exp(scores[i] - largest);
+            for (int64_t j = 0; j < D; ++j) sum[j] += weight * v[row(n, i) + h / group * D + j];
+            total += weight;
+          }
+          for (const double x : sum) want.push_back(seen == 0 ? 0 : x / total);
+        }
+      }
+    }
+    return want;
+  }
+
+  Numbers run(int64_t tokens_at_once) {
+    Numbers out(dtype, q.size());
+    PagedAttentionArgs args;
+    args.HQ = HQ(), args.HKV = HKV, args.D = D, args.B = block_size;
+    args.q = q.in(HQ() * D, D), args.k = k.data(), args.v = v.data(), args.out = out.out(HQ() * D, D);
+    args.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(D))), args.products = products;
+    int64_t t = 0;
+    for (size_t n = 0; n < sequences.size(); ++n) {
+      const auto [tokens, context] = sequences[n];
+      for (int64_t begin = 0; begin < tokens; begin += tokens_at_once) {
+        const AttentionBlock block = {.token = t + begin,
+                                      .num_tokens = std::min(tokens_at_once, tokens - begin),
+                                      .context_len = context - tokens + 1 + begin,
+                                      .blocks = blocks.data() + first_blocks[n]};
+        for (int64_t head = 0; head < HKV; ++head) paged_attention(args, block, head);
+      }
+      t += tokens;
+    }
+    return out;
+  }
+};
+
+void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, float q_size,
+                    const BFloat16Products* products = nullptr) {
+  Attention call = {.group = group, .D = D, .block_size = block_size, .dtype = dtype, .products = products};
+  call.make(q_size);
   const std::string name = "attention, D=" + std::to_string(D) + ", " + std::to_string(group) + " heads a key head";
+  const Numbers out = call.run(/*tokens_at_once=*/70);
   // An error of a score is the relative one of its weight.
-  expect_close(name, out, want, tolerance(dtype) * (dtype == DType::kFloat32 ? q_size : 1.0f));
+  expect_close(name, out, call.expected(), tolerance(dtype) * (dtype == DType::kFloat32 ? q_size : 1.0f));
+  for (const int64_t tokens_at_once : {1, 7, 32}) {
+    expect(out.has_bits_of(call.run(tokens_at_once)), name + ": a token's bits depend on the tokens beside it");
+  }
+
+  // An infinite value, which those before it do not see.
+  const size_t last = call.sequences.size() - 1, special = call.row(last, 80);
+  call.v.set(special + 1, INFINITY);
+  const Numbers spoilt = call.run(/*tokens_at_once=*/70);
+  const int64_t first_to_see = static_cast<int64_t>(out.size()) / (call.HQ() * D) - (129 - 80);
+  for (size_t i = 0; i < out.size(); ++i) {
+    const auto token = static_cast<int64_t>(i) / (call.HQ() * D), head = static_cast<int64_t>(i) / D % call.HQ();
+    const bool sees = token >= first_to_see && head < group && static_cast<int64_t>(i) % D == 1;
+    expect(sees ? !std::isfinite(spoilt[i]) : spoilt[i] == out[i],
+           name + ": an infinite value is not where it belongs");
+  }
 }
 
 // A product; its two kernels take the same.
@@ -531,6 +589,11 @@ void linear_by_rows(const LinearCall& call) {
   std::vector<float> widened(static_cast<size_t>(call.T * call.D), NAN);
   const LinearRowsArgs args = {call, widened.data()};
   widen_tokens(args, 0, call.T);
+  linear_rows(args, 0, num_work_items(args));
+}
+
+void linear_by_paired_rows(const LinearCall& call) {
+  const LinearRowsArgs args = {call, /*widened=*/nullptr};
   linear_rows(args, 0, num_work_items(args));
 }
 
@@ -740,11 +803,18 @@ void test_target(int64_t target) {
       test_attention(/*group=*/1, /*D=*/40, /*block_size=*/16, dtype, q_size);
       test_attention(/*group=*/4, /*D=*/64, /*block_size=*/1, dtype, q_size);
     }
+    test_attention(/*group=*/3, /*D=*/256, /*block_size=*/48, dtype, /*q_size=*/1);
   }
   test_quantized_linears();
   test_linear_with(linear_by_rows);
+  const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;
+  if (has_pairs) test_linear_with(linear_by_paired_rows);
   for (const BFloat16Products* products : {&kPlainProducts, bfloat16_products()}) {
-    if (products != nullptr) test_linear_with(packed_linear(products));
+    if (products != nullptr) {
+      test_linear_with(packed_linear(products));
+      test_attention(/*group=*/1, /*D=*/40, /*block_size=*/16, DType::kBFloat16, /*q_size=*/1, products);
+      test_attention(/*group=*/3, /*D=*/256, /*block_size=*/1, DType::kBFloat16, /*q_size=*/30, products);
+    }
     test_fast_chunks_with(products);
   }
 }

@@ -39,12 +39,12 @@ at::Tensor attend(const PagedAttentionParams& p, const Sequence& s) {
 
 }  // namespace
 
-void attend_one_by_one(const PagedAttentionParams& p, int64_t more_than) {
+void attend_one_by_one(const PagedAttentionParams& p) {
   const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
   const int32_t* contexts = p.context_lens.const_data_ptr<int32_t>();
   for (int64_t n = 0; n < p.context_lens.numel(); ++n) {
     const Sequence s{n, cu[n], cu[n + 1] - cu[n], contexts[n]};
-    if (s.num_tokens <= more_than) continue;
+    if (s.num_tokens == 0) continue;
     const at::Tensor out = p.out.narrow(0, s.token_begin, s.num_tokens);
     s.context_len == 0 ? out.zero_() : out.copy_(attend(p, s));
   }

@@ -42,7 +42,7 @@ class HostBackend : public Backend {
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
     aten::gdn_decode_step(*this, p, s);
   }
-  void run(const PagedAttentionParams& p, const AttentionShape&) const override { aten::attend_one_by_one(p, 0); }
+  void run(const PagedAttentionParams& p, const AttentionShape&) const override { aten::attend_one_by_one(p); }
   void run(const MoeExpertsParams& p, const ExpertsShape& s) const override { aten::moe_experts(p, s); }
   void run(const QuantizedMoeExpertsParams& p, const QuantizedExpertsShape& s) const override {
     aten::quantized_moe_experts(*this, p, s);

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products with bf16 weights in f32 vectors, for processors without bf16 products: linear.h on every other instruction
-// set.
+// Products with bf16 weights row by row, for processors without tiles: linear.h on every other instruction set.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +9,7 @@
 namespace xgdn::kernel::cpu {
 
 struct LinearRowsArgs : LinearCall {
-  float* widened = nullptr;  // [T, D], 64-byte aligned; widen_tokens fills it
+  float* widened = nullptr;  // [T, D], 64-byte aligned; widen_tokens fills it. Null: AVX512-BF16 multiplies x itself
 };
 
 inline constexpr int64_t kLinearRowsBlock = 32;  // outputs of a work item

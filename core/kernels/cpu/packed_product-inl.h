@@ -90,97 +90,102 @@ HWY_INLINE void set_terms(Product<Element>& p, size_t depth, const Element* a, s
 
 // ---- products in f32 ------------------------------------------------------------------------------------------------
 
-// 8 rows of one vector of columns, or of the same vector of two panels: eight or sixteen sums in flight.
-template <bool kTwoPanels>
-HWY_INLINE void multiply_rows(const Product<float>& p, size_t row, size_t column) {
+// Rows at once of two vectors: what 16 registers leave room for, or 32.
+#if HWY_ARCH_X86 && HWY_TARGET > HWY_AVX3
+inline constexpr size_t kRowsAtOnce = 6;
+#else
+inline constexpr size_t kRowsAtOnce = 8;
+#endif
+
+// Columns of C that are computed together: one vector, or two that lie so far apart.
+struct Columns {
+  size_t first = 0;  // of all panels
+  size_t b_second = 0;
+  size_t c_second = 0;
+};
+
+template <size_t kRows, bool kTwoVectors>
+HWY_INLINE void multiply_rows(const Product<float>& p, size_t row, const Columns& columns) {
+  static_assert(kRows >= 1 && kRows <= 8);
   const F32 d;
-  float* HWY_RESTRICT c = p.c + column / kPanel * p.c_stride + row * kPanel + column % kPanel;
-  float* HWY_RESTRICT e = c + p.c_stride;
-  VF c0 = hn::Zero(d), c1 = c0, c2 = c0, c3 = c0, c4 = c0, c5 = c0, c6 = c0, c7 = c0;
-  VF e0 = c0, e1 = c0, e2 = c0, e3 = c0, e4 = c0, e5 = c0, e6 = c0, e7 = c0;
-  if (p.accumulate) {
-    c0 = hn::LoadU(d, c);
-    c1 = hn::LoadU(d, c + kPanel);
-    c2 = hn::LoadU(d, c + 2 * kPanel);
-    c3 = hn::LoadU(d, c + 3 * kPanel);
-    c4 = hn::LoadU(d, c + 4 * kPanel);
-    c5 = hn::LoadU(d, c + 5 * kPanel);
-    c6 = hn::LoadU(d, c + 6 * kPanel);
-    c7 = hn::LoadU(d, c + 7 * kPanel);
-    if constexpr (kTwoPanels) {
-      e0 = hn::LoadU(d, e);
-      e1 = hn::LoadU(d, e + kPanel);
-      e2 = hn::LoadU(d, e + 2 * kPanel);
-      e3 = hn::LoadU(d, e + 3 * kPanel);
-      e4 = hn::LoadU(d, e + 4 * kPanel);
-      e5 = hn::LoadU(d, e + 5 * kPanel);
-      e6 = hn::LoadU(d, e + 6 * kPanel);
-      e7 = hn::LoadU(d, e + 7 * kPanel);
-    }
+  const size_t panel = columns.first / kPanel;
+  float* HWY_RESTRICT c = p.c + panel * p.c_stride + row * kPanel + columns.first % kPanel;
+  float* HWY_RESTRICT e = c + columns.c_second;
+  const auto sum = [&](const float* from, size_t r)
+                       HWY_ATTR { return p.accumulate && r < kRows ? hn::LoadU(d, from + r * kPanel) : hn::Zero(d); };
+  VF c0 = sum(c, 0), c1 = sum(c, 1), c2 = sum(c, 2), c3 = sum(c, 3);
+  VF c4 = sum(c, 4), c5 = sum(c, 5), c6 = sum(c, 6), c7 = sum(c, 7);
+  VF e0 = hn::Zero(d), e1 = e0, e2 = e0, e3 = e0, e4 = e0, e5 = e0, e6 = e0, e7 = e0;
+  if constexpr (kTwoVectors) {
+    e0 = sum(e, 0), e1 = sum(e, 1), e2 = sum(e, 2), e3 = sum(e, 3);
+    e4 = sum(e, 4), e5 = sum(e, 5), e6 = sum(e, 6), e7 = sum(e, 7);
   }
   for (size_t t = 0; t < p.num_terms; ++t) {
     const size_t s = p.a_stride;
     const float* HWY_RESTRICT a = p.terms[t].a + row * s;
-    const float* HWY_RESTRICT b = p.terms[t].b + column / kPanel * p.b_stride + column % kPanel;
+    const float* HWY_RESTRICT b = p.terms[t].b + panel * p.b_stride + columns.first % kPanel;
     for (size_t i = 0; i < p.terms[t].depth; ++i, ++a, b += kPanel) {
       const VF bi = hn::LoadU(d, b);
-      const VF a0 = hn::Set(d, a[0]), a1 = hn::Set(d, a[s]), a2 = hn::Set(d, a[2 * s]), a3 = hn::Set(d, a[3 * s]);
-      const VF a4 = hn::Set(d, a[4 * s]), a5 = hn::Set(d, a[5 * s]), a6 = hn::Set(d, a[6 * s]),
-               a7 = hn::Set(d, a[7 * s]);
-      c0 = hn::MulAdd(a0, bi, c0);
-      c1 = hn::MulAdd(a1, bi, c1);
-      c2 = hn::MulAdd(a2, bi, c2);
-      c3 = hn::MulAdd(a3, bi, c3);
-      c4 = hn::MulAdd(a4, bi, c4);
-      c5 = hn::MulAdd(a5, bi, c5);
-      c6 = hn::MulAdd(a6, bi, c6);
-      c7 = hn::MulAdd(a7, bi, c7);
-      if constexpr (kTwoPanels) {
-        const VF di = hn::LoadU(d, b + p.b_stride);
-        e0 = hn::MulAdd(a0, di, e0);
-        e1 = hn::MulAdd(a1, di, e1);
-        e2 = hn::MulAdd(a2, di, e2);
-        e3 = hn::MulAdd(a3, di, e3);
-        e4 = hn::MulAdd(a4, di, e4);
-        e5 = hn::MulAdd(a5, di, e5);
-        e6 = hn::MulAdd(a6, di, e6);
-        e7 = hn::MulAdd(a7, di, e7);
-      }
+      const VF di = kTwoVectors ? hn::LoadU(d, b + columns.b_second) : bi;
+      const auto add = [&](size_t r, VF& c_row, VF& e_row) HWY_ATTR {
+        const VF ar = hn::Set(d, a[r * s]);
+        c_row = hn::MulAdd(ar, bi, c_row);
+        if constexpr (kTwoVectors) e_row = hn::MulAdd(ar, di, e_row);
+      };
+      add(0, c0, e0);
+      if constexpr (kRows > 1) add(1, c1, e1);
+      if constexpr (kRows > 2) add(2, c2, e2);
+      if constexpr (kRows > 3) add(3, c3, e3);
+      if constexpr (kRows > 4) add(4, c4, e4);
+      if constexpr (kRows > 5) add(5, c5, e5);
+      if constexpr (kRows > 6) add(6, c6, e6);
+      if constexpr (kRows > 7) add(7, c7, e7);
     }
   }
-  hn::StoreU(c0, d, c);
-  hn::StoreU(c1, d, c + kPanel);
-  hn::StoreU(c2, d, c + 2 * kPanel);
-  hn::StoreU(c3, d, c + 3 * kPanel);
-  hn::StoreU(c4, d, c + 4 * kPanel);
-  hn::StoreU(c5, d, c + 5 * kPanel);
-  hn::StoreU(c6, d, c + 6 * kPanel);
-  hn::StoreU(c7, d, c + 7 * kPanel);
-  if constexpr (kTwoPanels) {
-    hn::StoreU(e0, d, e);
-    hn::StoreU(e1, d, e + kPanel);
-    hn::StoreU(e2, d, e + 2 * kPanel);
-    hn::StoreU(e3, d, e + 3 * kPanel);
-    hn::StoreU(e4, d, e + 4 * kPanel);
-    hn::StoreU(e5, d, e + 5 * kPanel);
-    hn::StoreU(e6, d, e + 6 * kPanel);
-    hn::StoreU(e7, d, e + 7 * kPanel);
+  const auto keep = [&](size_t r, VF c_row, VF e_row) HWY_ATTR {
+    if (r >= kRows) return;
+    hn::StoreU(c_row, d, c + r * kPanel);
+    if constexpr (kTwoVectors) hn::StoreU(e_row, d, e + r * kPanel);
+  };
+  keep(0, c0, e0), keep(1, c1, e1), keep(2, c2, e2), keep(3, c3, e3);
+  keep(4, c4, e4), keep(5, c5, e5), keep(6, c6, e6), keep(7, c7, e7);
+}
+
+template <bool kTwoVectors>
+HWY_INLINE void multiply_columns(const Product<float>& p, const Columns& columns) {
+  size_t row = 0;
+  for (; row + kRowsAtOnce <= p.rows; row += kRowsAtOnce) multiply_rows<kRowsAtOnce, kTwoVectors>(p, row, columns);
+  switch (p.rows - row) {
+    case 1:
+      return multiply_rows<1, kTwoVectors>(p, row, columns);
+    case 2:
+      return multiply_rows<2, kTwoVectors>(p, row, columns);
+    case 3:
+      return multiply_rows<3, kTwoVectors>(p, row, columns);
+    case 4:
+      return multiply_rows<4, kTwoVectors>(p, row, columns);
+    case 5:
+      return multiply_rows<5, kTwoVectors>(p, row, columns);
+    case 6:
+      return multiply_rows<6, kTwoVectors>(p, row, columns);
+    case 7:
+      return multiply_rows<7, kTwoVectors>(p, row, columns);
+    default:
+      return;
   }
 }
 
 inline void multiply(const Product<float>& p) {
-  constexpr size_t kRows = 8;
-  static_assert(kPanel % kRows == 0);
   const size_t lanes = hn::Lanes(F32());
-  size_t panel = 0;
-  if (lanes == kPanel) {  // vectors of 16 come with 32 registers
-    for (; panel + 2 <= p.panels; panel += 2) {
-      for (size_t row = 0; row < p.rows; row += kRows) multiply_rows<true>(p, row, panel * kPanel);
-    }
+  size_t column = 0;
+  if (lanes < kPanel) {  // both vectors are in one panel
+    for (; column < p.panels * kPanel; column += 2 * lanes) multiply_columns<true>(p, {column, lanes, lanes});
+    return;
   }
-  for (size_t column = panel * kPanel; column < p.panels * kPanel; column += lanes) {
-    for (size_t row = 0; row < p.rows; row += kRows) multiply_rows<false>(p, row, column);
+  for (; column + 2 * kPanel <= p.panels * kPanel; column += 2 * kPanel) {
+    multiply_columns<true>(p, {column, p.b_stride, p.c_stride});
   }
+  if (column < p.panels * kPanel) multiply_columns<false>(p, {column, 0, 0});
 }
 
 // ---- transposition --------------------------------------------------------------------------------------------------

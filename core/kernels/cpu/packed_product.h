@@ -28,7 +28,7 @@ struct Product {
   };
   Term terms[kMaxTerms] = {};
   size_t num_terms = 0;
-  size_t rows = 0;      // multiple of 16
+  size_t rows = 0;      // bf16: multiple of 16
   size_t panels = 0;    // of B and C
   size_t a_stride = 0;  // elements from row to row
   size_t b_stride = 0;  // elements from panel to panel

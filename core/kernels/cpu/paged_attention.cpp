@@ -1,134 +1,338 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax attention of one token with the query heads that share a key head.
+// Softmax attention of a block of tokens with the query heads that share a key head.
 //
-// Loop: tile of 16 rows of the context -> scores -> softmax of the tile under the running maximum -> values. Each row
-// of the cache is read once for all query heads. Rounding: q, k and v are widened exactly, all is f32, out is rounded
-// once. The sums run over the rows in order, whatever other tokens are attended beside.
+//               D ->                Rows: query heads of a token, then those of the next.
+//          +---------+              Loop: tile of 128 rows of the context -> S = Q K^T -> P = exp(S - m) under the
+//   rows   |    Q    |              running maximum m of each row -> O = exp(m' - m) O + P V, m' the maximum before.
+//          +---------+              A tile is packed once for all rows, straight from the blocks that hold it.
+//          +---------+
+//   tile   |  K, V   |              Rounding: all is f32, out is rounded once. With bf16 products, which take q, k and
+//          +---------+              v as they are, P is rounded to bf16, and the sum of its row with it.
+//
+// A result depends on its query and on the rows that it sees, not on what is worked on beside it: tiles begin at
+// multiples of 128 of the context; the sums of a row run over the context in order, and what it does not see has the
+// weight zero, which adds nothing; where a value that some rows do not see is infinite or NaN, which times zero is NaN,
+// the product gets zero in its place and those that see it add it by themselves.
 #include "core/kernels/cpu/paged_attention.h"
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "core/kernels/cpu/paged_attention.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
+#include "core/kernels/cpu/attention_tile-inl.h"
+#include "core/kernels/cpu/packed_product-inl.h"
 #include "core/kernels/cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr int64_t kTileRows = 16;
-static_assert(kTileRows % kMaxLanes == 0);
-inline constexpr float kNoScore = -1e30f;  // its weight is zero beside any score
+inline constexpr float kNoScore = std::numeric_limits<float>::lowest();  // its weight is zero beside any score
 
-// One query head's part of the work; its rows are padded(D) long.
-struct Query {
-  float* q;        // scaled
-  float* sum;      // of weighted values
-  float* weights;  // [kTileRows], of the tile
-  float& largest;  // score so far
-  float& total;    // of the weights
+template <class Element>
+inline constexpr bool kIsBFloat16 = std::is_same_v<Element, uint16_t>;
+// What the products take at once.
+template <class Element>
+inline constexpr size_t kRowStep = kIsBFloat16<Element> ? 16 : 1;
+template <class Element>
+inline constexpr size_t kDepthStep = kIsBFloat16<Element> ? 32 : 1;
 
-  static int64_t size(int64_t width) { return 2 * width + kTileRows + static_cast<int64_t>(kMaxLanes); }
-  Query(float* memory, int64_t width)
-      : q(memory),
-        sum(memory + width),
-        weights(memory + 2 * width),
-        largest(weights[kTileRows]),
-        total(weights[kTileRows + 1]) {}
+inline size_t round_up(size_t n, size_t step) {
+  return (n + step - 1) / step * step;
+}
+
+// Queries of a block of tokens with a key head; panels have 16 columns.
+template <class Element>
+struct Work {
+  const PagedAttentionArgs& args;
+  const AttentionBlock& block;
+  int64_t head;
+  size_t group;      // query heads
+  size_t rows;       // tokens * group, padded for the products
+  size_t width;      // D, padded
+  size_t depth;      // of Q K^T: D, padded
+  float* sums;       // [width / 16][rows, 16]  O
+  float* scores;     // [128 / 16][rows, 16]     S
+  float* largest;    // [rows]                  m
+  float* totals;     // [rows]                  of P
+  float* unpacked;   // [2][16, depth]
+  Element* queries;  // [rows, depth]           Q
+  Element* weights;  // [rows, 128]             P
+  Element* keys;     // [128 / 16][depth, 16]    K^T
+  Element* values;   // [width / 16][128, 16]    V
+
+  Work(const PagedAttentionArgs& call, const AttentionBlock& tokens, int64_t key_head)
+      : args(call),
+        block(tokens),
+        head(key_head),
+        group(static_cast<size_t>(call.HQ / call.HKV)),
+        rows(round_up(num_queries(), kRowStep<Element>)),
+        width(padded(call.D)),
+        depth(round_up(width, kDepthStep<Element>)) {
+    constexpr size_t kPerFloat = sizeof(float) / sizeof(Element);
+    const size_t of_rows = round_up(rows, kMaxLanes);
+    float* memory = scratch<Work>(rows * (width + kTile) + 2 * of_rows + 2 * kPanel * depth +
+                                  (of_rows * (depth + kTile) + kTile * (depth + width)) / kPerFloat);
+    const auto take = [&](size_t n) { return std::exchange(memory, memory + n); };
+    const auto take_elements = [&](size_t n) { return reinterpret_cast<Element*>(take(n / kPerFloat)); };
+    sums = take(rows * width);
+    scores = take(rows * kTile);
+    largest = take(of_rows);
+    totals = take(of_rows);
+    unpacked = take(2 * kPanel * depth);
+    queries = take_elements(of_rows * depth);
+    weights = take_elements(of_rows * kTile);
+    keys = take_elements(kTile * depth);
+    values = take_elements(kTile * width);
+  }
+
+  size_t num_queries() const { return static_cast<size_t>(block.num_tokens) * group; }
+  int64_t num_context_rows() const { return std::max<int64_t>(block.context_len + block.num_tokens - 1, 0); }
+  ContextRows context(const void* pool) const {
+    return {args, block.blocks, head, pool, static_cast<size_t>(num_context_rows())};
+  }
+
+  // How many rows of a tile a query sees.
+  size_t num_visible(size_t query, const TileRows& tile) const {
+    const int64_t seen = block.context_len + static_cast<int64_t>(query / group) - static_cast<int64_t>(tile.begin);
+    return static_cast<size_t>(std::clamp<int64_t>(seen, 0, static_cast<int64_t>(tile.count)));
+  }
+  // The first query that sees row i of a tile, or one before it where a product can begin.
+  size_t first_query(const TileRows& tile, size_t i) const {
+    const int64_t token = static_cast<int64_t>(tile.begin + i) + 1 - block.context_len;
+    return static_cast<size_t>(std::max<int64_t>(token, 0)) * group / kRowStep<Element> * kRowStep<Element>;
+  }
 };
 
-void scale(int64_t width, float factor, float* HWY_RESTRICT row) {
-  const F32 d;
-  for (int64_t j = 0; j < width; j += hn::Lanes(d)) {
-    hn::Store(hn::Mul(hn::Load(d, row + j), hn::Set(d, factor)), d, row + j);
-  }
+HWY_INLINE void multiply_with(const BFloat16Products*, const Product<float>& p) {
+  multiply(p);
+}
+HWY_INLINE void multiply_with(const BFloat16Products* products, const Product<uint16_t>& p) {
+  products->multiply(p);
 }
 
-// Rows `begin`.. of the context in one pool, as f32.
-void load_tile(const PagedAttentionArgs& args, const AttentionToken& token, int64_t head, const void* pool,
-               int64_t begin, int64_t count, float* HWY_RESTRICT to) {
-  const DType dtype = args.q.dtype;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = token.blocks[(begin + i) / args.B] * args.B + (begin + i) % args.B;
-    const int64_t offset = (row * args.HKV + head) * args.D * size_of(dtype);
-    load_row(dtype, static_cast<const char*>(pool) + offset, args.D, to + i * padded(args.D));
-  }
-}
-
-void score(int64_t width, const float* HWY_RESTRICT keys, int64_t count, const Query& query) {
-  const F32 d;
-  std::fill_n(query.weights, kTileRows, kNoScore);
-  for (int64_t i = 0; i < count; ++i) {
-    VF even = hn::Zero(d);
-    VF odd = hn::Zero(d);
-    const float* key = keys + i * width;
-    int64_t j = 0;
-    for (const int64_t lanes = hn::Lanes(d); j + 2 * lanes <= width; j += 2 * lanes) {
-      even = hn::MulAdd(hn::Load(d, key + j), hn::Load(d, query.q + j), even);
-      odd = hn::MulAdd(hn::Load(d, key + j + lanes), hn::Load(d, query.q + j + lanes), odd);
+template <class Element>
+void load_queries(const Work<Element>& w) {
+  const PagedAttentionArgs& args = w.args;
+  std::memset(w.queries, 0, w.rows * w.depth * sizeof(Element));
+  std::memset(w.weights, 0, w.rows * kTile * sizeof(Element));
+  for (size_t i = 0; i < w.num_queries(); ++i) {
+    const auto token = w.block.token + static_cast<int64_t>(i / w.group);
+    const void* q = args.q.at(token, w.head * static_cast<int64_t>(w.group) + static_cast<int64_t>(i % w.group));
+    if constexpr (kIsBFloat16<Element>) {
+      std::memcpy(w.queries + i * w.depth, q, args.D * sizeof(uint16_t));
+    } else {
+      load_row(args.q.dtype, q, args.D, w.queries + i * w.depth);
     }
-    if (j < width) even = hn::MulAdd(hn::Load(d, key + j), hn::Load(d, query.q + j), even);
-    query.weights[i] = hn::GetLane(hn::SumOfLanes(d, hn::Add(even, odd)));
+    w.largest[i] = kNoScore;
+    w.totals[i] = 0;
   }
 }
 
-// Scores to weights under the new maximum; what was summed under the old one is scaled down.
-void soften(int64_t width, const Query& query) {
+// Queries that see none of a panel of 16 rows are left out.
+template <class Element>
+void multiply_keys(const Work<Element>& w, const TileRows& tile) {
+  const bool all_see_all = w.num_visible(0, tile) == tile.count;
+  const size_t panels = (tile.count + kPanel - 1) / kPanel;
+  const size_t at_once = all_see_all ? panels : 1;
+  for (size_t panel = 0; panel < panels; panel += at_once) {
+    const size_t query = w.first_query(tile, panel * kPanel);
+    multiply_with(
+        w.args.products,
+        Product<Element>{
+            .terms = {{.a = w.queries + query * w.depth, .b = w.keys + panel * w.depth * kPanel, .depth = w.depth}},
+            .num_terms = 1,
+            .rows = w.rows - query,
+            .panels = at_once,
+            .a_stride = w.depth,
+            .b_stride = w.depth * kPanel,
+            .c = w.scores + (panel * w.rows + query) * kPanel,
+            .c_stride = w.rows * kPanel});
+  }
+}
+
+// 2^x for x <= 0, to about one unit in the last place; zero below 2^-125.
+HWY_INLINE VF exp2_decay(F32 d, VF x) {
+  const I32 i;
+  const VF smallest = hn::Set(d, -125.0f);
+  const auto is_zero = hn::Lt(x, smallest);
+  const VF clamped = hn::IfThenElse(is_zero, smallest, x);
+  const VF n = hn::Round(clamped);
+  const VF r = hn::Sub(clamped, n);
+  VF p = hn::Set(d, 1.54035304e-4f);  // ln(2)^k / k!
+  p = hn::MulAdd(p, r, hn::Set(d, 1.33335581e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 9.61812911e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 5.55041087e-2f));
+  p = hn::MulAdd(p, r, hn::Set(d, 2.40226507e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 6.93147181e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
+  const auto power = hn::ShiftLeft<23>(hn::ConvertTo(i, n));
+  return hn::IfThenZeroElse(is_zero, hn::BitCast(d, hn::Add(hn::BitCast(i, p), power)));
+}
+
+// Returns what is stored, as a number.
+HWY_INLINE VF store_weight(F32 d, VF x, float* to) {
+  hn::Store(x, d, to);
+  return x;
+}
+HWY_INLINE VF store_weight(F32 d, VF x, uint16_t* to) {
+  const VF rounded = rounded_up(d, x);
+  store_low_halves(hn::ShiftRight<16>(hn::BitCast(U32(), rounded)), to);
+  return upper_half(d, rounded);
+}
+
+// Scores of a query from column `i` of a tile on, base 2.
+template <class Element>
+HWY_INLINE VF load_scores(const Work<Element>& w, size_t query, size_t num_visible, size_t i) {
+  constexpr float kLog2E = 1.44269504f;
   const F32 d;
-  const int64_t lanes = hn::Lanes(d);
-  const float largest = std::max(query.largest, *std::max_element(query.weights, query.weights + kTileRows));
-  const VF keep = exp(d, hn::Set(d, query.largest - largest));
+  const VF product = hn::Load(d, w.scores + (i / kPanel * w.rows + query) * kPanel + i % kPanel);
+  const VF score = hn::Mul(product, hn::Set(d, w.args.scale * kLog2E));
+  if (i + hn::Lanes(d) <= num_visible) return score;
+  const auto is_visible = hn::Lt(hn::Iota(d, static_cast<float>(i)), hn::Set(d, static_cast<float>(num_visible)));
+  return hn::IfThenElse(is_visible, score, hn::Set(d, kNoScore));
+}
+
+// Raises the maximum of a query that sees any of the tile; what was summed under the old one is scaled down.
+template <class Element>
+void raise_largest(const Work<Element>& w, size_t query, size_t num_visible, size_t columns) {
+  const F32 d;
+  const size_t lanes = hn::Lanes(d);
+  const float before = w.largest[query];
+  VF all = hn::Set(d, before);
+  for (size_t i = 0; i < columns; i += lanes) all = hn::Max(all, load_scores(w, query, num_visible, i));
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, all));
+  if (!(largest > before)) return;
+  w.largest[query] = largest;
+  if (before == kNoScore) return;
+  const VF keep = exp2_decay(d, hn::Set(d, before - largest));
+  w.totals[query] *= hn::GetLane(keep);
+  for (size_t column = 0; column < w.width; column += kPanel) {
+    float* sums = w.sums + column * w.rows + query * kPanel;
+    for (size_t i = 0; i < kPanel; i += lanes) hn::Store(hn::Mul(hn::Load(d, sums + i), keep), d, sums + i);
+  }
+}
+
+template <class Element>
+void store_weights(const Work<Element>& w, size_t query, size_t num_visible, size_t columns) {
+  const F32 d;
+  const VF largest = hn::Set(d, w.largest[query]);
   VF total = hn::Zero(d);
-  for (int64_t i = 0; i < kTileRows; i += lanes) {
-    const VF weight = exp(d, hn::Sub(hn::Load(d, query.weights + i), hn::Set(d, largest)));
-    hn::Store(weight, d, query.weights + i);
-    total = hn::Add(total, weight);
+  for (size_t i = 0; i < columns; i += hn::Lanes(d)) {
+    const VF weight = exp2_decay(d, hn::Sub(load_scores(w, query, num_visible, i), largest));
+    total = hn::Add(total, store_weight(d, weight, w.weights + query * kTile + i));
   }
-  scale(width, hn::GetLane(keep), query.sum);
-  query.total = query.total * hn::GetLane(keep) + hn::GetLane(hn::SumOfLanes(d, total));
-  query.largest = largest;
+  w.totals[query] += hn::GetLane(hn::SumOfLanes(d, total));
 }
 
-void add_values(int64_t width, const float* HWY_RESTRICT values, int64_t count, const Query& query) {
+// Scores to weights. Two passes: the processor works on many queries at a time where little depends on a maximum.
+template <class Element>
+void soften(const Work<Element>& w, const TileRows& tile, size_t first, size_t columns) {
+  for (size_t query = first; query < w.num_queries(); ++query) {
+    const size_t num_visible = w.num_visible(query, tile);
+    if (num_visible > 0) raise_largest(w, query, num_visible, columns);
+  }
+  for (size_t query = first; query < w.num_queries(); ++query) {
+    const size_t num_visible = w.num_visible(query, tile);
+    if (num_visible > 0) {
+      store_weights(w, query, num_visible, columns);
+    } else {
+      std::memset(w.weights + query * kTile, 0, columns * sizeof(Element));
+    }
+  }
+}
+
+// Values that are infinite or NaN and that not every query sees: the product takes zero in their place.
+template <class Element>
+bool hide_special_values(const Work<Element>& w, const TileRows& tile, size_t first) {
+  bool has_any = false;
+  for_each_special_value(w.context(w.args.v), tile, first, w.unpacked, [&](size_t row, size_t column, float) {
+    *value_at(w.values, row, column) = 0;
+    has_any = true;
+  });
+  return has_any;
+}
+
+template <class Element>
+void add_special_values(const Work<Element>& w, const TileRows& tile, size_t first) {
+  for_each_special_value(w.context(w.args.v), tile, first, w.unpacked, [&](size_t row, size_t column, float value) {
+    for (size_t query = 0; query < w.num_queries(); ++query) {
+      if (row >= w.num_visible(query, tile)) continue;
+      const float weight =
+          load_scalar(kIsBFloat16<Element> ? DType::kBFloat16 : DType::kFloat32, w.weights + query * kTile + row);
+      w.sums[(column / kPanel * w.rows + query) * kPanel + column % kPanel] += weight * value;
+    }
+  });
+}
+
+template <class Element>
+void add_tile(const Work<Element>& w, const TileRows& tile) {
+  const size_t count = round_up(tile.count, kDepthStep<Element>);
+  pack_keys(w.context(w.args.k), tile, w.depth, w.unpacked, w.keys);
+  pack_values(w.context(w.args.v), tile, count, w.width, w.values);
+  multiply_keys(w, tile);
+  const bool is_first = tile.begin == 0;
+  const size_t first = is_first ? 0 : w.first_query(tile, 0);
+  soften(w, tile, first, round_up(count, kPanel));
+  const size_t seen_by_all = w.num_visible(first, tile);
+  const bool has_special = seen_by_all < tile.count && hide_special_values(w, tile, seen_by_all);
+  multiply_with(w.args.products, Product<Element>{.terms = {{.a = w.weights + first * kTile,  //
+                                                             .b = w.values,
+                                                             .depth = count}},
+                                                  .num_terms = 1,
+                                                  .rows = w.rows - first,
+                                                  .panels = w.width / kPanel,
+                                                  .a_stride = kTile,
+                                                  .b_stride = kTile * kPanel,
+                                                  .c = w.sums + first * kPanel,
+                                                  .c_stride = w.rows * kPanel,
+                                                  .accumulate = !is_first});
+  if (has_special) add_special_values(w, tile, seen_by_all);
+}
+
+template <class Element>
+void store_results(const Work<Element>& w) {
   const F32 d;
-  for (int64_t j = 0; j < width; j += hn::Lanes(d)) {
-    VF sum = hn::Load(d, query.sum + j);
-    for (int64_t i = 0; i < count; ++i) {
-      sum = hn::MulAdd(hn::Set(d, query.weights[i]), hn::Load(d, values + i * width + j), sum);
+  const OutRows& out = w.args.out;
+  float* row = w.unpacked;
+  for (size_t query = 0; query < w.num_queries(); ++query) {
+    const auto token = static_cast<int64_t>(query / w.group);
+    const bool has_context = w.block.context_len + token > 0;
+    const VF factor = hn::Set(d, has_context ? 1.0f / w.totals[query] : 0.0f);
+    for (size_t column = 0; column < w.width; column += hn::Lanes(d)) {
+      const float* sums = w.sums + (column / kPanel * w.rows + query) * kPanel + column % kPanel;
+      const VF result = has_context ? hn::MulAdd(hn::Load(d, sums), factor, hn::Zero(d)) : hn::Zero(d);
+      hn::Store(result, d, row + column);
     }
-    hn::Store(sum, d, query.sum + j);
+    const auto of_group = static_cast<int64_t>(query % w.group);
+    store_row(out.dtype, row, w.args.D,
+              out.at(w.block.token + token, w.head * static_cast<int64_t>(w.group) + of_group));
   }
 }
 
-void paged_attention(const PagedAttentionArgs& args, const AttentionToken& token, int64_t head) {
-  const auto width = static_cast<int64_t>(padded(args.D));
-  const int64_t group = args.HQ / args.HKV;
-  float* tile = zeroed_scratch<PagedAttentionArgs>(kTileRows * width + group * Query::size(width));
-  const auto query = [&](int64_t g) { return Query(tile + kTileRows * width + g * Query::size(width), width); };
-  for (int64_t g = 0; g < group; ++g) {
-    const Query of_head = query(g);
-    of_head.largest = kNoScore;
-    load_row(args.q.dtype, args.q.at(token.token, head * group + g), args.D, of_head.q);
-    scale(width, args.scale, of_head.q);
+template <class Element>
+void attend(const PagedAttentionArgs& args, const AttentionBlock& block, int64_t head) {
+  const Work<Element> w(args, block, head);
+  load_queries(w);
+  const int64_t context = w.num_context_rows();
+  for (int64_t begin = 0; begin < context; begin += kTile) {
+    add_tile(w, {static_cast<size_t>(begin), static_cast<size_t>(std::min<int64_t>(kTile, context - begin))});
   }
-  for (int64_t begin = 0; begin < token.context_len; begin += kTileRows) {
-    const int64_t count = std::min(kTileRows, token.context_len - begin);
-    load_tile(args, token, head, args.k, begin, count, tile);
-    for (int64_t g = 0; g < group; ++g) {
-      score(width, tile, count, query(g));
-      soften(width, query(g));
-    }
-    load_tile(args, token, head, args.v, begin, count, tile);
-    for (int64_t g = 0; g < group; ++g) add_values(width, tile, count, query(g));
-  }
-  for (int64_t g = 0; g < group; ++g) {
-    const Query of_head = query(g);
-    if (token.context_len > 0) scale(width, 1.0f / of_head.total, of_head.sum);
-    store_row(args.out.dtype, of_head.sum, args.D, args.out.at(token.token, head * group + g));
-  }
+  store_results(w);
+}
+
+void paged_attention(const PagedAttentionArgs& args, const AttentionBlock& block, int64_t head) {
+  if (args.products == nullptr) return attend<float>(args, block, head);
+  args.products->begin();
+  attend<uint16_t>(args, block, head);
+  args.products->end();
 }
 
 }  // namespace HWY_NAMESPACE
@@ -140,8 +344,8 @@ namespace xgdn::kernel::cpu {
 
 HWY_EXPORT(paged_attention);
 
-void paged_attention(const PagedAttentionArgs& args, const AttentionToken& token, int64_t head) {
-  HWY_DYNAMIC_DISPATCH(paged_attention)(args, token, head);
+void paged_attention(const PagedAttentionArgs& args, const AttentionBlock& block, int64_t head) {
+  HWY_DYNAMIC_DISPATCH(paged_attention)(args, block, head);
 }
 
 }  // namespace xgdn::kernel::cpu

@@ -60,6 +60,19 @@ template <int kBits>
 HWY_INLINE VI shift_pairs_right(VI pairs) {  // with the sign
   return hn::BitCast(I32(), hn::ShiftRight<kBits>(hn::BitCast(I16Pairs(), pairs)));
 }
+
+#if HWY_TARGET == HWY_AVX2
+
+// One piece, because GCC 12 otherwise multiplies for all tokens before it adds, and spills: on a Zen 3 six tokens at
+// once take 0.87 (int8) and 0.79 (int4) of the time.
+HWY_INLINE VI add_pair_products(VI sum, VI a, VI b) {
+  VI products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum.raw), "=&x"(products.raw) : "x"(a.raw), "x"(b.raw));
+  return sum;
+}
+
+#else
+
 HWY_INLINE VI add_pair_products(VI sum, VI a, VI b) {
   const I32 i;
   VI rest = hn::Zero(i);
@@ -68,6 +81,7 @@ HWY_INLINE VI add_pair_products(VI sum, VI a, VI b) {
   return hn::Add(sum, hn::RearrangeToOddPlusEven(products, rest));
 }
 
+#endif
 #endif
 
 // Highway 1.0.3 has no target for AVX512-VNNI, which adds pairs of products in one instruction instead of two.
@@ -82,10 +96,15 @@ HWY_INLINE VI dot_pairs(VI sum, VI a, VI b) {
 
 // ---- formats --------------------------------------------------------------------------------------------------------
 
+// A row of a panel is kRowBytes long, has kLaneBytes for each output and kDepth of D; it is unpacked in kSteps, each of
+// kStepDepth of D.
+
 // What integer codes have in common. A token is i16 behind a scale for each group.
 template <bool kHasVnni>
 struct IntegerCodes {
   using Token = int16_t;
+  static constexpr size_t kRowBytes = 64;
+  static constexpr size_t kLaneBytes = 4;
   static constexpr size_t kStepDepth = 2;
 
   static HWY_INLINE VI load(const uint8_t* p) { return hn::LoadU(I32(), reinterpret_cast<const int32_t*>(p)); }
@@ -129,7 +148,7 @@ struct IntegerCodes {
 
 template <bool kHasVnni>
 struct Int8Codes : IntegerCodes<kHasVnni> {
-  static constexpr size_t kDepth = 4;  // of D in a row
+  static constexpr size_t kDepth = 4;
   static constexpr size_t kSteps = 2;
 
   template <size_t kStep>
@@ -164,34 +183,36 @@ struct Int4Codes : IntegerCodes<kHasVnni> {
   }
 };
 
-// e4m3: four bits of exponent with a bias of 7, no infinities. A token is f32.
+// e4m3: four bits of exponent with a bias of 7, no infinities. A token is f32. As f16 the bits are a number 2^8 times
+// smaller, subnormal ones too.
 struct Float8Codes {
   using Token = float;
-  static constexpr size_t kDepth = 4;
-  static constexpr size_t kSteps = 4;
+  static constexpr size_t kRowBytes = 32;
+  static constexpr size_t kLaneBytes = 2;
+  static constexpr size_t kDepth = 2;
+  static constexpr size_t kSteps = 2;
   static constexpr size_t kStepDepth = 1;
 
-  static HWY_INLINE VI load(const uint8_t* p) { return hn::LoadU(I32(), reinterpret_cast<const int32_t*>(p)); }
+  using Words = hn::Rebind<uint16_t, F32>;
+
+  static HWY_INLINE hn::Vec<Words> load(const uint8_t* p) {
+    return hn::LoadU(Words(), reinterpret_cast<const uint16_t*>(p));
+  }
 
   static HWY_INLINE VF broadcast(const float* x) { return hn::Set(F32(), *x); }
 
   template <size_t kStep>
-  static HWY_INLINE VF unpack(VI codes) {
-    constexpr int kShift = 8 * (kStep == 0 ? 0 : kStep == 1 ? 2 : kStep == 2 ? 1 : 3);  // where the byte begins
-    const F32 d;
-    const U32 u;
-    const auto byte_on_top = hn::ShiftLeft<24 - kShift>(hn::BitCast(u, codes));
-    const auto magnitude = hn::And(hn::ShiftRight<4>(byte_on_top), hn::Set(u, 0x07F00000));
-    // As if it were normal. A subnormal 2^-7 (1 + f) stands for 2^-6 f, which is the smaller of the two for it alone.
-    const VF normal = hn::BitCast(d, hn::Add(magnitude, hn::Set(u, uint32_t{127 - 7} << 23)));
-    const VF value = hn::Min(normal, hn::MulAdd(normal, hn::Set(d, 2.0f), hn::Set(d, -0x1p-6f)));
-    const auto sign = hn::And(byte_on_top, hn::Set(u, 0x80000000));
-    return hn::BitCast(d, hn::Or(hn::BitCast(u, value), sign));
+  static HWY_INLINE VF unpack(hn::Vec<Words> codes) {
+    const hn::Rebind<int16_t, F32> i;
+    const hn::Rebind<hwy::float16_t, F32> half;
+    if constexpr (kStep == 0) codes = hn::ShiftLeft<8>(codes);
+    const auto sign_twice = hn::ShiftRight<1>(hn::BitCast(i, codes));
+    return hn::PromoteTo(F32(), hn::BitCast(half, hn::And(sign_twice, hn::Set(i, static_cast<int16_t>(0xBF80)))));
   }
 
   static HWY_INLINE VF add(VF sum, VF weights, VF x) { return hn::MulAdd(weights, x, sum); }
   static HWY_INLINE VF widen(VF sum) { return sum; }
-  static HWY_INLINE VF token_scale(const QuantizedLinearArgs&, int64_t, size_t) { return hn::Set(F32(), 1.0f); }
+  static HWY_INLINE VF token_scale(const QuantizedLinearArgs&, int64_t, size_t) { return hn::Set(F32(), 256.0f); }
 
   template <class Outputs>
   static HWY_INLINE VF start(const QuantizedLinearArgs&, const Outputs&, size_t, int64_t) {

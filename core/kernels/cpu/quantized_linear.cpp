@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // out = x weight^T + bias with weights in 8 or 4 bits. Lanes are outputs, a token's elements are broadcast.
 //
-//            D ->                     Loop: block of 32 outputs -> up to 6 tokens -> two vectors of outputs -> groups
-//            of
-//        +---------+   panels of 16   D -> rows of a panel (4 or 8 of D, 64 bytes). Codes come from memory once, for
-//        the
-//   O    | codes   |   outputs,       first tokens, in the order in which they lie, and are fetched ahead; they are
-//        +---------+   interleaved    unpacked once for all tokens at once.
+//            D ->
+//        +---------+   panels of     Loop: block of 32 outputs -> up to 6 tokens -> two vectors of outputs -> groups of
+//   O    | codes   |   16 outputs,   D -> rows of a panel (2, 4 or 8 of D). Codes come from memory once, for the first
+//        +---------+   interleaved   tokens, in the order in which they lie, and are fetched ahead; they are unpacked
+//        +---------+                 once for all tokens at once.
+//   T    | tokens  |
 //        +---------+
-//   T    | tokens  |   Integer codes: a token's group is i16 times a scale of its own (its largest element becomes
-//        +---------+   32767), so that a group's sum of products is exact in i32, whatever the vectors; one f32
-//                      multiply-add a group brings the scales in. f8: codes are widened exactly, a group's sum is f32
-//                      in ascending D. Groups are added in ascending order, then the bias; out is rounded once. A
-//                      token's bits depend neither on other tokens nor, where multiply-adds are fused, on the vectors'
-//                      width. A token's group with a value that is not finite becomes NaN.
+//
+// Integer codes: a token's group is i16 times a scale of its own (its largest element becomes 32767), so that a group's
+// sum of products is exact in i32, whatever the vectors; one f32 multiply-add a group brings the scales in. float8:
+// codes are widened exactly, a group's sum is f32 in ascending D. Groups are added in ascending order, then the bias;
+// out is rounded once. A token's bits depend neither on other tokens nor, where multiply-adds are fused, on the width of
+// the vectors. A token's group with a value that is not finite becomes NaN.
 #include "core/kernels/cpu/quantized_linear.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -29,7 +29,6 @@ namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
 inline constexpr size_t kTokensAtOnce = 6;   // with two vectors of outputs, what 16 registers leave room for
-inline constexpr size_t kRowBytes = 64;      // of a panel
 inline constexpr size_t kBytesAhead = 4096;  // codes on their way while others are read
 inline constexpr auto kPanelOutputs = static_cast<size_t>(kQuantizedPanel);
 inline constexpr auto kBlock = static_cast<size_t>(kQuantizedLinearBlock);
@@ -114,10 +113,12 @@ struct Outputs {
   size_t lane;  // of the panel
 };
 
-HWY_INLINE Outputs outputs_at(const QuantizedLinearArgs& args, size_t panel_bytes, int64_t output) {
+template <class Format>
+HWY_INLINE Outputs outputs_at(const QuantizedLinearArgs& args, int64_t output) {
+  const size_t panel_bytes = static_cast<size_t>(args.D) / Format::kDepth * Format::kRowBytes;
   const int64_t panel = output / kQuantizedPanel;
   const auto lane = static_cast<size_t>(output % kQuantizedPanel);
-  return {args.codes + static_cast<size_t>(panel) * panel_bytes + lane * kRowBytes / kPanelOutputs, panel, lane};
+  return {args.codes + static_cast<size_t>(panel) * panel_bytes + lane * Format::kLaneBytes, panel, lane};
 }
 
 // Sums [kTokens, 2, lanes] of some tokens for two vectors of outputs.
@@ -170,8 +171,8 @@ void multiply(const QuantizedLinearArgs& args, const Outputs& first, const Outpu
       step.template operator()<1>();
       if constexpr (Format::kSteps > 2) step.template operator()<2>();
       if constexpr (Format::kSteps > 2) step.template operator()<3>();
-      p += kRowBytes;
-      q += kRowBytes;
+      p += Format::kRowBytes;
+      q += Format::kRowBytes;
       x += Format::kDepth;
     }
     const VF scale_a = load_scales(args.scales, first.panel, g, first.lane);
@@ -197,14 +198,12 @@ void multiply_block(const QuantizedLinearArgs& args, int64_t output, size_t outp
                     float* HWY_RESTRICT out) {
   const F32 d;
   const size_t lanes = hn::Lanes(d);
-  const size_t panel_bytes = static_cast<size_t>(args.D) / Format::kDepth * kRowBytes;
   HWY_ALIGN float sums[2 * kTokens * kMaxLanes];
   for (size_t i = 0; i < outputs; i += 2 * lanes) {
     // Where a block's last panel has no neighbour, it is its own.
     const size_t next = i + lanes < outputs ? i + lanes : i;
-    multiply<Format, kTokens, kIsFirst>(args, outputs_at(args, panel_bytes, output + static_cast<int64_t>(i)),
-                                        outputs_at(args, panel_bytes, output + static_cast<int64_t>(next)), token,
-                                        sums);
+    multiply<Format, kTokens, kIsFirst>(args, outputs_at<Format>(args, output + static_cast<int64_t>(i)),
+                                        outputs_at<Format>(args, output + static_cast<int64_t>(next)), token, sums);
     for (size_t t = 0; t < kTokens; ++t) {
       hn::Store(hn::Load(d, sums + 2 * t * lanes), d, out + t * kBlock + i);
       hn::Store(hn::Load(d, sums + (2 * t + 1) * lanes), d, out + t * kBlock + next);

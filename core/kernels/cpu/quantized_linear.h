@@ -21,7 +21,7 @@ struct QuantizedLinearArgs {
   int64_t group_size = 0;  // 32, 64 or 128
   Codes format = Codes::kInt8;
   InRows x;                        // [T, D]
-  const uint8_t* codes = nullptr;  // [P, D/4, 16, 4], of kInt4 [P, D/8, 16, 4]
+  const uint8_t* codes = nullptr;  // [P, D/4, 16, 4], of kInt4 [P, D/8, 16, 4], of kFloat8 [P, D/2, 16, 2]
   InRows scales;                   // [P, G, 16]  the token stride is 16 G, the head stride 16
   const int8_t* zeros = nullptr;   // [P, G, 16]  null: 0, of kInt4 8
   const int32_t* order = nullptr;  // [D]  null: as they are

@@ -99,6 +99,15 @@ bool reads_context_rows(c10::Device device) {
                              [&](const Backend* b) { return b->reads_context_rows() && !b->why_not_device(device); });
 }
 
+bool copies_contexts(c10::Device device, const std::string& backend) {
+  const std::string name = backend == "auto" ? default_backend(Op<PagedAttentionParams>::phase) : backend;
+  const auto serves = [&](const Backend* b) {
+    return (name == "auto" || b->name() == name) && !b->why_not_device(device);
+  };
+  const auto found = std::ranges::find_if(backends(), serves);
+  return found == backends().end() || (*found)->copies_contexts();
+}
+
 std::string last_backend(std::string_view op) {
   const Backend* backend = last_call("last_backend", op).backend;
   return backend != nullptr ? std::string(backend->name()) : "";

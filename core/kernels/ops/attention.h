@@ -38,6 +38,9 @@ void check_host_facts(const PagedAttentionParams& p);
 /// Whether a backend of that device gathers all contexts at once, and so needs context_rows.
 bool reads_context_rows(c10::Device device);
 
+/// Whether the memory of a call on that device grows with its contexts; `backend` as in the call.
+bool copies_contexts(c10::Device device, const std::string& backend);
+
 /// Writes keys and values of new tokens to their rows of a paged cache of P blocks of B rows. No row is named twice.
 /// Rows that are not named are bitwise unchanged.
 struct StoreKvParams {

@@ -37,11 +37,11 @@ struct QuantizedRows {
 inline constexpr int64_t kPackedOutputs = 16;
 
 /// A weight [O, D] as kernels read it: panels of 16 outputs, P = ceil(O / 16) of them, the last one filled up with
-/// zeros. A panel is rows of 64 bytes, four for each output, which hold the next four elements of D in the order 0, 2,
-/// 1, 3; or the next eight in 4 bits, from the lowest bits of the first byte on, in the order 0, 2, 4, 6, 1, 3, 5, 7.
-/// The dtype of `codes` is the format. G is D / group_size.
+/// zeros. A row of a panel has four bytes for each output, which hold the next four elements of D in the order 0, 2, 1,
+/// 3; or the next eight in 4 bits, from the lowest bits of the first byte on, in the order 0, 2, 4, 6, 1, 3, 5, 7; or,
+/// of float8, two bytes, 0 and 1. The dtype of `codes` is the format. G is D / group_size.
 struct QuantizedWeight {
-  at::Tensor codes;                      // [P, D/4, 16, 4] i8 | float8_e4m3fn, or [P, D/8, 16, 4] u8
+  at::Tensor codes;                      // [P, D/4, 16, 4] i8 | [P, D/8, 16, 4] u8 | [P, D/2, 16, 2] float8_e4m3fn
   at::Tensor scales;                     // [P, G, 16]  f32 | bf16 | f16
   std::optional<at::Tensor> zeros = {};  // [P, G, 16]  i8
   std::optional<at::Tensor> order = {};  // [D]         i32

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import xgdn
+from xgdn.bench.op_times import RecordedStep, StepProfile, record_ops, step_profile
 from xgdn.bench.turns import take_turns
 
 _WARM_UP = 4  # steps; the first ones touch memory that nobody has read yet
@@ -27,6 +28,7 @@ class ModelRow:
     engine: float  # median share of a step that is not the model's forward
     roofline: float  # time to read the weights once, and to read and write the states once
     prefill: float  # tokens per second of the prompts before
+    profiles: list[StepProfile]  # of the steps with prompts and of the timed ones, if asked for
 
     @property
     def median(self) -> float:
@@ -60,12 +62,14 @@ class ModelBenchmark:
         *,
         prompt_tokens: int,
         steps: int,
+        profile: bool = False,
     ) -> None:
-        """`load` gets `args` with the sizes that the largest batch needs."""
+        """`load` gets `args` with the sizes that the largest batch needs. With `profile`, steps are recorded by op."""
         self._load = load
         self._args = args
         self._prompt_tokens = prompt_tokens
         self._steps = steps + _WARM_UP
+        self._profile = profile
 
     def run(self, batches: Sequence[int], threads: int) -> list[ModelRow]:
         torch.set_num_threads(threads)
@@ -78,34 +82,46 @@ class ModelBenchmark:
             max_tokens_per_step=_STEP_TOKENS,
         )
         engine = self._load(args)
+        self._submit(engine, 1, max_new_tokens=1)
+        while not engine.is_idle():
+            engine.step()
         return [self._decode(engine, batch, max(batches), threads) for batch in batches]
 
     def _max_new_tokens(self, batch: int) -> int:
         """Return how many tokens the first sequence needs to still decode when the last has decoded `steps` times."""
         return self._steps + 2 + batch * self._prompt_tokens // _STEP_TOKENS
 
-    def _decode(self, engine: xgdn.Engine, batch: int, slots: int, threads: int) -> ModelRow:
+    def _submit(self, engine: xgdn.Engine, batch: int, *, max_new_tokens: int) -> None:
         generator = torch.Generator().manual_seed(0)
         for _ in range(batch):
             prompt = torch.randint(0, engine.vocab_size, (self._prompt_tokens,), generator=generator)
-            engine.submit(xgdn.Request(prompt.tolist(), max_new_tokens=self._max_new_tokens(batch), ignore_eos=True))
+            engine.submit(xgdn.Request(prompt.tolist(), max_new_tokens=max_new_tokens, ignore_eos=True))
+
+    def _decode(self, engine: xgdn.Engine, batch: int, slots: int, threads: int) -> ModelRow:
+        self._submit(engine, batch, max_new_tokens=self._max_new_tokens(batch))
         steps, prefill_seconds = [], 0.0
+        recorded: dict[str, list[RecordedStep]] = {"prompt": [], "decode": []}
         while not engine.is_idle():
-            if error := next((event.error for event in engine.step() if event.error), ""):
+            events, seconds, ops = record_ops(engine.step) if self._profile else (engine.step(), 0.0, [])
+            if error := next((event.error for event in events if event.error), ""):
                 raise xgdn.errors.Error(error)
             step = engine.last_step
             if step.num_prefill_tokens > 0:
                 prefill_seconds += step.seconds
+                recorded["prompt"].append(RecordedStep(step.num_prefill_tokens + step.num_decodes, seconds, ops))
             elif step.num_decodes == batch:
                 steps.append(step)
+                recorded["decode"].append(RecordedStep(batch, seconds, ops))
         timed = steps[_WARM_UP:]
+        recorded["decode"] = recorded["decode"][_WARM_UP:]
         return ModelRow(
             batch=batch,
             threads=threads,
             times=[1e3 * step.seconds for step in timed],
             engine=statistics.median(1 - step.forward_seconds / step.seconds for step in timed),
-            roofline=1e3 * _roofline(engine.memory_bytes["weights"], engine.memory_bytes["states"] * batch // slots),
+            roofline=1e3 * _roofline(engine.streamed_bytes, engine.memory_bytes["states"] * batch // slots),
             prefill=batch * self._prompt_tokens / prefill_seconds,
+            profiles=[step_profile(kind, steps) for kind, steps in recorded.items()] if self._profile else [],
         )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xgdn.bench.model import ModelRow
+from xgdn.bench.op_times import StepProfile
 from xgdn.bench.timeline import Distribution, ServingRow
 
 
@@ -78,6 +79,26 @@ def model_table(rows: Iterable[ModelRow]) -> Table:
     return shown
 
 
+def profile_table(profile: StepProfile) -> Table:
+    """Ops by their time; at the end the rest of the step."""
+    shown = Table("op", "sizes", box=None)
+    for heading in ("calls", "us", "us each", "share", "us before"):
+        shown.add_column(heading, justify="right")
+    for row in sorted(profile.ops, key=lambda row: row.inside, reverse=True):
+        shown.add_row(
+            row.op,
+            " x ".join(f"{size:,}" for size in row.sizes),
+            f"{row.calls:,.4g}",
+            f"{row.inside:,.0f}",
+            f"{row.inside / row.calls:,.1f}",
+            f"{row.inside / profile.step:.1%}",
+            f"{row.before:,.0f}",
+        )
+    for name, time in (("between ops", profile.between), ("after the last op", profile.after)):
+        shown.add_row(name, "", "", f"{time:,.0f}", "", f"{time / profile.step:.1%}", "")
+    return shown
+
+
 def load_table(rows: Iterable[ServingRow]) -> Table:
     """Counts and throughput of each run."""
     shown = Table("req/s", box=None)
@@ -134,8 +155,13 @@ def print_wide(shown: Table) -> None:
     Console(width=max(Console().width, 150)).print(shown)
 
 
-def print_model_rows(rows: Iterable[ModelRow]) -> None:
+def print_model_rows(rows: Sequence[ModelRow]) -> None:
     print_wide(model_table(rows))
+    for row in rows:
+        for profile in row.profiles:
+            steps = f"mean of {profile.steps} steps of {profile.tokens:,.4g} tokens"
+            print(f"\n{profile.kind}, batch {row.batch}, threads {row.threads}: {profile.step:,.0f} us, {steps}")
+            print_wide(profile_table(profile))
 
 
 def print_serving_rows(rows: Sequence[ServingRow]) -> None:

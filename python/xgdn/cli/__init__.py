@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `xgdn generate`, `xgdn serve`, `xgdn plan`, `xgdn bench` and `xgdn doctor`."""
+"""The command line: `xgdn generate`, `serve`, `plan`, `quantize`, `bench` and `doctor`."""
 
 import importlib.metadata
 from typing import Annotated
 
 import typer
 
-from xgdn.cli import bench, doctor, generate, plan, serve
+from xgdn.cli import bench, doctor, generate, plan, quantize, serve
 
 __all__ = ["app"]
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Serves models with the gated delta rule (Qwen3-Next, Qwen3.5)."
 )
-for command in (generate.generate, plan.plan, serve.serve, doctor.doctor):
+for command in (generate.generate, plan.plan, quantize.quantize, serve.serve, doctor.doctor):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

@@ -28,20 +28,26 @@ def model(
         int, typer.Option(min=1, max=MAX, metavar="N", help="Length of each prompt in tokens.")
     ] = 128,
     steps: Annotated[int, typer.Option(min=1, max=MAX, metavar="N", help="Timed decode steps per batch size.")] = 32,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time of a step goes: each op, and the gaps between them.")
+    ] = False,
     *,
     engine_args: EngineArgs,
     as_json: JsonOption = False,
 ) -> None:
     """Measure decode steps of a whole model against the roofline, and the share of them spent outside its forward.
 
-    The roofline reads the weights once, and reads and writes the states once.
+    The roofline reads the weights once, and reads and writes the states once. With --profile, two more tables, of the
+    steps with prompts and of the decode steps: the ops by their time, and the time that passes before them.
     """
     from xgdn.bench.model import ModelBenchmark
     from xgdn.bench.report import print_model_rows, show
 
     batches, counts = parse_counts(batch, "--batch"), parse_counts(threads, "--threads")
     with errors_in_one_line():
-        benchmark = ModelBenchmark(partial(load_engine, model), engine_args, prompt_tokens=prompt_tokens, steps=steps)
+        benchmark = ModelBenchmark(
+            partial(load_engine, model), engine_args, prompt_tokens=prompt_tokens, steps=steps, profile=profile
+        )
         rows = [row for count in counts for row in benchmark.run(batches, count)]
     show(rows, print_model_rows, as_json)
 

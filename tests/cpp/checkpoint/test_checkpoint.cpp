@@ -89,7 +89,7 @@ TEST_F(CheckpointTest, GetChecksNameShapeAndDtype) {
   expect_refused([&] { checkpoint.get("w", {1, 2}); }, {"model.safetensors", "'w'", "expected [1, 2]", "got [2, 1]"});
   expect_refused([&] { checkpoint.get("w", {2}); }, {"'w'", "expected [2]", "got [2, 1]"});
   expect_refused([&] { checkpoint.get("w", {}); }, {"'w'", "expected []", "got [2, 1]"});
-  expect_refused([&] { checkpoint.get("ids", {1}); }, {"'ids'", "BF16, F16, F32 or F64", "quantized", "got I32"});
+  expect_refused([&] { checkpoint.get("ids", {1}); }, {"'ids'", "BF16, F16, F32 or F64", "got I32"});
 }
 
 TEST_F(CheckpointTest, FindsTensorsUnderAnyWrapper) {
@@ -110,7 +110,7 @@ TEST_F(CheckpointTest, SaysUnderWhichOtherNameATensorIs) {
   dir_.write("model.safetensors", shard_of({"module.model.x.weight", "mtp.x.weight", "y.qweight", "y.scales"}, 1));
   const Checkpoint checkpoint(dir_.path());
   expect_refused([&] { checkpoint.get("model.x.weight", {2}); }, {"'model.x.weight'", "but 'module.model.x.weight'"});
-  expect_refused([&] { checkpoint.get("model.y.weight", {2}); }, {"'y.qweight', 'y.scales'", "quantized weights"});
+  expect_refused([&] { checkpoint.get("model.y.weight", {2}); }, {"'y.qweight', 'y.scales'", "quantization_config"});
   expect_refused([&] { checkpoint.get("model.z.weight", {2}); }, {"'model.z.weight'", "got none"});
 }
 

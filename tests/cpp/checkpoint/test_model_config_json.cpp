@@ -251,12 +251,6 @@ TEST_F(ModelConfigTest, RefusesBrokenWrappers) {
   refuse(R"({"model_type":"qwen3_5","text_config":{"hidden_size":-1}})", {"text_config.hidden_size", "got -1"});
 }
 
-TEST_F(ModelConfigTest, RefusesQuantization) {
-  refuse_dense(R"("quantization_config":{"quant_method":"fp8"})",
-               {"quantization_config", "not supported", "quant_method 'fp8'"});
-  refuse(R"({"model_type":"qwen3_5","text_config":{"quantization_config":{}}})", {"text_config.quantization_config"});
-}
-
 TEST_F(ModelConfigTest, RefusesOtherRotaryEmbeddings) {
   refuse_dense(R"("rope_parameters":{"rope_type":"yarn","factor":4})",
                {"rope_parameters.rope_type", "'default'", "'yarn'"});

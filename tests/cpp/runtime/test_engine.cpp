@@ -219,24 +219,42 @@ TEST_F(EngineTest, TheStepBuffersTakeWhatIsPlanned) {
 TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
   std::vector<Request> requests;
   for (int32_t i = 0; i < 7; ++i) requests.push_back({.prompt = std::vector<int32_t>(300, i), .max_new_tokens = 4});
-  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
-    for (const int64_t max_tokens : {64, 256, 2048}) {
-      const EngineOptions options{.runner = {.max_batch_size = 7,
-                                             .max_cached_tokens = 2200,
-                                             .max_tokens_per_step = max_tokens,
-                                             .decode_buckets = {64}},
-                                  .dtype = dtype};
-      const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
-      const auto peak = std::make_shared<AllocationPeak>();
-      {
-        const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, peak);
-        engine->generate(requests);
+  for (const std::string& backend : kernel::available_backends()) {
+    if (backend != "cpu" && backend != "reference") continue;
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      for (const int64_t max_tokens : {64, 256, 2048}) {
+        const std::string name = backend + ", " + std::to_string(max_tokens) + " tokens in a step";
+        const EngineOptions options{.runner = {.max_batch_size = 7,
+                                               .max_cached_tokens = 2200,
+                                               .max_tokens_per_step = max_tokens,
+                                               .decode_buckets = {64}},
+                                    .dtype = dtype,
+                                    .backends = {.decode = backend}};
+        const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
+        const auto peak = std::make_shared<AllocationPeak>();
+        {
+          const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, peak);
+          engine->generate(requests);
+        }
+        const int64_t planned = Engine::plan(dir_.path(), options).workspace_bytes();
+        EXPECT_LE(peak->peak(), planned) << name;
+        EXPECT_GE(peak->peak() * 20, planned) << "a bound that tells nothing, " << name;
       }
-      const int64_t planned = Engine::plan(dir_.path(), options).workspace_bytes();
-      EXPECT_LE(peak->peak(), planned) << max_tokens << " tokens in a step";
-      EXPECT_GE(peak->peak() * 20, planned) << "a bound that tells nothing, at " << max_tokens << " tokens in a step";
     }
   }
+}
+
+TEST_F(EngineTest, PlansForTheContextWhatAttentionTakesOfIt) {
+  const auto plan_for = [&](const std::string& backend) {
+    return Engine::plan(dir_.path(), {.runner = {.max_batch_size = 1}, .backends = {.decode = backend}});
+  };
+  for (const std::string& backend : kernel::available_backends()) {
+    if (backend != "cpu" && backend != "reference") continue;
+    EXPECT_EQ(plan_for(backend).step_mask_bytes > 0, backend == "reference") << backend;
+    EXPECT_EQ(plan_for(backend).step_context_bytes > 0, backend == "reference") << backend;
+  }
+  const std::string first = kernel::available_backends().front();
+  EXPECT_EQ(plan_for("auto").step_mask_bytes, plan_for(first).step_mask_bytes);
 }
 
 TEST_F(EngineTest, RefusesToExceedItsMemoryLimit) {

@@ -38,13 +38,34 @@ inline std::string config_json(const ModelConfig& c) {
       .dump();
 }
 
+inline std::string_view safetensors_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat8_e4m3fn:
+      return "F8_E4M3";
+    case at::kBFloat16:
+      return "BF16";
+    case at::kHalf:
+      return "F16";
+    case at::kChar:
+      return "I8";
+    case at::kInt:
+      return "I32";
+    case at::kLong:
+      return "I64";
+    default:
+      return "F32";
+  }
+}
+
 inline std::string safetensors(const Weights& weights) {
   nlohmann::json header;
   std::string bytes;
   for (const auto& [name, tensor] : weights) {
     const size_t begin = bytes.size();
     bytes.append(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
-    header[name] = {{"dtype", "F32"}, {"shape", tensor.sizes().vec()}, {"data_offsets", {begin, bytes.size()}}};
+    header[name] = {{"dtype", safetensors_dtype(tensor.scalar_type())},
+                    {"shape", tensor.sizes().vec()},
+                    {"data_offsets", {begin, bytes.size()}}};
   }
   return safetensors_bytes(header.dump(), bytes);
 }

@@ -54,8 +54,8 @@ Dims match(const QuantizedLinearParams& p) {
   Dims d(Op<QuantizedLinearParams>::name);
   match_strided(d, "x", p.x, "T D", kInputTypes);
   const at::ScalarType in = p.x.scalar_type();
-  bind_packed(d, "D", "D/4", "D/8", "x");
-  match_packed(d, p.weight, {"codes", "scales", "zeros", "P D/4 16 4", "P D/8 16 4", "P G 16"});
+  bind_packed(d, "x");
+  match_packed(d, p.weight, {"codes", "scales", "zeros", "P D/4 16 4", "P D/8 16 4", "P D/2 16 2", "P G 16"});
   require_groups(d, "scales", "D", "G");
   match_contiguous(d, "order", p.weight.order, "D", {at::kInt});
   match_contiguous(d, "bias", p.bias, "O", {in});

@@ -51,23 +51,24 @@ inline void match_taps(Dims& d, std::string_view arg, const at::Tensor& weight, 
 // Names of the arguments and of the dimensions of a packed weight.
 struct PackedNames {
   std::string_view codes, scales, zeros;
-  std::string_view bytes;    // dimensions of codes in 8 bits
-  std::string_view nibbles;  // in 4 bits
-  std::string_view groups;   // of scales and zeros
+  std::string_view int8, int4, float8;  // dimensions of codes
+  std::string_view groups;              // of scales and zeros
 };
 
-// The rows of a panel that `width`, bound by `arg`, makes of 8 and of 4 bits.
-inline void bind_packed(Dims& d, std::string_view width, std::string_view of_bytes, std::string_view of_nibbles,
-                        std::string_view arg) {
-  d.require(d.sym(width) % 32 == 0, arg, ": expected ", width, " a multiple of 32, got ", d.sym(width));
-  d.bind(of_bytes, d.sym(width) / 4, arg);
-  d.bind(of_nibbles, d.sym(width) / 8, arg);
+// The rows of a panel that D, bound by `arg`, makes in each format.
+inline void bind_packed(Dims& d, std::string_view arg) {
+  d.require(d.sym("D") % 32 == 0, arg, ": expected D a multiple of 32, got ", d.sym("D"));
+  d.bind("D/4", d.sym("D") / 4, arg);
+  d.bind("D/8", d.sym("D") / 8, arg);
+  d.bind("D/2", d.sym("D") / 2, arg);
 }
 
 inline void match_packed(Dims& d, const QuantizedWeight& weight, const PackedNames& names) {
-  const bool is_nibbles = weight.codes.defined() && weight.codes.scalar_type() == at::kByte;
-  match_contiguous(d, names.codes, weight.codes, is_nibbles ? names.nibbles : names.bytes,
-                   {at::kChar, at::kByte, at::kFloat8_e4m3fn});
+  const at::ScalarType dtype = weight.codes.defined() ? weight.codes.scalar_type() : at::kChar;
+  const std::string_view dims = dtype == at::kByte            ? names.int4
+                                : dtype == at::kFloat8_e4m3fn ? names.float8
+                                                              : names.int8;
+  match_contiguous(d, names.codes, weight.codes, dims, {at::kChar, at::kByte, at::kFloat8_e4m3fn});
   match_contiguous(d, names.scales, weight.scales, names.groups, kInputTypes);
   match_contiguous(d, names.zeros, weight.zeros, names.groups, {at::kChar});
   d.require(!weight.zeros || weight.codes.scalar_type() != at::kFloat8_e4m3fn, names.zeros,

@@ -56,18 +56,23 @@ Dims match(const QuantizedMoeExpertsParams& p) {
   const at::ScalarType in = p.x.scalar_type();
   match_contiguous(d, "weights", p.weights, "T A", {in});
   match_contiguous(d, "chosen", p.chosen, "T A", {at::kLong});
-  bind_packed(d, "D", "D/4", "D/8", "x");
+  bind_packed(d, "x");
   d.bind("D/16", d.sym("D") / kPackedOutputs, "x");
   match_packed(d, p.down,
-               {"down_codes", "down_scales", "down_zeros", "E D/16 I/4 16 4", "E D/16 I/8 16 4", "E D/16 H 16"});
+               {"down_codes", "down_scales", "down_zeros", "E D/16 I/4 16 4", "E D/16 I/8 16 4", "E D/16 I/2 16 2",
+                "E D/16 H 16"});
   d.require(d.sym("E") > 0, "down_codes: expected at least one expert, got E=0");
-  const bool is_nibbles = p.down.codes.scalar_type() == at::kByte;
-  d.bind("I", is_nibbles ? d.sym("I/8") * 8 : d.sym("I/4") * 4, "down_codes");
+  const at::ScalarType dtype = p.down.codes.scalar_type();
+  d.bind("I",
+         dtype == at::kByte   ? d.sym("I/8") * 8
+         : dtype == at::kChar ? d.sym("I/4") * 4
+                              : d.sym("I/2") * 2,
+         "down_codes");
   require_groups(d, "down_scales", "I", "H");
   d.bind("(2I/16)", d.sym("I") / 8, "down_codes");
   match_packed(d, p.gate_up,
                {"gate_up_codes", "gate_up_scales", "gate_up_zeros", "E (2I/16) D/4 16 4", "E (2I/16) D/8 16 4",
-                "E (2I/16) G 16"});
+                "E (2I/16) D/2 16 2", "E (2I/16) G 16"});
   require_groups(d, "gate_up_scales", "D", "G");
   d.require(!p.gate_up.order && !p.down.order, "order: expected none, got one");
   match_contiguous(d, "out", p.out, "T D", {in});
