@@ -310,7 +310,7 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     (QUANTIZED, {"zeros": int8(1, 1, 16)}, ValueError, ("zeros", "G=2 (set by scales)", "[1, 1, 16]")),
     (
         QUANTIZED,
-        {"codes": torch.zeros(1, 16, 16, 4).to(torch.float8_e4m3fn), "zeros": int8(1, 2, 16)},
+        {"codes": torch.zeros(1, 32, 16, 2).to(torch.float8_e4m3fn), "zeros": int8(1, 2, 16)},
         ValueError,
         ("zeros", "none", "float8"),
     ),
