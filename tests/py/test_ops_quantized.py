@@ -268,7 +268,7 @@ def test_rounding_is_to_nearest_and_no_worse_than_by_the_largest(
     low, high = (-128, 127) if format == "int8" else (-8, 7)
     assert codes.amin() >= low
     assert codes.amax() <= high
-    scales = rows.scales.double().unsqueeze(2)
+    scales = rows.scales.double().abs().unsqueeze(2)
     is_nearest = difference.abs() <= scales * 0.5001
     assert (is_nearest | (codes == low) | (codes == high) | (scales == 0)).all()
 
@@ -333,9 +333,13 @@ def test_what_cannot_be_rounded(
 def unpacked(packed: PackedWeight, O: int) -> Tensor:  # noqa: E741
     """The plain weight in float64, read as docs and headers describe what is packed."""
     P, depth, outputs, row_bytes = packed.codes.shape
-    assert (outputs, row_bytes) == (16, 4)
     is_int4 = packed.codes.dtype == torch.uint8
-    order = (0, 2, 4, 6, 1, 3, 5, 7) if is_int4 else (0, 2, 1, 3)
+    order = {
+        torch.int8: (0, 2, 1, 3),
+        torch.uint8: (0, 2, 4, 6, 1, 3, 5, 7),
+        torch.float8_e4m3fn: (0, 1),
+    }[packed.codes.dtype]
+    assert (outputs, row_bytes) == (16, 4 if is_int4 else len(order))
     elements = torch.full((P, 16, depth, len(order)), torch.nan, dtype=torch.float64)
     for place, element in enumerate(order):
         byte = packed.codes[..., place // 2 if is_int4 else place]
