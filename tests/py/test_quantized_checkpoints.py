@@ -9,16 +9,32 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import nn
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 import xgdn
 from checkpoints import CHECKPOINTS, MOE, Tiny, make, one_thread, qwen3_5, qwen3_5_moe, qwen3_5_wrapper, qwen3_next
-from quantized_checkpoints import HEAD, PRODUCTS, SCHEMES, Scheme, Tensors, awq, fp8, gptq, packed, quantize, reference
+from quantized_checkpoints import (
+    HEAD,
+    PRODUCTS,
+    SCHEMES,
+    Scheme,
+    Tensors,
+    awq,
+    fp8,
+    gptq,
+    int8,
+    packed,
+    quantize,
+    reference,
+)
 
+TRAINED = Path(__file__).parents[2] / "examples/tiny_model/checkpoint"
 PROMPT = [3, 14, 15, 92, 65, 35]
 RUNNER = xgdn.RunnerOptions(max_batch_size=2, max_cached_tokens=64)
 WIDE_MOE = {"shared_expert_intermediate_size": 64, "moe_intermediate_size": 64}
@@ -55,7 +71,7 @@ def quantized(tiny: Tiny, scheme: Scheme, folder: Path) -> tuple[Path, nn.Module
     """The checkpoint in the scheme, and the model with the weights that it stands for."""
     plain, model = make(tiny, folder)
     truth = quantize(plain, scheme, folder / "quantized")
-    return folder / "quantized", reference(model, plain, truth, folder / "reference")
+    return folder / "quantized", reference(type(model), plain, truth, folder / "reference")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -108,7 +124,25 @@ def test_fused_experts_with_scales_beside_them(tmp_path: Path) -> None:
 
     truth = quantize(plain, fp8(torch.float32), tmp_path / "quantized")
     assert "model.layers.0.mlp.experts.gate_up_proj_scale_inv" in load_file(tmp_path / "quantized/model.safetensors")
-    assert_logits(tmp_path / "quantized", reference(model, plain, truth, tmp_path / "reference"))
+    assert_logits(tmp_path / "quantized", reference(type(model), plain, truth, tmp_path / "reference"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", [*EACH_METHOD, gptq(8, 64, symmetric=True, desc_act=True), int8()], ids=str)
+def test_perplexity_of_the_trained_model(tmp_path: Path, scheme: Scheme) -> None:
+    """As that of the float64 weights, to four digits."""
+    truth = quantize(TRAINED, scheme, tmp_path / "quantized")
+    model = reference(transformers.Qwen3_5ForCausalLM, TRAINED, truth, tmp_path / "reference")
+    text = (TRAINED / "held_out.txt").read_text(encoding="utf-8")
+    window = Tokenizer.from_file(str(TRAINED / "tokenizer.json")).encode(text).ids[:512]
+
+    def perplexity(logits: torch.Tensor) -> float:
+        return nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(window[1:])).exp().item()
+
+    want = perplexity(model(torch.tensor([window])).logits[0])
+    runner = xgdn.RunnerOptions(max_batch_size=1, max_cached_tokens=512)
+    engine = xgdn.Engine(tmp_path / "quantized", dtype=torch.float32, runner=runner)
+    assert abs(perplexity(engine.prompt_logits(window)) / want - 1) < 5e-5
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)

@@ -174,7 +174,8 @@ HWY_INLINE VF exp2_decay(F32 d, VF x) {
   p = hn::MulAdd(p, r, hn::Set(d, 6.93147181e-1f));
   p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
   const auto power = hn::ShiftLeft<23>(hn::ConvertTo(i, n));
-  return hn::IfThenZeroElse(is_zero, hn::BitCast(d, hn::Add(hn::BitCast(i, p), power)));
+  const VF exact = hn::BitCast(d, hn::Add(hn::BitCast(i, p), power));
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::IfThenZeroElse(is_zero, exact));  // what NaN is as an integer differs
 }
 
 // Returns what is stored, as a number.

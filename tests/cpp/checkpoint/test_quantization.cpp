@@ -462,6 +462,10 @@ TEST_F(QuantizationTest, SchemesOfSeveralGroups) {
   // A name is narrower than a pattern.
   expect(write_packed(eight, false), config({kModule.substr(0, kModule.size() - 1)}, {"re:.*"}), eight);
   refuse(write_packed(eight, false), config({"re:.*up.*"}, {"re:.*"}), {8, 64}, {"up_proj'", "one scheme", "'.*up.*'"});
+  write(write_packed(eight, false), config({"Linear"}, {"LinearBase"}));
+  expect_refused([&] { open(); }, {"config_groups", "one group for a class"});
+  write(write_packed(eight, false), config({"lm_head"}, {"model.lm_head"}));
+  expect_refused([&] { open(); }, {"config_groups", "one group for 'lm_head'"});
   refuse(write_packed(eight, false), config({"re:.*q.*"}, {"a.b"}), {8, 64}, {"up_proj'", "a scheme for", "none"});
 
   json dynamic = gptq_config(4, 32, true);
