@@ -41,8 +41,8 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
   const at::Tensor gate = query_gate.narrow(-1, dim, dim);
   const at::Tensor key = k_.forward(hidden, backend_).unflatten(1, {config_.num_kv_heads, dim});
   const at::Tensor v = v_.forward(hidden, backend_).unflatten(1, {config_.num_kv_heads, dim});
-  const at::Tensor q = apply_rotary(rms_norm_zero_centred(query, q_norm_, config_.rms_norm_eps, backend_), rotary);
-  const at::Tensor k = apply_rotary(rms_norm_zero_centred(key, k_norm_, config_.rms_norm_eps, backend_), rotary);
+  const at::Tensor q = rotary_rms_norm_zero_centred(query, q_norm_, rotary, config_.rms_norm_eps, backend_);
+  const at::Tensor k = rotary_rms_norm_zero_centred(key, k_norm_, rotary, config_.rms_norm_eps, backend_);
 
   kernel::store_kv({.k = k,
                     .v = v,

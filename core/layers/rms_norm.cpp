@@ -21,6 +21,14 @@ at::Tensor rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& weight, 
   return out;
 }
 
+at::Tensor rotary_rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& weight, const RotaryTable& rotary,
+                                        double eps, const std::string& backend) {
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  kernel::rms_norm(
+      {.x = x, .weight = weight, .out = out, .cos = rotary.cos, .sin = rotary.sin, .eps = eps, .backend = backend});
+  return out;
+}
+
 at::Tensor add_rms_norm_zero_centred(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
                                      double eps, const std::string& backend) {
   at::Tensor out = at::empty(x.sizes(), x.options());

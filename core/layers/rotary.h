@@ -6,7 +6,7 @@
 
 namespace xgdn {
 
-/// cos and sin of a step's positions, each [T, 1, rotary_dim].
+/// cos and sin of a step's positions, each [T, rotary_dim], as kernel::rms_norm takes them.
 struct RotaryTable {
   at::Tensor cos;
   at::Tensor sin;
@@ -24,8 +24,5 @@ class Rotary {
  private:
   at::Tensor inverse_frequencies_;  // [rotary_dim / 2] f32
 };
-
-/// Rotates the first rotary_dim of x [T, heads, D] (halves, not pairs) and passes the rest through.
-at::Tensor apply_rotary(const at::Tensor& x, const RotaryTable& table);
 
 }  // namespace xgdn

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/sampler.h"
 
+#include <ATen/Parallel.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
@@ -25,33 +26,57 @@ int32_t ordered(float x) {
   return bits ^ (bits >> 31 & kMagnitude);
 }
 
-// A largest logit, the first one unless it is zero. As integers, whose order compilers turn into vectors.
-int32_t argmax(std::span<const float> logits) {
-  constexpr size_t kBlock = 1024;
-  constexpr size_t kCacheLine = 16;  // logits
+// What a pass over logits finds.
+struct Peak {
   int32_t best = std::numeric_limits<int32_t>::min();
   int32_t magnitude = 0;
-  size_t best_block = 0;
-  for (size_t begin = 0; begin < logits.size(); begin += kBlock) {
-    const size_t end = std::min(begin + kBlock, logits.size());
+  size_t block = 0;  // where the first block with the best begins
+};
+
+// As integers, whose order compilers turn into vectors.
+Peak find_peak(std::span<const float> logits, size_t first, size_t last) {
+  constexpr size_t kBlock = 1024;
+  constexpr size_t kCacheLine = 16;  // logits
+  Peak peak{.block = first};
+  for (size_t begin = first; begin < last; begin += kBlock) {
+    const size_t end = std::min(begin + kBlock, last);
     // Another core wrote them: without this the loop below waits for memory.
-    for (size_t i = end; i < std::min(end + kBlock, logits.size()); i += kCacheLine) __builtin_prefetch(&logits[i]);
+    for (size_t i = end; i < std::min(end + kBlock, last); i += kCacheLine) __builtin_prefetch(&logits[i]);
     int32_t largest = std::numeric_limits<int32_t>::min();
     for (size_t i = begin; i < end; ++i) {
       largest = std::max(largest, ordered(logits[i]));
-      magnitude = std::max(magnitude, std::bit_cast<int32_t>(logits[i]) & kMagnitude);
+      peak.magnitude = std::max(peak.magnitude, std::bit_cast<int32_t>(logits[i]) & kMagnitude);
     }
-    if (largest > best) {
-      best = largest;
-      best_block = begin;
+    if (largest > peak.best) {
+      peak.best = largest;
+      peak.block = begin;
     }
   }
-  if (magnitude > kInfinity) {
+  return peak;
+}
+
+// Of two passes, `a` over what comes first.
+Peak first_peak(const Peak& a, const Peak& b) {
+  Peak peak = b.best > a.best ? b : a;
+  peak.magnitude = std::max(a.magnitude, b.magnitude);
+  return peak;
+}
+
+// A largest logit, the first one unless it is zero. Threads share a single row; of several, each takes its own.
+int32_t argmax(std::span<const float> logits) {
+  constexpr int64_t kShare = 16384;  // what a thread is worth
+  const Peak peak = at::parallel_reduce(
+      0, std::ssize(logits), kShare, Peak{},
+      [&](int64_t begin, int64_t end, const Peak&) {
+        return find_peak(logits, static_cast<size_t>(begin), static_cast<size_t>(end));
+      },
+      first_peak);
+  if (peak.magnitude > kInfinity) {
     const auto nan = std::find_if(logits.begin(), logits.end(), [](float x) { return std::isnan(x); });
     throw NumericsError(c10::str("[Sampler] logits: expected numbers, got NaN for token ", nan - logits.begin()));
   }
-  const auto found = std::find_if(logits.begin() + static_cast<std::ptrdiff_t>(best_block), logits.end(),
-                                  [&](float x) { return ordered(x) == best; });
+  const auto found = std::find_if(logits.begin() + static_cast<std::ptrdiff_t>(peak.block), logits.end(),
+                                  [&](float x) { return ordered(x) == peak.best; });
   if (!std::isfinite(*found))
     throw NumericsError(c10::str("[Sampler] logits: expected a finite maximum, got ", *found));
   return static_cast<int32_t>(found - logits.begin());

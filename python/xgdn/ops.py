@@ -478,6 +478,8 @@ def rms_norm(
     weight: Tensor,
     *,
     residual: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     eps: float = 1e-6,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -486,9 +488,12 @@ def rms_norm(
     `sqrt(mean(x^2) + eps)`. `weight` `[D]` is f32 or as `x`, contiguous, and around zero, as checkpoints store it.
 
     `residual` `[T, H, D]`, as `x`, is updated in place: `x` is added to it, and the sum is normed.
+
+    `cos` and `sin` `[T, P]`, as `x`, with an even P of at most D, rotate the first P elements of a normed row `n`,
+    halves and not pairs: `n * cos + (-n[P/2:P], n[:P/2]) * sin`. `n` and both products are rounded to the dtype.
     """
     out = x.new_empty(x.shape) if out is None else out
-    torch.ops.xgdn.rms_norm(x, weight, out, residual=residual, eps=eps, backend=backend)
+    torch.ops.xgdn.rms_norm(x, weight, out, residual=residual, cos=cos, sin=sin, eps=eps, backend=backend)
     return out
 
 

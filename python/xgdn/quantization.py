@@ -62,7 +62,7 @@ def _format(op: str, name: str) -> _C.WeightFormat:
 
 def quantize(weight: Tensor, format: Literal["int8", "int4"], *, group_size: int = 64) -> QuantizedRows:
     """Round a weight `[O, D]` of f32, bf16 or f16 to the nearest codes, with the scale for each group, in the dtype of
-    the weight, that makes the group's squared error smallest among a few candidates.
+    the weight, that makes the group's squared error smallest among a few candidates; it may be negative.
 
     Raises:
         NotImplementedError: for another format, or a group size that is not 32, 64 or 128 or does not divide D.

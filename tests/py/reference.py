@@ -75,5 +75,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (1 + weight.double()) * (x / (x.square().mean(-1, keepdim=True) + eps).sqrt())
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair of a row's halves as a complex number, which is turned; what is past the table stays."""
+    P = cos.shape[-1]
+    low, high = x.double()[..., :P].chunk(2, -1)
+    (cos_low, cos_high), (sin_low, sin_high) = (t.double().unsqueeze(1).chunk(2, -1) for t in (cos, sin))
+    turned = (low * cos_low - high * sin_low, high * cos_high + low * sin_high, x.double()[..., P:])
+    return torch.cat(turned, -1)
+
+
 def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate.double()) * up.double()

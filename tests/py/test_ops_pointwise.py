@@ -134,6 +134,38 @@ def test_rms_norm_norms_the_rounded_sum(dtype: torch.dtype, backend: str) -> Non
     assert_bits_equal("out", out, ops.rms_norm(residual, w, backend=backend))
 
 
+@pytest.mark.parametrize("shape", [(T, 2, 96) for T in TOKENS] + [(40, 8, 256), (3, 2, 50), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("P", [2, 16, 22, 50], ids="P{}".format)
+@EACH_DTYPE
+@VIEWS
+def test_rms_norm_rotates(shape: tuple[int, int, int], P: int, dtype: torch.dtype, view: bool, backend: str) -> None:
+    P = min(P, shape[-1])
+    x, w = torch.randn(shape).to(dtype), 0.3 * torch.randn(shape[-1])
+    cos, sin = torch.randn(shape[0], P).to(dtype), torch.randn(shape[0], P).to(dtype)
+    out = torch.full(shape, torch.nan, dtype=dtype)
+    if view:
+        x, cos, sin, out = strided(x), strided(cos), strided(sin), strided(out)
+    ops.rms_norm(x, w, cos=cos, sin=sin, eps=1e-5, out=out, backend=backend)
+    normed = reference.rms_norm(x, w, 1e-5)
+    assert_close("out", out, reference.rotate(normed, cos, sin), 4 * BOUND[dtype])  # n, two products, and out
+    plain = ops.rms_norm(x, w, eps=1e-5, backend=backend)
+    assert_bits_equal("past P", out[..., P:], plain[..., P:])
+    low, high = plain[..., :P].chunk(2, -1)
+    want = plain[..., :P] * cos.unsqueeze(1) + torch.cat([-high, low], -1) * sin.unsqueeze(1)
+    if dtype != torch.float32:  # where products are rounded they cannot be fused with the sum
+        assert_bits_equal("rotated", out[..., :P], want)
+    if view:
+        assert_gaps_untouched(out)
+
+
+def test_rms_norm_rotates_after_the_residual_sum_and_in_place(backend: str) -> None:
+    x, residual, w = torch.randn(5, 2, 32), torch.randn(5, 2, 32), torch.randn(32)
+    cos, sin = torch.randn(5, 8), torch.randn(5, 8)
+    want = ops.rms_norm(x + residual, w, cos=cos, sin=sin, backend=backend)
+    ops.rms_norm(x, w, residual=residual, cos=cos, sin=sin, out=x, backend=backend)
+    assert_bits_equal("out", x, want)
+
+
 def test_rms_norm_uses_eps(backend: str) -> None:
     x, w = torch.full((1, 1, 16), 0.5), torch.zeros(16)
     assert_close("out", ops.rms_norm(x, w, eps=12.0, backend=backend), reference.rms_norm(x, w, 12.0), 1e-6)

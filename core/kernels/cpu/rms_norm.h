@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// RMS norm with the residual sum before it, on the CPU over pointers, strides and sizes.
+// RMS norm with the residual sum before it and the rotary positions after it, on the CPU over pointers, strides and
+// sizes.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +13,12 @@ namespace xgdn::kernel::cpu {
 struct RmsNormArgs {
   int64_t H = 0;
   int64_t D = 0;
+  int64_t P = 0;     // dimensions that are rotated
   InRows x;          // [T, H, D]
   InRows weight;     // [D]
   OutRows residual;  // [T, H, D]  data may be null
+  InRows cos;        // [T, P]
+  InRows sin;        // [T, P]
   OutRows out;       // [T, H, D]
   float eps = 0;
 };

@@ -287,11 +287,18 @@ struct TorchOp<CopySlotsParams> {
 template <>
 struct TorchOp<RmsNormParams> {
   static constexpr const char* schema =
-      "(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor(b!)? residual=None, float eps=1e-6, "
-      "str backend=\"auto\") -> ()";
+      "(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor(b!)? residual=None, Tensor? cos=None, "
+      "Tensor? sin=None, float eps=1e-6, str backend=\"auto\") -> ()";
   static RmsNormParams params(const Tensor& x, const Tensor& weight, const Tensor& out, const MaybeTensor& residual,
-                              double eps, std::string backend) {
-    return {.x = x, .weight = weight, .out = out, .residual = residual, .eps = eps, .backend = std::move(backend)};
+                              const MaybeTensor& cos, const MaybeTensor& sin, double eps, std::string backend) {
+    return {.x = x,
+            .weight = weight,
+            .out = out,
+            .residual = residual,
+            .cos = cos,
+            .sin = sin,
+            .eps = eps,
+            .backend = std::move(backend)};
   }
 };
 

@@ -38,12 +38,16 @@ void rms_norm_gated(const RmsNormGatedParams& p);
 
 /// out = (1 + weight) * (x / rms(x)) over the last dimension, computed in fp32, rounded once at the end (the
 /// checkpoints store weight around zero). With a residual stream: residual <- residual + x first, and the sum is what
-/// is normed. out may be x.
+/// is normed. With cos and sin, the first P elements (n_i, n_{i + P/2}) of a normed row are rotated, halves and not
+/// pairs: out = n * cos + (-n_{i + P/2}, n_i) * sin, where n and both products are rounded to the dtype, as
+/// transformers does. out may be x.
 struct RmsNormParams {
   at::Tensor x;                             // [T, H, D]  f32 | bf16 | f16, strided
   at::Tensor weight;                        // [D]        f32 | as x
   at::Tensor out;                           // [T, H, D]  as x, strided, written
   std::optional<at::Tensor> residual = {};  // [T, H, D]  as x, strided, updated in place
+  std::optional<at::Tensor> cos = {};       // [T, P]     as x, strided; P even, at most D
+  std::optional<at::Tensor> sin = {};       // [T, P]     as x, strided; with cos
   double eps = 1e-6;
   std::string backend = "auto";
 };

@@ -2,6 +2,7 @@
 // The choice of a token: greedy, filtered, drawn; and what is refused.
 #include "core/runtime/sampler.h"
 
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -57,6 +58,25 @@ TEST(Sampler, GreedyTakesTheFirstOfEqualMaxima) {
   EXPECT_EQ(draw({}, {0.0f, 3.0f, -1.0f, 3.0f, 3.0f}, 2), (std::vector<int32_t>{1, 1}));
   EXPECT_EQ(draw({}, {-kInfinity, -5.0f, -kInfinity}, 1), std::vector<int32_t>{1});
   EXPECT_EQ(draw({.temperature = 0.0, .top_k = 3, .top_p = 0.5}, {1.0f, 2.0f, 2.0f}, 1), std::vector<int32_t>{1});
+}
+
+TEST(Sampler, ThreadsThatShareARowFindWhatOneFinds) {
+  constexpr size_t kVocabulary = 100003;
+  std::vector<float> logits = random_logits(3, kVocabulary);
+  const int threads = at::get_num_threads();
+  for (const int count : {1, 2, 5}) {
+    at::set_num_threads(count);
+    for (const std::vector<size_t>& maxima : std::vector<std::vector<size_t>>{
+             {0}, {kVocabulary - 1}, {16383, 16384}, {50002, 50001, 99999}, {20003, 40004, 60005, 80006}}) {
+      std::vector<float> peaks = logits;
+      for (const size_t token : maxima) peaks[token] = 50.0f;
+      const auto first = static_cast<int32_t>(*std::min_element(maxima.begin(), maxima.end()));
+      EXPECT_EQ(draw({}, peaks, 1), std::vector<int32_t>{first}) << count << " threads";
+      peaks[maxima.back()] = std::numeric_limits<float>::quiet_NaN();
+      expect_error<NumericsError>([&] { draw({}, peaks, 1); }, {"NaN for token " + std::to_string(maxima.back())});
+    }
+  }
+  at::set_num_threads(threads);
 }
 
 TEST(Sampler, OneCandidateIsGreedy) {

@@ -51,6 +51,13 @@ Dims match(const RmsNormParams& p) {
   const at::ScalarType in = p.x.scalar_type();
   match_contiguous(d, "weight", p.weight, "D", {at::kFloat, in});
   if (p.residual) match_out(d, "residual", *p.residual, "T H D", {in});
+  d.require(p.cos.has_value() == p.sin.has_value(), p.cos ? "sin" : "cos", ": expected both cos and sin, got one");
+  if (p.cos && p.sin) {
+    match_strided(d, "cos", *p.cos, "T P", {in});
+    match_strided(d, "sin", *p.sin, "T P", {in});
+    d.require(d.sym("P") % 2 == 0 && d.sym("P") <= d.sym("D"), "cos: expected an even P of at most D=", d.sym("D"),
+              ", got ", d.sym("P"));
+  }
   match_out(d, "out", p.out, "T H D", {in}, "x");
   return d;
 }
