@@ -36,12 +36,12 @@ class QuantizedRows(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """Return the plain weight in float64."""
-        codes = self.codes.double().unflatten(1, (-1, self.group_size))
+        codes = self.codes.double().view(self.codes.shape[0], -1, self.group_size)
         if self.zeros is not None:
             codes = codes - self.zeros.double().unsqueeze(2)
         elif self.format == "int4":
             codes = codes - 8
-        plain = (codes * self.scales.double().unsqueeze(2)).flatten(1)
+        plain: Tensor = (codes * self.scales.double().unsqueeze(2)).flatten(1)
         return plain if self.order is None else plain[:, self.order.long().argsort()]
 
 

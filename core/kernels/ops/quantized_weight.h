@@ -56,8 +56,8 @@ struct QuantizedWeight {
 /// ShapeError, DtypeError and DeviceError for a weight that is not a matrix of these dtypes on the host.
 QuantizedRows quantize_rows(const at::Tensor& weight, WeightFormat format, int64_t group_size);
 
-/// Brings rows into the order in which kernels read them. Throws ShapeError, DtypeError and DeviceError for tensors that
-/// are not as above, on the host; UnsupportedError for zeros of kFloat8 and for group sizes that do not divide D;
+/// Brings rows into the order in which kernels read them. Throws ShapeError, DtypeError and DeviceError for tensors
+/// that are not as above, on the host; UnsupportedError for zeros of kFloat8 and for group sizes that do not divide D;
 /// RangeError for codes that the format does not have and for an order that is no permutation.
 QuantizedWeight pack_rows(const QuantizedRows& rows);
 
