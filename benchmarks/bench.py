@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of the ops, of a layer and of its projections against the roofline.
+"""Benchmarks of the ops, of a layer and of its projections against the roofline, and of attention against torch's.
 
-python benchmarks/bench.py ops|layer|linear --help
+python benchmarks/bench.py ops|layer|linear|attention --help
 """
 
 from typing import Annotated
@@ -9,10 +9,11 @@ from typing import Annotated
 import torch
 import typer
 
+from kernels.attention import AttentionBenchmark
 from kernels.layer import LayerBenchmark
 from kernels.linear import SHAPES, LinearBenchmark
 from kernels.ops import OpsBenchmark, Plan
-from kernels.report import print_layer_rows, print_linear_rows, print_rows
+from kernels.report import print_attention_rows, print_layer_rows, print_linear_rows, print_rows
 from xgdn.bench.report import show
 from xgdn.cli.failure import errors_in_one_line
 from xgdn.cli.options import JsonOption, parse_counts
@@ -96,6 +97,36 @@ def linear(
         finally:
             bar.hide()
     show(rows, print_linear_rows, as_json)
+
+
+@app.command()
+def attention(
+    tokens: Annotated[
+        str, typer.Option(metavar="T,..", help="Tokens of the prompt, or of a piece of it.")
+    ] = "512,2048",
+    context: Annotated[
+        str, typer.Option(metavar="C,..", help="Tokens of the context, these among them; shorter ones are left out.")
+    ] = "512,2048,16384",
+    threads: ThreadsOption = "1,2",
+    seconds: Annotated[float, typer.Option(min=0, help="Time per provider and case.")] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure attention of one sequence in a layer of Qwen3.5-0.8B in bf16, with torch's as the baseline."""
+    sizes, contexts = parse_counts(tokens, "--tokens"), parse_counts(context, "--context")
+    counts = parse_counts(threads, "--threads")
+    torch.manual_seed(0)
+    cases = [(size, rows, count) for count in counts for size in sizes for rows in contexts if rows >= size]
+    bar = Bar("measuring")
+    measured = []
+    with torch.no_grad(), errors_in_one_line():
+        benchmark = AttentionBenchmark(seconds=seconds)
+        try:
+            for i, case in enumerate(cases):
+                bar.update(i, len(cases))
+                measured.append(benchmark.run(*case))
+        finally:
+            bar.hide()
+    show(measured, print_attention_rows, as_json)
 
 
 if __name__ == "__main__":

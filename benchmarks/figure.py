@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the drawings of this folder have in common. Needs matplotlib."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,10 +19,3 @@ def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
 def save(figure: Figure, out: Path) -> None:
     figure.tight_layout()
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-
-
-def markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    return "\n".join([line(headings), "|---" * len(headings) + "|", *map(line, lines)])

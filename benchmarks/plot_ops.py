@@ -15,7 +15,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from figure import markdown, panels, save
+from figure import panels, save
+from markdown_table import markdown
 
 COLOURS = {"xgdn": "#1b6ca8", "vLLM": "#d1495b", "zentorch": "#edae49", "ONNX": "#66a182", "transformers": "#8d96a3"}
 

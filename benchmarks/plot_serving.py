@@ -13,7 +13,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from figure import markdown, panels, save
+from figure import panels, save
+from markdown_table import markdown
 
 PERCENTILES = {"p50": "#1b6ca8", "p90": "#66a182", "p99": "#d1495b"}
 

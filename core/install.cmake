@@ -26,6 +26,7 @@ set(xgdn_public_headers
   kernels/ops/linear.h
   kernels/ops/moe.h
   kernels/ops/norm.h
+  kernels/ops/quantized_weight.h
   kernels/ops/state.h
   kernels/ops_api.h
   layers/attention_batch.h

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
+from kernels.attention import AttentionRow
 from kernels.compare import Row
 from kernels.layer import LayerRow
 from kernels.linear import LinearRow
@@ -21,6 +22,10 @@ def print_layer_rows(rows: Iterable[LayerRow]) -> None:
 
 def print_linear_rows(rows: Iterable[LinearRow]) -> None:
     print_wide(_linear_table(rows))
+
+
+def print_attention_rows(rows: Iterable[AttentionRow]) -> None:
+    print_wide(_attention_table(rows))
 
 
 def _ops_table(rows: Iterable[Row]) -> Table:
@@ -83,6 +88,22 @@ def _linear_table(rows: Iterable[LinearRow]) -> Table:
             f"{row.ratio:.2f}",
             f"{row.gflops:,.0f}",
             f"{row.share:.2f}",
+            f"{row.error:.1e}",
+        )
+    return shown
+
+
+def _attention_table(rows: Iterable[AttentionRow]) -> Table:
+    shown = Table("tokens", "context", "threads", box=None)
+    for heading in ("min us", "median us", "torch min us", "torch median us", "torch / xgdn", "GFLOP/s", "error"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        times = (row.min, row.median, row.torch_min, row.torch_median)
+        shown.add_row(
+            *(str(size) for size in (row.tokens, row.context, row.threads)),
+            *(f"{time:,.0f}" for time in times),
+            f"{row.ratio:.2f}",
+            f"{row.gflops:,.0f}",
             f"{row.error:.1e}",
         )
     return shown

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode steps of vLLM's engine in its own process and environment; run by compare_models.py.
+"""Decode steps and prompts of vLLM's engine in its own process and environment; run by compare_models.py.
 
-    python model_vllm.py MODEL THREADS PROMPT_TOKENS STEPS BATCH..
+    python model_vllm.py MODEL THREADS PROMPT_TOKENS STEPS REPETITIONS BATCH,.. PROMPT,..
 
 The engine is stepped in this process, without its server and without a tokenizer; recurrent states are float32.
 VLLM_EAGER=1 leaves torch.compile out.
@@ -14,7 +14,8 @@ import time
 
 
 def main() -> None:
-    model_dir, threads, prompt_tokens, steps, *batches = sys.argv[1], *map(int, sys.argv[2:])
+    model_dir, threads, prompt_tokens, steps, repetitions = sys.argv[1], *map(int, sys.argv[2:6])
+    batches, lengths = ([int(word) for word in words.split(",") if word] for words in sys.argv[6:])
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="2",
@@ -29,7 +30,7 @@ def main() -> None:
         model_dir,
         skip_tokenizer_init=True,
         max_num_seqs=max(batches),
-        max_model_len=2 * (prompt_tokens + steps),
+        max_model_len=max([2 * (prompt_tokens + steps), *(length + 1 for length in lengths)]),
         dtype="bfloat16",
         mamba_ssm_cache_dtype="float32",
         enable_prefix_caching=False,
@@ -50,7 +51,18 @@ def main() -> None:
             elapsed = 1e3 * (time.perf_counter() - start)
             if len(outputs) == batch and all(len(o.outputs[0].token_ids) > 4 for o in outputs):
                 times.append(elapsed)
-        print(json.dumps({"batch": batch, "times": times[:steps]}), flush=True)
+        print(json.dumps({"kind": "decode", "size": batch, "times": times[:steps]}), flush=True)
+    one_token = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    for length in lengths:
+        times = []
+        for i in range(1 + repetitions):
+            prompt = torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(i))
+            engine.add_request(f"prompt-{length}-{i}", {"prompt_token_ids": prompt.tolist()}, one_token)
+            start = time.perf_counter()
+            while engine.has_unfinished_requests():
+                engine.step()
+            times.append(1e3 * (time.perf_counter() - start))
+        print(json.dumps({"kind": "prompt", "size": length, "times": times[1:]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 namespace xgdn {
 namespace {
@@ -18,6 +19,10 @@ constexpr std::array<int, 8> kAwqOrder = {0, 2, 4, 6, 1, 3, 5, 7};  // which nei
 template <int kBits>
 uint8_t code(uint32_t word, int64_t k) {
   return static_cast<uint8_t>(word >> (k * kBits) & ((1U << kBits) - 1));
+}
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
 }
 
 at::Tensor empty_codes(int64_t rows, int64_t columns) {
@@ -42,18 +47,29 @@ template <int kBits>
 at::Tensor columns_of(const at::Tensor& words) {
   constexpr int64_t kCodes = 32 / kBits;
   constexpr int64_t kTile = kLine / kCodes;  // words whose codes fill a line
+  constexpr int64_t kWords = kLine / 4;      // words of a line
   const int64_t num_words = words.size(0);
   const int64_t columns = words.size(1);
   at::Tensor codes = empty_codes(columns, num_words * kCodes);
   const auto* in = reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>());
   auto* out = codes.mutable_data_ptr<uint8_t>();
-  at::parallel_for(0, columns, kLine, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, ceil_div(columns, kWords), 4, [&](int64_t begin, int64_t end) {
+    std::array<std::array<uint8_t, kLine>, kWords> tile;  // [column, code]
     for (int64_t w0 = 0; w0 < num_words; w0 += kTile) {
-      const int64_t w1 = std::min(w0 + kTile, num_words);
-      for (int64_t c = begin; c < end; ++c) {
-        uint8_t* row = out + c * num_words * kCodes;
-        for (int64_t w = w0; w < w1; ++w) {
-          for (int64_t k = 0; k < kCodes; ++k) row[w * kCodes + k] = code<kBits>(in[w * columns + c], k);
+      const int64_t words_here = std::min(kTile, num_words - w0);
+      for (int64_t c0 = begin * kWords; c0 < std::min(end * kWords, columns); c0 += kWords) {
+        const int64_t columns_here = std::min(kWords, columns - c0);
+        for (int64_t w = 0; w < words_here; ++w) {
+          const uint32_t* line = in + (w0 + w) * columns + c0;
+          for (int64_t c = 0; c < columns_here; ++c) {
+            for (int64_t k = 0; k < kCodes; ++k) {
+              tile[static_cast<size_t>(c)][static_cast<size_t>(w * kCodes + k)] = code<kBits>(line[c], k);
+            }
+          }
+        }
+        for (int64_t c = 0; c < columns_here; ++c) {
+          std::memcpy(out + ((c0 + c) * num_words + w0) * kCodes, tile[static_cast<size_t>(c)].data(),
+                      static_cast<size_t>(words_here * kCodes));
         }
       }
     }
@@ -79,14 +95,19 @@ at::Tensor unpack_awq(const at::Tensor& words) {
   const auto* in = reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>());
   auto* out = codes.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, num_words, kLine / 4, [&](int64_t begin, int64_t end) {
+    std::array<std::array<uint8_t, kLine>, kCodes> tile;  // [neighbour, row]
     for (int64_t r0 = 0; r0 < rows; r0 += kLine) {
-      const int64_t r1 = std::min(r0 + kLine, rows);
+      const int64_t rows_here = std::min(kLine, rows - r0);
       for (int64_t w = begin; w < end; ++w) {
-        for (int64_t r = r0; r < r1; ++r) {
-          const uint32_t word = in[r * num_words + w];
+        for (int64_t r = 0; r < rows_here; ++r) {
+          const uint32_t word = in[(r0 + r) * num_words + w];
           for (int64_t k = 0; k < kCodes; ++k) {
-            out[(w * kCodes + kAwqOrder[static_cast<size_t>(k)]) * rows + r] = code<4>(word, k);
+            tile[static_cast<size_t>(kAwqOrder[static_cast<size_t>(k)])][static_cast<size_t>(r)] = code<4>(word, k);
           }
+        }
+        for (int64_t k = 0; k < kCodes; ++k) {
+          std::memcpy(out + (w * kCodes + k) * rows + r0, tile[static_cast<size_t>(k)].data(),
+                      static_cast<size_t>(rows_here));
         }
       }
     }

@@ -29,8 +29,8 @@ bool is_other_part(std::string_view bare);
 /// Whether a name, relative to a module, is one that quantizers give to scales, packed weights and their tables.
 bool is_quantizer_part(std::string_view name);
 
-/// Whether a name is of the weight of a projection to the gates of linear attention: it is few rows, whose errors decide
-/// what a state keeps, and stays plain.
+/// Whether a name is of the weight of a projection to the gates of linear attention: it is few rows, whose errors
+/// decide what a state keeps, and stays plain.
 bool is_gate_projection(std::string_view name);
 
 /// Opens model.safetensors, or else the shards that model.safetensors.index.json names. Nothing is read but the headers

@@ -122,22 +122,39 @@ class QuantizationConfigReader {
     } else {
       throw config_.error("quant_method", one_of({"awq", "compressed-tensors", "fp8", "gptq"}));
     }
+    simplify();
     return std::move(result_);
   }
 
  private:
-  using Rule = QuantizationConfig::Rule;
-
-  void add(const QuantizationScheme& scheme) { result_.rules_.push_back({.scheme = scheme}); }
-  void add_name(const QuantizationScheme& scheme, const std::string& text) {
-    const auto matches = [bare = std::string(bare_name(text))](const std::string& name) {
-      return bare_name(name) == bare;
-    };
-    result_.rules_.push_back({scheme, Rule::Target::kName, text, matches});
+  // Of one class of modules; all weights that are quantized belong to one.
+  void add(const QuantizationScheme& scheme) {
+    if (result_.others_ && *result_.others_ != scheme) {
+      throw config_.error("config_groups", "one group for a class of modules", "several that differ");
+    }
+    result_.others_ = scheme;
   }
-  void add_pattern(const QuantizationScheme& scheme, const std::string& text, const JsonObject& object,
+  void add_name(const QuantizationScheme& scheme, const std::string& name) {
+    const auto [known, is_new] = result_.names_.emplace(bare_name(name), scheme);
+    if (!is_new && known->second != scheme) {
+      throw config_.error("config_groups", "one group for " + quote(name), "several that differ");
+    }
+  }
+  void add_pattern(const QuantizationScheme& scheme, const std::string& pattern, const JsonObject& object,
                    const std::string& key) {
-    result_.rules_.push_back({scheme, Rule::Target::kPattern, text, compile(object, key, text)});
+    result_.patterns_.push_back({pattern, compile(object, key, pattern), scheme});
+  }
+
+  // Where all schemes are alike, as in most files, there is nothing to search for.
+  void simplify() {
+    std::vector<QuantizationScheme> schemes;
+    for (const auto& [name, scheme] : result_.names_) schemes.push_back(scheme);
+    for (const auto& rule : result_.patterns_) schemes.push_back(rule.scheme);
+    if (result_.others_) schemes.push_back(*result_.others_);
+    if (schemes.empty() || std::ranges::count(schemes, schemes.front()) != std::ssize(schemes)) return;
+    result_.others_ = schemes.front();
+    result_.names_.clear();
+    result_.patterns_.clear();
   }
 
   void read_fp8() {
@@ -268,7 +285,7 @@ class QuantizationConfigReader {
       } else if (text.find('.') != text.npos || text == "lm_head") {
         add_name(scheme, text);
       } else {
-        add(scheme);  // a class, such as Linear: all weights that are quantized belong to one
+        add(scheme);
       }
     }
   }
@@ -278,22 +295,18 @@ class QuantizationConfigReader {
 };
 
 const QuantizationScheme& QuantizationConfig::scheme_of(const std::string& module) const {
-  const auto are_alike = [](const Rule& a, const Rule& b) { return a.scheme == b.scheme; };
-  if (is_present() && std::ranges::adjacent_find(rules_, std::not_fn(are_alike)) == rules_.end()) {
-    return rules_.front().scheme;  // most files: nothing to search for
-  }
-  for (const auto target : {Rule::Target::kName, Rule::Target::kPattern, Rule::Target::kAny}) {
-    const Rule* found = nullptr;
-    for (const Rule& rule : rules_) {
-      if (rule.target != target || (rule.matches && !rule.matches(module))) continue;
-      if (found != nullptr && !are_alike(*found, rule)) {
-        throw checkpoint_error(file_, "quantization of " + quote(module), "one scheme",
-                               "several that differ: " + quote(found->text) + ", " + quote(rule.text));
-      }
-      found = &rule;
+  if (const auto it = names_.find(bare_name(module)); it != names_.end()) return it->second;
+  const Rule* found = nullptr;
+  for (const Rule& rule : patterns_) {
+    if (!rule.matches(module)) continue;
+    if (found != nullptr && found->scheme != rule.scheme) {
+      throw checkpoint_error(file_, "quantization of " + quote(module), "one scheme",
+                             "several that differ: " + quote(found->pattern) + ", " + quote(rule.pattern));
     }
-    if (found != nullptr) return found->scheme;
+    found = &rule;
   }
+  if (found != nullptr) return found->scheme;
+  if (others_) return *others_;
   throw checkpoint_error(file_, "quantization of " + quote(module), "a scheme for the module", "none");
 }
 

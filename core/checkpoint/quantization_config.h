@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,7 +42,7 @@ class QuantizationConfig {
   QuantizationConfig() = default;
 
   /// Whether config.json speaks of quantized weights.
-  bool is_present() const { return !rules_.empty(); }
+  bool is_present() const { return others_ || !names_.empty() || !patterns_.empty(); }
 
   /// The scheme of a module's weight, named as in the file. Throws CheckpointError when the config has none for it, or
   /// several that differ.
@@ -49,18 +51,18 @@ class QuantizationConfig {
  private:
   friend class QuantizationConfigReader;
 
-  // A scheme and the modules it is for. Where several rules match, the narrower target decides, as in
-  // compressed-tensors.
+  // Modules whose names begin with a match of a pattern.
   struct Rule {
-    enum class Target { kName, kPattern, kAny };
+    std::string pattern;
+    std::function<bool(const std::string&)> matches;
     QuantizationScheme scheme;
-    Target target = Target::kAny;
-    std::string text;                                 // of the target, as in the file
-    std::function<bool(const std::string&)> matches;  // whether a module is meant; unset in kAny
   };
 
+  // As compressed-tensors has it, a name decides before a pattern, and a pattern before a class of modules.
   std::filesystem::path file_;
-  std::vector<Rule> rules_;
+  std::map<std::string, QuantizationScheme, std::less<>> names_;  // of modules, bare
+  std::vector<Rule> patterns_;
+  std::optional<QuantizationScheme> others_;
 };
 
 /// Parses quantization_config, or compression_config as older files call it, at the outer level of config.json or in

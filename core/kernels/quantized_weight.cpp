@@ -6,7 +6,6 @@
 #include <ATen/ops/argsort.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/equal.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
@@ -169,7 +168,8 @@ at::Tensor spread_groups(const at::Tensor& groups, int64_t num_rows, int64_t gro
   return groups.to(at::kFloat).transpose(1, 2).flatten(0, 1).narrow(0, 0, num_rows).repeat_interleave(group_size, 1);
 }
 
-// The divisors of a group's largest magnitude that are tried as its scale.
+// The scales that are tried are a group's largest element over one of these, with the sign that brings it to the lower
+// end of the range, which reaches further than the upper one.
 constexpr std::array<float, 5> kInt8Divisors = {128, 127, 126, 124, 122};
 constexpr std::array<float, 16> kInt4Divisors = {9, 8.75f, 8.5f, 8.25f, 8, 7.75f, 7.5f, 7.25f,
                                                  7, 6.75f, 6.5f, 6.25f, 6, 5.75f, 5.5f, 5};
@@ -208,30 +208,30 @@ float squared_error(std::span<const float> group, float inverse, const IntegerRa
   return std::accumulate(sums.begin(), sums.end(), 0.0f);
 }
 
-// Infinite or NaN where an element is.
-float largest_magnitude(std::span<const float> group) {
-  Lanes largest{};
+// With its sign. Not finite where an element is not.
+float largest_element(std::span<const float> group) {
+  Lanes low{}, high{};
   Lanes rest{};  // 0, or NaN
   for (size_t i = 0; i < group.size(); i += kLanes) {
     for (size_t j = 0; j < kLanes; ++j) {
-      largest[j] = std::max(largest[j], std::abs(group[i + j]));
+      low[j] = std::min(low[j], group[i + j]);
+      high[j] = std::max(high[j], group[i + j]);
       rest[j] += group[i + j] - group[i + j];
     }
   }
-  return *std::ranges::max_element(largest) + std::accumulate(rest.begin(), rest.end(), 0.0f);
+  const float least = *std::ranges::min_element(low), most = *std::ranges::max_element(high);
+  return (most > -least ? most : least) + std::accumulate(rest.begin(), rest.end(), 0.0f);
 }
 
 // Codes of a group, the zero of the format added, and its scale.
 template <class Scale, class Code>
 void quantize_group(std::span<const float> group, const IntegerRange& range, float zero, Scale& scale, Code* codes) {
-  const float largest = largest_magnitude(group);
-  if (!(largest <= std::numeric_limits<float>::max())) {
-    throw RangeError("[quantize_rows] weight: expected finite values, got inf or nan");
-  }
+  const float largest = largest_element(group);
+  if (!std::isfinite(largest)) throw RangeError("[quantize_rows] weight: expected finite values, got inf or nan");
   float best = 0;
   float best_error = INFINITY;
   for (const float divisor : range.divisors) {
-    const auto candidate = static_cast<float>(static_cast<Scale>(largest / divisor));
+    const auto candidate = static_cast<float>(static_cast<Scale>(-largest / divisor));
     const float inverse = 1.0f / candidate;
     if (!std::isfinite(candidate) || !std::isfinite(inverse)) continue;
     const float step = candidate / largest;
@@ -277,9 +277,9 @@ void quantize_into(const at::Tensor& weight, const QuantizedRows& rows) {
   }
 }
 
+// One tensor, that is: of equal ones a plan, which has shapes alone, could not tell.
 bool are_same(const std::optional<at::Tensor>& a, const std::optional<at::Tensor>& b) {
-  if (a.has_value() != b.has_value()) return false;
-  return !a || a->is_same(*b) || (!a->is_meta() && at::equal(*a, *b));
+  return a.has_value() == b.has_value() && (!a || a->is_same(*b));
 }
 
 }  // namespace

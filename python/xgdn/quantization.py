@@ -36,12 +36,12 @@ class QuantizedRows(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """Return the plain weight in float64."""
-        codes = self.codes.double().unflatten(1, (-1, self.group_size))
+        codes = self.codes.double().view(self.codes.shape[0], -1, self.group_size)
         if self.zeros is not None:
             codes = codes - self.zeros.double().unsqueeze(2)
         elif self.format == "int4":
             codes = codes - 8
-        plain = (codes * self.scales.double().unsqueeze(2)).flatten(1)
+        plain: Tensor = (codes * self.scales.double().unsqueeze(2)).flatten(1)
         return plain if self.order is None else plain[:, self.order.long().argsort()]
 
 
@@ -62,7 +62,7 @@ def _format(op: str, name: str) -> _C.WeightFormat:
 
 def quantize(weight: Tensor, format: Literal["int8", "int4"], *, group_size: int = 64) -> QuantizedRows:
     """Round a weight `[O, D]` of f32, bf16 or f16 to the nearest codes, with the scale for each group, in the dtype of
-    the weight, that makes the group's squared error smallest among a few candidates.
+    the weight, that makes the group's squared error smallest among a few candidates; it may be negative.
 
     Raises:
         NotImplementedError: for another format, or a group size that is not 32, 64 or 128 or does not divide D.

@@ -121,7 +121,8 @@ def _packed(rows: QuantizedRows, bits: int) -> Tensor:
     codes = rows.codes.int() if rows.format == "int4" else rows.codes.int() + 128
     count = 32 // bits
     shifts = torch.arange(count, dtype=torch.int32) * bits
-    return (codes.unflatten(1, (-1, count)) << shifts).sum(-1, dtype=torch.int32)
+    packed: Tensor = (codes.view(codes.shape[0], -1, count) << shifts).sum(-1, dtype=torch.int32)
+    return packed
 
 
 def _config(format: str, groups: dict[int, list[str]], ignored: list[str]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_perplexity_for_both_types_of_state(monkeypatch: pytest.MonkeyPatch) -> 
     import perplexity
 
     windows = perplexity.held_out_windows(2)
-    exact = perplexity.by_prefill(windows, dtype=torch.float32, state_dtype=torch.float32, device="cpu")
+    exact = perplexity.by_prefill(windows, perplexity.Numbers())
     assert 2 < exact < 20
     found = perplexity.figures(windows, ("npu",), dtype=torch.bfloat16, device="npu:0")
     assert set(found) == {("npu", phase, state) for phase in ("prefill", "decode") for state in ("f32", "bf16")}

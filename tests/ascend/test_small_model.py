@@ -23,7 +23,7 @@ def rows(backend, device):
     found = perplexity.figures(windows, (backend,), dtype=torch.bfloat16, device=device)
     return {{f"{{phase}} {{state}}": figure for (_, phase, state), figure in found.items()}}
 
-exact = perplexity.by_prefill(windows, dtype=torch.float32, state_dtype=torch.float32, device="cpu")
+exact = perplexity.by_prefill(windows, perplexity.Numbers())
 print(json.dumps([exact, rows("cpu", "cpu"), rows("npu", "npu:0")]))
 """
     exact, cpu, npu = json.loads(run_python(code, FP32_STATE="1")[-1])

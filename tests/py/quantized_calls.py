@@ -64,16 +64,13 @@ def random_rows(
 
 
 def plain(rows: QuantizedRows) -> Tensor:
-    """The weight in float64, one element of a row after the other."""
+    """The weight in float64."""
+    D = rows.codes.shape[1]
+    group = torch.arange(D) // rows.group_size
+    zero = torch.full(rows.scales.shape, 8 if rows.format == "int4" else 0) if rows.zeros is None else rows.zeros
     weight = torch.full(rows.codes.shape, torch.nan, dtype=torch.float64)
-    for d in range(rows.codes.shape[1]):
-        group = d // rows.group_size
-        code = rows.codes[:, d].double()
-        if rows.zeros is not None:
-            code = code - rows.zeros[:, group].double()
-        elif rows.format == "int4":
-            code = code - 8
-        weight[:, d if rows.order is None else int(rows.order[d])] = rows.scales[:, group].double() * code
+    column = torch.arange(D) if rows.order is None else rows.order.long()
+    weight[:, column] = rows.scales.double()[:, group] * (rows.codes.double() - zero.double()[:, group])
     return weight
 
 

@@ -23,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 
 # Weights that quantizers leave to others are not in: gates, router, embedding, norms, convolution.
 PRODUCTS = (
-    r"layers\..*\.(q|k|v|o|gate|up|down|out|in_proj_qkv|in_proj_z|in_proj_qkvz)(_proj)?\.weight$|"
+    r"layers\..*\.((q|k|v|o|gate|up|down|out)_proj|in_proj_qkv|in_proj_z|in_proj_qkvz)\.weight$|"
     r"layers\..*\.experts\.(gate_up|down)_proj$"
 )
 HEAD = r"|lm_head\.weight$"
@@ -296,10 +296,11 @@ def quantize(plain: Path, scheme: Scheme, out: Path) -> Tensors:
     return truth
 
 
-def reference(model: nn.Module, plain: Path, truth: Tensors, folder: Path) -> nn.Module:
+def reference(model_class: Any, plain: Path, truth: Tensors, folder: Path) -> nn.Module:
     """The model with the weights `truth` in float32, as transformers loads it."""
     folder.mkdir()
     shutil.copy(plain / "config.json", folder)
     tensors = {name: tensor.to(torch.float32) for name, tensor in truth.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return type(model).from_pretrained(folder, dtype=torch.float32).eval()
+    model: nn.Module = model_class.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()

@@ -60,7 +60,7 @@ def test_providers_take_turns() -> None:
     assert [len(taken) for taken in times] == [5, 5]
 
 
-@pytest.mark.parametrize("command", ["ops", "layer", "linear"])
+@pytest.mark.parametrize("command", ["ops", "layer", "linear", "attention"])
 def test_every_kernel_benchmark_has_json(command: str) -> None:
     result = CliRunner(env={"FORCE_COLOR": None}).invoke(kernels_app, [command, "--help"])
     assert result.exit_code == 0
@@ -188,6 +188,29 @@ def test_bench_linear_refuses_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(kernels_app, ["linear", "--tokens", "1", "--threads", "1", "--seconds", "0"])
     assert result.exit_code == 1
     assert "linear of 1 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
+
+
+def test_bench_attention_prints_one_document() -> None:
+    options = ["--tokens", "1,17", "--context", "5,40", "--threads", "1", "--seconds", "0", "--json"]
+    result = CliRunner().invoke(kernels_app, ["attention", *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["tokens"], row["context"]) for row in rows] == [(1, 5), (1, 40), (17, 40)]
+    for row in rows:
+        assert 0 < row["min"] <= row["median"]
+        assert row["ratio"] == pytest.approx(row["torch_median"] / row["median"])
+        assert 0 < row["error"] < 2.5e-3
+    pairs = sum(range(24, 41))  # what 17 tokens see
+    assert rows[2]["gflops"] * rows[2]["median"] * 1e3 == pytest.approx(4 * 8 * 256 * pairs)
+
+
+def test_bench_attention_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = xgdn.ops.paged_attention
+    monkeypatch.setattr(xgdn.ops, "paged_attention", lambda *args, **options: 1.01 * attend(*args, **options))
+    options = ["--tokens", "3", "--context", "9", "--threads", "1", "--seconds", "0"]
+    result = CliRunner().invoke(kernels_app, ["attention", *options])
+    assert result.exit_code == 1
+    assert "attention of 3 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
 
 
 def test_bench_layer_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:

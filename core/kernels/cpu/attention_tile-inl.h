@@ -20,7 +20,7 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr size_t kTile = 64;  // rows of the context
+inline constexpr size_t kTile = 128;  // rows of the context
 inline constexpr size_t kRowsAhead = 16;
 
 // A key head's rows of a context, in the pool of keys or in that of values.

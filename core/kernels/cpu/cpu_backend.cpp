@@ -127,6 +127,15 @@ bool has_products(const LinearParams& p, const LinearShape& s) {
          p.x.stride(0) % 2 == 0 && p.out.stride(0) % 2 == 0;
 }
 
+// Blocks of outputs. Threads take them as they come: with many of them one is always disturbed, and the others would
+// wait for it. Many tokens make neighbours worth while, which share loads.
+template <class Shape, class F>
+void parallel_blocks(const Shape& s, int64_t count, const F& f) {
+  constexpr int64_t kManyTokens = 256;
+  constexpr int64_t kNeighbours = 4;
+  parallel_dynamic(threads_for(std::max<int64_t>(s.T, 1) * s.D * s.O), count, f, s.T < kManyTokens ? 1 : kNeighbours);
+}
+
 cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
   return {.T = s.T,
           .D = s.D,
@@ -146,7 +155,7 @@ void run_rows(const LinearParams& p, const LinearShape& s) {
   if (!has_pairs) {
     parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
   }
-  parallel_ranges(cpu::num_work_items(args), std::max<int64_t>(s.T, 1) * s.D * cpu::kLinearRowsBlock,
+  parallel_blocks(s, cpu::num_work_items(args),
                   [&](int64_t begin, int64_t end) { cpu::linear_rows(args, begin, end); });
 }
 
@@ -156,8 +165,7 @@ void run_products(const LinearParams& p, const LinearShape& s) {
   args.packed = static_cast<uint16_t*>(packed.mutable_data_ptr());
   parallel_ranges(cpu::num_panels(args), s.D * static_cast<int64_t>(cpu::kPanel),
                   [&](int64_t begin, int64_t end) { cpu::pack_tokens(args, begin, end); });
-  parallel_ranges(cpu::num_work_items(args), s.D * cpu::kLinearBlock,
-                  [&](int64_t begin, int64_t end) { cpu::linear(args, begin, end); });
+  parallel_blocks(s, cpu::num_work_items(args), [&](int64_t begin, int64_t end) { cpu::linear(args, begin, end); });
 }
 
 cpu::Codes format_of(const at::Tensor& codes) {
@@ -194,7 +202,7 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
   args.token_scales = token_scales.mutable_data_ptr<float>();
   args.token_sums = token_sums.mutable_data_ptr<int32_t>();
   parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::prepare_tokens(args, begin, end); });
-  parallel_ranges(cpu::num_work_items(args), std::max<int64_t>(s.T, 1) * s.D * cpu::kQuantizedLinearBlock,
+  parallel_blocks(s, cpu::num_work_items(args),
                   [&](int64_t begin, int64_t end) { cpu::quantized_linear(args, begin, end); });
 }
 

@@ -2,7 +2,7 @@
 // Softmax attention of a block of tokens with the query heads that share a key head.
 //
 //               D ->                Rows: query heads of a token, then those of the next.
-//          +---------+              Loop: tile of 64 rows of the context -> S = Q K^T -> P = exp(S - m) under the
+//          +---------+              Loop: tile of 128 rows of the context -> S = Q K^T -> P = exp(S - m) under the
 //   rows   |    Q    |              running maximum m of each row -> O = exp(m' - m) O + P V, m' the maximum before.
 //          +---------+              A tile is packed once for all rows, straight from the blocks that hold it.
 //          +---------+
@@ -10,7 +10,7 @@
 //          +---------+              v as they are, P is rounded to bf16, and the sum of its row with it.
 //
 // A result depends on its query and on the rows that it sees, not on what is worked on beside it: tiles begin at
-// multiples of 64 of the context; the sums of a row run over the context in order, and what it does not see has the
+// multiples of 128 of the context; the sums of a row run over the context in order, and what it does not see has the
 // weight zero, which adds nothing; where a value that some rows do not see is infinite or NaN, which times zero is NaN,
 // the product gets zero in its place and those that see it add it by themselves.
 #include "core/kernels/cpu/paged_attention.h"
@@ -59,14 +59,14 @@ struct Work {
   size_t width;      // D, padded
   size_t depth;      // of Q K^T: D, padded
   float* sums;       // [width / 16][rows, 16]  O
-  float* scores;     // [64 / 16][rows, 16]     S
+  float* scores;     // [128 / 16][rows, 16]     S
   float* largest;    // [rows]                  m
   float* totals;     // [rows]                  of P
   float* unpacked;   // [2][16, depth]
   Element* queries;  // [rows, depth]           Q
-  Element* weights;  // [rows, 64]              P
-  Element* keys;     // [64 / 16][depth, 16]    K^T
-  Element* values;   // [width / 16][64, 16]    V
+  Element* weights;  // [rows, 128]             P
+  Element* keys;     // [128 / 16][depth, 16]    K^T
+  Element* values;   // [width / 16][128, 16]    V
 
   Work(const PagedAttentionArgs& call, const AttentionBlock& tokens, int64_t key_head)
       : args(call),
@@ -174,7 +174,8 @@ HWY_INLINE VF exp2_decay(F32 d, VF x) {
   p = hn::MulAdd(p, r, hn::Set(d, 6.93147181e-1f));
   p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
   const auto power = hn::ShiftLeft<23>(hn::ConvertTo(i, n));
-  return hn::IfThenZeroElse(is_zero, hn::BitCast(d, hn::Add(hn::BitCast(i, p), power)));
+  const VF exact = hn::BitCast(d, hn::Add(hn::BitCast(i, p), power));
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::IfThenZeroElse(is_zero, exact));  // what NaN is as an integer differs
 }
 
 // Returns what is stored, as a number.

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The formats of quantized_linear.h inside one instruction set. A row of a panel holds, for each of its outputs, four
-// bytes; a vector of rows' bytes has an output in each 32-bit lane.
+// The formats of quantized_linear.h inside one instruction set. A vector has an output in each 32-bit lane.
 //
-//   int8     4 of D: bytes 0, 2, 1, 3. The low bytes of both 16-bit halves are a pair of neighbours, so are the high
-//   ones. int4     8 of D: from the lowest bits on, the low half holds 0, 2, 4, 6 and the high one 1, 3, 5, 7: four
-//   pairs. float8   4 of D, in the order of int8.
+// int8: a row of a panel holds 4 of D for each output, in bytes 0, 2, 1, 3. The low bytes of both 16-bit halves are a
+// pair of neighbours, so are the high ones.
+//
+// int4: 8 of D. From the lowest bits on, the low half holds 0, 2, 4, 6 and the high one 1, 3, 5, 7: four pairs.
+//
+// float8: 2 of D, as they follow each other.
 #if defined(XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_
 #undef XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_

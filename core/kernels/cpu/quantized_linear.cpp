@@ -12,8 +12,8 @@
 // Integer codes: a token's group is i16 times a scale of its own (its largest element becomes 32767), so that a group's
 // sum of products is exact in i32, whatever the vectors; one f32 multiply-add a group brings the scales in. float8:
 // codes are widened exactly, a group's sum is f32 in ascending D. Groups are added in ascending order, then the bias;
-// out is rounded once. A token's bits depend neither on other tokens nor, where multiply-adds are fused, on the width of
-// the vectors. A token's group with a value that is not finite becomes NaN.
+// out is rounded once. A token's bits depend neither on other tokens nor, where multiply-adds are fused, on the width
+// of the vectors. A token's group with a value that is not finite becomes NaN.
 #include "core/kernels/cpu/quantized_linear.h"
 
 #undef HWY_TARGET_INCLUDE

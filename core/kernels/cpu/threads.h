@@ -17,11 +17,11 @@ inline int64_t threads_for(int64_t elements) {
 }
 
 /// Calls f(begin, end) over `count` items. Threads take ranges as they come: items differ in length, threads are
-/// disturbed. Ranges of several items let a thread read ahead from one item to the next.
+/// disturbed. Ranges of several items, at least `least`, let a thread read ahead from one item to the next.
 template <class F>
-void parallel_dynamic(int64_t threads, int64_t count, const F& f) {
+void parallel_dynamic(int64_t threads, int64_t count, const F& f, int64_t least = 1) {
   constexpr int64_t kRangesPerThread = 16;
-  const int64_t range = std::max<int64_t>(count / (threads * kRangesPerThread), 1);
+  const int64_t range = std::max(count / (threads * kRangesPerThread), least);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
     for (int64_t begin; (begin = next.fetch_add(range, std::memory_order_relaxed)) < count;) {

@@ -51,13 +51,13 @@ struct QuantizedWeight {
 };
 
 /// Rounds a weight [O, D] of f32, bf16 or f16 to 8 or 4 bits with a scale for each group, in the dtype of the weight,
-/// that makes the group's squared error smallest among a row of candidates; symmetric, without zeros. Throws
+/// that makes the group's squared error smallest among a row of candidates, of either sign; without zeros. Throws
 /// UnsupportedError for kFloat8 and for group sizes that do not divide D; RangeError for values that are not finite;
 /// ShapeError, DtypeError and DeviceError for a weight that is not a matrix of these dtypes on the host.
 QuantizedRows quantize_rows(const at::Tensor& weight, WeightFormat format, int64_t group_size);
 
-/// Brings rows into the order in which kernels read them. Throws ShapeError, DtypeError and DeviceError for tensors that
-/// are not as above, on the host; UnsupportedError for zeros of kFloat8 and for group sizes that do not divide D;
+/// Brings rows into the order in which kernels read them. Throws ShapeError, DtypeError and DeviceError for tensors
+/// that are not as above, on the host; UnsupportedError for zeros of kFloat8 and for group sizes that do not divide D;
 /// RangeError for codes that the format does not have and for an order that is no permutation.
 QuantizedWeight pack_rows(const QuantizedRows& rows);
 

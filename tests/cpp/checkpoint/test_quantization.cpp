@@ -433,7 +433,9 @@ TEST_F(QuantizationTest, ProjectionsOfGatesAreDequantized) {
     const at::Tensor got = checkpoint.get(weight, {8, 64});
     const at::Tensor want = matrix<double>(8, 64, at::kFloat, [&](int64_t o, int64_t d) { return n.at(o, d); });
     EXPECT_TRUE(at::allclose(got, want, 1e-6, 0));
+    EXPECT_FALSE(checkpoint.quantized(weight, {8, 64}));
     const CheckpointShapes headers(checkpoint);
+    EXPECT_FALSE(headers.quantized(weight, {8, 64}));
     expect_same_form(headers.get(weight, {8, 64}), got);
     EXPECT_EQ(headers.asked().size(), 3U);
     checkpoint.release(weight);
@@ -460,6 +462,10 @@ TEST_F(QuantizationTest, SchemesOfSeveralGroups) {
   // A name is narrower than a pattern.
   expect(write_packed(eight, false), config({kModule.substr(0, kModule.size() - 1)}, {"re:.*"}), eight);
   refuse(write_packed(eight, false), config({"re:.*up.*"}, {"re:.*"}), {8, 64}, {"up_proj'", "one scheme", "'.*up.*'"});
+  write(write_packed(eight, false), config({"Linear"}, {"LinearBase"}));
+  expect_refused([&] { open(); }, {"config_groups", "one group for a class"});
+  write(write_packed(eight, false), config({"lm_head"}, {"model.lm_head"}));
+  expect_refused([&] { open(); }, {"config_groups", "one group for 'lm_head'"});
   refuse(write_packed(eight, false), config({"re:.*q.*"}, {"a.b"}), {8, 64}, {"up_proj'", "a scheme for", "none"});
 
   json dynamic = gptq_config(4, 32, true);

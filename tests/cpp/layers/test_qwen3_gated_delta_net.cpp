@@ -468,7 +468,7 @@ TEST_P(ShardTest, RoundedRowsAndColumnsAreCutBetweenTheirGroups) {
   const TwoSteps want = run_two_steps(whole, state, x_);
   EXPECT_GT(relative_error(want.first, out_.first), 1e-2) << "nothing was rounded";
 
-  for (const WeightSource* weights : {static_cast<const WeightSource*>(&rounded), &fused_rounded}) {
+  for (const RoundedWeights* weights : {&rounded, &fused_rounded}) {
     at::Tensor first = at::zeros_like(want.first), second = at::zeros_like(want.second);
     for (int64_t r = 0; r < GetParam(); ++r) {
       const Shard shard{.rank = r, .world = GetParam()};
