@@ -23,6 +23,7 @@
   op(RmsNormGatedParams, rms_norm_gated, GdnShape, kDecode, x)                        \
   op(RmsNormParams, rms_norm, NormShape, kDecode, x)                                  \
   op(SiluAndMulParams, silu_and_mul, LinearShape, kDecode, gate)                      \
+  op(SigmoidAndMulParams, sigmoid_and_mul, NormShape, kDecode, x)                     \
   op(LinearParams, linear, LinearShape, kDecode, x)                                   \
   op(QuantizedLinearParams, quantized_linear, QuantizedLinearShape, kDecode, x)       \
   op(PagedAttentionParams, paged_attention, AttentionShape, kDecode, q)               \

@@ -34,7 +34,7 @@ struct DecodeStepShape {
   ConvShape conv;
 };
 
-/// Sizes of a norm over the last dimension.
+/// Sizes of a norm over the last dimension, or of a gate of heads.
 struct NormShape {
   int64_t T = 0;  // tokens
   int64_t H = 0;  // heads

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/gated_attention.h"
 
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sigmoid.h>
 
 #include "core/layers/rms_norm.h"
 
@@ -63,7 +61,8 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
                            .context_rows = batch.context_rows,
                            .host = batch.host,
                            .backend = backend_});
-  return o_.forward((o * at::sigmoid(gate)).flatten(1), backend_);
+  kernel::sigmoid_and_mul({.x = o, .gate = gate, .out = o, .backend = backend_});
+  return o_.forward(o.flatten(1), backend_);
 }
 
 }  // namespace xgdn

@@ -51,6 +51,7 @@ __all__ = [
     "recurrent_gated_delta_rule",
     "rms_norm",
     "rms_norm_gated",
+    "sigmoid_and_mul",
     "silu_and_mul",
     "store_kv",
 ]
@@ -494,6 +495,13 @@ def rms_norm(
     """
     out = x.new_empty(x.shape) if out is None else out
     torch.ops.xgdn.rms_norm(x, weight, out, residual=residual, cos=cos, sin=sin, eps=eps, backend=backend)
+    return out
+
+
+def sigmoid_and_mul(x: Tensor, gate: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """`x * sigmoid(gate)`, all `[T, H, D]` of one dtype: the output gate of attention. `out` may be `x` or `gate`."""
+    out = x.new_empty(x.shape) if out is None else out
+    torch.ops.xgdn.sigmoid_and_mul(x, gate, out, backend=backend)
     return out
 
 

@@ -28,6 +28,7 @@ OPS: dict[str, Callable[..., Any]] = {
         "l2_norm",
         "rms_norm_gated",
         "rms_norm",
+        "sigmoid_and_mul",
         "silu_and_mul",
         "linear",
         "quantized_linear",

@@ -84,5 +84,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(turned, -1)
 
 
+def sigmoid_and_mul(x: Tensor, gate: Tensor) -> Tensor:
+    return x.double() / (1 + (-gate.double()).exp())
+
+
 def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate.double()) * up.double()

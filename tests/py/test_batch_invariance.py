@@ -101,6 +101,7 @@ def token_op(op: str, dtype: torch.dtype, backend: str) -> Call:
         "l2_norm": lambda n: ops.l2_norm(heads[n], backend=backend),
         "rms_norm_gated": lambda n: ops.rms_norm_gated(heads[n], other[n], norm, backend=backend),
         "rms_norm": lambda n: ops.rms_norm(heads[n], norm, cos=heads[n, 0, :20], sin=other[n, 0, :20], backend=backend),
+        "sigmoid_and_mul": lambda n: ops.sigmoid_and_mul(heads[n], other[n], backend=backend),
         "silu_and_mul": lambda n: ops.silu_and_mul(heads[n, 0], other[n, 0], backend=backend),
         "linear": lambda n: ops.linear(x[n], weight, bias=bias, backend=backend),
         "quantized_linear": lambda n: ops.quantized_linear(

@@ -124,6 +124,7 @@ TINY_CALLS = {
     ("linear", (256, 512)): 8,
     ("linear", (2048, 256)): 1,
     ("silu_and_mul", (512,)): 8,
+    ("sigmoid_and_mul", (4, 64)): 2,
     ("gdn_decode_step", (4, 64, 64)): 6,
     ("store_kv", (2, 64)): 2,
     ("paged_attention", (4, 2, 64)): 2,

@@ -82,6 +82,7 @@ def good_arguments(op: str) -> Arguments:
             "cos": torch.randn(T, 8),
             "sin": torch.randn(T, 8),
         },
+        "sigmoid_and_mul": {"x": torch.randn(T, H, K), "gate": torch.randn(T, H, K)},
         "silu_and_mul": {"gate": torch.randn(T, D), "up": torch.randn(T, D)},
         "linear": {
             "x": torch.randn(T, D),
@@ -222,6 +223,11 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ("rms_norm", {"sin": None}, ValueError, ("sin", "both cos and sin, got one")),
     ("rms_norm", {"cos": torch.randn(5, 7), "sin": torch.randn(5, 7)}, ValueError, ("cos", "even P", "D=16, got 7")),
     ("rms_norm", {"cos": torch.randn(5, 18), "sin": torch.randn(5, 18)}, ValueError, ("cos", "even P", "D=16, got 18")),
+    ("sigmoid_and_mul", {"x": torch.randn(5, 2, 16).int()}, TypeError, ("x", "Int")),
+    ("sigmoid_and_mul", {"gate": torch.randn(5, 2, 16).half()}, TypeError, ("gate", "Float", "Half")),
+    ("sigmoid_and_mul", {"out": torch.empty(5, 2, 16).half()}, TypeError, ("out", "Float", "Half")),
+    ("sigmoid_and_mul", {"gate": torch.randn(5, 2, 15)}, ValueError, ("gate", "D=16 (set by x)", "[5, 2, 15]")),
+    ("sigmoid_and_mul", {"x": torch.randn(5, 16, 2).mT}, ValueError, ("x", "contiguous")),
     ("silu_and_mul", {"gate": torch.randn(5, 24).int()}, TypeError, ("gate", "Int")),
     ("silu_and_mul", {"up": torch.randn(5, 24).half()}, TypeError, ("up", "Float", "Half")),
     ("silu_and_mul", {"out": torch.empty(5, 24).half()}, TypeError, ("out", "Float", "Half")),
@@ -645,6 +651,7 @@ OUT_SHAPES = {
     "l2_norm": (5, 2, 16),
     "rms_norm_gated": (5, 4, 32),
     "rms_norm": (5, 2, 16),
+    "sigmoid_and_mul": (5, 2, 16),
     "silu_and_mul": (5, 24),
     "linear": (5, 16),
     ATTENTION: (5, 4, 16),
@@ -672,7 +679,13 @@ for _op in OPS:
     WRITTEN[_op] += [name for name in ("state", "conv_state", "residual") if name in tensors(_op)]
 
 # The inputs that an op may replace element by element.
-IN_PLACE = {"l2_norm": ["x"], "rms_norm": ["x"], "rms_norm_gated": ["x", "z"], "silu_and_mul": ["gate", "up"]}
+IN_PLACE = {
+    "l2_norm": ["x"],
+    "rms_norm": ["x"],
+    "rms_norm_gated": ["x", "z"],
+    "sigmoid_and_mul": ["x", "gate"],
+    "silu_and_mul": ["gate", "up"],
+}
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in tensors(op)])

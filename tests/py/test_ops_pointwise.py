@@ -184,6 +184,36 @@ def test_rms_norm_of_a_nan_token_spoils_its_own_row_alone(D: int, has_residual: 
         assert_bits_equal(f"token {token}", out[token], clean[token])
 
 
+@pytest.mark.parametrize(
+    "shape", [*((T, 2, 96) for T in TOKENS), *((3, 2, width) for width in (1, 50, 255, 256, 257, 600))], ids=str
+)
+@EACH_DTYPE
+@VIEWS
+@pytest.mark.parametrize("in_place", [None, 0, 1], ids=["apart", "x", "gate"])
+def test_sigmoid_and_mul(
+    shape: tuple[int, int, int], dtype: torch.dtype, view: bool, in_place: int | None, backend: str
+) -> None:
+    x, gate = torch.randn(shape).to(dtype), (3 * torch.randn(shape)).to(dtype)
+    if gate.numel() > 20:
+        gate.view(-1)[:4] = torch.tensor([-80.0, -20.0, 80.0, 0.0]).to(dtype)
+    want = reference.sigmoid_and_mul(x, gate)
+    out = torch.full(shape, torch.nan, dtype=dtype)
+    if view:
+        x, gate, out = strided(x), strided(gate), strided(out)
+    inputs = (x, gate)
+    before = [t.clone() for t in inputs]
+    out = out if in_place is None else inputs[in_place]
+    ops.sigmoid_and_mul(x, gate, out=out, backend=backend)
+    assert xgdn.last_backend("sigmoid_and_mul") == backend
+    roundings = 1 if backend == "cpu" else 2  # ATen rounds sigmoid(gate) as well
+    assert_close("out", out, want, roundings * BOUND[dtype], parts=(0, 1))
+    for i, (t, old) in enumerate(zip(inputs, before, strict=True)):
+        if i != in_place:
+            assert_bits_equal(f"input {i}", t, old)
+    if view:
+        assert_gaps_untouched(out)
+
+
 def run_silu_and_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, backend: str) -> None:
     ops.silu_and_mul(gate, up, out=out, backend=backend)
     assert xgdn.last_backend("silu_and_mul") == backend

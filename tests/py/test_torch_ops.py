@@ -93,6 +93,7 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
             ((x[2], torch.randn(V), out), {"residual": x[2].flip(0), "eps": 1e-5}),
             ((x[2], torch.randn(V), out), {"cos": x[2][:, 0, :4], "sin": x[2][:, 1, :4]}),
         ],
+        "sigmoid_and_mul": [((x[2], x[2].flip(0), out), {})],
         "silu_and_mul": [((conv[0], conv[0].flip(0), conv_out), {})],
         "linear": [
             ((x[2].flatten(1), torch.randn(D, HV * V).to(dtype), conv_out), {}),

@@ -15,6 +15,7 @@
 
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
+#include "core/kernels/cpu/gates.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/linear.h"
@@ -24,7 +25,6 @@
 #include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
-#include "core/kernels/cpu/silu_and_mul.h"
 #include "hwy/targets.h"
 
 namespace xgdn::kernel::cpu {
@@ -473,6 +473,17 @@ void test_rotation(int64_t D, int64_t P, DType dtype) {
   expect_close(name, out, want, 3 * tolerance(dtype));  // both products and their sum are rounded
 }
 
+void test_sigmoid_and_mul(int64_t D, DType dtype) {
+  constexpr int64_t kTokens = 3, H = 2;
+  const Numbers gate = Numbers::random(dtype, kTokens * H * D, 5.0f), x = Numbers::random(dtype, kTokens * H * D);
+  Numbers out(dtype, x.size());
+  sigmoid_and_mul({.H = H, .D = D, .x = x.in(H * D, D), .gate = gate.in(H * D, D), .out = out.out(H * D, D)}, 0,
+                  kTokens * H);
+  Doubles want;
+  for (size_t i = 0; i < x.size(); ++i) want.push_back(x[i] * sigmoid(gate[i]));
+  expect_close("sigmoid_and_mul, D=" + std::to_string(D), out, want, tolerance(dtype));
+}
+
 void test_silu_and_mul(int64_t I, DType dtype) {
   constexpr int64_t kTokens = 3;
   const Numbers gate = Numbers::random(dtype, kTokens * I, 5.0f), up = Numbers::random(dtype, kTokens * I);
@@ -830,6 +841,7 @@ void test_target(int64_t target) {
     test_rotation(/*D=*/96, /*P=*/24, dtype);
     test_rotation(/*D=*/20, /*P=*/6, dtype);
     for (const int64_t I : {5, 256, 300}) test_silu_and_mul(I, dtype);
+    for (const int64_t D : {5, 256, 300}) test_sigmoid_and_mul(D, dtype);
     for (const float q_size : {1.0f, 30.0f}) {
       test_attention(/*group=*/1, /*D=*/40, /*block_size=*/16, dtype, q_size);
       test_attention(/*group=*/4, /*D=*/64, /*block_size=*/1, dtype, q_size);

@@ -3,6 +3,7 @@
 
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 
 namespace xgdn::kernel::aten {
@@ -10,6 +11,11 @@ namespace xgdn::kernel::aten {
 void silu_and_mul(const SiluAndMulParams& p) {
   at::Tensor out = p.out;
   at::mul_out(out, at::silu(p.gate), p.up);
+}
+
+void sigmoid_and_mul(const SigmoidAndMulParams& p) {
+  at::Tensor out = p.out;
+  at::mul_out(out, p.x, at::sigmoid(p.gate));
 }
 
 void linear(const LinearParams& p) {

@@ -7,6 +7,7 @@
 namespace xgdn::kernel::aten {
 
 void silu_and_mul(const SiluAndMulParams& p);
+void sigmoid_and_mul(const SigmoidAndMulParams& p);
 void linear(const LinearParams& p);
 /// Makes the weight plain at every call.
 void quantized_linear(const QuantizedLinearParams& p);

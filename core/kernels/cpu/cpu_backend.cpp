@@ -13,6 +13,7 @@
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
 #include "core/kernels/cpu/copy_slots.h"
+#include "core/kernels/cpu/gates.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/instruction_sets.h"
@@ -23,7 +24,6 @@
 #include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
-#include "core/kernels/cpu/silu_and_mul.h"
 #include "core/kernels/cpu/store_kv.h"
 #include "core/kernels/cpu/threads.h"
 #include "core/kernels/tensor_args.h"
@@ -289,6 +289,7 @@ class CpuBackend final : public HostBackend {
   bool is_batch_invariant(const RmsNormGatedParams&, const GdnShape&) const override { return true; }
   bool is_batch_invariant(const RmsNormParams&, const NormShape&) const override { return true; }
   bool is_batch_invariant(const SiluAndMulParams&, const LinearShape&) const override { return true; }
+  bool is_batch_invariant(const SigmoidAndMulParams&, const NormShape&) const override { return true; }
   bool is_batch_invariant(const GdnDecodeStepParams&, const DecodeStepShape&) const override { return true; }
   bool is_batch_invariant(const CopySlotsParams&, const SlotsShape&) const override { return true; }
   bool is_batch_invariant(const StoreKvParams&, const KvShape&) const override { return true; }
@@ -388,6 +389,13 @@ class CpuBackend final : public HostBackend {
         .I = s.O, .gate = in_columns(p.gate, 0, 1), .up = in_columns(p.up, 0, 1), .out = out_columns(p.out)};
     parallel_ranges(s.T, kPointwiseCost * s.O,
                     [&](int64_t begin, int64_t end) { cpu::silu_and_mul(args, begin, end); });
+  }
+
+  void run(const SigmoidAndMulParams& p, const NormShape& s) const override {
+    const cpu::SigmoidAndMulArgs args = {
+        .H = s.H, .D = s.D, .x = in_rows(p.x), .gate = in_rows(p.gate), .out = out_rows(p.out)};
+    parallel_ranges(s.T * s.H, kPointwiseCost * s.D,
+                    [&](int64_t begin, int64_t end) { cpu::sigmoid_and_mul(args, begin, end); });
   }
 
   void run(const LinearParams& p, const LinearShape& s) const override {

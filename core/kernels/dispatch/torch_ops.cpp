@@ -311,6 +311,14 @@ struct TorchOp<SiluAndMulParams> {
 };
 
 template <>
+struct TorchOp<SigmoidAndMulParams> {
+  static constexpr const char* schema = "(Tensor x, Tensor gate, Tensor(a!) out, *, str backend=\"auto\") -> ()";
+  static SigmoidAndMulParams params(const Tensor& x, const Tensor& gate, const Tensor& out, std::string backend) {
+    return {.x = x, .gate = gate, .out = out, .backend = std::move(backend)};
+  }
+};
+
+template <>
 struct TorchOp<LinearParams> {
   static constexpr const char* schema =
       "(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor? bias=None, str backend=\"auto\") -> ()";

@@ -88,6 +88,7 @@ class NpuBackend final : public Backend {
   }
   void run(const RmsNormParams& p, const NormShape&) const override { aten::rms_norm(p); }
   void run(const SiluAndMulParams& p, const LinearShape&) const override { aten::silu_and_mul(p); }
+  void run(const SigmoidAndMulParams& p, const NormShape&) const override { aten::sigmoid_and_mul(p); }
   void run(const LinearParams& p, const LinearShape&) const override { aten::linear(p); }
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override { aten::quantized_linear(p); }
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {

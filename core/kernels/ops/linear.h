@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products with weights, and the gate between the two of an MLP.
+// Products with weights, and the gates before the last one of an MLP and of attention.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,6 +21,15 @@ struct SiluAndMulParams {
   std::string backend = "auto";
 };
 void silu_and_mul(const SiluAndMulParams& p);
+
+/// out = x * sigmoid(gate), computed in fp32. out may be x or gate.
+struct SigmoidAndMulParams {
+  at::Tensor x;     // [T, H, D]  f32 | bf16 | f16, strided
+  at::Tensor gate;  // [T, H, D]  as x, strided
+  at::Tensor out;   // [T, H, D]  as x, strided, written
+  std::string backend = "auto";
+};
+void sigmoid_and_mul(const SigmoidAndMulParams& p);
 
 /// out = x weight^T + bias, summed in fp32. Where last_is_batch_invariant promises it, a token's result has the same
 /// bits whatever tokens are beside it.

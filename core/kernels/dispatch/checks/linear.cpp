@@ -27,6 +27,26 @@ SiluAndMulParams sample(const TypicalTensors& t) {
   return {.gate = t.token, .up = t.token, .out = t.out_token};
 }
 
+// ---- sigmoid_and_mul ------------------------------------------------------------------------------------------------
+
+Dims match(const SigmoidAndMulParams& p) {
+  Dims d(Op<SigmoidAndMulParams>::name);
+  match_strided(d, "x", p.x, "T H D", kInputTypes);
+  const at::ScalarType in = p.x.scalar_type();
+  match_strided(d, "gate", p.gate, "T H D", {in});
+  match_out(d, "out", p.out, "T H D", {in}, "x gate");
+  return d;
+}
+
+NormShape shape(const SigmoidAndMulParams&, const Dims& d) {
+  return {.T = d["T"], .H = d["H"], .D = d["D"]};
+}
+
+template <>
+SigmoidAndMulParams sample(const TypicalTensors& t) {
+  return {.x = t.head, .gate = t.head, .out = t.out};
+}
+
 // ---- linear ---------------------------------------------------------------------------------------------------------
 
 Dims match(const LinearParams& p) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gate of an MLP on the CPU over pointers, strides and sizes.
+// The gates of an MLP and of attention on the CPU over pointers, strides and sizes.
 #pragma once
 
 #include <cstdint>
@@ -17,5 +17,16 @@ struct SiluAndMulArgs {
 };
 
 void silu_and_mul(const SiluAndMulArgs& args, int64_t begin_token, int64_t end_token);
+
+struct SigmoidAndMulArgs {
+  int64_t H = 0;
+  int64_t D = 0;
+  InRows x;     // [T, H, D]
+  InRows gate;  // [T, H, D]
+  OutRows out;  // [T, H, D]
+};
+
+/// Rows are (token, head), heads fastest.
+void sigmoid_and_mul(const SigmoidAndMulArgs& args, int64_t begin_row, int64_t end_row);
 
 }  // namespace xgdn::kernel::cpu
