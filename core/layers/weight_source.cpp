@@ -4,9 +4,17 @@
 #include <ATen/ops/equal.h>
 #include <c10/util/StringUtil.h>
 
+#include <algorithm>
+
 #include "core/kernels/ops_api.h"
 
 namespace xgdn {
+namespace {
+
+// What is copied of a mapped file before its pages may go: a large table is never in memory twice.
+constexpr int64_t kBytesAtOnce = 32 << 20;
+
+}  // namespace
 
 at::Tensor TensorMap::get(const std::string& name, at::IntArrayRef shape) const {
   const auto it = tensors_.find(name);
@@ -31,8 +39,13 @@ at::Tensor load_weight(const WeightSource& weights, const std::string& name, at:
   const bool is_as_stored = options.dtype() == stored.dtype() && options.device() == stored.device();
   if (is_as_stored && !weights.is_mapped()) return stored;
   at::Tensor loaded = kernel::allocate_weight(shape, options);
-  loaded.copy_(stored);
-  weights.release(name);
+  const int64_t rows = stored.size(0);
+  const int64_t step = std::max<int64_t>(rows * kBytesAtOnce / std::max<int64_t>(stored.nbytes(), 1), 1);
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t count = std::min(step, rows - begin);
+    loaded.narrow(0, begin, count).copy_(stored.narrow(0, begin, count));
+    weights.release(name);
+  }
   return loaded;
 }
 

@@ -117,14 +117,18 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
   const std::vector<int64_t> table{config.vocab_size, config.hidden_size};
   const TableNames names = table_names(config, weights);
   has_tied_head_ = names.is_tied();
-  embedding_ = load_weight(weights, names.embedding, table, tensor);
-  norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
+  // First, so that what rounding it takes beside its own size is less than what the decoder keeps in the end.
+  bool is_head_loaded = false;
   if (const auto rows = weights.quantized(names.head, table)) {
     lm_head_ = Projection(load_quantized(*rows, tensor), config.vocab_size);
     weights.release(names.head);
-  } else {
+    is_head_loaded = true;
+  }
+  embedding_ = load_weight(weights, names.embedding, table, tensor);
+  if (!is_head_loaded) {
     lm_head_ = Projection(names.is_tied() ? embedding_ : load_weight(weights, names.head, table, tensor));
   }
+  norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
   for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
     const std::string prefix = root + "layers." + std::to_string(i) + ".";
     const auto norm = [&](const char* name) {
