@@ -21,10 +21,6 @@ uint8_t code(uint32_t word, int64_t k) {
   return static_cast<uint8_t>(word >> (k * kBits) & ((1U << kBits) - 1));
 }
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 at::Tensor empty_codes(int64_t rows, int64_t columns) {
   return at::empty({rows, columns}, at::kByte);
 }

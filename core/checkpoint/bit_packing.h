@@ -8,6 +8,11 @@
 
 namespace xgdn {
 
+/// a / b, rounded up.
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 /// [R, W] i32 to [R, W n] u8: a word holds neighbours of a row, the first in the lowest bits.
 at::Tensor unpack_rows(const at::Tensor& words, int64_t bits);
 

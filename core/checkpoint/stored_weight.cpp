@@ -28,10 +28,6 @@ std::string part_name(const std::string& name, std::string_view part) {
   return part.starts_with(kWord) ? name + std::string(part.substr(kWord.size())) : c10::str(name, ".", part);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 void expect_dtype(const StoredTensor& tensor, std::initializer_list<std::string_view> names) {
   if (std::ranges::count(names, tensor.entry().dtype_name) > 0) return;
   throw tensor.error("dtype " + c10::Join(" or ", names), tensor.entry().dtype_name);

@@ -24,10 +24,7 @@ GatedAttention::GatedAttention(const AttentionConfig& config, const WeightSource
 
 std::vector<at::Tensor> GatedAttention::weights() const {
   std::vector<at::Tensor> weights{q_norm_, k_norm_};
-  for (const Projection* projection : {&q_, &k_, &v_, &o_}) {
-    const std::vector<at::Tensor> tensors = projection->weights();
-    weights.insert(weights.end(), tensors.begin(), tensors.end());
-  }
+  for (const Projection* projection : {&q_, &k_, &v_, &o_}) projection->append_weights(weights);
   return weights;
 }
 

@@ -110,10 +110,7 @@ at::Tensor Mlp::forward(const at::Tensor& x) const {
 
 std::vector<at::Tensor> Mlp::weights() const {
   std::vector<at::Tensor> weights;
-  for (const Projection* projection : {&gate_, &up_, &down_}) {
-    const std::vector<at::Tensor> tensors = projection->weights();
-    weights.insert(weights.end(), tensors.begin(), tensors.end());
-  }
+  for (const Projection* projection : {&gate_, &up_, &down_}) projection->append_weights(weights);
   return weights;
 }
 
@@ -136,10 +133,7 @@ SparseMoe::SparseMoe(const SparseMoeConfig& config, const WeightSource& weights,
 std::vector<at::Tensor> SparseMoe::weights() const {
   std::vector<at::Tensor> weights = shared_.weights();
   weights.insert(weights.end(), {router_, shared_gate_});
-  for (const Weight* experts : {&gate_up_, &down_}) {
-    const std::vector<at::Tensor> tensors = tensors_of(*experts);
-    weights.insert(weights.end(), tensors.begin(), tensors.end());
-  }
+  for (const Weight* experts : {&gate_up_, &down_}) append_weights(*experts, weights);
   return weights;
 }
 

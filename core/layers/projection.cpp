@@ -59,9 +59,13 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const std::str
   return out;
 }
 
-std::vector<at::Tensor> tensors_of(const Weight& weight) {
-  if (const auto* plain = std::get_if<at::Tensor>(&weight)) return {*plain};
-  return std::get<kernel::QuantizedWeight>(weight).tensors();
+void append_weights(const Weight& weight, std::vector<at::Tensor>& weights) {
+  if (const auto* plain = std::get_if<at::Tensor>(&weight)) {
+    weights.push_back(*plain);
+  } else {
+    const std::vector<at::Tensor> tensors = std::get<kernel::QuantizedWeight>(weight).tensors();
+    weights.insert(weights.end(), tensors.begin(), tensors.end());
+  }
 }
 
 kernel::QuantizedWeight load_quantized(const QuantizedRows& rows, const at::TensorOptions& options) {
@@ -148,14 +152,9 @@ at::Tensor Projection::forward(const at::Tensor& x, const std::string& backend,
   return out;
 }
 
-std::vector<at::Tensor> Projection::weights() const {
-  std::vector<at::Tensor> all;
-  for (const Part& part : parts_) {
-    const std::vector<at::Tensor> tensors = tensors_of(part.weight);
-    all.insert(all.end(), tensors.begin(), tensors.end());
-  }
-  if (bias_) all.push_back(*bias_);
-  return all;
+void Projection::append_weights(std::vector<at::Tensor>& weights) const {
+  for (const Part& part : parts_) xgdn::append_weights(part.weight, weights);
+  if (bias_) weights.push_back(*bias_);
 }
 
 }  // namespace xgdn

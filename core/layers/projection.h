@@ -22,8 +22,8 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const std::str
 /// A weight as a layer holds it.
 using Weight = std::variant<at::Tensor, kernel::QuantizedWeight>;
 
-/// Its tensors.
-std::vector<at::Tensor> tensors_of(const Weight& weight);
+/// Appends its tensors.
+void append_weights(const Weight& weight, std::vector<at::Tensor>& weights);
 
 /// The weight as kernels read it, on the device of `options`.
 kernel::QuantizedWeight load_quantized(const kernel::QuantizedRows& rows, const at::TensorOptions& options);
@@ -61,8 +61,8 @@ class Projection {
   /// x [T, D] -> [T, O], in the dtype of x or in `dtype`.
   at::Tensor forward(const at::Tensor& x, const std::string& backend, std::optional<at::ScalarType> dtype = {}) const;
 
-  /// The tensors that the projection holds.
-  std::vector<at::Tensor> weights() const;
+  /// Appends the tensors that the projection holds.
+  void append_weights(std::vector<at::Tensor>& weights) const;
 
  private:
   struct Part {

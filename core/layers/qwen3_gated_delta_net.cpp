@@ -171,10 +171,7 @@ std::vector<StateSpec> Qwen3GatedDeltaNet::state_specs() const {
 
 std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
   std::vector<at::Tensor> weights{conv_weight_, A_log_, dt_bias_, norm_};
-  for (const Projection* projection : {&in_proj_, &out_proj_}) {
-    const std::vector<at::Tensor> tensors = projection->weights();
-    weights.insert(weights.end(), tensors.begin(), tensors.end());
-  }
+  for (const Projection* projection : {&in_proj_, &out_proj_}) projection->append_weights(weights);
   if (conv_bias_) weights.push_back(*conv_bias_);
   return weights;
 }

@@ -95,6 +95,16 @@ TableNames table_names(const ModelConfig& config, const WeightSource& weights) {
   return names;
 }
 
+// The head in 8 or 4 bits, or nullopt where it is plain.
+std::optional<Projection> load_packed_head(const ModelConfig& config, const WeightSource& weights,
+                                           const std::string& name, const at::TensorOptions& options) {
+  const auto rows = weights.quantized(name, {config.vocab_size, config.hidden_size});
+  if (!rows) return std::nullopt;
+  Projection head(load_quantized(*rows, options), config.vocab_size);
+  weights.release(name);
+  return head;
+}
+
 }  // namespace
 
 struct HybridDecoder::Layer {
@@ -118,16 +128,10 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
   const TableNames names = table_names(config, weights);
   has_tied_head_ = names.is_tied();
   // First, so that what rounding it takes beside its own size is less than what the decoder keeps in the end.
-  bool is_head_loaded = false;
-  if (const auto rows = weights.quantized(names.head, table)) {
-    lm_head_ = Projection(load_quantized(*rows, tensor), config.vocab_size);
-    weights.release(names.head);
-    is_head_loaded = true;
-  }
+  std::optional<Projection> packed_head = load_packed_head(config, weights, names.head, tensor);
   embedding_ = load_weight(weights, names.embedding, table, tensor);
-  if (!is_head_loaded) {
-    lm_head_ = Projection(names.is_tied() ? embedding_ : load_weight(weights, names.head, table, tensor));
-  }
+  lm_head_ = packed_head ? *std::move(packed_head)
+                         : Projection(names.is_tied() ? embedding_ : load_weight(weights, names.head, table, tensor));
   norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
   for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
     const std::string prefix = root + "layers." + std::to_string(i) + ".";
@@ -158,13 +162,15 @@ int64_t HybridDecoder::num_attention_layers() const {
 }
 
 int64_t HybridDecoder::weight_bytes() const {
-  const bool shares_tensor = lm_head_.weights().front().is_same(embedding_);
+  std::vector<at::Tensor> head;
+  lm_head_.append_weights(head);
+  const bool shares_tensor = head.front().is_same(embedding_);
   return streamed_bytes() + (shares_tensor ? 0 : static_cast<int64_t>(embedding_.nbytes()));
 }
 
 int64_t HybridDecoder::streamed_bytes() const {
-  std::vector<at::Tensor> weights = lm_head_.weights();
-  weights.push_back(norm_);
+  std::vector<at::Tensor> weights{norm_};
+  lm_head_.append_weights(weights);
   for (const auto& layer : layers_) {
     weights.insert(weights.end(), {layer->input_norm, layer->post_attention_norm});
     for (const std::vector<at::Tensor>& part :

@@ -631,6 +631,25 @@ void linear_by_paired_rows(const LinearCall& call) {
   linear_rows(args, 0, num_work_items(args));
 }
 
+// Runs a product of rows that lie apart, `width` in out, for all tokens at once, and for each by itself: the bits are
+// the same.
+template <class Call, class Run>
+Numbers run_product(const std::string& name, Call args, DType out_dtype, int64_t width, const Run& run) {
+  Numbers out(out_dtype, args.T * width), one_by_one(out_dtype, args.T * width);
+  args.out = out.out(width, 1);
+  run(args);
+  for (int64_t t = 0; t < args.T; ++t) {
+    Call one = args;
+    one.T = 1;
+    one.x.data = args.x.at(t, 0);
+    one.out = one_by_one.out(width, 1);
+    one.out.data = one.out.at(t, 0);
+    run(one);
+  }
+  expect(out.has_bits_of(one_by_one), name + ": a token's bits depend on the tokens beside it");
+  return out;
+}
+
 // All tokens at once, and each by itself with the same bits. Rows of x, weight and out lie apart.
 void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias, const LinearKernel& kernel) {
   constexpr int64_t kGap = 2;
@@ -639,22 +658,12 @@ void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias
   const Numbers x = Numbers::random(DType::kBFloat16, T * (D + kGap));
   Numbers weight = Numbers::random(DType::kBFloat16, O * (D + kGap));
   const Numbers bias = Numbers::random(DType::kBFloat16, O, 10.0f);
-  Numbers out(out_dtype, T * width), one_by_one(out_dtype, T * width);
   LinearCall args;
   args.T = T, args.D = D, args.O = O;
-  args.x = x.in(D + kGap, 0), args.out = out.out(width, 1);
+  args.x = x.in(D + kGap, 0);
   args.weight = static_cast<const uint16_t*>(weight.data()), args.weight_stride = D + kGap;
   if (has_bias) args.bias = bias.in(0, 1);
-  kernel(args);
-  for (int64_t t = 0; t < T; ++t) {
-    LinearCall one = args;
-    one.T = 1;
-    one.x.data = args.x.at(t, 0);
-    one.out = one_by_one.out(width, 1);
-    one.out.data = one.out.at(t, 0);
-    kernel(one);
-  }
-  expect(out.has_bits_of(one_by_one), name + ": a token's bits depend on the tokens beside it");
+  const Numbers out = run_product(name, args, out_dtype, width, kernel);
 
   Numbers inside(out_dtype, T * O);
   Doubles want;
@@ -770,23 +779,13 @@ void test_quantized_linear(Codes format, int64_t T, int64_t D, int64_t O, int64_
       for (int64_t d = 0; d < D; ++d) weight.values[o * D + d] = ordered[o * D + weight.order[d]];
     }
   }
-  Numbers out(out_dtype, T * width), one_by_one(out_dtype, T * width);
   QuantizedLinearArgs args;
   args.T = T, args.D = D, args.O = O, args.group_size = group_size, args.format = format;
-  args.x = x.in(D + kGap, 0), args.out = out.out(width, 1), args.codes = weight.codes.data();
+  args.x = x.in(D + kGap, 0), args.codes = weight.codes.data();
   args.scales = weight.scales.in(16 * num_groups(args), 16);
   if (has_zeros) args.zeros = weight.zeros.data();
   if (has_options) args.order = weight.order.data(), args.bias = bias.in(0, 1);
-  run_quantized_linear(args);
-  for (int64_t t = 0; t < T; ++t) {
-    QuantizedLinearArgs one = args;
-    one.T = 1;
-    one.x.data = args.x.at(t, 0);
-    one.out = one_by_one.out(width, 1);
-    one.out.data = one.out.at(t, 0);
-    run_quantized_linear(one);
-  }
-  expect(out.has_bits_of(one_by_one), name + ": a token's bits depend on the tokens beside it");
+  const Numbers out = run_product(name, args, out_dtype, width, run_quantized_linear);
 
   Numbers inside(out_dtype, T * O);
   Doubles want;

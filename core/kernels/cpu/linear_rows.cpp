@@ -20,13 +20,13 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
+#include "core/kernels/cpu/output_blocks-inl.h"
 #include "core/kernels/cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr int64_t kTokensAtOnce = 6;
 inline constexpr size_t kSumsAtOnce = 12;     // what 16 registers leave room for
 inline constexpr size_t kTokenFloats = 6144;  // of the tokens at once: 24 KiB
 inline constexpr size_t kAhead = 12288;       // weights: 24 KiB are on their way while others are read
@@ -188,81 +188,42 @@ struct PairedRows {
 
 #endif
 
-// The sums of `rows` outputs for some tokens, [tokens, rows] at `out`.
+// A block's dot products; `sums` is memory for those of the lanes.
 template <class Rows, size_t kTokens>
-void multiply_tokens(const LinearRowsArgs& args, int64_t output, size_t rows, int64_t token, float* sums, float* out) {
+void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, float* sums) {
   constexpr size_t kOutputs = Rows::kOutputsAtOnce(kTokens);
   constexpr size_t kPiece = kTokenFloats / kTokens / (2 * kMaxLanes) * (2 * kMaxLanes);
   const F32 d;
   const size_t lanes = hn::Lanes(d);
   const auto stride = static_cast<size_t>(args.weight_stride);
   const auto depth = static_cast<size_t>(args.D);
-  const uint16_t* weight = args.weight + output * args.weight_stride;
-  const auto* tokens = Rows::tokens(args, token);
+  const uint16_t* weight = args.weight + block.output * args.weight_stride;
+  const auto* tokens = Rows::tokens(args, block.token);
   const size_t token_stride = Rows::token_stride(args);
-  const size_t ahead = token > 0 ? 0 : (kAhead / depth + kOutputs) / kOutputs * kOutputs;
+  const size_t ahead = block.token > 0 ? 0 : (kAhead / depth + kOutputs) / kOutputs * kOutputs;
   for (size_t begin = 0; begin < depth; begin += kPiece) {
-    for (size_t row = 0; row < rows; row += kOutputs) {
+    for (size_t row = 0; row < block.rows; row += kOutputs) {
       Rows::template add_piece<kOutputs, kTokens>(weight + row * stride + begin, stride, tokens + begin, token_stride,
                                                   std::min(kPiece, depth - begin), begin == 0, ahead,
                                                   sums + row * kTokens * lanes);
     }
   }
-  for (size_t row = 0; row < rows; ++row) {
+  for (size_t row = 0; row < block.rows; ++row) {
     for (size_t t = 0; t < kTokens; ++t) {
       const VF sum = hn::Load(d, sums + (row * kTokens + t) * lanes);
-      out[t * static_cast<size_t>(kLinearRowsBlock) + row] = hn::GetLane(hn::SumOfLanes(d, sum));
+      block.sums[t * kBlockOutputs + row] = hn::GetLane(hn::SumOfLanes(d, sum));
     }
-  }
-}
-
-template <class Rows>
-void multiply_tokens(const LinearRowsArgs& args, int64_t output, size_t rows, int64_t token, int64_t count, float* sums,
-                     float* out) {
-  switch (count) {
-    case 1:
-      return multiply_tokens<Rows, 1>(args, output, rows, token, sums, out);
-    case 2:
-      return multiply_tokens<Rows, 2>(args, output, rows, token, sums, out);
-    case 3:
-      return multiply_tokens<Rows, 3>(args, output, rows, token, sums, out);
-    case 4:
-      return multiply_tokens<Rows, 4>(args, output, rows, token, sums, out);
-    case 5:
-      return multiply_tokens<Rows, 5>(args, output, rows, token, sums, out);
-    default:
-      return multiply_tokens<Rows, kTokensAtOnce>(args, output, rows, token, sums, out);
   }
 }
 
 template <class Rows>
 void multiply_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item) {
-  const F32 d;
-  constexpr auto kBlock = static_cast<size_t>(kLinearRowsBlock);
-  float* sums = scratch<LinearRowsArgs>(kBlock * kTokensAtOnce * kMaxLanes);
-  HWY_ALIGN float out[kTokensAtOnce * kLinearRowsBlock];
-  HWY_ALIGN float bias[kLinearRowsBlock] = {};
-  const int64_t groups = (args.T + kTokensAtOnce - 1) / kTokensAtOnce;
-  for (int64_t item = begin_item; item < end_item; ++item) {
-    const int64_t output = item * kLinearRowsBlock;
-    const auto rows = static_cast<size_t>(std::min(kLinearRowsBlock, args.O - output));
-    if (args.bias.data != nullptr) load_row(args.bias.dtype, args.bias.at(0, output), rows, bias);
-    for (int64_t group = 0; group < groups; ++group) {  // of even sizes
-      const int64_t token = group * args.T / groups;
-      const int64_t count = (group + 1) * args.T / groups - token;
-      multiply_tokens<Rows>(args, output, rows, token, count, sums, out);
-      for (int64_t t = 0; t < count; ++t) {
-        float* of_token = out + t * kLinearRowsBlock;
-        if (args.bias.data != nullptr) {
-          for (size_t j = 0; j < rows; j += hn::Lanes(d)) {
-            hn::Store(hn::Add(hn::Load(d, of_token + j), hn::Load(d, bias + j)), d, of_token + j);
-          }
-        }
-        store_row(args.out.dtype, of_token, rows, args.out.at(token + t, output));
-      }
-    }
-  }
+  float* sums = scratch<LinearRowsArgs>(kBlockOutputs * kTokensAtOnce * kMaxLanes);
+  multiply_blocks(args, begin_item, end_item,
+                  [&]<size_t kTokens>(const OutputBlock& block) { multiply_block<Rows, kTokens>(args, block, sums); });
 }
+
+static_assert(kLinearRowsBlock == kBlockOutputs);
 
 void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item) {
 #ifdef XGDN_HARDWARE_BFLOAT16

@@ -21,6 +21,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
+#include "core/kernels/cpu/output_blocks-inl.h"
 #include "core/kernels/cpu/quantized_codes-inl.h"
 #include "core/kernels/cpu/simd-inl.h"
 
@@ -28,10 +29,9 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr size_t kTokensAtOnce = 6;   // with two vectors of outputs, what 16 registers leave room for
 inline constexpr size_t kBytesAhead = 4096;  // codes on their way while others are read
 inline constexpr auto kPanelOutputs = static_cast<size_t>(kQuantizedPanel);
-inline constexpr auto kBlock = static_cast<size_t>(kQuantizedLinearBlock);
+static_assert(kQuantizedLinearBlock == kBlockOutputs);
 
 // ---- tokens ---------------------------------------------------------------------------------------------------------
 
@@ -192,74 +192,35 @@ void multiply(const QuantizedLinearArgs& args, const Outputs& first, const Outpu
   }
 }
 
-// Results [kTokens, 32] of some tokens for a block of outputs, whose panels are whole.
+// A block, whose panels are whole.
 template <class Format, size_t kTokens, bool kIsFirst>
-void multiply_block(const QuantizedLinearArgs& args, int64_t output, size_t outputs, int64_t token,
-                    float* HWY_RESTRICT out) {
+void multiply_block(const QuantizedLinearArgs& args, const OutputBlock& block) {
   const F32 d;
   const size_t lanes = hn::Lanes(d);
+  const size_t outputs = (block.rows + kPanelOutputs - 1) / kPanelOutputs * kPanelOutputs;
   HWY_ALIGN float sums[2 * kTokens * kMaxLanes];
   for (size_t i = 0; i < outputs; i += 2 * lanes) {
     // Where a block's last panel has no neighbour, it is its own.
     const size_t next = i + lanes < outputs ? i + lanes : i;
-    multiply<Format, kTokens, kIsFirst>(args, outputs_at<Format>(args, output + static_cast<int64_t>(i)),
-                                        outputs_at<Format>(args, output + static_cast<int64_t>(next)), token, sums);
+    multiply<Format, kTokens, kIsFirst>(args, outputs_at<Format>(args, block.output + static_cast<int64_t>(i)),
+                                        outputs_at<Format>(args, block.output + static_cast<int64_t>(next)),
+                                        block.token, sums);
     for (size_t t = 0; t < kTokens; ++t) {
-      hn::Store(hn::Load(d, sums + 2 * t * lanes), d, out + t * kBlock + i);
-      hn::Store(hn::Load(d, sums + (2 * t + 1) * lanes), d, out + t * kBlock + next);
+      hn::Store(hn::Load(d, sums + 2 * t * lanes), d, block.sums + t * kBlockOutputs + i);
+      hn::Store(hn::Load(d, sums + (2 * t + 1) * lanes), d, block.sums + t * kBlockOutputs + next);
     }
-  }
-}
-
-template <class Format, bool kIsFirst>
-void multiply_block(const QuantizedLinearArgs& args, int64_t output, size_t outputs, int64_t token, int64_t count,
-                    float* out) {
-  switch (count) {
-    case 1:
-      return multiply_block<Format, 1, kIsFirst>(args, output, outputs, token, out);
-    case 2:
-      return multiply_block<Format, 2, kIsFirst>(args, output, outputs, token, out);
-    case 3:
-      return multiply_block<Format, 3, kIsFirst>(args, output, outputs, token, out);
-    case 4:
-      return multiply_block<Format, 4, kIsFirst>(args, output, outputs, token, out);
-    case 5:
-      return multiply_block<Format, 5, kIsFirst>(args, output, outputs, token, out);
-    default:
-      return multiply_block<Format, kTokensAtOnce, kIsFirst>(args, output, outputs, token, out);
   }
 }
 
 template <class Format>
 void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
-  const F32 d;
-  HWY_ALIGN float out[kTokensAtOnce * kBlock];
-  HWY_ALIGN float bias[kBlock] = {};
-  const int64_t groups = (args.T + static_cast<int64_t>(kTokensAtOnce) - 1) / static_cast<int64_t>(kTokensAtOnce);
-  for (int64_t item = begin_item; item < end_item; ++item) {
-    const int64_t output = item * kQuantizedLinearBlock;
-    const auto written = static_cast<size_t>(std::min(kQuantizedLinearBlock, args.O - output));
-    const size_t outputs = (written + kPanelOutputs - 1) / kPanelOutputs * kPanelOutputs;
-    if (args.bias.data != nullptr) load_row(args.bias.dtype, args.bias.at(0, output), written, bias);
-    for (int64_t group = 0; group < groups; ++group) {  // of even sizes
-      const int64_t token = group * args.T / groups;
-      const int64_t count = (group + 1) * args.T / groups - token;
-      if (group == 0) {
-        multiply_block<Format, true>(args, output, outputs, token, count, out);
-      } else {
-        multiply_block<Format, false>(args, output, outputs, token, count, out);
-      }
-      for (int64_t t = 0; t < count; ++t) {
-        float* of_token = out + static_cast<size_t>(t) * kBlock;
-        if (args.bias.data != nullptr) {
-          for (size_t j = 0; j < outputs; j += hn::Lanes(d)) {
-            hn::Store(hn::Add(hn::Load(d, of_token + j), hn::Load(d, bias + j)), d, of_token + j);
-          }
-        }
-        store_row(args.out.dtype, of_token, written, args.out.at(token + t, output));
-      }
+  multiply_blocks(args, begin_item, end_item, [&]<size_t kTokens>(const OutputBlock& block) {
+    if (block.token == 0) {
+      multiply_block<Format, kTokens, true>(args, block);
+    } else {
+      multiply_block<Format, kTokens, false>(args, block);
     }
-  }
+  });
 }
 
 void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {

@@ -45,6 +45,14 @@ TEST(WeightSource, MappedWeightsAreCopiedAndReleased) {
   EXPECT_EQ(source.released, std::vector<std::string>{"w"});
 }
 
+TEST(WeightSource, LargeMappedWeightsAreReleasedPieceByPiece) {
+  constexpr int64_t kRows = 81, kBytesOfRow = 1 << 20;  // 32 MiB a piece, and a remainder
+  const at::Tensor stored = RandomTensors(3).normal({kRows, kBytesOfRow / 4});
+  const MappedRecording source({{"w", stored}});
+  EXPECT_TRUE(same_bits(load_weight(source, "w", stored.sizes(), at::kFloat), stored));
+  EXPECT_EQ(source.released, (std::vector<std::string>{"w", "w", "w"}));
+}
+
 TEST(WeightSource, FusedRowsAreCopiesAndTheirSourcesAreReleased) {
   RandomTensors random(2);
   const at::Tensor a = random.normal({4, 3}), b = random.normal({2, 3});

@@ -6,21 +6,42 @@
 #include "core/kernels/dispatch/op_checks.h"
 
 namespace xgdn::kernel {
+namespace {
+
+// What calls with plain and with quantized experts have in common.
+template <class Params>
+void match_tokens(Dims& d, const Params& p) {
+  match_strided(d, "x", p.x, "T D", kInputTypes);
+  const at::ScalarType in = p.x.scalar_type();
+  match_contiguous(d, "weights", p.weights, "T A", {in});
+  match_contiguous(d, "chosen", p.chosen, "T A", {at::kLong});
+}
+
+template <class Params>
+void match_result(Dims& d, const Params& p) {
+  match_contiguous(d, "out", p.out, "T D", {p.x.scalar_type()});
+  d.written("out");
+}
+
+template <class Params>
+void check_chosen(const Params& p, int64_t num_experts) {
+  const IndexChecker c(Op<Params>::name);
+  c.range("chosen", p.chosen, 0, num_experts - 1, c10::str("an expert 0..", num_experts - 1));
+}
+
+}  // namespace
 
 // ---- moe_experts ----------------------------------------------------------------------------------------------------
 
 Dims match(const MoeExpertsParams& p) {
   Dims d(Op<MoeExpertsParams>::name);
-  match_strided(d, "x", p.x, "T D", kInputTypes);
+  match_tokens(d, p);
   const at::ScalarType in = p.x.scalar_type();
-  match_contiguous(d, "weights", p.weights, "T A", {in});
-  match_contiguous(d, "chosen", p.chosen, "T A", {at::kLong});
   match_contiguous(d, "down", p.down, "E D I", {in});
   d.require(d.sym("E") > 0, "down: expected at least one expert, got E=0");
   d.bind("I+I", d.sym("I") * 2, "down");
   match_contiguous(d, "gate_up", p.gate_up, "E I+I D", {in});
-  match_contiguous(d, "out", p.out, "T D", {in});
-  d.written("out");
+  match_result(d, p);
   return d;
 }
 
@@ -34,16 +55,6 @@ MoeExpertsParams sample(const TypicalTensors& t) {
       .x = t.token, .weights = t.logit, .chosen = t.chosen, .gate_up = t.gate_up, .down = t.down, .out = t.out_token};
 }
 
-namespace {
-
-template <class Params>
-void check_chosen(const Params& p, int64_t num_experts) {
-  const IndexChecker c(Op<Params>::name);
-  c.range("chosen", p.chosen, 0, num_experts - 1, c10::str("an expert 0..", num_experts - 1));
-}
-
-}  // namespace
-
 void check_indices(const MoeExpertsParams& p) {
   check_chosen(p, checked_shape(p).E);
 }
@@ -52,10 +63,7 @@ void check_indices(const MoeExpertsParams& p) {
 
 Dims match(const QuantizedMoeExpertsParams& p) {
   Dims d(Op<QuantizedMoeExpertsParams>::name);
-  match_strided(d, "x", p.x, "T D", kInputTypes);
-  const at::ScalarType in = p.x.scalar_type();
-  match_contiguous(d, "weights", p.weights, "T A", {in});
-  match_contiguous(d, "chosen", p.chosen, "T A", {at::kLong});
+  match_tokens(d, p);
   bind_packed(d, "x");
   d.bind("D/16", d.sym("D") / kPackedOutputs, "x");
   match_packed(d, p.down,
@@ -75,8 +83,7 @@ Dims match(const QuantizedMoeExpertsParams& p) {
                 "E (2I/16) D/2 16 2", "E (2I/16) G 16"});
   require_groups(d, "gate_up_scales", "D", "G");
   d.require(!p.gate_up.order && !p.down.order, "order: expected none, got one");
-  match_contiguous(d, "out", p.out, "T D", {in});
-  d.written("out");
+  match_result(d, p);
   return d;
 }
 
