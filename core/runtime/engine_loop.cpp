@@ -46,8 +46,10 @@ EngineLoop::~EngineLoop() {
 }
 
 RequestId EngineLoop::submit(Request request, Callback callback) {
-  const auto shared = std::make_shared<const Callback>(std::move(callback));
-  Waiting waiting{.callback = shared, .branches = {}, .prompt_size = std::ssize(request.prompt)};
+  // The map's pointer is the only one: the loop may end the request before this returns, and destroys the callback.
+  Waiting waiting{.callback = std::make_shared<const Callback>(std::move(callback)),
+                  .branches = {},
+                  .prompt_size = std::ssize(request.prompt)};
   const int64_t n = request.n;
   const std::lock_guard lock(mutex_);  // until the callback is there, so that no event comes too early
   if (is_closed_) throw StoppedError("[EngineLoop] submit: expected a loop that takes requests, got one that ends");
