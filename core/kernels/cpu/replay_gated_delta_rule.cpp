@@ -36,10 +36,44 @@ namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
 constexpr size_t kTileRows = 16;  // of S: 8 KiB
+constexpr size_t kAhead = 2048;   // bytes of S on their way while others are worked on
 
 inline float exp_of(float x) {
   const F32 d;
   return hn::GetLane(exp(d, hn::Set(d, x)));
+}
+
+inline int64_t begin_of(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
+  return args.cu_seqlens != nullptr ? args.cu_seqlens[n] : n;
+}
+
+// What a value head reads and writes beside S, for the first token of a call.
+inline void prefetch_value_head(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t h) {
+  const int64_t token = begin_of(args, n);
+  const auto length = static_cast<size_t>(first_length(args, n));
+  const auto V = static_cast<size_t>(args.V);
+  const RingView& ring = args.ring;
+  const float* u = ring.u + ring.slots[n] * ring.u_stride + h * ring.R * args.V;
+  prefetch(args.v.at(token, h), V * static_cast<size_t>(size_of(args.v.dtype)));
+  prefetch(ring.g + ring.slots[n] * ring.g_stride + h * ring.R, (length + 1) * sizeof(float));
+  prefetch(u, length * V * sizeof(float));
+  prefetch<1>(u + length * V, V * sizeof(float));
+  prefetch<1>(args.out.at(token, h), V * static_cast<size_t>(size_of(args.out.dtype)));
+}
+
+// An item that comes next, with the first of its value heads.
+inline void prefetch_item(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t key_head) {
+  if (args.state.read[n] < 0 || begin_of(args, n) == begin_of(args, n + 1)) return;
+  const int64_t token = begin_of(args, n);
+  const auto length = static_cast<size_t>(first_length(args, n));
+  const auto K = static_cast<size_t>(args.K);
+  const RingView& ring = args.ring;
+  const float* k = ring.k + ring.slots[n] * ring.k_stride + key_head * ring.R * args.K;
+  prefetch(args.k.at(token, key_head), K * static_cast<size_t>(size_of(args.k.dtype)));
+  prefetch(args.q.at(token, key_head), K * static_cast<size_t>(size_of(args.q.dtype)));
+  prefetch(k, length * K * sizeof(float));
+  prefetch<1>(k + length * K, K * sizeof(float));
+  prefetch_value_head(args, n, key_head * (args.HV / args.H));
 }
 
 // A value head of the work item.
@@ -56,7 +90,8 @@ template <typename State>
 struct Replay {
   const ReplayGatedDeltaRuleArgs& args;
   int64_t n, key_head;
-  const void* next;  // what is worked on next; null: unknown
+  int64_t next_n, next_key_head;  // the item that comes next
+  const State* next;              // its first checkpoint; null: unknown
 
   size_t length = 0;
   size_t unwritten = 0;  // the first that the ring lacks
@@ -77,12 +112,15 @@ struct Replay {
   float* v;          // [V]
   float* o;          // [V]
   float* weights;    // [2, R]
+  float* w;          // [C, V]
   State* folded;     // [heads, V, K]  checkpoints that are not kept
 
   size_t C() const { return static_cast<size_t>(args.C); }
   size_t R() const { return padded(args.ring.R); }
   size_t K() const { return static_cast<size_t>(args.K); }
   size_t V() const { return static_cast<size_t>(args.V); }
+  // The checkpoint that is read after that of a head.
+  const State* after(size_t head) const { return head + 1 == num_heads ? next : heads[head + 1].S; }
   int32_t ring_slot() const { return args.ring.slots[n]; }
   int32_t write_slot() const { return args.state.write[n]; }
 
@@ -168,9 +206,11 @@ HWY_INLINE void fold_vectors(const State* src, State* dst, size_t K, size_t coun
   start(2, a2, b2);
   start(3, a3, b3);
   for (size_t c = 0; c < count; ++c, w += V, k += K) {
-    const VF first = hn::LoadU(d, k);
+    VF first = hn::LoadU(d, k);
     VF second = first;
     if constexpr (kIsPair) second = hn::LoadU(d, k + hn::Lanes(d));
+    keep_in_register(first);
+    keep_in_register(second);
     const auto add = [&](size_t row, VF& a, VF& b) HWY_ATTR {
       const VF factor = hn::Set(d, w[row]);
       a = hn::MulAdd(factor, first, a);
@@ -201,37 +241,41 @@ HWY_INLINE void fold_vectors(const State* src, State* dst, size_t K, size_t coun
 }
 
 // dst <- exp(G) S + sum_i exp(G - G_i) u_i k_i^T over the first `count` > 0 tokens, G the last of theirs. dst may be S.
-// Scales u [count, V]; k [count, K] is in the pool's order.
+// k [count, K] is in the pool's order; w [count, V] is scratch memory. What is worked on next is fetched meanwhile.
 template <typename State>
-void fold(const State* S, size_t count, const float* HWY_RESTRICT k, const float* HWY_RESTRICT G, float* HWY_RESTRICT u,
-          size_t K, size_t V, State* dst) {
-  const size_t lanes = hn::Lanes(F32());
+void fold(const State* S, size_t count, const float* HWY_RESTRICT k, const float* HWY_RESTRICT G,
+          const float* HWY_RESTRICT u, size_t K, size_t V, float* HWY_RESTRICT w, State* dst, const State* next) {
+  const F32 d;
+  const size_t lanes = hn::Lanes(d);
   const float last = G[count - 1];
   const Decay decay = make_decay(last);
-  for (size_t c = 0; c < count; ++c) multiply_by(u + c * V, V, exp_of(last - G[c]));
+  for (size_t c = 0; c < count; ++c) {
+    const VF factor = hn::Set(d, exp_of(last - G[c]));
+    for (size_t i = c * V; i < (c + 1) * V; i += lanes) hn::StoreU(hn::Mul(factor, hn::LoadU(d, u + i)), d, w + i);
+  }
   for (size_t row = 0; row < V; row += kRows) {
+    if (next != nullptr) prefetch(next + row * K, kRows * K * sizeof(State));
     const auto src = [&](size_t i) { return S == nullptr ? nullptr : S + row * K + i; };
     State* to = dst + row * K;
     size_t i = 0;
     for (; i + 2 * lanes <= K; i += 2 * lanes) {
-      fold_vectors<true>(src(i), to + i, K, count, V, decay, u + row, k + i);
+      fold_vectors<true>(src(i), to + i, K, count, V, decay, w + row, k + i);
     }
-    if (i < K) fold_vectors<false>(src(i), to + i, K, count, V, decay, u + row, k + i);
+    if (i < K) fold_vectors<false>(src(i), to + i, K, count, V, decay, w + row, k + i);
   }
 }
 
 // Forms S of the first C tokens, in the slot to be written or, where it is not to be kept, in scratch memory.
 template <typename State>
-void fold_heads(Replay<State>& r, bool is_kept) {
-  const bool is_stored = is_kept && r.write_slot() >= 0;
-  State* slot = is_stored ? r.args.state.template slot<State>(r.write_slot()) : nullptr;
-  for (size_t i = 0; i < r.num_heads; ++i) {
-    ValueHead<State>& head = r.heads[i];
-    State* dst = is_stored ? slot + head.h * r.args.V * r.args.K : r.folded + i * r.V() * r.K();
-    fold(head.S, r.C(), r.ordered_k, head.G, head.u, r.K(), r.V(), dst);
-    head.S = dst;
+void fold_head(Replay<State>& r, size_t index, bool is_kept) {
+  ValueHead<State>& head = r.heads[index];
+  const size_t elements = r.V() * r.K();
+  State* dst = r.folded + index * elements;
+  if (is_kept && r.write_slot() >= 0) {
+    dst = r.args.state.template slot<State>(r.write_slot()) + static_cast<size_t>(head.h) * elements;
   }
-  drop_folded(r);
+  fold(head.S, r.C(), r.ordered_k, head.G, head.u, r.K(), r.V(), r.w, dst, r.after(index));
+  head.S = dst;
 }
 
 // ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -262,9 +306,9 @@ void stage_keys_of(Replay<State>& r, int64_t first, size_t count) {
   }
 }
 
-// S k and S q of `count` tokens. Reads run kPrefetchBytes ahead, past the last row into `next`.
+// S k and S q of `count` tokens. Reads run kAhead bytes ahead, past the last row into `next`.
 template <typename State>
-void read_checkpoint(Replay<State>& r, const State* S, size_t count, const void* next) {
+void read_checkpoint(Replay<State>& r, const State* S, size_t count, const State* next) {
   const size_t K = r.K(), V = r.V();
   if (S == nullptr) {
     std::fill_n(r.sk, count * V, 0.0f);
@@ -277,11 +321,11 @@ void read_checkpoint(Replay<State>& r, const State* S, size_t count, const void*
     for (size_t t = 0; t < count; ++t) {
       for (size_t row = tile; row < tile + kTileRows; row += kRows) {
         if (t == 0) {
-          const size_t ahead = row * row_bytes + kPrefetchBytes;
+          const size_t ahead = row * row_bytes + kAhead;
           if (ahead < size) {
             prefetch(reinterpret_cast<const char*>(S) + ahead, kRows * row_bytes);
           } else if (next != nullptr) {
-            prefetch(static_cast<const char*>(next) + (ahead - size), kRows * row_bytes);
+            prefetch(reinterpret_cast<const char*>(next) + (ahead - size), kRows * row_bytes);
           }
         }
         Products products;
@@ -328,15 +372,19 @@ void replay_token(Replay<State>& r, ValueHead<State>& head, size_t t, size_t row
   }
 }
 
-// `count` tokens from `first`, none of which is behind the next fold.
+// `count` tokens from `first`, none of which is behind the next fold. With `folds` they fill the ring.
 template <typename State>
-void replay_tokens(Replay<State>& r, int64_t first, size_t count) {
+void replay_tokens(Replay<State>& r, int64_t first, size_t count, bool folds) {
   const ReplayGatedDeltaRuleArgs& args = r.args;
   stage_keys_of(r, first, count);
   for (size_t i = 0; i < r.num_heads; ++i) {
     ValueHead<State>& head = r.heads[i];
-    const bool is_last = i + 1 == r.num_heads;
-    read_checkpoint(r, head.S, count, is_last ? r.next : r.heads[i + 1].S);
+    if (i + 1 < r.num_heads) {
+      prefetch_value_head(args, r.n, r.heads[i + 1].h);
+    } else if (r.next != nullptr) {
+      prefetch_item(args, r.next_n, r.next_key_head);
+    }
+    read_checkpoint(r, head.S, count, r.after(i));
     for (size_t t = 0; t < count; ++t) {
       const int64_t token = first + static_cast<int64_t>(t);
       load_row(args.v.dtype, args.v.at(token, head.h), r.V(), r.v);
@@ -344,27 +392,31 @@ void replay_tokens(Replay<State>& r, int64_t first, size_t count) {
                    load_scalar(args.beta.dtype, args.beta.at(token, head.h)));
       store_row(args.out.dtype, r.o, r.V(), args.out.at(token, head.h));
     }
+    if (folds) fold_head(r, i, args.commit);
   }
   r.length += count;
 }
 
 template <typename State>
 void run_sequence(Replay<State>& r, int64_t begin, int64_t end) {
-  const size_t C = r.C();
+  const bool commit = r.args.commit;
   read_ring(r);
-  if (r.length >= C) fold_heads(r, /*is_kept=*/true);  // after a verification
+  if (r.length >= r.C()) {  // after a verification
+    for (size_t i = 0; i < r.num_heads; ++i) fold_head(r, i, /*is_kept=*/true);
+    drop_folded(r);
+  }
   for (int64_t token = begin; token < end;) {
-    const auto count = std::min(static_cast<int64_t>(C - r.length), end - token);
-    replay_tokens(r, token, static_cast<size_t>(count));
+    const auto room = static_cast<int64_t>(r.C() - r.length);
+    const int64_t count = std::min(room, end - token);
+    const bool folds = count == room && (commit || token + count < end);
+    replay_tokens(r, token, static_cast<size_t>(count), folds);
     token += count;
-    if (r.length < C) break;
-    if (r.args.commit) {
-      fold_heads(r, /*is_kept=*/true);
-    } else if (token < end) {  // the ring keeps the tokens: nobody has accepted them
+    if (!folds) break;
+    if (!commit) {  // the ring keeps the tokens: nobody has accepted them
       write_ring(r);
-      r.ring_row += static_cast<int64_t>(C);
-      fold_heads(r, /*is_kept=*/false);
+      r.ring_row += static_cast<int64_t>(r.C());
     }
+    drop_folded(r);
   }
   write_ring(r);
 }
@@ -374,10 +426,6 @@ const State* checkpoint(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t
   const bool has_state = args.has_initial_state == nullptr || args.has_initial_state[n];
   const int32_t slot = args.state.read[n];
   return has_state && slot >= 0 ? args.state.slot<State>(slot) + h * args.V * args.K : nullptr;
-}
-
-inline int64_t begin_of(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
-  return args.cu_seqlens != nullptr ? args.cu_seqlens[n] : n;
 }
 
 inline void write_zeros(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t h) {
@@ -390,14 +438,14 @@ template <typename State>
 void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t end_item) {
   constexpr bool kHasOrder = sizeof(State) != sizeof(float);
   const int64_t shared = args.HV / args.H;
-  Replay<State> r{.args = args, .n = 0, .key_head = 0, .next = nullptr};
+  Replay<State> r{.args = args, .n = 0, .key_head = 0, .next_n = 0, .next_key_head = 0, .next = nullptr};
   const size_t C = r.C(), R = r.R(), K = r.K(), V = r.V();
   const auto num_heads = static_cast<size_t>(shared);
   std::vector<ValueHead<State>> heads(num_heads);
   r.heads = heads.data();
   r.num_heads = num_heads;
   const size_t keys = (R + C) * K;
-  const size_t floats = (kHasOrder ? 2 : 1) * keys + 2 * C * R + 2 * C * V + 2 * V + 2 * R + num_heads * R * (V + 1);
+  const size_t floats = (kHasOrder ? 2 : 1) * keys + 2 * C * R + 3 * C * V + 2 * V + 2 * R + num_heads * R * (V + 1);
   float* at = scratch<Replay<State>>(floats + num_heads * V * K);
   const auto take = [&](size_t count) { return std::exchange(at, at + count); };
   r.k = take(R * K);
@@ -411,6 +459,7 @@ void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t
   r.v = take(V);
   r.o = take(V);
   r.weights = take(2 * R);
+  r.w = take(C * V);
   for (ValueHead<State>& head : heads) {
     head.u = take(R * V);
     head.G = take(R);
@@ -429,7 +478,9 @@ void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t
     }
     if (args.state.read[r.n] < 0) continue;
     const int64_t following = item + 1;
-    r.next = following < end_item ? checkpoint<State>(args, following / args.H, following % args.H * shared) : nullptr;
+    r.next_n = following / args.H;
+    r.next_key_head = following % args.H;
+    r.next = following < end_item ? checkpoint<State>(args, r.next_n, r.next_key_head * shared) : nullptr;
     run_sequence(r, begin_of(args, r.n), begin_of(args, r.n + 1));
   }
 }
@@ -445,7 +496,7 @@ void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
   const auto K = static_cast<size_t>(args.K), V = static_cast<size_t>(args.V), R = static_cast<size_t>(args.ring.R);
   const int64_t shared = args.HV / args.H;
   float* k = scratch<State>(R * (K + V));
-  float* u = k + R * K;
+  float* w = k + R * K;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / args.H;
     const int64_t key_head = item % args.H;
@@ -461,8 +512,9 @@ void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
         std::memmove(dst, S, V * K * sizeof(State));
         continue;
       }
-      std::copy_n(args.ring.u + slot * args.ring.u_stride + h * args.ring.R * args.V, count * V, u);
-      fold(S, count, k, args.ring.g + slot * args.ring.g_stride + h * args.ring.R, u, K, V, dst);
+      const float* u = args.ring.u + slot * args.ring.u_stride + h * args.ring.R * args.V;
+      const float* G = args.ring.g + slot * args.ring.g_stride + h * args.ring.R;
+      fold<State>(S, count, k, G, u, K, V, w, dst, nullptr);
     }
   }
 }
