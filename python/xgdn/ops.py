@@ -242,7 +242,7 @@ class ReplayRing(NamedTuple):
 
     k: Tensor  # [B, H, R, K]   normalised keys; R rows: C for tokens, up to C more for drafts
     u: Tensor  # [B, HV, R, V]  what the tokens write
-    g: Tensor  # [B, HV, R]     sums of g since the checkpoint
+    g: Tensor  # [B, HV, R]
     length: Tensor  # [B]       int32, committed tokens, 0..C-1
 
     @classmethod

@@ -21,6 +21,8 @@ OPS: dict[str, Callable[..., Any]] = {
     for name in (
         "recurrent_gated_delta_rule",
         "chunk_gated_delta_rule",
+        "replay_gated_delta_rule",
+        "materialize_state",
         "packed_decode",
         "causal_conv1d",
         "causal_conv1d_update",

@@ -56,6 +56,26 @@ def delta_rule(op: str, dtype: torch.dtype, backend: str) -> Call:
     return call
 
 
+def replay(op: str, dtype: torch.dtype, backend: str) -> Call:
+    q, k, v = (torch.randn(T, heads, dim).to(dtype) for heads, dim in ((H, K), (H, K), (HV, V)))
+    g, beta, state = -torch.rand(T, HV), torch.rand(T, HV), torch.randn(2 * N, HV, V, K)
+    rings = ops.ReplayRing(torch.randn(N, H, 16, K), torch.randn(N, HV, 16, V), -torch.rand(N, HV, 16), i32(range(N)))
+
+    def call(order: Sequence[int]) -> Results:
+        pool, ring, indices = state.clone(), ops.ReplayRing(*(x.clone() for x in rings)), i32(order)
+        if op == "materialize_state":
+            lengths, to = i32([3 * n for n in order]), indices + N
+            slots = {"state_indices": indices, "ring_indices": indices, "write_indices": to}
+            ops.materialize_state(pool, ring, lengths=lengths, backend=backend, **slots)
+            return [(pool[N + n],) for n in order]
+        slots = {"state_indices": indices, "ring_indices": indices}
+        inputs = (tokens(x, order) for x in (q, k, v, g, beta))
+        out = ops.replay_gated_delta_rule(*inputs, pool, ring, cu_seqlens=starts(order), backend=backend, **slots)
+        return [(*parts, *(x[n] for x in ring)) for parts, n in zip(by_sequence(out, pool, order), order, strict=True)]
+
+    return call
+
+
 def convolution(op: str, dtype: torch.dtype, backend: str) -> Call:
     x, weight, bias = torch.randn(T, QKV).to(dtype), torch.randn(QKV, W).to(dtype), torch.randn(QKV).to(dtype)
     max_len = {"max_len": max(LENGTHS)} if op.endswith("update") else {}
@@ -162,6 +182,8 @@ def copies(op: str, dtype: torch.dtype, backend: str) -> Call:
 MAKE = {
     "recurrent_gated_delta_rule": delta_rule,
     "chunk_gated_delta_rule": delta_rule,
+    "replay_gated_delta_rule": replay,
+    "materialize_state": replay,
     "causal_conv1d": convolution,
     "causal_conv1d_update": convolution,
     "packed_decode": decode,
@@ -199,6 +221,8 @@ def test_what_is_promised() -> None:
     assert promised["reference"] == {
         "recurrent_gated_delta_rule",
         "chunk_gated_delta_rule",
+        "replay_gated_delta_rule",
+        "materialize_state",
         "store_kv",
         "copy_slots",
     }

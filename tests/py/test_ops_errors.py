@@ -18,22 +18,31 @@ from xgdn import ops
 Arguments = dict[str, Any]
 
 # The ops without a result, and what they write.
-UPDATED = {"store_kv": ["k_cache", "v_cache"], "copy_slots": ["pools[0]", "pools[1]"]}
+UPDATED = {
+    "store_kv": ["k_cache", "v_cache"],
+    "copy_slots": ["pools[0]", "pools[1]"],
+    "materialize_state": [],
+}
 
 
 def tensors_of(arguments: Arguments) -> dict[str, torch.Tensor]:
-    """By the names that messages give them: those of a list are name[0], name[1], ..."""
+    """By the names that messages give them: those of a list are name[0], name[1], ..., those of a ring ring_k, ..."""
     found: dict[str, torch.Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor):
             found[name] = value
         elif isinstance(value, list):
             found |= {f"{name}[{i}]": t for i, t in enumerate(value) if isinstance(t, torch.Tensor)}
+        elif isinstance(value, ops.ReplayRing):
+            found |= {f"{name}_{field}": t for field, t in value._asdict().items()}
     return found
 
 
 def replaced(arguments: Arguments, name: str, t: torch.Tensor) -> Arguments:
     """With another tensor by that name."""
+    field = name.removeprefix("ring_")
+    if "ring" in arguments and field in ops.ReplayRing._fields and name != field:
+        return {**arguments, "ring": arguments["ring"]._replace(**{field: t})}
     argument, _, index = name.removesuffix("]").partition("[")
     if index:
         return {**arguments, argument: [t if i == int(index) else x for i, x in enumerate(arguments[argument])]}
@@ -57,11 +66,21 @@ def good_arguments(op: str) -> Arguments:
         "state": torch.randn(S, HV, V, K),
         **batch,
     }
+    ring = ops.ReplayRing(torch.randn(3, H, 20, K), torch.randn(3, HV, 20, V), -torch.rand(3, HV, 20), i32([15, 2, 0]))
     conv = {"x": torch.randn(T, D), "weight": torch.randn(D, W), "conv_state": torch.randn(S, W + 1, D), **batch}
     gates = {"A_log": torch.randn(HV), "dt_bias": torch.randn(HV)}
     return {
         "recurrent_gated_delta_rule": delta,
         "chunk_gated_delta_rule": {**delta, "chunk": ops.build_chunk_metadata([3, 2], HV)},
+        "replay_gated_delta_rule": {**delta, "ring": ring, "ring_indices": i32([0, 2])},
+        "materialize_state": {
+            "state": delta["state"],
+            "ring": ring,
+            "lengths": i32([16, 3]),
+            "state_indices": i32([0, 2]),
+            "ring_indices": i32([0, 2]),
+            "write_indices": i32([1, 2]),
+        },
         "packed_decode": {
             "mixed_qkv": torch.randn(N, 2 * H * K + HV * V),
             "a": torch.randn(N, HV),
@@ -139,6 +158,8 @@ def good_arguments(op: str) -> Arguments:
 
 
 RECURRENT = "recurrent_gated_delta_rule"
+REPLAY = "replay_gated_delta_rule"
+MATERIALIZE = "materialize_state"
 STEP = "gdn_decode_step"
 ATTENTION = "paged_attention"
 EXPERTS = "moe_experts"
@@ -196,6 +217,27 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ("gdn_gating", {"dt_bias": torch.randn(5)}, ValueError, ("dt_bias", "HV=4 (set by a)", "[5]")),
     ("l2_norm", {"x": torch.randn(5, 16)}, ValueError, ("x", "T, H, K", "[5, 16]")),
     ("rms_norm_gated", {"weight": torch.randn(16)}, ValueError, ("weight", "V=32 (set by x)", "[16]")),
+    # replay states
+    (REPLAY, {"chunk_size": 24}, NotImplementedError, ("chunk_size", "16, 32 or 64", "24")),
+    (REPLAY, {"chunk_size": 32}, ValueError, ("ring_k", "C..2C", "C=32", "R=20")),
+    (REPLAY, {"ring_indices": i32([0])}, ValueError, ("ring_indices", "N=2", "[1]")),
+    (REPLAY, {"ring_indices": i32([0, 3])}, IndexError, ("ring_indices", "0..2", "3")),
+    (REPLAY, {"ring_indices": i32([2, 2])}, IndexError, ("ring_indices", "written once", "2")),
+    (REPLAY, {"ring_indices": i32([0, -1])}, IndexError, ("ring_indices", "exactly where state_indices", "-1")),
+    (REPLAY, {"num_accepted": i32([0, 5])}, IndexError, ("num_accepted", "0..R-C=4", "5")),
+    (REPLAY, {"num_accepted": i32([-1, 0])}, IndexError, ("num_accepted", "0..R-C=4", "-1")),
+    (REPLAY, {"has_initial_state": i32([1, 0])}, TypeError, ("has_initial_state", "Bool", "Int")),
+    (REPLAY, {"cu_seqlens": i32([0, 5, 5]), "commit": False}, IndexError, ("cu_seqlens", "R-C=4", "5")),
+    (REPLAY, {"write_indices": i32([2, 1])}, IndexError, ("state_indices", "no other row writes", "2")),
+    (REPLAY, {"write_indices": i32([4, 1])}, IndexError, ("write_indices", "0..3", "4")),
+    (REPLAY, {"state": torch.randn(4, 4, 32, 16).half()}, TypeError, ("state", "Half")),
+    (MATERIALIZE, {"lengths": i32([17, 3])}, IndexError, ("lengths", "0..C=16", "17")),
+    (MATERIALIZE, {"lengths": i32([-1, 3])}, IndexError, ("lengths", "0..C=16", "-1")),
+    (MATERIALIZE, {"write_indices": i32([1, 1])}, IndexError, ("write_indices", "written once", "1")),
+    (MATERIALIZE, {"write_indices": i32([1, 0])}, IndexError, ("state_indices", "no other row writes", "0")),
+    (MATERIALIZE, {"ring_indices": i32([3, 0])}, IndexError, ("ring_indices", "0..2", "3")),
+    (MATERIALIZE, {"state": torch.randn(4, 3, 32, 16)}, ValueError, ("ring_u", "HV=3", "4")),
+    (MATERIALIZE, {"chunk_size": 0}, NotImplementedError, ("chunk_size", "16, 32 or 64", "0")),
     # strides
     (RECURRENT, {"q": torch.randn(5, 16, 2).mT}, ValueError, ("q", "contiguous", "strides")),
     ("chunk_gated_delta_rule", {"state": torch.randn(4, 4, 16, 32).mT}, ValueError, ("state", "contiguous")),
@@ -615,6 +657,11 @@ OPTIONAL: dict[str, Arguments] = {
         "cu_seqlens_cpu": i32([0, 3, 5]),
         "has_initial_state": torch.tensor([True, False]),
     },
+    REPLAY: {
+        "write_indices": i32([1, 3]),
+        "num_accepted": i32([1, 3]),
+        "has_initial_state": torch.tensor([True, False]),
+    },
     "packed_decode": {"write_indices": i32([1, 3])},
     "causal_conv1d": {
         "bias": torch.randn(24),
@@ -645,6 +692,7 @@ OPTIONAL: dict[str, Arguments] = {
 OUT_SHAPES = {
     RECURRENT: (5, 4, 32),
     "chunk_gated_delta_rule": (5, 4, 32),
+    REPLAY: (5, 4, 32),
     "packed_decode": (2, 4, 32),
     "causal_conv1d": (5, 24),
     "causal_conv1d_update": (5, 24),
@@ -677,6 +725,7 @@ def tensors(op: str) -> dict[str, torch.Tensor]:
 WRITTEN = {op: ["g", "beta"] if op == "gdn_gating" else [*UPDATED.get(op, ["out"])] for op in OPS}
 for _op in OPS:
     WRITTEN[_op] += [name for name in ("state", "conv_state", "residual") if name in tensors(_op)]
+WRITTEN[REPLAY] += [f"ring_{field}" for field in ops.ReplayRing._fields]
 
 # The inputs that an op may replace element by element.
 IN_PLACE = {
@@ -733,7 +782,7 @@ def test_written_memory_may_not_share_elements(op: str, name: str, missing: int 
     if device == "meta":
         arguments = tree_map_only(torch.Tensor, lambda x: x.to("meta"), arguments)
         arguments |= {"cu_seqlens_cpu": i32([0, 3, 5])} if "cu_seqlens_cpu" in arguments else {}
-    shared = torch.zeros(t.numel(), device=device).as_strided(t.shape, (stride, *t.stride()[1:]))
+    shared = torch.zeros(t.numel(), dtype=t.dtype, device=device).as_strided(t.shape, (stride, *t.stride()[1:]))
     arguments = replaced(arguments, name, shared)
     with pytest.raises(
         ValueError, match=rf"\[{op}\] {re.escape(name)}: expected (memory of its own|a contiguous).*strides"

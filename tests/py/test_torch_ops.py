@@ -57,6 +57,7 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
     table = torch.arange(9, dtype=torch.int32).flip(0).view(3, 3)
     verify = (*x, i32([0, 3, 3, 6]), table, out[:6])
     verify = (*(t[:6] for t in verify[:5]), *verify[5:])
+    ring = (torch.randn(S, H, 24, K), torch.randn(S, HV, 24, V), -torch.rand(S, HV, 24), i32([15] * S))
     cache = [torch.randn(9, 4, H, K).to(dtype) for _ in range(2)]
     attention = (torch.randn(T, HV, K).to(dtype), *cache, i32([[4, -1, -1], [1, 0, 6]]), i32([3, 9]), i32([0, 3, 7]))
     heads_out = torch.zeros(T, HV, K, dtype=dtype)
@@ -75,6 +76,14 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
             ((*x, cu, slots, chunk[0], chunk[1], out), {}),
             ((*x, cu, slots, chunk[0], chunk[1], out), {**more, "has_initial_state": flags, "cu_seqlens_cpu": cu}),
         ],
+        "replay_gated_delta_rule": [
+            ((*x, *ring, cu, slots, i32([2, 8, 3]), out), {}),
+            (
+                (*x, *ring, cu, slots, i32([2, 8, 3]), out),
+                {**more, "num_accepted": i32([1, 0, 8]), "has_initial_state": flags, "commit": False},
+            ),
+        ],
+        "materialize_state": [((x[5], *ring, i32([0, 16, 3]), slots, i32([2, 8, 3]), i32([4, 3, 8])), {})],
         "packed_decode": [((*packed, x[5], slots, out[:3]), {}), ((*packed, x[5], slots, out[:3]), more)],
         "causal_conv1d": [
             ((*conv, conv_out), {}),
@@ -191,7 +200,13 @@ def test_opcheck_where_a_gradient_is_wanted() -> None:
 def test_schema_names_what_is_written(op: str) -> None:
     written = {a.name for a in written_arguments(op)}
     pools = {"state", "conv_state", "residual"} & {a.name for a in packet(op)._schema.arguments}
-    others = {"gdn_gating": {"g", "beta"}, "store_kv": {"k_cache", "v_cache"}, "copy_slots": {"pools"}}
+    others = {
+        "gdn_gating": {"g", "beta"},
+        "store_kv": {"k_cache", "v_cache"},
+        "copy_slots": {"pools"},
+        "replay_gated_delta_rule": {"out", "state", "ring_k", "ring_u", "ring_g", "ring_length"},
+        "materialize_state": {"state"},
+    }
     assert written == others.get(op, {"out"} | pools)
     assert not packet(op)._schema.returns
     assert torch.Tag.pt2_compliant_tag in packet(op).tags

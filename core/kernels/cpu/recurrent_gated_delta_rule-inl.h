@@ -43,9 +43,10 @@ struct Decay {
   bool is_near = false;  // alpha is near one
 };
 
-inline Decay make_decay(float g) {
-  if (g > kNearOne) return {std::expm1(g), true};
-  return {std::exp(g), false};
+template <typename Float>
+Decay make_decay(Float g) {
+  if (g > kNearOne) return {static_cast<float>(std::expm1(g)), true};
+  return {static_cast<float>(std::exp(g)), false};
 }
 
 template <bool kIsNear, class V>

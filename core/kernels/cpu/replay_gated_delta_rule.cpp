@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gated delta rule on checkpoints: S after the last multiple of C tokens, and a ring of the tokens since then.
 //
-//   G_j = g_1 + .. + g_j since the checkpoint,  D_ji = exp(G_j - G_i)
-//   u_j = beta_j (v_j - exp(G_j) S k_j - sum_{i < j} D_ji (k_i . k_j) u_i)
-//   o_j = scale  (exp(G_j) S q_j + sum_{i <= j} D_ji (k_i . q_j) u_i)
-//   S  <- exp(G_C) S + sum_i D_Ci u_i k_i^T          once the ring holds C tokens: the fold
+//   D_ji = exp(g_{i+1} + .. + g_j),  D_j0 that of all tokens since the checkpoint
+//   u_j = beta_j (v_j - D_j0 S k_j - sum_{0 < i < j} D_ji (k_i . k_j) u_i)
+//   o_j = scale  (D_j0 S q_j + sum_{0 < i <= j} D_ji (k_i . q_j) u_i)
+//   S  <- D_C0 S + sum_i D_Ci u_i k_i^T          once the ring holds C tokens: the fold
 //
 //            K ->            Loop: sequence, key head (a work item) -> tokens up to the next fold -> value head ->
 //        +---------+         tile of rows -> token -> 4 rows -> K lanes; then token -> V lanes -> ring.
@@ -12,8 +12,9 @@
 //   V    | row . q | -> S q  the first-level cache while the tokens pass through it.
 //   |    +---------+
 //
-// Rounding: all is f32 but a bf16 S, which is rounded by each fold. Where exp(G_C) is near one the fold is
-// S + (S expm1(G_C) + sum), rounded once.
+// Rounding: all is f32 but a bf16 S, which is rounded by each fold. Where D_C0 is near one the fold is
+// S + (S (D_C0 - 1) + sum), rounded once. Gates are summed from token j backwards: in the difference of two sums over
+// the whole ring a token that wipes the state would cost those after it their precision.
 // Order of sums: that of `multiply` for S k, S q and the products of keys; then the checkpoint's part, the ring's
 // tokens in ascending order, the token itself. Since S is formed at multiples of C alone, a token's bits do not depend
 // on the calls that its sequence is cut into, on threads, or on the sequences beside it.
@@ -37,11 +38,6 @@ namespace HWY_NAMESPACE {
 
 constexpr size_t kTileRows = 16;  // of S: 8 KiB
 constexpr size_t kAhead = 2048;   // bytes of S on their way while others are worked on
-
-inline float exp_of(float x) {
-  const F32 d;
-  return hn::GetLane(exp(d, hn::Set(d, x)));
-}
 
 inline int64_t begin_of(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
   return args.cu_seqlens != nullptr ? args.cu_seqlens[n] : n;
@@ -76,13 +72,37 @@ inline void prefetch_item(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64
   prefetch_value_head(args, n, key_head * (args.HV / args.H));
 }
 
+// Logarithms of decays in two parts each: what f32 leaves of a sum of many gates would come back at every fold.
+struct LogDecays {
+  float* high;
+  float* low;
+
+  HWY_INLINE void set(size_t i, double sum) const {
+    high[i] = static_cast<float>(sum);
+    low[i] = static_cast<float>(sum - static_cast<double>(high[i]));  // of -inf it is NaN, which `at` drops
+  }
+  // D_ji of a vector of tokens.
+  HWY_INLINE VF at(F32 d, size_t i) const {
+    const VF decay = exp(d, hn::LoadU(d, high + i));
+    const VF rest = hn::LoadU(d, low + i);
+    return hn::IfThenElse(hn::Eq(decay, hn::Zero(d)), decay, hn::MulAdd(decay, rest, decay));
+  }
+};
+
+// The logarithms of D_ji of `row` tokens before one with gate g, and at [row] that of D_j0.
+HWY_INLINE void sum_gates(const float* HWY_RESTRICT gates, size_t row, float g, const LogDecays& logs) {
+  double sum = static_cast<double>(g);
+  for (size_t i = row; i-- > 0; sum += static_cast<double>(gates[i])) logs.set(i, sum);
+  logs.set(row, sum);
+}
+
 // A value head of the work item.
 template <typename State>
 struct ValueHead {
   int64_t h;
   const State* S;  // [V, K]  the checkpoint; null: zero
   float* u;        // [R, V]  as the ring
-  float* G;        // [R]
+  float* g;        // [R]
 };
 
 // A work item with its tokens since the checkpoint in scratch memory: `length` of them, in the order of the ring.
@@ -111,6 +131,7 @@ struct Replay {
   float* sq;         // [C, V]
   float* v;          // [V]
   float* o;          // [V]
+  LogDecays logs;    // [R+1]
   float* weights;    // [2, R]
   float* w;          // [C, V]
   State* folded;     // [heads, V, K]  checkpoints that are not kept
@@ -121,6 +142,10 @@ struct Replay {
   size_t V() const { return static_cast<size_t>(args.V); }
   // The checkpoint that is read after that of a head.
   const State* after(size_t head) const { return head + 1 == num_heads ? next : heads[head + 1].S; }
+  // Where the checkpoint of a head goes.
+  State* written(size_t head) const {
+    return args.state.template slot<State>(write_slot()) + heads[head].h * args.V * args.K;
+  }
   int32_t ring_slot() const { return args.ring.slots[n]; }
   int32_t write_slot() const { return args.state.write[n]; }
 
@@ -146,7 +171,7 @@ void read_ring(Replay<State>& r) {
   for (size_t row = 0; row < r.length; ++row) order_key(r, row);
   for (size_t i = 0; i < r.num_heads; ++i) {
     std::copy_n(r.ring_u(r.heads[i].h), r.length * r.V(), r.heads[i].u);
-    std::copy_n(r.ring_g(r.heads[i].h), r.length, r.heads[i].G);
+    std::copy_n(r.ring_g(r.heads[i].h), r.length, r.heads[i].g);
   }
 }
 
@@ -160,7 +185,7 @@ void write_ring(Replay<State>& r) {
   for (size_t i = 0; i < r.num_heads; ++i) {
     const ValueHead<State>& head = r.heads[i];
     std::copy_n(head.u + first * r.V(), count * r.V(), r.ring_u(head.h) + to * r.V());
-    std::copy_n(head.G + first, count, r.ring_g(head.h) + to);
+    std::copy_n(head.g + first, count, r.ring_g(head.h) + to);
   }
 }
 
@@ -175,7 +200,7 @@ void drop_folded(Replay<State>& r) {
   if (r.ordered_k != r.k) std::copy_n(r.ordered_k + C * r.K(), left * r.K(), r.ordered_k);
   for (size_t i = 0; i < r.num_heads; ++i) {
     std::copy_n(r.heads[i].u + C * r.V(), left * r.V(), r.heads[i].u);
-    std::copy_n(r.heads[i].G + C, left, r.heads[i].G);
+    std::copy_n(r.heads[i].g + C, left, r.heads[i].g);
   }
 }
 
@@ -240,17 +265,19 @@ HWY_INLINE void fold_vectors(const State* src, State* dst, size_t K, size_t coun
   write(3, a3, b3);
 }
 
-// dst <- exp(G) S + sum_i exp(G - G_i) u_i k_i^T over the first `count` > 0 tokens, G the last of theirs. dst may be S.
-// k [count, K] is in the pool's order; w [count, V] is scratch memory. What is worked on next is fetched meanwhile.
+// dst <- D S + sum_i D_i u_i k_i^T after the first `count` > 0 tokens. dst may be S. k [count, K] is in the pool's
+// order; w [count, V] and logs are scratch memory. What is worked on next is fetched meanwhile.
 template <typename State>
-void fold(const State* S, size_t count, const float* HWY_RESTRICT k, const float* HWY_RESTRICT G,
-          const float* HWY_RESTRICT u, size_t K, size_t V, float* HWY_RESTRICT w, State* dst, const State* next) {
+void fold(const State* S, size_t count, const float* HWY_RESTRICT k, const float* HWY_RESTRICT g,
+          const float* HWY_RESTRICT u, size_t K, size_t V, float* HWY_RESTRICT w, const LogDecays& logs, State* dst,
+          const State* next) {
   const F32 d;
   const size_t lanes = hn::Lanes(d);
-  const float last = G[count - 1];
-  const Decay decay = make_decay(last);
+  sum_gates(g, count, 0.0f, logs);
+  const Decay decay = make_decay(static_cast<double>(logs.high[count]) + static_cast<double>(logs.low[count]));
+  for (size_t c = 0; c < count; c += lanes) hn::StoreU(logs.at(d, c), d, logs.high + c);
   for (size_t c = 0; c < count; ++c) {
-    const VF factor = hn::Set(d, exp_of(last - G[c]));
+    const VF factor = hn::Set(d, logs.high[c]);
     for (size_t i = c * V; i < (c + 1) * V; i += lanes) hn::StoreU(hn::Mul(factor, hn::LoadU(d, u + i)), d, w + i);
   }
   for (size_t row = 0; row < V; row += kRows) {
@@ -270,11 +297,8 @@ template <typename State>
 void fold_head(Replay<State>& r, size_t index, bool is_kept) {
   ValueHead<State>& head = r.heads[index];
   const size_t elements = r.V() * r.K();
-  State* dst = r.folded + index * elements;
-  if (is_kept && r.write_slot() >= 0) {
-    dst = r.args.state.template slot<State>(r.write_slot()) + static_cast<size_t>(head.h) * elements;
-  }
-  fold(head.S, r.C(), r.ordered_k, head.G, head.u, r.K(), r.V(), r.w, dst, r.after(index));
+  State* dst = is_kept && r.write_slot() >= 0 ? r.written(index) : r.folded + index * elements;
+  fold(head.S, r.C(), r.ordered_k, head.g, head.u, r.K(), r.V(), r.w, r.logs, dst, r.after(index));
   head.S = dst;
 }
 
@@ -346,14 +370,14 @@ void replay_token(Replay<State>& r, ValueHead<State>& head, size_t t, size_t row
   const float* HWY_RESTRICT kq = r.kq + t * r.R();
   float* HWY_RESTRICT to_u = r.weights;
   float* HWY_RESTRICT to_o = r.weights + r.R();
-  const float G = row == 0 ? g : head.G[row - 1] + g;
-  head.G[row] = G;
+  sum_gates(head.g, row, g, r.logs);
+  head.g[row] = g;
   for (size_t i = 0; i < row; i += lanes) {
-    const VF decay = exp(d, hn::Sub(hn::Set(d, G), hn::LoadU(d, head.G + i)));
+    const VF decay = r.logs.at(d, i);
     hn::StoreU(hn::Mul(decay, hn::LoadU(d, kk + i)), d, to_u + i);
     hn::StoreU(hn::Mul(decay, hn::LoadU(d, kq + i)), d, to_o + i);
   }
-  const VF decay = hn::Set(d, exp_of(G));
+  const VF decay = hn::Set(d, hn::GetLane(r.logs.at(d, row)));
   const float* HWY_RESTRICT sk = r.sk + t * V;
   const float* HWY_RESTRICT sq = r.sq + t * V;
   for (size_t i = 0; i < V; i += lanes) {
@@ -419,6 +443,9 @@ void run_sequence(Replay<State>& r, int64_t begin, int64_t end) {
     drop_folded(r);
   }
   write_ring(r);
+  for (size_t i = 0; i < r.num_heads && r.write_slot() >= 0; ++i) {  // one that has started has a checkpoint
+    if (r.heads[i].S == nullptr) std::memset(r.written(i), 0, r.V() * r.K() * sizeof(State));
+  }
 }
 
 template <typename State>
@@ -445,7 +472,8 @@ void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t
   r.heads = heads.data();
   r.num_heads = num_heads;
   const size_t keys = (R + C) * K;
-  const size_t floats = (kHasOrder ? 2 : 1) * keys + 2 * C * R + 3 * C * V + 2 * V + 2 * R + num_heads * R * (V + 1);
+  const size_t floats =
+      (kHasOrder ? 2 : 1) * keys + 2 * C * R + 3 * C * V + 2 * V + 4 * (R + kMaxLanes) + num_heads * R * (V + 1);
   float* at = scratch<Replay<State>>(floats + num_heads * V * K);
   const auto take = [&](size_t count) { return std::exchange(at, at + count); };
   r.k = take(R * K);
@@ -458,11 +486,12 @@ void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t
   r.sq = take(C * V);
   r.v = take(V);
   r.o = take(V);
+  r.logs = {.high = take(R + kMaxLanes), .low = take(R + kMaxLanes)};
   r.weights = take(2 * R);
   r.w = take(C * V);
   for (ValueHead<State>& head : heads) {
     head.u = take(R * V);
-    head.G = take(R);
+    head.g = take(R);
   }
   r.folded = reinterpret_cast<State*>(at);
 
@@ -495,8 +524,10 @@ template <typename State>
 void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* lengths, int64_t begin, int64_t end) {
   const auto K = static_cast<size_t>(args.K), V = static_cast<size_t>(args.V), R = static_cast<size_t>(args.ring.R);
   const int64_t shared = args.HV / args.H;
-  float* k = scratch<State>(R * (K + V));
+  const size_t rows = padded(args.ring.R) + kMaxLanes;
+  float* k = scratch<State>(R * (K + V) + 2 * rows);
   float* w = k + R * K;
+  const LogDecays logs = {.high = w + R * V, .low = w + R * V + rows};
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / args.H;
     const int64_t key_head = item % args.H;
@@ -513,8 +544,8 @@ void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
         continue;
       }
       const float* u = args.ring.u + slot * args.ring.u_stride + h * args.ring.R * args.V;
-      const float* G = args.ring.g + slot * args.ring.g_stride + h * args.ring.R;
-      fold<State>(S, count, k, G, u, K, V, w, dst, nullptr);
+      const float* g = args.ring.g + slot * args.ring.g_stride + h * args.ring.R;
+      fold<State>(S, count, k, g, u, K, V, w, logs, dst, nullptr);
     }
   }
 }

@@ -12,7 +12,7 @@ namespace xgdn::kernel::cpu {
 struct RingView {
   float* k = nullptr;         // [S, H, R, K]   normalised
   float* u = nullptr;         // [S, HV, R, V]
-  float* g = nullptr;         // [S, HV, R]     sums of g since the checkpoint
+  float* g = nullptr;         // [S, HV, R]
   int32_t* length = nullptr;  // [S]
   int64_t R = 0;
   int64_t k_stride = 0, u_stride = 0, g_stride = 0;  // from slot to slot

@@ -2,8 +2,8 @@
 // The gated delta rule on replay states: a checkpoint, and the tokens since then.
 //
 // S is formed after every C-th token of a sequence, counted from its first. The tokens behind the last such fold stand
-// in a ring: their normalised keys k, what they write u = beta (v - alpha S k), and G, the sum of g since the fold, all
-// in f32, so that nothing is lost. A token reads S and the ring and appends a row; S is written by a fold alone.
+// in a ring: their normalised keys k, what they write u = beta (v - alpha S k), and their gates g, all in f32, so that
+// nothing is lost. A token reads S and the ring and appends a row; S is written by a fold alone.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -30,7 +30,7 @@ struct ReplayRing {
 ///
 /// Sequence n reads the checkpoint state_indices[n] and the ring ring_indices[n], and appends to the ring. Each time
 /// the ring holds C committed tokens they are folded into write_indices[n], which is not touched otherwise: a fork may
-/// name the slot that it shares until then. A state slot of kPadSlot skips the sequence; a write slot of kPadSlot
+/// name the slot that it shares until then. A sequence that starts from zero writes its checkpoint too. A state slot of kPadSlot skips the sequence; a write slot of kPadSlot
 /// computes the outputs and writes nothing.
 /// Drafts: with commit = false the call's tokens are left behind the ring's length. The next call of the sequence says
 /// by num_accepted how many of them count, the others are gone.

@@ -99,7 +99,7 @@ void read_ring(const ReplayRing& ring, int64_t slot, int64_t h, int64_t key_head
   for (int64_t row = 0; row < length; ++row) {
     const float* k = ring_row(ring.k, slot, key_head, row);
     const float* u = ring_row(ring.u, slot, h, row);
-    head.ring.push_back({.k = {k, k + head.S.cols}, .u = {u, u + head.S.rows}, .G = *ring_row(ring.g, slot, h, row)});
+    head.ring.push_back({.k = {k, k + head.S.cols}, .u = {u, u + head.S.rows}, .g = *ring_row(ring.g, slot, h, row)});
   }
 }
 
@@ -108,7 +108,7 @@ void write_ring(const ReplayHead& head, const ReplayRing& ring, int64_t slot, in
     const auto row = static_cast<int64_t>(i);
     std::copy(head.ring[i].k.begin(), head.ring[i].k.end(), ring_row(ring.k, slot, key_head, row));
     std::copy(head.ring[i].u.begin(), head.ring[i].u.end(), ring_row(ring.u, slot, h, row));
-    *ring_row(ring.g, slot, h, row) = static_cast<float>(head.ring[i].G);
+    *ring_row(ring.g, slot, h, row) = static_cast<float>(head.ring[i].g);
   }
 }
 
@@ -123,7 +123,7 @@ bool replay(HeadTokens& x, double scale, int64_t C, bool commit, ReplayHead& hea
   if (length() >= C) fold();
   Matrix now = head.state_after(length());
   for (int64_t t = 0; t < x.o.rows; ++t) {
-    head.append(x, t, scale, length() % C == 0, now);
+    head.append(x, t, scale, now);
     if (commit && length() == C) fold();
   }
   return is_folded;
@@ -221,7 +221,7 @@ class ReferenceBackend final : public HostBackend {
         if (read[n] != kPadSlot) {
           ReplayHead& head = heads[static_cast<size_t>(h)];
           const bool is_folded = replay(x, scale, C, p.commit, head);
-          if (is_folded) write_state(head.S, p.state, write[n], h);
+          if (is_folded || !has_initial) write_state(head.S, p.state, write[n], h);
           if (write[n] != kPadSlot) write_ring(head, p.ring, rings[n], h, h / (s.HV / s.H));
         }
         inputs.write_outputs(x, cu[n], h);

@@ -96,17 +96,15 @@ void check_indices(const ReplayGatedDeltaRuleParams& p) {
   const int64_t num_drafts = s.R - C;
   if (p.num_accepted) c.range("num_accepted", *p.num_accepted, 0, num_drafts, c10::str("0..R-C=", num_drafts));
   if (!p.commit) c.lengths(p.cu_seqlens, "R-C", num_drafts);
-  // Only a fold writes a checkpoint.
+  // Only a fold writes a checkpoint, and a sequence that starts.
   at::Tensor writes = p.write_indices.value_or(p.state_indices).clone();
   for (int64_t n = 0; n < s.rule.N; ++n) {
     const int32_t slot = p.ring_indices.const_data_ptr<int32_t>()[n];
     if (slot == kPadSlot) continue;
-    int64_t length = 0;
-    if (!p.has_initial_state || p.has_initial_state->const_data_ptr<bool>()[n]) {
-      length = p.ring.length.const_data_ptr<int32_t>()[slot];
-      if (length < 0 || length >= C) c.fail("ring_length", c10::str("0..C-1=", C - 1), length, slot);
-      if (p.num_accepted) length += p.num_accepted->const_data_ptr<int32_t>()[n];
-    }
+    if (p.has_initial_state && !p.has_initial_state->const_data_ptr<bool>()[n]) continue;
+    int64_t length = p.ring.length.const_data_ptr<int32_t>()[slot];
+    if (length < 0 || length >= C) c.fail("ring_length", c10::str("0..C-1=", C - 1), length, slot);
+    if (p.num_accepted) length += p.num_accepted->const_data_ptr<int32_t>()[n];
     const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
     const bool is_folded = length >= C || (p.commit && length + cu[n + 1] - cu[n] >= C);
     if (!is_folded) writes.mutable_data_ptr<int32_t>()[n] = kPadSlot;
