@@ -27,6 +27,7 @@ set(xgdn_public_headers
   kernels/ops/moe.h
   kernels/ops/norm.h
   kernels/ops/quantized_weight.h
+  kernels/ops/replay.h
   kernels/ops/state.h
   kernels/ops_api.h
   layers/attention_batch.h

@@ -23,6 +23,7 @@
 #include "core/kernels/cpu/paged_attention.h"
 #include "core/kernels/cpu/quantized_linear.h"
 #include "core/kernels/cpu/recurrent_gated_delta_rule.h"
+#include "core/kernels/cpu/replay_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "hwy/targets.h"
@@ -233,6 +234,55 @@ void test_rule(const std::string& kernel, Args (Rule::*make_args)(Numbers&, DTyp
   const Doubles want = rule.in_double(want_state);
   expect_close(name + ", out", rule.out, want, tolerance(dtype));
   expect_close(name + ", state", state, want_state, tolerance(state_dtype));
+}
+
+// On replay states: all tokens at once, and one by one with the same bits; the states that result, made plain.
+void test_replay(int64_t tokens, int64_t K, int64_t V, DType dtype, DType state_dtype) {
+  const std::string name = "replay, " + std::to_string(tokens) + " tokens, K=" + std::to_string(K) +
+                           (state_dtype == DType::kFloat32 ? ", f32 state" : ", bf16 state");
+  constexpr int64_t C = 16, N = Rule::N, H = Rule::H, HV = Rule::HV;
+  Rule rule{tokens, K, V, dtype};
+  const Numbers first = Numbers::random(state_dtype, N * HV * V * K);
+  Doubles want_state = doubles(first, first.size());
+  const int32_t slots[] = {0, 1};
+  std::vector<Numbers> outs, states;
+  for (const bool at_once : {true, false}) {
+    Numbers state = first, k(DType::kFloat32, N * H * C * K), u(DType::kFloat32, N * HV * C * V);
+    Numbers g(DType::kFloat32, N * HV * C);
+    int32_t lengths[] = {0, 0};
+    ReplayGatedDeltaRuleArgs args = {rule.args(state, state_dtype)};
+    args.state.read = args.state.write = slots;
+    args.ring = {.k = static_cast<float*>(k.data()),
+                 .u = static_cast<float*>(u.data()),
+                 .g = static_cast<float*>(g.data()),
+                 .length = lengths,
+                 .R = C,
+                 .k_stride = H * C * K,
+                 .u_stride = HV * C * V,
+                 .g_stride = HV * C,
+                 .slots = slots};
+    args.C = C;
+    const int64_t step = at_once ? tokens : 1;
+    for (int64_t t = 0; t < tokens; t += step) {
+      ReplayGatedDeltaRuleArgs some = args;
+      const int32_t cu_seqlens[] = {static_cast<int32_t>(t), static_cast<int32_t>(t + step),
+                                    static_cast<int32_t>(t + tokens), static_cast<int32_t>(t + tokens + step)};
+      for (const int32_t n : {0, 1}) {  // each by itself: their tokens are not neighbours
+        some.N = 1;
+        some.cu_seqlens = cu_seqlens + 2 * n;
+        some.state.read = some.state.write = some.ring.slots = slots + n;
+        replay_gated_delta_rule(some, 0, num_work_items(some));
+        write_ring_lengths(some);
+      }
+    }
+    expect(lengths[0] == tokens % C && lengths[1] == tokens % C, name + ", length");
+    materialize_state(args, lengths, 0, num_work_items(args));
+    outs.push_back(rule.out), states.push_back(state);
+  }
+  expect(outs[0].has_bits_of(outs[1]) && states[0].has_bits_of(states[1]), name + ", bits of a token at a time");
+  const Doubles want = rule.in_double(want_state);
+  expect_close(name + ", out", outs[0], want, std::max(tolerance(dtype), tolerance(state_dtype)));
+  expect_close(name + ", state", states[0], want_state, tolerance(state_dtype));
 }
 
 // How alike the keys of a sequence are: a common key, and another one's share of each token's.
@@ -828,6 +878,7 @@ void test_target(int64_t target) {
         for (const int64_t tokens : {1, 64, 70}) {
           test_rule("chunks", &Rule::chunk_args, tokens, K, /*V=*/48, dtype, state_dtype);
         }
+        for (const int64_t tokens : {1, 15, 16, 40}) test_replay(tokens, K, /*V=*/48, dtype, state_dtype);
         test_verification(K, /*V=*/32, state_dtype);
         test_decode_step(K, /*V=*/48, dtype, state_dtype);
       }
