@@ -251,12 +251,12 @@ at::Tensor arrange(cpu::ExpertProduct& product, const cpu::ExpertVisits& visits,
   return memory;
 }
 
-// Four regions for all experts, of which a decode step's two of arranging are one thread's. Experts are read once for
-// `kMostVisits`, whose rows fit into tens of megabytes.
+// A region each for the blocks of all experts, of gate_up and then of down; those between them are one thread's in a
+// decode step. Experts are read once for as many visits as take 128 MiB in f32.
 template <class Params>
 void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gate_up, cpu::ExpertProduct& down) {
-  constexpr int64_t kMostVisits = 8192;
-  const int64_t step = std::max<int64_t>(kMostVisits / std::max<int64_t>(s.A, 1), 1);
+  constexpr int64_t kMostElements = 1 << 25;
+  const int64_t step = std::max<int64_t>(kMostElements / (std::max<int64_t>(s.A, 1) * s.D), 1);
   for (int64_t token = 0; token < s.T; token += step) {
     const int64_t T = std::min(step, s.T - token);
     const at::Tensor x = p.x.narrow(0, token, T), weights = p.weights.narrow(0, token, T);
@@ -267,19 +267,21 @@ void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gat
     {
       const at::Tensor memory = arrange(gate_up, visits, in_rows(x), visits.tokens.data(), s.D, x.options());
       const cpu::GatedExpertsArgs args = {.I = s.I, .visits = &visits, .gate_up = &gate_up, .out = out_columns(gated)};
-      parallel_dynamic(threads_for(2 * elements), cpu::num_work_items(args),
+      parallel_dynamic(threads_for(2 * elements), cpu::num_work_items(visits, s.I),
                        [&](int64_t begin, int64_t end) { cpu::gated_experts(args, begin, end); });
     }
     const at::Tensor memory = arrange(down, visits, in_rows(gated), nullptr, s.I, x.options());
-    const cpu::ExpertSumsArgs args = {.T = T,
-                                      .A = s.A,
+    const at::Tensor outputs = at::empty({visits.size(), s.D}, x.options().dtype(at::kFloat));
+    const cpu::ExpertOutputsArgs args = {.D = s.D, .visits = &visits, .down = &down, .out = out_columns(outputs)};
+    parallel_dynamic(threads_for(elements), cpu::num_work_items(visits, s.D),
+                     [&](int64_t begin, int64_t end) { cpu::expert_outputs(args, begin, end); });
+    const cpu::ExpertSumsArgs sums = {.A = s.A,
                                       .D = s.D,
-                                      .visits = &visits,
-                                      .down = &down,
+                                      .visits = visits.visits.data(),
+                                      .outputs = in_rows(outputs),
                                       .weights = in_scalars(weights),
-                                      .out = out_columns(p.out.narrow(0, token, T))};
-    parallel_dynamic(threads_for(elements), cpu::num_work_items(args),
-                     [&](int64_t begin, int64_t end) { cpu::expert_sums(args, begin, end); });
+                                      .out = out_rows(p.out.narrow(0, token, T))};
+    parallel_ranges(T, s.A * s.D, [&](int64_t begin, int64_t end) { cpu::expert_sums(sums, begin, end); });
   }
 }
 

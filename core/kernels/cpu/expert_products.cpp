@@ -38,12 +38,12 @@ ExpertVisits sort_by_expert(const int64_t* chosen, int64_t T, int64_t A, int64_t
       visits.panels.push_back({.begin = begin[e] + i, .count = std::min(kPanelVisits, count - i)});
     }
   }
-  visits.choices.resize(static_cast<size_t>(T * A));
   visits.tokens.resize(static_cast<size_t>(T * A));
+  visits.visits.resize(static_cast<size_t>(T * A));
   for (int64_t i = 0; i < T * A; ++i) {
-    const auto visit = static_cast<size_t>(begin[static_cast<size_t>(chosen[i])]++);
-    visits.choices[visit] = i;
-    visits.tokens[visit] = i / A;
+    const int64_t visit = begin[static_cast<size_t>(chosen[i])]++;
+    visits.visits[static_cast<size_t>(i)] = visit;
+    visits.tokens[static_cast<size_t>(visit)] = i / A;
   }
   return visits;
 }
@@ -177,31 +177,47 @@ void QuantizedExperts::multiply(const ExpertVisits::Group& group, int64_t output
   quantized_linear(args, 0, num_work_items(args));
 }
 
-// ---- gates ----------------------------------------------------------------------------------------------------------
+// ---- work items -----------------------------------------------------------------------------------------------------
 
-void gated_experts(const GatedExpertsArgs& args, int64_t begin_item, int64_t end_item) {
-  const int64_t blocks = args.I / kExpertBlock;
-  const auto columns = [&](int64_t visit, int64_t column) {
-    OutRows rows = args.out;
-    rows.data = rows.at(visit, column);
-    return rows;
-  };
-  const auto read = [](const OutRows& rows) {
-    return InRows{.data = rows.data, .dtype = rows.dtype, .token_stride = rows.token_stride};
-  };
+namespace {
+
+// Calls f(group, output, width) for the blocks of each group among the items.
+template <class F>
+void for_each_run(const ExpertVisits& visits, int64_t outputs, int64_t begin_item, int64_t end_item, const F& f) {
+  const int64_t blocks = outputs / kExpertBlock;
   for (int64_t item = begin_item; item < end_item;) {
-    const ExpertVisits::Group& group = args.visits->groups[static_cast<size_t>(item / blocks)];
     const int64_t block = item % blocks;
     const int64_t count = std::min(blocks - block, end_item - item);
-    const int64_t output = block * kExpertBlock;
-    const int64_t width = count * kExpertBlock;
-    const OutRows gate = columns(group.begin, output);
-    const OutRows up = columns(group.begin, args.I + output);
+    f(visits.groups[static_cast<size_t>(item / blocks)], block * kExpertBlock, count * kExpertBlock);
+    item += count;
+  }
+}
+
+OutRows rows_at(OutRows rows, int64_t visit, int64_t column) {
+  rows.data = rows.at(visit, column);
+  return rows;
+}
+
+InRows read(const OutRows& rows) {
+  return {.data = rows.data, .dtype = rows.dtype, .token_stride = rows.token_stride};
+}
+
+}  // namespace
+
+void gated_experts(const GatedExpertsArgs& args, int64_t begin_item, int64_t end_item) {
+  for_each_run(*args.visits, args.I, begin_item, end_item, [&](const auto& group, int64_t output, int64_t width) {
+    const OutRows gate = rows_at(args.out, group.begin, output);
+    const OutRows up = rows_at(args.out, group.begin, args.I + output);
     args.gate_up->multiply(group, output, width, gate);
     args.gate_up->multiply(group, args.I + output, width, up);
     silu_and_mul({.I = width, .gate = read(gate), .up = read(up), .out = gate}, 0, group.count);
-    item += count;
-  }
+  });
+}
+
+void expert_outputs(const ExpertOutputsArgs& args, int64_t begin_item, int64_t end_item) {
+  for_each_run(*args.visits, args.D, begin_item, end_item, [&](const auto& group, int64_t output, int64_t width) {
+    args.down->multiply(group, output, width, rows_at(args.out, group.begin, output));
+  });
 }
 
 }  // namespace xgdn::kernel::cpu

@@ -31,12 +31,12 @@ struct ExpertVisits {
     int64_t count;
   };
 
-  std::vector<int64_t> choices;  // [V]  indices into chosen [T, A], ascending within a group
-  std::vector<int64_t> tokens;   // [V]
-  std::vector<Group> groups;     // of the experts that are visited, in ascending order
+  std::vector<int64_t> tokens;  // [V]     ascending within a group
+  std::vector<int64_t> visits;  // [T, A]  the visit that a choice is
+  std::vector<Group> groups;    // of the experts that are visited, in ascending order
   std::vector<Panel> panels;
 
-  int64_t size() const { return static_cast<int64_t>(choices.size()); }
+  int64_t size() const { return static_cast<int64_t>(tokens.size()); }
 };
 
 ExpertVisits sort_by_expert(const int64_t* chosen, int64_t T, int64_t A, int64_t E);
@@ -111,19 +111,27 @@ class QuantizedExperts final : public ExpertProduct {
   QuantizedLinearArgs args_;
 };
 
-/// What the experts make of their tokens before the second product: silu(gate) * up.
+/// Work items are blocks of outputs, group after group: neighbours read on in the weight of one expert.
+inline int64_t num_work_items(const ExpertVisits& visits, int64_t outputs) {
+  return static_cast<int64_t>(visits.groups.size()) * (outputs / kExpertBlock);
+}
+
+/// silu(gate) * up of the visits.
 struct GatedExpertsArgs {
   int64_t I = 0;
   const ExpertVisits* visits = nullptr;
   const ExpertProduct* gate_up = nullptr;
-  OutRows out;  // [V, 2I]  the second half of a row is memory for up
+  OutRows out;  // [V, 2I]  the second half of a row is memory for up; the head stride is 1
 };
-
-inline int64_t num_work_items(const GatedExpertsArgs& args) {
-  return static_cast<int64_t>(args.visits->groups.size()) * (args.I / kExpertBlock);
-}
-
-/// Items are blocks of outputs, group after group.
 void gated_experts(const GatedExpertsArgs& args, int64_t begin_item, int64_t end_item);
+
+/// The second product of the visits.
+struct ExpertOutputsArgs {
+  int64_t D = 0;
+  const ExpertVisits* visits = nullptr;
+  const ExpertProduct* down = nullptr;
+  OutRows out;  // [V, D]  the head stride is 1
+};
+void expert_outputs(const ExpertOutputsArgs& args, int64_t begin_item, int64_t end_item);
 
 }  // namespace xgdn::kernel::cpu

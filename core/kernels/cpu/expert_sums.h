@@ -1,30 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The last product of a mixture's experts with the weighted sum over those of a token.
+// The weighted sum over a token's experts on the CPU over pointers, strides and sizes.
 #pragma once
 
 #include <cstdint>
 
 #include "core/kernels/args.h"
-#include "core/kernels/cpu/expert_products.h"
 
 namespace xgdn::kernel::cpu {
 
 /// Letters as in core/kernels/ops.
 struct ExpertSumsArgs {
-  int64_t T = 0;
   int64_t A = 0;
   int64_t D = 0;
-  const ExpertVisits* visits = nullptr;
-  const ExpertProduct* down = nullptr;
-  InRows weights;  // [T, A]
-  OutRows out;     // [T, D]
+  const int64_t* visits = nullptr;  // [T, A]  the row of `outputs` that a choice is
+  InRows outputs;                   // [V, D]
+  InRows weights;                   // [T, A]
+  OutRows out;                      // [T, D]
 };
 
-inline int64_t num_work_items(const ExpertSumsArgs& args) {
-  return args.D / kExpertBlock;
-}
-
-/// Computes blocks of outputs for all tokens.
-void expert_sums(const ExpertSumsArgs& args, int64_t begin_item, int64_t end_item);
+void expert_sums(const ExpertSumsArgs& args, int64_t begin_token, int64_t end_token);
 
 }  // namespace xgdn::kernel::cpu
