@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,11 +254,11 @@ def test_experts_of_a_prompt_give_each_token_the_bits_it_has_alone(
 
 def test_a_prompt_whose_visits_are_cut_gives_each_token_the_bits_it_has_alone() -> None:
     """The memory of the experts is bounded: they are read again for the tokens behind some hundred thousand."""
-    call = ExpertsCall(1, D=32, E=2, A=2).make()
-    few = ExpertsCall(3, D=32, E=2, A=2).make()
-    times = 2**25 // (2 * 32) // 3 + 5
+    few = ExpertsCall(3, D=32, E=3, A=2).make()
+    few.chosen = torch.tensor([[0, 1], [2, 0], [1, 2]])
+    times = 2**25 // (few.A * few.D) // few.T + 5
+    many = replace(few, T=few.T * times)
     for name in ("x", "weights", "chosen"):
-        setattr(call, name, getattr(few, name).repeat(times, 1))
-    call.T, call.gate_up, call.down = 3 * times, few.gate_up, few.down
-    got = call.run(backend="cpu")
-    assert_bits_equal("out", got, few.run(backend="cpu").repeat(times, 1))
+        setattr(many, name, getattr(few, name).repeat(times, 1))
+    many.gate_up, many.down = few.gate_up, few.down
+    assert_bits_equal("out", many.run(backend="cpu"), few.run(backend="cpu").repeat(times, 1))
