@@ -265,7 +265,8 @@ at::Tensor arrange(cpu::ExpertProduct& product, const cpu::ExpertVisits& visits,
 }
 
 // A region each for the blocks of all experts, of gate_up and then of down; those between them are one thread's in a
-// decode step. Experts are read once for as many visits as take 128 MiB in f32.
+// decode step. Experts are read once for as many visits as take 128 MiB in f32. What an expert gives is rounded to the
+// type of x, as each product of `linear` is; the sum of a token is f32.
 template <class Params>
 void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gate_up, cpu::ExpertProduct& down) {
   constexpr int64_t kMostElements = 1 << 25;
@@ -284,7 +285,7 @@ void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gat
                        [&](int64_t begin, int64_t end) { cpu::gated_experts(args, begin, end); });
     }
     const at::Tensor memory = arrange(down, visits, in_rows(gated), nullptr, s.I, x.options());
-    const at::Tensor outputs = at::empty({visits.size(), s.D}, x.options().dtype(at::kFloat));
+    const at::Tensor outputs = at::empty({visits.size(), s.D}, x.options());
     const cpu::ExpertOutputsArgs args = {.D = s.D, .visits = &visits, .down = &down, .out = out_columns(outputs)};
     parallel_dynamic(threads_for(elements), cpu::num_work_items(visits, s.D),
                      [&](int64_t begin, int64_t end) { cpu::expert_outputs(args, begin, end); });
