@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of the ops, of a layer and of its projections against the roofline, and of attention against torch's.
+"""Benchmarks of ops, a layer, its projections and its experts against the roofline, and of attention against torch's.
 
-python benchmarks/bench.py ops|layer|linear|attention --help
+python benchmarks/bench.py ops|layer|linear|experts|attention --help
 """
 
 from typing import Annotated
@@ -10,10 +10,18 @@ import torch
 import typer
 
 from kernels.attention import AttentionBenchmark
+from kernels.experts import FORMATS, ExpertsBenchmark
+from kernels.experts import SHAPES as MIXTURES
 from kernels.layer import LayerBenchmark
 from kernels.linear import SHAPES, LinearBenchmark
 from kernels.ops import OpsBenchmark, Plan
-from kernels.report import print_attention_rows, print_layer_rows, print_linear_rows, print_rows
+from kernels.report import (
+    print_attention_rows,
+    print_experts_rows,
+    print_layer_rows,
+    print_linear_rows,
+    print_rows,
+)
 from xgdn.bench.report import show
 from xgdn.cli.failure import errors_in_one_line
 from xgdn.cli.options import JsonOption, parse_counts
@@ -97,6 +105,30 @@ def linear(
         finally:
             bar.hide()
     show(rows, print_linear_rows, as_json)
+
+
+@app.command()
+def experts(
+    tokens: Annotated[str, typer.Option(metavar="T,..", help="Tokens, of a batch or of a prompt.")] = "1,8,32,512",
+    threads: ThreadsOption = "1,2",
+    seconds: Annotated[float, typer.Option(min=0, help="Time per provider and case.")] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the experts of a layer of Qwen3-Next and narrower ones in bf16, 8 and 4 bits, beside torch's in bf16."""
+    sizes, counts = parse_counts(tokens, "--tokens"), parse_counts(threads, "--threads")
+    torch.manual_seed(0)
+    cases = [(shape, f, size, count) for count in counts for shape in MIXTURES for f in FORMATS for size in sizes]
+    bar = Bar("measuring")
+    rows = []
+    with torch.no_grad(), errors_in_one_line():
+        benchmark = ExpertsBenchmark(seconds=seconds)
+        try:
+            for i, case in enumerate(cases):
+                bar.update(i, len(cases))
+                rows.append(benchmark.run(*case))
+        finally:
+            bar.hide()
+    show(rows, print_experts_rows, as_json)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from kernels.attention import AttentionRow
 from kernels.compare import Row
+from kernels.experts import ExpertsRow
 from kernels.layer import LayerRow
 from kernels.linear import LinearRow
 from xgdn.bench.report import print_wide
@@ -26,6 +27,10 @@ def print_linear_rows(rows: Iterable[LinearRow]) -> None:
 
 def print_attention_rows(rows: Iterable[AttentionRow]) -> None:
     print_wide(_attention_table(rows))
+
+
+def print_experts_rows(rows: Iterable[ExpertsRow]) -> None:
+    print_wide(_experts_table(rows))
 
 
 def _ops_table(rows: Iterable[Row]) -> Table:
@@ -104,6 +109,37 @@ def _attention_table(rows: Iterable[AttentionRow]) -> Table:
             *(f"{time:,.0f}" for time in times),
             f"{row.ratio:.2f}",
             f"{row.gflops:,.0f}",
+            f"{row.error:.1e}",
+        )
+    return shown
+
+
+def _experts_table(rows: Iterable[ExpertsRow]) -> Table:
+    shown = Table("shape", "format", "tokens", "experts", "threads", box=None)
+    headings = (
+        "min us",
+        "median us",
+        "loop min us",
+        "grouped min us",
+        "torch / xgdn",
+        "GFLOP/s",
+        "of roofline",
+        "error",
+    )
+    for heading in headings:
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        times = (row.min, row.median, row.loop_min, row.grouped_min)
+        shown.add_row(
+            row.shape,
+            row.format,
+            str(row.tokens),
+            f"{row.visited:.0f}",
+            str(row.threads),
+            *("" if time is None else f"{time:,.0f}" for time in times),
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            f"{row.gflops:,.0f}",
+            f"{row.share:.2f}",
             f"{row.error:.1e}",
         )
     return shown

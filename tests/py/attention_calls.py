@@ -125,15 +125,17 @@ class ExpertsCall:
     I: int = 32  # noqa: E741
     dtype: torch.dtype = torch.bfloat16
     only: tuple[int, ...] | None = None  # the experts that are ever chosen
+    strided: bool = False  # rows of x lie apart
 
     def __str__(self) -> str:
         parts = [f"T{self.T}", f"{self.A}of{self.E}", f"D{self.D}", f"I{self.I}"]
         parts += [str(self.dtype).removeprefix("torch.")]
-        return "-".join(parts + ([] if self.only is None else ["only" + "_".join(map(str, self.only))]))
+        parts += [] if self.only is None else ["only" + "_".join(map(str, self.only))]
+        return "-".join(parts + ["strided"] * self.strided)
 
     def make(self) -> ExpertsCall:
         known = torch.tensor(range(self.E) if self.only is None else self.only)
-        self.x = torch.randn(self.T, self.D).to(self.dtype)
+        self.x = torch.randn(self.T, self.D + 3 * self.strided).to(self.dtype)[:, : self.D]
         self.weights = torch.rand(self.T, self.A).to(self.dtype)
         choices = [known[torch.randperm(len(known))[: self.A]] for _ in range(self.T)]
         self.chosen = torch.stack(choices) if choices else torch.empty(0, self.A, dtype=torch.int64)
@@ -208,8 +210,16 @@ EXPERTS = [
     ExpertsCall(7, A=1),
     ExpertsCall(7, E=5, A=5),
     ExpertsCall(9, only=(5, 1)),
-    ExpertsCall(9, dtype=torch.float32),
-    ExpertsCall(9, dtype=torch.float16),
+    *(
+        ExpertsCall(T, E=E, A=A, D=D, I=width, dtype=dtype, only=only, strided=strided)
+        for dtype in (torch.bfloat16, torch.float32, torch.float16)
+        for T, E, A, D, width, only, strided in (
+            (9, 6, 2, 64, 32, None, False),
+            (5, 6, 3, 48, 24, None, True),
+            (35, 3, 1, 96, 64, (2,), True),  # all tokens to one
+            (300, 4, 2, 64, 96, (0, 3), False),
+        )
+    ),
 ]
 
 # Attention rounds the probabilities and the sum; a mixture each product, the activation, and each weighted sum.

@@ -222,4 +222,5 @@ QUANTIZED_EXPERTS = [
     QuantizedExpertsCall(0),
     QuantizedExpertsCall(7, E=5, A=5),
     QuantizedExpertsCall(9, only=(5, 1), formats=("int4", "int4")),
+    *(QuantizedExpertsCall(35, A=1, D=96, I=64, only=(2,), formats=(a, a), strided=True) for a in FORMATS),
 ]

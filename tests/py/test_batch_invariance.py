@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import xgdn
-from attention_calls import AttentionCall
-from cases import OPS, assert_batch_invariant, i32
-from quantized_calls import QuantizedExpertsCall, random_rows
+from attention_calls import AttentionCall, ExpertsCall
+from cases import OPS, assert_batch_invariant, assert_bits_equal, i32
+from quantized_calls import FORMATS, QuantizedExpertsCall, random_rows
 from xgdn import ops
 from xgdn.quantization import pack
 
@@ -217,7 +218,7 @@ def test_what_is_promised() -> None:
         backend: {row.op for row in xgdn.doctor() if row.backend == backend and row.is_batch_invariant}
         for backend in ("cpu", "reference", "npu", "cuda")
     }
-    assert promised["cpu"] - {"linear"} == set(OPS) - {"l2_norm", "linear", "moe_experts", "quantized_moe_experts"}
+    assert promised["cpu"] - {"linear"} == set(OPS) - {"l2_norm", "linear"}
     assert promised["reference"] == {
         "recurrent_gated_delta_rule",
         "chunk_gated_delta_rule",
@@ -230,14 +231,58 @@ def test_what_is_promised() -> None:
 
 
 def test_the_promise_is_that_of_the_call() -> None:
-    """A product of float32 weights is a library's."""
+    """Products of float32 weights are a library's."""
     for backend in ("cpu", "reference"):
         AttentionCall(((1, 5), (9, 9))).make().run(backend=backend)
         assert xgdn.last_is_batch_invariant("paged_attention") == (backend == "cpu")
     ops.linear(torch.randn(3, 32), torch.randn(16, 32), backend="cpu")
     assert not xgdn.last_is_batch_invariant("linear")
+    for call in (ExpertsCall(3), ExpertsCall(3, dtype=torch.float32), ExpertsCall(3, I=48), ExpertsCall(3, D=48)):
+        call.make().run(backend="cpu")
+        is_ours = call.dtype == torch.bfloat16 and (call.D, call.I) == (64, 32)
+        assert xgdn.last_is_batch_invariant("moe_experts") == is_ours, call
+    QuantizedExpertsCall(3, dtype=torch.float32).make().run(backend="cpu")
+    assert xgdn.last_is_batch_invariant("quantized_moe_experts")
 
 
 def test_an_unknown_op_is_an_error() -> None:
     with pytest.raises(NotImplementedError, match=r"\[last_is_batch_invariant\] op: expected one of .*'l3_norm'"):
         xgdn.last_is_batch_invariant("l3_norm")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ExpertsCall(70, A=3),
+        ExpertsCall(70, A=1, only=(2,)),
+        *(QuantizedExpertsCall(70, A=3, formats=(a, a)) for a in FORMATS),
+        QuantizedExpertsCall(70, A=3, formats=("int8", "float8"), dtype=torch.float32),
+    ],
+    ids=str,
+)
+def test_experts_of_a_prompt_give_each_token_the_bits_it_has_alone(
+    call: ExpertsCall, num_threads: Callable[[int], None]
+) -> None:
+    call.make()
+    if call.A > 1:
+        call.chosen[::4, 1] = call.chosen[::4, 0]  # one expert twice
+        call.chosen[:, 2] = 3  # one that everybody chooses
+    num_threads(3)
+    together = call.run(backend="cpu")
+    num_threads(1)
+    x, weights, chosen = call.x, call.weights, call.chosen
+    for t in range(call.T):
+        call.T, call.x, call.weights, call.chosen = 1, x[t : t + 1], weights[t : t + 1], chosen[t : t + 1]
+        assert_bits_equal(f"token {t}", together[t], call.run(backend="cpu")[0])
+
+
+def test_a_prompt_whose_visits_are_cut_gives_each_token_the_bits_it_has_alone() -> None:
+    """The memory of the experts is bounded: they are read again for the tokens behind some hundred thousand."""
+    few = ExpertsCall(3, D=32, E=3, A=2).make()
+    few.chosen = torch.tensor([[0, 1], [2, 0], [1, 2]])
+    times = 2**25 // (few.A * few.D) // few.T + 5
+    many = replace(few, T=few.T * times)
+    for name in ("x", "weights", "chosen"):
+        setattr(many, name, getattr(few, name).repeat(times, 1))
+    many.gate_up, many.down = few.gate_up, few.down
+    assert_bits_equal("out", many.run(backend="cpu"), few.run(backend="cpu").repeat(times, 1))

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import kernels.cases
+import kernels.experts
 import kernels.layer
 import kernels.linear
 import kernels.ops
@@ -19,7 +20,7 @@ import xgdn
 from bench import app as kernels_app
 from kernels import xgdn_ops
 from kernels.cases import DecodeCase, DecodeStepCase, PrefillCase, VerifyCase
-from kernels.compare import WrongResult, check
+from kernels.compare import WrongResult, check, relative_error
 from xgdn.bench.turns import take_turns
 from xgdn.cli import app
 
@@ -188,6 +189,53 @@ def test_bench_linear_refuses_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(kernels_app, ["linear", "--tokens", "1", "--threads", "1", "--seconds", "0"])
     assert result.exit_code == 1
     assert "linear of 1 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
+
+
+@pytest.fixture
+def small_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.experts, "_ROTATE_BYTES", 2**20)
+    monkeypatch.delitem(kernels.experts.SHAPES, "Qwen3-Next")
+    monkeypatch.setitem(kernels.experts.SHAPES, "narrow", kernels.experts.Shape(6, 128, 64, 2))
+
+
+@pytest.mark.usefixtures("small_mixture")
+def test_bench_experts_prints_one_document() -> None:
+    options = ["--tokens", "1,17", "--threads", "1", "--seconds", "0", "--json"]
+    result = CliRunner().invoke(kernels_app, ["experts", *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["format"], row["tokens"]) for row in rows] == [
+        (f, t) for f in ("bf16", "int8", "int4") for t in (1, 17)
+    ]
+    for row in rows:
+        assert row["visited"] == (2 if row["tokens"] == 1 else 6)
+        assert 0 < row["min"] <= row["median"]
+        assert row["share"] == pytest.approx(row["roofline"] / row["median"])
+        assert row["gflops"] * row["median"] * 1e3 == pytest.approx(row["tokens"] * 2 * 3 * 64 * 128 * 2)
+        if row["format"] == "bf16":
+            faster = min(row["loop_median"], row["grouped_median"])
+            assert row["ratio"] == pytest.approx(faster / row["median"])
+        else:
+            assert row["ratio"] is row["loop_min"] is row["grouped_min"] is None
+        assert 0 < row["error"] < 6e-3
+
+
+@pytest.mark.usefixtures("small_mixture")
+def test_bench_experts_compares_three_ways_of_one_mixture() -> None:
+    shape = kernels.experts.SHAPES["narrow"]
+    call, weights = kernels.experts._calls(shape, 9)[0], kernels.experts._Weights(shape, "bf16")
+    want = weights.truth(call)
+    for way in (kernels.experts._one_by_one, kernels.experts._grouped):
+        assert relative_error(way(call, *weights.tensors), want) < 1.2e-2
+
+
+@pytest.mark.usefixtures("small_mixture")
+def test_bench_experts_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = xgdn.ops.moe_experts
+    monkeypatch.setattr(xgdn.ops, "moe_experts", lambda *args, out: out.copy_(1.02 * experts(*args)))
+    result = CliRunner().invoke(kernels_app, ["experts", "--tokens", "3", "--threads", "1", "--seconds", "0"])
+    assert result.exit_code == 1
+    assert "experts of 3 tokens: expected an error of at most 0.006, got 2" in result.output
 
 
 def test_bench_attention_prints_one_document() -> None:

@@ -139,9 +139,22 @@ def test_a_nan_query_spoils_its_own_row_alone(backend: str) -> None:
 @pytest.mark.parametrize("call", EXPERTS, ids=str)
 def test_experts_are_the_formula(call: ExpertsCall, backend: str) -> None:
     call.make()
+    idle = sorted(set(range(call.E)) - set(call.chosen.flatten().tolist()))
+    call.gate_up[idle], call.down[idle] = torch.nan, torch.nan  # what nobody chooses is not read
     got, want = call.run(backend=backend), call.expected()
     if call.T == 0:
         assert got.shape == want.shape
         return
     assert_close("out", got, want, ROUNDING[call.dtype], parts=(0,))
     assert xgdn.last_backend("moe_experts") == backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def test_a_nan_token_spoils_its_own_row_alone_with_experts(dtype: torch.dtype, backend: str) -> None:
+    call = ExpertsCall(21, dtype=dtype).make()
+    clean = call.run(backend=backend)
+    call.x[4, 7] = torch.nan
+    got = call.run(backend=backend)
+    assert got[4].isnan().all()
+    others = torch.arange(21) != 4
+    assert_batch_invariant("moe_experts", "others", got[others], clean[others], ROUNDING[dtype])

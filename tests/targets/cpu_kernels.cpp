@@ -15,6 +15,8 @@
 
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
+#include "core/kernels/cpu/expert_products.h"
+#include "core/kernels/cpu/expert_sums.h"
 #include "core/kernels/cpu/gates.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
@@ -866,6 +868,141 @@ void test_quantized_linears() {
   }
 }
 
+// A mixture of experts. Everybody chooses the last one, nobody the first, some one twice.
+struct Mixture {
+  static constexpr int64_t E = 6, A = 3, D = 96, I = 64;
+  int64_t T;
+  DType dtype;
+
+  Numbers x = Numbers::random(dtype, T*(D + 1)), weights = Numbers::random(dtype, T*A);  // rows of x lie apart
+  std::vector<int64_t> chosen = choices();
+
+  std::vector<int64_t> choices() const {
+    std::vector<int64_t> all;
+    for (int64_t t = 0; t < T; ++t) {
+      for (const int64_t e : {1 + t % 3, t % 4 == 1 ? 1 + t % 3 : int64_t{4}, int64_t{5}}) all.push_back(e);
+    }
+    return all;
+  }
+
+  // The rows of `count` tokens from `first` on, in ranges of items that end inside experts.
+  Numbers run(ExpertProduct& gate_up, ExpertProduct& down, int64_t first, int64_t count) const {
+    constexpr int64_t kItems = 3;
+    const ExpertVisits visits = sort_by_expert(chosen.data() + first * A, count, A, E);
+    Numbers gated(dtype, count * A * 2 * I), outputs(DType::kFloat32, count * A * D), out(dtype, count * D);
+    const auto arrange = [&](ExpertProduct& product, const InRows& rows, const int64_t* row_of_visit) {
+      const auto bytes = static_cast<size_t>(product.num_bytes(visits));
+      std::vector<PackedLine> memory((bytes + sizeof(PackedLine) - 1) / sizeof(PackedLine));
+      std::memset(memory.data(), 0xFF, memory.size() * sizeof(PackedLine));
+      product.set_memory(memory.data(), visits);
+      for (size_t panel = 0; panel < visits.panels.size(); ++panel) {
+        product.arrange(rows, row_of_visit, static_cast<int64_t>(panel));
+      }
+      return memory;
+    };
+    const auto in_ranges = [](int64_t items, const auto& f) {
+      for (int64_t item = 0; item < items; item += kItems) f(item, std::min(item + kItems, items));
+    };
+    const auto of_x = arrange(gate_up, x.in(D + 1, 0, first * (D + 1)), visits.tokens.data());
+    in_ranges(num_work_items(visits, I), [&](int64_t begin, int64_t end) {
+      gated_experts({.I = I, .visits = &visits, .gate_up = &gate_up, .out = gated.out(2 * I, 1)}, begin, end);
+    });
+    const auto of_gated = arrange(down, gated.in(2 * I, 0), nullptr);
+    in_ranges(num_work_items(visits, D), [&](int64_t begin, int64_t end) {
+      expert_outputs({.D = D, .visits = &visits, .down = &down, .out = outputs.out(D, 1)}, begin, end);
+    });
+    ExpertSumsArgs sums;
+    sums.A = A, sums.D = D, sums.visits = visits.visits.data();
+    sums.outputs = outputs.in(D, 0), sums.weights = weights.in(A, 1, first * A), sums.out = out.out(D, 0);
+    in_ranges(count, [&](int64_t begin, int64_t end) { expert_sums(sums, begin, end); });
+    return out;
+  }
+
+  // With weights [E, 2I, D] and [E, D, I].
+  Doubles in_double(const Doubles& gate_up, const Doubles& down) const {
+    Doubles out(static_cast<size_t>(T * D));
+    for (int64_t i = 0; i < T * A; ++i) {
+      const double* rows = gate_up.data() + chosen[i] * 2 * I * D;
+      double gated[I];
+      for (int64_t j = 0; j < I; ++j) {
+        double gate = 0, up = 0;
+        for (int64_t d = 0; d < D; ++d) {
+          gate += rows[j * D + d] * x[i / A * (D + 1) + d], up += rows[(I + j) * D + d] * x[i / A * (D + 1) + d];
+        }
+        gated[j] = gate * sigmoid(gate) * up;
+      }
+      for (int64_t d = 0; d < D; ++d) {
+        const double* row = down.data() + (chosen[i] * D + d) * I;
+        for (int64_t j = 0; j < I; ++j) out[i / A * D + d] += weights[i] * row[j] * gated[j];
+      }
+    }
+    return out;
+  }
+
+  // All tokens at once, and each by itself with the same bits.
+  void test(const std::string& kernel, ExpertProduct& gate_up, ExpertProduct& down, const Doubles& gate_up_values,
+            const Doubles& down_values, double bound) const {
+    const std::string name = kernel + ", T=" + std::to_string(T);
+    const Numbers out = run(gate_up, down, 0, T);
+    expect_close(name, out, in_double(gate_up_values, down_values), bound);
+    for (int64_t t = 0; t < T; ++t) {
+      const Numbers alone = run(gate_up, down, t, 1);
+      bool is_equal = true;
+      for (int64_t d = 0; d < D; ++d) is_equal = is_equal && alone[d] == out[t * D + d];
+      expect(is_equal, name + ": a token's bits depend on the tokens beside it");
+    }
+  }
+};
+
+void test_experts(int64_t T, const BFloat16Products* products, bool is_paired) {
+  const Mixture mixture{T, DType::kBFloat16};
+  Numbers gate_up = Numbers::random(DType::kBFloat16, Mixture::E * 2 * Mixture::I * Mixture::D, 0.1f);
+  Numbers down = Numbers::random(DType::kBFloat16, Mixture::E * Mixture::D * Mixture::I, 0.1f);
+  for (int64_t i = 0; i < 2 * Mixture::I * Mixture::D; ++i) gate_up.set(i, NAN);
+  LinearCall first, second;
+  first.D = Mixture::D, first.O = 2 * Mixture::I;
+  first.weight = static_cast<const uint16_t*>(gate_up.data()), first.weight_stride = first.D;
+  second.D = Mixture::I, second.O = Mixture::D;
+  second.weight = static_cast<const uint16_t*>(down.data()), second.weight_stride = second.D;
+  const auto test = [&](const std::string& kernel, auto&& a, auto&& b) {
+    mixture.test(kernel, a, b, doubles(gate_up, gate_up.size()), doubles(down, down.size()),
+                 tolerance(DType::kBFloat16));
+  };
+  if (products != nullptr) {
+    test("experts of tiles", ExpertTiles(LinearArgs{first, products}), ExpertTiles(LinearArgs{second, products}));
+  } else {
+    test("experts of rows", ExpertRows(LinearRowsArgs{first}, !is_paired),
+         ExpertRows(LinearRowsArgs{second}, !is_paired));
+  }
+}
+
+void test_quantized_experts(int64_t T, Codes first_format, Codes second_format, DType dtype, bool has_zeros) {
+  const Mixture mixture{T, dtype};
+  const auto zeros_of = [&](Codes format) { return has_zeros && format != Codes::kFloat8; };
+  // All experts, one below the other.
+  QuantizedWeight gate_up = quantized_weight(first_format, Mixture::D, Mixture::E * 2 * Mixture::I, /*group_size=*/32,
+                                             dtype, zeros_of(first_format));
+  QuantizedWeight down = quantized_weight(second_format, Mixture::I, Mixture::E * Mixture::D, /*group_size=*/64, dtype,
+                                          zeros_of(second_format));
+  const auto args_of = [](QuantizedWeight& weight, Codes format, int64_t D, int64_t O, int64_t group_size) {
+    const Doubles ordered = weight.values;
+    for (int64_t o = 0; o < Mixture::E * O; ++o) {  // the columns as they are
+      for (int64_t d = 0; d < D; ++d) weight.values[o * D + d] = ordered[o * D + weight.order[d]];
+    }
+    QuantizedLinearArgs args;
+    args.D = D, args.O = O, args.group_size = group_size, args.format = format;
+    args.codes = weight.codes.data(), args.scales = weight.scales.in(16 * num_groups(args), 16);
+    if (!weight.zeros.empty()) args.zeros = weight.zeros.data();
+    return args;
+  };
+  QuantizedExperts first(args_of(gate_up, first_format, Mixture::D, 2 * Mixture::I, 32));
+  QuantizedExperts second(args_of(down, second_format, Mixture::I, Mixture::D, 64));
+  const std::string formats =
+      std::to_string(static_cast<int>(first_format)) + " and " + std::to_string(static_cast<int>(second_format));
+  mixture.test("experts of formats " + formats, first, second, gate_up.values, down.values,
+               std::max(tolerance(dtype), 2e-4));
+}
+
 void test_target(int64_t target) {
   instruction_set = hwy::TargetName(target);
   std::printf("%s\n", instruction_set.c_str());
@@ -901,6 +1038,17 @@ void test_target(int64_t target) {
   test_quantized_linears();
   test_linear_with(linear_by_rows);
   const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;
+  for (const int64_t T : {1, 7, 45}) {
+    for (const Codes a : {Codes::kInt8, Codes::kInt4, Codes::kFloat8}) {
+      for (const Codes b : {Codes::kInt8, Codes::kInt4, Codes::kFloat8}) {
+        test_quantized_experts(T, a, b, T == 7 ? DType::kBFloat16 : DType::kFloat32, /*has_zeros=*/T > 1);
+      }
+    }
+    test_experts(T, /*products=*/nullptr, /*is_paired=*/false);
+    if (has_pairs) test_experts(T, /*products=*/nullptr, /*is_paired=*/true);
+    test_experts(T, &kPlainProducts, /*is_paired=*/false);
+    if (has_pairs) test_experts(T, bfloat16_products(), /*is_paired=*/false);
+  }
   if (has_pairs) test_linear_with(linear_by_paired_rows);
   for (const BFloat16Products* products : {&kPlainProducts, bfloat16_products()}) {
     if (products != nullptr) {

@@ -69,7 +69,8 @@ void quantized_moe_experts(const Backend& backend, const QuantizedMoeExpertsPara
     const at::Tensor gate_up =
         product(backend, x, p.gate_up, e, {.D = sizes.D, .O = 2 * sizes.I, .group_size = s.gate_up_group_size});
     const auto halves = gate_up.chunk(2, 1);
-    const at::Tensor gated = at::silu(halves[0]) * halves[1];
+    const at::Tensor gated = at::empty({x.size(0), sizes.I}, x.options());
+    backend.run(SiluAndMulParams{.gate = halves[0], .up = halves[1], .out = gated}, {.T = x.size(0), .O = sizes.I});
     return product(backend, gated, p.down, e, {.D = sizes.I, .O = sizes.D, .group_size = s.down_group_size});
   });
 }

@@ -7,12 +7,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "core/kernels/aten/host_backend.h"
 #include "core/kernels/cpu/causal_conv1d.h"
 #include "core/kernels/cpu/chunk_gated_delta_rule.h"
 #include "core/kernels/cpu/copy_slots.h"
+#include "core/kernels/cpu/expert_products.h"
+#include "core/kernels/cpu/expert_sums.h"
 #include "core/kernels/cpu/gates.h"
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
@@ -219,6 +222,83 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
                   [&](int64_t begin, int64_t end) { cpu::quantized_linear(args, begin, end); });
 }
 
+// Which experts the cpu backend computes itself.
+bool has_products(const MoeExpertsParams& p, const ExpertsShape& s) {
+  return p.x.scalar_type() == at::kBFloat16 && s.D % cpu::kLinearDepthStep == 0 && s.I % cpu::kLinearDepthStep == 0;
+}
+
+// Rows or tiles, as `linear` of one weight.
+std::unique_ptr<cpu::ExpertProduct> expert_product(const at::Tensor& weight) {
+  const cpu::LinearCall call = {.D = weight.size(2),
+                                .O = weight.size(1),
+                                .weight = static_cast<const uint16_t*>(weight.const_data_ptr()),
+                                .weight_stride = weight.size(2)};
+  const cpu::BFloat16Products* products = cpu::bfloat16_products();
+  if (products != nullptr && products->are_tiles) {
+    return std::make_unique<cpu::ExpertTiles>(cpu::LinearArgs{call, products});
+  }
+  return std::make_unique<cpu::ExpertRows>(cpu::LinearRowsArgs{call}, /*widens=*/products == nullptr);
+}
+
+std::unique_ptr<cpu::ExpertProduct> expert_product(const QuantizedWeight& weight, int64_t D, int64_t O,
+                                                   int64_t group_size) {
+  const cpu::QuantizedLinearArgs args = {.D = D,
+                                         .O = O,
+                                         .group_size = group_size,
+                                         .format = format_of(weight.codes),
+                                         .codes = static_cast<const uint8_t*>(weight.codes.const_data_ptr()),
+                                         .scales = in_rows(weight.scales.flatten(0, 1)),
+                                         .zeros = pointer<int8_t>(weight.zeros)};
+  return std::make_unique<cpu::QuantizedExperts>(args);
+}
+
+// Memory for the visits, and the visits in it. Threads take panels as they come.
+at::Tensor arrange(cpu::ExpertProduct& product, const cpu::ExpertVisits& visits, const InRows& x, const int64_t* rows,
+                   int64_t D, const at::TensorOptions& options) {
+  at::Tensor memory = at::empty({product.num_bytes(visits)}, options.dtype(at::kByte));
+  product.set_memory(memory.mutable_data_ptr(), visits);
+  parallel_dynamic(threads_for(kPointwiseCost * visits.size() * D), static_cast<int64_t>(visits.panels.size()),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t panel = begin; panel < end; ++panel) product.arrange(x, rows, panel);
+                   });
+  return memory;
+}
+
+// A region each for the blocks of all experts, of gate_up and then of down; those between them are one thread's in a
+// decode step. Experts are read once for as many visits as take 128 MiB in f32. What an expert gives is rounded to the
+// type of x, as each product of `linear` is; the sum of a token is f32.
+template <class Params>
+void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gate_up, cpu::ExpertProduct& down) {
+  constexpr int64_t kMostElements = 1 << 25;
+  const int64_t step = std::max<int64_t>(kMostElements / (std::max<int64_t>(s.A, 1) * s.D), 1);
+  for (int64_t token = 0; token < s.T; token += step) {
+    const int64_t T = std::min(step, s.T - token);
+    const at::Tensor x = p.x.narrow(0, token, T), weights = p.weights.narrow(0, token, T);
+    const cpu::ExpertVisits visits =
+        cpu::sort_by_expert(p.chosen.template const_data_ptr<int64_t>() + token * s.A, T, s.A, s.E);
+    const at::Tensor gated = at::empty({visits.size(), 2 * s.I}, x.options());
+    const int64_t elements = visits.size() * s.D * s.I;
+    {
+      const at::Tensor memory = arrange(gate_up, visits, in_rows(x), visits.tokens.data(), s.D, x.options());
+      const cpu::GatedExpertsArgs args = {.I = s.I, .visits = &visits, .gate_up = &gate_up, .out = out_columns(gated)};
+      parallel_dynamic(threads_for(2 * elements), cpu::num_work_items(visits, s.I),
+                       [&](int64_t begin, int64_t end) { cpu::gated_experts(args, begin, end); });
+    }
+    const at::Tensor memory = arrange(down, visits, in_rows(gated), nullptr, s.I, x.options());
+    const at::Tensor outputs = at::empty({visits.size(), s.D}, x.options());
+    const cpu::ExpertOutputsArgs args = {.D = s.D, .visits = &visits, .down = &down, .out = out_columns(outputs)};
+    parallel_dynamic(threads_for(elements), cpu::num_work_items(visits, s.D),
+                     [&](int64_t begin, int64_t end) { cpu::expert_outputs(args, begin, end); });
+    const cpu::ExpertSumsArgs sums = {.A = s.A,
+                                      .D = s.D,
+                                      .visits = visits.visits.data(),
+                                      .outputs = in_rows(outputs),
+                                      .weights = in_scalars(weights),
+                                      .out = out_rows(p.out.narrow(0, token, T))};
+    parallel_ranges(T, s.A * s.D, [&](int64_t begin, int64_t end) { cpu::expert_sums(sums, begin, end); });
+  }
+}
+
 // Without tiles the rate of f32 vectors is about that of bf16 products, which round the weights.
 const cpu::BFloat16Products* attention_products(const PagedAttentionParams& p) {
   const cpu::BFloat16Products* products = cpu::bfloat16_products();
@@ -317,6 +397,12 @@ class CpuBackend final : public HostBackend {
   bool is_batch_invariant(const QuantizedLinearParams&, const QuantizedLinearShape&) const override { return true; }
   bool is_batch_invariant(const LinearParams& p, const LinearShape& s) const override { return has_products(p, s); }
   bool is_batch_invariant(const PagedAttentionParams&, const AttentionShape&) const override { return true; }
+  bool is_batch_invariant(const MoeExpertsParams& p, const ExpertsShape& s) const override {
+    return has_products(p, s);
+  }
+  bool is_batch_invariant(const QuantizedMoeExpertsParams&, const QuantizedExpertsShape&) const override {
+    return true;
+  }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
     cpu::RecurrentGatedDeltaRuleArgs args = {delta_rule_args(p, s)};
@@ -454,6 +540,17 @@ class CpuBackend final : public HostBackend {
   }
 
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape& s) const override { run_quantized(p, s); }
+
+  void run(const MoeExpertsParams& p, const ExpertsShape& s) const override {
+    if (!has_products(p, s)) return aten::moe_experts(p, s);
+    run_experts(p, s, *expert_product(p.gate_up), *expert_product(p.down));
+  }
+
+  void run(const QuantizedMoeExpertsParams& p, const QuantizedExpertsShape& s) const override {
+    const auto [T, A, E, D, I] = s.experts;
+    run_experts(p, s.experts, *expert_product(p.gate_up, D, 2 * I, s.gate_up_group_size),
+                *expert_product(p.down, I, D, s.down_group_size));
+  }
 
   void run(const PagedAttentionParams& p, const AttentionShape& s) const override {
     const cpu::PagedAttentionArgs args = {.HQ = s.HQ,
