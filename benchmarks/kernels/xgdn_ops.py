@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 import xgdn
-from kernels.cases import NORM_EPS, DecodeCase, DecodeStepCase, PrefillCase, RuleCase, VerifyCase
+from kernels.cases import HV, NORM_EPS, DecodeCase, DecodeStepCase, H, K, PrefillCase, RuleCase, V, VerifyCase
 from kernels.compare import Provider
+
+CHUNK = 16  # tokens of a ring
 
 _OUT = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}  # rounding out to bf16 costs 1.7e-3
 _STATE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
 
 
 def decode(case: DecodeCase) -> list[Provider]:
-    return [_recurrent(case), _packed_decode(case)]
+    return [_recurrent(case), _packed_decode(case), _replay_decode(case)]
 
 
 def _recurrent(case: RuleCase) -> Provider:
@@ -59,6 +61,77 @@ def _packed_decode(case: DecodeCase) -> Provider:
     return _provider("xgdn packed_decode", call, out, pool, case.batch)
 
 
+def _replay_decode(case: DecodeCase) -> Provider:
+    """On rings whose tokens write nothing, so that the truth is that of the states; as many are full in each call."""
+    pool = case.pool.make()
+    rings = _rings(pool)
+    rings.length.copy_(torch.arange(len(pool)) % CHUNK)
+    return _replay(case, pool, rings, case.pool.slots, case.batch, state_tolerance=_STATE[pool.dtype])
+
+
+def _rings(pool: Tensor) -> xgdn.ops.ReplayRing:
+    return xgdn.ops.ReplayRing.allocate(
+        len(pool),
+        num_key_heads=H,
+        num_value_heads=HV,
+        key_head_dim=K,
+        value_head_dim=V,
+        chunk_size=CHUNK,
+    )
+
+
+def _replay(
+    case: DecodeCase | PrefillCase,
+    pool: Tensor,
+    ring: xgdn.ops.ReplayRing,
+    slots: Callable[[int], Tensor],
+    count: int,
+    *,
+    has_initial_state: Tensor | None = None,
+    state_tolerance: float,
+) -> Provider:
+    """Of `count` sequences, the first of which have the first slots."""
+    out = torch.full_like(case.v, torch.nan)
+
+    def call(i: int) -> None:
+        xgdn.ops.replay_gated_delta_rule(
+            case.q,
+            case.k,
+            case.v,
+            case.gates.g,
+            case.gates.beta,
+            pool,
+            ring,
+            cu_seqlens=case.cu_seqlens,
+            state_indices=slots(i),
+            ring_indices=slots(i),
+            has_initial_state=has_initial_state,
+            chunk_size=CHUNK,
+            out=out,
+        )
+
+    def result() -> tuple[Tensor, Tensor]:
+        states, first = pool[:count].clone(), slots(0)
+        xgdn.ops.materialize_state(
+            states,
+            ring,
+            lengths=ring.length[:count],
+            state_indices=first,
+            ring_indices=first,
+            write_indices=first,
+            chunk_size=CHUNK,
+        )
+        return out, states
+
+    return Provider(
+        name="xgdn replay_gated_delta_rule",
+        call=call,
+        result=result,
+        out_tolerance=_OUT[out.dtype],
+        state_tolerance=state_tolerance,
+    )
+
+
 def decode_step(case: DecodeStepCase) -> list[Provider]:
     """The fused step; decode() has the rule alone to compare it with."""
     pool, conv_pool = case.pool.make(), case.make_conv_pool()
@@ -94,7 +167,7 @@ def verify(case: VerifyCase) -> list[Provider]:
 
 def prefill(case: PrefillCase) -> list[Provider]:
     accuracies = ("fast", "exact") if case.dtype == torch.bfloat16 else ("exact",)
-    return [_prefill(case, accuracy) for accuracy in accuracies]
+    return [*(_prefill(case, accuracy) for accuracy in accuracies), _replay_prefill(case)]
 
 
 def _prefill(case: PrefillCase, accuracy: str) -> Provider:
@@ -124,6 +197,20 @@ def _prefill(case: PrefillCase, accuracy: str) -> Provider:
         result=lambda: (out, pool),
         out_tolerance=_OUT[case.dtype],
         state_tolerance=1.5e-3 if accuracy == "fast" else 1e-6,
+    )
+
+
+def _replay_prefill(case: PrefillCase) -> Provider:
+    pool = case.make_pool()
+    starts = torch.zeros(len(pool), dtype=torch.bool)
+    return _replay(
+        case,
+        pool,
+        _rings(pool),
+        lambda _: case.state_indices,
+        len(pool),
+        has_initial_state=starts,
+        state_tolerance=1e-6,
     )
 
 
