@@ -408,3 +408,20 @@ def test_a_ring_length_out_of_range_is_an_error() -> None:
             IndexError, match=rf"\[replay_gated_delta_rule\] ring_length: expected 0..C-1=15, got {length}"
         ):
             ops.replay_gated_delta_rule(*x.tensors(), ring, **x.shared(), ring_indices=i32([0]))
+
+
+def test_long_decays_keep_their_digits(backend: str) -> None:
+    """Where nothing is written S is what the gates leave of it. A sum of gates rounded to f32 would cost it its last
+    digits, in the same direction at each fold.
+    """
+    case = Case((64,), H=1, HV=8, K=16, V=16, beta=0.0, initial="all")
+    x = make_inputs(case, prefill=True)
+    x.g.copy_((-1 - 0.3 * torch.rand(16, 8)).repeat(4, 1))
+    slot = x.state_indices[0]
+    x.state[slot] = 1.0
+    ring = nan_ring(1, case, 16)
+    ring.length[0] = 0
+    ops.replay_gated_delta_rule(*x.tensors(), ring, **x.shared(), ring_indices=i32([0]), backend=backend)
+    want = x.g.double().sum(0).exp()
+    assert ((x.state[slot].double().amax((1, 2)) / want - 1).abs() < 8e-7).all()
+    assert ((x.state[slot].double().amin((1, 2)) / want - 1).abs() < 8e-7).all()

@@ -72,28 +72,11 @@ inline void prefetch_item(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64
   prefetch_value_head(args, n, key_head * (args.HV / args.H));
 }
 
-// Logarithms of decays in two parts each: what f32 leaves of a sum of many gates would come back at every fold.
-struct LogDecays {
-  float* high;
-  float* low;
-
-  HWY_INLINE void set(size_t i, double sum) const {
-    high[i] = static_cast<float>(sum);
-    low[i] = static_cast<float>(sum - static_cast<double>(high[i]));  // of -inf it is NaN, which `at` drops
-  }
-  // D_ji of a vector of tokens.
-  HWY_INLINE VF at(F32 d, size_t i) const {
-    const VF decay = exp(d, hn::LoadU(d, high + i));
-    const VF rest = hn::LoadU(d, low + i);
-    return hn::IfThenElse(hn::Eq(decay, hn::Zero(d)), decay, hn::MulAdd(decay, rest, decay));
-  }
-};
-
-// The logarithms of D_ji of `row` tokens before one with gate g, and at [row] that of D_j0.
-HWY_INLINE void sum_gates(const float* HWY_RESTRICT gates, size_t row, float g, const LogDecays& logs) {
+// logs[i] = log D_ji of `row` tokens before one with gate g; returns log D_j0.
+HWY_INLINE double sum_gates(const float* HWY_RESTRICT gates, size_t row, float g, float* HWY_RESTRICT logs) {
   double sum = static_cast<double>(g);
-  for (size_t i = row; i-- > 0; sum += static_cast<double>(gates[i])) logs.set(i, sum);
-  logs.set(row, sum);
+  for (size_t i = row; i-- > 0; sum += static_cast<double>(gates[i])) logs[i] = static_cast<float>(sum);
+  return sum;
 }
 
 // A value head of the work item.
@@ -131,7 +114,7 @@ struct Replay {
   float* sq;         // [C, V]
   float* v;          // [V]
   float* o;          // [V]
-  LogDecays logs;    // [R+1]
+  float* logs;       // [R]
   float* weights;    // [2, R]
   float* w;          // [C, V]
   State* folded;     // [heads, V, K]  checkpoints that are not kept
@@ -269,15 +252,14 @@ HWY_INLINE void fold_vectors(const State* src, State* dst, size_t K, size_t coun
 // order; w [count, V] and logs are scratch memory. What is worked on next is fetched meanwhile.
 template <typename State>
 void fold(const State* S, size_t count, const float* HWY_RESTRICT k, const float* HWY_RESTRICT g,
-          const float* HWY_RESTRICT u, size_t K, size_t V, float* HWY_RESTRICT w, const LogDecays& logs, State* dst,
+          const float* HWY_RESTRICT u, size_t K, size_t V, float* HWY_RESTRICT w, float* HWY_RESTRICT logs, State* dst,
           const State* next) {
   const F32 d;
   const size_t lanes = hn::Lanes(d);
-  sum_gates(g, count, 0.0f, logs);
-  const Decay decay = make_decay(static_cast<double>(logs.high[count]) + static_cast<double>(logs.low[count]));
-  for (size_t c = 0; c < count; c += lanes) hn::StoreU(logs.at(d, c), d, logs.high + c);
+  const Decay decay = make_decay(sum_gates(g, count, 0.0f, logs));  // which comes back at every fold: in double
+  for (size_t c = 0; c < count; c += lanes) hn::StoreU(exp(d, hn::LoadU(d, logs + c)), d, logs + c);
   for (size_t c = 0; c < count; ++c) {
-    const VF factor = hn::Set(d, logs.high[c]);
+    const VF factor = hn::Set(d, logs[c]);
     for (size_t i = c * V; i < (c + 1) * V; i += lanes) hn::StoreU(hn::Mul(factor, hn::LoadU(d, u + i)), d, w + i);
   }
   for (size_t row = 0; row < V; row += kRows) {
@@ -370,14 +352,14 @@ void replay_token(Replay<State>& r, ValueHead<State>& head, size_t t, size_t row
   const float* HWY_RESTRICT kq = r.kq + t * r.R();
   float* HWY_RESTRICT to_u = r.weights;
   float* HWY_RESTRICT to_o = r.weights + r.R();
-  sum_gates(head.g, row, g, r.logs);
+  const double log_decay = sum_gates(head.g, row, g, r.logs);
   head.g[row] = g;
   for (size_t i = 0; i < row; i += lanes) {
-    const VF decay = r.logs.at(d, i);
+    const VF decay = exp(d, hn::LoadU(d, r.logs + i));
     hn::StoreU(hn::Mul(decay, hn::LoadU(d, kk + i)), d, to_u + i);
     hn::StoreU(hn::Mul(decay, hn::LoadU(d, kq + i)), d, to_o + i);
   }
-  const VF decay = hn::Set(d, hn::GetLane(r.logs.at(d, row)));
+  const VF decay = exp(d, hn::Set(d, static_cast<float>(log_decay)));
   const float* HWY_RESTRICT sk = r.sk + t * V;
   const float* HWY_RESTRICT sq = r.sq + t * V;
   for (size_t i = 0; i < V; i += lanes) {
@@ -472,8 +454,7 @@ void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t
   r.heads = heads.data();
   r.num_heads = num_heads;
   const size_t keys = (R + C) * K;
-  const size_t floats =
-      (kHasOrder ? 2 : 1) * keys + 2 * C * R + 3 * C * V + 2 * V + 4 * (R + kMaxLanes) + num_heads * R * (V + 1);
+  const size_t floats = (kHasOrder ? 2 : 1) * keys + 2 * C * R + 3 * C * V + 2 * V + 3 * R + num_heads * R * (V + 1);
   float* at = scratch<Replay<State>>(floats + num_heads * V * K);
   const auto take = [&](size_t count) { return std::exchange(at, at + count); };
   r.k = take(R * K);
@@ -486,7 +467,7 @@ void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t
   r.sq = take(C * V);
   r.v = take(V);
   r.o = take(V);
-  r.logs = {.high = take(R + kMaxLanes), .low = take(R + kMaxLanes)};
+  r.logs = take(R);
   r.weights = take(2 * R);
   r.w = take(C * V);
   for (ValueHead<State>& head : heads) {
@@ -524,10 +505,9 @@ template <typename State>
 void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* lengths, int64_t begin, int64_t end) {
   const auto K = static_cast<size_t>(args.K), V = static_cast<size_t>(args.V), R = static_cast<size_t>(args.ring.R);
   const int64_t shared = args.HV / args.H;
-  const size_t rows = padded(args.ring.R) + kMaxLanes;
-  float* k = scratch<State>(R * (K + V) + 2 * rows);
+  float* k = scratch<State>(R * (K + V) + padded(args.ring.R));
   float* w = k + R * K;
-  const LogDecays logs = {.high = w + R * V, .low = w + R * V + rows};
+  float* logs = w + R * V;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / args.H;
     const int64_t key_head = item % args.H;
