@@ -158,6 +158,8 @@ TEST_F(EngineTest, RefusesBadOptionsBeforeItLoads) {
   expect_error<UnsupportedError>(load({.dtype = at::kDouble, .on_layer_loaded = never}), {"[Engine] dtype", "Double"});
   expect_error<UnsupportedError>(load({.state_dtype = at::kHalf, .on_layer_loaded = never}),
                                  {"[Engine] state_dtype", "Half"});
+  expect_error<UnsupportedError>(load({.on_layer_loaded = never, .kv_dtype = at::kHalf}),
+                                 {"[Engine] kv_dtype", "int8", "Float", "Half"});
   expect_error<RequestError>(load({.runner = {.max_batch_size = -1}, .on_layer_loaded = never}),
                              {"max_batch_size", "-1"});
   expect_error<CheckpointError>([&] { Engine::load(dir_.path() / "nothing"); }, {"nothing"});
