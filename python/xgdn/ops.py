@@ -589,8 +589,8 @@ def store_kv(
 ) -> None:
     """Write keys and values `[T, HKV, D]` of new tokens to a paged cache, `k_cache` and `v_cache` `[P, B, HKV, D]`,
     contiguous and updated in place: `P` blocks of `B` rows. All of one dtype, f32 | bf16 | f16, or the caches int8
-    `[P, B, HKV, D + 4]`, with `D` a multiple of 4: `D` codes, then the four bytes of their f32 scale, `max |x| / 127`. A
-    row with an infinity or a NaN reads as NaN.
+    `[P, B, HKV, D + 4]`, with `D` a multiple of 4: `D` codes, then the four bytes of their f32 scale, `max |x| / 127`.
+    A row with an infinity or a NaN reads as NaN.
 
     `slot_mapping` `[T]` i32: `block * B + offset` of each token's row, none twice; `PAD_SLOT_ID`: the token is not
     stored. `may_have_padding=False` promises that there is no `PAD_SLOT_ID`.

@@ -21,7 +21,7 @@ EXPERTS_LAUNCHES = [
 ]
 
 
-@pytest.mark.parametrize("call", ATTENTION, ids=str)
+@pytest.mark.parametrize("call", [c for c in ATTENTION if not c.int8], ids=str)
 def test_attention_is_the_formula(call: AttentionCall) -> None:
     """The cache is NaN wherever no context lies, so nothing else is read."""
     call.make()
