@@ -14,6 +14,8 @@
 #define XGDN_OPS(op)                                                                  \
   op(RecurrentGatedDeltaRuleParams, recurrent_gated_delta_rule, GdnShape, kDecode, q) \
   op(ChunkGatedDeltaRuleParams, chunk_gated_delta_rule, GdnShape, kPrefill, q)        \
+  op(ReplayGatedDeltaRuleParams, replay_gated_delta_rule, ReplayShape, kDecode, q)    \
+  op(MaterializeStateParams, materialize_state, ReplayShape, kDecode, state)          \
   op(PackedDecodeParams, packed_decode, GdnShape, kDecode, mixed_qkv)                 \
   op(CausalConv1dParams, causal_conv1d, ConvShape, kPrefill, x)                       \
   op(CausalConv1dUpdateParams, causal_conv1d_update, ConvShape, kDecode, x)           \

@@ -20,4 +20,5 @@
 #include "core/kernels/ops/moe.h"
 #include "core/kernels/ops/norm.h"
 #include "core/kernels/ops/quantized_weight.h"
+#include "core/kernels/ops/replay.h"
 #include "core/kernels/ops/state.h"

@@ -18,6 +18,13 @@ struct GdnShape {
   int64_t L = 1;   // columns of the slot table
 };
 
+/// Sizes of a call on replay states.
+struct ReplayShape {
+  GdnShape rule;
+  int64_t B = 0;  // slots of rings
+  int64_t R = 0;  // rows of a ring
+};
+
 /// Sizes of a convolution call.
 struct ConvShape {
   int64_t T = 0;  // tokens

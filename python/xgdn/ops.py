@@ -34,6 +34,7 @@ from xgdn import _C
 __all__ = [
     "PAD_SLOT_ID",
     "ChunkMetadata",
+    "ReplayRing",
     "build_chunk_metadata",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -43,12 +44,14 @@ __all__ = [
     "gdn_gating",
     "l2_norm",
     "linear",
+    "materialize_state",
     "moe_experts",
     "packed_decode",
     "paged_attention",
     "quantized_linear",
     "quantized_moe_experts",
     "recurrent_gated_delta_rule",
+    "replay_gated_delta_rule",
     "rms_norm",
     "rms_norm_gated",
     "sigmoid_and_mul",
@@ -232,6 +235,131 @@ def chunk_gated_delta_rule(
         backend=backend,
     )
     return out
+
+
+class ReplayRing(NamedTuple):
+    """Pools of rings, for `replay_gated_delta_rule`: the tokens of a sequence since its checkpoint, in float32."""
+
+    k: Tensor  # [B, H, R, K]   normalised keys; R rows: C for tokens, up to C more for drafts
+    u: Tensor  # [B, HV, R, V]  what the tokens write
+    g: Tensor  # [B, HV, R]     sums of g since the checkpoint
+    length: Tensor  # [B]       int32, committed tokens, 0..C-1
+
+    @classmethod
+    def allocate(
+        cls,
+        num_slots: int,
+        *,
+        num_key_heads: int,
+        num_value_heads: int,
+        key_head_dim: int,
+        value_head_dim: int,
+        chunk_size: int = 16,
+        num_drafts: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> "ReplayRing":
+        """Allocate empty rings of `chunk_size + num_drafts` rows."""
+        rows = chunk_size + num_drafts
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(num_slots, *shape, device=device)
+
+        return cls(
+            k=zeros(num_key_heads, rows, key_head_dim),
+            u=zeros(num_value_heads, rows, value_head_dim),
+            g=zeros(num_value_heads, rows),
+            length=torch.zeros(num_slots, dtype=torch.int32, device=device),
+        )
+
+
+def replay_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    ring: ReplayRing,
+    *,
+    cu_seqlens: Tensor,
+    state_indices: Tensor,
+    ring_indices: Tensor,
+    write_indices: Tensor | None = None,
+    num_accepted: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    chunk_size: int = 16,
+    commit: bool = True,
+    out: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Decode, verification and prefill on replay states, return `[T, HV, V]`: `state` holds checkpoints, formed after
+    every `chunk_size`-th token of a sequence (16, 32 or 64), `ring` the tokens since then.
+
+    A token reads its checkpoint `state_indices[n]` and appends to its ring `ring_indices[n]` `[N]`. Checkpoints are
+    written by folds alone, each time a ring is full, to `write_indices[n]`. What is computed and written has the same
+    bits however a sequence is cut into calls, on backends that promise it (`cpu`).
+
+    Drafts: with `commit=False` the call's tokens, at most `R - chunk_size` a sequence, stay behind the ring's length;
+    `num_accepted` `[N]` i32 of the sequence's next call says how many of them count. `has_initial_state` `[N]` bool: if
+    false, the sequence starts from zero with an empty ring, whatever its slots hold.
+    """
+    out = v.new_empty(v.shape) if out is None else out
+    torch.ops.xgdn.replay_gated_delta_rule(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        state,
+        ring.k,
+        ring.u,
+        ring.g,
+        ring.length,
+        cu_seqlens,
+        state_indices,
+        ring_indices,
+        out,
+        write_indices=write_indices,
+        num_accepted=num_accepted,
+        has_initial_state=has_initial_state,
+        chunk_size=chunk_size,
+        commit=commit,
+        scale=scale,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        backend=backend,
+    )
+    return out
+
+
+def materialize_state(
+    state: Tensor,
+    ring: ReplayRing,
+    *,
+    lengths: Tensor,
+    state_indices: Tensor,
+    ring_indices: Tensor,
+    write_indices: Tensor,
+    chunk_size: int = 16,
+    backend: str = "auto",
+) -> None:
+    """Write the state after the first `lengths[n]` tokens, 0 to `chunk_size`, of a ring as a plain one: row `n` reads
+    the checkpoint `state_indices[n]` and the ring `ring_indices[n]` and writes `state[write_indices[n]]`.
+    """
+    torch.ops.xgdn.materialize_state(
+        state,
+        ring.k,
+        ring.u,
+        ring.g,
+        ring.length,
+        lengths,
+        state_indices,
+        ring_indices,
+        write_indices,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
 
 
 def packed_decode(

@@ -22,6 +22,7 @@
 #include "core/kernels/cpu/paged_attention.h"
 #include "core/kernels/cpu/quantized_linear.h"
 #include "core/kernels/cpu/recurrent_gated_delta_rule.h"
+#include "core/kernels/cpu/replay_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/cpu/store_kv.h"
@@ -49,6 +50,18 @@ void run_delta_rule(cpu::RecurrentGatedDeltaRuleArgs args, const GdnShape& s) {
 
   parallel_dynamic(threads, cpu::num_work_items(args),
                    [&](int64_t begin, int64_t end) { cpu::recurrent_gated_delta_rule(args, begin, end); });
+}
+
+cpu::RingView ring_view(const ReplayRing& ring, const at::Tensor& indices) {
+  return {.k = ring.k.mutable_data_ptr<float>(),
+          .u = ring.u.mutable_data_ptr<float>(),
+          .g = ring.g.mutable_data_ptr<float>(),
+          .length = ring.length.mutable_data_ptr<int32_t>(),
+          .R = ring.k.size(2),
+          .k_stride = ring.k.stride(0),
+          .u_stride = ring.u.stride(0),
+          .g_stride = ring.g.stride(0),
+          .slots = indices.const_data_ptr<int32_t>()};
 }
 
 // "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
@@ -278,6 +291,12 @@ class CpuBackend final : public HostBackend {
   std::optional<std::string> why_not(const ChunkGatedDeltaRuleParams&, const GdnShape& s) const override {
     return why_not_head_dims(s);
   }
+  std::optional<std::string> why_not(const ReplayGatedDeltaRuleParams&, const ReplayShape& s) const override {
+    return why_not_head_dims(s.rule);
+  }
+  std::optional<std::string> why_not(const MaterializeStateParams&, const ReplayShape& s) const override {
+    return why_not_head_dims(s.rule);
+  }
   std::optional<std::string> why_not(const PackedDecodeParams&, const GdnShape& s) const override {
     return why_not_head_dims(s);
   }
@@ -287,6 +306,8 @@ class CpuBackend final : public HostBackend {
 
   bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
   bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override { return true; }
+  bool is_batch_invariant(const MaterializeStateParams&, const ReplayShape&) const override { return true; }
   bool is_batch_invariant(const PackedDecodeParams&, const GdnShape&) const override { return true; }
   bool is_batch_invariant(const CausalConv1dParams&, const ConvShape&) const override { return true; }
   bool is_batch_invariant(const CausalConv1dUpdateParams&, const ConvShape&) const override { return true; }
@@ -314,6 +335,34 @@ class CpuBackend final : public HostBackend {
                 /*has_initial_state=*/pointer<bool>(p.has_initial_state),
                 /*products=*/chunk_products(p)},
                s);
+  }
+
+  void run(const ReplayGatedDeltaRuleParams& p, const ReplayShape& shape) const override {
+    const GdnShape& s = shape.rule;
+    const cpu::ReplayGatedDeltaRuleArgs args = {delta_rule_args(p, s),
+                                                /*ring=*/ring_view(p.ring, p.ring_indices),
+                                                /*num_accepted=*/pointer<int32_t>(p.num_accepted),
+                                                /*has_initial_state=*/pointer<bool>(p.has_initial_state),
+                                                /*C=*/p.chunk_size,
+                                                /*commit=*/p.commit};
+    parallel_dynamic(threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K), cpu::num_work_items(args),
+                     [&](int64_t begin, int64_t end) { cpu::replay_gated_delta_rule(args, begin, end); });
+    cpu::write_ring_lengths(args);
+  }
+
+  void run(const MaterializeStateParams& p, const ReplayShape& shape) const override {
+    const GdnShape& s = shape.rule;
+    cpu::ReplayGatedDeltaRuleArgs args;
+    args.N = s.N;
+    args.H = s.H;
+    args.HV = s.HV;
+    args.K = s.K;
+    args.V = s.V;
+    args.state = slot_view(p.state, p.state_indices, p.write_indices);
+    args.ring = ring_view(p.ring, p.ring_indices);
+    const auto* lengths = p.lengths.const_data_ptr<int32_t>();
+    parallel_dynamic(threads_for(s.N * s.HV * s.V * s.K), cpu::num_work_items(args),
+                     [&](int64_t begin, int64_t end) { cpu::materialize_state(args, lengths, begin, end); });
   }
 
   void run(const PackedDecodeParams& p, const GdnShape& s) const override {

@@ -69,6 +69,13 @@ HWY_INLINE void store(F32, VF x, BFloat16Bits* p) {
   store_low_halves(hn::ShiftRight<16>(round_to_upper_half(x)), p);
 }
 
+// Keeps GCC from loading x again for each product that it is a factor of.
+HWY_INLINE void keep_in_register([[maybe_unused]] VF& x) {
+#if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR
+  asm("" : "+x"(x.raw));
+#endif
+}
+
 // ---- two vectors to and from f32 ------------------------------------------------------------------------------------
 // Of f32 the first and the second half of 2 * lanes elements; of bf16 the even and the odd ones, which takes no
 // shuffle. A pool's rows are always worked on in its own order.

@@ -39,6 +39,10 @@ TypicalTensors::TypicalTensors() {
   logit = zeros({1, 1});
   per_head = zeros({1}, at::kFloat), per_dim = zeros({D}, at::kFloat);
   state = zeros({1, 1, D, D}, at::kFloat);
+  ring = {.k = zeros({1, 1, 32, D}, at::kFloat),
+          .u = zeros({1, 1, 32, D}, at::kFloat),
+          .g = zeros({1, 1, 32}, at::kFloat),
+          .length = zeros({1}, at::kInt)};
   row = zeros({1, 3 * D}), out_row = zeros({1, 3 * D});
   taps = zeros({3 * D, 4}), conv_state = zeros({1, 3, 3 * D});
   projected = zeros({1, 4 * D + 2});

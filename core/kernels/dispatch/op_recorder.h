@@ -23,6 +23,9 @@ inline Sizes sizes_of(const ConvShape& s) {
 inline Sizes sizes_of(const DecodeStepShape& s) {
   return sizes_of(s.rule);
 }
+inline Sizes sizes_of(const ReplayShape& s) {
+  return sizes_of(s.rule);
+}
 inline Sizes sizes_of(const NormShape& s) {
   return {s.H, s.D, 0};
 }

@@ -21,6 +21,7 @@ struct TypicalTensors {
   at::Tensor per_head;             // [1]  f32
   at::Tensor per_dim;              // [D]  f32
   at::Tensor state;                // [1, 1, D, D]  f32
+  ReplayRing ring;                 // of 32 rows
   at::Tensor row;                  // [1, 3D]  q, k and v
   at::Tensor out_row;              // [1, 3D]
   at::Tensor taps;                 // [3D, 4]

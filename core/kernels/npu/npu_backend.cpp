@@ -37,6 +37,8 @@ namespace {
 
 using Sentence = std::optional<std::string>;
 
+constexpr const char* kPlainStates = "its pools hold plain states: no op of torch_npu replays a ring";
+
 class NpuBackend final : public Backend {
  public:
   using Backend::run;
@@ -60,6 +62,8 @@ class NpuBackend final : public Backend {
   Sentence why_not(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override {
     return npu::why_not_chunk(p, s);
   }
+  Sentence why_not(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override { return kPlainStates; }
+  Sentence why_not(const MaterializeStateParams&, const ReplayShape&) const override { return kPlainStates; }
   Sentence why_not(const PackedDecodeParams& p, const GdnShape& s) const override {
     return npu::why_not_recurrent(p.mixed_qkv, p.state, s);
   }
@@ -79,6 +83,10 @@ class NpuBackend final : public Backend {
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override { npu::run_recurrent(p, s); }
   void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override { npu::run_chunk(p, s); }
+  void run(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override {
+    throw UnsupportedError(kPlainStates);
+  }
+  void run(const MaterializeStateParams&, const ReplayShape&) const override { throw UnsupportedError(kPlainStates); }
   void run(const PackedDecodeParams& p, const GdnShape& s) const override { npu::run_packed_decode(p, s); }
   void run(const CausalConv1dParams& p, const ConvShape& s) const override { aten::causal_conv1d(p, s); }
   void run(const CausalConv1dUpdateParams& p, const ConvShape& s) const override {

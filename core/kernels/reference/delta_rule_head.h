@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace xgdn::kernel::reference {
@@ -82,5 +83,47 @@ inline void chunk(HeadTokens& x, int64_t begin, int64_t end, double scale, Matri
     }
   }
 }
+
+/// A value head of a sequence on a replay state: S after the last fold, and the tokens since then.
+struct ReplayHead {
+  struct Row {
+    std::vector<double> k, u;
+    double G;
+  };
+  Matrix S;
+  std::vector<Row> ring;
+
+  /// The state after the first `count` tokens of the ring.
+  Matrix state_after(int64_t count) const {
+    Matrix after = S;
+    if (count == 0) return after;
+    const double total = ring[count - 1].G;
+    for (int64_t row = 0; row < S.rows; ++row) {
+      for (int64_t c = 0; c < S.cols; ++c) {
+        double s = std::exp(total) * S[row][c];
+        for (int64_t j = 0; j < count; ++j) s += std::exp(total - ring[j].G) * ring[j].u[row] * ring[j].k[c];
+        after[row][c] = s;
+      }
+    }
+    return after;
+  }
+
+  /// Puts the first `count` tokens into S.
+  void fold(int64_t count) {
+    S = state_after(count);
+    ring.erase(ring.begin(), ring.begin() + count);
+  }
+
+  /// Token t of x: steps `now`, the state after the ring, and appends a row whose G starts anew where `is_first`.
+  void append(HeadTokens& x, int64_t t, double scale, bool is_first, Matrix& now) {
+    Row row{.k = std::vector<double>(x.k[t], x.k[t] + S.cols), .u = {}, .G = x.g[t]};
+    for (int64_t v = 0; v < S.rows; ++v) {
+      row.u.push_back(x.beta[t] * (x.v[t][v] - std::exp(x.g[t]) * dot(now[v], x.k[t], S.cols)));
+    }
+    if (!is_first) row.G += ring.back().G;
+    step(x, t, scale, now);
+    ring.push_back(std::move(row));
+  }
+};
 
 }  // namespace xgdn::kernel::reference

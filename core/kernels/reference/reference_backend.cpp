@@ -5,8 +5,10 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
+#include <vector>
 
 #include "core/kernels/aten/host_backend.h"
 #include "core/kernels/reference/delta_rule_head.h"
@@ -16,6 +18,7 @@ namespace {
 
 using reference::HeadTokens;
 using reference::Matrix;
+using reference::ReplayHead;
 
 at::Tensor wide(const at::Tensor& t) {
   return t.to(at::kDouble).contiguous();
@@ -87,6 +90,45 @@ void write_state(const Matrix& S, const at::Tensor& pool, int64_t slot, int64_t 
   pool.select(0, slot).select(0, h).copy_(head);
 }
 
+// Row `row` of a ring's k or u.
+float* ring_row(const at::Tensor& pool, int64_t slot, int64_t head, int64_t row) {
+  return pool.mutable_data_ptr<float>() + slot * pool.stride(0) + head * pool.stride(1) + row * pool.stride(2);
+}
+
+void read_ring(const ReplayRing& ring, int64_t slot, int64_t h, int64_t key_head, int64_t length, ReplayHead& head) {
+  for (int64_t row = 0; row < length; ++row) {
+    const float* k = ring_row(ring.k, slot, key_head, row);
+    const float* u = ring_row(ring.u, slot, h, row);
+    head.ring.push_back({.k = {k, k + head.S.cols}, .u = {u, u + head.S.rows}, .G = *ring_row(ring.g, slot, h, row)});
+  }
+}
+
+void write_ring(const ReplayHead& head, const ReplayRing& ring, int64_t slot, int64_t h, int64_t key_head) {
+  for (size_t i = 0; i < head.ring.size(); ++i) {
+    const auto row = static_cast<int64_t>(i);
+    std::copy(head.ring[i].k.begin(), head.ring[i].k.end(), ring_row(ring.k, slot, key_head, row));
+    std::copy(head.ring[i].u.begin(), head.ring[i].u.end(), ring_row(ring.u, slot, h, row));
+    *ring_row(ring.g, slot, h, row) = static_cast<float>(head.ring[i].G);
+  }
+}
+
+// All tokens of x; says whether S is a new one.
+bool replay(HeadTokens& x, double scale, int64_t C, bool commit, ReplayHead& head) {
+  bool is_folded = false;
+  const auto length = [&] { return static_cast<int64_t>(head.ring.size()); };
+  const auto fold = [&] {
+    head.fold(C);
+    is_folded = true;
+  };
+  if (length() >= C) fold();
+  Matrix now = head.state_after(length());
+  for (int64_t t = 0; t < x.o.rows; ++t) {
+    head.append(x, t, scale, length() % C == 0, now);
+    if (commit && length() == C) fold();
+  }
+  return is_folded;
+}
+
 class ReferenceBackend final : public HostBackend {
  public:
   using HostBackend::is_batch_invariant;
@@ -97,6 +139,8 @@ class ReferenceBackend final : public HostBackend {
 
   bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
   bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override { return true; }
+  bool is_batch_invariant(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override { return true; }
+  bool is_batch_invariant(const MaterializeStateParams&, const ReplayShape&) const override { return true; }
   bool is_batch_invariant(const CopySlotsParams&, const SlotsShape&) const override { return true; }
   bool is_batch_invariant(const StoreKvParams&, const KvShape&) const override { return true; }
 
@@ -149,6 +193,59 @@ class ReferenceBackend final : public HostBackend {
       }
     }
     p.out.copy_(inputs.out());
+  }
+
+  void run(const ReplayGatedDeltaRuleParams& p, const ReplayShape& shape) const override {
+    const GdnShape& s = shape.rule;
+    Inputs inputs(p, s);
+    const double scale = p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)));
+    const int64_t C = p.chunk_size;
+    const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
+    const int32_t* read = p.state_indices.const_data_ptr<int32_t>();
+    const int32_t* write = p.write_indices.value_or(p.state_indices).const_data_ptr<int32_t>();
+    const int32_t* rings = p.ring_indices.const_data_ptr<int32_t>();
+    for (int64_t n = 0; n < s.N; ++n) {
+      const bool has_initial = !p.has_initial_state || p.has_initial_state->const_data_ptr<bool>()[n];
+      int64_t length = 0;
+      if (read[n] != kPadSlot && has_initial) {
+        length = p.ring.length.const_data_ptr<int32_t>()[rings[n]];
+        if (p.num_accepted) length += p.num_accepted->const_data_ptr<int32_t>()[n];
+      }
+      std::vector<ReplayHead> heads;  // all are read before one is written: value heads share the ring's keys
+      for (int64_t h = 0; h < s.HV && read[n] != kPadSlot; ++h) {
+        heads.push_back({.S = has_initial ? read_state(p.state, read[n], h) : Matrix(s.V, s.K), .ring = {}});
+        read_ring(p.ring, rings[n], h, h / (s.HV / s.H), length, heads.back());
+      }
+      for (int64_t h = 0; h < s.HV; ++h) {
+        HeadTokens x = inputs.head(cu[n], cu[n + 1], h);
+        if (read[n] != kPadSlot) {
+          ReplayHead& head = heads[static_cast<size_t>(h)];
+          const bool is_folded = replay(x, scale, C, p.commit, head);
+          if (is_folded) write_state(head.S, p.state, write[n], h);
+          if (write[n] != kPadSlot) write_ring(head, p.ring, rings[n], h, h / (s.HV / s.H));
+        }
+        inputs.write_outputs(x, cu[n], h);
+      }
+      if (read[n] == kPadSlot || write[n] == kPadSlot) continue;
+      if (p.commit) length += cu[n + 1] - cu[n];
+      p.ring.length.mutable_data_ptr<int32_t>()[rings[n]] = static_cast<int32_t>(length % C);
+    }
+    p.out.copy_(inputs.out());
+  }
+
+  void run(const MaterializeStateParams& p, const ReplayShape& shape) const override {
+    const GdnShape& s = shape.rule;
+    const int32_t* read = p.state_indices.const_data_ptr<int32_t>();
+    const int32_t* write = p.write_indices.const_data_ptr<int32_t>();
+    for (int64_t n = 0; n < s.N; ++n) {
+      if (read[n] == kPadSlot || write[n] == kPadSlot) continue;
+      const int64_t length = p.lengths.const_data_ptr<int32_t>()[n];
+      for (int64_t h = 0; h < s.HV; ++h) {
+        ReplayHead head{.S = read_state(p.state, read[n], h), .ring = {}};
+        read_ring(p.ring, p.ring_indices.const_data_ptr<int32_t>()[n], h, h / (s.HV / s.H), length, head);
+        write_state(head.state_after(length), p.state, write[n], h);
+      }
+    }
   }
 
   void run(const CopySlotsParams& p, const SlotsShape& s) const override {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <c10/util/StringUtil.h>
 
+#include "core/kernels/dispatch/checks/delta_rule.h"
 #include "core/kernels/dispatch/checks/index_checker.h"
 #include "core/kernels/dispatch/checks/match.h"
 #include "core/kernels/dispatch/op_checks.h"
@@ -8,34 +9,11 @@
 namespace xgdn::kernel {
 namespace {
 
-void match_delta_state(Dims& d, const at::Tensor& state) {
-  match_pool(d, "state", state, "S HV V K", {at::kFloat, at::kBFloat16});
-}
-
 // What turns the logits of the gates into g.
 template <typename Params>
 void match_gate_weights(Dims& d, const Params& p, at::ScalarType in) {
   match_contiguous(d, "A_log", p.A_log, "HV", {at::kFloat, in});
   match_contiguous(d, "dt_bias", p.dt_bias, "HV", {at::kFloat, in});
-}
-
-// The arguments that both delta rules share.
-template <typename Params>
-Dims match_delta_rule(const Params& p) {
-  Dims d(Op<Params>::name);
-  match_strided(d, "q", p.q, "T H K", kInputTypes);
-  const at::ScalarType in = p.q.scalar_type();
-  match_strided(d, "k", p.k, "T H K", {in});
-  match_strided(d, "v", p.v, "T HV V", {in});
-  d.require(d.sym("H") > 0 && d.sym("HV") % d.sym("H") == 0, "v: expected HV to be a multiple of H=", d.sym("H"),
-            " (set by q), got HV=", d.sym("HV"));
-  match_strided(d, "g", p.g, "T HV", {at::kFloat});
-  match_strided(d, "beta", p.beta, "T HV", {at::kFloat, in});
-  match_delta_state(d, p.state);
-  bind_sequences(d, p.cu_seqlens);
-  match_host_copy(d, "cu_seqlens", p.host.cu_seqlens, "N+1");
-  match_out(d, "out", p.out, "T HV V", {at::kFloat, in});
-  return d;
 }
 
 void require_metadata(const Dims& d, std::string_view arg, const at::Tensor& t) {
@@ -53,10 +31,6 @@ void bind_key_heads(Dims& d, std::string_view arg) {
   d.bind("H", qk / (d.sym("K") * 2), arg);
   d.require(d.sym("HV") % d.sym("H") == 0, arg, ": expected HV=", d.sym("HV"),
             " to be a multiple of H, got H=", d.sym("H"), " from its width");
-}
-
-GdnShape delta_shape(const Dims& d) {
-  return {.T = d["T"], .N = d["N"], .S = d["S"], .H = d["H"], .HV = d["HV"], .K = d["K"], .V = d["V"], .L = d["L"]};
 }
 
 // Every entry of a verification table belongs to one sequence.

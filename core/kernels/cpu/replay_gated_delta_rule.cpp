@@ -1,0 +1,560 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gated delta rule on checkpoints: S after the last multiple of C tokens, and a ring of the tokens since then.
+//
+//   G_j = g_1 + .. + g_j since the checkpoint,  D_ji = exp(G_j - G_i)
+//   u_j = beta_j (v_j - exp(G_j) S k_j - sum_{i < j} D_ji (k_i . k_j) u_i)
+//   o_j = scale  (exp(G_j) S q_j + sum_{i <= j} D_ji (k_i . q_j) u_i)
+//   S  <- exp(G_C) S + sum_i D_Ci u_i k_i^T          once the ring holds C tokens: the fold
+//
+//            K ->            Loop: sequence, key head (a work item) -> tokens up to the next fold -> value head ->
+//        +---------+         tile of rows -> token -> 4 rows -> K lanes; then token -> V lanes -> ring.
+//        | row . k | -> S k  S is read once for all these tokens, and written by a fold alone. A tile of rows stays in
+//   V    | row . q | -> S q  the first-level cache while the tokens pass through it.
+//   |    +---------+
+//
+// Rounding: all is f32 but a bf16 S, which is rounded by each fold. Where exp(G_C) is near one the fold is
+// S + (S expm1(G_C) + sum), rounded once.
+// Order of sums: that of `multiply` for S k, S q and the products of keys; then the checkpoint's part, the ring's
+// tokens in ascending order, the token itself. Since S is formed at multiples of C alone, a token's bits do not depend
+// on the calls that its sequence is cut into, on threads, or on the sequences beside it.
+#include "core/kernels/cpu/replay_gated_delta_rule.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "core/kernels/cpu/replay_gated_delta_rule.cpp"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+#include "core/kernels/cpu/recurrent_gated_delta_rule-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace xgdn::kernel::cpu {
+namespace HWY_NAMESPACE {
+
+constexpr size_t kTileRows = 16;  // of S: 8 KiB
+constexpr size_t kAhead = 2048;   // bytes of S on their way while others are worked on
+
+inline float exp_of(float x) {
+  const F32 d;
+  return hn::GetLane(exp(d, hn::Set(d, x)));
+}
+
+inline int64_t begin_of(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
+  return args.cu_seqlens != nullptr ? args.cu_seqlens[n] : n;
+}
+
+// What a value head reads and writes beside S, for the first token of a call.
+inline void prefetch_value_head(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t h) {
+  const int64_t token = begin_of(args, n);
+  const auto length = static_cast<size_t>(first_length(args, n));
+  const auto V = static_cast<size_t>(args.V);
+  const RingView& ring = args.ring;
+  const float* u = ring.u + ring.slots[n] * ring.u_stride + h * ring.R * args.V;
+  prefetch(args.v.at(token, h), V * static_cast<size_t>(size_of(args.v.dtype)));
+  prefetch(ring.g + ring.slots[n] * ring.g_stride + h * ring.R, (length + 1) * sizeof(float));
+  prefetch(u, length * V * sizeof(float));
+  prefetch<1>(u + length * V, V * sizeof(float));
+  prefetch<1>(args.out.at(token, h), V * static_cast<size_t>(size_of(args.out.dtype)));
+}
+
+// An item that comes next, with the first of its value heads.
+inline void prefetch_item(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t key_head) {
+  if (args.state.read[n] < 0 || begin_of(args, n) == begin_of(args, n + 1)) return;
+  const int64_t token = begin_of(args, n);
+  const auto length = static_cast<size_t>(first_length(args, n));
+  const auto K = static_cast<size_t>(args.K);
+  const RingView& ring = args.ring;
+  const float* k = ring.k + ring.slots[n] * ring.k_stride + key_head * ring.R * args.K;
+  prefetch(args.k.at(token, key_head), K * static_cast<size_t>(size_of(args.k.dtype)));
+  prefetch(args.q.at(token, key_head), K * static_cast<size_t>(size_of(args.q.dtype)));
+  prefetch(k, length * K * sizeof(float));
+  prefetch<1>(k + length * K, K * sizeof(float));
+  prefetch_value_head(args, n, key_head * (args.HV / args.H));
+}
+
+// A value head of the work item.
+template <typename State>
+struct ValueHead {
+  int64_t h;
+  const State* S;  // [V, K]  the checkpoint; null: zero
+  float* u;        // [R, V]  as the ring
+  float* G;        // [R]
+};
+
+// A work item with its tokens since the checkpoint in scratch memory: `length` of them, in the order of the ring.
+template <typename State>
+struct Replay {
+  const ReplayGatedDeltaRuleArgs& args;
+  int64_t n, key_head;
+  int64_t next_n, next_key_head;  // the item that comes next
+  const State* next;              // its first checkpoint; null: unknown
+
+  size_t length = 0;
+  size_t unwritten = 0;  // the first that the ring lacks
+  int64_t ring_row = 0;  // where the ring has token 0
+
+  ValueHead<State>* heads;
+  size_t num_heads;
+
+  // In the natural order of K; `ordered_*` in the pool's.
+  float* k;          // [R, K]
+  float* q;          // [C, K]  of the tokens that are worked on
+  float* ordered_k;  // [R, K]
+  float* ordered_q;  // [C, K]
+  float* kk;         // [C, R]  k_i . k_j
+  float* kq;         // [C, R]  k_i . q_j
+  float* sk;         // [C, V]
+  float* sq;         // [C, V]
+  float* v;          // [V]
+  float* o;          // [V]
+  float* weights;    // [2, R]
+  float* w;          // [C, V]
+  State* folded;     // [heads, V, K]  checkpoints that are not kept
+
+  size_t C() const { return static_cast<size_t>(args.C); }
+  size_t R() const { return padded(args.ring.R); }
+  size_t K() const { return static_cast<size_t>(args.K); }
+  size_t V() const { return static_cast<size_t>(args.V); }
+  // The checkpoint that is read after that of a head.
+  const State* after(size_t head) const { return head + 1 == num_heads ? next : heads[head + 1].S; }
+  int32_t ring_slot() const { return args.ring.slots[n]; }
+  int32_t write_slot() const { return args.state.write[n]; }
+
+  float* ring_k() const { return args.ring.k + ring_slot() * args.ring.k_stride + key_head * args.ring.R * args.K; }
+  float* ring_u(int64_t h) const { return args.ring.u + ring_slot() * args.ring.u_stride + h * args.ring.R * args.V; }
+  float* ring_g(int64_t h) const { return args.ring.g + ring_slot() * args.ring.g_stride + h * args.ring.R; }
+};
+
+// ---- the ring -------------------------------------------------------------------------------------------------------
+
+template <typename State>
+void order_key(Replay<State>& r, size_t row) {
+  if (r.ordered_k == r.k) return;
+  std::copy_n(r.k + row * r.K(), r.K(), r.ordered_k + row * r.K());
+  to_pool_order<State>(r.ordered_k + row * r.K(), r.K());
+}
+
+template <typename State>
+void read_ring(Replay<State>& r) {
+  r.length = r.unwritten = static_cast<size_t>(first_length(r.args, r.n));
+  if (r.length == 0) return;
+  std::copy_n(r.ring_k(), r.length * r.K(), r.k);
+  for (size_t row = 0; row < r.length; ++row) order_key(r, row);
+  for (size_t i = 0; i < r.num_heads; ++i) {
+    std::copy_n(r.ring_u(r.heads[i].h), r.length * r.V(), r.heads[i].u);
+    std::copy_n(r.ring_g(r.heads[i].h), r.length, r.heads[i].G);
+  }
+}
+
+template <typename State>
+void write_ring(Replay<State>& r) {
+  const size_t first = r.unwritten, count = r.length - r.unwritten;
+  const size_t to = static_cast<size_t>(r.ring_row) + first;
+  r.unwritten = r.length;
+  if (count == 0 || r.write_slot() < 0) return;
+  std::copy_n(r.k + first * r.K(), count * r.K(), r.ring_k() + to * r.K());
+  for (size_t i = 0; i < r.num_heads; ++i) {
+    const ValueHead<State>& head = r.heads[i];
+    std::copy_n(head.u + first * r.V(), count * r.V(), r.ring_u(head.h) + to * r.V());
+    std::copy_n(head.G + first, count, r.ring_g(head.h) + to);
+  }
+}
+
+// Forgets the first C tokens, which a fold has put into S.
+template <typename State>
+void drop_folded(Replay<State>& r) {
+  const size_t C = r.C(), left = r.length - C;
+  r.length = left;
+  r.unwritten = 0;
+  if (left == 0) return;
+  std::copy_n(r.k + C * r.K(), left * r.K(), r.k);
+  if (r.ordered_k != r.k) std::copy_n(r.ordered_k + C * r.K(), left * r.K(), r.ordered_k);
+  for (size_t i = 0; i < r.num_heads; ++i) {
+    std::copy_n(r.heads[i].u + C * r.V(), left * r.V(), r.heads[i].u);
+    std::copy_n(r.heads[i].G + C, left, r.heads[i].G);
+  }
+}
+
+// ---- the fold -------------------------------------------------------------------------------------------------------
+
+// 4 rows of exp(G) S + sum_c w_c k_c^T, of two vectors of K as load_pair reads them, or of one.
+template <bool kIsPair, typename State>
+HWY_INLINE void fold_vectors(const State* src, State* dst, size_t K, size_t count, size_t V, const Decay& decay,
+                             const float* HWY_RESTRICT w, const float* HWY_RESTRICT k) {
+  const F32 d;
+  const auto read = [&](size_t row, VF& a, VF& b) HWY_ATTR {
+    a = b = hn::Zero(d);
+    if (src == nullptr) return;
+    if constexpr (kIsPair) {
+      load_pair(d, src + row * K, a, b);
+    } else {
+      a = load(d, src + row * K);
+    }
+  };
+  VF a0, a1, a2, a3, b0, b1, b2, b3;
+  const auto start = [&](size_t row, VF& a, VF& b) HWY_ATTR {
+    read(row, a, b);
+    a = hn::Mul(a, hn::Set(d, decay.factor));
+    b = hn::Mul(b, hn::Set(d, decay.factor));
+  };
+  start(0, a0, b0);
+  start(1, a1, b1);
+  start(2, a2, b2);
+  start(3, a3, b3);
+  for (size_t c = 0; c < count; ++c, w += V, k += K) {
+    VF first = hn::LoadU(d, k);
+    VF second = first;
+    if constexpr (kIsPair) second = hn::LoadU(d, k + hn::Lanes(d));
+    keep_in_register(first);
+    keep_in_register(second);
+    const auto add = [&](size_t row, VF& a, VF& b) HWY_ATTR {
+      const VF factor = hn::Set(d, w[row]);
+      a = hn::MulAdd(factor, first, a);
+      if constexpr (kIsPair) b = hn::MulAdd(factor, second, b);
+    };
+    add(0, a0, b0);
+    add(1, a1, b1);
+    add(2, a2, b2);
+    add(3, a3, b3);
+  }
+  const auto write = [&](size_t row, VF a, VF b) HWY_ATTR {
+    if (decay.is_near) {
+      VF s, t;
+      read(row, s, t);
+      a = hn::Add(s, a);
+      b = hn::Add(t, b);
+    }
+    if constexpr (kIsPair) {
+      store_pair(d, a, b, dst + row * K);
+    } else {
+      store_rounded(d, a, dst + row * K);
+    }
+  };
+  write(0, a0, b0);
+  write(1, a1, b1);
+  write(2, a2, b2);
+  write(3, a3, b3);
+}
+
+// dst <- exp(G) S + sum_i exp(G - G_i) u_i k_i^T over the first `count` > 0 tokens, G the last of theirs. dst may be S.
+// k [count, K] is in the pool's order; w [count, V] is scratch memory. What is worked on next is fetched meanwhile.
+template <typename State>
+void fold(const State* S, size_t count, const float* HWY_RESTRICT k, const float* HWY_RESTRICT G,
+          const float* HWY_RESTRICT u, size_t K, size_t V, float* HWY_RESTRICT w, State* dst, const State* next) {
+  const F32 d;
+  const size_t lanes = hn::Lanes(d);
+  const float last = G[count - 1];
+  const Decay decay = make_decay(last);
+  for (size_t c = 0; c < count; ++c) {
+    const VF factor = hn::Set(d, exp_of(last - G[c]));
+    for (size_t i = c * V; i < (c + 1) * V; i += lanes) hn::StoreU(hn::Mul(factor, hn::LoadU(d, u + i)), d, w + i);
+  }
+  for (size_t row = 0; row < V; row += kRows) {
+    if (next != nullptr) prefetch(next + row * K, kRows * K * sizeof(State));
+    const auto src = [&](size_t i) { return S == nullptr ? nullptr : S + row * K + i; };
+    State* to = dst + row * K;
+    size_t i = 0;
+    for (; i + 2 * lanes <= K; i += 2 * lanes) {
+      fold_vectors<true>(src(i), to + i, K, count, V, decay, w + row, k + i);
+    }
+    if (i < K) fold_vectors<false>(src(i), to + i, K, count, V, decay, w + row, k + i);
+  }
+}
+
+// Forms S of the first C tokens, in the slot to be written or, where it is not to be kept, in scratch memory.
+template <typename State>
+void fold_head(Replay<State>& r, size_t index, bool is_kept) {
+  ValueHead<State>& head = r.heads[index];
+  const size_t elements = r.V() * r.K();
+  State* dst = r.folded + index * elements;
+  if (is_kept && r.write_slot() >= 0) {
+    dst = r.args.state.template slot<State>(r.write_slot()) + static_cast<size_t>(head.h) * elements;
+  }
+  fold(head.S, r.C(), r.ordered_k, head.G, head.u, r.K(), r.V(), r.w, dst, r.after(index));
+  head.S = dst;
+}
+
+// ---- tokens ---------------------------------------------------------------------------------------------------------
+
+// k, q and their products with the keys of the ring, for `count` tokens from `first`.
+template <typename State>
+void stage_keys_of(Replay<State>& r, int64_t first, size_t count) {
+  const ReplayGatedDeltaRuleArgs& args = r.args;
+  const size_t K = r.K(), R = r.R();
+  for (size_t t = 0; t < count; ++t) {
+    const size_t row = r.length + t;
+    float* k = r.k + row * K;
+    float* q = r.q + t * K;
+    load_row(args.k.dtype, args.k.at(first + static_cast<int64_t>(t), r.key_head), K, k);
+    load_row(args.q.dtype, args.q.at(first + static_cast<int64_t>(t), r.key_head), K, q);
+    stage_keys<float>(k, q, K, args.normalise_qk);
+    order_key(r, row);
+    if (r.ordered_q != r.q) {
+      std::copy_n(q, K, r.ordered_q + t * K);
+      to_pool_order<State>(r.ordered_q + t * K, K);
+    }
+    for (size_t i = 0; i <= row; i += kRows) {
+      Products products;
+      multiply(StoredRows<float>{r.k + i * K, K}, K, k, q, products);
+      std::copy_n(products.sk, kRows, r.kk + t * R + i);
+      std::copy_n(products.sq, kRows, r.kq + t * R + i);
+    }
+  }
+}
+
+// S k and S q of `count` tokens. Reads run kAhead bytes ahead, past the last row into `next`.
+template <typename State>
+void read_checkpoint(Replay<State>& r, const State* S, size_t count, const State* next) {
+  const size_t K = r.K(), V = r.V();
+  if (S == nullptr) {
+    std::fill_n(r.sk, count * V, 0.0f);
+    std::fill_n(r.sq, count * V, 0.0f);
+    return;
+  }
+  const size_t row_bytes = K * sizeof(State);
+  const size_t size = V * row_bytes;
+  for (size_t tile = 0; tile < V; tile += kTileRows) {
+    for (size_t t = 0; t < count; ++t) {
+      for (size_t row = tile; row < tile + kTileRows; row += kRows) {
+        if (t == 0) {
+          const size_t ahead = row * row_bytes + kAhead;
+          if (ahead < size) {
+            prefetch(reinterpret_cast<const char*>(S) + ahead, kRows * row_bytes);
+          } else if (next != nullptr) {
+            prefetch(reinterpret_cast<const char*>(next) + (ahead - size), kRows * row_bytes);
+          }
+        }
+        Products products;
+        multiply(StoredRows<State>{S + row * K, K}, K, r.ordered_k + (r.length + t) * K, r.ordered_q + t * K, products);
+        std::copy_n(products.sk, kRows, r.sk + t * V + row);
+        std::copy_n(products.sq, kRows, r.sq + t * V + row);
+      }
+    }
+  }
+}
+
+// u and o of the token at `row` of the ring, from what stands before it.
+template <typename State>
+void replay_token(Replay<State>& r, ValueHead<State>& head, size_t t, size_t row, float g, float beta) {
+  const F32 d;
+  const size_t lanes = hn::Lanes(d), V = r.V();
+  const float* HWY_RESTRICT kk = r.kk + t * r.R();
+  const float* HWY_RESTRICT kq = r.kq + t * r.R();
+  float* HWY_RESTRICT to_u = r.weights;
+  float* HWY_RESTRICT to_o = r.weights + r.R();
+  const float G = row == 0 ? g : head.G[row - 1] + g;
+  head.G[row] = G;
+  for (size_t i = 0; i < row; i += lanes) {
+    const VF decay = exp(d, hn::Sub(hn::Set(d, G), hn::LoadU(d, head.G + i)));
+    hn::StoreU(hn::Mul(decay, hn::LoadU(d, kk + i)), d, to_u + i);
+    hn::StoreU(hn::Mul(decay, hn::LoadU(d, kq + i)), d, to_o + i);
+  }
+  const VF decay = hn::Set(d, exp_of(G));
+  const float* HWY_RESTRICT sk = r.sk + t * V;
+  const float* HWY_RESTRICT sq = r.sq + t * V;
+  for (size_t i = 0; i < V; i += lanes) {
+    VF known = hn::Mul(decay, hn::LoadU(d, sk + i));
+    VF read = hn::Mul(decay, hn::LoadU(d, sq + i));
+    const float* HWY_RESTRICT u = head.u + i;
+    for (size_t j = 0; j < row; ++j, u += V) {
+      const VF uj = hn::LoadU(d, u);
+      known = hn::MulAdd(hn::Set(d, to_u[j]), uj, known);
+      read = hn::MulAdd(hn::Set(d, to_o[j]), uj, read);
+    }
+    const VF write = hn::Mul(hn::Set(d, beta), hn::Sub(hn::LoadU(d, r.v + i), known));
+    hn::StoreU(write, d, head.u + row * V + i);
+    read = hn::MulAdd(hn::Set(d, kq[row]), write, read);
+    hn::StoreU(hn::Mul(hn::Set(d, r.args.scale), read), d, r.o + i);
+  }
+}
+
+// `count` tokens from `first`, none of which is behind the next fold. With `folds` they fill the ring.
+template <typename State>
+void replay_tokens(Replay<State>& r, int64_t first, size_t count, bool folds) {
+  const ReplayGatedDeltaRuleArgs& args = r.args;
+  stage_keys_of(r, first, count);
+  for (size_t i = 0; i < r.num_heads; ++i) {
+    ValueHead<State>& head = r.heads[i];
+    if (i + 1 < r.num_heads) {
+      prefetch_value_head(args, r.n, r.heads[i + 1].h);
+    } else if (r.next != nullptr) {
+      prefetch_item(args, r.next_n, r.next_key_head);
+    }
+    read_checkpoint(r, head.S, count, r.after(i));
+    for (size_t t = 0; t < count; ++t) {
+      const int64_t token = first + static_cast<int64_t>(t);
+      load_row(args.v.dtype, args.v.at(token, head.h), r.V(), r.v);
+      replay_token(r, head, t, r.length + t, load_scalar(args.g.dtype, args.g.at(token, head.h)),
+                   load_scalar(args.beta.dtype, args.beta.at(token, head.h)));
+      store_row(args.out.dtype, r.o, r.V(), args.out.at(token, head.h));
+    }
+    if (folds) fold_head(r, i, args.commit);
+  }
+  r.length += count;
+}
+
+template <typename State>
+void run_sequence(Replay<State>& r, int64_t begin, int64_t end) {
+  const bool commit = r.args.commit;
+  read_ring(r);
+  if (r.length >= r.C()) {  // after a verification
+    for (size_t i = 0; i < r.num_heads; ++i) fold_head(r, i, /*is_kept=*/true);
+    drop_folded(r);
+  }
+  for (int64_t token = begin; token < end;) {
+    const auto room = static_cast<int64_t>(r.C() - r.length);
+    const int64_t count = std::min(room, end - token);
+    const bool folds = count == room && (commit || token + count < end);
+    replay_tokens(r, token, static_cast<size_t>(count), folds);
+    token += count;
+    if (!folds) break;
+    if (!commit) {  // the ring keeps the tokens: nobody has accepted them
+      write_ring(r);
+      r.ring_row += static_cast<int64_t>(r.C());
+    }
+    drop_folded(r);
+  }
+  write_ring(r);
+}
+
+template <typename State>
+const State* checkpoint(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t h) {
+  const bool has_state = args.has_initial_state == nullptr || args.has_initial_state[n];
+  const int32_t slot = args.state.read[n];
+  return has_state && slot >= 0 ? args.state.slot<State>(slot) + h * args.V * args.K : nullptr;
+}
+
+inline void write_zeros(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t h) {
+  for (int64_t token = begin_of(args, n); token < begin_of(args, n + 1); ++token) {
+    std::memset(args.out.at(token, h), 0, static_cast<size_t>(args.V * size_of(args.out.dtype)));
+  }
+}
+
+template <typename State>
+void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t end_item) {
+  constexpr bool kHasOrder = sizeof(State) != sizeof(float);
+  const int64_t shared = args.HV / args.H;
+  Replay<State> r{.args = args, .n = 0, .key_head = 0, .next_n = 0, .next_key_head = 0, .next = nullptr};
+  const size_t C = r.C(), R = r.R(), K = r.K(), V = r.V();
+  const auto num_heads = static_cast<size_t>(shared);
+  std::vector<ValueHead<State>> heads(num_heads);
+  r.heads = heads.data();
+  r.num_heads = num_heads;
+  const size_t keys = (R + C) * K;
+  const size_t floats = (kHasOrder ? 2 : 1) * keys + 2 * C * R + 3 * C * V + 2 * V + 2 * R + num_heads * R * (V + 1);
+  float* at = scratch<Replay<State>>(floats + num_heads * V * K);
+  const auto take = [&](size_t count) { return std::exchange(at, at + count); };
+  r.k = take(R * K);
+  r.q = take(C * K);
+  r.ordered_k = kHasOrder ? take(R * K) : r.k;
+  r.ordered_q = kHasOrder ? take(C * K) : r.q;
+  r.kk = take(C * R);
+  r.kq = take(C * R);
+  r.sk = take(C * V);
+  r.sq = take(C * V);
+  r.v = take(V);
+  r.o = take(V);
+  r.weights = take(2 * R);
+  r.w = take(C * V);
+  for (ValueHead<State>& head : heads) {
+    head.u = take(R * V);
+    head.G = take(R);
+  }
+  r.folded = reinterpret_cast<State*>(at);
+
+  for (int64_t item = begin_item; item < end_item; ++item) {
+    r.n = item / args.H;
+    r.key_head = item % args.H;
+    r.ring_row = 0;
+    for (int64_t i = 0; i < shared; ++i) {
+      const int64_t h = r.key_head * shared + i;
+      heads[static_cast<size_t>(i)].h = h;
+      heads[static_cast<size_t>(i)].S = checkpoint<State>(args, r.n, h);
+      if (args.state.read[r.n] < 0) write_zeros(args, r.n, h);
+    }
+    if (args.state.read[r.n] < 0) continue;
+    const int64_t following = item + 1;
+    r.next_n = following / args.H;
+    r.next_key_head = following % args.H;
+    r.next = following < end_item ? checkpoint<State>(args, r.next_n, r.next_key_head * shared) : nullptr;
+    run_sequence(r, begin_of(args, r.n), begin_of(args, r.n + 1));
+  }
+}
+
+void replay_gated_delta_rule(const ReplayGatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
+  with_state_type(args.state.dtype, [&](auto element) { run_items<decltype(element)>(args, begin, end); });
+}
+
+// ---- plain states ---------------------------------------------------------------------------------------------------
+
+template <typename State>
+void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* lengths, int64_t begin, int64_t end) {
+  const auto K = static_cast<size_t>(args.K), V = static_cast<size_t>(args.V), R = static_cast<size_t>(args.ring.R);
+  const int64_t shared = args.HV / args.H;
+  float* k = scratch<State>(R * (K + V));
+  float* w = k + R * K;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / args.H;
+    const int64_t key_head = item % args.H;
+    if (args.state.read[n] < 0 || args.state.write[n] < 0) continue;
+    const auto count = static_cast<size_t>(lengths[n]);
+    const int32_t slot = args.ring.slots[n];
+    std::copy_n(args.ring.k + slot * args.ring.k_stride + key_head * args.ring.R * args.K, count * K, k);
+    for (size_t row = 0; row < count; ++row) to_pool_order<State>(k + row * K, K);
+    for (int64_t h = key_head * shared; h < (key_head + 1) * shared; ++h) {
+      const State* S = args.state.slot<State>(args.state.read[n]) + h * args.V * args.K;
+      State* dst = args.state.slot<State>(args.state.write[n]) + h * args.V * args.K;
+      if (count == 0) {
+        std::memmove(dst, S, V * K * sizeof(State));
+        continue;
+      }
+      const float* u = args.ring.u + slot * args.ring.u_stride + h * args.ring.R * args.V;
+      const float* G = args.ring.g + slot * args.ring.g_stride + h * args.ring.R;
+      fold<State>(S, count, k, G, u, K, V, w, dst, nullptr);
+    }
+  }
+}
+
+void materialize_state(const ReplayGatedDeltaRuleArgs& args, const int32_t* lengths, int64_t begin, int64_t end) {
+  with_state_type(args.state.dtype,
+                  [&](auto element) { materialize_items<decltype(element)>(args, lengths, begin, end); });
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace xgdn::kernel::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace xgdn::kernel::cpu {
+
+HWY_EXPORT(materialize_state);
+HWY_EXPORT(replay_gated_delta_rule);
+
+int64_t first_length(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
+  if (args.has_initial_state != nullptr && !args.has_initial_state[n]) return 0;
+  return args.ring.length[args.ring.slots[n]] + (args.num_accepted == nullptr ? 0 : args.num_accepted[n]);
+}
+
+void replay_gated_delta_rule(const ReplayGatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
+  HWY_DYNAMIC_DISPATCH(replay_gated_delta_rule)(args, begin, end);
+}
+
+void materialize_state(const ReplayGatedDeltaRuleArgs& args, const int32_t* lengths, int64_t begin, int64_t end) {
+  HWY_DYNAMIC_DISPATCH(materialize_state)(args, lengths, begin, end);
+}
+
+void write_ring_lengths(const ReplayGatedDeltaRuleArgs& args) {
+  for (int64_t n = 0; n < args.N; ++n) {
+    if (args.state.read[n] < 0 || args.state.write[n] < 0) continue;
+    const int64_t tokens = args.cu_seqlens != nullptr ? args.cu_seqlens[n + 1] - args.cu_seqlens[n] : 1;
+    const int64_t length = first_length(args, n) + (args.commit ? tokens : 0);
+    args.ring.length[args.ring.slots[n]] = static_cast<int32_t>(length % args.C);
+  }
+}
+
+}  // namespace xgdn::kernel::cpu
+#endif  // HWY_ONCE

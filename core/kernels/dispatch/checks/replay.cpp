@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <c10/util/StringUtil.h>
+
+#include "core/kernels/dispatch/checks/delta_rule.h"
+#include "core/kernels/dispatch/checks/index_checker.h"
+#include "core/kernels/dispatch/checks/match.h"
+#include "core/kernels/dispatch/op_checks.h"
+
+namespace xgdn::kernel {
+namespace {
+
+// Of a ring that is written, or read alone.
+void match_ring(Dims& d, const ReplayRing& ring, bool is_written) {
+  const auto match_one = [&](std::string_view arg, const at::Tensor& t, std::string_view names, at::ScalarType dtype) {
+    d.match(arg, t, names).dtype(arg, t, {dtype}).contiguous(arg, t, 1);
+    if (is_written) d.written(arg);
+  };
+  match_one("ring_k", ring.k, "B H R K", at::kFloat);
+  match_one("ring_u", ring.u, "B HV R V", at::kFloat);
+  match_one("ring_g", ring.g, "B HV R", at::kFloat);
+  match_contiguous(d, "ring_length", ring.length, "B", {at::kInt});
+  if (is_written) d.written("ring_length");
+}
+
+void require_chunk_size(const Dims& d, int64_t C) {
+  if (C != 16 && C != 32 && C != 64) {
+    throw UnsupportedError(c10::str("[", d.op(), "] chunk_size: expected 16, 32 or 64, got ", C));
+  }
+  if (d.sym("R") >= C && d.sym("R") <= 2 * C) return;
+  throw ShapeError(c10::str("[", d.op(), "] ring_k: expected R of C..2C rows with C=", C,
+                            " (set by chunk_size), got R=", d.sym("R")));
+}
+
+ReplayShape replay_shape(const GdnShape& rule, const Dims& d) {
+  return {.rule = rule, .B = d["B"], .R = d["R"]};
+}
+
+// Both index tensors name a slot, or neither does.
+void check_ring_indices(const IndexChecker& c, const at::Tensor& ring_indices, const at::Tensor& state_indices,
+                        int64_t num_rings) {
+  c.slots("ring_indices", ring_indices, num_rings);
+  const int32_t* rings = ring_indices.const_data_ptr<int32_t>();
+  const int32_t* states = state_indices.const_data_ptr<int32_t>();
+  for (int64_t n = 0; n < ring_indices.numel(); ++n) {
+    if ((rings[n] == kPadSlot) != (states[n] == kPadSlot)) {
+      c.fail("ring_indices", "a slot exactly where state_indices has one", rings[n], n);
+    }
+  }
+}
+
+}  // namespace
+
+// ---- replay_gated_delta_rule ----------------------------------------------------------------------------------------
+
+Dims match(const ReplayGatedDeltaRuleParams& p) {
+  Dims d = match_delta_rule(p);
+  match_ring(d, p.ring, /*is_written=*/true);
+  match_indices(d, "state_indices", p.state_indices, "N");
+  match_indices(d, "ring_indices", p.ring_indices, "N");
+  match_indices(d, "write_indices", p.write_indices, "N");
+  match_indices(d, "num_accepted", p.num_accepted, "N");
+  match_contiguous(d, "has_initial_state", p.has_initial_state, "N", {at::kBool});
+  d.bind("L", 1, "state_indices");
+  require_chunk_size(d, p.chunk_size);
+  return d;
+}
+
+ReplayShape shape(const ReplayGatedDeltaRuleParams&, const Dims& d) {
+  return replay_shape(delta_shape(d), d);
+}
+
+template <>
+ReplayGatedDeltaRuleParams sample(const TypicalTensors& t) {
+  return {.q = t.head,
+          .k = t.head,
+          .v = t.head,
+          .g = t.gate,
+          .beta = t.gate,
+          .state = t.state,
+          .ring = t.ring,
+          .cu_seqlens = t.cu_seqlens,
+          .state_indices = t.slot,
+          .ring_indices = t.slot,
+          .out = t.out};
+}
+
+void check_indices(const ReplayGatedDeltaRuleParams& p) {
+  const ReplayShape s = checked_shape(p);
+  const IndexChecker c(Op<ReplayGatedDeltaRuleParams>::name);
+  c.cu_seqlens(p.cu_seqlens, s.rule.T);
+  c.slots("state_indices", p.state_indices, s.rule.S);
+  if (p.write_indices) c.slots("write_indices", *p.write_indices, s.rule.S);
+  check_ring_indices(c, p.ring_indices, p.state_indices, s.B);
+  c.written_once("ring_indices", p.ring_indices, "ring");
+  const int64_t C = p.chunk_size;
+  const int64_t num_drafts = s.R - C;
+  if (p.num_accepted) c.range("num_accepted", *p.num_accepted, 0, num_drafts, c10::str("0..R-C=", num_drafts));
+  if (!p.commit) c.lengths(p.cu_seqlens, "R-C", num_drafts);
+  // Only a fold writes a checkpoint.
+  at::Tensor writes = p.write_indices.value_or(p.state_indices).clone();
+  for (int64_t n = 0; n < s.rule.N; ++n) {
+    const int32_t slot = p.ring_indices.const_data_ptr<int32_t>()[n];
+    if (slot == kPadSlot) continue;
+    int64_t length = 0;
+    if (!p.has_initial_state || p.has_initial_state->const_data_ptr<bool>()[n]) {
+      length = p.ring.length.const_data_ptr<int32_t>()[slot];
+      if (length < 0 || length >= C) c.fail("ring_length", c10::str("0..C-1=", C - 1), length, slot);
+      if (p.num_accepted) length += p.num_accepted->const_data_ptr<int32_t>()[n];
+    }
+    const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
+    const bool is_folded = length >= C || (p.commit && length + cu[n + 1] - cu[n] >= C);
+    if (!is_folded) writes.mutable_data_ptr<int32_t>()[n] = kPadSlot;
+  }
+  c.writes(p.write_indices ? "write_indices" : "state_indices", writes, "state_indices", p.state_indices, s.rule.S);
+}
+
+// ---- materialize_state ----------------------------------------------------------------------------------------------
+
+Dims match(const MaterializeStateParams& p) {
+  Dims d(Op<MaterializeStateParams>::name);
+  match_delta_state(d, p.state);
+  match_ring(d, p.ring, /*is_written=*/false);
+  match_indices(d, "state_indices", p.state_indices, "N");
+  match_indices(d, "ring_indices", p.ring_indices, "N");
+  match_indices(d, "write_indices", p.write_indices, "N");
+  match_indices(d, "lengths", p.lengths, "N");
+  d.require(d.sym("H") > 0 && d.sym("HV") % d.sym("H") == 0, "ring_u: expected HV to be a multiple of H=", d.sym("H"),
+            " (set by ring_k), got HV=", d.sym("HV"));
+  require_chunk_size(d, p.chunk_size);
+  return d;
+}
+
+ReplayShape shape(const MaterializeStateParams&, const Dims& d) {
+  return replay_shape({.N = d["N"], .S = d["S"], .H = d["H"], .HV = d["HV"], .K = d["K"], .V = d["V"]}, d);
+}
+
+template <>
+MaterializeStateParams sample(const TypicalTensors& t) {
+  return {.state = t.state,
+          .ring = t.ring,
+          .lengths = t.slot,
+          .state_indices = t.slot,
+          .ring_indices = t.slot,
+          .write_indices = t.slot};
+}
+
+void check_indices(const MaterializeStateParams& p) {
+  const ReplayShape s = checked_shape(p);
+  const IndexChecker c(Op<MaterializeStateParams>::name);
+  c.slots("state_indices", p.state_indices, s.rule.S);
+  c.slots("write_indices", p.write_indices, s.rule.S);
+  c.writes("write_indices", p.write_indices, "state_indices", p.state_indices, s.rule.S);
+  check_ring_indices(c, p.ring_indices, p.state_indices, s.B);
+  c.range("lengths", p.lengths, 0, p.chunk_size, c10::str("0..C=", p.chunk_size));
+}
+
+}  // namespace xgdn::kernel
