@@ -567,8 +567,8 @@ struct Attention {
   DType dtype;
   const BFloat16Products* products;
   bool is_int8 = false;
-  std::vector<int32_t> blocks;        // from the last to the first
-  std::vector<int64_t> first_blocks;  // of the sequences
+  std::vector<int32_t> blocks = {};        // from the last to the first
+  std::vector<int64_t> first_blocks = {};  // of the sequences
   Numbers q{dtype, 0}, k{dtype, 0}, v{dtype, 0};
   CodeRows k_codes{D, 0}, v_codes{D, 0};  // where is_int8: what k and v are made of
 
