@@ -139,15 +139,28 @@ def attention(
     context: Annotated[
         str, typer.Option(metavar="C,..", help="Tokens of the context, these among them; shorter ones are left out.")
     ] = "512,2048,16384",
+    kv_dtype: Annotated[
+        str, typer.Option(metavar="NAME,..", help="Dtypes of keys and values: bfloat16, int8.")
+    ] = "bfloat16,int8",
     threads: ThreadsOption = "1,2",
     seconds: Annotated[float, typer.Option(min=0, help="Time per provider and case.")] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
     """Measure attention of one sequence in a layer of Qwen3.5-0.8B in bf16, with torch's as the baseline."""
+    dtypes = kv_dtype.split(",")
+    if unknown := set(dtypes) - {"bfloat16", "int8"}:
+        raise typer.BadParameter(f"expected bfloat16 or int8, got {min(unknown)!r}", param_hint="--kv-dtype")
     sizes, contexts = parse_counts(tokens, "--tokens"), parse_counts(context, "--context")
     counts = parse_counts(threads, "--threads")
     torch.manual_seed(0)
-    cases = [(size, rows, count) for count in counts for size in sizes for rows in contexts if rows >= size]
+    cases = [
+        (size, rows, dtype, count)
+        for count in counts
+        for size in sizes
+        for rows in contexts
+        if rows >= size
+        for dtype in dtypes
+    ]
     bar = Bar("measuring")
     measured = []
     with torch.no_grad(), errors_in_one_line():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over a paged cache in bf16, with torch's over gathered contexts as the baseline."""
+"""Attention over a paged cache in bf16 or int8, with torch's over gathered contexts in bf16 as the baseline."""
 
 import statistics
 from dataclasses import asdict, dataclass
@@ -25,6 +25,7 @@ class AttentionRow:
 
     tokens: int
     context: int
+    kv_dtype: str
     threads: int
     min: float
     median: float
@@ -52,12 +53,13 @@ class AttentionBenchmark:
         """`seconds` is the time for each of xgdn and torch."""
         self._seconds = seconds
 
-    def run(self, tokens: int, context: int, threads: int) -> AttentionRow:
+    def run(self, tokens: int, context: int, kv_dtype: str, threads: int) -> AttentionRow:
         """Raises WrongResult where xgdn's attention is further from float64 than rounding takes it."""
         torch.set_num_threads(threads)
         num_blocks = -(-context // BLOCK_SIZE)
         k, v = torch.randn(2, num_blocks, BLOCK_SIZE, HKV, D).bfloat16()
         table = torch.randperm(num_blocks).int()
+        caches = {"auto": (k, v) if kv_dtype == "bfloat16" else _as_int8(k, v), "reference": (k, v)}
         q = torch.randn(tokens, HQ, D).bfloat16()
         context_lens = torch.tensor([context], dtype=torch.int32)
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
@@ -65,8 +67,7 @@ class AttentionBenchmark:
         def attend(backend: str) -> Tensor:
             return xgdn.ops.paged_attention(
                 q,
-                k,
-                v,
+                *caches[backend],
                 block_table=table.unsqueeze(0),
                 context_lens=context_lens,
                 cu_seqlens=cu_seqlens,
@@ -74,7 +75,7 @@ class AttentionBenchmark:
             )
 
         checked = sorted({*range(min(_CHECKED, tokens)), *range(max(tokens - _CHECKED, 0), tokens)})
-        rows = [pool[table.long()].flatten(0, 1)[:context].double() for pool in (k, v)]
+        rows = [_numbers(pool[table.long()].flatten(0, 1)[:context]) for pool in caches["auto"]]
         truth = torch.stack(
             [_truth(q[t].double(), *(pool[: context - tokens + 1 + t] for pool in rows)) for t in checked]
         )
@@ -88,6 +89,7 @@ class AttentionBenchmark:
         return AttentionRow(
             tokens=tokens,
             context=context,
+            kv_dtype=kv_dtype,
             threads=threads,
             min=min(ours),
             median=statistics.median(ours),
@@ -95,6 +97,21 @@ class AttentionBenchmark:
             torch_median=statistics.median(theirs),
             error=error,
         )
+
+
+def _as_int8(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The caches `[P, B, HKV, D + 4]` of keys and values `[P, B, HKV, D]`."""
+    caches = torch.empty(2, *k.shape[:-1], D + 4, dtype=torch.int8).unbind()
+    slots = torch.arange(k[..., 0, 0].numel(), dtype=torch.int32)
+    xgdn.ops.store_kv(k.flatten(0, 1), v.flatten(0, 1), *caches, slot_mapping=slots)
+    return caches
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    """What rows of a cache stand for, in float64."""
+    if rows.dtype != torch.int8:
+        return rows.double()
+    return rows[..., :D].double() * rows[..., D:].contiguous().view(torch.float32).double()
 
 
 def _truth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -99,13 +99,13 @@ def _linear_table(rows: Iterable[LinearRow]) -> Table:
 
 
 def _attention_table(rows: Iterable[AttentionRow]) -> Table:
-    shown = Table("tokens", "context", "threads", box=None)
+    shown = Table("tokens", "context", "keys, values", "threads", box=None)
     for heading in ("min us", "median us", "torch min us", "torch median us", "torch / xgdn", "GFLOP/s", "error"):
         shown.add_column(heading, justify="right")
     for row in rows:
         times = (row.min, row.median, row.torch_min, row.torch_median)
         shown.add_row(
-            *(str(size) for size in (row.tokens, row.context, row.threads)),
+            *(str(size) for size in (row.tokens, row.context, row.kv_dtype, row.threads)),
             *(f"{time:,.0f}" for time in times),
             f"{row.ratio:.2f}",
             f"{row.gflops:,.0f}",

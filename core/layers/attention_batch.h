@@ -22,7 +22,7 @@ struct AttentionBatch {
   kernel::HostFacts host;                  // the lengths, on the host
 };
 
-/// Keys and values of one layer: [num_blocks, block_size, Hkv, D] each.
+/// Keys and values of one layer: [num_blocks, block_size, Hkv, kernel::kv_row_size(D)] each.
 struct KvPool {
   at::Tensor k;
   at::Tensor v;

@@ -117,6 +117,7 @@ struct HybridDecoder::Layer {
 HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& source, const DecoderOptions& options)
     : config_(config),
       dtype_(options.dtype),
+      kv_dtype_(options.kv_dtype.value_or(options.dtype)),
       device_(usable(options.device)),
       backend_(options.backends.decode),
       rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta, device_) {

@@ -37,9 +37,10 @@ struct ModelState {
 
 /// How to build a decoder, beside what its config says.
 struct DecoderOptions {
-  at::ScalarType dtype = at::kFloat;        // of weights and activations
-  c10::Device device = c10::kCPU;           // of weights, activations and pools
-  at::ScalarType state_dtype = at::kFloat;  // of the delta-rule states
+  at::ScalarType dtype = at::kFloat;            // of weights and activations
+  c10::Device device = c10::kCPU;               // of weights, activations and pools
+  at::ScalarType state_dtype = at::kFloat;      // of the delta-rule states
+  std::optional<at::ScalarType> kv_dtype = {};  // of keys and values; default dtype
   int64_t max_draft_tokens = 0;
   BackendSelection backends;
   std::optional<kernel::WeightFormat> quantize = {};  // rounds the weights of products, see RoundedWeights
@@ -71,6 +72,7 @@ class HybridDecoder {
   int64_t streamed_bytes() const;
   const ModelConfig& config() const { return config_; }  // as given
   at::ScalarType dtype() const { return dtype_; }        // of weights and activations
+  at::ScalarType kv_dtype() const { return kv_dtype_; }  // of keys and values
   c10::Device device() const { return device_; }         // of weights, activations and pools
 
  private:
@@ -78,6 +80,7 @@ class HybridDecoder {
 
   ModelConfig config_;
   at::ScalarType dtype_;
+  at::ScalarType kv_dtype_;
   c10::Device device_;
   std::string backend_;
   Rotary rotary_;

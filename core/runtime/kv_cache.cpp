@@ -25,7 +25,8 @@ size_t checked_count(int64_t num_blocks) {
 }  // namespace
 
 int64_t KvCacheSpec::block_bytes() const {
-  return 2 * num_layers * block_size * num_kv_heads * head_dim * static_cast<int64_t>(c10::elementSize(dtype));
+  const int64_t row = kernel::kv_row_size(head_dim, dtype) * static_cast<int64_t>(c10::elementSize(dtype));
+  return 2 * num_layers * block_size * num_kv_heads * row;
 }
 
 KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device)
@@ -36,7 +37,8 @@ KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device
                                 " blocks of ", spec.block_size, " tokens, got ", num_blocks));
   }
   const at::TensorOptions options = at::TensorOptions().dtype(spec.dtype).device(device);
-  const std::vector<int64_t> shape{num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim};
+  const std::vector<int64_t> shape{num_blocks, spec.block_size, spec.num_kv_heads,
+                                   kernel::kv_row_size(spec.head_dim, spec.dtype)};
   for (int64_t i = 0; i < spec.num_layers; ++i)
     layers_.push_back({at::zeros(shape, options), at::zeros(shape, options)});
   for (int64_t block = num_blocks; block-- > 0;) free_.push_back(static_cast<int32_t>(block));

@@ -15,8 +15,8 @@ struct KvCacheSpec {
   int64_t num_layers = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
-  int64_t block_size = 16;  // tokens
-  at::ScalarType dtype = at::kFloat;
+  int64_t block_size = 16;            // tokens
+  at::ScalarType dtype = at::kFloat;  // of a row, which has kernel::kv_row_size elements
 
   /// Bytes of one block over all layers, keys and values.
   int64_t block_bytes() const;

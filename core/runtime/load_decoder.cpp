@@ -12,7 +12,7 @@
 namespace xgdn {
 namespace {
 
-void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype) {
+void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype, at::ScalarType kv_dtype) {
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
     throw UnsupportedError(
         c10::str("[Engine] dtype: expected float32, bfloat16 or float16, got ", c10::toString(dtype)));
@@ -20,6 +20,10 @@ void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype) {
   if (state_dtype != at::kFloat && state_dtype != at::kBFloat16) {
     throw UnsupportedError(
         c10::str("[Engine] state_dtype: expected float32 or bfloat16, got ", c10::toString(state_dtype)));
+  }
+  if (kv_dtype != dtype && kv_dtype != at::kChar) {
+    throw UnsupportedError(c10::str("[Engine] kv_dtype: expected int8 or the dtype of activations, ",
+                                    c10::toString(dtype), ", got ", c10::toString(kv_dtype)));
   }
 }
 
@@ -36,10 +40,12 @@ void check_options(const EngineOptions& options) {
 
 DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& options) {
   const at::ScalarType dtype = options.dtype.value_or(*config.dtype);
-  check_dtypes(dtype, options.state_dtype);
+  const at::ScalarType kv_dtype = options.kv_dtype.value_or(dtype);
+  check_dtypes(dtype, options.state_dtype, kv_dtype);
   return {.dtype = dtype,
           .device = options.device,
           .state_dtype = options.state_dtype,
+          .kv_dtype = kv_dtype,
           .backends = options.backends,
           .quantize = options.quantize,
           .on_layer_loaded = options.on_layer_loaded};

@@ -21,6 +21,7 @@ constexpr int64_t kMostMemory = int64_t{1} << 60;  // what twice as many sequenc
 struct LayerWidths {
   const ModelConfig& c;
   int64_t e;
+  bool has_int8_kv;
 
   // fp32: widened, squared or normed, weighted, and the sum; then the result.
   int64_t norm(int64_t width) const { return width * (4 * kFloatBytes + e); }
@@ -62,8 +63,15 @@ struct LayerWidths {
 
   int64_t logits() const { return c.vocab_size * (kFloatBytes + e) + c.hidden_size * e + norm(c.hidden_size); }
 
-  // Keys and values as they lie in the blocks, then repeated for every query head.
-  int64_t context() const { return 2 * (c.num_key_value_heads + c.num_attention_heads) * c.head_dim * e; }
+  // Of a number of a context once it is copied: int8 is widened.
+  int64_t copied() const { return has_int8_kv ? kFloatBytes : e; }
+
+  // Keys and values as they lie in the blocks, of int8 also widened, then repeated for every query head.
+  int64_t context() const {
+    const int64_t stored =
+        has_int8_kv ? c.num_key_value_heads * (kernel::kv_row_size(c.head_dim, at::kChar) + kFloatBytes) : 0;
+    return 2 * (stored + (c.num_key_value_heads + c.num_attention_heads) * c.head_dim * copied());
+  }
 };
 
 }  // namespace
@@ -108,7 +116,8 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Runne
   const c10::Device device = std::exchange(options.device, c10::kMeta);
   options.on_layer_loaded = nullptr;
   const HybridDecoder model(opened.config, CheckpointShapes(opened.checkpoint), options);
-  const LayerWidths widths{opened.config, static_cast<int64_t>(c10::elementSize(options.dtype))};
+  const LayerWidths widths{opened.config, static_cast<int64_t>(c10::elementSize(options.dtype)),
+                           model.kv_dtype() == at::kChar};
   const bool copies_contexts =
       model.num_attention_layers() > 0 && kernel::copies_contexts(device, options.backends.decode);
   return {.weight_bytes = model.weight_bytes(),
@@ -120,7 +129,7 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Runne
           .step_token_bytes = widths.token(),
           .step_logits_bytes = widths.logits(),
           .step_context_bytes = copies_contexts ? widths.context() : 0,
-          .step_mask_bytes = copies_contexts ? 1 + 2 * widths.e : 0,
+          .step_mask_bytes = copies_contexts ? 1 + 2 * widths.copied() : 0,
           .max_tokens_per_step = runner.max_tokens_per_step,
           .decode_buckets = runner.decode_buckets,
           .device = device,

@@ -29,7 +29,7 @@ KvCacheSpec kv_spec(const HybridDecoder& model, int64_t kv_block_size) {
           .num_kv_heads = model.config().num_key_value_heads,
           .head_dim = model.config().head_dim,
           .block_size = kv_block_size,
-          .dtype = model.dtype()};
+          .dtype = model.kv_dtype()};
 }
 
 int64_t num_kv_blocks(const HybridDecoder& model, const RunnerOptions& options) {

@@ -2,10 +2,11 @@
 """Perplexity of the small model's held-out text: every backend and type of state beside transformers in float32.
 
     python examples/tiny_model/perplexity.py [--windows 8] [--device npu:0] [--dtype bfloat16] [--quantize int8]
+                                             [--kv-dtype int8]
 
 Prefill reads a window at once; decode reads the same window token by token, all windows in one batch. `--dtype` is that
-of weights and activations; `--quantize` rounds the weights of products to 8 or 4 bits. A backend that refuses a row has
-its sentence there.
+of weights and activations; `--quantize` rounds the weights of products to 8 or 4 bits, `--kv-dtype` the cached keys and
+values. A backend that refuses a row has its sentence there.
 """
 
 import argparse
@@ -53,6 +54,7 @@ class Numbers:
     dtype: torch.dtype = torch.float32  # of weights and activations
     state_dtype: torch.dtype = torch.float32
     quantize: str | None = None
+    kv_dtype: torch.dtype | None = None
 
 
 class Reader:
@@ -112,6 +114,7 @@ def figures(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     quantize: str | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> dict[tuple[str, str, str], float | str]:
     """(backend, phase, type of the states) -> perplexity, or why the backend refuses."""
     found: dict[tuple[str, str, str], float | str] = {}
@@ -120,7 +123,7 @@ def figures(
             for state, state_dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
                 try:
                     with xgdn.use_backend(prefill=backend, decode=backend):
-                        figure = measure(windows, Numbers(dtype, state_dtype, quantize), device=device)
+                        figure = measure(windows, Numbers(dtype, state_dtype, quantize, kv_dtype), device=device)
                 except xgdn.errors.UnsupportedError as error:
                     figure = str(error)
                 found[backend, phase, state] = figure
@@ -136,6 +139,7 @@ def main() -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations"
     )
     parser.add_argument("--quantize", choices=("int8", "int4"), help="rounds the weights of products; default: plain")
+    parser.add_argument("--kv-dtype", choices=("int8",), help="of cached keys and values; default: --dtype")
     args = parser.parse_args()
     backends: tuple[str, ...] = ("cpu", "reference")
     if args.device != "cpu":
@@ -146,11 +150,20 @@ def main() -> None:
     windows = held_out_windows(args.windows)
     table = Table("backend", "phase", "state", "perplexity")
     table.add_row("transformers, float32", "prefill", "f32", f"{by_transformers(windows):.4f}")
-    found = figures(windows, backends, dtype=getattr(torch, args.dtype), device=args.device, quantize=args.quantize)
+    found = figures(
+        windows,
+        backends,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+        quantize=args.quantize,
+        kv_dtype=None if args.kv_dtype is None else getattr(torch, args.kv_dtype),
+    )
     for key, figure in found.items():
         table.add_row(*key, escape(figure) if isinstance(figure, str) else f"{figure:.4f}")
     console = Console()
     rounded = f", weights of products rounded to {args.quantize}" if args.quantize else ""
+    if args.kv_dtype:
+        rounded += f", keys and values {args.kv_dtype}"
     console.print(f"{windows.numel()} held-out tokens, weights and activations {args.dtype}{rounded}")
     console.print(table)
 

@@ -51,6 +51,7 @@ def plan(
     *,
     dtype: torch.dtype | None = EngineArgs.dtype,
     state_dtype: torch.dtype = EngineArgs.state_dtype,
+    kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
     quantize: str | None = EngineArgs.quantize,
     runner: RunnerOptions | None = None,
 ) -> Plan:
@@ -60,7 +61,11 @@ def plan(
     except for errors that only a backend can find.
     """
     options = _C.EngineOptions(
-        runner=runner or RunnerOptions(), dtype=dtype, state_dtype=state_dtype, quantize=quantize
+        runner=runner or RunnerOptions(),
+        dtype=dtype,
+        state_dtype=state_dtype,
+        kv_dtype=kv_dtype,
+        quantize=quantize,
     )
     return _C.Engine.plan(fspath(model_dir), options)
 
@@ -92,6 +97,7 @@ class Engine:
         *,
         dtype: torch.dtype | None = EngineArgs.dtype,
         state_dtype: torch.dtype = EngineArgs.state_dtype,
+        kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
         quantize: str | None = EngineArgs.quantize,
         device: torch.device | str = EngineArgs.device,
         runner: RunnerOptions | None = None,
@@ -105,6 +111,7 @@ class Engine:
             runner=runner or RunnerOptions(),
             dtype=dtype,
             state_dtype=state_dtype,
+            kv_dtype=kv_dtype,
             quantize=quantize,
             device=device,
             prefill_backend=prefill_backend,
@@ -128,6 +135,7 @@ class Engine:
             model_dir,
             dtype=args.dtype,
             state_dtype=args.state_dtype,
+            kv_dtype=args.kv_dtype,
             quantize=args.quantize,
             device=args.device,
             runner=args.runner_options(),

@@ -47,6 +47,13 @@ class EngineArgs:
         default=_DEFAULTS.state_dtype,
         metadata=_documented("Dtype of the delta-rule states.", choices=[torch.float32, torch.bfloat16]),
     )
+    kv_dtype: torch.dtype | None = field(
+        default=_DEFAULTS.kv_dtype,
+        metadata=_documented(
+            "Dtype of cached keys and values; int8 takes half the memory of 16 bits (default: that of activations).",
+            choices=[torch.int8],
+        ),
+    )
     quantize: str | None = field(
         default=_DEFAULTS.quantize,
         metadata=_documented(

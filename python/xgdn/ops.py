@@ -656,7 +656,8 @@ def paged_attention(
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of `q` `[T, HQ, D]` over paged keys and values `[P, B, HKV, D]`, contiguous: `P` blocks of `B`
-    rows; query head `h` reads head `h // (HQ // HKV)`. All of one dtype; returns `[T, HQ, D]`.
+    rows; query head `h` reads head `h // (HQ // HKV)`. All of one dtype, or `k` and `v` int8 `[P, B, HKV, D + 4]` as
+    `store_kv` writes them; returns `[T, HQ, D]`.
 
     `block_table` i32 `[N, M]`, rows of any stride, has each sequence's blocks; `context_lens` i32 `[N]` the rows of its
     context, of which its tokens are the last, and each sees the rows up to its own; `cu_seqlens` i32 `[N + 1]`. What
@@ -715,7 +716,9 @@ def store_kv(
     backend: str = "auto",
 ) -> None:
     """Write keys and values `[T, HKV, D]` of new tokens to a paged cache, `k_cache` and `v_cache` `[P, B, HKV, D]`,
-    contiguous and updated in place: `P` blocks of `B` rows. All of one dtype, f32 | bf16 | f16.
+    contiguous and updated in place: `P` blocks of `B` rows. All of one dtype, f32 | bf16 | f16, or the caches int8
+    `[P, B, HKV, D + 4]`, with `D` a multiple of 4: `D` codes, then the four bytes of their f32 scale, `max |x| / 127`.
+    A row with an infinity or a NaN reads as NaN.
 
     `slot_mapping` `[T]` i32: `block * B + offset` of each token's row, none twice; `PAD_SLOT_ID`: the token is not
     stored. `may_have_padding=False` promises that there is no `PAD_SLOT_ID`.

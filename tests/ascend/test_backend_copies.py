@@ -11,6 +11,7 @@ import xgdn
 from copy_calls import COPY, STORE, CopyCall, StoreCall
 from ledger import Ledger, recorded
 
+PLAIN = [c for c in STORE if not c.int8]
 PROMISED = ["InplaceCopy", "InplaceIndexCopy", "InplaceIndexCopy"]  # rows to int64, keys, values
 
 
@@ -20,15 +21,21 @@ def assert_nothing_comes_back_before_the_last_launch(ledger: Ledger) -> None:
     assert not {"copy", "sync"} & {entry["kind"] for entry in inside}
 
 
-@pytest.mark.parametrize("call", STORE, ids=str)
+@pytest.mark.parametrize("call", PLAIN, ids=str)
 def test_tokens_are_stored_in_their_rows_and_nowhere_else(call: StoreCall) -> None:
     call.make().check("npu:0")
     assert xgdn.last_backend("store_kv") == "npu"
 
 
-@pytest.mark.parametrize("call", [c for c in STORE if not c.padded], ids=str)
+@pytest.mark.parametrize("call", [c for c in PLAIN if not c.padded], ids=str)
 def test_the_promise_of_no_padding_changes_nothing(call: StoreCall) -> None:
     call.make().check("npu:0", may_have_padding=False)
+
+
+def test_int8_is_refused() -> None:
+    call = StoreCall(7, int8=True).make()
+    with pytest.raises(NotImplementedError, match="keys and values of the dtype of the tokens, Float, not Char"):
+        call.check("npu:0", backend="npu")
 
 
 @pytest.mark.parametrize("may_have_padding", [True, False])

@@ -12,6 +12,22 @@ from torch import Tensor
 from xgdn import ops
 
 
+def int8_rows(x: Tensor) -> Tensor:
+    """Rows `[..., D]` as a cache of int8 holds them, `[..., D + 4]`."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = largest / torch.tensor(127.0)
+    codes = (x * (torch.tensor(127.0) / largest)).round()
+    zero, special = largest < 2**-100, ~largest.isfinite()
+    codes = codes.masked_fill(zero | special, 0).to(torch.int8)
+    return torch.cat([codes, scale.masked_fill(zero, 0).masked_fill(special, torch.nan).view(torch.int8)], -1)
+
+
+def from_int8_rows(rows: Tensor) -> Tensor:
+    """What they stand for, in float64."""
+    return rows[..., :-4].double() * rows[..., -4:].contiguous().view(torch.float32).double()
+
+
 @dataclass
 class AttentionCall:
     """Sequences of (tokens of this call, context with them); the cache is NaN outside their contexts."""
@@ -25,11 +41,12 @@ class AttentionCall:
     strided: bool = False
     scale: float | None = None
     q_size: float = 1.0  # of a component of q; where it is large, few rows have all the weight
+    int8: bool = False  # of the cache
 
     def __str__(self) -> str:
         parts = ["+".join(f"{t}of{c}" for t, c in self.sequences), f"{self.HQ}to{self.HKV}", f"D{self.D}"]
         parts += [f"B{self.block_size}", str(self.dtype).removeprefix("torch.")]
-        parts += ["strided"] * self.strided + ["scale"] * (self.scale is not None)
+        parts += ["strided"] * self.strided + ["scale"] * (self.scale is not None) + ["int8"] * self.int8
         return "-".join(parts + ([f"q{self.q_size:g}"] if self.q_size != 1 else []))
 
     @property
@@ -49,6 +66,8 @@ class AttentionCall:
             self.rows.append(row)
             for pool in (self.k, self.v):
                 pool.flatten(0, 1)[row.long()] = torch.randn(context, self.HKV, self.D).to(self.dtype)
+        if self.int8:  # codes without a meaning behind a scale of NaN
+            self.k, self.v = (int8_rows(pool) for pool in (self.k, self.v))
         T = sum(t for t, _ in self.sequences)
         wide = (self.q_size * torch.randn(T, self.HQ, 2 * self.D)).to(self.dtype)
         self.q = wide[..., : self.D] if self.strided else wide[..., : self.D].contiguous()
@@ -60,6 +79,9 @@ class AttentionCall:
         call.k, call.v, call.blocks, call.rows = self.k, self.v, (self.blocks[n],), [self.rows[n]]
         call.q = self.q.split([t for t, _ in self.sequences])[n]
         return call
+
+    def numbers(self, pool: Tensor) -> Tensor:
+        return from_int8_rows(pool) if self.int8 else pool.double()
 
     def lengths(self) -> tuple[Tensor, Tensor]:
         """context_lens and cu_seqlens."""
@@ -102,7 +124,7 @@ class AttentionCall:
         parts, begin = [], 0
         for row, (t, context) in zip(self.rows, self.sequences, strict=True):
             k, v = (
-                pool.flatten(0, 1)[row.long()].double().repeat_interleave(self.HQ // self.HKV, 1)
+                self.numbers(pool).flatten(0, 1)[row.long()].repeat_interleave(self.HQ // self.HKV, 1)
                 for pool in (self.k, self.v)
             )
             q = self.q[begin : begin + t].double() * (self.D**-0.5 if self.scale is None else self.scale)
@@ -200,6 +222,17 @@ ATTENTION = [
     ),
     AttentionCall(PIECES, HQ=30, HKV=1, D=20, strided=True),
     *(AttentionCall(DECODE, D=64, dtype=dtype, q_size=30) for dtype in (torch.float32, torch.bfloat16)),
+    *(
+        AttentionCall(sequences, HQ=HQ, HKV=2, D=D, block_size=block_size, dtype=dtype, int8=True)
+        for sequences in (DECODE, MIXED, PROMPTS, PIECES)
+        for HQ, D, block_size, dtype in (
+            (2, 64, 16, torch.float16),
+            (4, 20, 7, torch.float32),
+            (8, 256, 1, torch.bfloat16),
+        )
+    ),
+    AttentionCall(PIECES, HQ=30, HKV=1, D=68, strided=True, int8=True),
+    AttentionCall(DECODE, D=64, dtype=torch.float32, q_size=30, int8=True),
 ]
 
 EXPERTS = [

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention_calls import int8_rows
 from cases import DTYPES, assert_bits_equal, i32
 from xgdn import PAD_SLOT_ID, ops
 
@@ -39,10 +40,12 @@ class StoreCall:
     dtype: torch.dtype = torch.float32
     strided: bool = False
     padded: tuple[int, ...] = ()
+    int8: bool = False  # of the caches
 
     def __str__(self) -> str:
         parts = [f"T{self.T}", f"P{self.P}", f"B{self.B}", f"HKV{self.HKV}", f"D{self.D}"]
         parts += [str(self.dtype).removeprefix("torch.")] + ["strided"] * self.strided
+        parts += ["int8"] * self.int8
         return "-".join(parts + (["pad" + "_".join(map(str, self.padded))] if self.padded else []))
 
     def make(self) -> StoreCall:
@@ -50,7 +53,11 @@ class StoreCall:
         wide = random_bits(self.T, self.HKV, self.D + 8, dtype=self.dtype)[..., 3 : self.D + 3]
         high = random_bits(self.T, 3, self.HKV, self.D, dtype=self.dtype)[:, 1]
         self.k, self.v = (wide, high) if self.strided else (wide.contiguous(), high.contiguous())
-        cache = random_bits(2, self.P, self.B, self.HKV, self.D, dtype=self.dtype)
+        if self.int8:  # numbers in every second row
+            for x in (self.k, self.v):
+                x[::2] = torch.randn(x[::2].shape).to(self.dtype)
+        row, dtype = (self.D + 4, torch.int8) if self.int8 else (self.D, self.dtype)
+        cache = random_bits(2, self.P, self.B, self.HKV, row, dtype=dtype)
         self.k_cache, self.v_cache = cache.unbind()
         self.slot_mapping = torch.randperm(self.P * self.B)[: self.T].int()
         self.slot_mapping[list(self.padded)] = PAD_SLOT_ID
@@ -58,7 +65,7 @@ class StoreCall:
 
     def expected(self, cache: Tensor, tokens: Tensor) -> Tensor:
         """Each row of the result is one of [cache | tokens]."""
-        rows = torch.cat([cache.flatten(0, 1), tokens])
+        rows = torch.cat([cache.flatten(0, 1), int8_rows(tokens) if self.int8 else tokens])
         source = torch.arange(self.P * self.B)
         for t, row in enumerate(self.slot_mapping.tolist()):
             if row != PAD_SLOT_ID:
@@ -97,6 +104,10 @@ STORE = [
     StoreCall(7, padded=(0, 1, 2), dtype=torch.bfloat16, strided=True),
     StoreCall(4, padded=(0, 1, 2, 3)),
     StoreCall(1, padded=(0,)),
+    *(StoreCall(19, D=D, dtype=dtype, strided=True, int8=True) for D in (4, 20, 64, 256) for dtype in DTYPES),
+    StoreCall(900, P=60, B=16, D=64, dtype=torch.bfloat16, int8=True),
+    StoreCall(7, padded=(0, 3, 6), int8=True),
+    StoreCall(4, padded=(0, 1, 2, 3), dtype=torch.bfloat16, int8=True),
 ]
 
 

@@ -243,13 +243,14 @@ def test_bench_attention_prints_one_document() -> None:
     result = CliRunner().invoke(kernels_app, ["attention", *options])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
-    assert [(row["tokens"], row["context"]) for row in rows] == [(1, 5), (1, 40), (17, 40)]
+    cases = [(row["tokens"], row["context"], row["kv_dtype"]) for row in rows]
+    assert cases == [(*sizes, dtype) for sizes in ((1, 5), (1, 40), (17, 40)) for dtype in ("bfloat16", "int8")]
     for row in rows:
         assert 0 < row["min"] <= row["median"]
         assert row["ratio"] == pytest.approx(row["torch_median"] / row["median"])
         assert 0 < row["error"] < 2.5e-3
     pairs = sum(range(24, 41))  # what 17 tokens see
-    assert rows[2]["gflops"] * rows[2]["median"] * 1e3 == pytest.approx(4 * 8 * 256 * pairs)
+    assert rows[4]["gflops"] * rows[4]["median"] * 1e3 == pytest.approx(4 * 8 * 256 * pairs)
 
 
 def test_bench_attention_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +260,12 @@ def test_bench_attention_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch)
     result = CliRunner().invoke(kernels_app, ["attention", *options])
     assert result.exit_code == 1
     assert "attention of 3 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
+
+
+def test_bench_attention_refuses_other_keys_and_values() -> None:
+    result = CliRunner().invoke(kernels_app, ["attention", "--kv-dtype", "int8,int4"])
+    assert result.exit_code == 2
+    assert "expected bfloat16 or int8, got 'int4'" in result.output
 
 
 def test_bench_layer_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,41 @@ def test_preempted_requests_go_on_with_the_same_tokens(checkpoint: Path, engine:
     assert engine.num_preemptions == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_keys_and_values_are_the_same_however_a_prompt_comes(checkpoint: Path, dtype: torch.dtype) -> None:
+    """In pieces of any size, with others or alone, and across preemptions."""
+
+    def tokens(**sizes: int) -> list[list[int]]:
+        runner = xgdn.RunnerOptions(**{"max_batch_size": 4, "max_cached_tokens": 1024, **sizes})
+        engine = xgdn.Engine(checkpoint, runner=runner, dtype=dtype, kv_dtype=torch.int8)
+        assert [r.tokens for r in engine.generate(PROMPTS[2:], max_new_tokens=40, ignore_eos=True)] == want[2:]
+        got = [r.tokens for r in engine.generate(PROMPTS, max_new_tokens=40, ignore_eos=True)]
+        assert (engine.num_preemptions > 0) == (sizes.get("max_cached_tokens") == 256)
+        return got
+
+    alone = xgdn.Engine(checkpoint, dtype=dtype, kv_dtype=torch.int8)
+    want = [alone.generate([prompt], max_new_tokens=40, ignore_eos=True)[0].tokens for prompt in PROMPTS]
+    assert tokens() == want
+    assert tokens(max_tokens_per_step=64) == want
+    assert tokens(max_cached_tokens=256, kv_block_size=8) == want
+
+
+def test_int8_keys_and_values_are_near_those_of_activations(checkpoint: Path, engine: xgdn.Engine) -> None:
+    rounded = xgdn.Engine(checkpoint, runner=xgdn.RunnerOptions(max_cached_tokens=1024), kv_dtype=torch.int8)
+    got, want = (it.prompt_logits(PROMPTS[1]) for it in (rounded, engine))
+    assert 1e-4 < (got - want).norm() / want.norm() < 3e-2
+    assert rounded.memory_bytes["kv_cache"] < 0.4 * engine.memory_bytes["kv_cache"]  # of float32
+    same = xgdn.Engine(checkpoint, kv_dtype=torch.float32)
+    assert torch.equal(same.prompt_logits(PROMPTS[1]), want)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_other_keys_and_values_are_refused(checkpoint: Path, kv_dtype: torch.dtype) -> None:
+    for call in (xgdn.Engine, xgdn.plan):
+        with pytest.raises(errors.UnsupportedError, match=r"\[Engine\] kv_dtype: expected int8 or .*Float, got "):
+            call(checkpoint, kv_dtype=kv_dtype)
+
+
 def test_stop_tokens_end_a_request(engine: xgdn.Engine) -> None:
     free = engine.generate([PROMPTS[0]], max_new_tokens=12, ignore_eos=True)[0].tokens
     stop = free[4]

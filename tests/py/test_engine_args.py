@@ -22,6 +22,7 @@ SIZES = ("max_batch_size", "max_cached_tokens", "kv_block_size", "max_tokens_per
 OPTIONS = {
     "dtype": ("bfloat16", torch.bfloat16),
     "state_dtype": ("bfloat16", torch.bfloat16),
+    "kv_dtype": ("int8", torch.int8),
     "quantize": ("int4", "int4"),
     "device": ("meta", "meta"),
     "prefill_backend": ("reference", "reference"),
@@ -36,8 +37,16 @@ OPTIONS = {
 SUBSETS = {
     "generate": NAMES,
     "serve": NAMES,
-    "plan": ["dtype", "state_dtype", "quantize", *SIZES, "memory_limit"],
-    "bench model": ["dtype", "state_dtype", "quantize", "prefill_backend", "decode_backend", "prefill_accuracy"],
+    "plan": ["dtype", "state_dtype", "kv_dtype", "quantize", *SIZES, "memory_limit"],
+    "bench model": [
+        "dtype",
+        "state_dtype",
+        "kv_dtype",
+        "quantize",
+        "prefill_backend",
+        "decode_backend",
+        "prefill_accuracy",
+    ],
 }
 
 

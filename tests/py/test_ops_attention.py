@@ -68,6 +68,7 @@ def test_decode_of_the_cpu_kernel_is_rounded_once(dtype: torch.dtype, q_size: fl
         AttentionCall(MIXED, D=80, block_size=1, strided=True),
         AttentionCall((*DECODE, (8, 300)), HQ=8, D=64, dtype=torch.float32),
         AttentionCall((*PROMPTS, *PIECES), HQ=6, D=64, dtype=torch.float16),
+        AttentionCall((*PROMPTS, *PIECES), HQ=6, D=64, int8=True),
     ],
     ids=str,
 )
@@ -84,12 +85,13 @@ def test_other_sequences_do_not_change_bits(
         assert_batch_invariant("paged_attention", f"sequence {n}", alone, together[n], call.bound)
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("HQ", [2, 8, 12])
-def test_a_prompt_has_the_same_bits_in_any_pieces(HQ: int, dtype: torch.dtype) -> None:
+def test_a_prompt_has_the_same_bits_in_any_pieces(HQ: int, dtype: torch.dtype, int8: bool) -> None:
     if "cpu" not in xgdn.available_backends():
         pytest.skip("this build has no cpu backend")
-    whole = AttentionCall(((170, 200),), HQ=HQ, D=48, dtype=dtype).make()
+    whole = AttentionCall(((170, 200),), HQ=HQ, D=48, dtype=dtype, int8=int8).make()
     want = whole.run(backend="cpu")
     for piece in (1, 7, 32, 64, 169):
         parts = []
@@ -123,6 +125,20 @@ def test_a_row_spoils_only_the_tokens_that_see_it(pool: str, special: float) -> 
         assert_bits_equal("the other columns", got[..., others], clean[..., others])
     elif special is torch.nan:
         assert spoilt.isnan().all()
+
+
+@pytest.mark.parametrize("pool", ["k", "v"])
+def test_an_int8_row_of_nan_spoils_only_the_tokens_that_see_it(pool: str, backend: str) -> None:
+    call = AttentionCall(((90, 100), (1, 30)), D=40, int8=True).make()
+    clean = call.run(backend=backend)
+    # Seen by tokens 60 and later.
+    getattr(call, pool).flatten(0, 1)[call.rows[0][70], 1, 40:] = torch.tensor([torch.nan]).view(torch.int8)
+    got = call.run(backend=backend)
+    assert got[60:90, 2:].isnan().all()
+    if backend == "cpu":
+        assert_bits_equal("tokens before it", got[:60], clean[:60])
+    assert_bits_equal("the other sequence", got[90:], clean[90:])
+    assert_bits_equal("the other key head", got[:, :2], clean[:, :2])
 
 
 def test_a_nan_query_spoils_its_own_row_alone(backend: str) -> None:

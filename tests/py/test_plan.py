@@ -27,15 +27,17 @@ def run(*args: object) -> Result:
     return CliRunner(env={"FORCE_COLOR": None}).invoke(app, [str(arg) for arg in args])
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tiny", CHECKPOINTS, ids=str)
 def test_a_plan_is_what_the_engine_takes(
-    tmp_path: Path, tiny: Tiny, dtype: torch.dtype | None, state_dtype: torch.dtype
+    tmp_path: Path, tiny: Tiny, dtype: torch.dtype | None, state_dtype: torch.dtype, kv_dtype: torch.dtype | None
 ) -> None:
     directory = make(tiny, tmp_path)[0]
-    plan = xgdn.Engine.plan(directory, dtype=dtype, state_dtype=state_dtype, runner=RUNNER)
-    engine = xgdn.Engine(directory, dtype=dtype, state_dtype=state_dtype, runner=RUNNER, memory_limit=plan.total_bytes)
+    args = {"dtype": dtype, "state_dtype": state_dtype, "kv_dtype": kv_dtype, "runner": RUNNER}
+    plan = xgdn.Engine.plan(directory, **args)
+    engine = xgdn.Engine(directory, **args, memory_limit=plan.total_bytes)
     assert engine.memory_bytes == {
         "weights": plan.weight_bytes,
         "states": plan.state_bytes,

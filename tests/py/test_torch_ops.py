@@ -12,6 +12,7 @@ import torch
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from attention_calls import int8_rows
 from cases import OPS, assert_bits_equal, i32
 from quantized_calls import QuantizedExpertsCall, random_rows
 from xgdn import ops
@@ -112,9 +113,11 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
             ((*attention, heads_out), {}),
             ((*attention, heads_out), {"context_rows": i32(range(12)), "scale": 0.3}),
             ((*attention, heads_out), {"cu_seqlens_cpu": attention[5], "context_lens_cpu": attention[4]}),
+            ((attention[0], *map(int8_rows, attention[1:3]), *attention[3:], heads_out), {}),
         ],
         "store_kv": [
             ((*x[:2], *cache, i32([3, 0, -1, 35, 8, -1, 20])), {}),
+            ((*x[:2], *map(int8_rows, cache), i32([3, 0, -1, 35, 8, -1, 20])), {}),
             ((*x[:2], *cache, i32(range(7))), {"may_have_padding": False, "backend": "reference"}),
         ],
         "copy_slots": [

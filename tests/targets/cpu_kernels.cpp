@@ -28,6 +28,7 @@
 #include "core/kernels/cpu/replay_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
+#include "core/kernels/cpu/store_kv.h"
 #include "hwy/targets.h"
 
 namespace xgdn::kernel::cpu {
@@ -546,6 +547,68 @@ void test_silu_and_mul(int64_t I, DType dtype) {
   expect_close("silu_and_mul, I=" + std::to_string(I), out, want, tolerance(dtype));
 }
 
+// Rows of int8 as a cache holds them: D codes, then their scale.
+struct CodeRows {
+  int64_t D;
+  std::vector<unsigned char> bytes;  // 0xFF: a scale of NaN
+
+  CodeRows(int64_t dim, int64_t rows) : D(dim), bytes(rows * size(), 0xFF) {}
+  int64_t size() const { return D + 4; }
+  int8_t code(int64_t row, int64_t i) const { return static_cast<int8_t>(bytes[row * size() + i]); }
+  float scale(int64_t row) const {
+    float scale;
+    std::memcpy(&scale, bytes.data() + row * size() + D, sizeof(scale));
+    return scale;
+  }
+  void set_scale(int64_t row, float scale) { std::memcpy(bytes.data() + row * size() + D, &scale, sizeof(scale)); }
+};
+
+// Every second row of the cache is written; the others keep their bits.
+void test_store_codes(int64_t D, DType dtype) {
+  constexpr int64_t kTokens = 6, HKV = 2;
+  const std::string name = "store_kv of int8, D=" + std::to_string(D);
+  Numbers k = Numbers::random(dtype, kTokens * HKV * D, 3.0f), v = Numbers::random(dtype, kTokens * HKV * D, 1e-3f);
+  k.set(5, INFINITY);                                                    // token 0, head 0
+  for (int64_t i = 0; i < D; ++i) k.set(static_cast<size_t>(D + i), 0);  // token 0, head 1
+  CodeRows k_cache(D, 2 * kTokens * HKV), v_cache = k_cache;
+  const std::vector<int32_t> rows = {2, 0, -1, 10, 4, 8};
+  store_kv({.HKV = HKV,
+            .D = D,
+            .k = k.in(HKV * D, D),
+            .v = v.in(HKV * D, D),
+            .cache_rows = {.are_int8 = true, .bytes = k_cache.size()},
+            .k_cache = k_cache.bytes.data(),
+            .v_cache = v_cache.bytes.data(),
+            .rows = rows.data()},
+           0, kTokens);
+  for (const auto& [tokens, cache] : {std::pair(&k, &k_cache), std::pair(&v, &v_cache)}) {
+    for (int64_t row = 0; row < 2 * kTokens; ++row) {
+      const auto token = std::find(rows.begin(), rows.end(), row) - rows.begin();
+      for (int64_t head = 0; head < HKV; ++head) {
+        const int64_t at = row * HKV + head;
+        const bool is_special = tokens == &k && token == 0 && head == 0;
+        if (token == kTokens) {
+          const auto* begin = cache->bytes.data() + at * cache->size();
+          expect(std::all_of(begin, begin + cache->size(), [](unsigned char byte) { return byte == 0xFF; }),
+                 name + ": a row that is not named is written");
+        } else if (is_special) {
+          expect(std::isnan(cache->scale(at)), name + ": a row with an infinity is not NaN");
+        } else {
+          double largest = 0;
+          for (int64_t i = 0; i < D; ++i)
+            largest = std::max(largest, std::abs((*tokens)[(token * HKV + head) * D + i]));
+          expect(std::abs(cache->scale(at) - largest / 127) <= 1e-7 * largest / 127, name + ": another scale");
+          for (int64_t i = 0; i < D; ++i) {
+            const double got = static_cast<double>(cache->scale(at)) * cache->code(at, i);
+            expect(std::abs(got - (*tokens)[(token * HKV + head) * D + i]) <= 0.50001 * cache->scale(at),
+                   name + ": a code is further away than half a unit");
+          }
+        }
+      }
+    }
+  }
+}
+
 // Sequences of (tokens of this call, context with them); the cache is NaN outside their contexts. Scores of up to about
 // 3 times q_size. Blocks of many tokens have the bits of tokens one by one.
 struct Attention {
@@ -555,9 +618,11 @@ struct Attention {
   int64_t group, D, block_size;
   DType dtype;
   const BFloat16Products* products;
-  std::vector<int32_t> blocks;        // from the last to the first
-  std::vector<int64_t> first_blocks;  // of the sequences
+  bool is_int8 = false;
+  std::vector<int32_t> blocks = {};        // from the last to the first
+  std::vector<int64_t> first_blocks = {};  // of the sequences
   Numbers q{dtype, 0}, k{dtype, 0}, v{dtype, 0};
+  CodeRows k_codes{D, 0}, v_codes{D, 0};  // where is_int8: what k and v are made of
 
   int64_t HQ() const { return HKV * group; }
   size_t row(size_t n, int64_t i) const {
@@ -572,14 +637,34 @@ struct Attention {
     }
     for (int64_t i = 0; i < num_blocks; ++i) blocks.push_back(static_cast<int32_t>(num_blocks - 1 - i));
     q = Numbers::random(dtype, T * HQ() * D, q_size);
-    k = v = Numbers(dtype, num_blocks * block_size * HKV * D);
+    k = v = Numbers(is_int8 ? DType::kFloat32 : dtype, num_blocks * block_size * HKV * D);
+    if (is_int8) k_codes = v_codes = CodeRows(D, num_blocks * block_size * HKV);
     for (size_t n = 0; n < sequences.size(); ++n) {
       for (int64_t i = 0; i < sequences[n].second; ++i) {
+        if (is_int8) {
+          for (int64_t head = 0; head < HKV; ++head) {
+            make_codes(row(n, i) / D + head, k_codes, k);
+            make_codes(row(n, i) / D + head, v_codes, v);
+          }
+          continue;
+        }
         for (Numbers* pool : {&k, &v}) {
           const Numbers values = Numbers::random(dtype, HKV * D);
           for (int64_t j = 0; j < HKV * D; ++j) pool->set(row(n, i) + j, static_cast<float>(values[j]));
         }
       }
+    }
+  }
+
+  // A row that f32 holds exactly, of numbers that are about normal.
+  static void make_codes(int64_t row, CodeRows& codes, Numbers& numbers) {
+    const Numbers normal = Numbers::random(DType::kFloat32, codes.D + 1);
+    const float scale = from_bfloat16(to_bfloat16(static_cast<float>(0.01 + 0.02 * std::abs(normal[codes.D]))));
+    codes.set_scale(row, scale);
+    for (int64_t i = 0; i < codes.D; ++i) {
+      const double code = std::clamp(std::nearbyint(normal[i] / 0.02), -127.0, 127.0);
+      codes.bytes[row * codes.size() + i] = static_cast<unsigned char>(static_cast<int8_t>(code));
+      numbers.set(row * codes.D + i, static_cast<float>(code) * scale);
     }
   }
 
@@ -615,6 +700,11 @@ struct Attention {
     PagedAttentionArgs args;
     args.HQ = HQ(), args.HKV = HKV, args.D = D, args.B = block_size;
     args.q = q.in(HQ() * D, D), args.k = k.data(), args.v = v.data(), args.out = out.out(HQ() * D, D);
+    args.cache_rows = {.are_int8 = false, .bytes = D * size_of(dtype)};
+    if (is_int8) {
+      args.k = k_codes.bytes.data(), args.v = v_codes.bytes.data();
+      args.cache_rows = {.are_int8 = true, .bytes = k_codes.size()};
+    }
     args.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(D))), args.products = products;
     int64_t t = 0;
     for (size_t n = 0; n < sequences.size(); ++n) {
@@ -633,10 +723,12 @@ struct Attention {
 };
 
 void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, float q_size,
-                    const BFloat16Products* products = nullptr) {
-  Attention call = {.group = group, .D = D, .block_size = block_size, .dtype = dtype, .products = products};
+                    const BFloat16Products* products = nullptr, bool is_int8 = false) {
+  Attention call = {
+      .group = group, .D = D, .block_size = block_size, .dtype = dtype, .products = products, .is_int8 = is_int8};
   call.make(q_size);
-  const std::string name = "attention, D=" + std::to_string(D) + ", " + std::to_string(group) + " heads a key head";
+  const std::string name = "attention, D=" + std::to_string(D) + ", " + std::to_string(group) + " heads a key head" +
+                           (is_int8 ? ", int8" : "");
   const Numbers out = call.run(/*tokens_at_once=*/70);
   // An error of a score is the relative one of its weight.
   expect_close(name, out, call.expected(), tolerance(dtype) * (dtype == DType::kFloat32 ? q_size : 1.0f));
@@ -644,14 +736,18 @@ void test_attention(int64_t group, int64_t D, int64_t block_size, DType dtype, f
     expect(out.has_bits_of(call.run(tokens_at_once)), name + ": a token's bits depend on the tokens beside it");
   }
 
-  // An infinite value, which those before it do not see.
+  // An infinite value, or a row of codes that is NaN, which those before it do not see.
   const size_t last = call.sequences.size() - 1, special = call.row(last, 80);
-  call.v.set(special + 1, INFINITY);
+  if (is_int8) {
+    call.v_codes.set_scale(static_cast<int64_t>(special) / D, NAN);
+  } else {
+    call.v.set(special + 1, INFINITY);
+  }
   const Numbers spoilt = call.run(/*tokens_at_once=*/70);
   const int64_t first_to_see = static_cast<int64_t>(out.size()) / (call.HQ() * D) - (129 - 80);
   for (size_t i = 0; i < out.size(); ++i) {
     const auto token = static_cast<int64_t>(i) / (call.HQ() * D), head = static_cast<int64_t>(i) / D % call.HQ();
-    const bool sees = token >= first_to_see && head < group && static_cast<int64_t>(i) % D == 1;
+    const bool sees = token >= first_to_see && head < group && (is_int8 || static_cast<int64_t>(i) % D == 1);
     expect(sees ? !std::isfinite(spoilt[i]) : spoilt[i] == out[i],
            name + ": an infinite value is not where it belongs");
   }
@@ -1034,6 +1130,10 @@ void test_target(int64_t target) {
       test_attention(/*group=*/4, /*D=*/64, /*block_size=*/1, dtype, q_size);
     }
     test_attention(/*group=*/3, /*D=*/256, /*block_size=*/48, dtype, /*q_size=*/1);
+    for (const int64_t D : {20, 64, 256}) {
+      test_store_codes(D, dtype);
+      test_attention(/*group=*/4, D, /*block_size=*/16, dtype, /*q_size=*/1, /*products=*/nullptr, /*is_int8=*/true);
+    }
   }
   test_quantized_linears();
   test_linear_with(linear_by_rows);
@@ -1055,6 +1155,8 @@ void test_target(int64_t target) {
       test_linear_with(packed_linear(products));
       test_attention(/*group=*/1, /*D=*/40, /*block_size=*/16, DType::kBFloat16, /*q_size=*/1, products);
       test_attention(/*group=*/3, /*D=*/256, /*block_size=*/1, DType::kBFloat16, /*q_size=*/30, products);
+      test_attention(/*group=*/3, /*D=*/40, /*block_size=*/7, DType::kBFloat16, /*q_size=*/1, products,
+                     /*is_int8=*/true);
     }
     test_fast_chunks_with(products);
   }

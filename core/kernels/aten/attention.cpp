@@ -2,8 +2,13 @@
 #include "core/kernels/aten/attention.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/where.h>
+
+#include <limits>
 
 #include "core/kernels/aten/indexing.h"
 
@@ -15,16 +20,25 @@ struct Sequence {
   int64_t index, token_begin, num_tokens, context_len;
 };
 
+// Rows [.., D + 4] of int8 as f32 [.., D].
+at::Tensor widen_codes(const at::Tensor& rows) {
+  const int64_t D = rows.size(-1) - kv_row_size(0, at::kChar);
+  return rows.narrow(-1, 0, D).to(at::kFloat).mul_(rows.slice(-1, D).contiguous().view(at::kFloat));
+}
+
 // [t, HQ, D]. Of the blocks only the rows that hold the sequence's context are read: what other requests left in them
 // cannot leak.
 at::Tensor attend(const PagedAttentionParams& p, const Sequence& s) {
   const int64_t t = s.num_tokens;
   const int64_t context = s.context_len;
   const int64_t num_blocks = (context + p.k.size(1) - 1) / p.k.size(1);
-  const at::Tensor q = p.q.narrow(0, s.token_begin, t);
+  const bool is_int8 = p.k.scalar_type() == at::kChar;
+  const at::Tensor tokens = p.q.narrow(0, s.token_begin, t);
+  const at::Tensor q = is_int8 ? tokens.to(at::kFloat) : tokens;  // rounding widened codes to 16 bits would cost more
   const at::Tensor blocks = p.block_table.select(0, s.index).narrow(0, 0, num_blocks);
   const auto context_rows = [&](const at::Tensor& pool) {  // [1, HKV, context, D]
-    return pool.index_select(0, blocks).flatten(0, 1).narrow(0, 0, context).transpose(0, 1).unsqueeze(0);
+    const at::Tensor rows = pool.index_select(0, blocks).flatten(0, 1).narrow(0, 0, context);
+    return (is_int8 ? widen_codes(rows) : rows).transpose(0, 1).unsqueeze(0);
   };
   std::optional<at::Tensor> mask;
   if (t > 1 && t < context) {
@@ -50,6 +64,20 @@ void attend_one_by_one(const PagedAttentionParams& p) {
   }
 }
 
+at::Tensor cache_rows(const at::Tensor& tokens, at::ScalarType cache_dtype) {
+  if (cache_dtype != at::kChar) return tokens;
+  constexpr double kSmallest = 0x1p-100;
+  const at::Tensor x = tokens.to(at::kFloat);
+  const at::Tensor largest = x.abs().amax(-1, /*keepdim=*/true);
+  const at::Tensor most = at::full_like(largest, 127);  // 127 / largest as one rounding, not as a reciprocal
+  const at::Tensor is_finite = largest.isfinite();
+  const at::Tensor has_codes = is_finite.logical_and(largest.ge(kSmallest));
+  const at::Tensor codes = at::where(has_codes, x * (most / largest), 0.0).round_().to(at::kChar);
+  const at::Tensor scale = at::where(has_codes, largest / most, 0.0)
+                               .masked_fill_(is_finite.logical_not(), std::numeric_limits<double>::quiet_NaN());
+  return at::cat({codes, scale.view(at::kChar)}, -1);
+}
+
 void store_kv(const StoreKvParams& p) {
   if (p.k.size(0) == 0) return;
   const at::Tensor rows = p.slot_mapping.to(at::kLong);
@@ -61,8 +89,8 @@ void store_kv(const StoreKvParams& p) {
       cache_rows.index_copy_(0, rows, tokens);
     }
   };
-  store(p.k_cache, p.k);
-  store(p.v_cache, p.v);
+  store(p.k_cache, cache_rows(p.k, p.k_cache.scalar_type()));
+  store(p.v_cache, cache_rows(p.v, p.v_cache.scalar_type()));
 }
 
 }  // namespace xgdn::kernel::aten

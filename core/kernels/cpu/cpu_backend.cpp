@@ -299,6 +299,11 @@ void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gat
   }
 }
 
+cpu::KvRows cache_rows(const at::Tensor& cache) {
+  return {.are_int8 = cache.scalar_type() == at::kChar,
+          .bytes = cache.size(3) * static_cast<int64_t>(cache.itemsize())};
+}
+
 // Without tiles the rate of f32 vectors is about that of bf16 products, which round the weights.
 const cpu::BFloat16Products* attention_products(const PagedAttentionParams& p) {
   const cpu::BFloat16Products* products = cpu::bfloat16_products();
@@ -558,6 +563,7 @@ class CpuBackend final : public HostBackend {
                                           .D = s.D,
                                           .B = p.k.size(1),
                                           .q = in_rows(p.q),
+                                          .cache_rows = cache_rows(p.k),
                                           .k = p.k.const_data_ptr(),
                                           .v = p.v.const_data_ptr(),
                                           .out = out_rows(p.out),
@@ -591,16 +597,13 @@ class CpuBackend final : public HostBackend {
   }
 
   void run(const StoreKvParams& p, const KvShape& s) const override {
-    const auto cache_rows = [&](const at::Tensor& cache) {
-      return OutRows{
-          .data = cache.mutable_data_ptr(), .dtype = dtype_of(cache), .token_stride = s.HKV * s.D, .head_stride = s.D};
-    };
     const cpu::StoreKvArgs args = {.HKV = s.HKV,
                                    .D = s.D,
                                    .k = in_rows(p.k),
                                    .v = in_rows(p.v),
-                                   .k_cache = cache_rows(p.k_cache),
-                                   .v_cache = cache_rows(p.v_cache),
+                                   .cache_rows = cache_rows(p.k_cache),
+                                   .k_cache = p.k_cache.mutable_data_ptr(),
+                                   .v_cache = p.v_cache.mutable_data_ptr(),
                                    .rows = p.slot_mapping.const_data_ptr<int32_t>()};
     parallel_ranges(s.T, 2 * s.HKV * s.D, [&](int64_t begin, int64_t end) { cpu::store_kv(args, begin, end); });
   }

@@ -7,7 +7,9 @@
 //          +---------+              A tile is packed once for all rows, straight from the blocks that hold it.
 //          +---------+
 //   tile   |  K, V   |              Rounding: all is f32, out is rounded once. With bf16 products, which take q, k and
-//          +---------+              v as they are, P is rounded to bf16, and the sum of its row with it.
+//          +---------+              v as they are, P is rounded to bf16, and the sum of its row with it. The products
+//                                   take int8 as integers: their scales go to the columns of S and, once its rows are
+//                                   summed, of P.
 //
 // A result depends on its query and on the rows that it sees, not on what is worked on beside it: tiles begin at
 // multiples of 128 of the context; the sums of a row run over the context in order, and what it does not see has the
@@ -62,6 +64,8 @@ struct Work {
   float* scores;     // [128 / 16][rows, 16]     S
   float* largest;    // [rows]                  m
   float* totals;     // [rows]                  of P
+  float* factors;    // [128]                   of the columns of S, which they make base 2
+  float* scales;     // [128]                   of int8 rows of V
   float* unpacked;   // [2][16, depth]
   Element* queries;  // [rows, depth]           Q
   Element* weights;  // [rows, 128]             P
@@ -78,7 +82,7 @@ struct Work {
         depth(round_up(width, kDepthStep<Element>)) {
     constexpr size_t kPerFloat = sizeof(float) / sizeof(Element);
     const size_t of_rows = round_up(rows, kMaxLanes);
-    float* memory = scratch<Work>(rows * (width + kTile) + 2 * of_rows + 2 * kPanel * depth +
+    float* memory = scratch<Work>(rows * (width + kTile) + 2 * of_rows + 2 * kTile + 2 * kPanel * depth +
                                   (of_rows * (depth + kTile) + kTile * (depth + width)) / kPerFloat);
     const auto take = [&](size_t n) { return std::exchange(memory, memory + n); };
     const auto take_elements = [&](size_t n) { return reinterpret_cast<Element*>(take(n / kPerFloat)); };
@@ -86,6 +90,8 @@ struct Work {
     scores = take(rows * kTile);
     largest = take(of_rows);
     totals = take(of_rows);
+    factors = take(kTile);
+    scales = take(kTile);
     unpacked = take(2 * kPanel * depth);
     queries = take_elements(of_rows * depth);
     weights = take_elements(of_rows * kTile);
@@ -189,16 +195,31 @@ HWY_INLINE VF store_weight(F32 d, VF x, uint16_t* to) {
   return upper_half(d, rounded);
 }
 
+// What belongs to the columns of a tile.
+template <class Element>
+void load_column_factors(const Work<Element>& w, const TileRows& tile) {
+  constexpr float kLog2E = 1.44269504f;
+  std::fill_n(w.factors, kTile, w.args.scale * kLog2E);
+  if (!w.args.cache_rows.are_int8) return;
+  for (size_t i = 0; i < tile.count; ++i) {
+    w.factors[i] *= w.context(w.args.k).scale(tile.begin + i);
+    w.scales[i] = w.context(w.args.v).scale(tile.begin + i);
+  }
+}
+
+// Columns from `i` on; `hidden` for those that a query does not see.
+HWY_INLINE VF where_visible(F32 d, VF x, size_t i, size_t num_visible, float hidden) {
+  if (i + hn::Lanes(d) <= num_visible) return x;
+  const auto is_visible = hn::Lt(hn::Iota(d, static_cast<float>(i)), hn::Set(d, static_cast<float>(num_visible)));
+  return hn::IfThenElse(is_visible, x, hn::Set(d, hidden));
+}
+
 // Scores of a query from column `i` of a tile on, base 2.
 template <class Element>
 HWY_INLINE VF load_scores(const Work<Element>& w, size_t query, size_t num_visible, size_t i) {
-  constexpr float kLog2E = 1.44269504f;
   const F32 d;
   const VF product = hn::Load(d, w.scores + (i / kPanel * w.rows + query) * kPanel + i % kPanel);
-  const VF score = hn::Mul(product, hn::Set(d, w.args.scale * kLog2E));
-  if (i + hn::Lanes(d) <= num_visible) return score;
-  const auto is_visible = hn::Lt(hn::Iota(d, static_cast<float>(i)), hn::Set(d, static_cast<float>(num_visible)));
-  return hn::IfThenElse(is_visible, score, hn::Set(d, kNoScore));
+  return where_visible(d, hn::Mul(product, hn::Load(d, w.factors + i)), i, num_visible, kNoScore);
 }
 
 // Raises the maximum of a query that sees any of the tile; what was summed under the old one is scaled down.
@@ -228,7 +249,13 @@ void store_weights(const Work<Element>& w, size_t query, size_t num_visible, siz
   VF total = hn::Zero(d);
   for (size_t i = 0; i < columns; i += hn::Lanes(d)) {
     const VF weight = exp2_decay(d, hn::Sub(load_scores(w, query, num_visible, i), largest));
-    total = hn::Add(total, store_weight(d, weight, w.weights + query * kTile + i));
+    Element* const to = w.weights + query * kTile + i;
+    if (w.args.cache_rows.are_int8) {
+      total = hn::Add(total, weight);
+      store_weight(d, where_visible(d, hn::Mul(weight, hn::Load(d, w.scales + i)), i, num_visible, 0), to);
+    } else {
+      total = hn::Add(total, store_weight(d, weight, to));
+    }
   }
   w.totals[query] += hn::GetLane(hn::SumOfLanes(d, total));
 }
@@ -278,6 +305,7 @@ void add_tile(const Work<Element>& w, const TileRows& tile) {
   const size_t count = round_up(tile.count, kDepthStep<Element>);
   pack_keys(w.context(w.args.k), tile, w.depth, w.unpacked, w.keys);
   pack_values(w.context(w.args.v), tile, count, w.width, w.values);
+  load_column_factors(w, tile);
   multiply_keys(w, tile);
   const bool is_first = tile.begin == 0;
   const size_t first = is_first ? 0 : w.first_query(tile, 0);

@@ -5,19 +5,21 @@
 #include <cstdint>
 
 #include "core/kernels/args.h"
+#include "core/kernels/cpu/kv_rows.h"
 #include "core/kernels/cpu/packed_product.h"
 
 namespace xgdn::kernel::cpu {
 
-/// Letters as in core/kernels/ops. The blocks have the dtype of q.
+/// Letters as in core/kernels/ops.
 struct PagedAttentionArgs {
   int64_t HQ = 0;
   int64_t HKV = 0;
   int64_t D = 0;
   int64_t B = 0;            // rows of a block
   InRows q;                 // [T, HQ, D]
-  const void* k = nullptr;  // [P, B, HKV, D]
-  const void* v = nullptr;  // [P, B, HKV, D]
+  KvRows cache_rows;        // int8, or of the dtype of q
+  const void* k = nullptr;  // [P, B, HKV]
+  const void* v = nullptr;  // [P, B, HKV]
   OutRows out;              // [T, HQ, D]
   float scale = 0;
   const BFloat16Products* products = nullptr;  // of bf16 queries; null: f32 vectors

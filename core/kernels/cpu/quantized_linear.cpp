@@ -21,6 +21,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
+#include "core/kernels/cpu/group_scale-inl.h"
 #include "core/kernels/cpu/output_blocks-inl.h"
 #include "core/kernels/cpu/quantized_codes-inl.h"
 #include "core/kernels/cpu/simd-inl.h"
@@ -35,36 +36,18 @@ static_assert(kQuantizedLinearBlock == kBlockOutputs);
 
 // ---- tokens ---------------------------------------------------------------------------------------------------------
 
-// The bits of the largest magnitude, which order as the magnitudes do, and NaN above all.
-int32_t largest_bits(const float* HWY_RESTRICT x, size_t count) {
-  const I32 i;
-  const F32 d;
-  auto largest = hn::Zero(i);
-  for (size_t j = 0; j < count; j += hn::Lanes(d)) {
-    largest = hn::Max(largest, hn::BitCast(i, hn::Abs(hn::LoadU(d, x + j))));
-  }
-  return hn::GetLane(hn::MaxOfLanes(i, largest));
-}
-
 // A group of a token to i16 with its scale and the sum of its integers.
 void quantize_group(const float* HWY_RESTRICT x, size_t count, int16_t* HWY_RESTRICT to, float& scale, int32_t& sum) {
-  constexpr float kLargest = 32767.0f;
-  constexpr int32_t kInfinity = 0x7F800000;
-  constexpr float kSmallest = 0x1p-100f;  // below, the reciprocal leaves f32
   const F32 d;
   const I32 i;
-  const int32_t bits = largest_bits(x, count);
-  float largest;
-  std::memcpy(&largest, &bits, sizeof(largest));
-  const bool is_finite = bits < kInfinity;
-  const bool has_values = is_finite && largest >= kSmallest;
-  scale = has_values ? largest / kLargest : is_finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  if (!has_values) {
+  const GroupScale group = group_scale(x, count, /*most=*/32767.0f);
+  scale = group.scale;
+  if (group.inverse == 0) {
     std::fill_n(to, count, int16_t{0});
     sum = 0;
     return;
   }
-  const VF inverse = hn::Set(d, kLargest / largest);
+  const VF inverse = hn::Set(d, group.inverse);
   auto total = hn::Zero(i);
   for (size_t j = 0; j < count; j += hn::Lanes(d)) {
     const auto whole = hn::NearestInt(hn::Mul(hn::LoadU(d, x + j), inverse));

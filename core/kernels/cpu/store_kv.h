@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/kernels/args.h"
+#include "core/kernels/cpu/kv_rows.h"
 
 namespace xgdn::kernel::cpu {
 
@@ -12,10 +13,11 @@ namespace xgdn::kernel::cpu {
 struct StoreKvArgs {
   int64_t HKV = 0;
   int64_t D = 0;
-  InRows k;                       // [T, HKV, D]
-  InRows v;                       // [T, HKV, D]
-  OutRows k_cache;                // [rows, HKV, D]
-  OutRows v_cache;                // [rows, HKV, D]
+  InRows k;  // [T, HKV, D]
+  InRows v;  // [T, HKV, D]
+  KvRows cache_rows;
+  void* k_cache = nullptr;        // [rows, HKV]
+  void* v_cache = nullptr;        // [rows, HKV]
   const int32_t* rows = nullptr;  // [T]  negative: the token is not stored
 };
 

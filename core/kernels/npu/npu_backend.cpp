@@ -73,6 +73,9 @@ class NpuBackend final : public Backend {
   Sentence why_not(const PagedAttentionParams& p, const AttentionShape& s) const override {
     return npu::why_not_attention(p, s);
   }
+  Sentence why_not(const StoreKvParams& p, const KvShape&) const override {
+    return npu::why_not_cache(p.k.scalar_type(), p.k_cache.scalar_type());
+  }
   Sentence why_not(const MoeExpertsParams&, const ExpertsShape& s) const override { return npu::why_not_experts(s); }
   Sentence why_not(const QuantizedMoeExpertsParams&, const QuantizedExpertsShape& s) const override {
     return npu::why_not_experts(s.experts);

@@ -85,8 +85,15 @@ at::Tensor causal_mask(c10::Device device) {
   return mask;
 }
 
+std::optional<std::string> why_not_cache(at::ScalarType tokens, at::ScalarType cache) {
+  if (cache == tokens) return std::nullopt;
+  return c10::str("it takes keys and values of the dtype of the tokens, ", c10::toString(tokens), ", not ",
+                  c10::toString(cache));
+}
+
 std::optional<std::string> why_not_attention(const PagedAttentionParams& p, const AttentionShape& s) {
   if (const std::string& sentence = capabilities().why_not_attention; !sentence.empty()) return sentence;
+  if (auto sentence = why_not_cache(p.q.scalar_type(), p.k.scalar_type())) return sentence;
   if (s.HQ > kMaxHeads || s.D > kMaxHeadDim) {
     return c10::str("the attention op takes at most ", kMaxHeads, " query heads of at most ", kMaxHeadDim,
                     ", got HQ=", s.HQ, " D=", s.D);

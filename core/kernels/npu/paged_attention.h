@@ -16,6 +16,9 @@ namespace xgdn::kernel::npu {
 /// device.
 at::Tensor causal_mask(c10::Device device);
 
+/// nullopt: a cache of that dtype is served; else a sentence.
+std::optional<std::string> why_not_cache(at::ScalarType tokens, at::ScalarType cache);
+
 /// nullopt: the op's documented limits hold; else a sentence.
 std::optional<std::string> why_not_attention(const PagedAttentionParams& p, const AttentionShape& s);
 

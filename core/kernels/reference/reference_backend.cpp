@@ -259,10 +259,11 @@ class ReferenceBackend final : public HostBackend {
 
   void run(const StoreKvParams& p, const KvShape& s) const override {
     const int32_t* rows = p.slot_mapping.const_data_ptr<int32_t>();
-    for (int64_t t = 0; t < s.T; ++t) {
-      if (rows[t] == kPadSlot) continue;
-      for (const auto& [cache, tokens] : {std::pair{p.k_cache, p.k}, std::pair{p.v_cache, p.v}}) {
-        cache.select(0, rows[t] / s.B).select(0, rows[t] % s.B).copy_(tokens.select(0, t));
+    for (const auto& [cache, tokens] : {std::pair{p.k_cache, p.k}, std::pair{p.v_cache, p.v}}) {
+      const at::Tensor stored = aten::cache_rows(tokens, cache.scalar_type());
+      for (int64_t t = 0; t < s.T; ++t) {
+        if (rows[t] == kPadSlot) continue;
+        cache.select(0, rows[t] / s.B).select(0, rows[t] % s.B).copy_(stored.select(0, t));
       }
     }
   }

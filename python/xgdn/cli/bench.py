@@ -19,7 +19,9 @@ app = typer.Typer(no_args_is_help=True, help="Measures a model's decode steps, a
 
 
 @app.command()
-@with_engine_args("dtype", "state_dtype", "quantize", "prefill_backend", "decode_backend", "prefill_accuracy")
+@with_engine_args(
+    "dtype", "state_dtype", "kv_dtype", "quantize", "prefill_backend", "decode_backend", "prefill_accuracy"
+)
 def model(
     model: ModelArgument,
     batch: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes.")] = "1,8,32",

@@ -20,6 +20,7 @@ _LENGTHS = [512, 2048, 8192]  # without --length
 @with_engine_args(
     "dtype",
     "state_dtype",
+    "kv_dtype",
     "quantize",
     "max_batch_size",
     "max_cached_tokens",
@@ -42,6 +43,7 @@ def plan(
             model,
             dtype=engine_args.dtype,
             state_dtype=engine_args.state_dtype,
+            kv_dtype=engine_args.kv_dtype,
             quantize=engine_args.quantize,
             runner=engine_args.runner_options(),
         )

@@ -158,6 +158,8 @@ TEST_F(EngineTest, RefusesBadOptionsBeforeItLoads) {
   expect_error<UnsupportedError>(load({.dtype = at::kDouble, .on_layer_loaded = never}), {"[Engine] dtype", "Double"});
   expect_error<UnsupportedError>(load({.state_dtype = at::kHalf, .on_layer_loaded = never}),
                                  {"[Engine] state_dtype", "Half"});
+  expect_error<UnsupportedError>(load({.on_layer_loaded = never, .kv_dtype = at::kHalf}),
+                                 {"[Engine] kv_dtype", "int8", "Float", "Half"});
   expect_error<RequestError>(load({.runner = {.max_batch_size = -1}, .on_layer_loaded = never}),
                              {"max_batch_size", "-1"});
   expect_error<CheckpointError>([&] { Engine::load(dir_.path() / "nothing"); }, {"nothing"});
@@ -221,15 +223,18 @@ TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
   for (int32_t i = 0; i < 7; ++i) requests.push_back({.prompt = std::vector<int32_t>(300, i), .max_new_tokens = 4});
   for (const std::string& backend : kernel::available_backends()) {
     if (backend != "cpu" && backend != "reference") continue;
-    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    for (const auto& [dtype, kv_dtype] : {std::pair(at::kFloat, at::kFloat), std::pair(at::kBFloat16, at::kBFloat16),
+                                          std::pair(at::kBFloat16, at::kChar)}) {
       for (const int64_t max_tokens : {64, 256, 2048}) {
-        const std::string name = backend + ", " + std::to_string(max_tokens) + " tokens in a step";
+        const std::string name = backend + ", " + std::to_string(max_tokens) + " tokens in a step, keys and values " +
+                                 c10::toString(kv_dtype);
         const EngineOptions options{.runner = {.max_batch_size = 7,
                                                .max_cached_tokens = 2200,
                                                .max_tokens_per_step = max_tokens,
                                                .decode_buckets = {64}},
                                     .dtype = dtype,
-                                    .backends = {.decode = backend}};
+                                    .backends = {.decode = backend},
+                                    .kv_dtype = kv_dtype};
         const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
         const auto peak = std::make_shared<AllocationPeak>();
         {

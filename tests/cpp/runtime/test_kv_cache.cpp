@@ -94,6 +94,20 @@ TEST(KvCache, CountsItsBytesExactly) {
   EXPECT_EQ(kSpec.block_bytes(), bytes / 5);
 }
 
+TEST(KvCache, ARowOfInt8HasItsScaleBehindItsCodes) {
+  KvCacheSpec spec = kSpec;
+  spec.dtype = at::kChar;
+  KvCache cache(spec, 5, c10::kCPU);
+  for (const KvPool& layer : cache.layers()) {
+    for (const at::Tensor& pool : {layer.k, layer.v}) {
+      EXPECT_EQ(pool.sizes(), (std::vector<int64_t>{5, 16, 2, 12}));
+      EXPECT_EQ(pool.scalar_type(), at::kChar);
+    }
+  }
+  EXPECT_EQ(spec.block_bytes(), 3 * 2 * 16 * 2 * 12);
+  EXPECT_EQ(cache.bytes(), 5 * spec.block_bytes());
+}
+
 TEST(KvCache, ImpossibleSizesAreRefused) {
   expect_error<RequestError>([] { KvCache(kSpec, -1, c10::kCPU); }, {"[KvCache] num_blocks", "-1"});
   KvCacheSpec spec = kSpec;

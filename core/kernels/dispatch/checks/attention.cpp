@@ -36,6 +36,19 @@ void require_contexts(const Dims& d, const at::Tensor& cu_seqlens, const at::Ten
       c10::str("[", d.op(), "] context_rows: expected C=", num_rows, " (set by context_lens), got ", d["C"]));
 }
 
+// The caches of keys and of values.
+void match_caches(Dims& d, std::string_view k_arg, const at::Tensor& k, std::string_view v_arg, const at::Tensor& v,
+                  at::ScalarType tokens) {
+  const bool are_int8 = k.defined() && k.scalar_type() == at::kChar;
+  const std::string_view names = are_int8 ? "P B HKV D+4" : "P B HKV D";
+  if (are_int8) {
+    d.require(d.sym("D") % 4 == 0, k_arg, ": expected D a multiple of 4 for rows of int8, got ", d.sym("D"));
+    d.bind("D+4", d.sym("D") + 4, k_arg);
+  }
+  match_contiguous(d, k_arg, k, names, {tokens, at::kChar});
+  match_contiguous(d, v_arg, v, names, {are_int8 ? at::kChar : tokens});
+}
+
 }  // namespace
 
 // ---- paged_attention ------------------------------------------------------------------------------------------------
@@ -44,8 +57,7 @@ Dims match(const PagedAttentionParams& p) {
   Dims d(Op<PagedAttentionParams>::name);
   match_strided(d, "q", p.q, "T HQ D", kInputTypes);
   const at::ScalarType in = p.q.scalar_type();
-  match_contiguous(d, "k", p.k, "P B HKV D", {in});
-  match_contiguous(d, "v", p.v, "P B HKV D", {in});
+  match_caches(d, "k", p.k, "v", p.v, in);
   d.require(d.sym("HKV") > 0 && d.sym("HQ") % d.sym("HKV") == 0, "k: expected HQ=", d.sym("HQ"),
             " (set by q) to be a multiple of HKV, got HKV=", d.sym("HKV"));
   bind_sequences(d, p.cu_seqlens);
@@ -105,8 +117,7 @@ Dims match(const StoreKvParams& p) {
   match_strided(d, "k", p.k, "T HKV D", kInputTypes);
   const at::ScalarType in = p.k.scalar_type();
   match_strided(d, "v", p.v, "T HKV D", {in});
-  match_contiguous(d, "k_cache", p.k_cache, "P B HKV D", {in});
-  match_contiguous(d, "v_cache", p.v_cache, "P B HKV D", {in});
+  match_caches(d, "k_cache", p.k_cache, "v_cache", p.v_cache, in);
   d.written("k_cache").written("v_cache");
   match_indices(d, "slot_mapping", p.slot_mapping, "T");
   return d;
