@@ -351,7 +351,7 @@ void multiply_block_of_many(const QuantizedLinearArgs& args, const OutputBlock& 
 
 template <class Format>
 void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
-  if (args.T <= static_cast<int64_t>(kTokensAtOnce)) {
+  if (args.T <= Format::kFewTokens) {
     multiply_blocks<kTokensAtOnce>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
       with_count(num_tokens, [&]<size_t kTokens>() { multiply_block<Format, kTokens>(args, block); });
     });
