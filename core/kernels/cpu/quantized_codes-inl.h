@@ -142,17 +142,25 @@ struct IntegerCodes {
     return hn::ConvertTo(F32(), sum);
   }
 
-  static HWY_INLINE VF token_scale(const float* scales, size_t at) { return hn::Set(F32(), scales[at]); }
-  static HWY_INLINE int32_t of_group(const int32_t* sums, size_t at) { return sums[at]; }
+  static HWY_INLINE VF token_scale(const float* scales, size_t at) {
+    return hn::Set(F32(), scales[at]);
+  }
+  static HWY_INLINE int32_t of_group(const int32_t* sums, size_t at) {
+    return sums[at];
+  }
 
   static HWY_INLINE VI load_zeros(const int8_t* zeros, size_t at) {
     return hn::PromoteTo(I32(), hn::LoadU(hn::Rebind<int8_t, I32>(), zeros + at));
   }
 
   // -zero * sum of the token's integers
-  static HWY_INLINE VI without_zeros(VI zeros, int32_t sum) { return hn::Neg(hn::Mul(zeros, hn::Set(I32(), sum))); }
+  static HWY_INLINE VI without_zeros(VI zeros, int32_t sum) {
+    return hn::Neg(hn::Mul(zeros, hn::Set(I32(), sum)));
+  }
 
-  static HWY_INLINE VI subtract(VI pairs, VI zeros) { return subtract_pairs(pairs, zeros); }
+  static HWY_INLINE VI subtract(VI pairs, VI zeros) {
+    return subtract_pairs(pairs, zeros);
+  }
 };
 
 template <bool kHasVnni>
