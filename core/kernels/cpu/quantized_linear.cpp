@@ -29,7 +29,7 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr size_t kBytesAhead = 4096;  // codes on their way while others are read
+inline constexpr size_t kBytesAhead = 3072;  // codes on their way while others are read
 inline constexpr size_t kUnpacked = 4096;    // elements of weights at once: 16 KiB
 inline constexpr size_t kManyTokens = 96;    // for which a weight is unpacked once
 inline constexpr auto kPanelOutputs = static_cast<size_t>(kQuantizedPanel);
