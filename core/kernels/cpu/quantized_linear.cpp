@@ -2,12 +2,13 @@
 // out = x weight^T + bias with weights in 8 or 4 bits. Lanes are outputs, a token's elements are broadcast.
 //
 //            D ->
-//        +---------+   panels of     Loop: block of 32 outputs -> up to 6 tokens -> two vectors of outputs -> groups of
-//   O    | codes   |   16 outputs,   D -> rows of a panel (2, 4 or 8 of D). Codes come from memory once, for the first
-//        +---------+   interleaved   tokens, in the order in which they lie, and are fetched ahead; they are unpacked
-//        +---------+                 once for all tokens at once.
-//   T    | tokens  |
-//        +---------+
+//        +---------+   panels of     Few tokens: block of 32 outputs -> up to 6 tokens -> two vectors of outputs ->
+//   O    | codes   |   16 outputs,   groups of D -> rows of a panel (2, 4 or 8 of D). Codes are unpacked where they are
+//        +---------+   interleaved   multiplied, in the order in which they lie, and fetched ahead.
+//        +---------+                 Many: block -> up to 96 tokens -> two vectors of outputs -> some groups of D,
+//        which
+//   T    | tokens  |                 are unpacked without their zeros, 16 KiB that stay in L1 -> 6 tokens -> groups ->
+//        +---------+                 rows.
 //
 // Integer codes: a token's group is i16 times a scale of its own (its largest element becomes 32767), so that a group's
 // sum of products is exact in i32, whatever the vectors; one f32 multiply-add a group brings the scales in. float8:
