@@ -30,9 +30,9 @@ from xgdn.quantization import PackedWeight, QuantizedRows, WeightFormat, pack, q
 
 NEEDS_CPU = pytest.mark.skipif("cpu" not in xgdn.available_backends(), reason="this build has no cpu backend")
 
-TOKENS = (0, 1, 2, 3, 5, 6, 7, 12, 13, 17, 33, 130)
+TOKENS = (0, 1, 2, 3, 5, 6, 7, 12, 13, 17, 33, 96, 97, 130)
 WIDTHS = (1, 15, 16, 17, 31, 33, 48, 80)
-GROUPS = ((32, 32), (64, 32), (64, 64), (128, 128), (192, 64), (1024, 32), (1024, 64), (1024, 128))  # D, group size
+GROUPS = ((32, 32), (64, 32), (64, 64), (128, 128), (192, 64), (1184, 32), (1088, 64), (1152, 128))  # D, group size
 CALLS = [
     *(QuantizedCall(f, T, O=width, bias=T % 2 == 0) for f in FORMATS for T in TOKENS for width in (16, 33, 80)),
     *(QuantizedCall(f, T, zeros=True, order=T > 5, out_dtype=F32) for f in FORMATS[:2] for T in TOKENS),
@@ -161,17 +161,23 @@ def test_out_is_made_like_x(backend: str) -> None:
 
 @NEEDS_CPU
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("D", "group_size"), [(1184, 32), (1088, 64), (1152, 128)])
 @pytest.mark.parametrize("out_dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 def test_other_tokens_do_not_change_bits(
-    format: WeightFormat, out_dtype: torch.dtype, bias: bool, num_threads: Callable[[int], None]
+    format: WeightFormat,
+    out_dtype: torch.dtype,
+    D: int,
+    group_size: int,
+    bias: bool,
+    num_threads: Callable[[int], None],
 ) -> None:
-    call = QuantizedCall(format, 130, D=1024, O=1025, group_size=64, zeros=bias, bias=bias, out_dtype=out_dtype)
+    call = QuantizedCall(format, 130, D=D, O=1025, group_size=group_size, zeros=bias, bias=bias, out_dtype=out_dtype)
     x = call.make()
     num_threads(1)
     together = x.run("cpu")
     assert xgdn.last_is_batch_invariant("quantized_linear")
-    for count in (2, 3, 4, 5, 6, 7, 8, 12, 13, 31, 33):
+    for count in (2, 3, 4, 5, 6, 7, 8, 12, 13, 31, 33, 97):
         assert_bits_equal(f"the first {count} tokens", x.run("cpu", slice(count)), together[:count])
     for token in (0, 1, 5, 6, 11, 64, 129):
         assert_bits_equal(f"token {token}", x.run("cpu", slice(token, token + 1)), together[token : token + 1])

@@ -952,7 +952,7 @@ void test_quantized_linear(Codes format, int64_t T, int64_t D, int64_t O, int64_
 
 void test_quantized_linears() {
   for (const Codes format : {Codes::kInt8, Codes::kInt4, Codes::kFloat8}) {
-    for (const int64_t T : {1, 2, 3, 4, 5, 6, 7, 13}) {
+    for (const int64_t T : {1, 2, 3, 4, 5, 6, 7, 12, 13, 97}) {
       for (const int64_t O : {16, 40, 80}) {
         for (const bool has_options : {false, true}) {
           test_quantized_linear(format, T, /*D=*/96, O, /*group_size=*/32, DType::kFloat32, has_options);
@@ -961,6 +961,9 @@ void test_quantized_linears() {
       test_quantized_linear(format, T, /*D=*/64, /*O=*/33, /*group_size=*/64, DType::kBFloat16, T % 2 == 1);
       test_quantized_linear(format, T, /*D=*/256, /*O=*/47, /*group_size=*/128, DType::kFloat32, T % 2 == 0);
     }
+    // More than is unpacked at once, and not a multiple of it.
+    test_quantized_linear(format, /*T=*/13, /*D=*/1184, /*O=*/40, /*group_size=*/32, DType::kFloat32, true);
+    test_quantized_linear(format, /*T=*/13, /*D=*/1152, /*O=*/33, /*group_size=*/128, DType::kFloat32, true);
   }
 }
 

@@ -219,8 +219,9 @@ void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, float*
 template <class Rows>
 void multiply_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item) {
   float* sums = scratch<LinearRowsArgs>(kBlockOutputs * kTokensAtOnce * kMaxLanes);
-  multiply_blocks(args, begin_item, end_item,
-                  [&]<size_t kTokens>(const OutputBlock& block) { multiply_block<Rows, kTokens>(args, block, sums); });
+  multiply_blocks<kTokensAtOnce>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
+    with_count(num_tokens, [&]<size_t kTokens>() { multiply_block<Rows, kTokens>(args, block, sums); });
+  });
 }
 
 static_assert(kLinearRowsBlock == kBlockOutputs);

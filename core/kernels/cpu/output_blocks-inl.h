@@ -28,42 +28,48 @@ struct OutputBlock {
   float* sums;     // [tokens, kBlockOutputs], to be written
 };
 
-// Calls multiply.operator()<kTokens>(block).
-template <class Multiply>
-void multiply_tokens(const Multiply& multiply, const OutputBlock& block, int64_t num_tokens) {
-  switch (num_tokens) {
+// Calls f.operator()<count>().
+template <class F>
+void with_count(int64_t count, const F& f) {
+  switch (count) {
     case 1:
-      return multiply.template operator()<1>(block);
+      return f.template operator()<1>();
     case 2:
-      return multiply.template operator()<2>(block);
+      return f.template operator()<2>();
     case 3:
-      return multiply.template operator()<3>(block);
+      return f.template operator()<3>();
     case 4:
-      return multiply.template operator()<4>(block);
+      return f.template operator()<4>();
     case 5:
-      return multiply.template operator()<5>(block);
+      return f.template operator()<5>();
     default:
-      return multiply.template operator()<kTokensAtOnce>(block);
+      return f.template operator()<kTokensAtOnce>();
   }
 }
 
-// Args have T, O, bias and out of a product.
-template <class Args, class Multiply>
+// Calls f(begin, count) for parts of even sizes.
+template <class F>
+void for_even_parts(int64_t total, int64_t most, const F& f) {
+  const int64_t parts = (total + most - 1) / most;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = part * total / parts;
+    f(begin, (part + 1) * total / parts - begin);
+  }
+}
+
+// Calls multiply(block, num_tokens) for up to kTokens at once. Args have T, O, bias and out of a product.
+template <size_t kTokens, class Args, class Multiply>
 void multiply_blocks(const Args& args, int64_t begin_item, int64_t end_item, const Multiply& multiply) {
   constexpr auto kOutputs = static_cast<int64_t>(kBlockOutputs);
-  constexpr auto kTokens = static_cast<int64_t>(kTokensAtOnce);
   const F32 d;
-  HWY_ALIGN float sums[kTokensAtOnce * kBlockOutputs];
+  HWY_ALIGN float sums[kTokens * kBlockOutputs];
   HWY_ALIGN float bias[kBlockOutputs] = {};
-  const int64_t groups = (args.T + kTokens - 1) / kTokens;
   for (int64_t item = begin_item; item < end_item; ++item) {
     const int64_t output = item * kOutputs;
     const auto rows = static_cast<size_t>(std::min(kOutputs, args.O - output));
     if (args.bias.data != nullptr) load_row(args.bias.dtype, args.bias.at(0, output), rows, bias);
-    for (int64_t group = 0; group < groups; ++group) {  // of even sizes
-      const int64_t token = group * args.T / groups;
-      const int64_t count = (group + 1) * args.T / groups - token;
-      multiply_tokens(multiply, {output, rows, token, sums}, count);
+    for_even_parts(args.T, kTokens, [&](int64_t token, int64_t count) HWY_ATTR {
+      multiply(OutputBlock{output, rows, token, sums}, count);
       for (int64_t t = 0; t < count; ++t) {
         float* of_token = sums + static_cast<size_t>(t) * kBlockOutputs;
         if (args.bias.data != nullptr) {
@@ -73,7 +79,7 @@ void multiply_blocks(const Args& args, int64_t begin_item, int64_t end_item, con
         }
         store_row(args.out.dtype, of_token, rows, args.out.at(token + t, output));
       }
-    }
+    });
   }
 }
 

@@ -2,12 +2,13 @@
 // out = x weight^T + bias with weights in 8 or 4 bits. Lanes are outputs, a token's elements are broadcast.
 //
 //            D ->
-//        +---------+   panels of     Loop: block of 32 outputs -> up to 6 tokens -> two vectors of outputs -> groups of
-//   O    | codes   |   16 outputs,   D -> rows of a panel (2, 4 or 8 of D). Codes come from memory once, for the first
-//        +---------+   interleaved   tokens, in the order in which they lie, and are fetched ahead; they are unpacked
-//        +---------+                 once for all tokens at once.
-//   T    | tokens  |
-//        +---------+
+//        +---------+   panels of     Few tokens: block of 32 outputs -> up to 6 tokens -> two vectors of outputs ->
+//   O    | codes   |   16 outputs,   groups of D -> rows of a panel (2, 4 or 8 of D). Codes are unpacked where they are
+//        +---------+   interleaved   multiplied, in the order in which they lie, and fetched ahead.
+//        +---------+                 Many: block -> up to 96 tokens -> two vectors of outputs -> some groups of D,
+//        which
+//   T    | tokens  |                 are unpacked without their zeros, 16 KiB that stay in L1 -> 6 tokens -> groups ->
+//        +---------+                 rows.
 //
 // Integer codes: a token's group is i16 times a scale of its own (its largest element becomes 32767), so that a group's
 // sum of products is exact in i32, whatever the vectors; one f32 multiply-add a group brings the scales in. float8:
@@ -30,7 +31,9 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr size_t kBytesAhead = 4096;  // codes on their way while others are read
+inline constexpr size_t kBytesAhead = 3072;  // codes on their way while others are read
+inline constexpr size_t kUnpacked = 4096;    // elements of weights at once: 16 KiB
+inline constexpr size_t kManyTokens = 96;    // for which a weight is unpacked once
 inline constexpr auto kPanelOutputs = static_cast<size_t>(kQuantizedPanel);
 static_assert(kQuantizedLinearBlock == kBlockOutputs);
 
@@ -80,64 +83,135 @@ void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-HWY_INLINE VF load_scales(const InRows& scales, int64_t panel, size_t group, size_t lane) {
-  const F32 d;
-  const auto* at = static_cast<const char*>(scales.at(panel, static_cast<int64_t>(group))) +
-                   lane * static_cast<size_t>(size_of(scales.dtype));
-  if (scales.dtype == DType::kFloat32) return load(d, reinterpret_cast<const float*>(at));
-  const auto* half = reinterpret_cast<const uint16_t*>(at);
-  return scales.dtype == DType::kBFloat16 ? load(d, half) : load_float16(d, half);
-}
-
-// One vector of outputs: where its codes and what goes with them begin.
+// One vector of outputs: where its codes begin, and its scales and zeros among all; those of a group follow 16 later.
 struct Outputs {
   const uint8_t* codes;
-  int64_t panel;
-  size_t lane;  // of the panel
+  size_t groups;
 };
 
 template <class Format>
 HWY_INLINE Outputs outputs_at(const QuantizedLinearArgs& args, int64_t output) {
   const size_t panel_bytes = static_cast<size_t>(args.D) / Format::kDepth * Format::kRowBytes;
-  const int64_t panel = output / kQuantizedPanel;
+  const auto panel = static_cast<size_t>(output / kQuantizedPanel);
   const auto lane = static_cast<size_t>(output % kQuantizedPanel);
-  return {args.codes + static_cast<size_t>(panel) * panel_bytes + lane * Format::kLaneBytes, panel, lane};
+  return {args.codes + panel * panel_bytes + lane * Format::kLaneBytes,
+          panel * static_cast<size_t>(num_groups(args)) * kPanelOutputs + lane};
 }
 
-// Sums [kTokens, 2, lanes] of some tokens for two vectors of outputs.
-template <class Format, size_t kTokens, bool kIsFirst>
-void multiply(const QuantizedLinearArgs& args, const Outputs& first, const Outputs& second, int64_t token,
-              float* HWY_RESTRICT sums) {
+HWY_INLINE VF load_scales(const InRows& scales, size_t at) {
+  const F32 d;
+  if (scales.dtype == DType::kFloat32) return load(d, static_cast<const float*>(scales.data) + at);
+  const auto* half = static_cast<const uint16_t*>(scales.data) + at;
+  return scales.dtype == DType::kBFloat16 ? load(d, half) : load_float16(d, half);
+}
+
+// Two vectors of outputs as they lie in memory.
+template <class Format>
+struct PackedWeights {
+  static constexpr bool kIsFetched = true;
+  static size_t row_bytes() { return Format::kRowBytes; }
+
+  template <size_t kStep>
+  static HWY_INLINE auto load_step(const uint8_t* p) {
+    return Format::template unpack<kStep>(Format::load(p));
+  }
+
+  HWY_INLINE auto start_first(size_t group, int32_t sum) const {
+    return Format::start(args.zeros, first.groups + group * kPanelOutputs, sum);
+  }
+  HWY_INLINE auto start_second(size_t group, int32_t sum) const {
+    return Format::start(args.zeros, second.groups + group * kPanelOutputs, sum);
+  }
+  HWY_INLINE VF first_scales(size_t group) const {
+    return load_scales(args.scales, first.groups + group * kPanelOutputs);
+  }
+  HWY_INLINE VF second_scales(size_t group) const {
+    return load_scales(args.scales, second.groups + group * kPanelOutputs);
+  }
+
+  const QuantizedLinearArgs& args;
+  Outputs first;
+  Outputs second;
+  const uint8_t* first_codes = first.codes;
+  const uint8_t* second_codes = second.codes;
+};
+
+// Some groups of two vectors of outputs, without zeros: [rows, steps, 2, lanes].
+template <class Format>
+struct UnpackedWeights {
+  using Element = typename Format::Element;
+  static constexpr bool kIsFetched = false;
+  static size_t vector_bytes() { return hn::Lanes(F32()) * sizeof(Element); }
+  static size_t row_bytes() { return Format::kSteps * 2 * vector_bytes(); }
+
+  template <size_t kStep>
+  static HWY_INLINE auto load_step(const uint8_t* p) {
+    return hn::Load(hn::Rebind<Element, F32>(), reinterpret_cast<const Element*>(p + kStep * 2 * vector_bytes()));
+  }
+
+  HWY_INLINE auto start_first(size_t, int32_t) const { return hn::Zero(hn::Rebind<Element, F32>()); }
+  HWY_INLINE auto start_second(size_t, int32_t) const { return hn::Zero(hn::Rebind<Element, F32>()); }
+  HWY_INLINE VF first_scales(size_t group) const { return hn::Load(F32(), scales + 2 * group * hn::Lanes(F32())); }
+  HWY_INLINE VF second_scales(size_t group) const {
+    return hn::Load(F32(), scales + (2 * group + 1) * hn::Lanes(F32()));
+  }
+
+  const float* scales;
+  const uint8_t* first_codes;
+  const uint8_t* second_codes = first_codes + vector_bytes();
+};
+
+// Some tokens from a group on.
+template <class Format>
+struct Tokens {
   using Token = typename Format::Token;
+
+  Tokens(const QuantizedLinearArgs& args, int64_t token, size_t group)
+      : depth(static_cast<size_t>(args.D)), groups(static_cast<size_t>(num_groups(args))) {
+    x = static_cast<const Token*>(args.tokens) + static_cast<size_t>(token) * depth +
+        group * static_cast<size_t>(args.group_size);
+    const size_t at = static_cast<size_t>(token) * groups + group;
+    if (args.token_scales != nullptr) scales = args.token_scales + at, sums = args.token_sums + at;
+  }
+
+  size_t depth;
+  size_t groups;
+  const Token* x;
+  const float* scales = nullptr;
+  const int32_t* sums = nullptr;
+};
+
+// Adds some groups to sums [kTokens, kBlockOutputs].
+template <class Format, size_t kTokens, class Weights>
+void multiply(const Weights& weights, const Tokens<Format>& tokens, size_t num_groups, size_t rows,
+              float* HWY_RESTRICT sums) {
   const F32 d;
   const size_t lanes = hn::Lanes(d);
-  const auto D = static_cast<size_t>(args.D);
-  const auto groups = static_cast<size_t>(num_groups(args));
-  const size_t rows = static_cast<size_t>(args.group_size) / Format::kDepth;
-  const Token* HWY_RESTRICT x = static_cast<const Token*>(args.tokens) + token * args.D;
-  const uint8_t* HWY_RESTRICT p = first.codes;
-  const uint8_t* HWY_RESTRICT q = second.codes;
-  for (size_t i = 0; i < 2 * kTokens; ++i) hn::Store(hn::Zero(d), d, sums + i * lanes);
+  const size_t D = tokens.depth, groups = tokens.groups;
+  const auto* HWY_RESTRICT x = tokens.x;
+  const uint8_t* HWY_RESTRICT p = weights.first_codes;
+  const uint8_t* HWY_RESTRICT q = weights.second_codes;
 
-  for (size_t g = 0; g < groups; ++g) {
-    const auto start = [&](const Outputs& outputs, size_t t)
-                           HWY_ATTR { return Format::start(args, outputs, g, token + static_cast<int64_t>(t)); };
-    auto a0 = start(first, 0), b0 = start(second, 0);
+  for (size_t g = 0; g < num_groups; ++g) {
+    const auto first = [&](size_t t)
+                           HWY_ATTR { return weights.start_first(g, Format::of_group(tokens.sums, t * groups + g)); };
+    const auto second = [&](size_t t)
+                            HWY_ATTR { return weights.start_second(g, Format::of_group(tokens.sums, t * groups + g)); };
+    auto a0 = first(0), b0 = second(0);
     auto a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, b1 = b0, b2 = b0, b3 = b0, b4 = b0, b5 = b0;
-    if constexpr (kTokens > 1) a1 = start(first, 1), b1 = start(second, 1);
-    if constexpr (kTokens > 2) a2 = start(first, 2), b2 = start(second, 2);
-    if constexpr (kTokens > 3) a3 = start(first, 3), b3 = start(second, 3);
-    if constexpr (kTokens > 4) a4 = start(first, 4), b4 = start(second, 4);
-    if constexpr (kTokens > 5) a5 = start(first, 5), b5 = start(second, 5);
+    if constexpr (kTokens > 1) a1 = first(1), b1 = second(1);
+    if constexpr (kTokens > 2) a2 = first(2), b2 = second(2);
+    if constexpr (kTokens > 3) a3 = first(3), b3 = second(3);
+    if constexpr (kTokens > 4) a4 = first(4), b4 = second(4);
+    if constexpr (kTokens > 5) a5 = first(5), b5 = second(5);
     for (size_t row = 0; row < rows; ++row) {
-      if constexpr (kIsFirst) {
+      if constexpr (Weights::kIsFetched) {
         __builtin_prefetch(p + kBytesAhead);
         if (lanes == kPanelOutputs) __builtin_prefetch(q + kBytesAhead);
       }
-      const auto some = Format::load(p), others = Format::load(q);
       const auto step = [&]<size_t kStep>() HWY_ATTR {
-        const auto w = Format::template unpack<kStep>(some);
-        const auto v = Format::template unpack<kStep>(others);
+        const auto w = Weights::template load_step<kStep>(p);
+        const auto v = Weights::template load_step<kStep>(q);
         const auto add = [&](size_t t, auto& a, auto& b) HWY_ATTR {
           const auto xt = Format::broadcast(x + t * D + kStep * Format::kStepDepth);
           a = Format::add(a, w, xt);
@@ -154,15 +228,14 @@ void multiply(const QuantizedLinearArgs& args, const Outputs& first, const Outpu
       step.template operator()<1>();
       if constexpr (Format::kSteps > 2) step.template operator()<2>();
       if constexpr (Format::kSteps > 2) step.template operator()<3>();
-      p += Format::kRowBytes;
-      q += Format::kRowBytes;
+      p += Weights::row_bytes();
+      q += Weights::row_bytes();
       x += Format::kDepth;
     }
-    const VF scale_a = load_scales(args.scales, first.panel, g, first.lane);
-    const VF scale_b = load_scales(args.scales, second.panel, g, second.lane);
+    const VF scale_a = weights.first_scales(g), scale_b = weights.second_scales(g);
     const auto fold = [&](size_t t, const auto& a, const auto& b) HWY_ATTR {
-      const VF factor = Format::token_scale(args, token + static_cast<int64_t>(t), g);
-      float* sum = sums + 2 * t * lanes;
+      const VF factor = Format::token_scale(tokens.scales, t * groups + g);
+      float* sum = sums + t * kBlockOutputs;
       hn::Store(hn::MulAdd(Format::widen(a), hn::Mul(scale_a, factor), hn::Load(d, sum)), d, sum);
       hn::Store(hn::MulAdd(Format::widen(b), hn::Mul(scale_b, factor), hn::Load(d, sum + lanes)), d, sum + lanes);
     };
@@ -175,35 +248,102 @@ void multiply(const QuantizedLinearArgs& args, const Outputs& first, const Outpu
   }
 }
 
-// A block, whose panels are whole.
-template <class Format, size_t kTokens, bool kIsFirst>
-void multiply_block(const QuantizedLinearArgs& args, const OutputBlock& block) {
-  const F32 d;
-  const size_t lanes = hn::Lanes(d);
+// Calls f(first, second, sums) for the outputs of a block, two vectors at a time, with sums at zero. Panels are whole;
+// where a block's last one has no neighbour, it is its own.
+template <class Format, class F>
+HWY_INLINE void for_vectors(const QuantizedLinearArgs& args, const OutputBlock& block, const F& f) {
+  const size_t lanes = hn::Lanes(F32());
   const size_t outputs = (block.rows + kPanelOutputs - 1) / kPanelOutputs * kPanelOutputs;
-  HWY_ALIGN float sums[2 * kTokens * kMaxLanes];
   for (size_t i = 0; i < outputs; i += 2 * lanes) {
-    // Where a block's last panel has no neighbour, it is its own.
     const size_t next = i + lanes < outputs ? i + lanes : i;
-    multiply<Format, kTokens, kIsFirst>(args, outputs_at<Format>(args, block.output + static_cast<int64_t>(i)),
-                                        outputs_at<Format>(args, block.output + static_cast<int64_t>(next)),
-                                        block.token, sums);
-    for (size_t t = 0; t < kTokens; ++t) {
-      hn::Store(hn::Load(d, sums + 2 * t * lanes), d, block.sums + t * kBlockOutputs + i);
-      hn::Store(hn::Load(d, sums + (2 * t + 1) * lanes), d, block.sums + t * kBlockOutputs + next);
+    f(outputs_at<Format>(args, block.output + static_cast<int64_t>(i)),
+      outputs_at<Format>(args, block.output + static_cast<int64_t>(next)), block.sums + i);
+  }
+}
+
+// A few tokens: codes are unpacked where they are multiplied.
+template <class Format, size_t kTokens>
+void multiply_block(const QuantizedLinearArgs& args, const OutputBlock& block) {
+  const size_t rows = static_cast<size_t>(args.group_size) / Format::kDepth;
+  const Tokens<Format> tokens(args, block.token, 0);
+  std::fill_n(block.sums, kTokens * kBlockOutputs, 0.0f);
+  for_vectors<Format>(args, block, [&](const Outputs& first, const Outputs& second, float* sums) {
+    multiply<Format, kTokens>(PackedWeights<Format>{args, first, second}, tokens, tokens.groups, rows, sums);
+  });
+}
+
+// Unpacks some groups of two vectors of outputs, and their scales to f32.
+template <class Format>
+void unpack_groups(const QuantizedLinearArgs& args, const Outputs& first, const Outputs& second, size_t begin_group,
+                   size_t end_group, typename Format::Element* HWY_RESTRICT to, float* HWY_RESTRICT scales) {
+  const F32 d;
+  const hn::Rebind<typename Format::Element, F32> e;
+  const size_t lanes = hn::Lanes(d);
+  const size_t rows = static_cast<size_t>(args.group_size) / Format::kDepth;
+  const uint8_t* HWY_RESTRICT p = first.codes + begin_group * rows * Format::kRowBytes;
+  const uint8_t* HWY_RESTRICT q = second.codes + begin_group * rows * Format::kRowBytes;
+  for (size_t g = begin_group; g < end_group; ++g) {
+    const size_t first_at = first.groups + g * kPanelOutputs, second_at = second.groups + g * kPanelOutputs;
+    const auto first_zeros = Format::zeros(args.zeros, first_at), second_zeros = Format::zeros(args.zeros, second_at);
+    hn::Store(load_scales(args.scales, first_at), d, scales);
+    hn::Store(load_scales(args.scales, second_at), d, scales + lanes);
+    scales += 2 * lanes;
+    for (size_t row = 0; row < rows; ++row) {
+      __builtin_prefetch(p + kBytesAhead);
+      if (lanes == kPanelOutputs) __builtin_prefetch(q + kBytesAhead);
+      const auto step = [&]<size_t kStep>() HWY_ATTR {
+        hn::Store(Format::subtract(PackedWeights<Format>::template load_step<kStep>(p), first_zeros), e, to);
+        hn::Store(Format::subtract(PackedWeights<Format>::template load_step<kStep>(q), second_zeros), e, to + lanes);
+        to += 2 * lanes;
+      };
+      step.template operator()<0>();
+      step.template operator()<1>();
+      if constexpr (Format::kSteps > 2) step.template operator()<2>();
+      if constexpr (Format::kSteps > 2) step.template operator()<3>();
+      p += Format::kRowBytes;
+      q += Format::kRowBytes;
     }
   }
 }
 
+// Many tokens: some groups are unpacked once for all of them.
 template <class Format>
-void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
-  multiply_blocks(args, begin_item, end_item, [&]<size_t kTokens>(const OutputBlock& block) {
-    if (block.token == 0) {
-      multiply_block<Format, kTokens, true>(args, block);
-    } else {
-      multiply_block<Format, kTokens, false>(args, block);
+void multiply_block_of_many(const QuantizedLinearArgs& args, const OutputBlock& block, int64_t num_tokens) {
+  using Element = typename Format::Element;
+  static_assert(sizeof(Element) == 4 && kUnpacked >= 128 * kBlockOutputs);
+  const size_t group_elements = static_cast<size_t>(args.group_size) / Format::kStepDepth * 2 * hn::Lanes(F32());
+  const size_t groups = static_cast<size_t>(num_groups(args)), groups_at_once = kUnpacked / group_elements;
+  const size_t rows = static_cast<size_t>(args.group_size) / Format::kDepth;
+  HWY_ALIGN Element weights[kUnpacked];
+  HWY_ALIGN float scales[kUnpacked / 16];  // a group has 16 steps or more
+  std::fill_n(block.sums, static_cast<size_t>(num_tokens) * kBlockOutputs, 0.0f);
+  for_vectors<Format>(args, block, [&](const Outputs& first, const Outputs& second, float* sums) HWY_ATTR {
+    for (size_t begin = 0; begin < groups; begin += groups_at_once) {
+      const size_t end = std::min(groups, begin + groups_at_once);
+      unpack_groups<Format>(args, first, second, begin, end, weights, scales);
+      const UnpackedWeights<Format> unpacked = {scales, reinterpret_cast<const uint8_t*>(weights)};
+      for_even_parts(num_tokens, kTokensAtOnce, [&](int64_t token, int64_t count) HWY_ATTR {
+        const Tokens<Format> tokens(args, block.token + token, begin);
+        with_count(count, [&]<size_t kTokens>() {
+          multiply<Format, kTokens>(unpacked, tokens, end - begin, rows,
+                                    sums + static_cast<size_t>(token) * kBlockOutputs);
+        });
+      });
     }
   });
+}
+
+template <class Format>
+void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
+  if (args.T <= Format::kFewTokens) {
+    multiply_blocks<kTokensAtOnce>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
+      with_count(num_tokens, [&]<size_t kTokens>() { multiply_block<Format, kTokens>(args, block); });
+    });
+  } else {
+    multiply_blocks<kManyTokens>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
+      multiply_block_of_many<Format>(args, block, num_tokens);
+    });
+  }
 }
 
 void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
