@@ -285,6 +285,7 @@ def replay_gated_delta_rule(
     state_indices: Tensor,
     ring_indices: Tensor,
     write_indices: Tensor | None = None,
+    ring_write_indices: Tensor | None = None,
     num_accepted: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     chunk_size: int = 16,
@@ -297,9 +298,10 @@ def replay_gated_delta_rule(
     """Decode, verification and prefill on replay states, return `[T, HV, V]`: `state` holds checkpoints, formed after
     every `chunk_size`-th token of a sequence (16, 32 or 64), `ring` the tokens since then.
 
-    A token reads its checkpoint `state_indices[n]` and appends to its ring `ring_indices[n]` `[N]`. Checkpoints are
-    written by folds alone, each time a ring is full, to `write_indices[n]`. What is computed and written has the same
-    bits however a sequence is cut into calls, on backends that promise it (`cpu`).
+    A sequence reads its checkpoint `state_indices[n]` and its ring `ring_indices[n]` `[N]`; `write_indices[n]` and
+    `ring_write_indices[n]` (default: where they are) hold them afterwards. One that stays in its slot is written by
+    folds alone, each time a ring is full: forks may share it until then. What is computed and written has the same bits
+    however a sequence is cut into calls, on backends that promise it (`cpu`).
 
     Drafts: with `commit=False` the call's tokens, at most `R - chunk_size` a sequence, stay behind the ring's length;
     `num_accepted` `[N]` i32 of the sequence's next call says how many of them count. `has_initial_state` `[N]` bool: if
@@ -322,6 +324,7 @@ def replay_gated_delta_rule(
         ring_indices,
         out,
         write_indices=write_indices,
+        ring_write_indices=ring_write_indices,
         num_accepted=num_accepted,
         has_initial_state=has_initial_state,
         chunk_size=chunk_size,

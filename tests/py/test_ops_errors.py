@@ -223,6 +223,8 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     (REPLAY, {"ring_indices": i32([0])}, ValueError, ("ring_indices", "N=2", "[1]")),
     (REPLAY, {"ring_indices": i32([0, 3])}, IndexError, ("ring_indices", "0..2", "3")),
     (REPLAY, {"ring_indices": i32([2, 2])}, IndexError, ("ring_indices", "written once", "2")),
+    (REPLAY, {"ring_write_indices": i32([2, 1])}, IndexError, ("ring_indices", "no other row writes", "2")),
+    (REPLAY, {"ring_write_indices": i32([1, 3])}, IndexError, ("ring_write_indices", "0..2", "3")),
     (REPLAY, {"ring_indices": i32([0, -1])}, IndexError, ("ring_indices", "exactly where state_indices", "-1")),
     (REPLAY, {"num_accepted": i32([0, 5])}, IndexError, ("num_accepted", "0..R-C=4", "5")),
     (REPLAY, {"num_accepted": i32([-1, 0])}, IndexError, ("num_accepted", "0..R-C=4", "-1")),
@@ -672,6 +674,7 @@ OPTIONAL: dict[str, Arguments] = {
     },
     REPLAY: {
         "write_indices": i32([1, 3]),
+        "ring_write_indices": i32([0, 1]),
         "num_accepted": i32([1, 3]),
         "has_initial_state": torch.tensor([True, False]),
     },

@@ -101,7 +101,8 @@ def test_matches_recurrence(case: Case, backend: str) -> None:
     )
     assert got.data_ptr() == x.out.data_ptr()
     assert xgdn.last_backend("replay_gated_delta_rule") == backend
-    folded = [length >= C or not x.has_initial_state[n] for n, length in enumerate(case.lengths)]
+    moves = case.writes_elsewhere
+    folded = [length >= C or moves or not x.has_initial_state[n] for n, length in enumerate(case.lengths)]
     assert_close_to_truth(x, got, plain_states(x, ring, rings, folded, C, backend))
 
     written = {int(x.written[n]) for n in range(case.N) if x.state_indices[n] >= 0 and folded[n]}
@@ -262,32 +263,21 @@ def test_forks_share_a_checkpoint_until_they_fold(backend: str) -> None:
         *(t[prefix] for t in tokens), state, ring, cu_seqlens=i32([0, 20]), has_initial_state=first, **slot
     )
     shared = state[0].clone()
-    ops.copy_slots(list(ring), from_indices=i32([0]), to_indices=i32([2]), backend=backend)
-    got = torch.cat(
-        [
-            ops.replay_gated_delta_rule(
-                *(torch.cat([t[20 + i : 21 + i], t[60 + i : 61 + i]]) for t in tokens),
-                state,
-                ring,
-                cu_seqlens=i32([0, 1, 2]),
-                state_indices=i32([0, 0] if i <= 12 else [1, 3]),
-                write_indices=i32([1, 3]) if i == 12 - 1 else None,
-                ring_indices=i32([0, 2]),
-                backend=backend,
-            )
-            if i != 12
-            else ops.replay_gated_delta_rule(
-                *(torch.cat([t[20 + i : 21 + i], t[60 + i : 61 + i]]) for t in tokens),
-                state,
-                ring,
-                cu_seqlens=i32([0, 1, 2]),
-                state_indices=i32([1, 3]),
-                ring_indices=i32([0, 2]),
-                backend=backend,
-            )
-            for i in range(20)
-        ]
-    ).unflatten(0, (20, 2))
+    pieces = []
+    for i in range(20):
+        # The second branch takes its ring at once, and both a checkpoint when they fold, with the twelfth token.
+        slots = {"state_indices": i32([0, 0] if i < 12 else [1, 3]), "ring_indices": i32([0, 0])}
+        if i == 0:
+            slots["ring_write_indices"] = i32([1, 2])
+        else:
+            slots["ring_indices"] = i32([1, 2])
+        if i == 11:
+            slots["write_indices"] = i32([1, 3])
+        both = [torch.cat([t[20 + i : 21 + i], t[60 + i : 61 + i]]) for t in tokens]
+        pieces.append(
+            ops.replay_gated_delta_rule(*both, state, ring, cu_seqlens=i32([0, 1, 2]), backend=backend, **slots)
+        )
+    got = torch.stack(pieces)
     assert_bits_equal("the shared checkpoint", state[0], shared)
     for branch, rest in enumerate(rests):
         alone, own = torch.full((1, 2, 64, 64), torch.nan), nan_ring(1, case, 16)
@@ -304,6 +294,36 @@ def test_forks_share_a_checkpoint_until_they_fold(backend: str) -> None:
         if backend == "cpu":
             assert_bits_equal("branch", got[:, branch], want[20:])
             assert_bits_equal("its checkpoint", state[(1, 3)[branch]], alone[0])
+
+
+def test_a_sequence_that_moves_leaves_its_slots_as_they_were(backend: str) -> None:
+    """Into other slots, without a fold and with one, and as drafts: what moves is what counts."""
+    case = Case((3, 20), H=1, HV=2, initial="all")
+    x = make_inputs(case, prefill=True)
+    state = torch.cat([x.before[x.state_indices.long()], torch.full_like(x.before[:2], torch.nan)])
+    whole = [torch.rand(4, *shape) for shape in ((1, 24, 64), (2, 24, 64), (2, 24))]
+    ring = ops.ReplayRing(whole[0], whole[1], -whole[2], i32([3, 12, 99, 99]))
+    given = {"cu_seqlens": x.cu_seqlens, "state_indices": i32([0, 1]), "ring_indices": i32([0, 1]), "backend": backend}
+    moved = {"write_indices": i32([2, 3]), "ring_write_indices": i32([2, 3])}
+    want_state, want_ring = state.clone(), copied(ring)
+    want = ops.replay_gated_delta_rule(*x.tensors()[:5], want_state, want_ring, **given)
+    before_state, before_ring = state.clone(), copied(ring)
+    got = ops.replay_gated_delta_rule(*x.tensors()[:5], state, ring, **given, **moved)
+    assert_bits_equal("out", got, want)
+    assert_bits_equal("moved", state[2:], want_state[:2])
+    assert_bits_equal("left behind", state[:2], before_state[:2])
+    for i, rows in enumerate((6, 0)):
+        assert ring.length[2 + i] == want_ring.length[i] == rows
+        for now, then, old in zip(ring[:3], want_ring[:3], before_ring[:3], strict=True):
+            assert_bits_equal("moved ring", now[2 + i, :, :rows], then[i, :, :rows])
+            assert_bits_equal("ring left behind", now[i], old[i])
+
+    short = {**given, "cu_seqlens": i32([0, 2, 8])}
+    drafts = [torch.cat([t[:2], t[3:9]]) for t in x.tensors()[:5]]
+    state, ring = before_state.clone(), copied(before_ring)
+    ops.replay_gated_delta_rule(*drafts, state, ring, **short, **moved, commit=False)
+    assert_bits_equal("checkpoints beside drafts", state[2:], before_state[:2])
+    assert ring.length.tolist() == [3, 12, 3, 12]
 
 
 def test_a_padded_write_slot_computes_and_writes_nothing(backend: str) -> None:

@@ -81,7 +81,13 @@ def samples(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> list[Sampl
             ((*x, *ring, cu, slots, i32([2, 8, 3]), out), {}),
             (
                 (*x, *ring, cu, slots, i32([2, 8, 3]), out),
-                {**more, "num_accepted": i32([1, 0, 8]), "has_initial_state": flags, "commit": False},
+                {
+                    **more,
+                    "ring_write_indices": i32([0, 5, 1]),
+                    "num_accepted": i32([1, 0, 8]),
+                    "has_initial_state": flags,
+                    "commit": False,
+                },
             ),
         ],
         "materialize_state": [((x[5], *ring, i32([0, 16, 3]), slots, i32([2, 8, 3]), i32([4, 3, 8])), {})],

@@ -263,7 +263,8 @@ void test_replay(int64_t tokens, int64_t K, int64_t V, DType dtype, DType state_
                  .k_stride = H * C * K,
                  .u_stride = HV * C * V,
                  .g_stride = HV * C,
-                 .slots = slots};
+                 .read = slots,
+                 .write = slots};
     args.C = C;
     const int64_t step = at_once ? tokens : 1;
     for (int64_t t = 0; t < tokens; t += step) {
@@ -273,7 +274,7 @@ void test_replay(int64_t tokens, int64_t K, int64_t V, DType dtype, DType state_
       for (const int32_t n : {0, 1}) {  // each by itself: their tokens are not neighbours
         some.N = 1;
         some.cu_seqlens = cu_seqlens + 2 * n;
-        some.state.read = some.state.write = some.ring.slots = slots + n;
+        some.state.read = some.state.write = some.ring.read = some.ring.write = slots + n;
         replay_gated_delta_rule(some, 0, num_work_items(some));
         write_ring_lengths(some);
       }

@@ -55,7 +55,7 @@ void run_delta_rule(cpu::RecurrentGatedDeltaRuleArgs args, const GdnShape& s) {
                    [&](int64_t begin, int64_t end) { cpu::recurrent_gated_delta_rule(args, begin, end); });
 }
 
-cpu::RingView ring_view(const ReplayRing& ring, const at::Tensor& indices) {
+cpu::RingView ring_view(const ReplayRing& ring, const at::Tensor& read, const at::Tensor& write) {
   return {.k = ring.k.mutable_data_ptr<float>(),
           .u = ring.u.mutable_data_ptr<float>(),
           .g = ring.g.mutable_data_ptr<float>(),
@@ -64,7 +64,8 @@ cpu::RingView ring_view(const ReplayRing& ring, const at::Tensor& indices) {
           .k_stride = ring.k.stride(0),
           .u_stride = ring.u.stride(0),
           .g_stride = ring.g.stride(0),
-          .slots = indices.const_data_ptr<int32_t>()};
+          .read = read.const_data_ptr<int32_t>(),
+          .write = write.const_data_ptr<int32_t>()};
 }
 
 // "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
@@ -425,12 +426,13 @@ class CpuBackend final : public HostBackend {
 
   void run(const ReplayGatedDeltaRuleParams& p, const ReplayShape& shape) const override {
     const GdnShape& s = shape.rule;
-    const cpu::ReplayGatedDeltaRuleArgs args = {delta_rule_args(p, s),
-                                                /*ring=*/ring_view(p.ring, p.ring_indices),
-                                                /*num_accepted=*/pointer<int32_t>(p.num_accepted),
-                                                /*has_initial_state=*/pointer<bool>(p.has_initial_state),
-                                                /*C=*/p.chunk_size,
-                                                /*commit=*/p.commit};
+    const cpu::ReplayGatedDeltaRuleArgs args = {
+        delta_rule_args(p, s),
+        /*ring=*/ring_view(p.ring, p.ring_indices, p.ring_write_indices.value_or(p.ring_indices)),
+        /*num_accepted=*/pointer<int32_t>(p.num_accepted),
+        /*has_initial_state=*/pointer<bool>(p.has_initial_state),
+        /*C=*/p.chunk_size,
+        /*commit=*/p.commit};
     parallel_dynamic(threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K), cpu::num_work_items(args),
                      [&](int64_t begin, int64_t end) { cpu::replay_gated_delta_rule(args, begin, end); });
     cpu::write_ring_lengths(args);
@@ -445,7 +447,7 @@ class CpuBackend final : public HostBackend {
     args.K = s.K;
     args.V = s.V;
     args.state = slot_view(p.state, p.state_indices, p.write_indices);
-    args.ring = ring_view(p.ring, p.ring_indices);
+    args.ring = ring_view(p.ring, p.ring_indices, p.ring_indices);
     const auto* lengths = p.lengths.const_data_ptr<int32_t>();
     parallel_dynamic(threads_for(s.N * s.HV * s.V * s.K), cpu::num_work_items(args),
                      [&](int64_t begin, int64_t end) { cpu::materialize_state(args, lengths, begin, end); });

@@ -49,9 +49,9 @@ inline void prefetch_value_head(const ReplayGatedDeltaRuleArgs& args, int64_t n,
   const auto length = static_cast<size_t>(first_length(args, n));
   const auto V = static_cast<size_t>(args.V);
   const RingView& ring = args.ring;
-  const float* u = ring.u + ring.slots[n] * ring.u_stride + h * ring.R * args.V;
+  const float* u = ring.u + ring.read[n] * ring.u_stride + h * ring.R * args.V;
   prefetch(args.v.at(token, h), V * static_cast<size_t>(size_of(args.v.dtype)));
-  prefetch(ring.g + ring.slots[n] * ring.g_stride + h * ring.R, (length + 1) * sizeof(float));
+  prefetch(ring.g + ring.read[n] * ring.g_stride + h * ring.R, (length + 1) * sizeof(float));
   prefetch(u, length * V * sizeof(float));
   prefetch<1>(u + length * V, V * sizeof(float));
   prefetch<1>(args.out.at(token, h), V * static_cast<size_t>(size_of(args.out.dtype)));
@@ -64,7 +64,7 @@ inline void prefetch_item(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64
   const auto length = static_cast<size_t>(first_length(args, n));
   const auto K = static_cast<size_t>(args.K);
   const RingView& ring = args.ring;
-  const float* k = ring.k + ring.slots[n] * ring.k_stride + key_head * ring.R * args.K;
+  const float* k = ring.k + ring.read[n] * ring.k_stride + key_head * ring.R * args.K;
   prefetch(args.k.at(token, key_head), K * static_cast<size_t>(size_of(args.k.dtype)));
   prefetch(args.q.at(token, key_head), K * static_cast<size_t>(size_of(args.q.dtype)));
   prefetch(k, length * K * sizeof(float));
@@ -82,42 +82,43 @@ HWY_INLINE double sum_gates(const float* HWY_RESTRICT gates, size_t row, float g
 // A value head of the work item.
 template <typename State>
 struct ValueHead {
-  int64_t h;
-  const State* S;  // [V, K]  the checkpoint; null: zero
-  float* u;        // [R, V]  as the ring
-  float* g;        // [R]
+  int64_t h = 0;
+  const State* S = nullptr;     // [V, K]  the checkpoint; null: zero
+  const State* kept = nullptr;  // likewise, without what drafts have been folded into
+  float* u = nullptr;           // [R, V]  as the ring
+  float* g = nullptr;           // [R]
 };
 
 // A work item with its tokens since the checkpoint in scratch memory: `length` of them, in the order of the ring.
 template <typename State>
 struct Replay {
   const ReplayGatedDeltaRuleArgs& args;
-  int64_t n, key_head;
-  int64_t next_n, next_key_head;  // the item that comes next
-  const State* next;              // its first checkpoint; null: unknown
+  int64_t n = 0, key_head = 0;
+  int64_t next_n = 0, next_key_head = 0;  // the item that comes next
+  const State* next = nullptr;            // its first checkpoint; null: unknown
 
   size_t length = 0;
   size_t unwritten = 0;  // the first that the ring lacks
   int64_t ring_row = 0;  // where the ring has token 0
 
-  ValueHead<State>* heads;
-  size_t num_heads;
+  ValueHead<State>* heads = nullptr;
+  size_t num_heads = 0;
 
   // In the natural order of K; `ordered_*` in the pool's.
-  float* k;          // [R, K]
-  float* q;          // [C, K]  of the tokens that are worked on
-  float* ordered_k;  // [R, K]
-  float* ordered_q;  // [C, K]
-  float* kk;         // [C, R]  k_i . k_j
-  float* kq;         // [C, R]  k_i . q_j
-  float* sk;         // [C, V]
-  float* sq;         // [C, V]
-  float* v;          // [V]
-  float* o;          // [V]
-  float* logs;       // [R]
-  float* weights;    // [2, R]
-  float* w;          // [C, V]
-  State* folded;     // [heads, V, K]  checkpoints that are not kept
+  float* k = nullptr;          // [R, K]
+  float* q = nullptr;          // [C, K]  of the tokens that are worked on
+  float* ordered_k = nullptr;  // [R, K]
+  float* ordered_q = nullptr;  // [C, K]
+  float* kk = nullptr;         // [C, R]  k_i . k_j
+  float* kq = nullptr;         // [C, R]  k_i . q_j
+  float* sk = nullptr;         // [C, V]
+  float* sq = nullptr;         // [C, V]
+  float* v = nullptr;          // [V]
+  float* o = nullptr;          // [V]
+  float* logs = nullptr;       // [R]
+  float* weights = nullptr;    // [2, R]
+  float* w = nullptr;          // [C, V]
+  State* folded = nullptr;     // [heads, V, K]  checkpoints that are not kept
 
   size_t C() const { return static_cast<size_t>(args.C); }
   size_t R() const { return padded(args.ring.R); }
@@ -129,12 +130,15 @@ struct Replay {
   State* written(size_t head) const {
     return args.state.template slot<State>(write_slot()) + heads[head].h * args.V * args.K;
   }
-  int32_t ring_slot() const { return args.ring.slots[n]; }
   int32_t write_slot() const { return args.state.write[n]; }
 
-  float* ring_k() const { return args.ring.k + ring_slot() * args.ring.k_stride + key_head * args.ring.R * args.K; }
-  float* ring_u(int64_t h) const { return args.ring.u + ring_slot() * args.ring.u_stride + h * args.ring.R * args.V; }
-  float* ring_g(int64_t h) const { return args.ring.g + ring_slot() * args.ring.g_stride + h * args.ring.R; }
+  float* ring_k(int32_t slot) const {
+    return args.ring.k + slot * args.ring.k_stride + key_head * args.ring.R * args.K;
+  }
+  float* ring_u(int32_t slot, int64_t h) const {
+    return args.ring.u + slot * args.ring.u_stride + h * args.ring.R * args.V;
+  }
+  float* ring_g(int32_t slot, int64_t h) const { return args.ring.g + slot * args.ring.g_stride + h * args.ring.R; }
 };
 
 // ---- the ring -------------------------------------------------------------------------------------------------------
@@ -148,13 +152,15 @@ void order_key(Replay<State>& r, size_t row) {
 
 template <typename State>
 void read_ring(Replay<State>& r) {
-  r.length = r.unwritten = static_cast<size_t>(first_length(r.args, r.n));
+  const int32_t slot = r.args.ring.read[r.n];
+  r.length = static_cast<size_t>(first_length(r.args, r.n));
+  r.unwritten = slot == r.args.ring.write[r.n] ? r.length : 0;
   if (r.length == 0) return;
-  std::copy_n(r.ring_k(), r.length * r.K(), r.k);
+  std::copy_n(r.ring_k(slot), r.length * r.K(), r.k);
   for (size_t row = 0; row < r.length; ++row) order_key(r, row);
   for (size_t i = 0; i < r.num_heads; ++i) {
-    std::copy_n(r.ring_u(r.heads[i].h), r.length * r.V(), r.heads[i].u);
-    std::copy_n(r.ring_g(r.heads[i].h), r.length, r.heads[i].g);
+    std::copy_n(r.ring_u(slot, r.heads[i].h), r.length * r.V(), r.heads[i].u);
+    std::copy_n(r.ring_g(slot, r.heads[i].h), r.length, r.heads[i].g);
   }
 }
 
@@ -162,13 +168,14 @@ template <typename State>
 void write_ring(Replay<State>& r) {
   const size_t first = r.unwritten, count = r.length - r.unwritten;
   const size_t to = static_cast<size_t>(r.ring_row) + first;
+  const int32_t slot = r.args.ring.write[r.n];
   r.unwritten = r.length;
-  if (count == 0 || r.write_slot() < 0) return;
-  std::copy_n(r.k + first * r.K(), count * r.K(), r.ring_k() + to * r.K());
+  if (count == 0 || r.write_slot() < 0 || slot < 0) return;
+  std::copy_n(r.k + first * r.K(), count * r.K(), r.ring_k(slot) + to * r.K());
   for (size_t i = 0; i < r.num_heads; ++i) {
     const ValueHead<State>& head = r.heads[i];
-    std::copy_n(head.u + first * r.V(), count * r.V(), r.ring_u(head.h) + to * r.V());
-    std::copy_n(head.g + first, count, r.ring_g(head.h) + to);
+    std::copy_n(head.u + first * r.V(), count * r.V(), r.ring_u(slot, head.h) + to * r.V());
+    std::copy_n(head.g + first, count, r.ring_g(slot, head.h) + to);
   }
 }
 
@@ -282,6 +289,7 @@ void fold_head(Replay<State>& r, size_t index, bool is_kept) {
   State* dst = is_kept && r.write_slot() >= 0 ? r.written(index) : r.folded + index * elements;
   fold(head.S, r.C(), r.ordered_k, head.g, head.u, r.K(), r.V(), r.w, r.logs, dst, r.after(index));
   head.S = dst;
+  if (is_kept) head.kept = dst;
 }
 
 // ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -403,6 +411,20 @@ void replay_tokens(Replay<State>& r, int64_t first, size_t count, bool folds) {
   r.length += count;
 }
 
+// What no fold has written: the checkpoint of a sequence that starts, or one that moves to another slot.
+template <typename State>
+void write_checkpoints(const Replay<State>& r) {
+  const size_t bytes = r.V() * r.K() * sizeof(State);
+  for (size_t i = 0; i < r.num_heads; ++i) {
+    const State* kept = r.heads[i].kept;
+    if (kept == nullptr) {
+      std::memset(r.written(i), 0, bytes);
+    } else if (kept != r.written(i)) {
+      std::memcpy(r.written(i), kept, bytes);
+    }
+  }
+}
+
 template <typename State>
 void run_sequence(Replay<State>& r, int64_t begin, int64_t end) {
   const bool commit = r.args.commit;
@@ -425,9 +447,7 @@ void run_sequence(Replay<State>& r, int64_t begin, int64_t end) {
     drop_folded(r);
   }
   write_ring(r);
-  for (size_t i = 0; i < r.num_heads && r.write_slot() >= 0; ++i) {  // one that has started has a checkpoint
-    if (r.heads[i].S == nullptr) std::memset(r.written(i), 0, r.V() * r.K() * sizeof(State));
-  }
+  if (r.write_slot() >= 0) write_checkpoints(r);
 }
 
 template <typename State>
@@ -447,7 +467,7 @@ template <typename State>
 void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t end_item) {
   constexpr bool kHasOrder = sizeof(State) != sizeof(float);
   const int64_t shared = args.HV / args.H;
-  Replay<State> r{.args = args, .n = 0, .key_head = 0, .next_n = 0, .next_key_head = 0, .next = nullptr};
+  Replay<State> r{.args = args};
   const size_t C = r.C(), R = r.R(), K = r.K(), V = r.V();
   const auto num_heads = static_cast<size_t>(shared);
   std::vector<ValueHead<State>> heads(num_heads);
@@ -483,7 +503,7 @@ void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t
     for (int64_t i = 0; i < shared; ++i) {
       const int64_t h = r.key_head * shared + i;
       heads[static_cast<size_t>(i)].h = h;
-      heads[static_cast<size_t>(i)].S = checkpoint<State>(args, r.n, h);
+      heads[static_cast<size_t>(i)].S = heads[static_cast<size_t>(i)].kept = checkpoint<State>(args, r.n, h);
       if (args.state.read[r.n] < 0) write_zeros(args, r.n, h);
     }
     if (args.state.read[r.n] < 0) continue;
@@ -513,7 +533,7 @@ void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
     const int64_t key_head = item % args.H;
     if (args.state.read[n] < 0 || args.state.write[n] < 0) continue;
     const auto count = static_cast<size_t>(lengths[n]);
-    const int32_t slot = args.ring.slots[n];
+    const int32_t slot = args.ring.read[n];
     std::copy_n(args.ring.k + slot * args.ring.k_stride + key_head * args.ring.R * args.K, count * K, k);
     for (size_t row = 0; row < count; ++row) to_pool_order<State>(k + row * K, K);
     for (int64_t h = key_head * shared; h < (key_head + 1) * shared; ++h) {
@@ -547,7 +567,7 @@ HWY_EXPORT(replay_gated_delta_rule);
 
 int64_t first_length(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
   if (args.has_initial_state != nullptr && !args.has_initial_state[n]) return 0;
-  return args.ring.length[args.ring.slots[n]] + (args.num_accepted == nullptr ? 0 : args.num_accepted[n]);
+  return args.ring.length[args.ring.read[n]] + (args.num_accepted == nullptr ? 0 : args.num_accepted[n]);
 }
 
 void replay_gated_delta_rule(const ReplayGatedDeltaRuleArgs& args, int64_t begin, int64_t end) {
@@ -560,10 +580,10 @@ void materialize_state(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
 
 void write_ring_lengths(const ReplayGatedDeltaRuleArgs& args) {
   for (int64_t n = 0; n < args.N; ++n) {
-    if (args.state.read[n] < 0 || args.state.write[n] < 0) continue;
+    if (args.state.read[n] < 0 || args.state.write[n] < 0 || args.ring.write[n] < 0) continue;
     const int64_t tokens = args.cu_seqlens != nullptr ? args.cu_seqlens[n + 1] - args.cu_seqlens[n] : 1;
     const int64_t length = first_length(args, n) + (args.commit ? tokens : 0);
-    args.ring.length[args.ring.slots[n]] = static_cast<int32_t>(length % args.C);
+    args.ring.length[args.ring.write[n]] = static_cast<int32_t>(length % args.C);
   }
 }
 

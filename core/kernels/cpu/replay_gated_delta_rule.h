@@ -16,7 +16,8 @@ struct RingView {
   int32_t* length = nullptr;  // [S]
   int64_t R = 0;
   int64_t k_stride = 0, u_stride = 0, g_stride = 0;  // from slot to slot
-  const int32_t* slots = nullptr;                    // [N]
+  const int32_t* read = nullptr;                     // [N]
+  const int32_t* write = nullptr;                    // [N]
 };
 
 /// K and V are multiples of 16, at most kMaxHeadDim.

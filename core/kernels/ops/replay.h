@@ -28,10 +28,11 @@ struct ReplayRing {
 /// Advances each sequence by its tokens: decode, verification of drafts and prefill alike. A token's output, and all
 /// that is written, has the same bits however a sequence is cut into calls, on backends that promise it.
 ///
-/// Sequence n reads the checkpoint state_indices[n] and the ring ring_indices[n], and appends to the ring. Each time
-/// the ring holds C committed tokens they are folded into write_indices[n], which is not touched otherwise: a fork may
-/// name the slot that it shares until then. A sequence that starts from zero writes its checkpoint too. A state slot of kPadSlot skips the sequence; a write slot of kPadSlot
-/// computes the outputs and writes nothing.
+/// Sequence n reads the checkpoint state_indices[n] and the ring ring_indices[n]; afterwards write_indices[n] and
+/// ring_write_indices[n] hold them. The ring grows by the tokens; each time it has C committed ones they are folded into
+/// the checkpoint. One that stays in its slot is written by a fold alone, and by a sequence that starts from zero: forks
+/// may share a slot until they fold. A state slot of kPadSlot skips the sequence; a write slot of kPadSlot computes the
+/// outputs and writes nothing.
 /// Drafts: with commit = false the call's tokens are left behind the ring's length. The next call of the sequence says
 /// by num_accepted how many of them count, the others are gone.
 struct ReplayGatedDeltaRuleParams {
@@ -46,9 +47,10 @@ struct ReplayGatedDeltaRuleParams {
   at::Tensor state_indices;  // [N]            i32
   at::Tensor ring_indices;   // [N]            i32, kPadSlot exactly where state_indices is
   at::Tensor out;            // [T, HV, V]     f32 | as q, strided, written
-  std::optional<at::Tensor> write_indices = {};      // [N]  i32; default state_indices
-  std::optional<at::Tensor> num_accepted = {};       // [N]  i32, 0..R-C; default 0
-  std::optional<at::Tensor> has_initial_state = {};  // [N]  bool; false: zero and an empty ring; default all true
+  std::optional<at::Tensor> write_indices = {};       // [N]  i32; default state_indices
+  std::optional<at::Tensor> ring_write_indices = {};  // [N]  i32; default ring_indices
+  std::optional<at::Tensor> num_accepted = {};        // [N]  i32, 0..R-C; default 0
+  std::optional<at::Tensor> has_initial_state = {};   // [N]  bool; false: zero and an empty ring; default all true
   HostFacts host = {};
   int64_t chunk_size = 16;           // C: 16, 32 or 64
   bool commit = true;                // false: at most R-C tokens a sequence

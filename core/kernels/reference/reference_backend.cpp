@@ -204,6 +204,7 @@ class ReferenceBackend final : public HostBackend {
     const int32_t* read = p.state_indices.const_data_ptr<int32_t>();
     const int32_t* write = p.write_indices.value_or(p.state_indices).const_data_ptr<int32_t>();
     const int32_t* rings = p.ring_indices.const_data_ptr<int32_t>();
+    const int32_t* written_rings = p.ring_write_indices.value_or(p.ring_indices).const_data_ptr<int32_t>();
     for (int64_t n = 0; n < s.N; ++n) {
       const bool has_initial = !p.has_initial_state || p.has_initial_state->const_data_ptr<bool>()[n];
       int64_t length = 0;
@@ -221,14 +222,14 @@ class ReferenceBackend final : public HostBackend {
         if (read[n] != kPadSlot) {
           ReplayHead& head = heads[static_cast<size_t>(h)];
           const bool is_folded = replay(x, scale, C, p.commit, head);
-          if (is_folded || !has_initial) write_state(head.S, p.state, write[n], h);
-          if (write[n] != kPadSlot) write_ring(head, p.ring, rings[n], h, h / (s.HV / s.H));
+          if (is_folded || !has_initial || write[n] != read[n]) write_state(head.S, p.state, write[n], h);
+          if (write[n] != kPadSlot) write_ring(head, p.ring, written_rings[n], h, h / (s.HV / s.H));
         }
         inputs.write_outputs(x, cu[n], h);
       }
       if (read[n] == kPadSlot || write[n] == kPadSlot) continue;
       if (p.commit) length += cu[n + 1] - cu[n];
-      p.ring.length.mutable_data_ptr<int32_t>()[rings[n]] = static_cast<int32_t>(length % C);
+      p.ring.length.mutable_data_ptr<int32_t>()[written_rings[n]] = static_cast<int32_t>(length % C);
     }
     p.out.copy_(inputs.out());
   }

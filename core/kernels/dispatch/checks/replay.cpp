@@ -58,6 +58,7 @@ Dims match(const ReplayGatedDeltaRuleParams& p) {
   match_indices(d, "state_indices", p.state_indices, "N");
   match_indices(d, "ring_indices", p.ring_indices, "N");
   match_indices(d, "write_indices", p.write_indices, "N");
+  match_indices(d, "ring_write_indices", p.ring_write_indices, "N");
   match_indices(d, "num_accepted", p.num_accepted, "N");
   match_contiguous(d, "has_initial_state", p.has_initial_state, "N", {at::kBool});
   d.bind("L", 1, "state_indices");
@@ -91,12 +92,15 @@ void check_indices(const ReplayGatedDeltaRuleParams& p) {
   c.slots("state_indices", p.state_indices, s.rule.S);
   if (p.write_indices) c.slots("write_indices", *p.write_indices, s.rule.S);
   check_ring_indices(c, p.ring_indices, p.state_indices, s.B);
-  c.written_once("ring_indices", p.ring_indices, "ring");
+  if (p.ring_write_indices) c.slots("ring_write_indices", *p.ring_write_indices, s.B);
+  const at::Tensor ring_writes = p.ring_write_indices.value_or(p.ring_indices);
+  c.writes(p.ring_write_indices ? "ring_write_indices" : "ring_indices", ring_writes, "ring_indices", p.ring_indices,
+           s.B);
   const int64_t C = p.chunk_size;
   const int64_t num_drafts = s.R - C;
   if (p.num_accepted) c.range("num_accepted", *p.num_accepted, 0, num_drafts, c10::str("0..R-C=", num_drafts));
   if (!p.commit) c.lengths(p.cu_seqlens, "R-C", num_drafts);
-  // Only a fold writes a checkpoint, and a sequence that starts.
+  // A checkpoint that stays in its slot is written by a fold alone, and by a sequence that starts.
   at::Tensor writes = p.write_indices.value_or(p.state_indices).clone();
   for (int64_t n = 0; n < s.rule.N; ++n) {
     const int32_t slot = p.ring_indices.const_data_ptr<int32_t>()[n];
@@ -107,7 +111,8 @@ void check_indices(const ReplayGatedDeltaRuleParams& p) {
     if (p.num_accepted) length += p.num_accepted->const_data_ptr<int32_t>()[n];
     const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
     const bool is_folded = length >= C || (p.commit && length + cu[n + 1] - cu[n] >= C);
-    if (!is_folded) writes.mutable_data_ptr<int32_t>()[n] = kPadSlot;
+    int32_t& write = writes.mutable_data_ptr<int32_t>()[n];
+    if (!is_folded && write == p.state_indices.const_data_ptr<int32_t>()[n]) write = kPadSlot;
   }
   c.writes(p.write_indices ? "write_indices" : "state_indices", writes, "state_indices", p.state_indices, s.rule.S);
 }
