@@ -68,7 +68,7 @@ void bind_options(nb::module_& m) {
              std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<std::string> quantize, std::optional<int64_t> memory_limit,
-             std::optional<at::ScalarType> kv_dtype) {
+             std::optional<at::ScalarType> kv_dtype, bool replay_states) {
             new (self) EngineOptions{.runner = runner,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
@@ -79,17 +79,19 @@ void bind_options(nb::module_& m) {
                                      .on_layer_loaded = on_layer_loaded.value_or(Progress()),
                                      .quantize = format_named(quantize),
                                      .memory_limit = memory_limit,
+                                     .replay_states = replay_states,
                                      .kv_dtype = kv_dtype};
           },
           nb::kw_only(), "runner"_a = defaults.runner, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
           "device"_a = defaults.device.str(), "prefill_backend"_a = defaults.backends.prefill,
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
           "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none(),
-          "kv_dtype"_a = nb::none())
+          "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states)
       .def_ro("runner", &EngineOptions::runner)
       .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")
       .def_ro("state_dtype", &EngineOptions::state_dtype)
       .def_ro("kv_dtype", &EngineOptions::kv_dtype, "Dtype of keys and values; None: that of activations.")
+      .def_ro("replay_states", &EngineOptions::replay_states)
       .def_prop_ro("device", [](const EngineOptions& self) { return self.device.str(); })
       .def_prop_ro("prefill_backend", [](const EngineOptions& self) { return self.backends.prefill; })
       .def_prop_ro("decode_backend", [](const EngineOptions& self) { return self.backends.decode; })
@@ -171,16 +173,17 @@ void bind_decoder(nb::module_& m) {
       "load_decoder",
       [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
          const DeviceArgument& device, const std::optional<std::string>& quantize,
-         std::optional<at::ScalarType> kv_dtype) {
+         std::optional<at::ScalarType> kv_dtype, bool replay_states) {
         return load_decoder(dir, {.dtype = dtype,
                                   .state_dtype = state_dtype,
                                   .device = device.resolve("load_decoder"),
                                   .quantize = format_named(quantize),
+                                  .replay_states = replay_states,
                                   .kv_dtype = kv_dtype})
             .model;
       },
       "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
-      "quantize"_a = nb::none(), "kv_dtype"_a = nb::none(), WithoutGil(),
+      "quantize"_a = nb::none(), "kv_dtype"_a = nb::none(), "replay_states"_a = false, WithoutGil(),
       "The decoder of a Hugging Face directory, for callers that drive the steps.");
 }
 

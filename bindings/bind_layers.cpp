@@ -92,11 +92,15 @@ void bind_segments(nb::module_& m) {
 void bind_state(nb::module_& m) {
   nb::enum_<StateKind>(m, "StateKind", "A component of a layer's state.")
       .value("CONV", StateKind::kConv)
-      .value("DELTA", StateKind::kDelta);
+      .value("DELTA", StateKind::kDelta)
+      .value("RING_K", StateKind::kRingK)
+      .value("RING_U", StateKind::kRingU)
+      .value("RING_G", StateKind::kRingG)
+      .value("RING_LENGTH", StateKind::kRingLength);
 
   nb::enum_<SlotGroup>(m, "SlotGroup", "Components that have slots of their own.")
       .value("CHECKPOINT", SlotGroup::kCheckpoint, "StateKind.DELTA.")
-      .value("RECENT", SlotGroup::kRecent, "StateKind.CONV.");
+      .value("RECENT", SlotGroup::kRecent, "All other kinds.");
 
   nb::class_<StateSpec>(m, "StateSpec", "Shape of one component of one slot.")
       .def_ro("kind", &StateSpec::kind)
@@ -121,7 +125,7 @@ void bind_layer(nb::module_& m) {
           "__init__",
           [](GdnConfig* self, int64_t hidden_size, int64_t num_k_heads, int64_t num_v_heads, int64_t head_k_dim,
              int64_t head_v_dim, int64_t conv_kernel_dim, double rms_norm_eps, at::ScalarType state_dtype,
-             int64_t max_draft_tokens) {
+             int64_t max_draft_tokens, bool has_replay_states) {
             new (self) GdnConfig{.hidden_size = hidden_size,
                                  .num_k_heads = num_k_heads,
                                  .num_v_heads = num_v_heads,
@@ -130,11 +134,12 @@ void bind_layer(nb::module_& m) {
                                  .conv_kernel_dim = conv_kernel_dim,
                                  .rms_norm_eps = rms_norm_eps,
                                  .state_dtype = state_dtype,
-                                 .max_draft_tokens = max_draft_tokens};
+                                 .max_draft_tokens = max_draft_tokens,
+                                 .has_replay_states = has_replay_states};
           },
           nb::kw_only(), "hidden_size"_a, "num_k_heads"_a, "num_v_heads"_a, "head_k_dim"_a, "head_v_dim"_a,
           "conv_kernel_dim"_a = defaults.conv_kernel_dim, "rms_norm_eps"_a = defaults.rms_norm_eps, "state_dtype"_a,
-          "max_draft_tokens"_a = defaults.max_draft_tokens)
+          "max_draft_tokens"_a = defaults.max_draft_tokens, "has_replay_states"_a = defaults.has_replay_states)
       .def_ro("hidden_size", &GdnConfig::hidden_size)
       .def_ro("num_k_heads", &GdnConfig::num_k_heads)
       .def_ro("num_v_heads", &GdnConfig::num_v_heads)
@@ -143,7 +148,8 @@ void bind_layer(nb::module_& m) {
       .def_ro("conv_kernel_dim", &GdnConfig::conv_kernel_dim)
       .def_ro("rms_norm_eps", &GdnConfig::rms_norm_eps)
       .def_ro("state_dtype", &GdnConfig::state_dtype)
-      .def_ro("max_draft_tokens", &GdnConfig::max_draft_tokens);
+      .def_ro("max_draft_tokens", &GdnConfig::max_draft_tokens)
+      .def_ro("has_replay_states", &GdnConfig::has_replay_states);
 
   nb::class_<Qwen3GatedDeltaNet>(m, "Qwen3GatedDeltaNet",
                                  "The gated delta rule layer of Qwen3-Next and Qwen3.5: hidden [T, D] -> [T, D].")

@@ -2,7 +2,6 @@
 #include "core/layers/gdn_state.h"
 
 #include "core/errors.h"
-#include "core/kernels/ops_api.h"
 
 namespace xgdn {
 
@@ -34,6 +33,13 @@ const at::Tensor& GdnState::pool(StateKind kind) const {
     if (component.kind == kind) return component.pool;
   }
   throw ShapeError("[GdnState] expected a component of the requested kind, got none");
+}
+
+kernel::ReplayRing GdnState::ring() const {
+  return {.k = pool(StateKind::kRingK),
+          .u = pool(StateKind::kRingU),
+          .g = pool(StateKind::kRingG),
+          .length = pool(StateKind::kRingLength)};
 }
 
 }  // namespace xgdn

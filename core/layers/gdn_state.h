@@ -8,18 +8,26 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/kernels/ops_api.h"
+
 namespace xgdn {
 
 /// What a pool holds, with its shape.
 enum class StateKind {
   kConv,   // [S, W-1 + draft rows, conv_dim]  oldest row first, channels q, k, v
-  kDelta,  // [S, HV, V, K]                    K contiguous
+  kDelta,  // [S, HV, V, K]                    K contiguous; of replay states the checkpoints
+
+  // Of replay states, the pools of a kernel::ReplayRing.
+  kRingK,
+  kRingU,
+  kRingG,
+  kRingLength,
 };
 
 /// Components that have slots of their own, so that forks can share those of one group and own those of the other.
 enum class SlotGroup {
   kCheckpoint,  // kDelta
-  kRecent,      // kConv
+  kRecent,      // all others
 };
 constexpr std::array<SlotGroup, 2> kSlotGroups{SlotGroup::kCheckpoint, SlotGroup::kRecent};
 
@@ -53,6 +61,8 @@ class GdnState {
 
   /// The pool of that kind; throws ShapeError when the layer has none.
   const at::Tensor& pool(StateKind kind) const;
+  /// The pools of a layer with replay states; throws ShapeError for another one.
+  kernel::ReplayRing ring() const;
   /// In the order of state_specs().
   const std::vector<Component>& components() const { return components_; }
 

@@ -8,6 +8,8 @@
 namespace xgdn {
 namespace {
 
+constexpr int64_t kReplayChunk = 16;  // tokens of a ring: of 16, 32 and 64 the one that reads and computes least
+
 // The heads of one rank. With more ranks than key heads, neighbouring ranks share (replicate) a key head.
 struct HeadRange {
   int64_t key_begin, key_end, value_begin, value_end;
@@ -163,10 +165,18 @@ Qwen3GatedDeltaNet::Qwen3GatedDeltaNet(const GdnConfig& config, const WeightSour
 }
 
 std::vector<StateSpec> Qwen3GatedDeltaNet::state_specs() const {
-  return {{StateKind::kConv,
-           {local_.conv_kernel_dim - 1 + local_.max_draft_tokens, conv_weight_.size(0)},
-           conv_weight_.scalar_type()},
-          {StateKind::kDelta, {local_.num_v_heads, local_.head_v_dim, local_.head_k_dim}, local_.state_dtype}};
+  std::vector<StateSpec> specs{
+      {StateKind::kConv,
+       {local_.conv_kernel_dim - 1 + local_.max_draft_tokens, conv_weight_.size(0)},
+       conv_weight_.scalar_type()},
+      {StateKind::kDelta, {local_.num_v_heads, local_.head_v_dim, local_.head_k_dim}, local_.state_dtype}};
+  if (local_.has_replay_states) {
+    specs.push_back({StateKind::kRingK, {local_.num_k_heads, kReplayChunk, local_.head_k_dim}, at::kFloat});
+    specs.push_back({StateKind::kRingU, {local_.num_v_heads, kReplayChunk, local_.head_v_dim}, at::kFloat});
+    specs.push_back({StateKind::kRingG, {local_.num_v_heads, kReplayChunk}, at::kFloat});
+    specs.push_back({StateKind::kRingLength, {}, at::kInt});
+  }
+  return specs;
 }
 
 std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
@@ -182,7 +192,7 @@ at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch&
   const at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
   for (const Segment& segment : batch.segments) {
     const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
-    if (segment.kind == SegmentKind::kDecode) {
+    if (segment.kind == SegmentKind::kDecode && !local_.has_replay_states) {
       decode(segment, rows(projected), state, rows(o));
     } else {
       attend(segment, rows(projected), state, rows(o));
@@ -222,7 +232,7 @@ void Qwen3GatedDeltaNet::decode(const Segment& segment, const at::Tensor& projec
                            .backend = backends_.decode});
 }
 
-// Prefill and verification, op by op.
+// Prefill, verification, and whatever is done on replay states, op by op.
 void Qwen3GatedDeltaNet::attend(const Segment& segment, const at::Tensor& projected, GdnState& state,
                                 const at::Tensor& o) const {
   const Projected in = split(projected);
@@ -276,7 +286,29 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
   const at::Tensor q = heads(0, local_.num_k_heads, local_.head_k_dim);
   const at::Tensor k = heads(key_dim, local_.num_k_heads, local_.head_k_dim);
   const at::Tensor v = heads(2 * key_dim, local_.num_v_heads, local_.head_v_dim);
-  if (is_prefill) {
+  if (local_.has_replay_states) {
+    if (segment.kind == SegmentKind::kVerify) {
+      throw UnsupportedError(
+          "[Qwen3GatedDeltaNet] segments: expected none that verifies beside replay states, got one");
+    }
+    kernel::replay_gated_delta_rule({.q = q,
+                                     .k = k,
+                                     .v = v,
+                                     .g = g,
+                                     .beta = beta,
+                                     .state = state.pool(StateKind::kDelta),
+                                     .ring = state.ring(),
+                                     .cu_seqlens = segment.cu_seqlens,
+                                     .state_indices = segment.state_slots.read,
+                                     .ring_indices = segment.conv_slots.read,
+                                     .out = o,
+                                     .write_indices = segment.state_slots.write,
+                                     .ring_write_indices = segment.conv_slots.write,
+                                     .has_initial_state = segment.has_initial_state,
+                                     .host = segment.host,
+                                     .chunk_size = kReplayChunk,
+                                     .backend = is_prefill ? backends_.prefill : backends_.decode});
+  } else if (is_prefill) {
     kernel::chunk_gated_delta_rule({.q = q,
                                     .k = k,
                                     .v = v,

@@ -29,6 +29,7 @@ struct GdnConfig {
   double rms_norm_eps = 1e-6;
   at::ScalarType state_dtype = at::kFloat;  // of the delta pool; the conv pool has the weights' dtype
   int64_t max_draft_tokens = 0;             // further rows of the conv pool
+  bool has_replay_states = false;           // checkpoints and rings: the same bits by prefill and decode
 };
 
 /// hidden [T, hidden_size] -> [T, hidden_size]. The two checkpoint layouts (Qwen3-Next: in_proj_qkvz and in_proj_ba,
@@ -41,7 +42,8 @@ class Qwen3GatedDeltaNet {
   Qwen3GatedDeltaNet(const GdnConfig& config, const WeightSource& weights, const std::string& prefix,
                      const at::TensorOptions& options, Shard shard = {}, BackendSelection backends = {});
 
-  /// Computes the step and updates `state` in place. Throws ShapeError when the segments do not cover the tokens.
+  /// Computes the step and updates `state` in place. Throws ShapeError when the segments do not cover the tokens,
+  /// UnsupportedError for a verification on replay states.
   at::Tensor forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const;
 
   /// The pools that this rank needs.

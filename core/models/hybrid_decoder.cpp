@@ -45,7 +45,8 @@ Mixer make_mixer(const ModelConfig& c, int64_t layer, const WeightSource& weight
                       .conv_kernel_dim = c.linear_conv_kernel_dim,
                       .rms_norm_eps = c.rms_norm_eps,
                       .state_dtype = options.state_dtype,
-                      .max_draft_tokens = options.max_draft_tokens};
+                      .max_draft_tokens = options.max_draft_tokens,
+                      .has_replay_states = options.has_replay_states};
   return Qwen3GatedDeltaNet(gdn, weights, prefix + "linear_attn.", weight_options(options), {}, options.backends);
 }
 

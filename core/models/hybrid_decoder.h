@@ -40,6 +40,7 @@ struct DecoderOptions {
   at::ScalarType dtype = at::kFloat;            // of weights and activations
   c10::Device device = c10::kCPU;               // of weights, activations and pools
   at::ScalarType state_dtype = at::kFloat;      // of the delta-rule states
+  bool has_replay_states = false;               // checkpoints and rings, in place of plain states
   std::optional<at::ScalarType> kv_dtype = {};  // of keys and values; default dtype
   int64_t max_draft_tokens = 0;
   BackendSelection backends;

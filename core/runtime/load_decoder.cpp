@@ -45,6 +45,7 @@ DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& o
   return {.dtype = dtype,
           .device = options.device,
           .state_dtype = options.state_dtype,
+          .has_replay_states = options.replay_states,
           .kv_dtype = kv_dtype,
           .backends = options.backends,
           .quantize = options.quantize,

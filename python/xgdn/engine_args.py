@@ -47,6 +47,12 @@ class EngineArgs:
         default=_DEFAULTS.state_dtype,
         metadata=_documented("Dtype of the delta-rule states.", choices=[torch.float32, torch.bfloat16]),
     )
+    replay_states: bool = field(
+        default=_DEFAULTS.replay_states,
+        metadata=_documented(
+            "Keep delta-rule states as checkpoints and rings: a token gets the same bits by prompt and by decode."
+        ),
+    )
     kv_dtype: torch.dtype | None = field(
         default=_DEFAULTS.kv_dtype,
         metadata=_documented(

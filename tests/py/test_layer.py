@@ -112,17 +112,19 @@ class Host:
     def __init__(self, net: _C.Qwen3GatedDeltaNet, num_slots: int = 24) -> None:
         self.net = net
         self.state = _C.GdnState.allocate(net.state_specs(), num_slots)
-        for kind in (_C.StateKind.CONV, _C.StateKind.DELTA):
-            self.state.pool(kind).fill_(float("nan"))
+        self.kinds = [spec.kind for spec in net.state_specs()]
+        for pool in map(self.state.pool, self.kinds):
+            pool.fill_(float("nan") if pool.is_floating_point() else 2**30)
         self.builder = _C.BatchBuilder(num_slots=num_slots, vocab_size=1)
 
     def step(self, pieces: list[tuple[torch.Tensor, dict[str, object]]]) -> list[torch.Tensor]:
         """Run (hidden, SequenceStep fields) pieces, which must come in the order decode, verify, prefill."""
         steps = [_C.SequenceStep(tokens=[0] * len(x), **fields) for x, fields in pieces]
         batch = self.builder.build(steps).input.gdn
-        before = {kind: self.state.pool(kind).clone() for kind in (_C.StateKind.CONV, _C.StateKind.DELTA)}
+        before = {kind: self.state.pool(kind).clone() for kind in self.kinds}
         out = self.net.forward(torch.cat([x for x, _ in pieces]), batch, self.state)
-        named = {slot for _, f in pieces for slot in [*f["state_slots"], f.get("write_slot"), f.get("conv_slot")]}
+        others = ("write_slot", "conv_slot", "conv_write_slot")
+        named = {slot for _, f in pieces for slot in [*f["state_slots"], *map(f.get, others)]}
         for kind, old in before.items():
             for slot in set(range(old.shape[0])) - named:
                 assert torch.equal(old[slot].view(torch.int32), self.state.pool(kind)[slot].view(torch.int32))

@@ -100,6 +100,8 @@ def _option(argument: "Field[Any]") -> inspect.Parameter:
     elif argument.name == "memory_limit":
         option = typer.Option(metavar="BYTES", parser=parse_bytes, help=f"{doc} Units: KiB, MiB, GiB, TiB.")
         annotation = Annotated[int | None, option]
+    elif isinstance(default, bool):
+        annotation = Annotated[bool, typer.Option(f"--{argument.name.replace('_', '-')}", help=doc)]
     elif isinstance(default, int):
         annotation = Annotated[int, typer.Option(min=0, max=MAX, metavar="N", help=doc)]
     else:

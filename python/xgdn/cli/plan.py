@@ -20,6 +20,7 @@ _LENGTHS = [512, 2048, 8192]  # without --length
 @with_engine_args(
     "dtype",
     "state_dtype",
+    "replay_states",
     "kv_dtype",
     "quantize",
     "max_batch_size",
@@ -43,6 +44,7 @@ def plan(
             model,
             dtype=engine_args.dtype,
             state_dtype=engine_args.state_dtype,
+            replay_states=engine_args.replay_states,
             kv_dtype=engine_args.kv_dtype,
             quantize=engine_args.quantize,
             runner=engine_args.runner_options(),
