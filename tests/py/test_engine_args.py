@@ -22,6 +22,7 @@ SIZES = ("max_batch_size", "max_cached_tokens", "kv_block_size", "max_tokens_per
 OPTIONS = {
     "dtype": ("bfloat16", torch.bfloat16),
     "state_dtype": ("bfloat16", torch.bfloat16),
+    "replay_states": (None, True),  # a flag
     "kv_dtype": ("int8", torch.int8),
     "quantize": ("int4", "int4"),
     "device": ("meta", "meta"),
@@ -37,10 +38,11 @@ OPTIONS = {
 SUBSETS = {
     "generate": NAMES,
     "serve": NAMES,
-    "plan": ["dtype", "state_dtype", "kv_dtype", "quantize", *SIZES, "memory_limit"],
+    "plan": ["dtype", "state_dtype", "replay_states", "kv_dtype", "quantize", *SIZES, "memory_limit"],
     "bench model": [
         "dtype",
         "state_dtype",
+        "replay_states",
         "kv_dtype",
         "quantize",
         "prefill_backend",
@@ -114,7 +116,8 @@ def test_an_option_has_the_name_and_the_doc_of_its_field(command: str) -> None:
         assert (option in text) == (field.name in SUBSETS[command]), option
         if field.name in SUBSETS[command] and field.default is not None:
             default = str(field.default).removeprefix("torch.")
-            assert f"{field.metadata['doc']} [default: {default}]" in text
+            shown = "" if field.default is False else f" [default: {default}]"
+            assert f"{field.metadata['doc']}{shown}" in text
 
 
 def loaded_by(monkeypatch: pytest.MonkeyPatch, model: Path, *options: str) -> xgdn.EngineArgs:
@@ -137,7 +140,8 @@ def test_a_command_without_options_takes_the_defaults(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", NAMES)
 def test_an_option_sets_its_field(monkeypatch: pytest.MonkeyPatch, model: Path, name: str) -> None:
     text, value = OPTIONS[name]
-    args = loaded_by(monkeypatch, model, "--" + name.replace("_", "-"), text)
+    option = "--" + name.replace("_", "-")
+    args = loaded_by(monkeypatch, model, option, *([] if text is None else [text]))
     assert args == replace(xgdn.EngineArgs(), **{name: value})
     assert args != xgdn.EngineArgs()
 

@@ -20,7 +20,14 @@ app = typer.Typer(no_args_is_help=True, help="Measures a model's decode steps, a
 
 @app.command()
 @with_engine_args(
-    "dtype", "state_dtype", "replay_states", "kv_dtype", "quantize", "prefill_backend", "decode_backend", "prefill_accuracy"
+    "dtype",
+    "state_dtype",
+    "replay_states",
+    "kv_dtype",
+    "quantize",
+    "prefill_backend",
+    "decode_backend",
+    "prefill_accuracy",
 )
 def model(
     model: ModelArgument,
