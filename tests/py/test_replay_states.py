@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import xgdn
-from checkpoints import Tiny, greedy, make, qwen3_5
+from checkpoints import Tiny, greedy, make, qwen3_5, qwen3_5_moe, qwen3_next
 from test_layer import (
     HIDDEN,
     LAYERS,
@@ -25,15 +25,25 @@ from test_layer import (
 )
 from xgdn import errors
 
-# Every product of a width that the cpu backend multiplies itself.
-TINY = Tiny("qwen3_5-even", qwen3_5, {"linear_num_value_heads": 8}, dtype=torch.bfloat16)
+# Every product of a depth that the cpu backend multiplies itself.
+SHARED = {"shared_expert_intermediate_size": 64}
+TINY = [
+    Tiny("qwen3_5-dense", qwen3_5, dtype=torch.bfloat16),
+    Tiny("qwen3_5-moe", qwen3_5_moe, SHARED, dtype=torch.bfloat16),
+    Tiny(
+        "qwen3_next-mixed",
+        qwen3_next,
+        SHARED | {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
+        dtype=torch.bfloat16,
+    ),
+]
 NUM_TOKENS = 50
 QUANTIZE = [None, "int8", "int4"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(TINY, tmp_path_factory.mktemp("replay"))[0]
+@pytest.fixture(scope="module", params=TINY, ids=str)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(request.param, tmp_path_factory.mktemp("replay"))[0]
 
 
 def prompts() -> list[list[int]]:
@@ -97,7 +107,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_the_plan_counts_the_rings(checkpoint: Path) -> None:
     plain, replay = (xgdn.plan(checkpoint, replay_states=replays) for replays in (False, True))
-    ring = 4 * (2 * 16 * 16 + 8 * 16 * 16 + 8 * 16 + 1)  # k, u, g and the length of a layer
+    ring = 4 * (2 * 16 * 16 + 4 * 16 * 16 + 4 * 16 + 1)  # k, u, g and the length of a layer
     assert replay.state_slot_bytes - plain.state_slot_bytes == 3 * ring
     engine = xgdn.Engine(checkpoint, replay_states=True)
     assert engine.memory_bytes["states"] == replay.num_state_slots * replay.state_slot_bytes

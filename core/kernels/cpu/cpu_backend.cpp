@@ -140,8 +140,12 @@ void run_conv(const cpu::CausalConv1dArgs& args, const ConvShape& s) {
 
 // Which products the cpu backend computes itself.
 bool has_products(const LinearParams& p, const LinearShape& s) {
-  return p.x.scalar_type() == at::kBFloat16 && s.D % cpu::kLinearDepthStep == 0 && s.O % cpu::kLinearWidthStep == 0 &&
-         p.x.stride(0) % 2 == 0 && p.out.stride(0) % 2 == 0;
+  return p.x.scalar_type() == at::kBFloat16 && s.D % cpu::kLinearDepthStep == 0;
+}
+
+// Where the machine has tiles: which of them go there. The others are multiplied row by row.
+bool fits_tiles(const LinearParams& p, const LinearShape& s) {
+  return s.O % cpu::kLinearWidthStep == 0 && p.x.stride(0) % 2 == 0 && p.out.stride(0) % 2 == 0;
 }
 
 // Blocks of outputs. Threads take them as they come: with many of them one is always disturbed, and the others would
@@ -543,7 +547,7 @@ class CpuBackend final : public HostBackend {
   void run(const LinearParams& p, const LinearShape& s) const override {
     if (!has_products(p, s)) return aten::linear(p);
     const cpu::BFloat16Products* products = cpu::bfloat16_products();
-    products != nullptr && products->are_tiles ? run_products(p, s) : run_rows(p, s);
+    products != nullptr && products->are_tiles&& fits_tiles(p, s) ? run_products(p, s) : run_rows(p, s);
   }
 
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape& s) const override { run_quantized(p, s); }

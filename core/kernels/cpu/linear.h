@@ -11,7 +11,7 @@
 namespace xgdn::kernel::cpu {
 
 inline constexpr int64_t kLinearDepthStep = 32;  // D is a multiple
-inline constexpr int64_t kLinearWidthStep = 16;  // O is a multiple
+inline constexpr int64_t kLinearWidthStep = 16;  // O is a multiple; of linear_rows any number
 inline constexpr int64_t kLinearBlock = 32;      // outputs of a work item
 
 /// Letters as in core/kernels/ops.
@@ -19,11 +19,11 @@ struct LinearCall {
   int64_t T = 0;
   int64_t D = 0;
   int64_t O = 0;
-  InRows x;                          // [T, D]  bf16, the token stride even
+  InRows x;                          // [T, D]  bf16; of `linear` the token stride is even
   const uint16_t* weight = nullptr;  // [O, D]  bf16
   int64_t weight_stride = 0;         // elements from row to row
   InRows bias;                       // [O]     data may be null
-  OutRows out;                       // [T, O]  f32, or bf16 with an even token stride; the head stride is 1
+  OutRows out;  // [T, O]  f32, or bf16, of `linear` with an even token stride; the head stride is 1
 };
 
 struct LinearArgs : LinearCall {

@@ -202,11 +202,14 @@ void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, float*
   const size_t token_stride = Rows::token_stride(args);
   const size_t ahead = block.token > 0 ? 0 : (kAhead / depth + kOutputs) / kOutputs * kOutputs;
   for (size_t begin = 0; begin < depth; begin += kPiece) {
-    for (size_t row = 0; row < block.rows; row += kOutputs) {
-      Rows::template add_piece<kOutputs, kTokens>(weight + row * stride + begin, stride, tokens + begin, token_stride,
-                                                  std::min(kPiece, depth - begin), begin == 0, ahead,
-                                                  sums + row * kTokens * lanes);
-    }
+    const auto add_rows = [&]<size_t kCount>(size_t row) {
+      Rows::template add_piece<kCount, kTokens>(weight + row * stride + begin, stride, tokens + begin, token_stride,
+                                                std::min(kPiece, depth - begin), begin == 0, ahead,
+                                                sums + row * kTokens * lanes);
+    };
+    size_t row = 0;
+    for (; row + kOutputs <= block.rows; row += kOutputs) add_rows.template operator()<kOutputs>(row);
+    for (; row < block.rows; ++row) add_rows.template operator()<1>(row);
   }
   for (size_t row = 0; row < block.rows; ++row) {
     for (size_t t = 0; t < kTokens; ++t) {

@@ -29,12 +29,11 @@ struct ReplayRing {
 /// that is written, has the same bits however a sequence is cut into calls, on backends that promise it.
 ///
 /// Sequence n reads the checkpoint state_indices[n] and the ring ring_indices[n]; afterwards write_indices[n] and
-/// ring_write_indices[n] hold them. The ring grows by the tokens; each time it has C committed ones they are folded into
-/// the checkpoint. One that stays in its slot is written by a fold alone, and by a sequence that starts from zero: forks
-/// may share a slot until they fold. A state slot of kPadSlot skips the sequence; a write slot of kPadSlot computes the
-/// outputs and writes nothing.
-/// Drafts: with commit = false the call's tokens are left behind the ring's length. The next call of the sequence says
-/// by num_accepted how many of them count, the others are gone.
+/// ring_write_indices[n] hold them. The ring grows by the tokens; each time it has C committed ones they are folded
+/// into the checkpoint. One that stays in its slot is written by a fold alone, and by a sequence that starts from zero:
+/// forks may share a slot until they fold. A state slot of kPadSlot skips the sequence; a write slot of kPadSlot
+/// computes the outputs and writes nothing. Drafts: with commit = false the call's tokens are left behind the ring's
+/// length. The next call of the sequence says by num_accepted how many of them count, the others are gone.
 struct ReplayGatedDeltaRuleParams {
   at::Tensor q;              // [T, H, K]      f32 | bf16 | f16, strided
   at::Tensor k;              // [T, H, K]      as q, strided
