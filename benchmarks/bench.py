@@ -4,7 +4,8 @@
 python benchmarks/bench.py ops|layer|linear|experts|attention --help
 """
 
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 import typer
@@ -33,7 +34,28 @@ app = typer.Typer(
     help="Measures kernels against the roofline, after a check of their results.",
 )
 
+Row = TypeVar("Row", covariant=True)
+
 ThreadsOption = Annotated[str, typer.Option(metavar="N,..", help="Numbers of threads.")]
+
+
+class _Benchmark(Protocol[Row]):
+    def run(self, *case: Any) -> Row: ...
+
+
+def _measured(make: Callable[[], _Benchmark[Row]], cases: Sequence[tuple[object, ...]]) -> list[Row]:
+    """Run the benchmark on each case, with a bar."""
+    bar = Bar("measuring")
+    rows = []
+    with torch.no_grad(), errors_in_one_line():
+        benchmark = make()
+        try:
+            for i, case in enumerate(cases):
+                bar.update(i, len(cases))
+                rows.append(benchmark.run(*case))
+        finally:
+            bar.hide()
+    return rows
 
 
 @app.command()
@@ -94,17 +116,7 @@ def linear(
     sizes, counts = parse_counts(tokens, "--tokens"), parse_counts(threads, "--threads")
     torch.manual_seed(0)
     cases = [(matrix, size, count) for count in counts for matrix in SHAPES for size in sizes]
-    bar = Bar("measuring")
-    rows = []
-    with torch.no_grad(), errors_in_one_line():
-        benchmark = LinearBenchmark(seconds=seconds)
-        try:
-            for i, case in enumerate(cases):
-                bar.update(i, len(cases))
-                rows.append(benchmark.run(*case))
-        finally:
-            bar.hide()
-    show(rows, print_linear_rows, as_json)
+    show(_measured(lambda: LinearBenchmark(seconds=seconds), cases), print_linear_rows, as_json)
 
 
 @app.command()
@@ -118,17 +130,7 @@ def experts(
     sizes, counts = parse_counts(tokens, "--tokens"), parse_counts(threads, "--threads")
     torch.manual_seed(0)
     cases = [(shape, f, size, count) for count in counts for shape in MIXTURES for f in FORMATS for size in sizes]
-    bar = Bar("measuring")
-    rows = []
-    with torch.no_grad(), errors_in_one_line():
-        benchmark = ExpertsBenchmark(seconds=seconds)
-        try:
-            for i, case in enumerate(cases):
-                bar.update(i, len(cases))
-                rows.append(benchmark.run(*case))
-        finally:
-            bar.hide()
-    show(rows, print_experts_rows, as_json)
+    show(_measured(lambda: ExpertsBenchmark(seconds=seconds), cases), print_experts_rows, as_json)
 
 
 @app.command()
@@ -161,17 +163,7 @@ def attention(
         if rows >= size
         for dtype in dtypes
     ]
-    bar = Bar("measuring")
-    measured = []
-    with torch.no_grad(), errors_in_one_line():
-        benchmark = AttentionBenchmark(seconds=seconds)
-        try:
-            for i, case in enumerate(cases):
-                bar.update(i, len(cases))
-                measured.append(benchmark.run(*case))
-        finally:
-            bar.hide()
-    show(measured, print_attention_rows, as_json)
+    show(_measured(lambda: AttentionBenchmark(seconds=seconds), cases), print_attention_rows, as_json)
 
 
 if __name__ == "__main__":

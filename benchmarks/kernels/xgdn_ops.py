@@ -17,6 +17,10 @@ _OUT = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}  # rounding out to bf16 cos
 _STATE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
 
 
+def _tokens(case: RuleCase | PrefillCase) -> tuple[Tensor, ...]:
+    return case.q, case.k, case.v, case.gates.g, case.gates.beta
+
+
 def decode(case: DecodeCase) -> list[Provider]:
     return [_recurrent(case), _packed_decode(case), _replay_decode(case)]
 
@@ -27,11 +31,7 @@ def _recurrent(case: RuleCase) -> Provider:
 
     def call(i: int) -> None:
         xgdn.ops.recurrent_gated_delta_rule(
-            case.q,
-            case.k,
-            case.v,
-            case.gates.g,
-            case.gates.beta,
+            *_tokens(case),
             pool,
             cu_seqlens=case.cu_seqlens,
             state_indices=case.indices(i),
@@ -95,11 +95,7 @@ def _replay(
 
     def call(i: int) -> None:
         xgdn.ops.replay_gated_delta_rule(
-            case.q,
-            case.k,
-            case.v,
-            case.gates.g,
-            case.gates.beta,
+            *_tokens(case),
             pool,
             ring,
             cu_seqlens=case.cu_seqlens,
@@ -177,11 +173,7 @@ def _prefill(case: PrefillCase, accuracy: str) -> Provider:
 
     def call(_: int) -> None:
         xgdn.ops.chunk_gated_delta_rule(
-            case.q,
-            case.k,
-            case.v,
-            case.gates.g,
-            case.gates.beta,
+            *_tokens(case),
             pool,
             cu_seqlens=case.cu_seqlens,
             state_indices=case.state_indices,

@@ -105,13 +105,17 @@ std::vector<RowBlock> conv_channels(const GdnConfig& c, const HeadRange& heads, 
           {name, channels.narrow(0, 2 * key_dim + heads.value_begin * c.head_v_dim, values)}};
 }
 
-// Tokens that no segment names would come out as uninitialised memory.
-void check_covers(const GdnBatch& batch, const at::Tensor& hidden) {
+// Tokens that no segment names would come out as uninitialised memory. Nothing has been written yet.
+void check_segments(const GdnBatch& batch, const at::Tensor& hidden, bool has_replay_states) {
   int64_t covered = 0;
   for (const Segment& segment : batch.segments) {
     if (segment.token_begin != covered) {
       throw ShapeError(c10::str("[Qwen3GatedDeltaNet] segments: expected the next to begin at token ", covered,
                                 ", got ", segment.token_begin));
+    }
+    if (has_replay_states && segment.kind == SegmentKind::kVerify) {
+      throw UnsupportedError(
+          "[Qwen3GatedDeltaNet] segments: expected none that verifies beside replay states, got one");
     }
     covered += segment.num_tokens;
   }
@@ -187,7 +191,7 @@ std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
 }
 
 at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
-  check_covers(batch, hidden);
+  check_segments(batch, hidden, local_.has_replay_states);
   const at::Tensor projected = in_proj_.forward(hidden, backends_.decode);
   const at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
   for (const Segment& segment : batch.segments) {
@@ -287,10 +291,6 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
   const at::Tensor k = heads(key_dim, local_.num_k_heads, local_.head_k_dim);
   const at::Tensor v = heads(2 * key_dim, local_.num_v_heads, local_.head_v_dim);
   if (local_.has_replay_states) {
-    if (segment.kind == SegmentKind::kVerify) {
-      throw UnsupportedError(
-          "[Qwen3GatedDeltaNet] segments: expected none that verifies beside replay states, got one");
-    }
     kernel::replay_gated_delta_rule({.q = q,
                                      .k = k,
                                      .v = v,

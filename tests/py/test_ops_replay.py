@@ -28,6 +28,7 @@ from cases import (
 from xgdn import ops
 
 CHUNKS = (16, 32, 64)
+TOKENS = ("q", "k", "v", "g", "beta")
 
 
 def nan_ring(num_slots: int, case: Case, rows: int) -> ops.ReplayRing:
@@ -127,14 +128,12 @@ class Session:
     x: Inputs
     C: int
     drafts: int = 0
-    backend: str = "cpu"
 
     def __post_init__(self) -> None:
         case = self.x.case
         self.state = torch.full((2 * case.N + 1, case.HV, case.V, case.K), torch.nan, dtype=case.state_dtype)
         self.ring = nan_ring(2 * case.N + 1, case, self.C + self.drafts)
         self.position = [0] * case.N
-        self.pending = [0] * case.N
         self.out = torch.full((case.T, case.HV, case.V), torch.nan, dtype=case.result_dtype)
 
     def advance(self, counts: dict[int, int], *, commit: bool = True, accepted: dict[int, int] | None = None) -> Tensor:
@@ -157,7 +156,7 @@ class Session:
             has_initial_state=torch.tensor([self.position[n] > 0 for n in order]),
             chunk_size=self.C,
             commit=commit,
-            backend=self.backend,
+            backend="cpu",
         )
         if commit:
             self.out[tokens] = out
@@ -189,8 +188,8 @@ ROUTES = [
 ]
 
 
-def one_shot(case: Case, C: int, backend: str) -> Session:
-    session = Session(make_inputs(case, prefill=True), C, backend=backend)
+def one_shot(case: Case, C: int) -> Session:
+    session = Session(make_inputs(case, prefill=True), C)
     session.advance(dict(enumerate(case.lengths)))
     return session
 
@@ -198,7 +197,7 @@ def one_shot(case: Case, C: int, backend: str) -> Session:
 @pytest.mark.parametrize("C", CHUNKS)
 @pytest.mark.parametrize("case", ROUTES, ids=str)
 def test_a_token_at_a_time_has_the_bits_of_one_shot(case: Case, C: int) -> None:
-    want = one_shot(case, C, "cpu").finish()
+    want = one_shot(case, C).finish()
     session = Session(make_inputs(case, prefill=True), C)
     for t in range(max(case.lengths)):
         session.advance({n: 1 for n, length in enumerate(case.lengths) if t < length})
@@ -210,7 +209,7 @@ def test_a_token_at_a_time_has_the_bits_of_one_shot(case: Case, C: int) -> None:
 def test_any_schedule_has_the_bits_of_one_shot(case: Case, seed: int, num_threads: Callable[[int], None]) -> None:
     """Splits, orders, empty pieces, drafts that are kept or not, alone or beside others, on one to three threads."""
     C = CHUNKS[seed % 3]
-    want = one_shot(case, C, "cpu").finish()
+    want = one_shot(case, C).finish()
     draw = random.Random(seed)
     session = Session(make_inputs(case, prefill=True), C, drafts=5)
     pending = {n: 0 for n in range(case.N)}
@@ -237,7 +236,7 @@ def test_any_schedule_has_the_bits_of_one_shot(case: Case, seed: int, num_thread
 
 def test_rejected_drafts_leave_no_trace() -> None:
     case = Case((40,), H=1, HV=2, K=64, V=32)
-    want = one_shot(case, 16, "cpu").finish()
+    want = one_shot(case, 16).finish()
     session = Session(make_inputs(case, prefill=True), 16, drafts=8)
     for t in range(40):
         wrong = replace(session.x, k=session.x.k + 1, v=session.x.v - 1)
@@ -326,15 +325,16 @@ def test_a_sequence_that_moves_leaves_its_slots_as_they_were(backend: str) -> No
     assert ring.length.tolist() == [3, 12, 3, 12]
 
 
-def test_a_padded_write_slot_computes_and_writes_nothing(backend: str) -> None:
+@pytest.mark.parametrize("padded", [["write_indices"], ["ring_write_indices"], ["write_indices", "ring_write_indices"]])
+def test_a_padded_write_slot_computes_and_writes_nothing(padded: list[str], backend: str) -> None:
     case = Case((40, 3), H=1, HV=2)
     x = make_inputs(replace(case, initial="all"), prefill=True)
     ring = ops.ReplayRing(*(torch.rand_like(t) for t in nan_ring(2, case, 16)[:3]), i32([3, 12]))
     slots = {"cu_seqlens": x.cu_seqlens, "state_indices": x.state_indices, "ring_indices": i32([0, 1])}
     want = ops.replay_gated_delta_rule(*x.tensors()[:5], x.state.clone(), copied(ring), **slots, backend=backend)
     before = copied(ring)
-    nowhere = i32([xgdn.PAD_SLOT_ID] * 2)
-    got = ops.replay_gated_delta_rule(*x.tensors(), ring, **slots, write_indices=nowhere, backend=backend)
+    nowhere = {name: i32([xgdn.PAD_SLOT_ID] * 2) for name in padded}
+    got = ops.replay_gated_delta_rule(*x.tensors(), ring, **slots, **nowhere, backend=backend)
     assert_bits_equal("out", got, want)
     assert_bits_equal("pool", x.state, x.before)
     for now, then in zip(ring, before, strict=True):
@@ -343,7 +343,7 @@ def test_a_padded_write_slot_computes_and_writes_nothing(backend: str) -> None:
 
 def test_one_sequences_nan_stays_its_own() -> None:
     case = Case((20,) * 4, H=1, HV=2)
-    want = one_shot(case, 16, "cpu")
+    want = one_shot(case, 16)
     session = Session(make_inputs(case, prefill=True), 16)
     session.x.v[25] = torch.nan
     session.advance(dict(enumerate(case.lengths)))
@@ -389,19 +389,14 @@ def test_materialised_states(state_dtype: torch.dtype, K: int, backend: str) -> 
     last = [t[15:] for t in x.tensors()[:5]]
     ops.replay_gated_delta_rule(*last, x.state, ring, cu_seqlens=i32([0, 1]), **slots)
     assert ring.length[0] == 0
-    whole = {"lengths": i32([16]), "state_indices": i32([0]), "write_indices": i32([17]), "ring_indices": i32([0])}
-    if backend == "cpu":  # leaves the rows of a ring that it has folded, but for the last one
-        one_call = nan_ring(1, case, 17)
-        one_call.length[0] = 0
-        drafts = ops.replay_gated_delta_rule
-        drafts(*first, pool, one_call, cu_seqlens=i32([0, 15]), state_indices=i32([0]), ring_indices=i32([0]))
-        drafts(*last, pool, one_call, cu_seqlens=i32([0, 1]), **ONE_SLOT, commit=False)
-        ops.materialize_state(pool, one_call, **whole, backend=backend)
+    if backend == "cpu":  # a ring keeps all rows of what it has folded where the last of them was a draft
+        drafted = nan_ring(1, case, 17)
+        drafted.length[0] = 0
+        slots = {"state_indices": i32([0]), "ring_indices": i32([0]), "backend": backend}
+        ops.replay_gated_delta_rule(*first, pool, drafted, cu_seqlens=i32([0, 15]), **slots)
+        ops.replay_gated_delta_rule(*last, pool, drafted, cu_seqlens=i32([0, 1]), commit=False, **slots)
+        ops.materialize_state(pool, drafted, lengths=i32([16]), write_indices=i32([17]), **slots)
         assert_bits_equal("after all tokens", pool[17], x.state[slot])
-
-
-TOKENS = ("q", "k", "v", "g", "beta")
-ONE_SLOT = {"state_indices": i32([0]), "ring_indices": i32([0])}
 
 
 def test_no_sequences(backend: str) -> None:

@@ -148,5 +148,8 @@ def test_verification_is_refused() -> None:
     host = Host(layer.ours(layer.reference(), has_replay_states=True, max_draft_tokens=3))
     host.step([(x[:8], prefill(0))])
     sentence = r"\[Qwen3GatedDeltaNet\] segments: expected none that verifies beside replay states, got one"
+    before = [host.state.pool(kind).clone() for kind in host.kinds]
     with pytest.raises(errors.UnsupportedError, match=sentence):
         host.step([(x[8:], verify([0, 5, 6, 7], 1))])
+    for kind, old in zip(host.kinds, before, strict=True):
+        assert torch.equal(host.state.pool(kind).view(torch.int32), old.view(torch.int32)), kind

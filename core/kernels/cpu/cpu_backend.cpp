@@ -143,9 +143,11 @@ bool has_products(const LinearParams& p, const LinearShape& s) {
   return p.x.scalar_type() == at::kBFloat16 && s.D % cpu::kLinearDepthStep == 0;
 }
 
-// Where the machine has tiles: which of them go there. The others are multiplied row by row.
-bool fits_tiles(const LinearParams& p, const LinearShape& s) {
-  return s.O % cpu::kLinearWidthStep == 0 && p.x.stride(0) % 2 == 0 && p.out.stride(0) % 2 == 0;
+// Which of them go to tiles. The others are multiplied row by row.
+bool has_tiles(const LinearParams& p, const LinearShape& s) {
+  const cpu::BFloat16Products* products = cpu::bfloat16_products();
+  return products != nullptr && products->are_tiles && s.O % cpu::kLinearWidthStep == 0 && p.x.stride(0) % 2 == 0 &&
+         p.out.stride(0) % 2 == 0;
 }
 
 // Blocks of outputs. Threads take them as they come: with many of them one is always disturbed, and the others would
@@ -546,8 +548,7 @@ class CpuBackend final : public HostBackend {
 
   void run(const LinearParams& p, const LinearShape& s) const override {
     if (!has_products(p, s)) return aten::linear(p);
-    const cpu::BFloat16Products* products = cpu::bfloat16_products();
-    products != nullptr && products->are_tiles&& fits_tiles(p, s) ? run_products(p, s) : run_rows(p, s);
+    has_tiles(p, s) ? run_products(p, s) : run_rows(p, s);
   }
 
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape& s) const override { run_quantized(p, s); }

@@ -33,6 +33,7 @@ namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
 inline constexpr size_t kRows = 4;              // rows per sweep: they share each load of k and q
+inline constexpr size_t kTile = 16;             // rows of S that several tokens pass through: 8 KiB
 inline constexpr size_t kPrefetchBytes = 4096;  // how far reads run ahead
 
 using F4 = hn::CappedTag<float, kRows>;
@@ -285,20 +286,26 @@ HWY_INLINE void write_and_multiply(const Token& token, const float* u, const Sta
   }
 }
 
+// Fetches what lies `distance` bytes behind element `at` of `size` elements, past the last one in `next`, what is
+// worked on then (null: unknown).
+template <typename State>
+HWY_INLINE void prefetch_ahead(const State* rows, size_t size, size_t at, size_t count, size_t distance,
+                               const void* next) {
+  const size_t ahead = at * sizeof(State) + distance;
+  if (ahead < size * sizeof(State)) {
+    prefetch(reinterpret_cast<const char*>(rows) + ahead, count * sizeof(State));
+  } else if (next != nullptr) {
+    prefetch(static_cast<const char*>(next) + (ahead - size * sizeof(State)), count * sizeof(State));
+  }
+}
+
 // One token on num_rows rows, from the slot that is read straight to the slot that is written (null: none). Reads run
 // kPrefetchBytes ahead, past the last row into `next`, what is worked on next (null: unknown).
 template <typename State>
 void step(const Token& token, const State* src, State* dst, size_t num_rows, size_t K, const void* next) {
-  const size_t bytes = kRows * K * sizeof(State);
-  const size_t size = num_rows * K * sizeof(State);
   for (size_t row = 0; row < num_rows; row += kRows) {
     const State* rows = src + row * K;
-    const size_t ahead = row * K * sizeof(State) + kPrefetchBytes;
-    if (ahead < size) {
-      prefetch(reinterpret_cast<const char*>(src) + ahead, bytes);
-    } else if (next != nullptr) {
-      prefetch(static_cast<const char*>(next) + (ahead - size), bytes);
-    }
+    prefetch_ahead(src, num_rows * K, row * K, kRows * K, kPrefetchBytes, next);
     HWY_ALIGN float u[kRows];
     Products products;
     multiply(StoredRows<State>{rows, K}, K, token.k, token.q, products);

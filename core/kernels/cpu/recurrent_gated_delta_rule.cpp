@@ -29,7 +29,6 @@ namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
 constexpr size_t kChunk = 64;  // tokens staged at once: with K = 128 their k and q fill 64 KiB
-constexpr size_t kTile = 16;   // rows of S per tile: 8 KiB
 
 // Tokens of one work item in f32, staged in scratch memory.
 struct Chunk {

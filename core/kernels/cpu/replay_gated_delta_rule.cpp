@@ -36,22 +36,17 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr size_t kTileRows = 16;  // of S: 8 KiB
-constexpr size_t kAhead = 2048;   // bytes of S on their way while others are worked on
-
-inline int64_t begin_of(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
-  return args.cu_seqlens != nullptr ? args.cu_seqlens[n] : n;
-}
+constexpr size_t kAhead = 2048;  // bytes of S on their way while others are worked on
 
 // What a value head reads and writes beside S, for the first token of a call.
 inline void prefetch_value_head(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t h) {
-  const int64_t token = begin_of(args, n);
+  const int64_t token = args.cu_seqlens[n];
   const auto length = static_cast<size_t>(first_length(args, n));
   const auto V = static_cast<size_t>(args.V);
-  const RingView& ring = args.ring;
-  const float* u = ring.u + ring.read[n] * ring.u_stride + h * ring.R * args.V;
+  const int32_t slot = args.ring.read[n];
+  const float* u = args.ring.updates(slot, h, args.V);
   prefetch(args.v.at(token, h), V * static_cast<size_t>(size_of(args.v.dtype)));
-  prefetch(ring.g + ring.read[n] * ring.g_stride + h * ring.R, (length + 1) * sizeof(float));
+  prefetch(args.ring.gates(slot, h), (length + 1) * sizeof(float));
   prefetch(u, length * V * sizeof(float));
   prefetch<1>(u + length * V, V * sizeof(float));
   prefetch<1>(args.out.at(token, h), V * static_cast<size_t>(size_of(args.out.dtype)));
@@ -59,12 +54,11 @@ inline void prefetch_value_head(const ReplayGatedDeltaRuleArgs& args, int64_t n,
 
 // An item that comes next, with the first of its value heads.
 inline void prefetch_item(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t key_head) {
-  if (args.state.read[n] < 0 || begin_of(args, n) == begin_of(args, n + 1)) return;
-  const int64_t token = begin_of(args, n);
+  if (args.state.read[n] < 0 || args.cu_seqlens[n] == args.cu_seqlens[n + 1]) return;
+  const int64_t token = args.cu_seqlens[n];
   const auto length = static_cast<size_t>(first_length(args, n));
   const auto K = static_cast<size_t>(args.K);
-  const RingView& ring = args.ring;
-  const float* k = ring.k + ring.read[n] * ring.k_stride + key_head * ring.R * args.K;
+  const float* k = args.ring.keys(args.ring.read[n], key_head, args.K);
   prefetch(args.k.at(token, key_head), K * static_cast<size_t>(size_of(args.k.dtype)));
   prefetch(args.q.at(token, key_head), K * static_cast<size_t>(size_of(args.q.dtype)));
   prefetch(k, length * K * sizeof(float));
@@ -128,17 +122,9 @@ struct Replay {
   const State* after(size_t head) const { return head + 1 == num_heads ? next : heads[head + 1].S; }
   // Where the checkpoint of a head goes.
   State* written(size_t head) const {
-    return args.state.template slot<State>(write_slot()) + heads[head].h * args.V * args.K;
+    return args.state.template slot<State>(args.state.write[n]) + heads[head].h * args.V * args.K;
   }
-  int32_t write_slot() const { return args.state.write[n]; }
-
-  float* ring_k(int32_t slot) const {
-    return args.ring.k + slot * args.ring.k_stride + key_head * args.ring.R * args.K;
-  }
-  float* ring_u(int32_t slot, int64_t h) const {
-    return args.ring.u + slot * args.ring.u_stride + h * args.ring.R * args.V;
-  }
-  float* ring_g(int32_t slot, int64_t h) const { return args.ring.g + slot * args.ring.g_stride + h * args.ring.R; }
+  bool is_written() const { return cpu::is_written(args, n); }
 };
 
 // ---- the ring -------------------------------------------------------------------------------------------------------
@@ -156,11 +142,12 @@ void read_ring(Replay<State>& r) {
   r.length = static_cast<size_t>(first_length(r.args, r.n));
   r.unwritten = slot == r.args.ring.write[r.n] ? r.length : 0;
   if (r.length == 0) return;
-  std::copy_n(r.ring_k(slot), r.length * r.K(), r.k);
+  const RingView& ring = r.args.ring;
+  std::copy_n(ring.keys(slot, r.key_head, r.args.K), r.length * r.K(), r.k);
   for (size_t row = 0; row < r.length; ++row) order_key(r, row);
   for (size_t i = 0; i < r.num_heads; ++i) {
-    std::copy_n(r.ring_u(slot, r.heads[i].h), r.length * r.V(), r.heads[i].u);
-    std::copy_n(r.ring_g(slot, r.heads[i].h), r.length, r.heads[i].g);
+    std::copy_n(ring.updates(slot, r.heads[i].h, r.args.V), r.length * r.V(), r.heads[i].u);
+    std::copy_n(ring.gates(slot, r.heads[i].h), r.length, r.heads[i].g);
   }
 }
 
@@ -168,14 +155,15 @@ template <typename State>
 void write_ring(Replay<State>& r) {
   const size_t first = r.unwritten, count = r.length - r.unwritten;
   const size_t to = static_cast<size_t>(r.ring_row) + first;
-  const int32_t slot = r.args.ring.write[r.n];
+  const RingView& ring = r.args.ring;
+  const int32_t slot = ring.write[r.n];
   r.unwritten = r.length;
-  if (count == 0 || r.write_slot() < 0 || slot < 0) return;
-  std::copy_n(r.k + first * r.K(), count * r.K(), r.ring_k(slot) + to * r.K());
+  if (count == 0 || !r.is_written()) return;
+  std::copy_n(r.k + first * r.K(), count * r.K(), ring.keys(slot, r.key_head, r.args.K) + to * r.K());
   for (size_t i = 0; i < r.num_heads; ++i) {
     const ValueHead<State>& head = r.heads[i];
-    std::copy_n(head.u + first * r.V(), count * r.V(), r.ring_u(slot, head.h) + to * r.V());
-    std::copy_n(head.g + first, count, r.ring_g(slot, head.h) + to);
+    std::copy_n(head.u + first * r.V(), count * r.V(), ring.updates(slot, head.h, r.args.V) + to * r.V());
+    std::copy_n(head.g + first, count, ring.gates(slot, head.h) + to);
   }
 }
 
@@ -196,7 +184,7 @@ void drop_folded(Replay<State>& r) {
 
 // ---- the fold -------------------------------------------------------------------------------------------------------
 
-// 4 rows of exp(G) S + sum_c w_c k_c^T, of two vectors of K as load_pair reads them, or of one.
+// 4 rows of D S + sum_c w_c k_c^T, of two vectors of K as load_pair reads them, or of one.
 template <bool kIsPair, typename State>
 HWY_INLINE void fold_vectors(const State* src, State* dst, size_t K, size_t count, size_t V, const Decay& decay,
                              const float* HWY_RESTRICT w, const float* HWY_RESTRICT k) {
@@ -286,7 +274,7 @@ template <typename State>
 void fold_head(Replay<State>& r, size_t index, bool is_kept) {
   ValueHead<State>& head = r.heads[index];
   const size_t elements = r.V() * r.K();
-  State* dst = is_kept && r.write_slot() >= 0 ? r.written(index) : r.folded + index * elements;
+  State* dst = is_kept && r.is_written() ? r.written(index) : r.folded + index * elements;
   fold(head.S, r.C(), r.ordered_k, head.g, head.u, r.K(), r.V(), r.w, r.logs, dst, r.after(index));
   head.S = dst;
   if (is_kept) head.kept = dst;
@@ -329,19 +317,10 @@ void read_checkpoint(Replay<State>& r, const State* S, size_t count, const State
     std::fill_n(r.sq, count * V, 0.0f);
     return;
   }
-  const size_t row_bytes = K * sizeof(State);
-  const size_t size = V * row_bytes;
-  for (size_t tile = 0; tile < V; tile += kTileRows) {
+  for (size_t tile = 0; tile < V; tile += kTile) {
     for (size_t t = 0; t < count; ++t) {
-      for (size_t row = tile; row < tile + kTileRows; row += kRows) {
-        if (t == 0) {
-          const size_t ahead = row * row_bytes + kAhead;
-          if (ahead < size) {
-            prefetch(reinterpret_cast<const char*>(S) + ahead, kRows * row_bytes);
-          } else if (next != nullptr) {
-            prefetch(reinterpret_cast<const char*>(next) + (ahead - size), kRows * row_bytes);
-          }
-        }
+      for (size_t row = tile; row < tile + kTile; row += kRows) {
+        if (t == 0) prefetch_ahead(S, V * K, row * K, kRows * K, kAhead, next);
         Products products;
         multiply(StoredRows<State>{S + row * K, K}, K, r.ordered_k + (r.length + t) * K, r.ordered_q + t * K, products);
         std::copy_n(products.sk, kRows, r.sk + t * V + row);
@@ -447,7 +426,7 @@ void run_sequence(Replay<State>& r, int64_t begin, int64_t end) {
     drop_folded(r);
   }
   write_ring(r);
-  if (r.write_slot() >= 0) write_checkpoints(r);
+  if (r.is_written()) write_checkpoints(r);
 }
 
 template <typename State>
@@ -458,7 +437,7 @@ const State* checkpoint(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t
 }
 
 inline void write_zeros(const ReplayGatedDeltaRuleArgs& args, int64_t n, int64_t h) {
-  for (int64_t token = begin_of(args, n); token < begin_of(args, n + 1); ++token) {
+  for (int64_t token = args.cu_seqlens[n]; token < args.cu_seqlens[n + 1]; ++token) {
     std::memset(args.out.at(token, h), 0, static_cast<size_t>(args.V * size_of(args.out.dtype)));
   }
 }
@@ -511,7 +490,7 @@ void run_items(const ReplayGatedDeltaRuleArgs& args, int64_t begin_item, int64_t
     r.next_n = following / args.H;
     r.next_key_head = following % args.H;
     r.next = following < end_item ? checkpoint<State>(args, r.next_n, r.next_key_head * shared) : nullptr;
-    run_sequence(r, begin_of(args, r.n), begin_of(args, r.n + 1));
+    run_sequence(r, args.cu_seqlens[r.n], args.cu_seqlens[r.n + 1]);
   }
 }
 
@@ -525,7 +504,7 @@ template <typename State>
 void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* lengths, int64_t begin, int64_t end) {
   const auto K = static_cast<size_t>(args.K), V = static_cast<size_t>(args.V), R = static_cast<size_t>(args.ring.R);
   const int64_t shared = args.HV / args.H;
-  float* k = scratch<State>(R * (K + V) + padded(args.ring.R));
+  float* k = scratch<Replay<State>>(R * (K + V) + padded(args.ring.R));
   float* w = k + R * K;
   float* logs = w + R * V;
   for (int64_t item = begin; item < end; ++item) {
@@ -534,7 +513,7 @@ void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
     if (args.state.read[n] < 0 || args.state.write[n] < 0) continue;
     const auto count = static_cast<size_t>(lengths[n]);
     const int32_t slot = args.ring.read[n];
-    std::copy_n(args.ring.k + slot * args.ring.k_stride + key_head * args.ring.R * args.K, count * K, k);
+    std::copy_n(args.ring.keys(slot, key_head, args.K), count * K, k);
     for (size_t row = 0; row < count; ++row) to_pool_order<State>(k + row * K, K);
     for (int64_t h = key_head * shared; h < (key_head + 1) * shared; ++h) {
       const State* S = args.state.slot<State>(args.state.read[n]) + h * args.V * args.K;
@@ -543,9 +522,8 @@ void materialize_items(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
         std::memmove(dst, S, V * K * sizeof(State));
         continue;
       }
-      const float* u = args.ring.u + slot * args.ring.u_stride + h * args.ring.R * args.V;
-      const float* g = args.ring.g + slot * args.ring.g_stride + h * args.ring.R;
-      fold<State>(S, count, k, g, u, K, V, w, logs, dst, nullptr);
+      fold<State>(S, count, k, args.ring.gates(slot, h), args.ring.updates(slot, h, args.V), K, V, w, logs, dst,
+                  nullptr);
     }
   }
 }
@@ -580,9 +558,8 @@ void materialize_state(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
 
 void write_ring_lengths(const ReplayGatedDeltaRuleArgs& args) {
   for (int64_t n = 0; n < args.N; ++n) {
-    if (args.state.read[n] < 0 || args.state.write[n] < 0 || args.ring.write[n] < 0) continue;
-    const int64_t tokens = args.cu_seqlens != nullptr ? args.cu_seqlens[n + 1] - args.cu_seqlens[n] : 1;
-    const int64_t length = first_length(args, n) + (args.commit ? tokens : 0);
+    if (!is_written(args, n)) continue;
+    const int64_t length = first_length(args, n) + (args.commit ? args.cu_seqlens[n + 1] - args.cu_seqlens[n] : 0);
     args.ring.length[args.ring.write[n]] = static_cast<int32_t>(length % args.C);
   }
 }

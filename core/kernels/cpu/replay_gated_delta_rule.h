@@ -17,7 +17,11 @@ struct RingView {
   int64_t R = 0;
   int64_t k_stride = 0, u_stride = 0, g_stride = 0;  // from slot to slot
   const int32_t* read = nullptr;                     // [N]
-  const int32_t* write = nullptr;                    // [N]
+  const int32_t* write = nullptr;                    // [N]  negative: nothing of the sequence is written
+
+  float* keys(int32_t slot, int64_t key_head, int64_t K) const { return k + slot * k_stride + key_head * R * K; }
+  float* updates(int32_t slot, int64_t head, int64_t V) const { return u + slot * u_stride + head * R * V; }
+  float* gates(int32_t slot, int64_t head) const { return g + slot * g_stride + head * R; }
 };
 
 /// K and V are multiples of 16, at most kMaxHeadDim.
@@ -28,6 +32,11 @@ struct ReplayGatedDeltaRuleArgs : DeltaRuleArgs {
   int64_t C = 0;
   bool commit = true;
 };
+
+/// Whether anything of sequence n is written.
+inline bool is_written(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
+  return args.state.read[n] >= 0 && args.state.write[n] >= 0 && args.ring.write[n] >= 0;
+}
 
 /// Tokens of sequence n in its ring when the call begins.
 int64_t first_length(const ReplayGatedDeltaRuleArgs& args, int64_t n);

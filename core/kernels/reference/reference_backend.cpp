@@ -212,6 +212,7 @@ class ReferenceBackend final : public HostBackend {
         length = p.ring.length.const_data_ptr<int32_t>()[rings[n]];
         if (p.num_accepted) length += p.num_accepted->const_data_ptr<int32_t>()[n];
       }
+      const bool is_written = read[n] != kPadSlot && write[n] != kPadSlot && written_rings[n] != kPadSlot;
       std::vector<ReplayHead> heads;  // all are read before one is written: value heads share the ring's keys
       for (int64_t h = 0; h < s.HV && read[n] != kPadSlot; ++h) {
         heads.push_back({.S = has_initial ? read_state(p.state, read[n], h) : Matrix(s.V, s.K), .ring = {}});
@@ -222,12 +223,13 @@ class ReferenceBackend final : public HostBackend {
         if (read[n] != kPadSlot) {
           ReplayHead& head = heads[static_cast<size_t>(h)];
           const bool is_folded = replay(x, scale, C, p.commit, head);
-          if (is_folded || !has_initial || write[n] != read[n]) write_state(head.S, p.state, write[n], h);
-          if (write[n] != kPadSlot) write_ring(head, p.ring, written_rings[n], h, h / (s.HV / s.H));
+          if (is_written && (is_folded || !has_initial || write[n] != read[n]))
+            write_state(head.S, p.state, write[n], h);
+          if (is_written) write_ring(head, p.ring, written_rings[n], h, h / (s.HV / s.H));
         }
         inputs.write_outputs(x, cu[n], h);
       }
-      if (read[n] == kPadSlot || write[n] == kPadSlot) continue;
+      if (!is_written) continue;
       if (p.commit) length += cu[n + 1] - cu[n];
       p.ring.length.mutable_data_ptr<int32_t>()[written_rings[n]] = static_cast<int32_t>(length % C);
     }
