@@ -19,6 +19,7 @@ void ModelRunner::launch(const std::vector<SequenceStep>& sequences) {
   built_ = {};
   built_ = builder_.build(sequences);
   since_launch_ = Stopwatch();
+  const kernel::StepMemory::Use use(memory_);
   logits_ = model_->forward(built_.input, state_);
 }
 

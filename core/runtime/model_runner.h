@@ -51,6 +51,9 @@ class ModelRunner {
   /// Time from the packed step to its logits on the host, of the last step.
   double forward_seconds() const { return forward_seconds_; }
 
+  /// Host memory that is kept for the tensors of steps, in bytes.
+  int64_t memory_bytes() const { return memory_.bytes(); }
+
   /// The last step as it was packed.
   const StepInput& input() const { return built_.input; }
 
@@ -64,6 +67,7 @@ class ModelRunner {
   BatchBuilder builder_;
   ModelState state_;  // the pools
   BuiltStep built_;
+  kernel::StepMemory memory_;
   at::Tensor logits_;
   Stopwatch since_launch_;
   double forward_seconds_ = 0;

@@ -2,7 +2,6 @@
 // The cpu backend: each op's tensors as its kernel's arguments, and how its work is cut into items.
 #include "core/kernels/cpu/cpu_backend.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
@@ -30,6 +29,7 @@
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/cpu/store_kv.h"
 #include "core/kernels/cpu/threads.h"
+#include "core/kernels/step_memory.h"
 #include "core/kernels/tensor_args.h"
 
 namespace xgdn::kernel {
@@ -173,7 +173,7 @@ cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
 // Without tiles. One token costs a pass over the weights, where products of panels would cost what 16 tokens do.
 void run_rows(const LinearParams& p, const LinearShape& s) {
   const bool has_pairs = cpu::bfloat16_products() != nullptr;
-  const at::Tensor widened = at::empty({has_pairs ? 0 : s.T, s.D}, p.x.options().dtype(at::kFloat));
+  const at::Tensor widened = allocate_temporary({has_pairs ? 0 : s.T, s.D}, p.x.options().dtype(at::kFloat));
   const cpu::LinearRowsArgs args = {linear_call(p, s), has_pairs ? nullptr : widened.mutable_data_ptr<float>()};
   if (!has_pairs) {
     parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
@@ -184,7 +184,7 @@ void run_rows(const LinearParams& p, const LinearShape& s) {
 
 void run_products(const LinearParams& p, const LinearShape& s) {
   cpu::LinearArgs args = {linear_call(p, s), cpu::bfloat16_products()};
-  const at::Tensor packed = at::empty({cpu::packed_size(args)}, p.x.options());
+  const at::Tensor packed = allocate_temporary({cpu::packed_size(args)}, p.x.options());
   args.packed = static_cast<uint16_t*>(packed.mutable_data_ptr());
   parallel_ranges(cpu::num_panels(args), s.D * static_cast<int64_t>(cpu::kPanel),
                   [&](int64_t begin, int64_t end) { cpu::pack_tokens(args, begin, end); });
@@ -218,9 +218,9 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
                                    .bias = p.bias ? in_heads(*p.bias) : InRows(),
                                    .out = out_columns(p.out)};
   const bool is_float = args.format == cpu::Codes::kFloat8;
-  const at::Tensor tokens = at::empty({s.T, s.D}, p.x.options().dtype(is_float ? at::kFloat : at::kShort));
-  const at::Tensor token_scales = at::empty({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kFloat));
-  const at::Tensor token_sums = at::empty({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kInt));
+  const at::Tensor tokens = allocate_temporary({s.T, s.D}, p.x.options().dtype(is_float ? at::kFloat : at::kShort));
+  const at::Tensor token_scales = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kFloat));
+  const at::Tensor token_sums = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kInt));
   args.tokens = tokens.mutable_data_ptr();
   args.token_scales = token_scales.mutable_data_ptr<float>();
   args.token_sums = token_sums.mutable_data_ptr<int32_t>();
@@ -262,7 +262,7 @@ std::unique_ptr<cpu::ExpertProduct> expert_product(const QuantizedWeight& weight
 // Memory for the visits, and the visits in it. Threads take panels as they come.
 at::Tensor arrange(cpu::ExpertProduct& product, const cpu::ExpertVisits& visits, const InRows& x, const int64_t* rows,
                    int64_t D, const at::TensorOptions& options) {
-  at::Tensor memory = at::empty({product.num_bytes(visits)}, options.dtype(at::kByte));
+  at::Tensor memory = allocate_temporary({product.num_bytes(visits)}, options.dtype(at::kByte));
   product.set_memory(memory.mutable_data_ptr(), visits);
   parallel_dynamic(threads_for(kPointwiseCost * visits.size() * D), static_cast<int64_t>(visits.panels.size()),
                    [&](int64_t begin, int64_t end) {
@@ -283,7 +283,7 @@ void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gat
     const at::Tensor x = p.x.narrow(0, token, T), weights = p.weights.narrow(0, token, T);
     const cpu::ExpertVisits visits =
         cpu::sort_by_expert(p.chosen.template const_data_ptr<int64_t>() + token * s.A, T, s.A, s.E);
-    const at::Tensor gated = at::empty({visits.size(), 2 * s.I}, x.options());
+    const at::Tensor gated = allocate_temporary({visits.size(), 2 * s.I}, x.options());
     const int64_t elements = visits.size() * s.D * s.I;
     {
       const at::Tensor memory = arrange(gate_up, visits, in_rows(x), visits.tokens.data(), s.D, x.options());
@@ -292,7 +292,7 @@ void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gat
                        [&](int64_t begin, int64_t end) { cpu::gated_experts(args, begin, end); });
     }
     const at::Tensor memory = arrange(down, visits, in_rows(gated), nullptr, s.I, x.options());
-    const at::Tensor outputs = at::empty({visits.size(), s.D}, x.options());
+    const at::Tensor outputs = allocate_temporary({visits.size(), s.D}, x.options());
     const cpu::ExpertOutputsArgs args = {.D = s.D, .visits = &visits, .down = &down, .out = out_columns(outputs)};
     parallel_dynamic(threads_for(elements), cpu::num_work_items(visits, s.D),
                      [&](int64_t begin, int64_t end) { cpu::expert_outputs(args, begin, end); });

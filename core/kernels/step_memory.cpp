@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/kernels/step_memory.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/util/accumulate.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <functional>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "core/kernels/allocation.h"
+
+namespace xgdn::kernel {
+namespace {
+
+constexpr size_t kAlignment = 64;           // of tensors
+constexpr size_t kLeast = size_t{8} << 20;  // to ask the system for
+
+// Of the calling thread.
+thread_local constinit StepMemory* in_use = nullptr;
+
+size_t aligned(size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+}  // namespace
+
+// Blocks of memory. The lowest that suffices is taken first, so that tensors lie where the last step's lay, and those
+// of a small step in the caches whatever a larger one has taken before.
+class StepMemory::Blocks {
+ public:
+  std::byte* take(size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    auto block = std::ranges::find_if(free_, [&](const auto& candidate) { return candidate.second >= bytes; });
+    if (block == free_.end()) block = grow(bytes);
+    const auto [begin, size] = *block;
+    free_.erase(block);
+    if (size > bytes) free_.emplace(begin + bytes, size - bytes);
+    ++num_taken_;
+    return begin;
+  }
+
+  void give_back(std::byte* begin, size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    free_.emplace(begin, bytes);
+    if (--num_taken_ == 0 && chunks_.size() > 1) {
+      wanted_ = held();
+      free_.clear();
+      chunks_.clear();
+    } else {
+      merge(begin);
+    }
+  }
+
+  size_t bytes() const {
+    const std::lock_guard lock(mutex_);
+    return held();
+  }
+
+ private:
+  using Free = std::map<std::byte*, size_t>;
+
+  size_t held() const {
+    return std::transform_reduce(chunks_.begin(), chunks_.end(), size_t{0}, std::plus<>(),
+                                 [](const at::Tensor& chunk) { return chunk.nbytes(); });
+  }
+
+  // What did not suffice comes again as one chunk once nothing lies in it.
+  Free::iterator grow(size_t bytes) {
+    const size_t size = std::max({bytes, std::exchange(wanted_, 0), kLeast});
+    const at::Tensor& chunk = chunks_.emplace_back(allocate_weight({static_cast<int64_t>(size)}, at::kByte));
+    return free_.emplace(static_cast<std::byte*>(chunk.mutable_data_ptr()), size).first;
+  }
+
+  // Joins the free block at `begin` with its neighbours. Of two chunks that touch each other no tensor lies in both:
+  // they go back to the system together.
+  void merge(std::byte* begin) {
+    auto block = free_.find(begin);
+    if (const auto next = std::next(block); next != free_.end() && begin + block->second == next->first) {
+      block->second += next->second;
+      free_.erase(next);
+    }
+    if (block == free_.begin()) return;
+    if (const auto before = std::prev(block); before->first + before->second == begin) {
+      before->second += block->second;
+      free_.erase(block);
+    }
+  }
+
+  mutable std::mutex mutex_;  // any thread may free a tensor
+  Free free_;
+  std::vector<at::Tensor> chunks_;
+  size_t num_taken_ = 0;
+  size_t wanted_ = 0;  // of the next chunk
+};
+
+StepMemory::StepMemory() : blocks_(std::make_shared<Blocks>()) {}
+
+StepMemory::~StepMemory() = default;
+
+int64_t StepMemory::bytes() const {
+  return static_cast<int64_t>(blocks_->bytes());
+}
+
+StepMemory::Use::Use(StepMemory& memory) : before_(std::exchange(in_use, &memory)) {}
+
+StepMemory::Use::~Use() {
+  in_use = before_;
+}
+
+// What a tensor holds.
+struct StepMemory::Lease {
+  Lease(std::shared_ptr<Blocks> of, size_t size) : blocks(std::move(of)), bytes(size), begin(blocks->take(bytes)) {}
+  ~Lease() { blocks->give_back(begin, bytes); }
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+
+  std::shared_ptr<Blocks> blocks;
+  size_t bytes;
+  std::byte* begin;
+};
+
+at::Tensor allocate_temporary(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = aligned(static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize());
+  if (in_use == nullptr || !options.device().is_cpu() || bytes == 0) return at::empty(sizes, options);
+  auto lease = std::make_unique<StepMemory::Lease>(in_use->blocks_, bytes);
+  std::byte* begin = lease->begin;
+  const auto give_back = [](void* context) { delete static_cast<StepMemory::Lease*>(context); };
+  return at::for_blob(begin, sizes).context(lease.release(), give_back).options(options).make_tensor();
+}
+
+}  // namespace xgdn::kernel
