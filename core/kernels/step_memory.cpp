@@ -20,8 +20,7 @@
 namespace xgdn::kernel {
 namespace {
 
-constexpr size_t kAlignment = 64;           // of tensors
-constexpr size_t kLeast = size_t{8} << 20;  // to ask the system for
+constexpr size_t kAlignment = 64;  // of tensors
 
 // Of the calling thread.
 thread_local constinit StepMemory* in_use = nullptr;
@@ -32,8 +31,12 @@ size_t aligned(size_t bytes) {
 
 }  // namespace
 
-// Blocks of memory. The lowest that suffices is taken first, so that tensors lie where the last step's lay, and those
-// of a small step in the caches whatever a larger one has taken before.
+// Chunks from the system and the free blocks in them. The lowest block that suffices is taken first, so that tensors
+// lie where the last step's lay, and those of a small step in the caches whatever a larger one has taken before.
+//
+// What does not fit gets a chunk of its own, and what is free as a whole goes back before: a first step holds little
+// more than its tensors. Once nothing is taken, chunks become one, as large as what was ever taken at once; where that
+// did not suffice for lack of a large block, as large as what did.
 class StepMemory::Blocks {
  public:
   std::byte* take(size_t bytes) {
@@ -43,20 +46,19 @@ class StepMemory::Blocks {
     const auto [begin, size] = *block;
     free_.erase(block);
     if (size > bytes) free_.emplace(begin + bytes, size - bytes);
-    ++num_taken_;
+    taken_ += bytes;
+    most_taken_ = std::max(most_taken_, taken_);
     return begin;
   }
 
   void give_back(std::byte* begin, size_t bytes) {
     const std::lock_guard lock(mutex_);
-    free_.emplace(begin, bytes);
-    if (--num_taken_ == 0 && chunks_.size() > 1) {
-      wanted_ = held();
-      free_.clear();
-      chunks_.clear();
-    } else {
-      merge(begin);
-    }
+    merge(free_.emplace(begin, bytes).first);
+    taken_ -= bytes;
+    if (taken_ > 0 || chunks_.size() == 1) return;
+    wanted_ = chunks_.front().nbytes() < most_taken_ ? most_taken_ : held();
+    free_.clear();
+    chunks_.clear();
   }
 
   size_t bytes() const {
@@ -67,37 +69,49 @@ class StepMemory::Blocks {
  private:
   using Free = std::map<std::byte*, size_t>;
 
+  static std::byte* begin_of(const at::Tensor& chunk) { return static_cast<std::byte*>(chunk.mutable_data_ptr()); }
+
   size_t held() const {
     return std::transform_reduce(chunks_.begin(), chunks_.end(), size_t{0}, std::plus<>(),
                                  [](const at::Tensor& chunk) { return chunk.nbytes(); });
   }
 
-  // What did not suffice comes again as one chunk once nothing lies in it.
   Free::iterator grow(size_t bytes) {
-    const size_t size = std::max({bytes, std::exchange(wanted_, 0), kLeast});
-    const at::Tensor& chunk = chunks_.emplace_back(allocate_weight({static_cast<int64_t>(size)}, at::kByte));
-    return free_.emplace(static_cast<std::byte*>(chunk.mutable_data_ptr()), size).first;
+    std::erase_if(chunks_, [&](const at::Tensor& chunk) {
+      const auto block = free_.find(begin_of(chunk));
+      if (block == free_.end() || block->second < chunk.nbytes()) return false;
+      free_.erase(block);
+      return true;
+    });
+    const size_t size = std::max(bytes, std::exchange(wanted_, 0));
+    chunks_.push_back(allocate_weight({static_cast<int64_t>(size)}, at::kByte));
+    return free_.emplace(begin_of(chunks_.back()), size).first;
   }
 
-  // Joins the free block at `begin` with its neighbours. Of two chunks that touch each other no tensor lies in both:
-  // they go back to the system together.
-  void merge(std::byte* begin) {
-    auto block = free_.find(begin);
-    if (const auto next = std::next(block); next != free_.end() && begin + block->second == next->first) {
+  // Joins a free block with its neighbours in its chunk.
+  void merge(Free::iterator block) {
+    if (block != free_.begin() && touches(*std::prev(block), block->first)) {
+      const auto before = std::prev(block);
+      before->second += block->second;
+      free_.erase(block);
+      block = before;
+    }
+    if (const auto next = std::next(block); next != free_.end() && touches(*block, next->first)) {
       block->second += next->second;
       free_.erase(next);
     }
-    if (block == free_.begin()) return;
-    if (const auto before = std::prev(block); before->first + before->second == begin) {
-      before->second += block->second;
-      free_.erase(block);
-    }
+  }
+
+  bool touches(const Free::value_type& block, const std::byte* next) const {
+    return block.first + block.second == next &&
+           std::ranges::none_of(chunks_, [&](const at::Tensor& chunk) { return begin_of(chunk) == next; });
   }
 
   mutable std::mutex mutex_;  // any thread may free a tensor
   Free free_;
   std::vector<at::Tensor> chunks_;
-  size_t num_taken_ = 0;
+  size_t taken_ = 0;  // bytes
+  size_t most_taken_ = 0;
   size_t wanted_ = 0;  // of the next chunk
 };
 
