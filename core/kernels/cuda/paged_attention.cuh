@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of paged attention share.
+//
+// The query heads that read one key head, of all tokens of a sequence, are its rows: row r is head r % G of token r /
+// G, with G = HQ / HKV. A sequence of few tokens has its context split into chunks that are worked on side by side;
+// their sizes, and so the bits of a result, depend on its own context alone.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/kernels/cuda/elements.cuh"
+#include "core/kernels/cuda/paged_attention.h"
+
+namespace xgdn::kernel::cuda {
+
+inline constexpr int kLanes = 32;
+inline constexpr unsigned kAllLanes = ~0u;
+inline constexpr int kSplitTokens = 8;     // a sequence of more tokens is not split
+inline constexpr int kMaxChunks = 64;      // of a context
+inline constexpr int kMinChunkRows = 256;  // but for the last one
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+/// What the chunks of split sequences leave for their sum: the result of each and the logarithm of its weight.
+struct ChunkResults {
+  int max_tokens = 0;       // of a split sequence
+  int max_chunks = 0;       // of a context
+  float* values = nullptr;  // [N, max_tokens, HQ, max_chunks, D]
+  float* log2s = nullptr;   // [N, max_tokens, HQ, max_chunks]  base 2; -inf: the chunk has no row that is seen
+
+  /// The first chunk of a row.
+  __device__ int64_t index(const PagedAttentionArgs& args, int64_t sequence, int token, int64_t head) const {
+    return ((sequence * max_tokens + token) * args.HQ + head) * max_chunks;
+  }
+};
+
+/// A sequence of a call.
+struct AttendedSequence {
+  int begin = 0;    // its first token
+  int len = 0;      // tokens
+  int context = 0;  // rows of the cache
+};
+
+__device__ inline AttendedSequence sequence_of(const PagedAttentionArgs& args, int64_t n) {
+  const int begin = args.cu_seqlens[n];
+  return {.begin = begin, .len = args.cu_seqlens[n + 1] - begin, .context = args.context_lens[n]};
+}
+
+__device__ inline bool is_split(const AttendedSequence& s) {
+  return s.len <= kSplitTokens;
+}
+
+/// Rows of the cache in each chunk but the last.
+__device__ inline int chunk_rows(int context) {
+  constexpr int kUnit = 64;
+  const int even = (context + kMaxChunks - 1) / kMaxChunks;
+  return max(kMinChunkRows, (even + kUnit - 1) / kUnit * kUnit);
+}
+
+/// Where a row of the context lies in the cache, in rows.
+__device__ inline int64_t cache_row(const PagedAttentionArgs& args, const int32_t* blocks, int row) {
+  const auto block_rows = static_cast<uint32_t>(args.B);
+  const uint32_t block = static_cast<uint32_t>(row) / block_rows;
+  return static_cast<int64_t>(blocks[block]) * args.B + (static_cast<uint32_t>(row) - block * block_rows);
+}
+
+/// Rows of the context that a token sees.
+__device__ inline int visible_rows(const AttendedSequence& s, int token) {
+  return s.context - (s.len - 1 - token);
+}
+
+/// Byte of 16-byte piece `piece` of row `row` in a tile: pieces are exchanged so that neighbouring rows differ in
+/// banks.
+template <int kDim>
+__device__ inline uint32_t swizzled(int row, int piece) {
+  constexpr int kPieces = kDim / 8;
+  constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
+  return static_cast<uint32_t>((row * kPieces + (piece ^ (row & kMask))) * 16);
+}
+
+/// Rows of queries that a block of threads works on, of one sequence that is not split.
+struct QueryTile {
+  int64_t sequence = -1;  // -1: there is no such tile
+  int first = 0;          // row
+};
+
+/// Tiles of `rows` rows that sequences which are not split have at most.
+inline int64_t max_query_tiles(const PagedAttentionArgs& args, int rows) {
+  const int64_t sequences = args.T / (kSplitTokens + 1) < args.N ? args.T / (kSplitTokens + 1) : args.N;
+  return args.T * (args.HQ / args.HKV) / rows + sequences;
+}
+
+/// Finds a tile by its number, counted from the last rows of each sequence because those see most. All lanes of a warp
+/// call it together.
+__device__ inline QueryTile query_tile(const PagedAttentionArgs& args, int64_t index, int rows) {
+  const int lane = threadIdx.x % kLanes;
+  const int64_t G = args.HQ / args.HKV;
+  for (int64_t first = 0; first < args.N; first += kLanes) {
+    const int64_t n = first + lane;
+    const int64_t len = n < args.N ? args.cu_seqlens[n + 1] - args.cu_seqlens[n] : 0;
+    const int64_t tiles = len <= kSplitTokens ? 0 : (len * G + rows - 1) / rows;
+    int64_t end = tiles;
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      const int64_t before = __shfl_up_sync(kAllLanes, end, distance);
+      if (lane >= distance) end += before;
+    }
+    const unsigned behind = __ballot_sync(kAllLanes, end > index);
+    if (behind != 0) {
+      const int found = __ffs(static_cast<int>(behind)) - 1;
+      const int64_t last = __shfl_sync(kAllLanes, end, found) - 1;
+      return {.sequence = first + found, .first = static_cast<int>(last - index) * rows};
+    }
+    index -= __shfl_sync(kAllLanes, end, kLanes - 1);
+  }
+  return {};
+}
+
+}  // namespace xgdn::kernel::cuda
