@@ -31,17 +31,19 @@ size_t aligned(size_t bytes) {
 
 }  // namespace
 
-// Chunks from the system and the free blocks in them. The lowest block that suffices is taken first, so that tensors
-// lie where the last step's lay, and those of a small step in the caches whatever a larger one has taken before.
+// Chunks from the system and the free blocks in them. The smallest that suffices is taken, of equal ones the lowest: like
+// steps find their tensors where they were, and small ones lie side by side.
 //
-// What does not fit gets a chunk of its own, and what is free as a whole goes back before: a first step holds little
-// more than its tensors. Once nothing is taken, chunks become one, as large as what was ever taken at once; where that
-// did not suffice for lack of a large block, as large as what did.
+// What does not fit gets a chunk of its own. Once nothing is taken, chunks become one, as large as what was ever taken at
+// once; where that did not suffice for lack of a large block, as large as what did.
 class StepMemory::Blocks {
  public:
   std::byte* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
-    auto block = std::ranges::find_if(free_, [&](const auto& candidate) { return candidate.second >= bytes; });
+    auto block = free_.end();
+    for (auto other = free_.begin(); other != free_.end(); ++other) {
+      if (other->second >= bytes && (block == free_.end() || other->second < block->second)) block = other;
+    }
     if (block == free_.end()) block = grow(bytes);
     const auto [begin, size] = *block;
     free_.erase(block);
@@ -77,12 +79,6 @@ class StepMemory::Blocks {
   }
 
   Free::iterator grow(size_t bytes) {
-    std::erase_if(chunks_, [&](const at::Tensor& chunk) {
-      const auto block = free_.find(begin_of(chunk));
-      if (block == free_.end() || block->second < chunk.nbytes()) return false;
-      free_.erase(block);
-      return true;
-    });
     const size_t size = std::max(bytes, std::exchange(wanted_, 0));
     chunks_.push_back(allocate_weight({static_cast<int64_t>(size)}, at::kByte));
     return free_.emplace(begin_of(chunks_.back()), size).first;

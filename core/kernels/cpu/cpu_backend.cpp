@@ -122,13 +122,30 @@ bool has_tiles(const LinearParams& p, const LinearShape& s) {
          p.out.stride(0) % 2 == 0;
 }
 
-// Blocks of outputs. Threads take them as they come: with many of them one is always disturbed, and the others would
-// wait for it. Many tokens make neighbours worth while, which share loads.
-template <class Shape, class F>
-void parallel_blocks(const Shape& s, int64_t count, const F& f) {
-  constexpr int64_t kManyTokens = 256;
-  constexpr int64_t kNeighbours = 4;
-  parallel_dynamic(threads_for(std::max<int64_t>(s.T, 1) * s.D * s.O), count, f, s.T < kManyTokens ? 1 : kNeighbours);
+// Calls f(args, begin, end) for blocks of outputs, `neighbours` at once where they share loads; with too few of them
+// for the threads, one at once and for parts of the tokens. Threads take them as they come: with many of them one is
+// always disturbed, and the others would wait for it.
+template <class Args, class F>
+void parallel_products(const Args& args, int64_t neighbours, const F& f) {
+  constexpr int64_t kItemsPerThread = 4;
+  constexpr int64_t kPart = 256;  // tokens for which a block of weights is loaded at least
+  const int64_t threads = threads_for(std::max<int64_t>(args.T, 1) * args.D * args.O);
+  const int64_t blocks = cpu::num_work_items(args);
+  const int64_t most_parts = std::max<int64_t>(args.T / kPart, 1);
+  if (threads > 1 && blocks / neighbours * most_parts < 2 * threads) neighbours = 1;
+  const int64_t columns = (blocks + neighbours - 1) / neighbours;
+  const int64_t wanted = threads == 1 ? 1 : (kItemsPerThread * threads + columns - 1) / columns;
+  const int64_t parts = std::min(wanted, most_parts);
+  const int64_t part = (args.T + parts - 1) / parts;
+  const int64_t tokens = (part + cpu::kPanelPair - 1) / cpu::kPanelPair * cpu::kPanelPair;
+  parallel_dynamic(threads, columns * parts, [&](int64_t begin, int64_t end) {
+    if (parts == 1) return f(args, begin * neighbours, std::min(end * neighbours, blocks));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t token = item % parts * tokens, block = item / parts * neighbours;
+      const int64_t count = std::min(tokens, args.T - token);
+      if (count > 0) f(of_tokens(args, token, count), block, std::min(block + neighbours, blocks));
+    }
+  });
 }
 
 cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
@@ -150,8 +167,7 @@ void run_rows(const LinearParams& p, const LinearShape& s) {
   if (!has_pairs) {
     parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
   }
-  parallel_blocks(s, cpu::num_work_items(args),
-                  [&](int64_t begin, int64_t end) { cpu::linear_rows(args, begin, end); });
+  parallel_products(args, /*neighbours=*/1, cpu::linear_rows);
 }
 
 void run_products(const LinearParams& p, const LinearShape& s) {
@@ -160,7 +176,7 @@ void run_products(const LinearParams& p, const LinearShape& s) {
   args.packed = static_cast<uint16_t*>(packed.mutable_data_ptr());
   parallel_ranges(cpu::num_panels(args), s.D * static_cast<int64_t>(cpu::kPanel),
                   [&](int64_t begin, int64_t end) { cpu::pack_tokens(args, begin, end); });
-  parallel_blocks(s, cpu::num_work_items(args), [&](int64_t begin, int64_t end) { cpu::linear(args, begin, end); });
+  parallel_products(args, cpu::num_neighbours(args), cpu::linear);
 }
 
 cpu::Codes format_of(const at::Tensor& codes) {
@@ -197,8 +213,7 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
   args.token_scales = token_scales.mutable_data_ptr<float>();
   args.token_sums = token_sums.mutable_data_ptr<int32_t>();
   parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::prepare_tokens(args, begin, end); });
-  parallel_blocks(s, cpu::num_work_items(args),
-                  [&](int64_t begin, int64_t end) { cpu::quantized_linear(args, begin, end); });
+  parallel_products(args, /*neighbours=*/1, cpu::quantized_linear);
 }
 
 // Which experts the cpu backend computes itself.

@@ -26,9 +26,8 @@ namespace HWY_NAMESPACE {
 inline constexpr size_t kTransposed = 4;  // rows that `transpose` takes at once
 inline constexpr int64_t kTokens = kPanel;
 inline constexpr int64_t kPanelsAtOnce = 2;
-inline constexpr int64_t kManyPanels = 16;  // with fewer, larger blocks are no faster
-inline constexpr int64_t kMostItems = 4;    // of a block
-inline constexpr int64_t kPiece = 256;      // of D: 16 KiB of a pair of panels
+inline constexpr int64_t kMostItems = 4;  // of a block
+inline constexpr int64_t kPiece = 256;    // of D: 16 KiB of a pair of panels
 inline constexpr size_t kMostRows = kMostItems * kLinearBlock;
 inline constexpr size_t kSums = kMostRows * kPanel;  // of a panel
 
@@ -96,8 +95,8 @@ void write_panel(const LinearArgs& args, float* sums, int64_t output, size_t row
 void linear(const LinearArgs& args, int64_t begin_item, int64_t end_item) {
   const int64_t panels = num_panels(args);
   const auto panel_size = static_cast<size_t>(args.D) * kPanel;
-  const bool is_long = panels >= kManyPanels;
-  const int64_t items = is_long ? kMostItems : 1;
+  const int64_t items = num_neighbours(args);
+  const bool is_long = items > 1;
   float* sums = scratch<LinearArgs>(kPanelsAtOnce * kSums);
   float bias[kMostRows];
 
