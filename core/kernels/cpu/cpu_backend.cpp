@@ -176,7 +176,9 @@ void run_products(const LinearParams& p, const LinearShape& s) {
   args.packed = static_cast<uint16_t*>(packed.mutable_data_ptr());
   parallel_ranges(cpu::num_panels(args), s.D * static_cast<int64_t>(cpu::kPanel),
                   [&](int64_t begin, int64_t end) { cpu::pack_tokens(args, begin, end); });
-  parallel_products(args, cpu::num_neighbours(args), cpu::linear);
+  if (s.T > cpu::kFewTokens) return parallel_products(args, cpu::num_neighbours(args), cpu::linear);
+  cpu::parallel_ahead(threads_for(std::max<int64_t>(s.T, 1) * s.D * s.O), cpu::num_few_items(args),
+                      [&](int64_t item, int64_t next) { cpu::linear_of_few(args, item, next); });
 }
 
 cpu::Codes format_of(const at::Tensor& codes) {

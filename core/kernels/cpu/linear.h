@@ -50,6 +50,13 @@ inline int64_t num_work_items(const LinearArgs& args) {
   return (args.O + kLinearBlock - 1) / kLinearBlock;
 }
 
+/// The few tokens of linear_of_few.
+inline constexpr int64_t kFewTokens = kPanelPair;
+inline constexpr int64_t kFewBlock = kLinearWidthStep;  // outputs of its work items
+inline int64_t num_few_items(const LinearArgs& args) {
+  return args.O / kFewBlock;
+}
+
 /// How many neighbours share loads.
 inline int64_t num_neighbours(const LinearArgs& args) {
   constexpr int64_t kManyPanels = 16;  // with fewer, larger blocks are no faster
@@ -68,5 +75,9 @@ void pack_tokens(const LinearArgs& args, int64_t begin_panel, int64_t end_panel)
 
 /// Computes blocks of outputs for all tokens. Neighbouring items in one call share their loads.
 void linear(const LinearArgs& args, int64_t begin_item, int64_t end_item);
+
+/// Computes one block of kFewBlock outputs for all tokens, and brings the weights of the next one, if there is one, to
+/// the second-level cache.
+void linear_of_few(const LinearArgs& args, int64_t item, int64_t next_item);
 
 }  // namespace xgdn::kernel::cpu
