@@ -68,7 +68,7 @@ struct LaneRow {
 template <class Element, class State, int kDim>
 struct RawLaneRow {
   using Layout = RowLayout<State, kDim>;
-  RawElements<Element, Layout::kPacket> x[Layout::kPackets];
+  RawPackets<Element, Layout::kPacket> x[Layout::kPackets];
 
   __device__ void load(const Element* row, int lane) {
 #pragma unroll
