@@ -19,15 +19,18 @@ namespace xgdn::kernel::cuda {
 namespace {
 
 constexpr int kSumThreads = 256;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+constexpr int kMinChunkRows = 128;
+constexpr int kMaxMinChunkRows = 2048;
+constexpr int kChunkRowsPerPair = 16;
 
 ChunkResults chunk_results(const PagedAttentionArgs& args) {
   ChunkResults results;
   results.max_tokens = static_cast<int>(std::min<int64_t>(args.max_len, kSplitTokens));
-  results.max_chunks = static_cast<int>(std::clamp<int64_t>(ceil_div(args.M * args.B, kMinChunkRows), 1, kMaxChunks));
+  // As many pairs of sequences and key heads as fill the device by themselves want long chunks.
+  const int64_t wanted = std::clamp<int64_t>(args.N * args.HKV * kChunkRowsPerPair, kMinChunkRows, kMaxMinChunkRows);
+  results.min_rows = static_cast<int>(wanted / kMinChunkRows * kMinChunkRows);
+  results.max_chunks =
+      static_cast<int>(std::clamp<int64_t>(ceil_div(args.M * args.B, results.min_rows), 1, kMaxChunks));
   results.values = static_cast<float*>(args.workspace);
   if (results.values != nullptr) {
     results.log2s = results.values + args.N * results.max_tokens * args.HQ * results.max_chunks * args.D;
@@ -42,7 +45,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_chunks(const PagedAttentionAr
   const int token = static_cast<int>(blockIdx.x / args.HQ % results.max_tokens);
   const int64_t n = blockIdx.x / args.HQ / results.max_tokens;
   const AttendedSequence s = sequence_of(args, n);
-  const int rows = chunk_rows(s.context);
+  const int rows = chunk_rows(results, s.context);
   if (!is_split(s) || token >= s.len || s.context <= rows) return;
   const int num_chunks = (s.context + rows - 1) / rows;
   const int64_t first = results.index(args, n, token, head);
@@ -106,10 +109,12 @@ void attend(const PagedAttentionArgs& args, cudaStream_t stream) {
   const auto chunks = static_cast<unsigned>(results.max_chunks);
   const int64_t queries = results.max_tokens * (args.HQ / args.HKV);
   const bool has_long = args.max_len > kSplitTokens;
+  // No sequence is shorter than what is left by the others.
+  const bool has_short = args.T - (args.N - 1) * args.max_len <= kSplitTokens;
   if constexpr (std::is_same_v<Element, float>) {
     constexpr int kThreads = kF32Warps * kLanes;
     const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kF32Warps)), chunks);
-    launch(attend_f32<kDim, true>, grid, kThreads, f32_shared_bytes<kDim>(), args, results, stream);
+    if (has_short) launch(attend_f32<kDim, true>, grid, kThreads, f32_shared_bytes<kDim>(), args, results, stream);
     if (has_long) {
       const dim3 tiles(static_cast<unsigned>(max_query_tiles(args, kF32Warps)), static_cast<unsigned>(args.HKV));
       launch(attend_f32<kDim, false>, tiles, kThreads, f32_shared_bytes<kDim>(), args, results, stream);
@@ -119,11 +124,11 @@ void attend(const PagedAttentionArgs& args, cudaStream_t stream) {
     const auto launch_split = [&](auto groups) {
       constexpr int kGroups = decltype(groups)::value;
       const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kGroups * kGroupRows)), chunks);
-      launch(attend_split<Element, kDim, kGroups>, grid, kThreads, split_shared_bytes<kDim, kGroups>(), args, results,
-             stream);
+      launch(attend_split<Element, kDim, kGroups>, grid, kThreads, split_shared_bytes<kDim, kGroups>(), args,
+             SplitCall{results, has_aligned_rows(args)}, stream);
     };
-    queries <= kGroupRows ? launch_split(std::integral_constant<int, 1>())
-                          : launch_split(std::integral_constant<int, 2>());
+    if (has_short && queries <= kGroupRows) launch_split(std::integral_constant<int, 1>());
+    if (has_short && queries > kGroupRows) launch_split(std::integral_constant<int, 2>());
     if (has_long) {
       using Tiles = PrefillTiles<kDim>;
       const dim3 tiles(static_cast<unsigned>(max_query_tiles(args, Tiles::kRows)), static_cast<unsigned>(args.HKV));
@@ -131,7 +136,7 @@ void attend(const PagedAttentionArgs& args, cudaStream_t stream) {
              stream);
     }
   }
-  if (results.max_chunks > 1) {
+  if (has_short && results.max_chunks > 1) {
     const auto rows = static_cast<unsigned>(args.N * results.max_tokens * args.HQ);
     sum_chunks<Element><<<rows, kSumThreads, 0, stream>>>(args, results);
     check_launch("paged_attention");

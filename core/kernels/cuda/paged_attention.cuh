@@ -16,15 +16,15 @@ namespace xgdn::kernel::cuda {
 
 inline constexpr int kLanes = 32;
 inline constexpr unsigned kAllLanes = ~0u;
-inline constexpr int kSplitTokens = 8;     // a sequence of more tokens is not split
-inline constexpr int kMaxChunks = 64;      // of a context
-inline constexpr int kMinChunkRows = 256;  // but for the last one
+inline constexpr int kSplitTokens = 8;  // a sequence of more tokens is not split
+inline constexpr int kMaxChunks = 64;   // of a context
 inline constexpr float kLog2E = 1.4426950408889634f;
 
 /// What the chunks of split sequences leave for their sum: the result of each and the logarithm of its weight.
 struct ChunkResults {
   int max_tokens = 0;       // of a split sequence
   int max_chunks = 0;       // of a context
+  int min_rows = 0;         // of the cache in a chunk, but for the last one
   float* values = nullptr;  // [N, max_tokens, HQ, max_chunks, D]
   float* log2s = nullptr;   // [N, max_tokens, HQ, max_chunks]  base 2; -inf: the chunk has no row that is seen
 
@@ -51,10 +51,10 @@ __device__ inline bool is_split(const AttendedSequence& s) {
 }
 
 /// Rows of the cache in each chunk but the last.
-__device__ inline int chunk_rows(int context) {
+__device__ inline int chunk_rows(const ChunkResults& results, int context) {
   constexpr int kUnit = 64;
   const int even = (context + kMaxChunks - 1) / kMaxChunks;
-  return max(kMinChunkRows, (even + kUnit - 1) / kUnit * kUnit);
+  return max(results.min_rows, (even + kUnit - 1) / kUnit * kUnit);
 }
 
 /// Where a row of the context lies in the cache, in rows.
@@ -76,6 +76,34 @@ __device__ inline uint32_t swizzled(int row, int piece) {
   constexpr int kPieces = kDim / 8;
   constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
   return static_cast<uint32_t>((row * kPieces + (piece ^ (row & kMask))) * 16);
+}
+
+/// 8 elements of a row of queries; `is_aligned`: to 16 bytes.
+template <class Element>
+__device__ inline uint4 load_8(const Element* x, bool is_aligned) {
+  if (is_aligned) return *reinterpret_cast<const uint4*>(x);
+  const auto* bits = reinterpret_cast<const uint16_t*>(x);
+  const auto pair = [bits](int i) { return bits[i] | static_cast<uint32_t>(bits[i + 1]) << 16; };
+  return {pair(0), pair(2), pair(4), pair(6)};
+}
+
+/// Brings rows of queries to shared memory, swizzled; zeros behind the last one and behind D.
+template <class Element, int kDim, int kRows, int kThreads>
+__device__ inline void load_queries(const PagedAttentionArgs& args, const AttendedSequence& s, int64_t head, int first,
+                                    int count, bool is_aligned, char* to) {
+  constexpr int kPieces = kDim / 8;
+  const int G = static_cast<int>(args.HQ / args.HKV);
+#pragma unroll
+  for (int index = threadIdx.x; index < kRows * kPieces; index += kThreads) {
+    const int query = index / kPieces;
+    const int piece = index % kPieces;
+    uint4 x = {};
+    if (query < count && piece * 8 < args.D) {
+      const int row = first + query;
+      x = load_8(row_of<Element>(args.q, s.begin + row / G, head * G + row % G) + piece * 8, is_aligned);
+    }
+    *reinterpret_cast<uint4*>(to + swizzled<kDim>(query, piece)) = x;
+  }
 }
 
 /// Rows of queries that a block of threads works on, of one sequence that is not split.

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kF32Warps* kLanes)
   const AttendedSequence s = sequence_of(args, n);
   const int num_queries = min(kF32Warps, s.len * G - first_query);
   if (num_queries <= 0 || (kIsSplit && !is_split(s))) return;
-  const int rows_of_chunk = kIsSplit ? chunk_rows(s.context) : max(s.context, 0);
+  const int rows_of_chunk = kIsSplit ? chunk_rows(results, s.context) : max(s.context, 0);
   const int chunk = kIsSplit ? blockIdx.z : 0;
   const int begin = chunk * rows_of_chunk;
   if (begin >= s.context && chunk > 0) return;

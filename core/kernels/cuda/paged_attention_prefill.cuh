@@ -32,32 +32,25 @@ struct PrefillTiles {
   static constexpr int kSharedBytes = kQueryBytes + kSlots * kTileBytes;
 };
 
-/// Begins to copy a tile of keys or values, whose rows in the cache are given; -1: zeros.
+/// Begins to copy a tile of keys or values, of which the bytes in the cache where the rows begin are given; -1: zeros.
 template <class Element, int kDim>
-__device__ inline void copy_tile(const PagedAttentionArgs& args, const void* cache, int64_t head, const int* rows,
+__device__ inline void copy_tile(const PagedAttentionArgs& args, const char* of_head, const int64_t* rows,
                                  uint32_t to) {
   using Tiles = PrefillTiles<kDim>;
   constexpr int kPieces = kDim / 8;
-  const Element* of_head = static_cast<const Element*>(cache) + head * args.D;
-  const int64_t stride = args.HKV * args.D;
+  constexpr int kRowsAtOnce = Tiles::kThreads / kPieces;
+  static_assert(kRowsAtOnce % 8 == 0);  // so that the swizzle of a thread's pieces is the same
+  const int row = threadIdx.x / kPieces;
+  const int piece = threadIdx.x % kPieces;
+  const bool is_inside = piece * 8 < args.D;
+  const char* from = of_head + piece * 16;
+  to += swizzled<kDim>(row, piece);
 #pragma unroll
-  for (int i = 0; i < Tiles::kKeys * kPieces / Tiles::kThreads; ++i) {
-    const int index = i * Tiles::kThreads + static_cast<int>(threadIdx.x);
-    const int row = index / kPieces;
-    const int piece = index % kPieces;
-    const int from = rows[row];
-    const bool is_valid = from >= 0 && piece * 8 < args.D;
-    copy_16_async(to + swizzled<kDim>(row, piece), is_valid ? of_head + from * stride + piece * 8 : of_head, is_valid);
+  for (int i = 0; i < Tiles::kKeys; i += kRowsAtOnce) {
+    const int64_t offset = rows[row + i];
+    const bool is_valid = offset >= 0 && is_inside;
+    copy_16_async(to + i * kDim * 2, is_valid ? from + offset : of_head, is_valid);
   }
-}
-
-/// 8 elements of a row; `is_aligned`: to 16 bytes.
-template <class Element>
-__device__ inline uint4 load_8(const Element* x, bool is_aligned) {
-  if (is_aligned) return *reinterpret_cast<const uint4*>(x);
-  const auto* bits = reinterpret_cast<const uint16_t*>(x);
-  const auto pair = [bits](int i) { return bits[i] | static_cast<uint32_t>(bits[i + 1]) << 16; };
-  return {pair(0), pair(2), pair(4), pair(6)};
 }
 
 /// Blocks: (tile of rows, key head).
@@ -79,29 +72,25 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   const int common_end = visible_rows(s, tile.first / G);
 
   extern __shared__ __align__(128) char shared[];
-  __shared__ int cache_rows[2][kKeys];  // of the tile with an even number, and with an odd one
+  __shared__ int64_t cache_rows[2][kKeys];  // where the rows begin of tiles with even and with odd numbers
   const uint32_t queries = shared_address(shared);
   const uint32_t ring = queries + Tiles::kQueryBytes;
   const int warp = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
   const int32_t* blocks = args.block_table + tile.sequence * args.block_table_stride;
-  const auto find_row = [&](int key) { return key < end ? static_cast<int>(cache_row(args, blocks, key)) : -1; };
+  const int64_t row_bytes = args.HKV * args.D * static_cast<int64_t>(sizeof(Element));
+  const auto find_row = [&](int key) { return key < end ? cache_row(args, blocks, key) * row_bytes : -1; };
+  const int64_t head_bytes = head * args.D * static_cast<int64_t>(sizeof(Element));
+  const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
+  const char* all_values = static_cast<const char*>(args.v) + head_bytes;
 
   for (int i = threadIdx.x; i < 2 * kKeys; i += Tiles::kThreads) cache_rows[i / kKeys][i % kKeys] = find_row(i);
-  for (int index = threadIdx.x; index < Tiles::kRows * kPieces; index += Tiles::kThreads) {
-    const int query = index / kPieces;
-    const int piece = index % kPieces;
-    uint4 x = {};
-    if (query < num_queries && piece * 8 < args.D) {
-      const int row = tile.first + query;
-      x = load_8(row_of<Element>(args.q, s.begin + row / G, head * G + row % G) + piece * 8, is_aligned);
-    }
-    *reinterpret_cast<uint4*>(shared + swizzled<kDim>(query, piece)) = x;
-  }
+  load_queries<Element, kDim, Tiles::kRows, Tiles::kThreads>(args, s, head, tile.first, num_queries, is_aligned,
+                                                             shared);
   __syncthreads();
-  copy_tile<Element, kDim>(args, args.k, head, cache_rows[0], ring);
+  copy_tile<Element, kDim>(args, all_keys, cache_rows[0], ring);
   commit_copies();
-  copy_tile<Element, kDim>(args, args.v, head, cache_rows[0], ring + Tiles::kTileBytes);
+  copy_tile<Element, kDim>(args, all_values, cache_rows[0], ring + Tiles::kTileBytes);
   commit_copies();
 
   // Lane l has rows l / 4 and l / 4 + 8 of each tile of 16.
@@ -129,9 +118,9 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     // Keys have come, and all warps are done with the values before them, whose slot gets the next keys.
     wait_for_copies<1>();
     __syncthreads();
-    copy_tile<Element, kDim>(args, args.k, head, cache_rows[parity ^ 1], slot_address(2));
+    copy_tile<Element, kDim>(args, all_keys, cache_rows[parity ^ 1], slot_address(2));
     commit_copies();
-    int later_row = -1;
+    int64_t later_row = -1;
     if (threadIdx.x < kKeys) later_row = find_row(key + 2 * kKeys + static_cast<int>(threadIdx.x));
 
     float scores[kWarpTiles][kKeys / 8][4] = {};
@@ -178,14 +167,14 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
         m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
         m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
         const float base = m == -INFINITY ? 0.0f : m * scale;
-        const float factor = exp2f(most[t][i] * scale - base);
+        const float factor = exp2_fast(most[t][i] * scale - base);
         most[t][i] = m;
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
           for (int c = 2 * i; c < 2 * i + 2; ++c) {
-            scores[t][j][c] = exp2f(fmaf(scores[t][j][c], scale, -base));
+            scores[t][j][c] = exp2_fast(fmaf(scores[t][j][c], scale, -base));
             sum += scores[t][j][c];
           }
         }
@@ -204,7 +193,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     if (threadIdx.x < kKeys) cache_rows[parity][threadIdx.x] = later_row;
     wait_for_copies<1>();
     __syncthreads();
-    copy_tile<Element, kDim>(args, args.v, head, cache_rows[parity ^ 1], slot_address(0));
+    copy_tile<Element, kDim>(args, all_values, cache_rows[parity ^ 1], slot_address(0));
     commit_copies();
     const uint32_t rows = slot_address(1);
 #pragma unroll

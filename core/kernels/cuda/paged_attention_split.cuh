@@ -27,9 +27,9 @@ template <int kDim>
 constexpr int split_tile_bytes() {
   return kTileRows * kDim * 2;
 }
-template <int kDim>
-constexpr int split_ring_bytes() {
-  return kSplitWarps * kSplitSlots * split_tile_bytes<kDim>();
+template <int kDim, int kGroups>
+constexpr int split_ring_bytes() {  // and queries
+  return (kSplitWarps * kSplitSlots * kTileRows + kGroups * kGroupRows) * kDim * 2;
 }
 template <int kDim, int kGroups>
 constexpr int split_joined_bytes() {
@@ -37,16 +37,16 @@ constexpr int split_joined_bytes() {
 }
 template <int kDim, int kGroups>
 constexpr int split_shared_bytes() {
-  return split_ring_bytes<kDim>() > split_joined_bytes<kDim, kGroups>() ? split_ring_bytes<kDim>()
-                                                                        : split_joined_bytes<kDim, kGroups>();
+  return split_ring_bytes<kDim, kGroups>() > split_joined_bytes<kDim, kGroups>() ? split_ring_bytes<kDim, kGroups>()
+                                                                                 : split_joined_bytes<kDim, kGroups>();
 }
 
 /// A warp's way through its tiles of one chunk: tile i of the chunk, every kSplitWarps-th of them.
 template <class Element, int kDim>
 class TileReader {
  public:
-  __device__ TileReader(const PagedAttentionArgs& args, const int32_t* blocks, int64_t head, int end, int first_row)
-      : args_(args), blocks_(blocks), head_(head), end_(end), next_row_(first_row), lane_(threadIdx.x % kLanes) {
+  __device__ TileReader(const PagedAttentionArgs& args, const int32_t* blocks, int end, int first_row)
+      : args_(args), blocks_(blocks), end_(end), next_row_(first_row), lane_(threadIdx.x % kLanes) {
     fetch();
   }
 
@@ -57,9 +57,10 @@ class TileReader {
     fetch();
   }
 
-  /// Begins to copy the tile from `cache`.
-  __device__ void copy(const void* cache, uint32_t to) const {
+  /// Begins to copy the tile from `of_head`, the first row of a cache.
+  __device__ void copy(const char* of_head, uint32_t to) const {
     constexpr int kPieces = kDim / 8;
+    const auto row_bytes = static_cast<uint32_t>(args_.HKV * args_.D * sizeof(Element));
 #pragma unroll
     for (int i = 0; i < kTileRows * kPieces / kLanes; ++i) {
       const int index = i * kLanes + lane_;
@@ -67,9 +68,8 @@ class TileReader {
       const int piece = index % kPieces;
       const int cache_row = __shfl_sync(kAllLanes, row_, row);
       const bool is_valid = cache_row >= 0 && piece * 8 < args_.D;
-      const auto* from = static_cast<const Element*>(cache);
-      if (is_valid) from += (static_cast<int64_t>(cache_row) * args_.HKV + head_) * args_.D + piece * 8;
-      copy_16_async(to + swizzled<kDim>(row, piece), from, is_valid);
+      const char* from = of_head + static_cast<uint64_t>(static_cast<uint32_t>(cache_row)) * row_bytes + piece * 16;
+      copy_16_async(to + swizzled<kDim>(row, piece), is_valid ? from : of_head, is_valid);
     }
   }
 
@@ -82,7 +82,6 @@ class TileReader {
 
   const PagedAttentionArgs& args_;
   const int32_t* blocks_;
-  int64_t head_;
   int end_;
   int next_row_;
   int lane_;
@@ -90,17 +89,15 @@ class TileReader {
   int row_ = -1;  // of the cache, of lane % 16 of the tile; -1: behind the chunk
 };
 
-/// Two elements of a row of queries, zero behind its end.
-template <class Element>
-__device__ inline uint32_t query_pair(const Element* q, int column, int64_t D) {
-  if (q == nullptr || column >= D) return 0;
-  const auto* bits = reinterpret_cast<const uint16_t*>(q + column);
-  return bits[0] | static_cast<uint32_t>(bits[1]) << 16;
-}
+struct SplitCall {
+  ChunkResults results;
+  bool is_aligned = false;  // rows of q, to 16 bytes
+};
 
 template <class Element, int kDim, int kGroups>
 __global__ void __launch_bounds__(kSplitWarps* kLanes)
-    attend_split(const PagedAttentionArgs args, const ChunkResults results) {
+    attend_split(const PagedAttentionArgs args, const SplitCall call) {
+  const auto& [results, is_aligned] = call;
   constexpr int kRows = kGroups * kGroupRows;
   constexpr int kSteps = kDim / 16;
   const int G = static_cast<int>(args.HQ / args.HKV);
@@ -111,7 +108,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
 
   const AttendedSequence s = sequence_of(args, n);
   const int num_queries = min(kRows, s.len * G - first_query);
-  const int rows_of_chunk = chunk_rows(s.context);
+  const int rows_of_chunk = chunk_rows(results, s.context);
   const int begin = chunk * rows_of_chunk;
   if (!is_split(s) || num_queries <= 0 || (begin >= s.context && chunk > 0)) return;
   const bool is_whole = s.context <= rows_of_chunk;
@@ -122,29 +119,33 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
   const int lane = threadIdx.x % kLanes;
   const uint32_t ring = shared_address(shared) + warp * kSplitSlots * split_tile_bytes<kDim>();
 
-  TileReader<Element, kDim> reader(args, args.block_table + n * args.block_table_stride, head, end,
-                                   begin + warp * kTileRows);
+  TileReader<Element, kDim> reader(args, args.block_table + n * args.block_table_stride, end, begin + warp * kTileRows);
+  const int64_t head_bytes = head * args.D * static_cast<int64_t>(sizeof(Element));
+  const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
+  const char* all_values = static_cast<const char*>(args.v) + head_bytes;
   reader.advance();
-  reader.copy(args.k, ring);
+  reader.copy(all_keys, ring);
   commit_copies();
-  reader.copy(args.v, ring + split_tile_bytes<kDim>());
+  reader.copy(all_values, ring + split_tile_bytes<kDim>());
   commit_copies();
 
   // Right sides of K Q^T, and what this lane's columns see.
+  char* query_rows = shared + kSplitWarps * kSplitSlots * split_tile_bytes<kDim>();
+  load_queries<Element, kDim, kRows, kSplitWarps * kLanes>(args, s, head, first_query, num_queries, is_aligned,
+                                                           query_rows);
+  __syncthreads();
   uint32_t queries[kGroups][kSteps][2];
   int visible[kGroups][2];
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int query = g * kGroupRows + lane / 4;
-    const Element* q = nullptr;
-    if (query < num_queries) {
-      const int row = first_query + query;
-      q = row_of<Element>(args.q, s.begin + row / G, head * G + row % G);
-    }
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      queries[g][step][0] = query_pair(q, step * 16 + lane % 4 * 2, args.D);
-      queries[g][step][1] = query_pair(q, step * 16 + lane % 4 * 2 + 8, args.D);
+    for (int step = 0; step < kSteps; step += 2) {
+      uint32_t b[4];
+      load_matrices(b, shared_address(query_rows) + swizzled<kDim>(g * kGroupRows + lane % 8, 2 * step + lane / 8));
+      queries[g][step][0] = b[0];
+      queries[g][step][1] = b[1];
+      queries[g][step + 1][0] = b[2];
+      queries[g][step + 1][1] = b[3];
     }
     for (int i = 0; i < 2; ++i) {
       const int column = g * kGroupRows + lane % 4 * 2 + i;
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
     // Keys. The ring's third slot gets those of the next tile.
     reader.advance();
     __syncwarp();
-    reader.copy(args.k, slot_address(2));
+    reader.copy(all_keys, slot_address(2));
     commit_copies();
     wait_for_copies<2>();
     __syncwarp();
@@ -203,10 +204,10 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
         for (int other = 4; other < kLanes; other *= 2) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, other));
         m = fmaxf(m, most[g][i]);
         const float base = m == -INFINITY ? 0.0f : m;
-        factor[i] = exp2f(most[g][i] - base);
+        factor[i] = exp2_fast(most[g][i] - base);
         most[g][i] = m;
-        p[i] = exp2f(p[i] - base);
-        p[i + 2] = exp2f(p[i + 2] - base);
+        p[i] = exp2_fast(p[i] - base);
+        p[i + 2] = exp2_fast(p[i + 2] - base);
         sums[g][i] = sums[g][i] * factor[i] + (p[i] + p[i + 2]);
       }
       if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
 
     // Values. The slot of the keys is free for those of the next tile.
     __syncwarp();
-    reader.copy(args.v, slot_address(0));
+    reader.copy(all_values, slot_address(0));
     commit_copies();
     wait_for_copies<2>();
     __syncwarp();
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
     float factor[kSplitWarps];
     float sum = 0.0f;
     for (int w = 0; w < kSplitWarps; ++w) {
-      factor[w] = exp2f(most_of[w * kRows + query] - base);
+      factor[w] = exp2_fast(most_of[w * kRows + query] - base);
       sum += factor[w] * sum_of[w * kRows + query];
     }
     const float inverse = sum > 0.0f ? 1.0f / sum : sum == 0.0f ? 0.0f : sum;  // NaN stays
