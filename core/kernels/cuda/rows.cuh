@@ -93,6 +93,18 @@ __device__ float rounded(float x) {
   }
 }
 
+/// The same for a type that is known at run time.
+__device__ inline float rounded(DType dtype, float x) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return rounded<__nv_bfloat16>(x);
+    case DType::kFloat16:
+      return rounded<__half>(x);
+    default:
+      return x;
+  }
+}
+
 // ---- neighbours -----------------------------------------------------------------------------------------------------
 
 /// kCount neighbours as they lie in memory: packets of up to 16 bytes, to which they are aligned.
