@@ -12,9 +12,8 @@ if(XGDN_CUDA STREQUAL "ON" OR (XGDN_CUDA STREQUAL "AUTO" AND EXISTS "${xgdn_torc
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
+    set(CMAKE_CUDA_STANDARD 17)  # CMake 3.25 knows no later one of nvcc's
     find_package(CUDAToolkit REQUIRED)
-    set(CMAKE_CUDA_STANDARD 20)
-    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
     set(XGDN_HAS_CUDA ON)
   elseif(XGDN_CUDA STREQUAL "ON")
     message(FATAL_ERROR "XGDN_CUDA=ON needs nvcc 12.4 or later: install the CUDA toolkit, or name it with CUDACXX.")

@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kThreads)
     raw_q.widen(keys.q);
     raw_k.widen(keys.k);
     keys.prepare(a.normalise_qk, a.scale);
-    const float decay = raw_gates.decay(a), beta = raw_gates.write_strength(a);
+    const Decay decay = raw_gates.decay(a);
+    const float beta = raw_gates.write_strength(a);
     const float o = keys.step(s, decay, beta, raw_v.widened(a.v.dtype), lane);
     if (is_output) store_scalar(a.out.dtype, row_of(a.out, token, head), output, o);
     const bool is_last = token + 1 == end;
