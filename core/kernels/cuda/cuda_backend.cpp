@@ -9,6 +9,7 @@
 #include <c10/util/StringUtil.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/kernels/aten/attention.h"
@@ -23,6 +24,7 @@
 #include "core/kernels/cuda/elementwise_gates.h"
 #include "core/kernels/cuda/gdn_decode_step.h"
 #include "core/kernels/cuda/gdn_gating.h"
+#include "core/kernels/cuda/graph.h"
 #include "core/kernels/cuda/moe_experts.h"
 #include "core/kernels/cuda/paged_attention.h"
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
@@ -73,6 +75,15 @@ void run_recurrent(cuda::RecurrentGatedDeltaRuleArgs args, const at::Tensor& q, 
   cuda::recurrent_gated_delta_rule(args, current_stream(q));
 }
 
+// Tokens of the longest sequence, or more: what the host does not say may be one sequence.
+int64_t max_len(const PagedAttentionParams& p, const AttentionShape& s) {
+  if (!p.host.cu_seqlens) return s.T;
+  const int32_t* const cu = p.host.cu_seqlens->const_data_ptr<int32_t>();
+  int64_t longest = 0;
+  for (int64_t n = 0; n < s.N; ++n) longest = std::max<int64_t>(longest, cu[n + 1] - cu[n]);
+  return longest;
+}
+
 class CudaBackend final : public Backend {
  public:
   using Backend::run;
@@ -93,16 +104,33 @@ class CudaBackend final : public Backend {
   }
 
   bool copies_contexts() const override { return false; }
+  bool finds_largest_logits() const override { return true; }
+#ifdef XGDN_TORCH_HAS_CUDA
+  bool has_graphs() const override {
+    return true;
+  }
+  std::unique_ptr<DeviceGraph> record(const std::function<void()>& launches) const override {
+    return cuda::record_graph(launches);
+  }
+#endif
 
   // ---- the delta rule -----------------------------------------------------------------------------------------------
 
   Sentence why_not(const RecurrentGatedDeltaRuleParams&, const GdnShape& s) const override {
     return why_not_key_dim(s.K);
   }
-  Sentence why_not(const ChunkGatedDeltaRuleParams&, const GdnShape& s) const override { return why_not_key_dim(s.K); }
-  Sentence why_not(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override { return kPlainStates; }
-  Sentence why_not(const MaterializeStateParams&, const ReplayShape&) const override { return kPlainStates; }
-  Sentence why_not(const PackedDecodeParams&, const GdnShape& s) const override { return why_not_key_dim(s.K); }
+  Sentence why_not(const ChunkGatedDeltaRuleParams&, const GdnShape& s) const override {
+    return why_not_key_dim(s.K);
+  }
+  Sentence why_not(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override {
+    return kPlainStates;
+  }
+  Sentence why_not(const MaterializeStateParams&, const ReplayShape&) const override {
+    return kPlainStates;
+  }
+  Sentence why_not(const PackedDecodeParams&, const GdnShape& s) const override {
+    return why_not_key_dim(s.K);
+  }
   Sentence why_not(const GdnDecodeStepParams&, const DecodeStepShape& s) const override {
     return why_not_key_dim(s.rule.K);
   }
@@ -132,7 +160,9 @@ class CudaBackend final : public Backend {
   void run(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override {
     throw UnsupportedError(kPlainStates);
   }
-  void run(const MaterializeStateParams&, const ReplayShape&) const override { throw UnsupportedError(kPlainStates); }
+  void run(const MaterializeStateParams&, const ReplayShape&) const override {
+    throw UnsupportedError(kPlainStates);
+  }
 
   void run(const PackedDecodeParams& p, const GdnShape& s) const override {
     cuda::RecurrentGatedDeltaRuleArgs args = {op_args(p, s)};
@@ -161,7 +191,9 @@ class CudaBackend final : public Backend {
   void run(const CausalConv1dUpdateParams& p, const ConvShape& s) const override {
     cuda::causal_conv1d_update(op_args(p, s), current_stream(p.x));
   }
-  void run(const L2NormParams& p, const GdnShape&) const override { aten::l2_norm(p); }
+  void run(const L2NormParams& p, const GdnShape&) const override {
+    aten::l2_norm(p);
+  }
   void run(const RmsNormGatedParams& p, const GdnShape& s) const override {
     cuda::rms_norm_gated(op_args(p, s), s.T, current_stream(p.x));
   }
@@ -175,8 +207,12 @@ class CudaBackend final : public Backend {
   void run(const SigmoidAndMulParams& p, const NormShape& s) const override {
     cuda::sigmoid_and_mul(op_args(p, s), s.T, current_stream(p.x));
   }
-  void run(const LinearParams& p, const LinearShape&) const override { aten::linear(p); }
-  void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override { aten::quantized_linear(p); }
+  void run(const LinearParams& p, const LinearShape&) const override {
+    aten::linear(p);
+  }
+  void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override {
+    aten::quantized_linear(p);
+  }
 
   // ---- attention ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +230,7 @@ class CudaBackend final : public Backend {
                                      .HKV = s.HKV,
                                      .D = s.D,
                                      .B = p.k.size(1),
-                                     .max_len = p.host.max_len,
+                                     .max_len = max_len(p, s),
                                      .q = in_rows(p.q),
                                      .k = p.k.const_data_ptr(),
                                      .v = p.v.const_data_ptr(),
@@ -222,7 +258,9 @@ class CudaBackend final : public Backend {
                    current_stream(p.k));
   }
 
-  void run(const CopySlotsParams& p, const SlotsShape& s) const override { aten::copy_slots(p, s); }
+  void run(const CopySlotsParams& p, const SlotsShape& s) const override {
+    aten::copy_slots(p, s);
+  }
 
   // ---- experts ------------------------------------------------------------------------------------------------------
 
