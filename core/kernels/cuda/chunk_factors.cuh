@@ -313,7 +313,7 @@ struct FactorsKernel {
 };
 
 template <int kK>
-__global__ void __launch_bounds__(kFactorThreads) chunk_factors_kernel(const __grid_constant__ FactorsKernel kernel) {
+__global__ void __launch_bounds__(kFactorThreads, 4) chunk_factors_kernel(const __grid_constant__ FactorsKernel kernel) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& memory = *reinterpret_cast<FactorMemory<kK>*>(shared_memory);
   const ChunkGatedDeltaRuleArgs& a = kernel.args;

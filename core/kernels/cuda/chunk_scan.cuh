@@ -87,19 +87,22 @@ template <int kK>
 __device__ inline void copy_tile(const InRows& rows, bool is_aligned, int64_t token, int count, int64_t head,
                                  char* tile) {
   constexpr int kPieces = kK / 8;  // of a row
+  constexpr int kStep = kGroupThreads / kPieces;
+  static_assert(kStep % 8 == 0);  // so that a thread's pieces lie at the same place of their rows
   const int thread = threadIdx.x % kGroupThreads;
   const int piece = thread % kPieces;
   if (rows.dtype == DType::kBFloat16 && is_aligned) {
-    const char* from = row_of(rows, token, head) + piece * kPieceBytes;
-    const uint32_t to = shared_address(tile);
-    const int64_t row_bytes = rows.token_stride * 2;
-#pragma unroll 8
-    for (int row = thread / kPieces; row < kChunk; row += kGroupThreads / kPieces) {
+    const char* from = row_of(rows, token + thread / kPieces, head) + piece * kPieceBytes;
+    const int64_t step = rows.token_stride * 2 * kStep;
+    uint32_t to = shared_address(tile) + piece_offset(thread / kPieces, piece);
+#pragma unroll 4
+    for (int row = thread / kPieces; row < kChunk; row += kStep, from += step, to += kStep * 128) {
       const bool is_zero = row >= count;
-      copy_async(to + piece_offset(row, piece), is_zero ? from : from + row * row_bytes, is_zero);
+      copy_async(to, is_zero ? rows.data : from, is_zero);
     }
   } else {
-    for (int row = thread / kPieces; row < kChunk; row += kGroupThreads / kPieces) {
+#pragma unroll 1
+    for (int row = thread / kPieces; row < kChunk; row += kStep) {
       uint4 x = make_uint4(0, 0, 0, 0);
       if (row < count) x = load_piece(rows.dtype, is_aligned, row_of(rows, token + row, head), piece * 8);
       *reinterpret_cast<uint4*>(tile + piece_offset(row, piece)) = x;
@@ -108,14 +111,15 @@ __device__ inline void copy_tile(const InRows& rows, bool is_aligned, int64_t to
 }
 
 __device__ inline void copy_square(const ChunkSquare& square, char* tile) {
+  constexpr int kStep = kGroupThreads / kChunk * 8;  // rows
   const int thread = threadIdx.x % kGroupThreads;
+  const int piece = thread / 8 % 8;
+  int row = thread / kChunk * 8 + thread % 8;
   const uint32_t to = shared_address(tile);
-  const uint4* from = &square.pieces[0][0][0];
+  const uint4* from = &square.pieces[0][0][0] + thread;
 #pragma unroll
-  for (int index = thread; index < kChunk * kChunk / 8; index += kGroupThreads) {
-    const int row = index / kChunk * 8 + index % 8;
-    const int piece = index / 8 % 8;
-    if (ChunkSquare::has(row, piece)) copy_async(to + piece_offset(row, piece), from + index, false);
+  for (int i = 0; i < kChunk / kStep; ++i, row += kStep, from += kGroupThreads) {
+    if (ChunkSquare::has(row, piece)) copy_async(to + piece_offset(row, piece), from, false);
   }
 }
 
