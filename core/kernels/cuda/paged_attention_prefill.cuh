@@ -53,10 +53,10 @@ __device__ inline void copy_tile(const PagedAttentionArgs& args, const char* of_
   }
 }
 
-/// Blocks: (tile of rows, key head).
+/// Blocks: (tile of rows, key head, share of the context).
 template <class Element, int kDim>
 __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
-    attend_prefill(const PagedAttentionArgs args, bool is_aligned) {
+    attend_prefill(const PagedAttentionArgs args, const TileCall call) {
   using Tiles = PrefillTiles<kDim>;
   constexpr int kPieces = kDim / 8;
   constexpr int kWarpTiles = Tiles::kWarpTiles;
@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   const AttendedSequence s = sequence_of(args, tile.sequence);
   const int num_queries = min(Tiles::kRows, s.len * G - tile.first);
   // Rows of the context that the last and the first row of the tile see.
-  const int end = visible_rows(s, (tile.first + num_queries - 1) / G);
+  const auto [begin, end] =
+      share_of(call, visible_rows(s, (tile.first + num_queries - 1) / G), kKeys, static_cast<int>(blockIdx.z));
   const int common_end = visible_rows(s, tile.first / G);
 
   extern __shared__ __align__(128) char shared[];
@@ -79,13 +80,13 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   const int lane = threadIdx.x % kLanes;
   const int32_t* blocks = args.block_table + tile.sequence * args.block_table_stride;
   const int64_t row_bytes = args.HKV * args.D * static_cast<int64_t>(sizeof(Element));
-  const auto find_row = [&](int key) { return key < end ? cache_row(args, blocks, key) * row_bytes : -1; };
+  const auto find_row = [&, end = end](int key) { return key < end ? cache_row(args, blocks, key) * row_bytes : -1; };
   const int64_t head_bytes = head * args.D * static_cast<int64_t>(sizeof(Element));
   const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
   const char* all_values = static_cast<const char*>(args.v) + head_bytes;
 
-  for (int i = threadIdx.x; i < 2 * kKeys; i += Tiles::kThreads) cache_rows[i / kKeys][i % kKeys] = find_row(i);
-  load_queries<Element, kDim, Tiles::kRows, Tiles::kThreads>(args, s, head, tile.first, num_queries, is_aligned,
+  for (int i = threadIdx.x; i < 2 * kKeys; i += Tiles::kThreads) cache_rows[i / kKeys][i % kKeys] = find_row(begin + i);
+  load_queries<Element, kDim, Tiles::kRows, Tiles::kThreads>(args, s, head, tile.first, num_queries, call.is_aligned,
                                                              shared);
   __syncthreads();
   copy_tile<Element, kDim>(args, all_keys, cache_rows[0], ring);
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     return ring + static_cast<uint32_t>((i >= Tiles::kSlots ? i - Tiles::kSlots : i) * Tiles::kTileBytes);
   };
   int parity = 0;
-  for (int key = 0; key < end; key += kKeys) {
+  for (int key = begin; key < end; key += kKeys) {
     // Keys have come, and all warps are done with the values before them, whose slot gets the next keys.
     wait_for_copies<1>();
     __syncthreads();
@@ -231,22 +232,8 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       const int query = query_of(t, i);
       if (query >= num_queries) continue;
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const int row = tile.first + query;
-      Element* out = row_of<Element>(args.out, s.begin + row / G, head * G + row % G);
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
-        const int column = j * 8 + lane % 4 * 2;
-        if (column >= args.D) break;
-        const float first = values[t][j][2 * i] * inverse;
-        const float second = values[t][j][2 * i + 1] * inverse;
-        if (is_aligned) {
-          *reinterpret_cast<uint32_t*>(out + column) = packed<Element>(first, second);
-        } else {
-          out[column] = from_float<Element>(first);
-          out[column + 1] = from_float<Element>(second);
-        }
-      }
+      store_query<Element>(args, call, s, head, tile.first + query, static_cast<int>(blockIdx.z), values[t], i, sum,
+                           most[t][i] * scale);
     }
   }
 }
