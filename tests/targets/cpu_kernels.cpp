@@ -446,11 +446,11 @@ void test_decode_step(int64_t K, int64_t V, DType dtype, DType state_dtype) {
   Numbers out(dtype, N * HV * V);
   const int32_t slots[] = {2, -1, 0}, cu_seqlens[] = {0, 1, 2, 3};
 
-  GdnDecodeStepArgs a;
+  DecodeStepArgs a;
   a.conv.N = N, a.conv.D = D, a.conv.W = W, a.conv.R = W - 1;
   a.conv.x = projected.in(width, 0), a.conv.weight = weight.data(), a.conv.is_update = true;
   a.conv.conv_state = {pool.data(), dtype, (W - 1) * D, slots, slots}, a.conv.cu_seqlens = cu_seqlens;
-  a.rule.N = N, a.rule.H = H, a.rule.HV = HV, a.rule.K = K, a.rule.V = V, a.rule.v_block = V;
+  a.rule.N = N, a.rule.H = H, a.rule.HV = HV, a.rule.K = K, a.rule.V = V;
   a.rule.beta = projected.in(width, 1, D + HV * V), a.rule.g = projected.in(width, 1, D + HV * V + HV);
   a.rule.A_log = a.rule.dt_bias = heads.in(0, 1);
   a.rule.state = {state.data(), state_dtype, HV * V * K, slots, slots}, a.rule.scale = 0.5f;
@@ -466,7 +466,7 @@ void test_decode_step(int64_t K, int64_t V, DType dtype, DType state_dtype) {
   a.rule.q = mixed.in(D, K), a.rule.k = mixed.in(D, K, H * K), a.rule.v = mixed.in(D, V, 2 * H * K);
   a.norm.x = o.in(HV * V, V), a.norm.out = other_out.out(HV * V, V);
   causal_conv1d(a.conv, 0, num_work_items(a.conv));
-  run(a.rule);
+  run({a.rule, /*v_block=*/V});
   rms_norm_gated(a.norm, 0, N * HV);
   bool same = true;
   for (int64_t i = 0; i < N * HV * V; ++i) same = same && out[i] == other_out[i];  // 0 may be -0 in the padded row

@@ -30,7 +30,7 @@
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/cpu/store_kv.h"
 #include "core/kernels/cpu/threads.h"
-#include "core/kernels/tensor_args.h"
+#include "core/kernels/op_tensor_args.h"
 
 namespace xgdn::kernel {
 namespace {
@@ -104,35 +104,7 @@ void run_chunks(cpu::ChunkGatedDeltaRuleArgs args, const GdnShape& s) {
   });
 }
 
-template <typename Params>
-cpu::CausalConv1dArgs conv_args(const Params& p, const ConvShape& s) {
-  return {.N = s.N,
-          .D = s.D,
-          .W = s.W,
-          .R = s.R,
-          .x = in_rows(p.x),
-          .out = out_rows(p.out),
-          .weight = p.weight.const_data_ptr(),
-          .bias = p.bias ? p.bias->const_data_ptr() : nullptr,
-          .silu = p.silu,
-          .conv_state = slot_view(p.conv_state, p.state_indices, p.write_indices),
-          .cu_seqlens = p.cu_seqlens.template const_data_ptr<int32_t>()};
-}
-
-cpu::CausalConv1dArgs decode_conv_args(const GdnDecodeStepParams& p, const ConvShape& s) {
-  const SlotIndices slots = conv_slots_of(p);
-  return {.N = s.N,
-          .D = s.D,
-          .W = s.W,
-          .R = s.R,
-          .x = in_rows(p.projected),
-          .weight = p.conv_weight.const_data_ptr(),
-          .bias = p.conv_bias ? p.conv_bias->const_data_ptr() : nullptr,
-          .conv_state = slot_view(p.conv_state, slots.read, slots.write),
-          .is_update = true};
-}
-
-void run_conv(const cpu::CausalConv1dArgs& args, const ConvShape& s) {
+void run_conv(const CausalConv1dArgs& args, const ConvShape& s) {
   const int64_t count = cpu::num_work_items(args);
   const int64_t elements = std::max(s.T, s.N) * s.D / std::max<int64_t>(count, 1);
   parallel_ranges(count, elements, [&](int64_t begin, int64_t end) { cpu::causal_conv1d(args, begin, end); });
@@ -417,10 +389,7 @@ class CpuBackend final : public HostBackend {
   }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
-    cpu::RecurrentGatedDeltaRuleArgs args = {delta_rule_args(p, s)};
-    args.num_accepted = pointer<int32_t>(p.num_accepted);
-    args.L = s.L;
-    run_delta_rule(args, s);
+    run_delta_rule({op_args(p, s)}, s);
   }
 
   void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override {
@@ -459,89 +428,38 @@ class CpuBackend final : public HostBackend {
                      [&](int64_t begin, int64_t end) { cpu::materialize_state(args, lengths, begin, end); });
   }
 
-  void run(const PackedDecodeParams& p, const GdnShape& s) const override {
-    cpu::RecurrentGatedDeltaRuleArgs args = {pool_args(p, s)};
-    args.normalise_qk = p.use_qk_l2norm_in_kernel;
-    args.q = in_columns(p.mixed_qkv, 0, s.K);
-    args.k = in_columns(p.mixed_qkv, s.H * s.K, s.K);
-    args.v = in_columns(p.mixed_qkv, 2 * s.H * s.K, s.V);
-    args.g = in_scalars(p.a);
-    args.beta = in_scalars(p.b);
-    args.A_log = in_heads(p.A_log);
-    args.dt_bias = in_heads(p.dt_bias);
-    run_delta_rule(args, s);
-  }
+  void run(const PackedDecodeParams& p, const GdnShape& s) const override { run_delta_rule({op_args(p, s)}, s); }
 
-  void run(const CausalConv1dParams& p, const ConvShape& s) const override {
-    cpu::CausalConv1dArgs args = conv_args(p, s);
-    args.has_initial_state = pointer<bool>(p.has_initial_state);
-    run_conv(args, s);
-  }
+  void run(const CausalConv1dParams& p, const ConvShape& s) const override { run_conv(op_args(p, s), s); }
 
-  void run(const CausalConv1dUpdateParams& p, const ConvShape& s) const override {
-    cpu::CausalConv1dArgs args = conv_args(p, s);
-    args.num_accepted = pointer<int32_t>(p.num_accepted);
-    args.is_update = true;
-    run_conv(args, s);
-  }
+  void run(const CausalConv1dUpdateParams& p, const ConvShape& s) const override { run_conv(op_args(p, s), s); }
 
   void run(const GdnGatingParams& p, const GdnShape& s) const override {
-    const cpu::GdnGatingArgs args = {.HV = s.HV,
-                                     .a = in_rows(p.a),
-                                     .b = in_rows(p.b),
-                                     .A_log = in_heads(p.A_log),
-                                     .dt_bias = in_heads(p.dt_bias),
-                                     .g = out_rows(p.g),
-                                     .beta = out_rows(p.beta)};
+    const GdnGatingArgs args = op_args(p, s);
     parallel_ranges(s.T, kPointwiseCost * s.HV, [&](int64_t begin, int64_t end) { cpu::gdn_gating(args, begin, end); });
   }
 
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& shape) const override {
     const GdnShape& s = shape.rule;
-    const int64_t z = shape.conv.D;
-    const int64_t b = z + s.HV * s.V;
-    cpu::GdnDecodeStepArgs args = {.conv = decode_conv_args(p, shape.conv),
-                                   .rule = {pool_args(p, s)},
-                                   .norm = {.HV = s.HV,
-                                            .V = s.V,
-                                            .z = in_columns(p.projected, z, s.V),
-                                            .weight = in_heads(p.norm_weight),
-                                            .out = out_rows(p.out),
-                                            .eps = static_cast<float>(p.norm_eps)}};
-    args.rule.g = in_columns(p.projected, b + s.HV, 1);
-    args.rule.beta = in_columns(p.projected, b, 1);
-    args.rule.A_log = in_heads(p.A_log);
-    args.rule.dt_bias = in_heads(p.dt_bias);
-    args.rule.v_block = s.V;
+    const DecodeStepArgs args = op_args(p, shape);
     parallel_dynamic(threads_for(s.N * s.HV * s.V * s.K), cpu::num_work_items(args),
                      [&](int64_t begin, int64_t end) { cpu::gdn_decode_step(args, begin, end); });
   }
 
   void run(const RmsNormParams& p, const NormShape& s) const override {
-    const cpu::RmsNormArgs args = {.H = s.H,
-                                   .D = s.D,
-                                   .P = p.cos ? p.cos->size(1) : 0,
-                                   .x = in_rows(p.x),
-                                   .weight = in_heads(p.weight),
-                                   .residual = p.residual ? out_rows(*p.residual) : OutRows(),
-                                   .cos = p.cos ? in_rows(*p.cos) : InRows(),
-                                   .sin = p.sin ? in_rows(*p.sin) : InRows(),
-                                   .out = out_rows(p.out),
-                                   .eps = static_cast<float>(p.eps)};
+    const RmsNormArgs args = op_args(p, s);
     parallel_ranges(s.T * s.H, kPointwiseCost * s.D,
                     [&](int64_t begin, int64_t end) { cpu::rms_norm(args, begin, end); });
   }
 
   void run(const SiluAndMulParams& p, const LinearShape& s) const override {
-    const cpu::SiluAndMulArgs args = {
-        .I = s.O, .gate = in_columns(p.gate, 0, 1), .up = in_columns(p.up, 0, 1), .out = out_columns(p.out)};
+    const SiluAndMulArgs args = op_args(p, s);
     parallel_ranges(s.T, kPointwiseCost * s.O,
                     [&](int64_t begin, int64_t end) { cpu::silu_and_mul(args, begin, end); });
   }
 
   void run(const SigmoidAndMulParams& p, const NormShape& s) const override {
-    const cpu::SigmoidAndMulArgs args = {
-        .H = s.H, .D = s.D, .x = in_rows(p.x), .gate = in_rows(p.gate), .out = out_rows(p.out)};
+    const SigmoidAndMulArgs args = op_args(p, s);
     parallel_ranges(s.T * s.H, kPointwiseCost * s.D,
                     [&](int64_t begin, int64_t end) { cpu::sigmoid_and_mul(args, begin, end); });
   }
@@ -616,13 +534,7 @@ class CpuBackend final : public HostBackend {
   }
 
   void run(const RmsNormGatedParams& p, const GdnShape& s) const override {
-    const cpu::RmsNormGatedArgs args = {.HV = s.HV,
-                                        .V = s.V,
-                                        .x = in_rows(p.x),
-                                        .z = in_rows(p.z),
-                                        .weight = in_heads(p.weight),
-                                        .out = out_rows(p.out),
-                                        .eps = static_cast<float>(p.eps)};
+    const RmsNormGatedArgs args = op_args(p, s);
     parallel_ranges(s.T * s.HV, kPointwiseCost * s.V,
                     [&](int64_t begin, int64_t end) { cpu::rms_norm_gated(args, begin, end); });
   }

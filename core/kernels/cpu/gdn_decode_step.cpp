@@ -15,6 +15,7 @@
 #include "hwy/highway.h"
 
 #include "core/kernels/cpu/causal_conv1d-inl.h"
+#include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/recurrent_gated_delta_rule-inl.h"
 #include "core/kernels/cpu/rms_norm_gated-inl.h"
 
@@ -40,7 +41,7 @@ static_assert(kMaxHeadDim <= kConvBlock);
 
 class DecodeStep {
  public:
-  explicit DecodeStep(const GdnDecodeStepArgs& args) : args_(args), ratio_(args.rule.HV / args.rule.H) {
+  explicit DecodeStep(const DecodeStepArgs& args) : args_(args), ratio_(args.rule.HV / args.rule.H) {
     float* next = zeroed_scratch<DecodeScratch>(kConvBlock * (kDecodeRows + (2 + ratio_) * kRowsPerBlock));
     const auto take = [&next](size_t rows) {
       float* taken = next;
@@ -144,7 +145,7 @@ class DecodeStep {
 
   template <typename State>
   void step_head(int64_t n, const void* next) const {
-    const RecurrentGatedDeltaRuleArgs& rule = args_.rule;
+    const TokenDeltaRuleArgs& rule = args_.rule;
     const int64_t first = key_head_ * ratio_;
     prefetch(source<State>(first, n), kPrefetchBytes);  // while the token is staged
     convolve_channels(n, 0, q_channel(key_head_), rule.K, s_.q);
@@ -171,13 +172,13 @@ class DecodeStep {
     }
   }
 
-  const GdnDecodeStepArgs& args_;
+  const DecodeStepArgs& args_;
   const int64_t ratio_;
   DecodeScratch s_;
   int64_t key_head_ = -1;  // whose taps are loaded
 };
 
-void gdn_decode_step(const GdnDecodeStepArgs& args, int64_t begin, int64_t end) {
+void gdn_decode_step(const DecodeStepArgs& args, int64_t begin, int64_t end) {
   DecodeStep decode(args);
   with_state_type(args.rule.state.dtype, [&](auto element) { decode.template run<decltype(element)>(begin, end); });
 }
@@ -191,7 +192,7 @@ namespace xgdn::kernel::cpu {
 
 HWY_EXPORT(gdn_decode_step);
 
-void gdn_decode_step(const GdnDecodeStepArgs& args, int64_t begin, int64_t end) {
+void gdn_decode_step(const DecodeStepArgs& args, int64_t begin, int64_t end) {
   HWY_DYNAMIC_DISPATCH(gdn_decode_step)(args, begin, end);
 }
 

@@ -5,20 +5,12 @@
 
 #include <cstdint>
 
-#include "core/kernels/args.h"
+#include "core/kernels/op_args.h"
 
 namespace xgdn::kernel::cpu {
 
-/// K and V are multiples of 16, at most kMaxHeadDim. cu_seqlens may be null: one token a sequence.
-struct RecurrentGatedDeltaRuleArgs : DeltaRuleArgs {
-  // With A_log, g and beta are the logits a and b.
-  InRows A_log;    // [HV]  no data: g and beta are given
-  InRows dt_bias;  // [HV]  beside A_log
-
-  // Verification: state.read is a table [N, L], state.write is unused.
-  const int32_t* num_accepted = nullptr;  // [N]  null: no verification
-  int64_t L = 1;
-
+/// K and V are multiples of 16, at most kMaxHeadDim.
+struct RecurrentGatedDeltaRuleArgs : TokenDeltaRuleArgs {
   int64_t v_block = 0;  // rows of S per work item, multiple of 16
 };
 

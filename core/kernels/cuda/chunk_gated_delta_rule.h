@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gated delta rule on CUDA in chunks of 64 tokens, on tensor cores: prefill.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/kernels/args.h"
+
+namespace xgdn::kernel::cuda {
+
+/// M is the number of rows of chunk_indices; a row below 0 names no chunk.
+struct ChunkGatedDeltaRuleArgs : DeltaRuleArgs {
+  const bool* has_initial_state = nullptr;  // [N]  null: all true
+
+  int64_t M = 0;
+  const int32_t* chunk_indices = nullptr;  // [M, 2]
+  const int32_t* chunk_offsets = nullptr;  // [N+1]
+
+  void* workspace = nullptr;  // workspace_bytes(args), 16-byte aligned
+};
+
+/// Whether there is a kernel for heads of these sizes on the current device.
+bool chunk_supports(int64_t K, int64_t V);
+
+/// Bytes of scratch memory; depends on M and HV alone.
+size_t workspace_bytes(const ChunkGatedDeltaRuleArgs& args);
+
+/// Rounds q, k and v to bf16 where they are not.
+void chunk_gated_delta_rule(const ChunkGatedDeltaRuleArgs& args, cudaStream_t stream);
+
+}  // namespace xgdn::kernel::cuda

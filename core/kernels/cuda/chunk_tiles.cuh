@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles of chunk_gated_delta_rule, and products with them: 64 rows of bf16 in panels of 64 columns. A row of a panel is
+// 8 pieces of 16 bytes; piece p of row r lies at place p ^ (r % 8), so that 8 rows of a piece fall into different
+// banks.
+#pragma once
+
+#include "core/kernels/cuda/rows.cuh"
+#include "core/kernels/cuda/tensor_cores.cuh"
+
+namespace xgdn::kernel::cuda {
+
+inline constexpr int kChunk = 64;
+inline constexpr int kPieceBytes = 16;
+inline constexpr int kPanelBytes = kChunk * 128;
+inline constexpr unsigned kFullWarp = 0xffffffffu;
+
+/// Where piece `piece` of row `row` lies in a tile.
+__device__ inline uint32_t piece_offset(int row, int piece) {
+  return piece / 8 * kPanelBytes + row * 128 + (piece % 8 ^ row % 8) * kPieceBytes;
+}
+
+/// 8 elements of a row of any type, in bf16.
+__device__ inline uint4 load_piece(DType dtype, bool is_aligned, const void* row, int64_t first) {
+  RawElements<8> raw;
+  raw.load(dtype, is_aligned, row, first);
+  float x[8];
+  raw.widen(dtype, x);
+  return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+}
+
+// Products are of a warp group: its warp w has rows 16 w to 16 w + 15 of a and of sum. On Hopper they run beside the
+// program: sum and a must stay as they are until wait_products; elsewhere they have ended when the function returns.
+
+/// sum [64, 64] (+)= a [64, 16 kSteps] b^T, with b a tile [64, 16 kSteps]. kIsTriangular: b is zero above its diagonal
+/// blocks of 16.
+template <bool kIsTriangular, int kSteps>
+__device__ inline void multiply_by_rows(float (&sum)[8][4], const uint32_t (&a)[kSteps][4], uint32_t b, bool adds) {
+  if constexpr (kHasGroupProducts) {
+    const uint64_t rows = matrix_descriptor(b, 16, 1024);
+    const auto at = [&](int step) { return rows + ((step / 4 * kPanelBytes + step % 4 * 32) >> 4); };
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) start_product<false>(sum, a[step], at(step), adds || step > 0);
+  } else {
+    const int lane = threadIdx.x % 32;
+    if (!adds) {
+#pragma unroll
+      for (int tile = 0; tile < 8; ++tile) sum[tile][0] = sum[tile][1] = sum[tile][2] = sum[tile][3] = 0.0f;
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int tile = kIsTriangular ? 2 * step : 0; tile < 8; tile += 2) {
+        uint32_t x[4];
+        load_matrices(b + piece_offset(tile * 8 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2), x);
+        multiply_bf16(sum[tile], a[step], x[0], x[1]);
+        multiply_bf16(sum[tile + 1], a[step], x[2], x[3]);
+      }
+    }
+  }
+}
+
+/// sum [64, 8 kTiles] += a [64, 64] b, with b a tile [64, 8 kTiles].
+template <int kTiles>
+__device__ inline void multiply_by_columns(float (&sum)[kTiles][4], const uint32_t (&a)[4][4], uint32_t b) {
+  if constexpr (kHasGroupProducts) {
+    const uint64_t columns = matrix_descriptor(b, kPanelBytes, 1024);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) start_product<true>(sum, a[step], columns + (step * 2048 >> 4), true);
+  } else {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile += 2) {
+        uint32_t x[4];
+        load_matrices_transposed(b + piece_offset(step * 16 + lane % 16, tile + lane / 16), x);
+        multiply_bf16(sum[tile], a[step], x[0], x[1]);
+        multiply_bf16(sum[tile + 1], a[step], x[2], x[3]);
+      }
+    }
+  }
+}
+
+/// Sums, rounded, as the left operand of the next product.
+template <int kTiles>
+__device__ inline void round_sums(const float (&sum)[kTiles][4], uint32_t (&a)[kTiles / 2][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    a[tile / 2][tile % 2 * 2] = pack_bf16(sum[tile][0], sum[tile][1]);
+    a[tile / 2][tile % 2 * 2 + 1] = pack_bf16(sum[tile][2], sum[tile][3]);
+  }
+}
+
+// ---- what the first kernel leaves for the second
+// ---------------------------------------------------------------------
+
+/// Of a chunk and a value head, with b = cumsum g and the factors f_k, f_q that make k and q unit vectors.
+struct alignas(16) ChunkGates {
+  float read[kChunk];   // exp(b_j) f_k
+  float write[kChunk];  // exp(b_last - b_j) f_k
+  float out[kChunk];    // scale exp(b_j) f_q
+  float last;           // exp(b_last)
+  float unused[3];
+};
+
+/// A triangular tile: pieces of 8 columns, 8 rows of a piece side by side. What lies above the diagonal blocks of 16
+/// is neither written nor read.
+struct ChunkSquare {
+  uint4 pieces[kChunk / 8][kChunk / 8][8];
+
+  static __host__ __device__ constexpr bool has(int row, int piece) { return piece / 2 <= row / 16; }
+};
+
+struct ChunkFactors {
+  ChunkSquare* inverse;  // [M, HV]  (I + tril(beta D K K^T, -1))^-1 beta
+  ChunkSquare* scores;   // [M, HV]  scale tril(D Q K^T)
+  ChunkGates* gates;     // [M, HV]
+};
+
+}  // namespace xgdn::kernel::cuda

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of a state over the lanes of a warp, and the delta rule on them: shared by the op and the fused decode step.
+//
+// A row of S, K numbers, lies over a group of kLanes lanes in packets of 16 bytes: packet j of a lane holds the columns
+// from (j kLanes + lane) kPacket on, so that a load of the warp takes whole lines. q and k lie in the same way. All
+// sums are f32: over a lane's columns in order, then over the lanes by halves, so a row's bits depend on nothing but
+// the row.
+#pragma once
+
+#include "core/kernels/cuda/gates.cuh"
+#include "core/kernels/cuda/rows.cuh"
+
+namespace xgdn::kernel::cuda {
+
+inline constexpr float kNormEps = 1e-6f;  // of the l2norm of q and k
+
+template <class State, int kDim>
+struct RowLayout {
+  static constexpr int kPacket = 16 / sizeof(State);
+  static constexpr int kMostLanes = kDim / kPacket;
+  static constexpr int kWanted = kDim >= 256 ? 16 : 8;
+  static constexpr int kLanes = kMostLanes < kWanted ? kMostLanes : kWanted;
+  static constexpr int kPackets = kDim / kLanes / kPacket;  // of a lane
+  static_assert(kDim % (kLanes * kPacket) == 0 && 32 % kLanes == 0);
+
+  __device__ static int column(int packet, int lane) { return (packet * kLanes + lane) * kPacket; }
+};
+
+/// A lane's elements of a row.
+template <class State, int kDim>
+struct LaneRow {
+  using Layout = RowLayout<State, kDim>;
+  float x[Layout::kPackets][Layout::kPacket];
+
+  __device__ void read(const float* row, int lane) {  // from shared memory
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) {
+#pragma unroll
+      for (int i = 0; i < Layout::kPacket; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(row + Layout::column(j, lane) + i);
+        x[j][i] = four.x, x[j][i + 1] = four.y, x[j][i + 2] = four.z, x[j][i + 3] = four.w;
+      }
+    }
+  }
+  __device__ void store(State* row, int lane) const {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) store_once(row + Layout::column(j, lane), x[j]);
+  }
+  __device__ float dot(const LaneRow& y) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) {
+#pragma unroll
+      for (int i = 0; i < Layout::kPacket; ++i) sum = fmaf(x[j][i], y.x[j][i], sum);
+    }
+    return sum;
+  }
+  /// The decay of x, and factor y added.
+  __device__ void decay_and_add(const Decay& decay, float factor, const LaneRow& y) {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) {
+#pragma unroll
+      for (int i = 0; i < Layout::kPacket; ++i) {
+        const float change = fmaf(decay.factor, x[j][i], factor * y.x[j][i]);
+        x[j][i] = decay.is_near_one ? x[j][i] + change : change;
+      }
+    }
+  }
+};
+
+/// A lane's elements of a row of S, of q or of k, on their way.
+template <class Element, class State, int kDim>
+struct RawLaneRow {
+  using Layout = RowLayout<State, kDim>;
+  RawPackets<Element, Layout::kPacket> x[Layout::kPackets];
+
+  __device__ void load(const Element* row, int lane) {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) x[j].load(row + Layout::column(j, lane));
+  }
+  __device__ void load_once(const Element* row, int lane) {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) x[j].load_once(row + Layout::column(j, lane));
+  }
+  __device__ void widen(LaneRow<State, kDim>& row) const {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) x[j].widen(row.x[j]);
+  }
+};
+
+/// A token's q and k as they lie in memory, and what makes them unit vectors: the products with S take the raw ones.
+template <class State, int kDim>
+struct TokenKeys {
+  LaneRow<State, kDim> q, k;
+  float q_factor, k_factor, kq;  // in every lane; kq of the vectors with their factors
+
+  __device__ void prepare(bool normalises, float scale) {
+    constexpr int kLanes = RowLayout<State, kDim>::kLanes;
+    kq = sum_over_lanes<kLanes>(k.dot(q));
+    q_factor = scale;
+    k_factor = 1.0f;
+    if (normalises) {
+      q_factor = scale * rsqrtf(sum_over_lanes<kLanes>(q.dot(q)) + kNormEps);
+      k_factor = rsqrtf(sum_over_lanes<kLanes>(k.dot(k)) + kNormEps);
+    }
+    kq *= q_factor * k_factor;
+  }
+
+  /// The row of o that a lane gets from step(): that of s[row], where is_output.
+  template <int kRows>
+  __device__ static int output_row(int lane) {
+    return lane % kRows;
+  }
+  template <int kRows>
+  __device__ static bool is_output(int lane) {
+    return lane >= kRows && lane < 2 * kRows;
+  }
+
+  /// S <- decay S + beta (v - decay S k) k^T, o = S q on kRows rows. Lane r brings the v of row r, as does every lane
+  /// with that remainder by kRows.
+  template <int kRows>
+  __device__ float step(LaneRow<State, kDim> (&s)[kRows], const Decay& decay, float beta, float v, int lane) const {
+    constexpr int kLanes = RowLayout<State, kDim>::kLanes;
+    float products[2 * kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      products[r] = s[r].dot(k);
+      products[kRows + r] = s[r].dot(q);
+    }
+    const float product = sums_over_lanes<kLanes>(products, lane);
+    const float u = beta * (v - decay.of(k_factor * product));  // in lanes of S k
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      s[r].decay_and_add(decay, __shfl_sync(0xffffffffu, u, r, kLanes) * k_factor, k);
+    }
+    return fmaf(__shfl_sync(0xffffffffu, u, lane % kRows, kLanes), kq, decay.of(q_factor * product));
+  }
+};
+
+}  // namespace xgdn::kernel::cuda

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// What kernels of single ops take, whichever processor they are for. Letters as in core/kernels/ops.
+#pragma once
+
+#include <cstdint>
+
+#include "core/kernels/args.h"
+
+namespace xgdn::kernel {
+
+/// The delta rule token by token. cu_seqlens may be null: one token a sequence.
+struct TokenDeltaRuleArgs : DeltaRuleArgs {
+  // With A_log, g and beta are the logits a and b.
+  InRows A_log;    // [HV]  no data: g and beta are given
+  InRows dt_bias;  // [HV]  beside A_log
+
+  // Verification: state.read is a table [N, L], state.write is unused.
+  const int32_t* num_accepted = nullptr;  // [N]  null: no verification
+  int64_t L = 1;
+};
+
+struct CausalConv1dArgs {
+  int64_t N = 0;
+  int64_t D = 0;
+  int64_t W = 0;  // 2..4
+  int64_t R = 0;
+
+  InRows x;                      // [T, D]
+  OutRows out;                   // [T, D]
+  const void* weight = nullptr;  // [D, W]     as x
+  const void* bias = nullptr;    // [D]        as x; null: none
+  bool silu = true;
+
+  SlotView conv_state;  // [S, R, D]
+
+  const int32_t* cu_seqlens = nullptr;      // [N+1]
+  const bool* has_initial_state = nullptr;  // [N]  null: all true
+  const int32_t* num_accepted = nullptr;    // [N]  null: history starts at row 0
+  bool is_update = false;                   // keep every input, so that any acceptance count can be resumed
+};
+
+struct GdnGatingArgs {
+  int64_t HV = 0;
+  InRows a;        // [T, HV]
+  InRows b;        // [T, HV]
+  InRows A_log;    // [HV]
+  InRows dt_bias;  // [HV]
+  OutRows g;       // [T, HV]
+  OutRows beta;    // [T, HV]
+};
+
+struct RmsNormGatedArgs {
+  int64_t HV = 0;
+  int64_t V = 0;
+  InRows x;       // [T, HV, V]
+  InRows z;       // [T, HV, V]
+  InRows weight;  // [V]
+  OutRows out;    // [T, HV, V]
+  float eps = 0;
+};
+
+/// The ops that a decode step consists of. What one hands to the next is not in memory: conv.out, rule.q, rule.k,
+/// rule.v and norm.x are absent, of rule.out only the type counts, to which o is rounded.
+struct DecodeStepArgs {
+  CausalConv1dArgs conv;    // one token a sequence
+  TokenDeltaRuleArgs rule;  // with A_log: g and beta are logits
+  RmsNormGatedArgs norm;
+};
+
+struct RmsNormArgs {
+  int64_t H = 0;
+  int64_t D = 0;
+  int64_t P = 0;     // dimensions that are rotated
+  InRows x;          // [T, H, D]
+  InRows weight;     // [D]
+  OutRows residual;  // [T, H, D]  data may be null
+  InRows cos;        // [T, P]
+  InRows sin;        // [T, P]
+  OutRows out;       // [T, H, D]
+  float eps = 0;
+};
+
+struct SiluAndMulArgs {
+  int64_t I = 0;
+  InRows gate;  // [T, I]
+  InRows up;    // [T, I]
+  OutRows out;  // [T, I]
+};
+
+struct SigmoidAndMulArgs {
+  int64_t H = 0;
+  int64_t D = 0;
+  InRows x;     // [T, H, D]
+  InRows gate;  // [T, H, D]
+  OutRows out;  // [T, H, D]
+};
+
+}  // namespace xgdn::kernel
