@@ -8,10 +8,11 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/expert_visits.cuh"
 #include "core/kernels/cuda/gates.cuh"
-#include "core/kernels/cuda/mma_sync.cuh"
 #include "core/kernels/cuda/warp_group_products.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -95,16 +96,16 @@ __device__ inline void copy_stage(const ExpertProductArgs& args, const ProductWo
     const int64_t output = work.first_output + (kIsGated ? row % kHalf : row);
     const int64_t from = output + (kIsGated && row >= kHalf ? args.outputs : 0);
     const bool is_valid = output < args.outputs && depth < args.depth;
-    copy_16_async(to + stage_byte(row, index % kPieces), is_valid ? weight + from * args.depth + depth : weight,
-                  is_valid);
+    copy_async(to + stage_byte(row, index % kPieces), is_valid ? weight + from * args.depth + depth : weight,
+               !is_valid);
   }
 #pragma unroll
   for (int index = threadIdx.x; index < Tiles::kColumns * kPieces; index += Tiles::kThreads) {
     const int column = index / kPieces;
     const int64_t depth = first_depth + index % kPieces * 8;
     const bool is_valid = x_offsets[column] >= 0 && depth < args.depth;
-    copy_16_async(to + stage_byte(Tiles::kRows + column, index % kPieces), is_valid ? x + x_offsets[column] + depth : x,
-                  is_valid);
+    copy_async(to + stage_byte(Tiles::kRows + column, index % kPieces), is_valid ? x + x_offsets[column] + depth : x,
+               !is_valid);
   }
 }
 
@@ -136,7 +137,7 @@ __device__ inline void store_products(const ExpertProductArgs& args, const Produ
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         // Transposed, a lane has two neighbouring outputs of one visit.
-        const uint32_t pair = transposed(packed<Element>(sums[half][j][2 * i], sums[half][j][2 * i + 1]));
+        const uint32_t pair = transpose_matrix(packed<Element>(sums[half][j][2 * i], sums[half][j][2 * i + 1]));
         const int64_t output = work.first_output + half * (Tiles::kRows / 2) + row + i * 8 + lane % 4 * 2;
         if (y != nullptr && output < args.outputs) *reinterpret_cast<uint32_t*>(y + output) = pair;
       }
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) multiply_experts(const Expert
 
   float sums[2][kTiles][4] = {};
   for (int step = 0; step < num_steps; ++step) {
-    wait_for_copies<Tiles::kStages - 2>();
+    wait_copies<Tiles::kStages - 2>();
     __syncthreads();
     copy(step + Tiles::kStages - 1);
     const uint32_t stage = stage_of(step);
@@ -183,15 +184,15 @@ __global__ void __launch_bounds__(Tiles::kThreads) multiply_experts(const Expert
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          load_matrices(a[half][k],
-                        stage + stage_byte(half * kHalf + row_warp * 16 + lane % 16, (pair * 2 + k) * 2 + lane / 16));
+          load_matrices(stage + stage_byte(half * kHalf + row_warp * 16 + lane % 16, (pair * 2 + k) * 2 + lane / 16),
+                        a[half][k]);
         }
       }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         uint32_t b[4];
         const int column = column_warp * Tiles::kWarpColumns + j * 8 + lane % 8;
-        load_matrices(b, stage + stage_byte(Tiles::kRows + column, pair * 4 + lane / 8));
+        load_matrices(stage + stage_byte(Tiles::kRows + column, pair * 4 + lane / 8), b);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           multiply_add<Element>(sums[half][j], a[half][0], b[0], b[1]);
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) multiply_experts(const Expert
       }
     }
   }
-  wait_for_copies<0>();
+  wait_copies<0>();
   store_products<Element>(args, work, row_warp * 16, column_warp * Tiles::kWarpColumns, sums);
 }
 
@@ -247,26 +248,26 @@ __global__ void __launch_bounds__(HopperProductTiles::kThreads, 1)
 
   float sums[2][kTiles][4] = {};
   for (int step = 0; step < num_steps; ++step) {
-    wait_for_copies<kAhead - 1>();
-    fence_for_products();
+    wait_copies<kAhead - 1>();
+    fence_for_tensor_cores();
     __syncthreads();
     const uint32_t stage = stage_of(step);
     fence_products();
 #pragma unroll
     for (int k = 0; k < Tiles::kDepth / 16; ++k) {
-      const uint64_t b = group_matrix(stage + Tiles::kRows * Tiles::kRowBytes + k * 32, /*column_block=*/16);
+      const uint64_t b = group_matrix(stage + Tiles::kRows * Tiles::kRowBytes + k * 32);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint64_t a = group_matrix(stage + (half * Tiles::kRows / 2 + group * 64) * Tiles::kRowBytes + k * 32, 16);
+        const uint64_t a = group_matrix(stage + (half * Tiles::kRows / 2 + group * 64) * Tiles::kRowBytes + k * 32);
         start_product<Element>(sums[half], a, b, /*adds=*/true);
       }
     }
     commit_products();
     copy(step + kAhead);  // where the products of the step before last read, which all have waited for
-    wait_for_products<1>();
+    wait_products<1>();
   }
-  wait_for_products<0>();
-  wait_for_copies<0>();
+  wait_products<0>();
+  wait_copies<0>();
   pin(sums[0]);
   pin(sums[1]);
   store_products<Element>(args, work, group * 64 + static_cast<int>(threadIdx.x) / 32 % 4 * 16, 0, sums);

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "core/kernels/cuda/device_facts.h"
+#include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/launch.h"
 #include "core/kernels/cuda/paged_attention.cuh"
@@ -233,7 +234,7 @@ size_t workspace_bytes(const PagedAttentionArgs& args) {
 
 void paged_attention(const PagedAttentionArgs& args, cudaStream_t stream) {
   if (args.T == 0 || args.N == 0) return;
-  visit_dtype(args.q.dtype, [&](auto element) {
+  with_element(args.q.dtype, [&](auto element) {
     using Element = decltype(element);
     if (args.D <= 32) {
       attend<Element, 32>(args, stream);

@@ -9,8 +9,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
-#include "core/kernels/cuda/mma_sync.cuh"
 #include "core/kernels/cuda/paged_attention.h"
 
 namespace xgdn::kernel::cuda {

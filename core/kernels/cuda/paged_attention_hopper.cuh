@@ -8,8 +8,9 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
-#include "core/kernels/cuda/mma_sync.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 #include "core/kernels/cuda/warp_group_products.cuh"
 
@@ -29,11 +30,6 @@ struct HopperTiles {
   static constexpr int kAlignment = 1024;  // of the swizzle
   static constexpr int kSharedBytes = kQueryBytes + kSlots * kTileBytes + kAlignment;
 };
-
-/// Byte of a 16-byte piece of a row in a matrix of so many rows, as products of warp groups read it.
-__device__ inline uint32_t group_swizzled(int row, int piece, int rows) {
-  return static_cast<uint32_t>((piece / 8 * rows + row) * 128 + ((piece ^ row) & 7) * 16);
-}
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -78,8 +74,8 @@ class HopperLoader {
       const int from = __shfl_sync(kAllLanes, cache_row, row);
       const bool is_valid = from >= 0 && piece * 8 < args_.D;
       const char* source = of_head + static_cast<uint64_t>(static_cast<uint32_t>(from)) * row_bytes + piece * 16;
-      copy_16_async(to + group_swizzled(warp_ * kWarpRows + row, piece, Tiles::kKeys), is_valid ? source : of_head,
-                    is_valid);
+      copy_async(to + group_swizzled(warp_ * kWarpRows + row, piece, Tiles::kKeys), is_valid ? source : of_head,
+                 !is_valid);
     }
   }
 
@@ -169,12 +165,12 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     }
     *reinterpret_cast<uint4*>(shared + group_swizzled(query, piece, Tiles::kRows)) = x;
   }
-  fence_for_products();
+  fence_for_tensor_cores();
   __syncthreads();
 
   RingPlace<Tiles::kSlots> place;
   if (group == 0) {
-    give_registers<56>();
+    leave_registers<56>();
     const HopperLoader<Element, kDim> loader(args, args.block_table + tile.sequence * args.block_table_stride, end);
     const int64_t head_bytes = head * args.D * static_cast<int64_t>(sizeof(Element));
     const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
@@ -187,8 +183,8 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
       loader.copy(of_head, cache_rows, ring + place.slot * Tiles::kTileBytes);
       commit_copies();
       if (last_slot >= 0) {
-        wait_for_copies<1>();
-        fence_for_products();
+        wait_copies<1>();
+        fence_for_tensor_cores();
         arrive_at(full(last_slot));
       }
       last_slot = place.slot;
@@ -203,8 +199,8 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
       next_rows = later_rows;
     }
     if (last_slot >= 0) {
-      wait_for_copies<0>();
-      fence_for_products();
+      wait_copies<0>();
+      fence_for_tensor_cores();
       arrive_at(full(last_slot));
     }
   } else {
@@ -229,9 +225,8 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
 #pragma unroll
       for (int step = 0; step < kDim / 16; ++step) {
         const uint32_t in_block = step % 4 * 32;
-        const uint64_t a = group_matrix(queries + (step / 4 * Tiles::kRows + first_row) * Tiles::kRowBytes + in_block,
-                                        /*column_block=*/16);
-        const uint64_t b = group_matrix(keys + step / 4 * kKeys * Tiles::kRowBytes + in_block, /*column_block=*/16);
+        const uint64_t a = group_matrix(queries + (step / 4 * Tiles::kRows + first_row) * Tiles::kRowBytes + in_block);
+        const uint64_t b = group_matrix(keys + step / 4 * kKeys * Tiles::kRowBytes + in_block);
         start_product<Element>(scores, a, b, step > 0);
       }
       commit_products();
@@ -275,7 +270,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
       float factor[2];
       wait_at(full(place.slot), place.phase);
       start_scores();
-      wait_for_products<0>();
+      wait_products<0>();
       pin(scores);
       release(place.slot);
       place.advance();
@@ -289,12 +284,12 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
         place.advance();
         wait_at(full(place.slot), place.phase);
         start_values();
-        wait_for_products<1>();
+        wait_products<1>();
         pin(scores);
         release(key_slot);
         mask(begin + t * kKeys);
         weigh(scores, scale, most, sums, factor);
-        wait_for_products<0>();
+        wait_products<0>();
         pin(values);
         pin(scores);  // packing them before would overwrite weights that are being read
         release(place.slot);
@@ -308,7 +303,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
       }
       wait_at(full(place.slot), place.phase);
       start_values();
-      wait_for_products<0>();
+      wait_products<0>();
       pin(values);
     }
 

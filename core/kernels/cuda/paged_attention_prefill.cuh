@@ -11,8 +11,9 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
-#include "core/kernels/cuda/mma_sync.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -49,7 +50,7 @@ __device__ inline void copy_tile(const PagedAttentionArgs& args, const char* of_
   for (int i = 0; i < Tiles::kKeys; i += kRowsAtOnce) {
     const int64_t offset = rows[row + i];
     const bool is_valid = offset >= 0 && is_inside;
-    copy_16_async(to + i * kDim * 2, is_valid ? from + offset : of_head, is_valid);
+    copy_async(to + i * kDim * 2, is_valid ? from + offset : of_head, !is_valid);
   }
 }
 
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   int parity = 0;
   for (int key = begin; key < end; key += kKeys) {
     // Keys have come, and all warps are done with the values before them, whose slot gets the next keys.
-    wait_for_copies<1>();
+    wait_copies<1>();
     __syncthreads();
     copy_tile<Element, kDim>(args, all_keys, cache_rows[parity ^ 1], slot_address(2));
     commit_copies();
@@ -131,13 +132,13 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
       uint32_t a[kWarpTiles][4];
 #pragma unroll
       for (int t = 0; t < kWarpTiles; ++t) {
-        load_matrices(a[t],
-                      queries + swizzled<kDim>(warp * Tiles::kWarpRows + t * 16 + lane % 16, 2 * step + lane / 16));
+        load_matrices(queries + swizzled<kDim>(warp * Tiles::kWarpRows + t * 16 + lane % 16, 2 * step + lane / 16),
+                      a[t]);
       }
 #pragma unroll
       for (int pair = 0; pair < kKeys / 16; ++pair) {
         uint32_t b[4];
-        load_matrices(b, keys + swizzled<kDim>(pair * 16 + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+        load_matrices(keys + swizzled<kDim>(pair * 16 + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2), b);
 #pragma unroll
         for (int t = 0; t < kWarpTiles; ++t) {
           multiply_add<Element>(scores[t][2 * pair], a[t], b[0], b[1]);
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
 
     // Values have come, and all warps are done with the keys, whose slot gets the next values.
     if (threadIdx.x < kKeys) cache_rows[parity][threadIdx.x] = later_row;
-    wait_for_copies<1>();
+    wait_copies<1>();
     __syncthreads();
     copy_tile<Element, kDim>(args, all_values, cache_rows[parity ^ 1], slot_address(0));
     commit_copies();
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
 #pragma unroll
       for (int pair = 0; pair < kDim / 16; ++pair) {
         uint32_t b[4];
-        load_matrices_transposed(b, rows + swizzled<kDim>(step * 16 + lane % 16, 2 * pair + lane / 16));
+        load_matrices_transposed(rows + swizzled<kDim>(step * 16 + lane % 16, 2 * pair + lane / 16), b);
 #pragma unroll
         for (int t = 0; t < kWarpTiles; ++t) {
           multiply_add<Element>(values[t][2 * pair], a[t], b[0], b[1]);
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     slot = slot == 0 ? 2 : slot - 1;
     parity ^= 1;
   }
-  wait_for_copies<0>();
+  wait_copies<0>();
 
 #pragma unroll
   for (int t = 0; t < kWarpTiles; ++t) {

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of a warp group on Hopper: 64 rows of a, sums in f32, b in shared memory, started and waited for later.
-//
-// Sums are fragments as in mma_sync.cuh, a warp of the group has 16 rows. Matrices in shared memory are blocks of 64
-// columns, rows of 128 bytes, whose 16-byte pieces are exchanged within 8 rows (the 128-byte swizzle).
+// Products of a warp group on Hopper in the element type of a call, __nv_bfloat16 or __half, and of more shapes than
+// tensor_cores.cuh has. Started here, waited for there.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,17 +9,23 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/kernels/cuda/tensor_cores.cuh"
+
 namespace xgdn::kernel::cuda {
+
+/// Byte of a 16-byte piece of a row in a matrix of so many rows: blocks of 64 columns, whose pieces are exchanged
+/// within 8 rows (the 128-byte swizzle).
+__device__ inline uint32_t group_swizzled(int row, int piece, int rows) {
+  return static_cast<uint32_t>((piece / 8 * rows + row) * 128 + ((piece ^ row) & 7) * 16);
+}
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
 
-/// What the instructions take for a matrix: where it begins, bytes between blocks of 64 columns (of b transposed) and
-/// between blocks of 8 rows.
-__device__ inline uint64_t group_matrix(uint32_t address, uint32_t column_block) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kRowBlock = 8 * 128;
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(column_block >> 4) << 16 |
-         kRowBlock >> 4 << 32 | kSwizzle128;
+/// A matrix of blocks of 64 columns, as group_swizzled lays it out. column_block: bytes from one to the next, for the
+/// right side of a product whose rows are side by side in memory.
+__device__ inline uint64_t group_matrix(uint32_t address, uint32_t column_block = 16) {
+  constexpr uint32_t kRowBlock = 8 * 128;
+  return matrix_descriptor(address, column_block, kRowBlock);
 }
 
 #define XGDN_SUM(i) "+f"(sum[i][0]), "+f"(sum[i][1]), "+f"(sum[i][2]), "+f"(sum[i][3])
@@ -140,69 +144,6 @@ __device__ inline void start_product(float (&sum)[kTiles][4], const uint32_t (&a
 #undef XGDN_SUM8
 #undef XGDN_SUM4
 #undef XGDN_SUM
-
-/// Before products whose registers were written since the last ones.
-__device__ inline void fence_products() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-/// Ends a group of started products.
-__device__ inline void commit_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-/// Waits until at most kGroups groups are under way.
-template <int kGroups>
-__device__ inline void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
-}
-
-/// Keeps the compiler from moving reads and writes of sums across this point.
-template <int kTiles>
-__device__ inline void pin(float (&sum)[kTiles][4]) {
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[i][j])::"memory");
-  }
-}
-
-/// Registers of a thread of this warp group from here on.
-template <int kRegisters>
-__device__ inline void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ inline void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-/// Makes this thread's writes to shared memory visible to products, which read it by another path.
-__device__ inline void fence_for_products() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// ---- barriers: 8 bytes of shared memory, phases of `count` arrivals
-// --------------------------------------------------
-
-__device__ inline void init_barrier(uint32_t barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ inline void arrive_at(uint32_t barrier) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
-}
-
-/// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, 0 for the third.
-__device__ inline void wait_at(uint32_t barrier, uint32_t parity) {
-  uint32_t is_over = 0;
-  while (is_over == 0) {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(is_over)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  }
-}
 
 #endif
 
