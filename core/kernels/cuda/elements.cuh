@@ -42,17 +42,4 @@ __device__ inline Element* row_of(const OutRows& rows, int64_t token, int64_t he
   return static_cast<Element*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
 }
 
-/// Calls f with a value of the type of the elements.
-template <class F>
-void visit_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float());
-    case DType::kBFloat16:
-      return f(__nv_bfloat16());
-    case DType::kFloat16:
-      return f(__half());
-  }
-}
-
 }  // namespace xgdn::kernel::cuda

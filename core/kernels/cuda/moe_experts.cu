@@ -7,6 +7,7 @@
 #include "core/kernels/cuda/moe_experts.h"
 
 #include "core/kernels/cuda/alignment.h"
+#include "core/kernels/cuda/device_facts.h"
 #include "core/kernels/cuda/expert_products.cuh"
 #include "core/kernels/cuda/expert_visits.cuh"
 #include "core/kernels/cuda/launch.h"
@@ -16,6 +17,11 @@ namespace xgdn::kernel::cuda {
 namespace {
 
 constexpr int kSumThreads = 256;
+
+// Hopper alone has them; its successors have others.
+bool has_warp_group_products() {
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9;
+}
 
 // Visits that a block works on: about as many as an expert has.
 int64_t columns_for(const MoeExpertsArgs& args) {
@@ -91,6 +97,15 @@ void multiply(const ExpertProductArgs& gate_up, const ExpertProductArgs& down, c
          down, stream);
 }
 
+template <class Element>
+void multiply_hopper(const ExpertProductArgs& gate_up, const ExpertProductArgs& down, cudaStream_t stream) {
+  using Tiles = HopperProductTiles;
+  launch(multiply_experts_hopper<Element, true>, gate_up.outputs, Tiles::kRows / 2, Tiles::kThreads,
+         Tiles::kSharedBytes, gate_up, stream);
+  launch(multiply_experts_hopper<Element, false>, down.outputs, Tiles::kRows, Tiles::kThreads, Tiles::kSharedBytes,
+         down, stream);
+}
+
 void multiply_f32(const ExpertProductArgs& gate_up, const ExpertProductArgs& down, cudaStream_t stream) {
   launch(multiply_experts_f32<true>, gate_up.outputs, kF32Tile / 2, kF32ProductThreads, 0, gate_up, stream);
   launch(multiply_experts_f32<false>, down.outputs, kF32Tile, kF32ProductThreads, 0, down, stream);
@@ -106,7 +121,8 @@ void multiply(int64_t columns, const ExpertProductArgs& gate_up, const ExpertPro
     case 64:
       return multiply<Element, ProductTiles<64, 4, 4>>(gate_up, down, stream);
     default:
-      return multiply<Element, ProductTiles<128, 4, 3>>(gate_up, down, stream);
+      return has_warp_group_products() ? multiply_hopper<Element>(gate_up, down, stream)
+                                       : multiply<Element, ProductTiles<128, 4, 3>>(gate_up, down, stream);
   }
 }
 

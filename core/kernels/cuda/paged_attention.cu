@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // out = softmax(scale q k^T) v over the rows of the context that a token sees.
 //
-// Three kernels, all launched from what the host knows: the chunks of sequences of few tokens, the sum of those chunks,
-// and the sequences of many tokens. Each leaves alone what is another's.
+// All kernels are launched from what the host knows: the chunks of sequences of few tokens, the sum of those chunks,
+// tiles of queries of sequences of many tokens, and their sum where blocks share a context. Each leaves alone what is
+// another's.
 #include "core/kernels/cuda/paged_attention.h"
 
 #include <algorithm>
 #include <type_traits>
 
+#include "core/kernels/cuda/device_facts.h"
+#include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/launch.h"
 #include "core/kernels/cuda/paged_attention.cuh"
 #include "core/kernels/cuda/paged_attention_f32.cuh"
+#include "core/kernels/cuda/paged_attention_hopper.cuh"
 #include "core/kernels/cuda/paged_attention_prefill.cuh"
 #include "core/kernels/cuda/paged_attention_split.cuh"
 
@@ -22,6 +26,11 @@ constexpr int kSumThreads = 256;
 constexpr int kMinChunkRows = 128;
 constexpr int kMaxMinChunkRows = 2048;
 constexpr int kChunkRowsPerPair = 16;
+constexpr int kQueryRows = 128;     // of queries, in each kernel for many tokens on tensor cores
+constexpr int kWantedBlocks = 128;  // of these kernels
+constexpr int kMaxShares = 8;       // of a context
+constexpr int kMinShareRows = 512;  // of the longest one
+constexpr int kSumWarps = kSumThreads / kLanes;
 
 ChunkResults chunk_results(const PagedAttentionArgs& args) {
   ChunkResults results;
@@ -86,12 +95,58 @@ __global__ void __launch_bounds__(kSumThreads) sum_chunks(const PagedAttentionAr
   out[3] = from_float<Element>(sum.w);
 }
 
+// The same for the shares of tiles of queries. Blocks: (tile, key head, 8 rows), a warp has a row.
+template <class Element>
+__global__ void __launch_bounds__(kSumThreads) sum_shares(const PagedAttentionArgs args, const TileCall call) {
+  const QueryTile tile = query_tile(args, blockIdx.x, kQueryRows);
+  if (tile.sequence < 0) return;
+  const int lane = threadIdx.x % kLanes;
+  const AttendedSequence s = sequence_of(args, tile.sequence);
+  const int G = static_cast<int>(args.HQ / args.HKV);
+  const int row = tile.first + static_cast<int>(blockIdx.z * kSumWarps + threadIdx.x / kLanes);
+  if (row >= s.len * G) return;
+  const int64_t token = s.begin + row / G;
+  const int64_t head = static_cast<int64_t>(blockIdx.y) * G + row % G;
+  const int64_t first = (token * args.HQ + head) * call.shares;
+  float most = -INFINITY;
+  for (int i = 0; i < call.shares; ++i) most = fmaxf(most, call.log2s[first + i]);
+  const float base = most == -INFINITY ? 0.0f : most;
+  float total = 0.0f;
+  for (int i = 0; i < call.shares; ++i) total += exp2f(call.log2s[first + i] - base);
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  Element* out = row_of<Element>(args.out, token, head);
+  for (int column = lane; column < args.D; column += kLanes) {
+    float sum = 0.0f;
+    for (int i = 0; i < call.shares; ++i) {
+      const float weight = exp2f(call.log2s[first + i] - base) * inverse;
+      sum = fmaf(weight, call.values[(first + i) * args.D + column], sum);
+    }
+    out[column] = from_float<Element>(sum);
+  }
+}
+
+// Hopper alone has them; its successors have others.
+bool has_warp_group_products() {
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9;
+}
+
 // Whether rows of q and of out begin at multiples of 16 bytes.
 bool has_aligned_rows(const PagedAttentionArgs& args) {
   const auto unit = 16 / size_of(args.q.dtype);
   const auto address = reinterpret_cast<uintptr_t>(args.q.data) | reinterpret_cast<uintptr_t>(args.out.data);
   return address % 16 == 0 && args.q.token_stride % unit == 0 && args.q.head_stride % unit == 0 &&
          args.out.token_stride % unit == 0 && args.out.head_stride % unit == 0;
+}
+
+TileCall tile_call(const PagedAttentionArgs& args) {
+  TileCall call = {.is_aligned = has_aligned_rows(args)};
+  if (args.max_len <= kSplitTokens || args.q.dtype == DType::kFloat32) return call;
+  const int64_t blocks = max_query_tiles(args, kQueryRows) * args.HKV;
+  const int64_t most = std::clamp<int64_t>(args.M * args.B / kMinShareRows, 1, kMaxShares);
+  call.shares = static_cast<int>(std::clamp<int64_t>(ceil_div(kWantedBlocks, std::max<int64_t>(blocks, 1)), 1, most));
+  call.values = static_cast<float*>(args.workspace);
+  if (call.values != nullptr) call.log2s = call.values + args.T * args.HQ * call.shares * args.D;
+  return call;
 }
 
 template <class Last>
@@ -103,6 +158,31 @@ void launch(void (*kernel)(PagedAttentionArgs, Last), dim3 grid, int threads, in
 }
 
 template <class Element, int kDim>
+void launch_tiles(const PagedAttentionArgs& args, cudaStream_t stream) {
+  const TileCall call = tile_call(args);
+  const auto blocks = static_cast<unsigned>(max_query_tiles(args, kQueryRows));
+  const auto heads = static_cast<unsigned>(args.HKV);
+  const dim3 grid(blocks, heads, static_cast<unsigned>(call.shares));
+  const auto run = [&](auto kernel, auto tiles) {
+    using Tiles = decltype(tiles);
+    static_assert(Tiles::kRows == kQueryRows);
+    launch(kernel, grid, Tiles::kThreads, Tiles::kSharedBytes, args, call, stream);
+  };
+  if constexpr (kDim >= HopperTiles<kDim>::kBlockColumns) {
+    if (has_warp_group_products()) {
+      run(attend_prefill_hopper<Element, kDim>, HopperTiles<kDim>());
+    } else {
+      run(attend_prefill<Element, kDim>, PrefillTiles<kDim>());
+    }
+  } else {
+    run(attend_prefill<Element, kDim>, PrefillTiles<kDim>());
+  }
+  if (call.shares > 1) {
+    launch(sum_shares<Element>, dim3(blocks, heads, kQueryRows / kSumWarps), kSumThreads, 0, args, call, stream);
+  }
+}
+
+template <class Element, int kDim>
 void attend(const PagedAttentionArgs& args, cudaStream_t stream) {
   const ChunkResults results = chunk_results(args);
   const auto pairs = static_cast<unsigned>(args.N * args.HKV);
@@ -111,35 +191,33 @@ void attend(const PagedAttentionArgs& args, cudaStream_t stream) {
   const bool has_long = args.max_len > kSplitTokens;
   // No sequence is shorter than what is left by the others.
   const bool has_short = args.T - (args.N - 1) * args.max_len <= kSplitTokens;
-  if constexpr (std::is_same_v<Element, float>) {
-    constexpr int kThreads = kF32Warps * kLanes;
-    const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kF32Warps)), chunks);
-    if (has_short) launch(attend_f32<kDim, true>, grid, kThreads, f32_shared_bytes<kDim>(), args, results, stream);
-    if (has_long) {
-      const dim3 tiles(static_cast<unsigned>(max_query_tiles(args, kF32Warps)), static_cast<unsigned>(args.HKV));
-      launch(attend_f32<kDim, false>, tiles, kThreads, f32_shared_bytes<kDim>(), args, results, stream);
+  constexpr bool kIsF32 = std::is_same_v<Element, float>;
+  if (has_short) {
+    if constexpr (kIsF32) {
+      const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kF32Warps)), chunks);
+      launch(attend_f32<kDim, true>, grid, kF32Warps * kLanes, f32_shared_bytes<kDim>(), args, results, stream);
+    } else {
+      const auto launch_split = [&](auto groups) {
+        constexpr int kGroups = decltype(groups)::value;
+        const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kGroups * kGroupRows)), chunks);
+        launch(attend_split<Element, kDim, kGroups>, grid, kSplitWarps * kLanes, split_shared_bytes<kDim, kGroups>(),
+               args, SplitCall{results, has_aligned_rows(args)}, stream);
+      };
+      queries <= kGroupRows ? launch_split(std::integral_constant<int, 1>())
+                            : launch_split(std::integral_constant<int, 2>());
     }
-  } else {
-    constexpr int kThreads = kSplitWarps * kLanes;
-    const auto launch_split = [&](auto groups) {
-      constexpr int kGroups = decltype(groups)::value;
-      const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kGroups * kGroupRows)), chunks);
-      launch(attend_split<Element, kDim, kGroups>, grid, kThreads, split_shared_bytes<kDim, kGroups>(), args,
-             SplitCall{results, has_aligned_rows(args)}, stream);
-    };
-    if (has_short && queries <= kGroupRows) launch_split(std::integral_constant<int, 1>());
-    if (has_short && queries > kGroupRows) launch_split(std::integral_constant<int, 2>());
-    if (has_long) {
-      using Tiles = PrefillTiles<kDim>;
-      const dim3 tiles(static_cast<unsigned>(max_query_tiles(args, Tiles::kRows)), static_cast<unsigned>(args.HKV));
-      launch(attend_prefill<Element, kDim>, tiles, Tiles::kThreads, Tiles::kSharedBytes, args, has_aligned_rows(args),
-             stream);
+    if (results.max_chunks > 1) {
+      const dim3 rows(static_cast<unsigned>(args.N * results.max_tokens * args.HQ));
+      launch(sum_chunks<Element>, rows, kSumThreads, 0, args, results, stream);
     }
   }
-  if (has_short && results.max_chunks > 1) {
-    const auto rows = static_cast<unsigned>(args.N * results.max_tokens * args.HQ);
-    sum_chunks<Element><<<rows, kSumThreads, 0, stream>>>(args, results);
-    check_launch("paged_attention");
+  if (has_long) {
+    if constexpr (kIsF32) {
+      const dim3 tiles(static_cast<unsigned>(max_query_tiles(args, kF32Warps)), static_cast<unsigned>(args.HKV));
+      launch(attend_f32<kDim, false>, tiles, kF32Warps * kLanes, f32_shared_bytes<kDim>(), args, results, stream);
+    } else {
+      launch_tiles<Element, kDim>(args, stream);
+    }
   }
 }
 
@@ -147,13 +225,16 @@ void attend(const PagedAttentionArgs& args, cudaStream_t stream) {
 
 size_t workspace_bytes(const PagedAttentionArgs& args) {
   const ChunkResults results = chunk_results(args);
-  if (results.max_chunks == 1) return 0;
-  return static_cast<size_t>(args.N * results.max_tokens * args.HQ * results.max_chunks * (args.D + 1)) * sizeof(float);
+  const int shares = tile_call(args).shares;
+  int64_t rows = 0;  // of results; one kernel after another uses the memory
+  if (results.max_chunks > 1) rows = args.N * results.max_tokens * args.HQ * results.max_chunks;
+  if (shares > 1) rows = std::max(rows, args.T * args.HQ * shares);
+  return static_cast<size_t>(rows * (args.D + 1)) * sizeof(float);
 }
 
 void paged_attention(const PagedAttentionArgs& args, cudaStream_t stream) {
   if (args.T == 0 || args.N == 0) return;
-  visit_dtype(args.q.dtype, [&](auto element) {
+  with_element(args.q.dtype, [&](auto element) {
     using Element = decltype(element);
     if (args.D <= 32) {
       attend<Element, 32>(args, stream);

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/paged_attention.h"
 
@@ -141,6 +142,58 @@ __device__ inline QueryTile query_tile(const PagedAttentionArgs& args, int64_t i
     index -= __shfl_sync(kAllLanes, end, kLanes - 1);
   }
   return {};
+}
+
+/// How blocks of many queries leave their results. Few tiles of queries before a long context share it between blocks.
+struct TileCall {
+  bool is_aligned = false;  // rows of q and of out, to 16 bytes
+  int shares = 1;           // of the context of a tile
+  float* values = nullptr;  // [T, HQ, shares, D]  the result of each share; shares > 1
+  float* log2s = nullptr;   // [T, HQ, shares]     the logarithm of its weight, base 2; -inf: no row that is seen
+};
+
+/// Rows [begin, end) of the context.
+struct ContextShare {
+  int begin = 0;
+  int end = 0;
+};
+
+/// Part of the rows before `end`, in whole tiles of `rows` rows.
+__device__ inline ContextShare share_of(const TileCall& call, int end, int rows, int share) {
+  const int tiles = (max(end, 0) + rows - 1) / rows;
+  const int begin = (tiles + call.shares - 1) / call.shares * rows * share;
+  return {.begin = begin, .end = min(end, begin + (tiles + call.shares - 1) / call.shares * rows)};
+}
+
+/// Writes the result of a row of queries from the sums of values: columns 8 j + 2 (lane % 4), + 1 of elements 2 i and
+/// 2 i + 1, over `sum`. log2_base: the logarithm of the factor that the sums lack.
+template <class Element, int kPieces>
+__device__ inline void store_query(const PagedAttentionArgs& args, const TileCall& call, const AttendedSequence& s,
+                                   int64_t key_head, int row, int share, const float (&values)[kPieces][4], int i,
+                                   float sum, float log2_base) {
+  const int lane = threadIdx.x % kLanes;
+  const int G = static_cast<int>(args.HQ / args.HKV);
+  const int64_t token = s.begin + row / G;
+  const int64_t head = key_head * G + row % G;
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  const int64_t result = (token * args.HQ + head) * call.shares + share;
+  Element* out = row_of<Element>(args.out, token, head);
+#pragma unroll
+  for (int j = 0; j < kPieces; ++j) {
+    const int column = j * 8 + lane % 4 * 2;
+    if (column >= args.D) break;
+    const float first = values[j][2 * i] * inverse;
+    const float second = values[j][2 * i + 1] * inverse;
+    if (call.shares > 1) {
+      *reinterpret_cast<float2*>(call.values + result * args.D + column) = make_float2(first, second);
+    } else if (call.is_aligned) {
+      *reinterpret_cast<uint32_t*>(out + column) = packed<Element>(first, second);
+    } else {
+      out[column] = from_float<Element>(first);
+      out[column + 1] = from_float<Element>(second);
+    }
+  }
+  if (call.shares > 1 && lane % 4 == 0) call.log2s[result] = sum == 0.0f ? -INFINITY : log2_base + log2f(sum);
 }
 
 }  // namespace xgdn::kernel::cuda

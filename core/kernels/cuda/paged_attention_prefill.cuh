@@ -11,8 +11,9 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
-#include "core/kernels/cuda/mma_sync.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -49,14 +50,14 @@ __device__ inline void copy_tile(const PagedAttentionArgs& args, const char* of_
   for (int i = 0; i < Tiles::kKeys; i += kRowsAtOnce) {
     const int64_t offset = rows[row + i];
     const bool is_valid = offset >= 0 && is_inside;
-    copy_16_async(to + i * kDim * 2, is_valid ? from + offset : of_head, is_valid);
+    copy_async(to + i * kDim * 2, is_valid ? from + offset : of_head, !is_valid);
   }
 }
 
-/// Blocks: (tile of rows, key head).
+/// Blocks: (tile of rows, key head, share of the context).
 template <class Element, int kDim>
 __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
-    attend_prefill(const PagedAttentionArgs args, bool is_aligned) {
+    attend_prefill(const PagedAttentionArgs args, const TileCall call) {
   using Tiles = PrefillTiles<kDim>;
   constexpr int kPieces = kDim / 8;
   constexpr int kWarpTiles = Tiles::kWarpTiles;
@@ -68,7 +69,8 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   const AttendedSequence s = sequence_of(args, tile.sequence);
   const int num_queries = min(Tiles::kRows, s.len * G - tile.first);
   // Rows of the context that the last and the first row of the tile see.
-  const int end = visible_rows(s, (tile.first + num_queries - 1) / G);
+  const auto [begin, end] =
+      share_of(call, visible_rows(s, (tile.first + num_queries - 1) / G), kKeys, static_cast<int>(blockIdx.z));
   const int common_end = visible_rows(s, tile.first / G);
 
   extern __shared__ __align__(128) char shared[];
@@ -79,13 +81,13 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   const int lane = threadIdx.x % kLanes;
   const int32_t* blocks = args.block_table + tile.sequence * args.block_table_stride;
   const int64_t row_bytes = args.HKV * args.D * static_cast<int64_t>(sizeof(Element));
-  const auto find_row = [&](int key) { return key < end ? cache_row(args, blocks, key) * row_bytes : -1; };
+  const auto find_row = [&, end = end](int key) { return key < end ? cache_row(args, blocks, key) * row_bytes : -1; };
   const int64_t head_bytes = head * args.D * static_cast<int64_t>(sizeof(Element));
   const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
   const char* all_values = static_cast<const char*>(args.v) + head_bytes;
 
-  for (int i = threadIdx.x; i < 2 * kKeys; i += Tiles::kThreads) cache_rows[i / kKeys][i % kKeys] = find_row(i);
-  load_queries<Element, kDim, Tiles::kRows, Tiles::kThreads>(args, s, head, tile.first, num_queries, is_aligned,
+  for (int i = threadIdx.x; i < 2 * kKeys; i += Tiles::kThreads) cache_rows[i / kKeys][i % kKeys] = find_row(begin + i);
+  load_queries<Element, kDim, Tiles::kRows, Tiles::kThreads>(args, s, head, tile.first, num_queries, call.is_aligned,
                                                              shared);
   __syncthreads();
   copy_tile<Element, kDim>(args, all_keys, cache_rows[0], ring);
@@ -114,9 +116,9 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     return ring + static_cast<uint32_t>((i >= Tiles::kSlots ? i - Tiles::kSlots : i) * Tiles::kTileBytes);
   };
   int parity = 0;
-  for (int key = 0; key < end; key += kKeys) {
+  for (int key = begin; key < end; key += kKeys) {
     // Keys have come, and all warps are done with the values before them, whose slot gets the next keys.
-    wait_for_copies<1>();
+    wait_copies<1>();
     __syncthreads();
     copy_tile<Element, kDim>(args, all_keys, cache_rows[parity ^ 1], slot_address(2));
     commit_copies();
@@ -130,13 +132,13 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
       uint32_t a[kWarpTiles][4];
 #pragma unroll
       for (int t = 0; t < kWarpTiles; ++t) {
-        load_matrices(a[t],
-                      queries + swizzled<kDim>(warp * Tiles::kWarpRows + t * 16 + lane % 16, 2 * step + lane / 16));
+        load_matrices(queries + swizzled<kDim>(warp * Tiles::kWarpRows + t * 16 + lane % 16, 2 * step + lane / 16),
+                      a[t]);
       }
 #pragma unroll
       for (int pair = 0; pair < kKeys / 16; ++pair) {
         uint32_t b[4];
-        load_matrices(b, keys + swizzled<kDim>(pair * 16 + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+        load_matrices(keys + swizzled<kDim>(pair * 16 + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2), b);
 #pragma unroll
         for (int t = 0; t < kWarpTiles; ++t) {
           multiply_add<Element>(scores[t][2 * pair], a[t], b[0], b[1]);
@@ -191,7 +193,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
 
     // Values have come, and all warps are done with the keys, whose slot gets the next values.
     if (threadIdx.x < kKeys) cache_rows[parity][threadIdx.x] = later_row;
-    wait_for_copies<1>();
+    wait_copies<1>();
     __syncthreads();
     copy_tile<Element, kDim>(args, all_values, cache_rows[parity ^ 1], slot_address(0));
     commit_copies();
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
 #pragma unroll
       for (int pair = 0; pair < kDim / 16; ++pair) {
         uint32_t b[4];
-        load_matrices_transposed(b, rows + swizzled<kDim>(step * 16 + lane % 16, 2 * pair + lane / 16));
+        load_matrices_transposed(rows + swizzled<kDim>(step * 16 + lane % 16, 2 * pair + lane / 16), b);
 #pragma unroll
         for (int t = 0; t < kWarpTiles; ++t) {
           multiply_add<Element>(values[t][2 * pair], a[t], b[0], b[1]);
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     slot = slot == 0 ? 2 : slot - 1;
     parity ^= 1;
   }
-  wait_for_copies<0>();
+  wait_copies<0>();
 
 #pragma unroll
   for (int t = 0; t < kWarpTiles; ++t) {
@@ -231,22 +233,8 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       const int query = query_of(t, i);
       if (query >= num_queries) continue;
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const int row = tile.first + query;
-      Element* out = row_of<Element>(args.out, s.begin + row / G, head * G + row % G);
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
-        const int column = j * 8 + lane % 4 * 2;
-        if (column >= args.D) break;
-        const float first = values[t][j][2 * i] * inverse;
-        const float second = values[t][j][2 * i + 1] * inverse;
-        if (is_aligned) {
-          *reinterpret_cast<uint32_t*>(out + column) = packed<Element>(first, second);
-        } else {
-          out[column] = from_float<Element>(first);
-          out[column + 1] = from_float<Element>(second);
-        }
-      }
+      store_query<Element>(args, call, s, head, tile.first + query, static_cast<int>(blockIdx.z), values[t], i, sum,
+                           most[t][i] * scale);
     }
   }
 }

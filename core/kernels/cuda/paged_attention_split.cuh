@@ -12,8 +12,9 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
-#include "core/kernels/cuda/mma_sync.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -69,7 +70,7 @@ class TileReader {
       const int cache_row = __shfl_sync(kAllLanes, row_, row);
       const bool is_valid = cache_row >= 0 && piece * 8 < args_.D;
       const char* from = of_head + static_cast<uint64_t>(static_cast<uint32_t>(cache_row)) * row_bytes + piece * 16;
-      copy_16_async(to + swizzled<kDim>(row, piece), is_valid ? from : of_head, is_valid);
+      copy_async(to + swizzled<kDim>(row, piece), is_valid ? from : of_head, !is_valid);
     }
   }
 
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
 #pragma unroll
     for (int step = 0; step < kSteps; step += 2) {
       uint32_t b[4];
-      load_matrices(b, shared_address(query_rows) + swizzled<kDim>(g * kGroupRows + lane % 8, 2 * step + lane / 8));
+      load_matrices(shared_address(query_rows) + swizzled<kDim>(g * kGroupRows + lane % 8, 2 * step + lane / 8), b);
       queries[g][step][0] = b[0];
       queries[g][step][1] = b[1];
       queries[g][step + 1][0] = b[2];
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
     __syncwarp();
     reader.copy(all_keys, slot_address(2));
     commit_copies();
-    wait_for_copies<2>();
+    wait_copies<2>();
     __syncwarp();
     float scores[kGroups][2][4] = {};  // two sums each, because one product waits for the one before it
     {
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[4];
-        load_matrices(a, keys + swizzled<kDim>(lane % 16, 2 * step + lane / 16));
+        load_matrices(keys + swizzled<kDim>(lane % 16, 2 * step + lane / 16), a);
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
           multiply_add<Element>(scores[g][step % 2], a, queries[g][step][0], queries[g][step][1]);
@@ -217,21 +218,21 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
           for (int i = 0; i < 4; ++i) values[g][step][i] *= factor[i % 2];
         }
       }
-      weights[g][0] = transposed(packed<Element>(p[0], p[1]));
-      weights[g][1] = transposed(packed<Element>(p[2], p[3]));
+      weights[g][0] = transpose_matrix(packed<Element>(p[0], p[1]));
+      weights[g][1] = transpose_matrix(packed<Element>(p[2], p[3]));
     }
 
     // Values. The slot of the keys is free for those of the next tile.
     __syncwarp();
     reader.copy(all_values, slot_address(0));
     commit_copies();
-    wait_for_copies<2>();
+    wait_copies<2>();
     __syncwarp();
     const uint32_t rows = slot_address(1);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[4];
-      load_matrices_transposed(a, rows + swizzled<kDim>(lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      load_matrices_transposed(rows + swizzled<kDim>(lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2), a);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) multiply_add<Element>(values[g][step], a, weights[g][0], weights[g][1]);
     }
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
   auto* joined = reinterpret_cast<float*>(shared);
   float* most_of = joined + kSplitWarps * kRows * kStride;
   float* sum_of = most_of + kSplitWarps * kRows;
-  wait_for_copies<0>();
+  wait_copies<0>();
   __syncthreads();
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {

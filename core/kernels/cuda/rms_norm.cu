@@ -44,18 +44,19 @@ __device__ void wait_for_row() {
 
 // kThreads of a row, which has at most kPackets packets for each.
 template <int kThreads, int kPackets, bool kIsWhole>
-__global__ void __launch_bounds__(kThreads > kBlock ? kThreads : kBlock) norm_rows(RmsNormArgs args, int64_t num_rows) {
+__global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t num_rows) {
   extern __shared__ float to_rotate[];  // the first P normed elements of each row of the block
   const int thread = threadIdx.x % kThreads;
   const int row_of_block = threadIdx.x / kThreads;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kThreads) + row_of_block;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / kThreads) + row_of_block;
   if (row >= num_rows) return;
   const int64_t token = row / args.H;
   const int64_t head = row % args.H;
   const DType dtype = args.out.dtype;
   const auto first_of = [thread](int i) { return static_cast<int64_t>(i * kThreads + thread) * kPacket; };
 
-  RawPacket<kIsWhole> raw_x[kPackets], raw_residual[kPackets], raw_weight[kPackets];
+  RawPacket<kIsWhole> raw_x[kPackets], raw_residual[kPackets], raw_weight[kPackets], raw_cos[kPackets],
+      raw_sin[kPackets];
   const bool has_residual = args.residual.data != nullptr;
   char* residual = has_residual ? row_of(args.residual, token, head) : nullptr;
 #pragma unroll
@@ -63,6 +64,10 @@ __global__ void __launch_bounds__(kThreads > kBlock ? kThreads : kBlock) norm_ro
     raw_x[i].load(dtype, row_of(args.x, token, head), first_of(i), args.D);
     if (has_residual) raw_residual[i].load(dtype, residual, first_of(i), args.D);
     raw_weight[i].load(args.weight.dtype, args.weight.data, first_of(i), args.D);
+    if (first_of(i) < args.P) {
+      raw_cos[i].load(args.cos.dtype, row_of(args.cos, token, 0), first_of(i), args.P);
+      raw_sin[i].load(args.sin.dtype, row_of(args.sin, token, 0), first_of(i), args.P);
+    }
   }
   float x[kPackets][kPacket];
   float squares = 0.0f;
@@ -102,17 +107,19 @@ __global__ void __launch_bounds__(kThreads > kBlock ? kThreads : kBlock) norm_ro
     }
     wait_for_row<kThreads>();
     const int64_t half = args.P / 2;
-    const char* cos = row_of(args.cos, token, 0);
-    const char* sin = row_of(args.sin, token, 0);
 #pragma unroll
     for (int i = 0; i < kPackets; ++i) {
+      if (first_of(i) >= args.P) continue;
+      float cos[kPacket];
+      float sin[kPacket];
+      raw_cos[i].widen(args.cos.dtype, cos);
+      raw_sin[i].widen(args.sin.dtype, sin);
 #pragma unroll
       for (int j = 0; j < kPacket; ++j) {
         const int64_t column = first_of(i) + j;
         if (column >= args.P) continue;
         const float crossed = column < half ? -n[column + half] : n[column - half];
-        x[i][j] = rounded(dtype, x[i][j] * load_scalar(args.cos.dtype, cos, column)) +
-                  rounded(dtype, crossed * load_scalar(args.sin.dtype, sin, column));
+        x[i][j] = rounded(dtype, x[i][j] * cos[j]) + rounded(dtype, crossed * sin[j]);
       }
     }
   }
@@ -124,16 +131,16 @@ __global__ void __launch_bounds__(kThreads > kBlock ? kThreads : kBlock) norm_ro
 
 template <int kThreads, int kPackets>
 void launch(const RmsNormArgs& args, int64_t num_rows, cudaStream_t stream) {
-  constexpr int kBlockThreads = kThreads > kBlock ? kThreads : kBlock;
-  constexpr int kRows = kBlockThreads / kThreads;
+  constexpr int kRows = kBlock / kThreads;
   constexpr int kDefaultBytes = 48 << 10;
-  const bool is_whole = args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.out) &&
+  const bool is_rotated_whole = args.P == 0 || (args.P % kPacket == 0 && is_aligned(args.cos) && is_aligned(args.sin));
+  const bool is_whole = is_rotated_whole && args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.out) &&
                         reinterpret_cast<uintptr_t>(args.weight.data) % 16 == 0 &&
                         (args.residual.data == nullptr || is_aligned(args.residual));
   const auto kernel = is_whole ? norm_rows<kThreads, kPackets, true> : norm_rows<kThreads, kPackets, false>;
   const auto bytes = static_cast<int>(kRows * args.P * static_cast<int64_t>(sizeof(float)));
   if (bytes > kDefaultBytes) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<static_cast<unsigned>(ceil_div(num_rows, kRows)), kBlockThreads, bytes, stream>>>(args, num_rows);
+  kernel<<<static_cast<unsigned>(ceil_div(num_rows, kRows)), kBlock, bytes, stream>>>(args, num_rows);
 }
 
 }  // namespace
@@ -147,10 +154,8 @@ void rms_norm(const RmsNormArgs& args, int64_t num_tokens, cudaStream_t stream) 
     launch<32, 4>(args, num_rows, stream);
   } else if (args.D <= 2048) {
     launch<256, 1>(args, num_rows, stream);
-  } else if (args.D <= 8192) {
-    launch<256, 4>(args, num_rows, stream);
   } else {
-    launch<1024, 2>(args, num_rows, stream);
+    launch<256, 4>(args, num_rows, stream);
   }
   check_launch("rms_norm");
 }

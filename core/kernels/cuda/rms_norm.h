@@ -11,7 +11,7 @@
 namespace xgdn::kernel::cuda {
 
 /// A thread keeps its part of a row in registers, which bounds D.
-inline constexpr int64_t kMaxNormedDim = 16384;
+inline constexpr int64_t kMaxNormedDim = 8192;
 
 void rms_norm(const RmsNormArgs& args, int64_t num_tokens, cudaStream_t stream);
 
