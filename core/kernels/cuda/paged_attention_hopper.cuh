@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     }
     *reinterpret_cast<uint4*>(shared + group_swizzled(query, piece, Tiles::kRows)) = x;
   }
-  fence_for_tensor_cores();
+  fence_shared_memory();
   __syncthreads();
 
   RingPlace<Tiles::kSlots> place;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
       commit_copies();
       if (last_slot >= 0) {
         wait_copies<1>();
-        fence_for_tensor_cores();
+        fence_shared_memory();
         arrive_at(full(last_slot));
       }
       last_slot = place.slot;
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     }
     if (last_slot >= 0) {
       wait_copies<0>();
-      fence_for_tensor_cores();
+      fence_shared_memory();
       arrive_at(full(last_slot));
     }
   } else {
