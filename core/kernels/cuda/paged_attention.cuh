@@ -58,6 +58,12 @@ __device__ inline int chunk_rows(const ChunkResults& results, int context) {
   return max(results.min_rows, (even + kUnit - 1) / kUnit * kUnit);
 }
 
+/// Bytes of a key head's row in a cache: D elements, or D codes and their scale.
+template <class Element, bool kIsInt8>
+__device__ inline int64_t cache_row_bytes(const PagedAttentionArgs& args) {
+  return kIsInt8 ? args.D + static_cast<int64_t>(sizeof(float)) : args.D * static_cast<int64_t>(sizeof(Element));
+}
+
 /// Where a row of the context lies in the cache, in rows.
 __device__ inline int64_t cache_row(const PagedAttentionArgs& args, const int32_t* blocks, int row) {
   const auto block_rows = static_cast<uint32_t>(args.B);
