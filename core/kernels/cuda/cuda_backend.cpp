@@ -149,6 +149,7 @@ class CudaBackend final : public Backend {
     args.k = in_rows(k);
     args.v = in_rows(v);
     args.has_initial_state = has_initial_state;
+    args.T = v.size(0);
     args.M = p.chunk_indices.size(0);
     args.chunk_indices = p.chunk_indices.const_data_ptr<int32_t>();
     args.chunk_offsets = p.chunk_offsets.const_data_ptr<int32_t>();
