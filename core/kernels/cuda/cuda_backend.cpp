@@ -217,8 +217,7 @@ class CudaBackend final : public Backend {
 
   // ---- attention ----------------------------------------------------------------------------------------------------
 
-  Sentence why_not(const PagedAttentionParams& p, const AttentionShape& s) const override {
-    if (p.k.scalar_type() == at::kChar) return "it has no kernel for keys and values of int8 yet";
+  Sentence why_not(const PagedAttentionParams&, const AttentionShape& s) const override {
     if (s.D % 8 == 0 && s.D <= 256) return std::nullopt;
     return c10::str("its kernels are for heads of a multiple of 8, at most 256, got D=", s.D);
   }
@@ -233,6 +232,7 @@ class CudaBackend final : public Backend {
                                      .B = p.k.size(1),
                                      .max_len = max_len(p, s),
                                      .q = in_rows(p.q),
+                                     .are_int8 = p.k.scalar_type() == at::kChar,
                                      .k = p.k.const_data_ptr(),
                                      .v = p.v.const_data_ptr(),
                                      .block_table = p.block_table.const_data_ptr<int32_t>(),

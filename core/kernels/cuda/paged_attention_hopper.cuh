@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
       wait_at(empty(place.slot), place.phase ^ 1);  // the first round does not wait
       loader.copy(of_head, cache_rows, ring + place.slot * Tiles::kTileBytes);
       if constexpr (kIsInt8) {
-        fence_for_tensor_cores();
+        fence_shared_memory();
         arrive_at(full(place.slot));
         return place.advance();
       }
