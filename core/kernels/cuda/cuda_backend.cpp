@@ -86,6 +86,7 @@ int64_t max_len(const PagedAttentionParams& p, const AttentionShape& s) {
 
 class CudaBackend final : public Backend {
  public:
+  using Backend::is_batch_invariant;
   using Backend::run;
   using Backend::why_not;
 
@@ -133,6 +134,20 @@ class CudaBackend final : public Backend {
   }
   Sentence why_not(const GdnDecodeStepParams&, const DecodeStepShape& s) const override {
     return why_not_key_dim(s.rule.K);
+  }
+
+  // A sequence's sums do not depend on the grid.
+  bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const PackedDecodeParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
+    return cuda::decode_step_supports(op_args(p, s));
   }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
