@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "core/kernels/args.h"
+#include "core/kernels/cuda/rows.cuh"
 
 namespace xgdn::kernel::cuda {
 
@@ -38,25 +38,8 @@ __device__ inline __half from_float<__half>(float x) {
 
 /// Row [token, head] of a tensor of such elements.
 template <class Element>
-__device__ inline const Element* row_of(const InRows& rows, int64_t token, int64_t head) {
-  return static_cast<const Element*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
-}
-template <class Element>
 __device__ inline Element* row_of(const OutRows& rows, int64_t token, int64_t head) {
   return static_cast<Element*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
-}
-
-/// Calls f with a value of the type of the elements.
-template <class F>
-void visit_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float());
-    case DType::kBFloat16:
-      return f(__nv_bfloat16());
-    case DType::kFloat16:
-      return f(__half());
-  }
 }
 
 }  // namespace xgdn::kernel::cuda

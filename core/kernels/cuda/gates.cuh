@@ -22,6 +22,19 @@ __device__ inline float log_decay(float a, float A_log, float dt_bias) {
   return -expf(A_log) * softplus;
 }
 
+/// The decay of one token. Near one the step adds S expm1(g), and S is rounded once: rounding the decay, or S after it,
+/// would bias every step of a slow decay the same way.
+struct Decay {
+  float factor;
+  bool is_near_one;
+
+  __device__ explicit Decay(float g) {
+    is_near_one = g > -0.5f;
+    factor = is_near_one ? expm1f(g) : expf(g);
+  }
+  __device__ float of(float x) const { return is_near_one ? fmaf(factor, x, x) : factor * x; }
+};
+
 /// The gates of a token and head, on their way.
 struct RawGates {
   RawScalar g, beta, A_log, dt_bias;
@@ -33,10 +46,10 @@ struct RawGates {
     A_log.load(a.A_log.dtype, a.A_log.data, head);
     dt_bias.load(a.dt_bias.dtype, a.dt_bias.data, head);
   }
-  __device__ float decay(const TokenDeltaRuleArgs& a) const {
+  __device__ Decay decay(const TokenDeltaRuleArgs& a) const {
     const float x = g.widened(a.g.dtype);
-    if (a.A_log.data == nullptr) return expf(x);
-    return expf(log_decay(x, A_log.widened(a.A_log.dtype), dt_bias.widened(a.dt_bias.dtype)));
+    if (a.A_log.data == nullptr) return Decay(x);
+    return Decay(log_decay(x, A_log.widened(a.A_log.dtype), dt_bias.widened(a.dt_bias.dtype)));
   }
   __device__ float write_strength(const TokenDeltaRuleArgs& a) const {
     const float x = beta.widened(a.beta.dtype);

@@ -159,7 +159,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
     LaneRow<State, kDim> s[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) raw_s[r].widen(s[r]);
-    const float decay = gates.decay(rule), beta = gates.write_strength(rule);
+    const Decay decay = gates.decay(rule);
+    const float beta = gates.write_strength(rule);
     if (pass + 1 < num_passes) load_pass(pass + 1);
     const int first = pass * kPassRows + group;
     const int output = first + Keys::template output_row<kRows>(lane) * kGroups<State, kDim>;

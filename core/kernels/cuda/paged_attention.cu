@@ -1,165 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // out = softmax(scale q k^T) v over the rows of the context that a token sees.
-//
-// Three kernels, all launched from what the host knows: the chunks of sequences of few tokens, the sum of those chunks,
-// and the sequences of many tokens. Each leaves alone what is another's.
 #include "core/kernels/cuda/paged_attention.h"
 
 #include <algorithm>
-#include <type_traits>
 
-#include "core/kernels/cuda/elements.cuh"
-#include "core/kernels/cuda/launch.h"
-#include "core/kernels/cuda/paged_attention.cuh"
-#include "core/kernels/cuda/paged_attention_f32.cuh"
-#include "core/kernels/cuda/paged_attention_prefill.cuh"
-#include "core/kernels/cuda/paged_attention_split.cuh"
+#include "core/kernels/cuda/paged_attention_launch.cuh"
 
 namespace xgdn::kernel::cuda {
-namespace {
-
-constexpr int kSumThreads = 256;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-ChunkResults chunk_results(const PagedAttentionArgs& args) {
-  ChunkResults results;
-  results.max_tokens = static_cast<int>(std::min<int64_t>(args.max_len, kSplitTokens));
-  results.max_chunks = static_cast<int>(std::clamp<int64_t>(ceil_div(args.M * args.B, kMinChunkRows), 1, kMaxChunks));
-  results.values = static_cast<float*>(args.workspace);
-  if (results.values != nullptr) {
-    results.log2s = results.values + args.N * results.max_tokens * args.HQ * results.max_chunks * args.D;
-  }
-  return results;
-}
-
-// out = sum over the chunks of 2^(log2 of its weight) times its result, over the sum of the weights. A block has a row.
-template <class Element>
-__global__ void __launch_bounds__(kSumThreads) sum_chunks(const PagedAttentionArgs args, const ChunkResults results) {
-  const int64_t head = blockIdx.x % args.HQ;
-  const int token = static_cast<int>(blockIdx.x / args.HQ % results.max_tokens);
-  const int64_t n = blockIdx.x / args.HQ / results.max_tokens;
-  const AttendedSequence s = sequence_of(args, n);
-  const int rows = chunk_rows(s.context);
-  if (!is_split(s) || token >= s.len || s.context <= rows) return;
-  const int num_chunks = (s.context + rows - 1) / rows;
-  const int64_t first = results.index(args, n, token, head);
-
-  __shared__ float weights[kMaxChunks];
-  __shared__ float4 sums[kSumThreads];
-  for (int i = threadIdx.x; i < num_chunks; i += kSumThreads) weights[i] = results.log2s[first + i];
-  __syncthreads();
-  float most = -INFINITY;
-  for (int i = 0; i < num_chunks; ++i) most = fmaxf(most, weights[i]);
-  float total = 0.0f;
-  for (int i = 0; i < num_chunks; ++i) total += exp2f(weights[i] - most);
-
-  const int threads = static_cast<int>(args.D / 4);  // of a chunk's result
-  const int groups = kSumThreads / threads;          // of chunks that are summed side by side
-  const int group = threadIdx.x / threads;
-  const int column = threadIdx.x % threads * 4;
-  float4 sum = {};
-  if (group < groups && most > -INFINITY) {
-#pragma unroll 4
-    for (int i = group; i < num_chunks; i += groups) {
-      const float weight = exp2f(weights[i] - most) / total;
-      const auto x = *reinterpret_cast<const float4*>(results.values + (first + i) * args.D + column);
-      sum = {fmaf(weight, x.x, sum.x), fmaf(weight, x.y, sum.y), fmaf(weight, x.z, sum.z), fmaf(weight, x.w, sum.w)};
-    }
-  }
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (group != 0) return;
-  for (int g = 1; g < groups; ++g) {
-    const float4 x = sums[g * threads + threadIdx.x];
-    sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
-  }
-  Element* out = row_of<Element>(args.out, s.begin + token, head) + column;
-  out[0] = from_float<Element>(sum.x);
-  out[1] = from_float<Element>(sum.y);
-  out[2] = from_float<Element>(sum.z);
-  out[3] = from_float<Element>(sum.w);
-}
-
-// Whether rows of q and of out begin at multiples of 16 bytes.
-bool has_aligned_rows(const PagedAttentionArgs& args) {
-  const auto unit = 16 / size_of(args.q.dtype);
-  const auto address = reinterpret_cast<uintptr_t>(args.q.data) | reinterpret_cast<uintptr_t>(args.out.data);
-  return address % 16 == 0 && args.q.token_stride % unit == 0 && args.q.head_stride % unit == 0 &&
-         args.out.token_stride % unit == 0 && args.out.head_stride % unit == 0;
-}
-
-template <class Last>
-void launch(void (*kernel)(PagedAttentionArgs, Last), dim3 grid, int threads, int shared_bytes,
-            const PagedAttentionArgs& args, const Last& last, cudaStream_t stream) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  kernel<<<grid, threads, shared_bytes, stream>>>(args, last);
-  check_launch("paged_attention");
-}
-
-template <class Element, int kDim>
-void attend(const PagedAttentionArgs& args, cudaStream_t stream) {
-  const ChunkResults results = chunk_results(args);
-  const auto pairs = static_cast<unsigned>(args.N * args.HKV);
-  const auto chunks = static_cast<unsigned>(results.max_chunks);
-  const int64_t queries = results.max_tokens * (args.HQ / args.HKV);
-  const bool has_long = args.max_len > kSplitTokens;
-  if constexpr (std::is_same_v<Element, float>) {
-    constexpr int kThreads = kF32Warps * kLanes;
-    const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kF32Warps)), chunks);
-    launch(attend_f32<kDim, true>, grid, kThreads, f32_shared_bytes<kDim>(), args, results, stream);
-    if (has_long) {
-      const dim3 tiles(static_cast<unsigned>(max_query_tiles(args, kF32Warps)), static_cast<unsigned>(args.HKV));
-      launch(attend_f32<kDim, false>, tiles, kThreads, f32_shared_bytes<kDim>(), args, results, stream);
-    }
-  } else {
-    constexpr int kThreads = kSplitWarps * kLanes;
-    const auto launch_split = [&](auto groups) {
-      constexpr int kGroups = decltype(groups)::value;
-      const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kGroups * kGroupRows)), chunks);
-      launch(attend_split<Element, kDim, kGroups>, grid, kThreads, split_shared_bytes<kDim, kGroups>(), args, results,
-             stream);
-    };
-    queries <= kGroupRows ? launch_split(std::integral_constant<int, 1>())
-                          : launch_split(std::integral_constant<int, 2>());
-    if (has_long) {
-      using Tiles = PrefillTiles<kDim>;
-      const dim3 tiles(static_cast<unsigned>(max_query_tiles(args, Tiles::kRows)), static_cast<unsigned>(args.HKV));
-      launch(attend_prefill<Element, kDim>, tiles, Tiles::kThreads, Tiles::kSharedBytes, args, has_aligned_rows(args),
-             stream);
-    }
-  }
-  if (results.max_chunks > 1) {
-    const auto rows = static_cast<unsigned>(args.N * results.max_tokens * args.HQ);
-    sum_chunks<Element><<<rows, kSumThreads, 0, stream>>>(args, results);
-    check_launch("paged_attention");
-  }
-}
-
-}  // namespace
 
 size_t workspace_bytes(const PagedAttentionArgs& args) {
   const ChunkResults results = chunk_results(args);
-  if (results.max_chunks == 1) return 0;
-  return static_cast<size_t>(args.N * results.max_tokens * args.HQ * results.max_chunks * (args.D + 1)) * sizeof(float);
+  const int shares = tile_call(args).shares;
+  int64_t rows = 0;  // of results; one kernel after another uses the memory
+  if (results.max_chunks > 1) rows = args.N * results.max_tokens * args.HQ * results.max_chunks;
+  if (shares > 1) rows = std::max(rows, args.T * args.HQ * shares);
+  return static_cast<size_t>(rows * (args.D + 1)) * sizeof(float);
 }
+
+template void attend<false>(const PagedAttentionArgs&, cudaStream_t);
 
 void paged_attention(const PagedAttentionArgs& args, cudaStream_t stream) {
   if (args.T == 0 || args.N == 0) return;
-  visit_dtype(args.q.dtype, [&](auto element) {
-    using Element = decltype(element);
-    if (args.D <= 32) {
-      attend<Element, 32>(args, stream);
-    } else if (args.D <= 64) {
-      attend<Element, 64>(args, stream);
-    } else if (args.D <= 128) {
-      attend<Element, 128>(args, stream);
-    } else {
-      attend<Element, 256>(args, stream);
-    }
-  });
+  args.are_int8 ? attend<true>(args, stream) : attend<false>(args, stream);
 }
 
 }  // namespace xgdn::kernel::cuda

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/cache_codes.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -21,8 +22,17 @@ constexpr int f32_shared_bytes() {
   return (kF32Warps * kDim + 2 * kF32TileRows * f32_stride<kDim>()) * 4;
 }
 
+/// Four neighbours of a row of the cache.
+template <bool kIsInt8>
+__device__ inline float4 load_4(const char* row, int column, int64_t D) {
+  if constexpr (!kIsInt8) return *reinterpret_cast<const float4*>(row + column * sizeof(float));
+  const float scale = *reinterpret_cast<const float*>(row + D);
+  const float4 x = widened_codes(*reinterpret_cast<const uint32_t*>(row + column));
+  return {x.x * scale, x.y * scale, x.z * scale, x.w * scale};
+}
+
 /// Blocks: (sequence and key head, tile of rows, chunk) of split sequences, else (tile of rows, key head).
-template <int kDim, bool kIsSplit>
+template <int kDim, bool kIsSplit, bool kIsInt8>
 __global__ void __launch_bounds__(kF32Warps* kLanes)
     attend_f32(const PagedAttentionArgs args, const ChunkResults results) {
   constexpr int kStride = f32_stride<kDim>();
@@ -41,7 +51,7 @@ __global__ void __launch_bounds__(kF32Warps* kLanes)
   const AttendedSequence s = sequence_of(args, n);
   const int num_queries = min(kF32Warps, s.len * G - first_query);
   if (num_queries <= 0 || (kIsSplit && !is_split(s))) return;
-  const int rows_of_chunk = kIsSplit ? chunk_rows(s.context) : max(s.context, 0);
+  const int rows_of_chunk = kIsSplit ? chunk_rows(results, s.context) : max(s.context, 0);
   const int chunk = kIsSplit ? blockIdx.z : 0;
   const int begin = chunk * rows_of_chunk;
   if (begin >= s.context && chunk > 0) return;
@@ -65,6 +75,7 @@ __global__ void __launch_bounds__(kF32Warps* kLanes)
   const int visible = min(end, visible_rows(s, token));
   const float scale = args.scale * kLog2E;
   const int32_t* blocks = args.block_table + n * args.block_table_stride;
+  const int64_t row_bytes = cache_row_bytes<float, kIsInt8>(args);
 
   float most = -INFINITY;
   float sum = 0.0f;
@@ -73,14 +84,14 @@ __global__ void __launch_bounds__(kF32Warps* kLanes)
     __syncthreads();
     for (int r = warp; r < kF32TileRows; r += kF32Warps) {
       const bool is_valid = tile + r < end;
-      const int64_t offset = is_valid ? (cache_row(args, blocks, tile + r) * args.HKV + head) * args.D : 0;
+      const int64_t offset = is_valid ? (cache_row(args, blocks, tile + r) * args.HKV + head) * row_bytes : 0;
       for (int column = lane * 4; column < kDim; column += kLanes * 4) {
         const bool is_read = is_valid && column < args.D;
         const float4 zero = {};
         *reinterpret_cast<float4*>(keys + r * kStride + column) =
-            is_read ? *reinterpret_cast<const float4*>(static_cast<const float*>(args.k) + offset + column) : zero;
+            is_read ? load_4<kIsInt8>(static_cast<const char*>(args.k) + offset, column, args.D) : zero;
         *reinterpret_cast<float4*>(values + r * kStride + column) =
-            is_read ? *reinterpret_cast<const float4*>(static_cast<const float*>(args.v) + offset + column) : zero;
+            is_read ? load_4<kIsInt8>(static_cast<const char*>(args.v) + offset, column, args.D) : zero;
       }
     }
     __syncthreads();

@@ -11,8 +11,10 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/cache_codes.cuh"
+#include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
-#include "core/kernels/cuda/mma_sync.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -32,38 +34,38 @@ struct PrefillTiles {
   static constexpr int kSharedBytes = kQueryBytes + kSlots * kTileBytes;
 };
 
-/// Begins to copy a tile of keys or values, whose rows in the cache are given; -1: zeros.
-template <class Element, int kDim>
-__device__ inline void copy_tile(const PagedAttentionArgs& args, const void* cache, int64_t head, const int* rows,
+/// Begins to copy a tile of keys or values, or copies codes, of which the bytes in the cache where the rows begin are
+/// given; -1: zeros.
+template <class Element, int kDim, bool kIsInt8>
+__device__ inline void copy_tile(const PagedAttentionArgs& args, const char* of_head, const int64_t* rows,
                                  uint32_t to) {
   using Tiles = PrefillTiles<kDim>;
   constexpr int kPieces = kDim / 8;
-  const Element* of_head = static_cast<const Element*>(cache) + head * args.D;
-  const int64_t stride = args.HKV * args.D;
+  constexpr int kRowsAtOnce = Tiles::kThreads / kPieces;
+  static_assert(kRowsAtOnce % 8 == 0);  // so that the swizzle of a thread's pieces is the same
+  const int row = threadIdx.x / kPieces;
+  const int piece = threadIdx.x % kPieces;
+  const bool is_inside = piece * 8 < args.D;
+  const char* from = of_head + piece * (kIsInt8 ? 8 : 16);
+  to += swizzled<kDim>(row, piece);
 #pragma unroll
-  for (int i = 0; i < Tiles::kKeys * kPieces / Tiles::kThreads; ++i) {
-    const int index = i * Tiles::kThreads + static_cast<int>(threadIdx.x);
-    const int row = index / kPieces;
-    const int piece = index % kPieces;
-    const int from = rows[row];
-    const bool is_valid = from >= 0 && piece * 8 < args.D;
-    copy_16_async(to + swizzled<kDim>(row, piece), is_valid ? of_head + from * stride + piece * 8 : of_head, is_valid);
+  for (int i = 0; i < Tiles::kKeys; i += kRowsAtOnce) {
+    const int64_t offset = rows[row + i];
+    const bool is_valid = offset >= 0 && is_inside;
+    if constexpr (kIsInt8) {
+      uint4 x = {};
+      if (is_valid) x = load_codes<Element>(from + offset, of_head + offset + args.D);
+      store_shared(to + i * kDim * 2, x);
+      continue;
+    }
+    copy_async(to + i * kDim * 2, is_valid ? from + offset : of_head, !is_valid);
   }
 }
 
-/// 8 elements of a row; `is_aligned`: to 16 bytes.
-template <class Element>
-__device__ inline uint4 load_8(const Element* x, bool is_aligned) {
-  if (is_aligned) return *reinterpret_cast<const uint4*>(x);
-  const auto* bits = reinterpret_cast<const uint16_t*>(x);
-  const auto pair = [bits](int i) { return bits[i] | static_cast<uint32_t>(bits[i + 1]) << 16; };
-  return {pair(0), pair(2), pair(4), pair(6)};
-}
-
-/// Blocks: (tile of rows, key head).
-template <class Element, int kDim>
+/// Blocks: (tile of rows, key head, share of the context).
+template <class Element, int kDim, bool kIsInt8>
 __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
-    attend_prefill(const PagedAttentionArgs args, bool is_aligned) {
+    attend_prefill(const PagedAttentionArgs args, const TileCall call) {
   using Tiles = PrefillTiles<kDim>;
   constexpr int kPieces = kDim / 8;
   constexpr int kWarpTiles = Tiles::kWarpTiles;
@@ -75,33 +77,30 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   const AttendedSequence s = sequence_of(args, tile.sequence);
   const int num_queries = min(Tiles::kRows, s.len * G - tile.first);
   // Rows of the context that the last and the first row of the tile see.
-  const int end = visible_rows(s, (tile.first + num_queries - 1) / G);
+  const auto [begin, end] =
+      share_of(call, visible_rows(s, (tile.first + num_queries - 1) / G), kKeys, static_cast<int>(blockIdx.z));
   const int common_end = visible_rows(s, tile.first / G);
 
   extern __shared__ __align__(128) char shared[];
-  __shared__ int cache_rows[2][kKeys];  // of the tile with an even number, and with an odd one
+  __shared__ int64_t cache_rows[2][kKeys];  // where the rows begin of tiles with even and with odd numbers
   const uint32_t queries = shared_address(shared);
   const uint32_t ring = queries + Tiles::kQueryBytes;
   const int warp = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
   const int32_t* blocks = args.block_table + tile.sequence * args.block_table_stride;
-  const auto find_row = [&](int key) { return key < end ? static_cast<int>(cache_row(args, blocks, key)) : -1; };
+  const int64_t row_bytes = args.HKV * cache_row_bytes<Element, kIsInt8>(args);
+  const auto find_row = [&, end = end](int key) { return key < end ? cache_row(args, blocks, key) * row_bytes : -1; };
+  const int64_t head_bytes = head * cache_row_bytes<Element, kIsInt8>(args);
+  const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
+  const char* all_values = static_cast<const char*>(args.v) + head_bytes;
 
-  for (int i = threadIdx.x; i < 2 * kKeys; i += Tiles::kThreads) cache_rows[i / kKeys][i % kKeys] = find_row(i);
-  for (int index = threadIdx.x; index < Tiles::kRows * kPieces; index += Tiles::kThreads) {
-    const int query = index / kPieces;
-    const int piece = index % kPieces;
-    uint4 x = {};
-    if (query < num_queries && piece * 8 < args.D) {
-      const int row = tile.first + query;
-      x = load_8(row_of<Element>(args.q, s.begin + row / G, head * G + row % G) + piece * 8, is_aligned);
-    }
-    *reinterpret_cast<uint4*>(shared + swizzled<kDim>(query, piece)) = x;
-  }
+  for (int i = threadIdx.x; i < 2 * kKeys; i += Tiles::kThreads) cache_rows[i / kKeys][i % kKeys] = find_row(begin + i);
+  load_queries<Element, kDim, Tiles::kRows, Tiles::kThreads>(args, s, head, tile.first, num_queries, call.is_aligned,
+                                                             shared);
   __syncthreads();
-  copy_tile<Element, kDim>(args, args.k, head, cache_rows[0], ring);
+  copy_tile<Element, kDim, kIsInt8>(args, all_keys, cache_rows[0], ring);
   commit_copies();
-  copy_tile<Element, kDim>(args, args.v, head, cache_rows[0], ring + Tiles::kTileBytes);
+  copy_tile<Element, kDim, kIsInt8>(args, all_values, cache_rows[0], ring + Tiles::kTileBytes);
   commit_copies();
 
   // Lane l has rows l / 4 and l / 4 + 8 of each tile of 16.
@@ -125,13 +124,13 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     return ring + static_cast<uint32_t>((i >= Tiles::kSlots ? i - Tiles::kSlots : i) * Tiles::kTileBytes);
   };
   int parity = 0;
-  for (int key = 0; key < end; key += kKeys) {
+  for (int key = begin; key < end; key += kKeys) {
     // Keys have come, and all warps are done with the values before them, whose slot gets the next keys.
-    wait_for_copies<1>();
+    wait_copies<1>();
     __syncthreads();
-    copy_tile<Element, kDim>(args, args.k, head, cache_rows[parity ^ 1], slot_address(2));
+    copy_tile<Element, kDim, kIsInt8>(args, all_keys, cache_rows[parity ^ 1], slot_address(2));
     commit_copies();
-    int later_row = -1;
+    int64_t later_row = -1;
     if (threadIdx.x < kKeys) later_row = find_row(key + 2 * kKeys + static_cast<int>(threadIdx.x));
 
     float scores[kWarpTiles][kKeys / 8][4] = {};
@@ -141,13 +140,13 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
       uint32_t a[kWarpTiles][4];
 #pragma unroll
       for (int t = 0; t < kWarpTiles; ++t) {
-        load_matrices(a[t],
-                      queries + swizzled<kDim>(warp * Tiles::kWarpRows + t * 16 + lane % 16, 2 * step + lane / 16));
+        load_matrices(queries + swizzled<kDim>(warp * Tiles::kWarpRows + t * 16 + lane % 16, 2 * step + lane / 16),
+                      a[t]);
       }
 #pragma unroll
       for (int pair = 0; pair < kKeys / 16; ++pair) {
         uint32_t b[4];
-        load_matrices(b, keys + swizzled<kDim>(pair * 16 + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+        load_matrices(keys + swizzled<kDim>(pair * 16 + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2), b);
 #pragma unroll
         for (int t = 0; t < kWarpTiles; ++t) {
           multiply_add<Element>(scores[t][2 * pair], a[t], b[0], b[1]);
@@ -178,14 +177,14 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
         m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
         m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
         const float base = m == -INFINITY ? 0.0f : m * scale;
-        const float factor = exp2f(most[t][i] * scale - base);
+        const float factor = exp2_fast(most[t][i] * scale - base);
         most[t][i] = m;
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
           for (int c = 2 * i; c < 2 * i + 2; ++c) {
-            scores[t][j][c] = exp2f(fmaf(scores[t][j][c], scale, -base));
+            scores[t][j][c] = exp2_fast(fmaf(scores[t][j][c], scale, -base));
             sum += scores[t][j][c];
           }
         }
@@ -202,9 +201,9 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
 
     // Values have come, and all warps are done with the keys, whose slot gets the next values.
     if (threadIdx.x < kKeys) cache_rows[parity][threadIdx.x] = later_row;
-    wait_for_copies<1>();
+    wait_copies<1>();
     __syncthreads();
-    copy_tile<Element, kDim>(args, args.v, head, cache_rows[parity ^ 1], slot_address(0));
+    copy_tile<Element, kDim, kIsInt8>(args, all_values, cache_rows[parity ^ 1], slot_address(0));
     commit_copies();
     const uint32_t rows = slot_address(1);
 #pragma unroll
@@ -220,7 +219,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
 #pragma unroll
       for (int pair = 0; pair < kDim / 16; ++pair) {
         uint32_t b[4];
-        load_matrices_transposed(b, rows + swizzled<kDim>(step * 16 + lane % 16, 2 * pair + lane / 16));
+        load_matrices_transposed(rows + swizzled<kDim>(step * 16 + lane % 16, 2 * pair + lane / 16), b);
 #pragma unroll
         for (int t = 0; t < kWarpTiles; ++t) {
           multiply_add<Element>(values[t][2 * pair], a[t], b[0], b[1]);
@@ -231,7 +230,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     slot = slot == 0 ? 2 : slot - 1;
     parity ^= 1;
   }
-  wait_for_copies<0>();
+  wait_copies<0>();
 
 #pragma unroll
   for (int t = 0; t < kWarpTiles; ++t) {
@@ -242,22 +241,8 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       const int query = query_of(t, i);
       if (query >= num_queries) continue;
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const int row = tile.first + query;
-      Element* out = row_of<Element>(args.out, s.begin + row / G, head * G + row % G);
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
-        const int column = j * 8 + lane % 4 * 2;
-        if (column >= args.D) break;
-        const float first = values[t][j][2 * i] * inverse;
-        const float second = values[t][j][2 * i + 1] * inverse;
-        if (is_aligned) {
-          *reinterpret_cast<uint32_t*>(out + column) = packed<Element>(first, second);
-        } else {
-          out[column] = from_float<Element>(first);
-          out[column + 1] = from_float<Element>(second);
-        }
-      }
+      store_query<Element>(args, call, s, head, tile.first + query, static_cast<int>(blockIdx.z), values[t], i, sum,
+                           most[t][i] * scale);
     }
   }
 }

@@ -12,8 +12,10 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/cache_codes.cuh"
+#include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
-#include "core/kernels/cuda/mma_sync.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -23,30 +25,28 @@ inline constexpr int kSplitSlots = 3;  // tiles of keys or values in a warp's ri
 inline constexpr int kTileRows = 16;   // of the cache
 inline constexpr int kGroupRows = 8;   // of queries
 
-template <int kDim>
-constexpr int split_tile_bytes() {
-  return kTileRows * kDim * 2;
-}
-template <int kDim>
-constexpr int split_ring_bytes() {
-  return kSplitWarps * kSplitSlots * split_tile_bytes<kDim>();
-}
-template <int kDim, int kGroups>
-constexpr int split_joined_bytes() {
-  return kSplitWarps * kGroups * kGroupRows * (kDim + 4 + 2) * 4;
-}
-template <int kDim, int kGroups>
-constexpr int split_shared_bytes() {
-  return split_ring_bytes<kDim>() > split_joined_bytes<kDim, kGroups>() ? split_ring_bytes<kDim>()
-                                                                        : split_joined_bytes<kDim, kGroups>();
-}
+/// Shared memory of attend_split: a ring for each warp, of rows as they lie in the cache, with room behind the codes
+/// for their scale; behind a ring of codes the tile that is worked on; behind all rings the queries.
+template <int kDim, int kGroups, bool kIsInt8>
+struct SplitMemory {
+  static constexpr int kTileBytes = kTileRows * kDim * 2;
+  static constexpr int kSlotRowBytes = kIsInt8 ? kDim + 16 : kDim * 2;
+  static constexpr int kSlotBytes = kTileRows * kSlotRowBytes;
+  static constexpr int kWarpBytes = kSplitSlots * kSlotBytes + (kIsInt8 ? kTileBytes : 0);
+  static constexpr int kQueryRows = kGroups * kGroupRows;
+  static constexpr int kReadBytes = kSplitWarps * kWarpBytes + kQueryRows * kDim * 2;
+  // At the end, the results of the warps: rows with 4 floats behind them, which spread them over the banks, and m and
+  // l.
+  static constexpr int kJoinedBytes = kSplitWarps * kQueryRows * (kDim + 4 + 2) * 4;
+  static constexpr int kBytes = kReadBytes > kJoinedBytes ? kReadBytes : kJoinedBytes;
+};
 
 /// A warp's way through its tiles of one chunk: tile i of the chunk, every kSplitWarps-th of them.
-template <class Element, int kDim>
+template <class Element, int kDim, bool kIsInt8>
 class TileReader {
  public:
-  __device__ TileReader(const PagedAttentionArgs& args, const int32_t* blocks, int64_t head, int end, int first_row)
-      : args_(args), blocks_(blocks), head_(head), end_(end), next_row_(first_row), lane_(threadIdx.x % kLanes) {
+  __device__ TileReader(const PagedAttentionArgs& args, const int32_t* blocks, int end, int first_row)
+      : args_(args), blocks_(blocks), end_(end), next_row_(first_row), lane_(threadIdx.x % kLanes) {
     fetch();
   }
 
@@ -57,19 +57,37 @@ class TileReader {
     fetch();
   }
 
-  /// Begins to copy the tile from `cache`.
-  __device__ void copy(const void* cache, uint32_t to) const {
-    constexpr int kPieces = kDim / 8;
+  /// Begins to copy the tile from `of_head`, the first row of a cache.
+  __device__ void copy(const char* of_head, uint32_t to) const {
+    using Memory = SplitMemory<kDim, 1, kIsInt8>;
+    constexpr int kPieceBytes = kIsInt8 ? 4 : 16;
+    constexpr int kPieces = (kIsInt8 ? kDim : kDim * 2) / kPieceBytes;
+    const auto head_bytes = static_cast<int>(cache_row_bytes<Element, kIsInt8>(args_));
+    const auto row_bytes = static_cast<uint32_t>(args_.HKV) * static_cast<uint32_t>(head_bytes);
+    const auto address = [&](int cache_row, int byte) {
+      return of_head + static_cast<uint64_t>(static_cast<uint32_t>(cache_row)) * row_bytes + byte;
+    };
 #pragma unroll
     for (int i = 0; i < kTileRows * kPieces / kLanes; ++i) {
       const int index = i * kLanes + lane_;
       const int row = index / kPieces;
       const int piece = index % kPieces;
       const int cache_row = __shfl_sync(kAllLanes, row_, row);
-      const bool is_valid = cache_row >= 0 && piece * 8 < args_.D;
-      const auto* from = static_cast<const Element*>(cache);
-      if (is_valid) from += (static_cast<int64_t>(cache_row) * args_.HKV + head_) * args_.D + piece * 8;
-      copy_16_async(to + swizzled<kDim>(row, piece), from, is_valid);
+      if constexpr (kIsInt8) {
+        const bool is_valid = cache_row >= 0 && piece * kPieceBytes < args_.D;
+        copy_word_async(to + row * Memory::kSlotRowBytes + piece * kPieceBytes,
+                        is_valid ? address(cache_row, piece * kPieceBytes) : of_head, !is_valid);
+      } else {
+        const bool is_valid = cache_row >= 0 && piece * kPieceBytes < head_bytes;
+        copy_async(to + swizzled<kDim>(row, piece), is_valid ? address(cache_row, piece * kPieceBytes) : of_head,
+                   !is_valid);
+      }
+    }
+    if constexpr (kIsInt8) {
+      if (lane_ < kTileRows) {
+        copy_word_async(to + lane_ * Memory::kSlotRowBytes + kDim,
+                        row_ >= 0 ? address(row_, static_cast<int>(args_.D)) : of_head, row_ < 0);
+      }
     }
   }
 
@@ -82,7 +100,6 @@ class TileReader {
 
   const PagedAttentionArgs& args_;
   const int32_t* blocks_;
-  int64_t head_;
   int end_;
   int next_row_;
   int lane_;
@@ -90,17 +107,31 @@ class TileReader {
   int row_ = -1;  // of the cache, of lane % 16 of the tile; -1: behind the chunk
 };
 
-/// Two elements of a row of queries, zero behind its end.
-template <class Element>
-__device__ inline uint32_t query_pair(const Element* q, int column, int64_t D) {
-  if (q == nullptr || column >= D) return 0;
-  const auto* bits = reinterpret_cast<const uint16_t*>(q + column);
-  return bits[0] | static_cast<uint32_t>(bits[1]) << 16;
+/// Codes of a tile in shared memory as a tile of the dtype.
+template <class Element, int kDim>
+__device__ inline void widen_tile(const char* codes, uint32_t tile) {
+  constexpr int kPieces = kDim / 8;
+  constexpr int kRowBytes = SplitMemory<kDim, 1, true>::kSlotRowBytes;
+#pragma unroll 8
+  for (int i = 0; i < kTileRows * kPieces / kLanes; ++i) {
+    const int index = i * kLanes + static_cast<int>(threadIdx.x) % kLanes;
+    const char* row = codes + index / kPieces * kRowBytes;
+    const uint4 x = widened_codes<Element>(*reinterpret_cast<const uint2*>(row + index % kPieces * 8),
+                                           *reinterpret_cast<const float*>(row + kDim));
+    store_shared(tile + swizzled<kDim>(index / kPieces, index % kPieces), x);
+  }
 }
 
-template <class Element, int kDim, int kGroups>
+struct SplitCall {
+  ChunkResults results;
+  bool is_aligned = false;  // rows of q, to 16 bytes
+};
+
+template <class Element, int kDim, int kGroups, bool kIsInt8>
 __global__ void __launch_bounds__(kSplitWarps* kLanes)
-    attend_split(const PagedAttentionArgs args, const ChunkResults results) {
+    attend_split(const PagedAttentionArgs args, const SplitCall call) {
+  const auto& [results, is_aligned] = call;
+  using Memory = SplitMemory<kDim, kGroups, kIsInt8>;
   constexpr int kRows = kGroups * kGroupRows;
   constexpr int kSteps = kDim / 16;
   const int G = static_cast<int>(args.HQ / args.HKV);
@@ -111,7 +142,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
 
   const AttendedSequence s = sequence_of(args, n);
   const int num_queries = min(kRows, s.len * G - first_query);
-  const int rows_of_chunk = chunk_rows(s.context);
+  const int rows_of_chunk = chunk_rows(results, s.context);
   const int begin = chunk * rows_of_chunk;
   if (!is_split(s) || num_queries <= 0 || (begin >= s.context && chunk > 0)) return;
   const bool is_whole = s.context <= rows_of_chunk;
@@ -120,31 +151,38 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
-  const uint32_t ring = shared_address(shared) + warp * kSplitSlots * split_tile_bytes<kDim>();
+  char* ring_memory = shared + warp * Memory::kWarpBytes;
+  const uint32_t ring = shared_address(ring_memory);
+  const uint32_t widened = ring + kSplitSlots * Memory::kSlotBytes;
 
-  TileReader<Element, kDim> reader(args, args.block_table + n * args.block_table_stride, head, end,
-                                   begin + warp * kTileRows);
+  TileReader<Element, kDim, kIsInt8> reader(args, args.block_table + n * args.block_table_stride, end,
+                                            begin + warp * kTileRows);
+  const int64_t head_bytes = head * cache_row_bytes<Element, kIsInt8>(args);
+  const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
+  const char* all_values = static_cast<const char*>(args.v) + head_bytes;
   reader.advance();
-  reader.copy(args.k, ring);
+  reader.copy(all_keys, ring);
   commit_copies();
-  reader.copy(args.v, ring + split_tile_bytes<kDim>());
+  reader.copy(all_values, ring + Memory::kSlotBytes);
   commit_copies();
 
   // Right sides of K Q^T, and what this lane's columns see.
+  char* query_rows = shared + kSplitWarps * Memory::kWarpBytes;
+  load_queries<Element, kDim, kRows, kSplitWarps * kLanes>(args, s, head, first_query, num_queries, is_aligned,
+                                                           query_rows);
+  __syncthreads();
   uint32_t queries[kGroups][kSteps][2];
   int visible[kGroups][2];
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int query = g * kGroupRows + lane / 4;
-    const Element* q = nullptr;
-    if (query < num_queries) {
-      const int row = first_query + query;
-      q = row_of<Element>(args.q, s.begin + row / G, head * G + row % G);
-    }
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      queries[g][step][0] = query_pair(q, step * 16 + lane % 4 * 2, args.D);
-      queries[g][step][1] = query_pair(q, step * 16 + lane % 4 * 2 + 8, args.D);
+    for (int step = 0; step < kSteps; step += 2) {
+      uint32_t b[4];
+      load_matrices(shared_address(query_rows) + swizzled<kDim>(g * kGroupRows + lane % 8, 2 * step + lane / 8), b);
+      queries[g][step][0] = b[0];
+      queries[g][step][1] = b[1];
+      queries[g][step + 1][0] = b[2];
+      queries[g][step + 1][1] = b[3];
     }
     for (int i = 0; i < 2; ++i) {
       const int column = g * kGroupRows + lane % 4 * 2 + i;
@@ -159,25 +197,32 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
   for (int g = 0; g < kGroups; ++g) most[g][0] = most[g][1] = -INFINITY;
 
   int slot = 0;  // of the keys of this tile
-  const auto slot_address = [&](int ahead) {
+  const auto slot_offset = [&](int ahead) {
     const int i = slot + ahead;
-    return ring + static_cast<uint32_t>((i >= kSplitSlots ? i - kSplitSlots : i) * split_tile_bytes<kDim>());
+    return static_cast<uint32_t>((i >= kSplitSlots ? i - kSplitSlots : i) * Memory::kSlotBytes);
+  };
+  // A tile that has come, ready for products.
+  const auto tile_at = [&](uint32_t offset) {
+    if constexpr (!kIsInt8) return ring + offset;
+    widen_tile<Element, kDim>(ring_memory + offset, widened);
+    __syncwarp();
+    return widened;
   };
   for (int tile = begin + warp * kTileRows; tile < end; tile += kSplitWarps * kTileRows) {
     // Keys. The ring's third slot gets those of the next tile.
     reader.advance();
     __syncwarp();
-    reader.copy(args.k, slot_address(2));
+    reader.copy(all_keys, ring + slot_offset(2));
     commit_copies();
-    wait_for_copies<2>();
+    wait_copies<2>();
     __syncwarp();
     float scores[kGroups][2][4] = {};  // two sums each, because one product waits for the one before it
     {
-      const uint32_t keys = slot_address(0);
+      const uint32_t keys = tile_at(slot_offset(0));
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[4];
-        load_matrices(a, keys + swizzled<kDim>(lane % 16, 2 * step + lane / 16));
+        load_matrices(keys + swizzled<kDim>(lane % 16, 2 * step + lane / 16), a);
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
           multiply_add<Element>(scores[g][step % 2], a, queries[g][step][0], queries[g][step][1]);
@@ -203,10 +248,10 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
         for (int other = 4; other < kLanes; other *= 2) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, other));
         m = fmaxf(m, most[g][i]);
         const float base = m == -INFINITY ? 0.0f : m;
-        factor[i] = exp2f(most[g][i] - base);
+        factor[i] = exp2_fast(most[g][i] - base);
         most[g][i] = m;
-        p[i] = exp2f(p[i] - base);
-        p[i + 2] = exp2f(p[i + 2] - base);
+        p[i] = exp2_fast(p[i] - base);
+        p[i + 2] = exp2_fast(p[i + 2] - base);
         sums[g][i] = sums[g][i] * factor[i] + (p[i] + p[i + 2]);
       }
       if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
@@ -216,21 +261,21 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
           for (int i = 0; i < 4; ++i) values[g][step][i] *= factor[i % 2];
         }
       }
-      weights[g][0] = transposed(packed<Element>(p[0], p[1]));
-      weights[g][1] = transposed(packed<Element>(p[2], p[3]));
+      weights[g][0] = transpose_matrix(packed<Element>(p[0], p[1]));
+      weights[g][1] = transpose_matrix(packed<Element>(p[2], p[3]));
     }
 
     // Values. The slot of the keys is free for those of the next tile.
     __syncwarp();
-    reader.copy(args.v, slot_address(0));
+    reader.copy(all_values, ring + slot_offset(0));
     commit_copies();
-    wait_for_copies<2>();
+    wait_copies<2>();
     __syncwarp();
-    const uint32_t rows = slot_address(1);
+    const uint32_t rows = tile_at(slot_offset(1));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[4];
-      load_matrices_transposed(a, rows + swizzled<kDim>(lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      load_matrices_transposed(rows + swizzled<kDim>(lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2), a);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) multiply_add<Element>(values[g][step], a, weights[g][0], weights[g][1]);
     }
@@ -242,7 +287,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
   auto* joined = reinterpret_cast<float*>(shared);
   float* most_of = joined + kSplitWarps * kRows * kStride;
   float* sum_of = most_of + kSplitWarps * kRows;
-  wait_for_copies<0>();
+  wait_copies<0>();
   __syncthreads();
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
@@ -271,7 +316,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
     float factor[kSplitWarps];
     float sum = 0.0f;
     for (int w = 0; w < kSplitWarps; ++w) {
-      factor[w] = exp2f(most_of[w * kRows + query] - base);
+      factor[w] = exp2_fast(most_of[w * kRows + query] - base);
       sum += factor[w] * sum_of[w * kRows + query];
     }
     const float inverse = sum > 0.0f ? 1.0f / sum : sum == 0.0f ? 0.0f : sum;  // NaN stays

@@ -93,11 +93,23 @@ __device__ float rounded(float x) {
   }
 }
 
+/// The same for a type that is known at run time.
+__device__ inline float rounded(DType dtype, float x) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return rounded<__nv_bfloat16>(x);
+    case DType::kFloat16:
+      return rounded<__half>(x);
+    default:
+      return x;
+  }
+}
+
 // ---- neighbours -----------------------------------------------------------------------------------------------------
 
 /// kCount neighbours as they lie in memory: packets of up to 16 bytes, to which they are aligned.
 template <class Element, int kCount>
-class RawElements {
+class RawPackets {
  public:
   __device__ void load(const Element* from) {
     if constexpr (kWords % 4 == 0) {
@@ -116,10 +128,15 @@ class RawElements {
     for (int i = 0; i < kWords; i += 4) set(i, __ldcs(reinterpret_cast<const uint4*>(from) + i / 4));
   }
   __device__ void widen(float (&x)[kCount]) const {
-    if constexpr (std::is_same_v<Element, float>) {
+    widen_as<Element>(x);
+  }
+  /// As if the elements were of another type of the same size.
+  template <class Other>
+  __device__ void widen_as(float (&x)[kCount]) const {
+    if constexpr (std::is_same_v<Other, float>) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) x[i] = __uint_as_float(words_[i]);
-    } else if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    } else if constexpr (std::is_same_v<Other, __nv_bfloat16>) {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         x[2 * i] = __uint_as_float(words_[i] << 16);
@@ -133,6 +150,9 @@ class RawElements {
       }
     }
   }
+  __device__ void set_bits(int word, uint32_t bits) {
+    words_[word] = bits;
+  }
 
  private:
   static constexpr int kWords = kCount * static_cast<int>(sizeof(Element)) / 4;
@@ -142,6 +162,43 @@ class RawElements {
   }
 
   uint32_t words_[kWords];
+};
+
+/// kCount neighbours of a row of a type that is known at run time, as they lie in memory.
+template <int kCount>
+class RawElements {
+ public:
+  /// `is_aligned`: whether they may be read in packets.
+  __device__ void load(DType dtype, bool is_aligned, const void* row, int64_t first) {
+    if (dtype == DType::kFloat32) {
+      const float* const from = static_cast<const float*>(row) + first;
+      if (is_aligned) return wide_.load(from);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) wide_.set_bits(i, __float_as_uint(from[i]));
+    } else {
+      const __nv_bfloat16* const from = static_cast<const __nv_bfloat16*>(row) + first;
+      if (is_aligned) return narrow_.load(from);
+#pragma unroll
+      for (int i = 0; i < kCount; i += 2) {
+        narrow_.set_bits(i / 2, __bfloat16_as_ushort(from[i]) | static_cast<uint32_t>(__bfloat16_as_ushort(from[i + 1]))
+                                                                    << 16);
+      }
+    }
+  }
+  __device__ void widen(DType dtype, float (&x)[kCount]) const {
+    switch (dtype) {
+      case DType::kBFloat16:
+        return narrow_.widen(x);
+      case DType::kFloat16:
+        return narrow_.template widen_as<__half>(x);
+      default:
+        wide_.widen(x);
+    }
+  }
+
+ private:
+  RawPackets<float, kCount> wide_;
+  RawPackets<__nv_bfloat16, kCount> narrow_;  // bf16 or f16
 };
 
 __device__ inline void store_once(float* to, const float (&x)[4]) {

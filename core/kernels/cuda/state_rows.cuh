@@ -7,6 +7,7 @@
 // the row.
 #pragma once
 
+#include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/rows.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -54,12 +55,15 @@ struct LaneRow {
     }
     return sum;
   }
-  // decay x + factor y
-  __device__ void decay_and_add(float decay, float factor, const LaneRow& y) {
+  /// The decay of x, and factor y added.
+  __device__ void decay_and_add(const Decay& decay, float factor, const LaneRow& y) {
 #pragma unroll
     for (int j = 0; j < Layout::kPackets; ++j) {
 #pragma unroll
-      for (int i = 0; i < Layout::kPacket; ++i) x[j][i] = fmaf(decay, x[j][i], factor * y.x[j][i]);
+      for (int i = 0; i < Layout::kPacket; ++i) {
+        const float change = fmaf(decay.factor, x[j][i], factor * y.x[j][i]);
+        x[j][i] = decay.is_near_one ? x[j][i] + change : change;
+      }
     }
   }
 };
@@ -68,7 +72,7 @@ struct LaneRow {
 template <class Element, class State, int kDim>
 struct RawLaneRow {
   using Layout = RowLayout<State, kDim>;
-  RawElements<Element, Layout::kPacket> x[Layout::kPackets];
+  RawPackets<Element, Layout::kPacket> x[Layout::kPackets];
 
   __device__ void load(const Element* row, int lane) {
 #pragma unroll
@@ -115,7 +119,7 @@ struct TokenKeys {
   /// S <- decay S + beta (v - decay S k) k^T, o = S q on kRows rows. Lane r brings the v of row r, as does every lane
   /// with that remainder by kRows.
   template <int kRows>
-  __device__ float step(LaneRow<State, kDim> (&s)[kRows], float decay, float beta, float v, int lane) const {
+  __device__ float step(LaneRow<State, kDim> (&s)[kRows], const Decay& decay, float beta, float v, int lane) const {
     constexpr int kLanes = RowLayout<State, kDim>::kLanes;
     float products[2 * kRows];
 #pragma unroll
@@ -124,12 +128,12 @@ struct TokenKeys {
       products[kRows + r] = s[r].dot(q);
     }
     const float product = sums_over_lanes<kLanes>(products, lane);
-    const float u = beta * (v - decay * k_factor * product);  // in lanes of S k
+    const float u = beta * (v - decay.of(k_factor * product));  // in lanes of S k
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       s[r].decay_and_add(decay, __shfl_sync(0xffffffffu, u, r, kLanes) * k_factor, k);
     }
-    return fmaf(__shfl_sync(0xffffffffu, u, lane % kRows, kLanes), kq, decay * q_factor * product);
+    return fmaf(__shfl_sync(0xffffffffu, u, lane % kRows, kLanes), kq, decay.of(q_factor * product));
   }
 };
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/launch.h"
 
@@ -97,8 +98,8 @@ void launch_codes(const StoreKvArgs& args, cudaStream_t stream) {
   constexpr int kWarps = kThreads / kLanes;
   const int64_t count = args.T * args.HKV;
   const dim3 grid(static_cast<unsigned>((count + kWarps - 1) / kWarps), 2);
-  visit_dtype(args.k.dtype,
-              [&](auto element) { store_codes<decltype(element)><<<grid, kThreads, 0, stream>>>(args, count); });
+  with_element(args.k.dtype,
+               [&](auto element) { store_codes<decltype(element)><<<grid, kThreads, 0, stream>>>(args, count); });
 }
 
 }  // namespace

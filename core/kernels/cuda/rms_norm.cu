@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// residual <- residual + x;  n = (1 + weight) * (residual / rms(residual)) over the last dimension;
+// out = n, its first P elements rotated: n * cos + (-n_{i + P/2}, n_i) * sin.
+//
+// A warp or a block has a row, a thread 8 neighbours of it at a time, in registers. Rounding: inputs are widened
+// exactly; the residual is rounded once, and what is normed is the rounded sum; out is rounded once, and before it,
+// where n is rotated, n and both products. Order of the sum: a thread's elements ascending, then by halves of the warp,
+// then the warps ascending.
+#include "core/kernels/cuda/rms_norm.h"
+
+#include "core/kernels/cuda/alignment.h"
+#include "core/kernels/cuda/launch.h"
+#include "core/kernels/cuda/packets.cuh"
+
+namespace xgdn::kernel::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kBlock = 256;
+
+// The sum over the threads of a row, in each of them.
+template <int kThreads>
+__device__ float sum_over_row(float x) {
+  x = sum_over_lanes<kWarp>(x);
+  if constexpr (kThreads > kWarp) {
+    __shared__ float sums[kThreads / kWarp];
+    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    x = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kThreads / kWarp; ++i) x += sums[i];
+  }
+  return x;
+}
+
+template <int kThreads>
+__device__ void wait_for_row() {
+  if constexpr (kThreads > kWarp) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+}
+
+// kThreads of a row, which has at most kPackets packets for each.
+template <int kThreads, int kPackets, bool kIsWhole>
+__global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t num_rows) {
+  extern __shared__ float to_rotate[];  // the first P normed elements of each row of the block
+  const int thread = threadIdx.x % kThreads;
+  const int row_of_block = threadIdx.x / kThreads;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / kThreads) + row_of_block;
+  if (row >= num_rows) return;
+  const int64_t token = row / args.H;
+  const int64_t head = row % args.H;
+  const DType dtype = args.out.dtype;
+  const auto first_of = [thread](int i) { return static_cast<int64_t>(i * kThreads + thread) * kPacket; };
+
+  RawPacket<kIsWhole> raw_x[kPackets], raw_residual[kPackets], raw_weight[kPackets], raw_cos[kPackets],
+      raw_sin[kPackets];
+  const bool has_residual = args.residual.data != nullptr;
+  char* residual = has_residual ? row_of(args.residual, token, head) : nullptr;
+#pragma unroll
+  for (int i = 0; i < kPackets; ++i) {
+    raw_x[i].load(dtype, row_of(args.x, token, head), first_of(i), args.D);
+    if (has_residual) raw_residual[i].load(dtype, residual, first_of(i), args.D);
+    raw_weight[i].load(args.weight.dtype, args.weight.data, first_of(i), args.D);
+    if (first_of(i) < args.P) {
+      raw_cos[i].load(args.cos.dtype, row_of(args.cos, token, 0), first_of(i), args.P);
+      raw_sin[i].load(args.sin.dtype, row_of(args.sin, token, 0), first_of(i), args.P);
+    }
+  }
+  float x[kPackets][kPacket];
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPackets; ++i) {
+    raw_x[i].widen(dtype, x[i]);
+    if (has_residual) {
+      float before[kPacket];
+      raw_residual[i].widen(dtype, before);
+#pragma unroll
+      for (int j = 0; j < kPacket; ++j) x[i][j] = rounded(dtype, x[i][j] + before[j]);
+      store_packet<kIsWhole>(dtype, residual, first_of(i), args.D, x[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < kPacket; ++j) squares = fmaf(x[i][j], x[i][j], squares);
+  }
+  const float scale = 1.0f / sqrtf(sum_over_row<kThreads>(squares) / static_cast<float>(args.D) + args.eps);
+#pragma unroll
+  for (int i = 0; i < kPackets; ++i) {
+    float weight[kPacket];
+    raw_weight[i].widen(args.weight.dtype, weight);
+#pragma unroll
+    for (int j = 0; j < kPacket; ++j) {
+      const float normed = x[i][j] * scale;
+      x[i][j] = fmaf(normed, weight[j], normed);
+    }
+  }
+
+  if (args.P > 0) {
+    float* n = to_rotate + row_of_block * args.P;
+#pragma unroll
+    for (int i = 0; i < kPackets; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPacket; ++j) {
+        if (first_of(i) + j < args.P) n[first_of(i) + j] = x[i][j] = rounded(dtype, x[i][j]);
+      }
+    }
+    wait_for_row<kThreads>();
+    const int64_t half = args.P / 2;
+#pragma unroll
+    for (int i = 0; i < kPackets; ++i) {
+      if (first_of(i) >= args.P) continue;
+      float cos[kPacket];
+      float sin[kPacket];
+      raw_cos[i].widen(args.cos.dtype, cos);
+      raw_sin[i].widen(args.sin.dtype, sin);
+#pragma unroll
+      for (int j = 0; j < kPacket; ++j) {
+        const int64_t column = first_of(i) + j;
+        if (column >= args.P) continue;
+        const float crossed = column < half ? -n[column + half] : n[column - half];
+        x[i][j] = rounded(dtype, x[i][j] * cos[j]) + rounded(dtype, crossed * sin[j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPackets; ++i) {
+    store_packet<kIsWhole>(dtype, row_of(args.out, token, head), first_of(i), args.D, x[i]);
+  }
+}
+
+template <int kThreads, int kPackets>
+void launch(const RmsNormArgs& args, int64_t num_rows, cudaStream_t stream) {
+  constexpr int kRows = kBlock / kThreads;
+  constexpr int kDefaultBytes = 48 << 10;
+  const bool is_rotated_whole = args.P == 0 || (args.P % kPacket == 0 && is_aligned(args.cos) && is_aligned(args.sin));
+  const bool is_whole = is_rotated_whole && args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.out) &&
+                        reinterpret_cast<uintptr_t>(args.weight.data) % 16 == 0 &&
+                        (args.residual.data == nullptr || is_aligned(args.residual));
+  const auto kernel = is_whole ? norm_rows<kThreads, kPackets, true> : norm_rows<kThreads, kPackets, false>;
+  const auto bytes = static_cast<int>(kRows * args.P * static_cast<int64_t>(sizeof(float)));
+  if (bytes > kDefaultBytes) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  kernel<<<static_cast<unsigned>(ceil_div(num_rows, kRows)), kBlock, bytes, stream>>>(args, num_rows);
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormArgs& args, int64_t num_tokens, cudaStream_t stream) {
+  const int64_t num_rows = num_tokens * args.H;
+  if (num_rows == 0 || args.D == 0) return;
+  if (args.D <= 256) {
+    launch<32, 1>(args, num_rows, stream);
+  } else if (args.D <= 1024) {
+    launch<32, 4>(args, num_rows, stream);
+  } else if (args.D <= 2048) {
+    launch<256, 1>(args, num_rows, stream);
+  } else {
+    launch<256, 4>(args, num_rows, stream);
+  }
+  check_launch("rms_norm");
+}
+
+}  // namespace xgdn::kernel::cuda
