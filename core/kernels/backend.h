@@ -58,6 +58,11 @@ class Backend : public BackendOps<AllOps> {
   // Whether the memory of its paged_attention grows with the context, which it copies and may make a mask for.
   virtual bool copies_contexts() const { return true; }
 
+  // The same questions as in device.h.
+  virtual bool has_graphs() const { return false; }
+  virtual std::unique_ptr<DeviceGraph> record(const std::function<void()>& /*launches*/) const { return nullptr; }
+  virtual bool finds_largest_logits() const { return false; }
+
   // Why not on this device; every backend's first answer.
   virtual std::optional<std::string> why_not_device(c10::Device device) const = 0;
 };

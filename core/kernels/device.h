@@ -1,12 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether a device still works.
+// What a device can do beside the ops: whether it still works, graphs.
 #pragma once
 
 #include <c10/core/Device.h>
+
+#include <functional>
+#include <memory>
 
 namespace xgdn::kernel {
 
 /// Whether the device still computes. Waits for what it has been given.
 bool is_alive(c10::Device device);
+
+/// Launches that were recorded once, to be run again over the same memory.
+class DeviceGraph {
+ public:
+  DeviceGraph() = default;
+  DeviceGraph(const DeviceGraph&) = delete;
+  DeviceGraph& operator=(const DeviceGraph&) = delete;
+  virtual ~DeviceGraph() = default;
+
+  /// Starts them on the device's current stream.
+  virtual void replay() = 0;
+};
+
+/// Whether launches can be recorded on the device.
+bool has_graphs(c10::Device device);
+
+/// Records what `launches` starts on the device, without running it. The tensors that are made meanwhile hold what each
+/// replay computes. Everything must have run before with these shapes. Throws what `launches` throws; null where
+/// has_graphs is false.
+std::unique_ptr<DeviceGraph> record(c10::Device device, const std::function<void()>& launches);
+
+/// Whether the largest logit of a row is better found on the device than on the host, because copying logits costs
+/// more.
+bool finds_largest_logits(c10::Device device);
 
 }  // namespace xgdn::kernel

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -33,6 +34,9 @@ struct SampledToken {
 
 /// Runs one step after the other over pools that outlive it, for one thread at a time. Streams, graphs and overlap
 /// belong here: the engine above sees sequences and tokens.
+///
+/// Where the device has graphs, steps that only decode are recorded by their number of rows, the second time that there
+/// are so many, and replayed from then on.
 class ModelRunner {
  public:
   /// Makes the step buffers for the largest step of these options.
@@ -41,30 +45,50 @@ class ModelRunner {
   /// Packs a step and starts it on the device. Throws as BatchBuilder::build and HybridDecoder::forward.
   void launch(const std::vector<SequenceStep>& sequences);
 
-  /// Waits until the step's logits are on the host. Throws what the device reports.
+  /// Waits until the step has been computed. Throws what the device reports.
   void wait();
 
   /// Chooses a token for each row of the last step, on several threads. A row of a sequence without logits is an error
   /// of the caller (std::out_of_range).
   std::vector<SampledToken> sample(const std::vector<SampleRow>& rows) const;
 
-  /// Time from the packed step to its logits on the host, of the last step.
+  /// Time from the packed step to the end of wait(), of the last step.
   double forward_seconds() const { return forward_seconds_; }
 
   /// The last step as it was packed.
   const StepInput& input() const { return built_.input; }
 
-  /// Its logits [R, vocab] f32, on the host after wait().
-  const at::Tensor& logits() const { return logits_; }
+  /// Its logits [R, vocab] f32: after wait() on the host, unless the device finds the largest ones itself.
+  const at::Tensor& logits() const { return result_.logits; }
 
  private:
-  std::span<const float> logits_of(size_t sequence) const;
+  // What the device gives back of a step.
+  struct Result {
+    at::Tensor logits;
+    at::Tensor largest;          // [R] f32, of each row; where the device finds them
+    at::Tensor likeliest_token;  // [R] i64, the first that has it
+  };
+  struct RecordedStep {
+    std::unique_ptr<kernel::DeviceGraph> graph;  // null: seen once
+    at::Tensor logit_rows;                       // all rows
+    Result result;
+  };
+
+  Result forward(const StepInput& input);
+  bool can_be_recorded() const;
+  Result run_recorded();
+  size_t row_of(size_t sequence) const;
+  at::Tensor logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const;
 
   std::shared_ptr<const HybridDecoder> model_;
   BatchBuilder builder_;
   ModelState state_;  // the pools
   BuiltStep built_;
-  at::Tensor logits_;
+  Result result_;
+  const bool has_graphs_;
+  const bool finds_largest_;
+  std::map<int64_t, RecordedStep> recorded_;  // by rows
+  const void* recorded_at_ = nullptr;         // where the step's tensors lay
   Stopwatch since_launch_;
   double forward_seconds_ = 0;
 };

@@ -131,7 +131,7 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Runne
           .step_context_bytes = copies_contexts ? widths.context() : 0,
           .step_mask_bytes = copies_contexts ? 1 + 2 * widths.copied() : 0,
           .max_tokens_per_step = runner.max_tokens_per_step,
-          .decode_buckets = runner.decode_buckets,
+          .decode_buckets = decode_buckets(runner, device),
           .device = device,
           .max_positions = opened.config.max_position_embeddings,
           .max_context = max_context(model, runner)};

@@ -49,6 +49,18 @@ int64_t max_step_tokens(int64_t max_tokens_per_step, int64_t max_batch_size) {
   return std::max(max_tokens_per_step, max_batch_size + kernel::kChunkSize);
 }
 
+std::vector<int64_t> decode_buckets(const RunnerOptions& options, c10::Device device) {
+  if (!options.decode_buckets.empty() || !kernel::has_graphs(device)) return options.decode_buckets;
+  std::vector<int64_t> buckets;
+  for (int64_t size = 1; size < options.max_batch_size; size *= 2) {
+    buckets.push_back(size);
+    if (const int64_t between = size + size / 2; size > 1 && between < options.max_batch_size)
+      buckets.push_back(between);
+  }
+  buckets.push_back(options.max_batch_size);
+  return buckets;
+}
+
 BatchLimits batch_limits(const HybridDecoder& model, const RunnerOptions& options) {
   const int64_t context = max_context(model, options);
   return {.num_slots = options.max_batch_size,
@@ -58,7 +70,7 @@ BatchLimits batch_limits(const HybridDecoder& model, const RunnerOptions& option
           .has_attention = model.num_attention_layers() > 0,
           .max_tokens = max_step_tokens(options.max_tokens_per_step, options.max_batch_size),
           .max_context = context == 0 ? std::nullopt : std::optional(context),
-          .decode_buckets = options.decode_buckets};
+          .decode_buckets = decode_buckets(options, model.device())};
 }
 
 }  // namespace xgdn

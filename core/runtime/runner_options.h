@@ -19,7 +19,9 @@ struct RunnerOptions {
   int64_t max_cached_tokens = 16384;  // KV cache, over all sequences, rounded up to blocks
   int64_t kv_block_size = 16;         // tokens
   int64_t max_tokens_per_step = SchedulerOptions().max_tokens_per_step;
-  std::vector<int64_t> decode_buckets = {};  // as BatchLimits::decode_buckets; none: decodes are not padded
+  // As BatchLimits::decode_buckets. None: a device with graphs has sizes up to max_batch_size, no two of which are
+  // further apart than by half; elsewhere decodes are not padded.
+  std::vector<int64_t> decode_buckets = {};
   bool poison_freed_slots = poison_freed_by_default();
 
   /// Throws RequestError for a size that no engine can have.
@@ -41,6 +43,9 @@ int64_t max_context(const HybridDecoder& model, const RunnerOptions& options);
 
 /// Tokens of the largest step: its budget, or a decode of every slot and one chunk of a prompt.
 int64_t max_step_tokens(int64_t max_tokens_per_step, int64_t max_batch_size);
+
+/// BatchLimits::decode_buckets of an engine on that device.
+std::vector<int64_t> decode_buckets(const RunnerOptions& options, c10::Device device);
 
 /// What the steps of an engine are checked against.
 BatchLimits batch_limits(const HybridDecoder& model, const RunnerOptions& options);

@@ -73,12 +73,11 @@ int32_t argmax(std::span<const float> logits) {
       first_peak);
   if (peak.magnitude > kInfinity) {
     const auto nan = std::find_if(logits.begin(), logits.end(), [](float x) { return std::isnan(x); });
-    throw NumericsError(c10::str("[Sampler] logits: expected numbers, got NaN for token ", nan - logits.begin()));
+    check_largest_logit(*nan, nan - logits.begin());
   }
   const auto found = std::find_if(logits.begin() + static_cast<std::ptrdiff_t>(peak.block), logits.end(),
                                   [&](float x) { return ordered(x) == peak.best; });
-  if (!std::isfinite(*found))
-    throw NumericsError(c10::str("[Sampler] logits: expected a finite maximum, got ", *found));
+  check_largest_logit(*found, found - logits.begin());
   return static_cast<int32_t>(found - logits.begin());
 }
 
@@ -130,6 +129,11 @@ Candidates likeliest(std::span<const float> logits, int32_t best, const Sampling
 }
 
 }  // namespace
+
+void check_largest_logit(float logit, int64_t token) {
+  if (std::isnan(logit)) throw NumericsError(c10::str("[Sampler] logits: expected numbers, got NaN for token ", token));
+  if (!std::isfinite(logit)) throw NumericsError(c10::str("[Sampler] logits: expected a finite maximum, got ", logit));
+}
 
 void SamplingParams::check() const {
   const auto refuse = [](const char* name, const char* expected, double got) {

@@ -11,6 +11,9 @@
 
 namespace xgdn {
 
+/// Throws NumericsError unless `logit`, the largest of a row or one of its NaNs, is finite.
+void check_largest_logit(float logit, int64_t token);
+
 /// How to choose tokens.
 struct SamplingParams {
   double temperature = 0.0;  // 0: greedy

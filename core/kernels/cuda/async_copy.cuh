@@ -2,6 +2,8 @@
 // Copies from global to shared memory that run beside the program, and barriers that tell of their end.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 namespace xgdn::kernel::cuda {
@@ -27,8 +29,9 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-/// Makes this thread's writes to shared memory visible to the tensor cores of Hopper, which read it by another path.
-__device__ inline void fence_for_tensor_cores() {
+/// Makes this thread's writes to shared memory visible to what reads it by another path on Hopper: tensor cores and
+/// bulk copies.
+__device__ inline void fence_shared_memory() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
@@ -43,6 +46,14 @@ __device__ inline void init_barrier(uint32_t barrier, uint32_t count) {
 
 __device__ inline void arrive_at(uint32_t barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+
+/// Arrives, and lets the phase wait for `bytes` of bulk copies too (Hopper).
+__device__ inline void arrive_and_expect(uint32_t barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes)
+               : "memory");
+#endif
 }
 
 /// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, 0 for the third.
@@ -61,6 +72,56 @@ __device__ inline void wait_at(uint32_t barrier, uint32_t parity) {
                  : "memory");
 #endif
   } while (is_over == 0);
+}
+
+// ---- bulk copies (Hopper): one thread starts them
+// ---------------------------------------------------------------------
+
+/// Copies `bytes`, a multiple of 16, and tells the barrier.
+__device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+#endif
+}
+
+/// Copies the map's box at [token, head, column] and tells the barrier.
+__device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int column, int head, int token,
+                                uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(head), "r"(token), "r"(barrier)
+      : "memory");
+#endif
+}
+
+/// Starts to copy shared memory to the map's box at [token, head, column], where `is_chosen`: no branch, for products
+/// may be under way.
+__device__ inline void store_box(const CUtensorMap& map, int column, int head, int token, uint32_t from,
+                                 bool is_chosen) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0; "
+      "@p cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4]; }" ::"l"(&map),
+      "r"(column), "r"(head), "r"(token), "r"(from), "r"(is_chosen ? 1 : 0)
+      : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+}
+
+/// Waits until the shared memory of this thread's stores may be written again.
+__device__ inline void wait_stores_read() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+
+/// A barrier of the 128 threads of a warp group, 0 to 14 of a block.
+__device__ inline void sync_group(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
 }  // namespace xgdn::kernel::cuda

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the chunks of chunk_gated_delta_rule need of keys, queries and gates alone (ChunkFactors), all chunks at once:
-// a block takes a chunk and a key head with its value heads.
+// a block takes a chunk and a key head with its value heads, two of these at a time.
 //
 // The inverse X of the unit triangular matrix I + A, in blocks of 16 x 16: those of the diagonal by substitution in
-// f32; below them, X_ij = -X_ii sum_{j <= m < i} A_im X_mj, a column of blocks to a warp. Products there are tf32 with
-// f32 sums; a warp keeps the X_mj^T of its column in registers, as left operands of X_ij^T = -(sum X_mj^T A_im^T)
-// X_ii^T.
+// f32, a column to a lane; below them, X_ij = -X_ii sum_{j <= m < i} A_im X_mj, where a column of blocks needs nothing
+// of the others. Products there are tf32 with f32 sums; a warp keeps the X_mj^T of a column in registers, as left
+// operands of X_ij^T = -(sum X_mj^T A_im^T) X_ii^T.
 #pragma once
 
 #include "core/kernels/cuda/async_copy.cuh"
@@ -17,114 +17,122 @@ namespace xgdn::kernel::cuda {
 
 inline constexpr int kFactorThreads = 128;
 inline constexpr int kSquarePitch = 72;  // floats; rows 8 banks apart
-inline constexpr int kHeadsAtOnce = 4;   // whose gates are summed together, one to a warp
+inline constexpr int kHeadsAtOnce = 2;
 
-/// Shared memory of a block. The square takes the place of the tiles when these have been multiplied.
+using FactorSquare = float[kChunk * kSquarePitch];
+
+/// Of a value head: its gates.
+struct FactorGates {
+  float sum_high[kChunk];  // b = cumsum g in two parts
+  float sum_low[kChunk];
+  float beta[kChunk];
+};
+
+/// Shared memory of a block. The squares take the place of the tiles when these have been multiplied.
 template <int kK>
 struct FactorMemory {
   static constexpr int kTileBytes = kK / 64 * kPanelBytes;
-  static constexpr int kSquareBytes = kChunk * kSquarePitch * sizeof(float);
-  static constexpr int kUnionBytes = 2 * kTileBytes > kSquareBytes ? 2 * kTileBytes : kSquareBytes;
-
-  alignas(1024) char tiles[kUnionBytes];
+  union alignas(1024) {
+    char tiles[2][kTileBytes];  // k and q
+    FactorSquare squares[kHeadsAtOnce];
+  };
   float k_factor[kChunk];
   float q_factor[kChunk];
-  float sum_high[kHeadsAtOnce][kChunk];  // of the logarithms to base 2 of the decays, in two parts
-  float sum_low[kHeadsAtOnce][kChunk];
-  float beta[kHeadsAtOnce][kChunk];
+  FactorGates gates[kHeadsAtOnce];
 };
 
-/// Rows of `rows` at [token, token + count) to a tile, zeros behind them, and the factors that make them unit vectors.
+/// Starts to copy rows [token, token + count) to a tile, with zeros behind them.
 template <int kK>
-__device__ inline void load_tile(const InRows& rows, bool is_aligned, bool normalises, int64_t token, int count,
-                                 int64_t head, char* tile, float* factors) {
-  constexpr int kLanes = kK / 8;  // of a row
-  constexpr int kRowsAtOnce = kFactorThreads / kLanes;
-  constexpr int kSteps = kChunk / kRowsAtOnce;
-  const int piece = threadIdx.x % kLanes;
-  const int first = threadIdx.x / kLanes;
-  uint4 x[kSteps];
-  if (rows.dtype == DType::kBFloat16 && is_aligned) {
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int row = first + i * kRowsAtOnce;
-      x[i] =
-          row < count ? reinterpret_cast<const uint4*>(row_of(rows, token + row, head))[piece] : make_uint4(0, 0, 0, 0);
+__device__ inline void start_tile(const InRows& rows, bool is_aligned, int64_t token, int count, int64_t head,
+                                  char* tile) {
+  constexpr int kPieces = kK / 8;  // of a row
+  const int piece = threadIdx.x % kPieces;
+  const bool is_copied = rows.dtype == DType::kBFloat16 && is_aligned;
+#pragma unroll 4
+  for (int row = threadIdx.x / kPieces; row < kChunk; row += kFactorThreads / kPieces) {
+    char* to = tile + piece_offset(row, piece);
+    if (is_copied) {
+      const char* from = row < count ? row_of(rows, token + row, head) + piece * kPieceBytes : nullptr;
+      copy_async(shared_address(to), row < count ? from : rows.data, row >= count);
+    } else {
+      uint4 x = make_uint4(0, 0, 0, 0);
+      if (row < count) x = load_piece(rows.dtype, is_aligned, row_of(rows, token + row, head), piece * 8);
+      *reinterpret_cast<uint4*>(to) = x;
     }
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < kSteps; ++i) {
-      const int row = first + i * kRowsAtOnce;
-      const uint4 zero = make_uint4(0, 0, 0, 0);
-      const uint4 y =
-          row < count ? load_piece(rows.dtype, is_aligned, row_of(rows, token + row, head), piece * 8) : zero;
-      *reinterpret_cast<uint4*>(tile + piece_offset(row, piece)) = y;
-    }
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      x[i] = *reinterpret_cast<const uint4*>(tile + piece_offset(first + i * kRowsAtOnce, piece));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int row = first + i * kRowsAtOnce;
-    *reinterpret_cast<uint4*>(tile + piece_offset(row, piece)) = x[i];
-    if (!normalises) {
-      if (piece == 0) factors[row] = 1.0f;
-      continue;
-    }
-    const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&x[i]);
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 pair = __bfloat1622float2(pairs[j]);
-      sum = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sum));
-    }
-    sum = sum_over_lanes<kLanes>(sum);
-    if (piece == 0) factors[row] = 1.0f / sqrtf(sum + kNormEps);
   }
 }
 
-/// b = cumsum g of a value head, summed in f64 because only differences matter; beta; ChunkGates. One warp.
+/// The factor that makes a row of a tile a unit vector.
 template <int kK>
-__device__ inline void load_gates(const ChunkGatedDeltaRuleArgs& a, int64_t token, int count, int64_t head,
-                                  FactorMemory<kK>& memory, int place, ChunkGates& gates) {
-  constexpr double kLog2E = 1.4426950408889634;
-  const int lane = threadIdx.x % 32;
-  double sum[2] = {0.0, 0.0};
+__device__ inline float norm_factor(const char* tile, int row) {
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int piece = 0; piece < kK / 8; ++piece) {
+    const uint4 x = *reinterpret_cast<const uint4*>(tile + piece_offset(row, piece));
+    const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&x);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = 2 * lane + i;
-    float beta = 0.0f;
-    if (row < count) {
-      sum[i] = kLog2E * load_scalar(a.g.dtype, row_of(a.g, token + row, head), 0);
-      beta = load_scalar(a.beta.dtype, row_of(a.beta, token + row, head), 0);
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __bfloat1622float2(pairs[i]);
+      sum = fmaf(pair.x, pair.x, sum);
+      sum = fmaf(pair.y, pair.y, sum);
     }
-    memory.beta[place][row] = beta;
   }
-  double before = sum[0] + sum[1];
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const double other = __shfl_up_sync(kFullWarp, before, step);
-    if (lane >= step) before += other;
-  }
-  const double total = __shfl_sync(kFullWarp, before, 31);
-  before -= sum[0] + sum[1];
-  if (lane == 0) gates.last = exp2f(static_cast<float>(total));
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = 2 * lane + i;
-    before += sum[i];
-    const float high = static_cast<float>(before);
-    memory.sum_high[place][row] = high;
-    memory.sum_low[place][row] = static_cast<float>(before - high);
-    const bool is_token = row < count;
-    const float decay = exp2f(high);
-    gates.read[row] = is_token ? decay * memory.k_factor[row] : 0.0f;
-    gates.write[row] = is_token ? exp2f(fminf(static_cast<float>(total - before), 0.0f)) * memory.k_factor[row] : 0.0f;
-    gates.out[row] = is_token ? a.scale * decay * memory.q_factor[row] : 0.0f;
-  }
+  return 1.0f / sqrtf(sum + kNormEps);
 }
+
+/// g and beta of a lane's two tokens on their way.
+class ChunkRawGates {
+ public:
+  __device__ void load(const ChunkGatedDeltaRuleArgs& a, int64_t token, int count, int64_t head) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = 2 * static_cast<int>(threadIdx.x % 32) + i;
+      if (row >= count) continue;
+      g_[i].load(a.g.dtype, row_of(a.g, token + row, head), 0);
+      beta_[i].load(a.beta.dtype, row_of(a.beta, token + row, head), 0);
+    }
+  }
+
+  /// b, summed in f64 because only differences matter, and ChunkGates. A warp together.
+  template <int kK>
+  __device__ void sum(const ChunkGatedDeltaRuleArgs& a, int count, const FactorMemory<kK>& memory, FactorGates& gates,
+                      ChunkGates& to) const {
+    const int lane = threadIdx.x % 32;
+    double g[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool is_token = 2 * lane + i < count;
+      g[i] = is_token ? g_[i].widened(a.g.dtype) : 0.0f;
+      gates.beta[2 * lane + i] = is_token ? beta_[i].widened(a.beta.dtype) : 0.0f;
+    }
+    double b = g[0] + g[1];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const double before = __shfl_up_sync(kFullWarp, b, step);
+      if (lane >= step) b += before;
+    }
+    const double total = __shfl_sync(kFullWarp, b, 31);
+    if (lane == 0) to.last = expf(static_cast<float>(total));
+    b -= g[0] + g[1];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = 2 * lane + i;
+      const bool is_token = row < count;
+      b += g[i];
+      const float high = static_cast<float>(b);
+      gates.sum_high[row] = high;
+      gates.sum_low[row] = static_cast<float>(b - high);
+      const float decay = expf(high);
+      const float rest = expf(fminf(static_cast<float>(total - b), 0.0f));
+      to.read[row] = is_token ? decay * memory.k_factor[row] : 0.0f;
+      to.write[row] = is_token ? rest * memory.k_factor[row] : 0.0f;
+      to.out[row] = is_token ? a.scale * decay * memory.q_factor[row] : 0.0f;
+    }
+  }
+
+ private:
+  RawScalar g_[2], beta_[2];
+};
 
 /// K K^T and Q K^T, rows 16 warp to 16 warp + 15, up to the diagonal block.
 template <int kK>
@@ -157,8 +165,8 @@ __device__ inline void multiply_keys(uint32_t k_tile, uint32_t q_tile, int warp,
 
 /// This warp's rows of A to `square`, and of the scores to memory.
 template <int kK>
-__device__ inline void apply_gates(const FactorMemory<kK>& memory, int place, float scale, int warp,
-                                   const float (&kk)[4][2][4], const float (&qk)[4][2][4], float* square,
+__device__ inline void apply_gates(const FactorMemory<kK>& memory, const FactorGates& gates, float scale, int warp,
+                                   const float (&kk)[4][2][4], const float (&qk)[4][2][4], FactorSquare& square,
                                    ChunkSquare& scores) {
   const int lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
@@ -166,9 +174,9 @@ __device__ inline void apply_gates(const FactorMemory<kK>& memory, int place, fl
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = warp * 16 + g + 8 * i;
-    high[i] = memory.sum_high[place][row];
-    low[i] = memory.sum_low[place][row];
-    key[i] = memory.beta[place][row] * memory.k_factor[row];
+    high[i] = gates.sum_high[row];
+    low[i] = gates.sum_low[row];
+    key[i] = gates.beta[row] * memory.k_factor[row];
     query[i] = scale * memory.q_factor[row];
   }
 #pragma unroll
@@ -177,52 +185,70 @@ __device__ inline void apply_gates(const FactorMemory<kK>& memory, int place, fl
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       const int column = block * 16 + tile * 8 + 2 * t;
-      const float2 high_j = *reinterpret_cast<const float2*>(&memory.sum_high[place][column]);
-      const float2 low_j = *reinterpret_cast<const float2*>(&memory.sum_low[place][column]);
+      const float2 high_j = *reinterpret_cast<const float2*>(&gates.sum_high[column]);
+      const float2 low_j = *reinterpret_cast<const float2*>(&gates.sum_low[column]);
       const float2 factor_j = *reinterpret_cast<const float2*>(&memory.k_factor[column]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = warp * 16 + g + 8 * i;
         // Above the diagonal the difference may be positive, and its exponential infinite.
-        const float d0 = exp2f(fminf(high[i] - high_j.x + (low[i] - low_j.x), 0.0f)) * factor_j.x;
-        const float d1 = exp2f(fminf(high[i] - high_j.y + (low[i] - low_j.y), 0.0f)) * factor_j.y;
+        const float d0 = __expf(fminf(high[i] - high_j.x + (low[i] - low_j.x), 0.0f)) * factor_j.x;
+        const float d1 = __expf(fminf(high[i] - high_j.y + (low[i] - low_j.y), 0.0f)) * factor_j.y;
         const float a0 = column < row ? key[i] * d0 * kk[block][tile][2 * i] : 0.0f;
         const float a1 = column + 1 < row ? key[i] * d1 * kk[block][tile][2 * i + 1] : 0.0f;
         *reinterpret_cast<float2*>(square + row * kSquarePitch + column) = make_float2(a0, a1);
         const float p0 = column <= row ? query[i] * d0 * qk[block][tile][2 * i] : 0.0f;
         const float p1 = column + 1 <= row ? query[i] * d1 * qk[block][tile][2 * i + 1] : 0.0f;
-        reinterpret_cast<uint32_t*>(&scores.pieces[row / 8][column / 8][row % 8])[t] = pack_bf16(p0, p1);
+        reinterpret_cast<uint32_t*>(&scores.rows[row / 8][column / 8][row % 8])[t] = pack_bf16(p0, p1);
       }
     }
   }
 }
 
-/// The inverse of I + A on this warp's diagonal block, in place: a lane takes a column.
-__device__ inline void invert_diagonal(float* block) {
-  const int lane = threadIdx.x % 32;
-  const int column = lane % 16;
-  float x[16];
+/// A block's 16 columns times beta, a row to a lane, as bf16 to memory.
+__device__ inline void store_diagonal(const float* row, const float* beta, int place, ChunkSquare& inverse) {
+  const int i = place * 16 + static_cast<int>(threadIdx.x % 16);
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    float sum = i == column ? 1.0f : 0.0f;
+  for (int half = 0; half < 2; ++half) {
+    float x[8];
 #pragma unroll
-    for (int j = 0; j < i; j += 4) {
-      const float4 a = *reinterpret_cast<const float4*>(block + i * kSquarePitch + j);
-      sum = fmaf(-a.x, x[j], sum);
-      if (j + 1 < i) sum = fmaf(-a.y, x[j + 1], sum);
-      if (j + 2 < i) sum = fmaf(-a.z, x[j + 2], sum);
-      if (j + 3 < i) sum = fmaf(-a.w, x[j + 3], sum);
+    for (int j = 0; j < 8; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(row + half * 8 + j);
+      const float4 b = *reinterpret_cast<const float4*>(beta + place * 16 + half * 8 + j);
+      x[j] = four.x * b.x, x[j + 1] = four.y * b.y, x[j + 2] = four.z * b.z, x[j + 3] = four.w * b.w;
     }
-    x[i] = sum;
-  }
-  __syncwarp();
-  if (lane < 16) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) block[i * kSquarePitch + column] = x[i];
+    inverse.rows[i / 8][place * 2 + half][i % 8] =
+        make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
   }
 }
 
-/// sum [16, 16] += x b^T, with x the left operands of a block and b a block of the square.
+/// The inverse of I + A on a diagonal block, in place: a lane takes a column, 16 lanes a block.
+__device__ inline void invert_diagonal(float* block) {
+  const int column = threadIdx.x % 16;
+  float x[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+  for (int j = 0; j < 16; j += 2) {
+    float2 a[16];
+#pragma unroll
+    for (int i = j + 1; i < 16; ++i) a[i] = *reinterpret_cast<const float2*>(block + i * kSquarePitch + j);
+#pragma unroll
+    for (int i = j + 1; i < 16; ++i) x[i] = fmaf(-a[i].x, x[j], x[i]);
+#pragma unroll
+    for (int i = j + 2; i < 16; ++i) x[i] = fmaf(-a[i].y, x[j + 1], x[i]);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 16; ++i) block[i * kSquarePitch + column] = x[i];
+  __syncwarp();
+}
+
+__device__ inline float* square_block(FactorSquare& square, int i, int j) {
+  return square + i * 16 * kSquarePitch + j * 16;
+}
+
+/// sum [16, 16] += x b^T, with x the left operands of a block and b a block of a square.
 __device__ inline void multiply_block(float (&sum)[2][4], const uint32_t (&x)[2][4], const float* b) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -247,62 +273,39 @@ __device__ inline void round_block(const float (&sum)[2][4], float sign, uint32_
   }
 }
 
-/// Blocks below the diagonal in column j of the inverse, from inverted diagonal blocks. X_ij^T goes where A has its
-/// block (j, i), above the diagonal.
-__device__ inline void invert_column(float* square, int j) {
+/// Blocks below the diagonal in column kJ of the inverse, from inverted diagonal blocks, times beta to memory.
+template <int kJ>
+__device__ inline void invert_column(FactorSquare& square, const float* beta, ChunkSquare& inverse) {
   const int lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
-  const auto block = [&](int i, int m) { return square + i * 16 * kSquarePitch + m * 16; };
+  const float betas[2] = {beta[kJ * 16 + g], beta[kJ * 16 + g + 8]};
   uint32_t x[4][2][4];  // X_mj^T
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    if (i != j) continue;
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      const float* rows = block(i, i) + (step * 8 + 2 * t) * kSquarePitch + g;
-      x[i][step][0] = round_tf32(rows[0]);
-      x[i][step][1] = round_tf32(rows[8]);
-      x[i][step][2] = round_tf32(rows[kSquarePitch]);
-      x[i][step][3] = round_tf32(rows[kSquarePitch + 8]);
-    }
+  for (int step = 0; step < 2; ++step) {
+    const float* rows = square_block(square, kJ, kJ) + (step * 8 + 2 * t) * kSquarePitch + g;
+    x[kJ][step][0] = round_tf32(rows[0]);
+    x[kJ][step][1] = round_tf32(rows[8]);
+    x[kJ][step][2] = round_tf32(rows[kSquarePitch]);
+    x[kJ][step][3] = round_tf32(rows[kSquarePitch + 8]);
   }
 #pragma unroll
-  for (int i = 1; i < 4; ++i) {
-    if (i <= j) continue;
+  for (int i = kJ + 1; i < 4; ++i) {
     float sum[2][4] = {};
 #pragma unroll
-    for (int m = 0; m < i; ++m) {
-      if (m >= j) multiply_block(sum, x[m], block(i, m));
-    }
+    for (int m = kJ; m < i; ++m) multiply_block(sum, x[m], square_block(square, i, m));
     uint32_t y[2][4];
     round_block(sum, -1.0f, y);
     float result[2][4] = {};
-    multiply_block(result, y, block(i, i));
+    multiply_block(result, y, square_block(square, i, i));
     round_block(result, 1.0f, x[i]);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      float* to = block(j, i) + g * kSquarePitch + tile * 8 + 2 * t;
-      *reinterpret_cast<float2*>(to) = make_float2(result[tile][0], result[tile][1]);
-      *reinterpret_cast<float2*>(to + 8 * kSquarePitch) = make_float2(result[tile][2], result[tile][3]);
-    }
-  }
-}
-
-/// The inverse with its columns times beta.
-__device__ inline void store_inverse(const float* square, const float* beta, ChunkSquare& inverse) {
-  for (int index = threadIdx.x; index < kChunk * kChunk / 8; index += kFactorThreads) {
-    const int row = index / kChunk * 8 + index % 8;
-    const int piece = index / 8 % 8;
-    if (!ChunkSquare::has(row, piece)) continue;
-    const bool is_diagonal = piece / 2 == row / 16;
-    float x[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int column = piece * 8 + i;
-      x[i] = beta[column] * square[is_diagonal ? row * kSquarePitch + column : column * kSquarePitch + row];
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t pair = pack_bf16(result[tile][2 * half] * betas[half], result[tile][2 * half + 1] * betas[half]);
+        reinterpret_cast<uint32_t*>(&inverse.rows[2 * i + tile][2 * kJ + half][g])[t] = transpose_matrix(pair);
+      }
     }
-    inverse.pieces[row / 8][piece][row % 8] =
-        make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
   }
 }
 
@@ -313,7 +316,8 @@ struct FactorsKernel {
 };
 
 template <int kK>
-__global__ void __launch_bounds__(kFactorThreads) chunk_factors_kernel(const __grid_constant__ FactorsKernel kernel) {
+__global__ void __launch_bounds__(kFactorThreads, 4)
+    chunk_factors_kernel(const __grid_constant__ FactorsKernel kernel) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& memory = *reinterpret_cast<FactorMemory<kK>*>(shared_memory);
   const ChunkGatedDeltaRuleArgs& a = kernel.args;
@@ -325,34 +329,56 @@ __global__ void __launch_bounds__(kFactorThreads) chunk_factors_kernel(const __g
   const int64_t rest = a.cu_seqlens[n + 1] - token;
   const int count = rest < kChunk ? static_cast<int>(rest) : kChunk;
   const int warp = threadIdx.x / 32;
+  const int half = threadIdx.x / 16 % 2;
+  const int heads = static_cast<int>(a.HV / a.H);
 
-  char* k_tile = memory.tiles;
-  char* q_tile = memory.tiles + FactorMemory<kK>::kTileBytes;
-  load_tile<kK>(a.k, kernel.is_k_aligned, a.normalise_qk, token, count, key_head, k_tile, memory.k_factor);
-  load_tile<kK>(a.q, kernel.is_q_aligned, a.normalise_qk, token, count, key_head, q_tile, memory.q_factor);
+  start_tile<kK>(a.k, kernel.is_k_aligned, token, count, key_head, memory.tiles[0]);
+  start_tile<kK>(a.q, kernel.is_q_aligned, token, count, key_head, memory.tiles[1]);
+  commit_copies();
+  ChunkRawGates gates;  // of a pair's head to each of the first warps
+  if (warp < kHeadsAtOnce && warp < heads) gates.load(a, token, count, key_head * heads + warp);
+  wait_copies<0>();
   __syncthreads();
+  const int row = threadIdx.x % kChunk;
+  const bool is_query = threadIdx.x >= kChunk;
+  (is_query ? memory.q_factor : memory.k_factor)[row] =
+      a.normalise_qk ? norm_factor<kK>(memory.tiles[is_query], row) : 1.0f;
   float kk[4][2][4], qk[4][2][4];
-  multiply_keys<kK>(shared_address(k_tile), shared_address(q_tile), warp, kk, qk);
+  multiply_keys<kK>(shared_address(memory.tiles[0]), shared_address(memory.tiles[1]), warp, kk, qk);
 
-  float* square = reinterpret_cast<float*>(memory.tiles);
-  const int64_t heads = a.HV / a.H;
-  for (int64_t first = 0; first < heads; first += kHeadsAtOnce) {
-    __syncthreads();
+  for (int first = 0; first < heads; first += kHeadsAtOnce) {
+    const int num_heads = heads - first < kHeadsAtOnce ? heads - first : kHeadsAtOnce;
     const int64_t head = key_head * heads + first;
-    const int num_heads = heads - first < kHeadsAtOnce ? static_cast<int>(heads - first) : kHeadsAtOnce;
+    const int64_t index = chunk * a.HV + head;
+    __syncthreads();
     if (warp < num_heads) {
-      load_gates<kK>(a, token, count, head + warp, memory, warp, kernel.factors.gates[chunk * a.HV + head + warp]);
+      gates.sum(a, count, memory, memory.gates[warp], kernel.factors.gates[index + warp]);
+      if (first + kHeadsAtOnce + warp < heads) gates.load(a, token, count, head + kHeadsAtOnce + warp);
     }
+    __syncthreads();
     for (int i = 0; i < num_heads; ++i) {
-      const int64_t index = chunk * a.HV + head + i;
-      __syncthreads();
-      apply_gates<kK>(memory, i, a.scale, warp, kk, qk, square, kernel.factors.scores[index]);
-      __syncwarp();
-      invert_diagonal(square + warp * 16 * (kSquarePitch + 1));
-      __syncthreads();
-      invert_column(square, warp);
-      __syncthreads();
-      store_inverse(square, memory.beta[i], kernel.factors.inverse[index]);
+      apply_gates<kK>(memory, memory.gates[i], a.scale, warp, kk, qk, memory.squares[i],
+                      kernel.factors.scores[index + i]);
+    }
+    __syncwarp();
+    // A half of the warp takes a head's diagonal block; the second idles along where there is one head.
+    float* diagonal = square_block(memory.squares[half], warp, warp);
+    invert_diagonal(diagonal);
+    if (half < num_heads) {
+      store_diagonal(diagonal + threadIdx.x % 16 * kSquarePitch, memory.gates[half].beta, warp,
+                     kernel.factors.inverse[index + half]);
+    }
+    __syncthreads();
+    const int i = warp % 2;
+    if (i < num_heads) {
+      FactorSquare& square = memory.squares[i];
+      ChunkSquare& inverse = kernel.factors.inverse[index + i];
+      if (warp < 2) {
+        invert_column<0>(square, memory.gates[i].beta, inverse);
+      } else {
+        invert_column<1>(square, memory.gates[i].beta, inverse);
+        invert_column<2>(square, memory.gates[i].beta, inverse);
+      }
     }
   }
 }

@@ -10,6 +10,7 @@
 #include "core/kernels/cuda/chunk_scan.cuh"
 #include "core/kernels/cuda/device_facts.h"
 #include "core/kernels/cuda/launch.h"
+#include "core/kernels/cuda/tensor_map.h"
 
 namespace xgdn::kernel::cuda {
 namespace {
@@ -57,40 +58,46 @@ void launch(Kernel kernel, int64_t blocks, int threads, size_t memory, cudaStrea
   check_launch(kOp);
 }
 
-template <class State, int kK, int kGroups>
+template <int kK, int kGroups, bool kByBoxes>
 void scan(ScanKernel& kernel, cudaStream_t stream) {
   const ChunkGatedDeltaRuleArgs& a = kernel.args;
   kernel.num_stages = stages_that_fit<kK, kGroups>();
-  launch(chunk_scan_kernel<State, kK, kGroups>, a.N * a.HV * (a.V / (kGroupRows * kGroups)),
+  launch(chunk_scan_kernel<kK, kGroups, kByBoxes>, a.N * a.HV * (a.V / (kGroupRows * kGroups)),
          (kGroups + 1) * kGroupThreads, scan_memory<kK, kGroups>(kernel.num_stages), stream, kernel);
 }
 
-template <class State, int kK>
+bool make_tensor_maps(ScanKernel& kernel) {
+  const ChunkGatedDeltaRuleArgs& a = kernel.args;
+  return has_clusters() && make_tensor_map(kernel.q_map, a.q, a.T, a.H, a.K, kChunk) &&
+         make_tensor_map(kernel.k_map, a.k, a.T, a.H, a.K, kChunk) &&
+         make_tensor_map(kernel.v_map, a.v, a.T, a.HV, a.V, kChunk) &&
+         make_tensor_map(kernel.out_map, a.out, a.T, a.HV, a.V, kChunk);
+}
+
+template <int kK>
 void scan(ScanKernel& kernel, cudaStream_t stream) {
   const ChunkGatedDeltaRuleArgs& a = kernel.args;
-  // Two groups share what they read; one leaves more blocks, where they are few.
-  const bool has_pairs = a.V % (2 * kGroupRows) == 0 && stages_that_fit<kK, 2>() > 0;
-  if (has_pairs && 2 * a.N * a.HV * (a.V / (2 * kGroupRows)) > num_multiprocessors()) {
-    scan<State, kK, 2>(kernel, stream);
+  if (!make_tensor_maps(kernel)) {
+    scan<kK, 1, false>(kernel, stream);
+    // Two groups share what they read; one leaves more blocks, where they are few.
+  } else if (a.V % (2 * kGroupRows) == 0 && 2 * a.N * a.HV * (a.V / (2 * kGroupRows)) > num_multiprocessors()) {
+    scan<kK, 2, true>(kernel, stream);
   } else {
-    scan<State, kK, 1>(kernel, stream);
+    scan<kK, 1, true>(kernel, stream);
   }
 }
 
 template <int kK>
 void run(const ChunkGatedDeltaRuleArgs& args, cudaStream_t stream) {
   const ChunkFactors factors = factors_in(args);
-  const bool is_q_aligned = is_aligned(args.q), is_k_aligned = is_aligned(args.k);
+  ScanKernel kernel = {
+      args, factors, 0, is_aligned(args.q), is_aligned(args.k), is_aligned(args.v), is_aligned(args.out), {},
+      {},   {},      {}};
   if (args.M > 0) {
     launch(chunk_factors_kernel<kK>, args.M * args.H, kFactorThreads, sizeof(FactorMemory<kK>), stream,
-           FactorsKernel{args, factors, is_q_aligned, is_k_aligned});
+           FactorsKernel{args, factors, kernel.is_q_aligned, kernel.is_k_aligned});
   }
-  ScanKernel kernel = {args, factors, 0, is_q_aligned, is_k_aligned, is_aligned(args.v), is_aligned(args.out)};
-  if (args.state.dtype == DType::kBFloat16) {
-    scan<__nv_bfloat16, kK>(kernel, stream);
-  } else {
-    scan<float, kK>(kernel, stream);
-  }
+  scan<kK>(kernel, stream);
 }
 
 }  // namespace

@@ -11,10 +11,11 @@
 
 namespace xgdn::kernel::cuda {
 
-/// M is the number of rows of chunk_indices; a row below 0 names no chunk.
+/// T is the number of rows of q, k, v and out. M is the number of rows of chunk_indices; a row below 0 names no chunk.
 struct ChunkGatedDeltaRuleArgs : DeltaRuleArgs {
   const bool* has_initial_state = nullptr;  // [N]  null: all true
 
+  int64_t T = 0;
   int64_t M = 0;
   const int32_t* chunk_indices = nullptr;  // [M, 2]
   const int32_t* chunk_offsets = nullptr;  // [N+1]

@@ -11,9 +11,9 @@
 //   S  <- last S + (U^T write) K
 //
 // S stays in registers in f32. The sums of each product, rounded to bf16, are the left operand of the next; right
-// operands come from shared memory, which a warp group of its own fills some chunks ahead. V and O go through 16
-// columns of a warp's own. The order of sums depends on nothing but the chunk, so a sequence's bits do not depend on
-// other sequences, nor on how many groups of rows a block takes.
+// operands come from shared memory, which a warp group of its own fills some chunks ahead. What S waits for comes
+// first; the outputs of a chunk leave while the next one's first product runs. The order of sums depends on nothing but
+// the chunk, so a sequence's bits do not depend on other sequences, nor on how many groups of rows a block takes.
 #pragma once
 
 #include "core/kernels/cuda/async_copy.cuh"
@@ -26,23 +26,15 @@ inline constexpr int kGroupRows = 64;  // of S to a warp group
 inline constexpr int kGroupThreads = 128;
 inline constexpr int kMaxStages = 4;
 
-/// A chunk of the keys' head and of the value head's factors.
-template <int kK>
+/// A chunk: of its key head, its value head, and its value head's factors.
+template <int kK, int kGroups>
 struct alignas(1024) ScanStage {
   char k[kK / 64 * kPanelBytes];
   char q[kK / 64 * kPanelBytes];
-  char inverse[kPanelBytes];
-  char scores[kPanelBytes];
+  char v[kGroups][kPanelBytes];
+  ChunkSquare inverse;
+  ChunkSquare scores;
   ChunkGates gates;
-};
-
-/// 16 columns of v or o: rows of two pieces, swapped in every other four rows.
-struct WarpColumns {
-  char rows[kChunk][2 * kPieceBytes];
-
-  static __device__ int offset(int row, int piece) {
-    return row * 2 * kPieceBytes + (piece ^ row / 4 % 2) * kPieceBytes;
-  }
 };
 
 struct ScanBarriers {
@@ -50,9 +42,16 @@ struct ScanBarriers {
   uint64_t empty[kMaxStages];
 };
 
+/// Stages lie before it.
+template <int kGroups>
+struct ScanTail {
+  char out[kGroups][kPanelBytes];
+  ScanBarriers barriers;
+};
+
 template <int kK, int kGroups>
 constexpr size_t scan_memory(int num_stages) {
-  return num_stages * sizeof(ScanStage<kK>) + kGroups * 4 * 2 * sizeof(WarpColumns) + sizeof(ScanBarriers);
+  return num_stages * sizeof(ScanStage<kK, kGroups>) + sizeof(ScanTail<kGroups>);
 }
 
 struct ScanKernel {
@@ -60,14 +59,22 @@ struct ScanKernel {
   ChunkFactors factors;
   int num_stages;
   bool is_q_aligned, is_k_aligned, is_v_aligned, is_out_aligned;
+  CUtensorMap q_map, k_map, v_map, out_map;  // where the kernel copies boxes
 };
 
 /// What a block works on.
 struct ScanItem {
   int64_t head, key_head;
+  int64_t column;      // of V, the first
   int64_t begin, end;  // tokens
   int64_t chunk;       // the first
   int num_chunks;
+
+  __device__ int64_t token_of(int c) const { return begin + static_cast<int64_t>(c) * kChunk; }
+  __device__ int count_of(int c) const {
+    const int64_t rest = end - token_of(c);
+    return rest < kChunk ? static_cast<int>(rest) : kChunk;
+  }
 };
 
 /// Stage and parity of the chunk that a warp is at.
@@ -80,42 +87,85 @@ struct StageCursor {
   }
 };
 
-// ---- the group that fills the stages
-// ---------------------------------------------------------------------------------
+// ---- filling the stages by boxes: one warp
+// ---------------------------------------------------------------------------
 
-template <int kK>
+template <int kK, int kGroups>
+__device__ inline void fill_stages_by_boxes(const ScanKernel& kernel, const ScanItem& item,
+                                            ScanStage<kK, kGroups>* stages, ScanBarriers& barriers) {
+  constexpr int kPanels = kK / 64;
+  constexpr uint32_t kSquareBytes = 2 * (2 + 4 + 6 + 8) * 128;  // rows of blocks, in pairs
+  constexpr uint32_t kBytes = (2 * kPanels + kGroups) * kPanelBytes + 2 * kSquareBytes + sizeof(ChunkGates);
+  const int lane = threadIdx.x % 32;
+  StageCursor at;
+  for (int c = 0; c < item.num_chunks; ++c) {
+    const int64_t index = (item.chunk + c) * kernel.args.HV + item.head;
+    const int token = static_cast<int>(item.token_of(c));
+    ScanStage<kK, kGroups>& stage = stages[at.stage];
+    const uint32_t full = shared_address(&barriers.full[at.stage]);
+    wait_at(shared_address(&barriers.empty[at.stage]), at.parity ^ 1);
+    if (lane == 0) arrive_and_expect(full, kBytes);
+    __syncwarp();
+    if (lane < 16) {
+      const int row = lane % 8;
+      const ChunkSquare& from = (lane < 8 ? kernel.factors.inverse : kernel.factors.scores)[index];
+      ChunkSquare& to = lane < 8 ? stage.inverse : stage.scores;
+      copy_bulk(shared_address(&to.rows[row]), &from.rows[row], ChunkSquare::num_blocks(row) * 128, full);
+    } else if (lane < 16 + kPanels) {
+      const int panel = lane - 16;
+      copy_box(shared_address(stage.k + panel * kPanelBytes), kernel.k_map, panel * 64, item.key_head, token, full);
+    } else if (lane < 16 + 2 * kPanels) {
+      const int panel = lane - 16 - kPanels;
+      copy_box(shared_address(stage.q + panel * kPanelBytes), kernel.q_map, panel * 64, item.key_head, token, full);
+    } else if (lane < 16 + 2 * kPanels + kGroups) {
+      const int group = lane - 16 - 2 * kPanels;
+      const int column = static_cast<int>(item.column) + group * kGroupRows;
+      copy_box(shared_address(stage.v[group]), kernel.v_map, column, item.head, token, full);
+    } else if (lane == 31) {
+      copy_bulk(shared_address(&stage.gates), &kernel.factors.gates[index], sizeof(ChunkGates), full);
+    }
+    at.advance(kernel.num_stages);
+  }
+}
+
+// ---- filling the stages by pieces: a warp group
+// ----------------------------------------------------------------------
+
+/// kColumns elements from `column` on of a chunk's rows, zeros behind them.
+template <int kColumns>
 __device__ inline void copy_tile(const InRows& rows, bool is_aligned, int64_t token, int count, int64_t head,
-                                 char* tile) {
-  constexpr int kPieces = kK / 8;  // of a row
+                                 int64_t column, char* tile) {
+  constexpr int kPieces = kColumns / 8;  // of a row
+  constexpr int kStep = kGroupThreads / kPieces;
+  static_assert(kStep % 8 == 0);  // so that a thread's pieces lie at the same place of their rows
   const int thread = threadIdx.x % kGroupThreads;
   const int piece = thread % kPieces;
   if (rows.dtype == DType::kBFloat16 && is_aligned) {
-    const char* from = row_of(rows, token, head) + piece * kPieceBytes;
-    const uint32_t to = shared_address(tile);
-    const int64_t row_bytes = rows.token_stride * 2;
-#pragma unroll 8
-    for (int row = thread / kPieces; row < kChunk; row += kGroupThreads / kPieces) {
+    const char* from = row_of(rows, token + thread / kPieces, head) + (column + piece * 8) * 2;
+    const int64_t step = rows.token_stride * 2 * kStep;
+    uint32_t to = shared_address(tile) + piece_offset(thread / kPieces, piece);
+#pragma unroll 4
+    for (int row = thread / kPieces; row < kChunk; row += kStep, from += step, to += kStep * 128) {
       const bool is_zero = row >= count;
-      copy_async(to + piece_offset(row, piece), is_zero ? from : from + row * row_bytes, is_zero);
+      copy_async(to, is_zero ? rows.data : from, is_zero);
     }
   } else {
-    for (int row = thread / kPieces; row < kChunk; row += kGroupThreads / kPieces) {
+#pragma unroll 1
+    for (int row = thread / kPieces; row < kChunk; row += kStep) {
       uint4 x = make_uint4(0, 0, 0, 0);
-      if (row < count) x = load_piece(rows.dtype, is_aligned, row_of(rows, token + row, head), piece * 8);
+      if (row < count) x = load_piece(rows.dtype, is_aligned, row_of(rows, token + row, head), column + piece * 8);
       *reinterpret_cast<uint4*>(tile + piece_offset(row, piece)) = x;
     }
   }
 }
 
-__device__ inline void copy_square(const ChunkSquare& square, char* tile) {
+__device__ inline void copy_square(const ChunkSquare& from, ChunkSquare& to) {
   const int thread = threadIdx.x % kGroupThreads;
-  const uint32_t to = shared_address(tile);
-  const uint4* from = &square.pieces[0][0][0];
-#pragma unroll
-  for (int index = thread; index < kChunk * kChunk / 8; index += kGroupThreads) {
-    const int row = index / kChunk * 8 + index % 8;
-    const int piece = index / 8 % 8;
-    if (ChunkSquare::has(row, piece)) copy_async(to + piece_offset(row, piece), from + index, false);
+  const int block = thread / 8 % 8;
+#pragma unroll 1
+  for (int row = thread / 64; row < 8; row += kGroupThreads / 64) {
+    if (block >= ChunkSquare::num_blocks(row)) continue;
+    copy_async(shared_address(&to.rows[row][block][thread % 8]), &from.rows[row][block][thread % 8], false);
   }
 }
 
@@ -128,28 +178,32 @@ __device__ inline void copy_gates(const ChunkGates& from, ChunkGates& to) {
   }
 }
 
-template <int kK>
-__device__ inline void fill_stages(const ScanKernel& kernel, const ScanItem& item, ScanStage<kK>* stages,
-                                   ScanBarriers& barriers) {
+template <int kK, int kGroups>
+__device__ inline void fill_stages_by_pieces(const ScanKernel& kernel, const ScanItem& item,
+                                             ScanStage<kK, kGroups>* stages, ScanBarriers& barriers) {
   const ChunkGatedDeltaRuleArgs& a = kernel.args;
   const bool lags = kernel.num_stages > 2;  // a stage is announced when the copies of the next are under way
   StageCursor at, announced;
   const auto announce = [&] {
-    fence_for_tensor_cores();
+    fence_shared_memory();
     arrive_at(shared_address(&barriers.full[announced.stage]));
     announced.advance(kernel.num_stages);
   };
   for (int c = 0; c < item.num_chunks; ++c) {
-    const int64_t token = item.begin + static_cast<int64_t>(c) * kChunk;
-    const int64_t rest = item.end - token;
-    const int count = rest < kChunk ? static_cast<int>(rest) : kChunk;
+    const int64_t token = item.token_of(c);
+    const int count = item.count_of(c);
     const int64_t index = (item.chunk + c) * a.HV + item.head;
-    ScanStage<kK>& stage = stages[at.stage];
+    ScanStage<kK, kGroups>& stage = stages[at.stage];
     wait_at(shared_address(&barriers.empty[at.stage]), at.parity ^ 1);
-    copy_tile<kK>(a.k, kernel.is_k_aligned, token, count, item.key_head, stage.k);
+    copy_tile<kK>(a.k, kernel.is_k_aligned, token, count, item.key_head, 0, stage.k);
+    copy_tile<kK>(a.q, kernel.is_q_aligned, token, count, item.key_head, 0, stage.q);
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      copy_tile<kGroupRows>(a.v, kernel.is_v_aligned, token, count, item.head, item.column + group * kGroupRows,
+                            stage.v[group]);
+    }
     copy_gates(kernel.factors.gates[index], stage.gates);
     copy_square(kernel.factors.inverse[index], stage.inverse);
-    copy_tile<kK>(a.q, kernel.is_q_aligned, token, count, item.key_head, stage.q);
     copy_square(kernel.factors.scores[index], stage.scores);
     commit_copies();
     at.advance(kernel.num_stages);
@@ -167,80 +221,94 @@ __device__ inline void fill_stages(const ScanKernel& kernel, const ScanItem& ite
   }
 }
 
-// ---- columns of v and o
-// ----------------------------------------------------------------------------------------------
+// ---- a warp group's rows
+// ---------------------------------------------------------------------------------------------
 
-/// 16 columns of v from `column` on of a chunk's tokens, zeros behind them; ends when this thread's copies do.
-__device__ inline void start_values(const ScanKernel& kernel, const ScanItem& item, int c, int64_t column,
-                                    WarpColumns& to) {
-  const InRows& rows = kernel.args.v;
+/// A warp group's part of a block's work.
+struct GroupPart {
+  int group;       // of the block
+  int warp;        // of the group
+  int64_t column;  // of V, the warp's first of 16
+};
+
+/// What row of matrix lane / 8 a lane names of the four 8 x 8 matrices of tokens 16 i to 16 i + 15 and the warp's 16
+/// columns, in a panel with rows of tokens.
+__device__ inline uint32_t columns_address(const char* panel, int warp, int i) {
   const int lane = threadIdx.x % 32;
-  const int piece = lane % 2;
-  const int64_t token = item.begin + static_cast<int64_t>(c) * kChunk;
-  const bool is_copied = rows.dtype == DType::kBFloat16 && kernel.is_v_aligned;
-  for (int row = lane / 2; row < kChunk; row += 16) {
-    char* place = &to.rows[0][0] + WarpColumns::offset(row, piece);
-    const bool is_zero = token + row >= item.end;
-    if (is_copied) {
-      const char* from = row_of(rows, is_zero ? token : token + row, item.head) + (column + piece * 8) * 2;
-      copy_async(shared_address(place), from, is_zero);
-    } else {
-      uint4 x = make_uint4(0, 0, 0, 0);
-      if (!is_zero) {
-        x = load_piece(rows.dtype, kernel.is_v_aligned, row_of(rows, token + row, item.head), column + piece * 8);
-      }
-      *reinterpret_cast<uint4*>(place) = x;
-    }
-  }
+  return shared_address(panel) + piece_offset(i * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 }
 
-/// What row of matrix lane / 8 a lane names of the 8 x 8 matrices of tiles 2 i and 2 i + 1: two of columns, twice.
-__device__ inline uint32_t columns_address(const WarpColumns& columns, int i) {
-  const int lane = threadIdx.x % 32;
-  return shared_address(&columns) + WarpColumns::offset(i * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-}
+/// A thread's outputs of a chunk, two tokens of the out's type each: [tile of 8 tokens][row g or g + 8].
+using PackedOutputs = uint32_t[8][2];
 
-__device__ inline uint32_t pack_out(DType dtype, float first, float second) {
-  if (dtype == DType::kFloat16) {
-    const __half2 pair = __floats2half2_rn(first, second);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  return pack_bf16(first, second);
-}
-
-__device__ inline void store_outputs(const ScanKernel& kernel, const ScanItem& item, int c, int64_t column,
-                                     const float (&o)[8][4], WarpColumns& columns) {
-  const OutRows& rows = kernel.args.out;
-  const int lane = threadIdx.x % 32;
-  const int64_t token = item.begin + static_cast<int64_t>(c) * kChunk;
-  if (rows.dtype == DType::kFloat32 || !kernel.is_out_aligned) {
-#pragma unroll
-    for (int tile = 0; tile < 8; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = token + tile * 8 + lane % 4 * 2 + i % 2;
-        if (row < item.end) {
-          store_scalar(rows.dtype, row_of(rows, row, item.head), column + lane / 4 + i / 2 * 8, o[tile][i]);
-        }
-      }
-    }
-    return;
-  }
+__device__ inline void pack_outputs(DType dtype, const float (&o)[8][4], PackedOutputs& packed) {
 #pragma unroll
   for (int tile = 0; tile < 8; ++tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t pair = transpose_matrix(pack_out(rows.dtype, o[tile][2 * half], o[tile][2 * half + 1]));
-      char* place = &columns.rows[0][0] + WarpColumns::offset(tile * 8 + lane / 4, half);
-      reinterpret_cast<uint32_t*>(place)[lane % 4] = pair;
+      const float first = o[tile][2 * half], second = o[tile][2 * half + 1];
+      if (dtype == DType::kFloat16) {
+        const __half2 pair = __floats2half2_rn(first, second);
+        packed[tile][half] = *reinterpret_cast<const uint32_t*>(&pair);
+      } else {
+        packed[tile][half] = pack_bf16(first, second);
+      }
     }
   }
-  __syncwarp();
-  for (int row = lane / 2; row < kChunk; row += 16) {
-    if (token + row >= item.end) break;
-    const char* place = &columns.rows[0][0] + WarpColumns::offset(row, lane % 2);
-    char* to = row_of(rows, token + row, item.head) + (column + lane % 2 * 8) * 2;
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(place);
+}
+
+/// A warp's outputs to its group's panel, with rows of tokens. The group's threads call together.
+__device__ inline void stage_outputs(const GroupPart& part, const PackedOutputs& packed, char* panel) {
+  sync_group(part.group);  // the chunk before has left the panel
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t x[4] = {packed[2 * i][0], packed[2 * i][1], packed[2 * i + 1][0], packed[2 * i + 1][1]};
+    store_matrices_transposed(columns_address(panel, part.warp, i), x);
+  }
+  fence_shared_memory();
+  sync_group(part.group);
+}
+
+/// Sends a full chunk's outputs on their way without a branch, for the next chunk's product is under way. Nothing
+/// leaves where c < 0.
+__device__ inline void store_box_of_outputs(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part,
+                                            int c, const PackedOutputs& packed, char* panel) {
+  wait_stores_read();
+  stage_outputs(part, packed, panel);
+  const int column = static_cast<int>(item.column) + part.group * kGroupRows;
+  store_box(kernel.out_map, column, static_cast<int>(item.head), static_cast<int>(item.token_of(c)),
+            shared_address(panel), threadIdx.x % kGroupThreads == 0 && c >= 0);
+}
+
+/// Any chunk's outputs, of two bytes each. The group's threads call together.
+__device__ inline void store_outputs(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part, int c,
+                                     const PackedOutputs& packed, char* panel) {
+  const OutRows& rows = kernel.args.out;
+  const int thread = threadIdx.x % kGroupThreads;
+  const int count = item.count_of(c);
+  const int64_t column = item.column + part.group * kGroupRows + thread % 8 * 8;
+  stage_outputs(part, packed, panel);
+  for (int row = thread / 8; row < count; row += kGroupThreads / 8) {
+    *reinterpret_cast<uint4*>(row_of(rows, item.token_of(c) + row, item.head) + column * 2) =
+        *reinterpret_cast<const uint4*>(panel + piece_offset(row, thread % 8));
+  }
+}
+
+/// Any chunk's outputs of any type, one by one.
+__device__ inline void store_each_output(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part, int c,
+                                         const float (&o)[8][4]) {
+  const OutRows& rows = kernel.args.out;
+  const int lane = threadIdx.x % 32;
+  const int count = item.count_of(c);
+#pragma unroll
+  for (int tile = 0; tile < 8; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = tile * 8 + lane % 4 * 2 + i % 2;
+      if (row >= count) continue;
+      char* to = row_of(rows, item.token_of(c) + row, item.head);
+      store_scalar(rows.dtype, to, part.column + lane / 4 + i / 2 * 8, o[tile][i]);
+    }
   }
 }
 
@@ -251,10 +319,7 @@ __device__ inline void clear_outputs(const OutRows& rows, const ScanItem& item, 
   }
 }
 
-// ---- the warps that hold the state
-// -----------------------------------------------------------------------------------
-
-// Rows g and g + 8 of 16, in the fragments of sums.
+/// 16 rows of a state, in the fragments of sums.
 template <class State, int kTiles>
 __device__ inline void load_state(const State* rows, float (&S)[kTiles][4]) {
   const int lane = threadIdx.x % 32;
@@ -291,155 +356,215 @@ __device__ inline void store_state(const float (&S)[kTiles][4], State* rows) {
   }
 }
 
-/// Steps S over a chunk; `values` holds its v, and then its outputs on their way.
-template <int kK>
-__device__ inline void step_chunk(const ScanStage<kK>& stage, WarpColumns& values, float (&S)[kK / 8][4],
-                                  float (&o)[8][4]) {
-  const int t = threadIdx.x % 4;
-  const ChunkGates& gates = stage.gates;
-  const auto pair_of = [&](const float* factors, int tile) {
-    return *reinterpret_cast<const float2*>(factors + tile * 8 + 2 * t);
-  };
-  float u[8][4];
-  uint32_t state[kK / 16][4], left[4][4];
-  round_sums(S, state);
-  fence_products();
-  multiply_by_rows<false>(u, state, shared_address(stage.k), false);
-  commit_products();
-  multiply_by_rows<false>(o, state, shared_address(stage.q), false);
-  commit_products();
+/// A thread's factors of the tokens of its fragments.
+__device__ inline void load_factors(const float* from, float2 (&factors)[8]) {
+#pragma unroll
+  for (int tile = 0; tile < 8; ++tile) {
+    factors[tile] = *reinterpret_cast<const float2*>(from + tile * 8 + threadIdx.x % 4 * 2);
+  }
+}
 
-  wait_products<1>();
-  pin(u);
+/// R^T = V^T - (S K^T) read as a left operand; 0 behind `count` tokens.
+__device__ inline void subtract_read(const char* v_panel, int warp, const float (&sk)[8][4], const float2 (&read)[8],
+                                     int count, uint32_t (&r)[4][4]) {
+  const int t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t v[4];
-    load_matrices_transposed(columns_address(values, i), v);
+    load_matrices_transposed(columns_address(v_panel, warp, i), v);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int tile = 2 * i + half;
-      const float2 factor = pair_of(gates.read, tile);
+    for (int j = 0; j < 4; ++j) {
+      const int tile = 2 * i + j / 2;
+      const float2 value = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v[j]));
+      r[i][j] = pack_bf16(fmaf(-read[tile].x, sk[tile][j % 2 * 2], value.x),
+                          fmaf(-read[tile].y, sk[tile][j % 2 * 2 + 1], value.y));
+    }
+  }
+  if (count < kChunk) {
 #pragma unroll
-      for (int rows = 0; rows < 2; ++rows) {
-        const float2 value = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v[2 * half + rows]));
-        left[i][2 * half + rows] =
-            pack_bf16(value.x - factor.x * u[tile][2 * rows], value.y - factor.y * u[tile][2 * rows + 1]);
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int token = i * 16 + j / 2 * 8 + 2 * t;
+        if (token >= count) {
+          r[i][j] = 0;
+        } else if (token + 1 >= count) {
+          r[i][j] &= 0xffffu;
+        }
       }
     }
   }
-  fence_products();
-  multiply_by_rows<true>(u, left, shared_address(stage.inverse), false);
-  commit_products();
-#pragma unroll
-  for (int tile = 0; tile < kK / 8; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) S[tile][i] *= gates.last;
-  }
-  wait_products<0>();
-  pin(u);
-  pin(o);
-
-  uint32_t writes[4][4];
-#pragma unroll
-  for (int tile = 0; tile < 8; ++tile) {
-    const float2 factor = pair_of(gates.write, tile);
-    writes[tile / 2][tile % 2 * 2] = pack_bf16(u[tile][0] * factor.x, u[tile][1] * factor.y);
-    writes[tile / 2][tile % 2 * 2 + 1] = pack_bf16(u[tile][2] * factor.x, u[tile][3] * factor.y);
-  }
-  pin(S);
-  fence_products();
-  multiply_by_columns(S, writes, shared_address(stage.k));
-  commit_products();
-  round_sums(u, left);
-#pragma unroll
-  for (int tile = 0; tile < 8; ++tile) {
-    const float2 factor = pair_of(gates.out, tile);
-    o[tile][0] *= factor.x, o[tile][1] *= factor.y, o[tile][2] *= factor.x, o[tile][3] *= factor.y;
-  }
-  pin(o);
-  fence_products();
-  multiply_by_rows<true>(o, left, shared_address(stage.scores), true);
-  commit_products();
-  wait_products<0>();
-  pin(S);
-  pin(o);
 }
 
-template <class State, int kK>
-__device__ inline void scan_chunks(const ScanKernel& kernel, const ScanItem& item, int n, int64_t column,
-                                   const ScanStage<kK>* stages, ScanBarriers& barriers, WarpColumns* values) {
-  const ChunkGatedDeltaRuleArgs& a = kernel.args;
-  const int lane = threadIdx.x % 32;
-  const auto rows_of = [&](int slot) {
-    return static_cast<State*>(a.state.data) + slot * a.state.stride + (item.head * a.V + column) * kK;
-  };
-  float S[kK / 8][4] = {};
-  if (item.num_chunks > 0) start_values(kernel, item, 0, column, values[0]);
-  commit_copies();
-  if (a.has_initial_state == nullptr || a.has_initial_state[n]) load_state(rows_of(a.state.read[n]), S);
+/// Zeros behind the keys of a sequence's last chunk: boxes hold the next sequence's there, whatever they are.
+template <int kK>
+__device__ inline void clear_keys(char* k, int count, int group) {
+  for (int i = threadIdx.x % kGroupThreads; i < (kChunk - count) * (kK / 8); i += kGroupThreads) {
+    *reinterpret_cast<uint4*>(k + piece_offset(count + i / (kK / 8), i % (kK / 8))) = make_uint4(0, 0, 0, 0);
+  }
+  fence_shared_memory();
+  sync_group(group);
+}
+
+template <int kK, int kGroups, bool kByBoxes>
+__device__ inline void scan_chunks(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part,
+                                   ScanStage<kK, kGroups>* stages, ScanTail<kGroups>& tail, float (&S)[kK / 8][4]) {
+  char* panel = tail.out[part.group];
   StageCursor at;
+  PackedOutputs packed = {};
+  uint32_t state[kK / 16][4];
+  round_sums(S, state);
   for (int c = 0; c < item.num_chunks; ++c) {
-    __syncwarp();  // the last outputs have left the columns
-    if (c + 1 < item.num_chunks) start_values(kernel, item, c + 1, column, values[(c + 1) % 2]);
-    commit_copies();
-    wait_copies<1>();
-    wait_at(shared_address(&barriers.full[at.stage]), at.parity);
+    ScanStage<kK, kGroups>& stage = stages[at.stage];
+    const int count = item.count_of(c);
+    wait_at(shared_address(&tail.barriers.full[at.stage]), at.parity);
+    if (kByBoxes && count < kChunk) clear_keys<kK>(stage.k, count, part.group);
+
+    float u[8][4], o[8][4];
+    fence_products();
+    multiply_by_rows(u, state, shared_address(stage.k));
+    commit_products();
+    if constexpr (kByBoxes) store_box_of_outputs(kernel, item, part, c - 1, packed, panel);
+    float2 factors[8];
+    load_factors(stage.gates.read, factors);
+    wait_products<0>();
+    pin(u);
+
+    uint32_t left[4][4], writes[4][4];
+    subtract_read(stage.v[part.group], part.warp, u, factors, count, left);
+    fence_products();
+    multiply_by_square(u, left, shared_address(&stage.inverse), false);
+    commit_products();
+    multiply_by_rows(o, state, shared_address(stage.q));
+    commit_products();
+    load_factors(stage.gates.write, factors);
+    const float last = stage.gates.last;
+#pragma unroll
+    for (int tile = 0; tile < kK / 8; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) S[tile][i] *= last;
+    }
+    wait_products<1>();
+    pin(u);
+
+#pragma unroll
+    for (int tile = 0; tile < 8; ++tile) {
+      writes[tile / 2][tile % 2 * 2] = pack_bf16(u[tile][0] * factors[tile].x, u[tile][1] * factors[tile].y);
+      writes[tile / 2][tile % 2 * 2 + 1] = pack_bf16(u[tile][2] * factors[tile].x, u[tile][3] * factors[tile].y);
+    }
+    pin(S);
+    fence_products();
+    multiply_by_columns(S, writes, shared_address(stage.k));
+    commit_products();
+    round_sums(u, left);
+    load_factors(stage.gates.out, factors);
+    wait_products<1>();
+    pin(o);
+#pragma unroll
+    for (int tile = 0; tile < 8; ++tile) {
+      o[tile][0] *= factors[tile].x, o[tile][1] *= factors[tile].y;
+      o[tile][2] *= factors[tile].x, o[tile][3] *= factors[tile].y;
+    }
+    pin(o);
+    fence_products();
+    multiply_by_square(o, left, shared_address(&stage.scores), true);
+    commit_products();
+    wait_products<1>();
+    pin(S);
+    round_sums(S, state);
+    wait_products<0>();
+    pin(o);
     __syncwarp();
-    float o[8][4];
-    step_chunk<kK>(stages[at.stage], values[c % 2], S, o);
-    __syncwarp();
-    if (lane == 0) arrive_at(shared_address(&barriers.empty[at.stage]));
-    store_outputs(kernel, item, c, column, o, values[c % 2]);
+    if (threadIdx.x % 32 == 0) arrive_at(shared_address(&tail.barriers.empty[at.stage]));
     at.advance(kernel.num_stages);
+    if constexpr (kByBoxes) {
+      pack_outputs(DType::kBFloat16, o, packed);
+    } else if (kernel.args.out.dtype == DType::kFloat32 || !kernel.is_out_aligned) {
+      store_each_output(kernel, item, part, c, o);
+    } else {
+      pack_outputs(kernel.args.out.dtype, o, packed);
+      store_outputs(kernel, item, part, c, packed, panel);
+    }
   }
-  const int slot = a.state.write[n];
-  if (slot >= 0) store_state(S, rows_of(slot));
+  if (kByBoxes && item.num_chunks > 0) {
+    wait_stores_read();
+    store_outputs(kernel, item, part, item.num_chunks - 1, packed, panel);
+  }
 }
 
-template <class State, int kK, int kGroups>
+/// From the state that a sequence reads to the one that it writes.
+template <int kK, int kGroups, bool kByBoxes>
+__device__ inline void scan_sequence(const ScanKernel& kernel, const ScanItem& item, int n, const GroupPart& part,
+                                     ScanStage<kK, kGroups>* stages, ScanTail<kGroups>& tail) {
+  const ChunkGatedDeltaRuleArgs& a = kernel.args;
+  const int64_t first_row = (item.head * a.V + part.column) * kK;
+  const auto read_slot = a.state.read[n] * a.state.stride + first_row;
+  float S[kK / 8][4] = {};
+  if (a.has_initial_state == nullptr || a.has_initial_state[n]) {
+    if (a.state.dtype == DType::kFloat32) {
+      load_state(static_cast<const float*>(a.state.data) + read_slot, S);
+    } else {
+      load_state(static_cast<const __nv_bfloat16*>(a.state.data) + read_slot, S);
+    }
+  }
+  scan_chunks<kK, kGroups, kByBoxes>(kernel, item, part, stages, tail, S);
+  if (a.state.write[n] < 0) return;
+  const auto write_slot = a.state.write[n] * a.state.stride + first_row;
+  if (a.state.dtype == DType::kFloat32) {
+    store_state(S, static_cast<float*>(a.state.data) + write_slot);
+  } else {
+    store_state(S, static_cast<__nv_bfloat16*>(a.state.data) + write_slot);
+  }
+}
+
+template <int kK, int kGroups, bool kByBoxes>
 __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
     chunk_scan_kernel(const __grid_constant__ ScanKernel kernel) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const ChunkGatedDeltaRuleArgs& a = kernel.args;
-  auto* stages = reinterpret_cast<ScanStage<kK>*>(shared_memory);
-  auto* values = reinterpret_cast<WarpColumns*>(stages + kernel.num_stages);
-  auto& barriers = *reinterpret_cast<ScanBarriers*>(values + kGroups * 4 * 2);
+  auto* stages = reinterpret_cast<ScanStage<kK, kGroups>*>(shared_memory);
+  auto& tail = *reinterpret_cast<ScanTail<kGroups>*>(stages + kernel.num_stages);
 
   const int warp = threadIdx.x / 32;
   const int64_t v_blocks = a.V / (kGroupRows * kGroups);
-  const int64_t column = blockIdx.x % v_blocks * kGroupRows * kGroups + warp * 16;
   const int n = static_cast<int>(blockIdx.x / (v_blocks * a.HV));
   ScanItem item;
   item.head = blockIdx.x / v_blocks % a.HV;
   item.key_head = item.head / (a.HV / a.H);
+  item.column = blockIdx.x % v_blocks * kGroupRows * kGroups;
   item.begin = a.cu_seqlens[n];
   item.end = a.cu_seqlens[n + 1];
   item.chunk = a.chunk_offsets[n];
   item.num_chunks = static_cast<int>((item.end - item.begin + kChunk - 1) / kChunk);
+  const GroupPart part = {warp / 4, warp % 4, item.column + warp * 16};
   if (a.state.read[n] < 0) {
-    if (warp < kGroups * 4) clear_outputs(a.out, item, column);
+    if (warp < kGroups * 4) clear_outputs(a.out, item, part.column);
     return;
   }
   // What lies above the diagonals is never copied.
   for (int stage = 0; stage < kernel.num_stages; ++stage) {
-    for (int i = threadIdx.x; i < 2 * kPanelBytes / kPieceBytes; i += blockDim.x) {
-      reinterpret_cast<uint4*>(stages[stage].inverse)[i] = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < kChunk * kChunk / 8; i += blockDim.x) {
+      (&stages[stage].inverse.rows[0][0][0])[i] = (&stages[stage].scores.rows[0][0][0])[i] = make_uint4(0, 0, 0, 0);
     }
   }
-  fence_for_tensor_cores();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kernel.num_stages; ++stage) {
-      init_barrier(shared_address(&barriers.full[stage]), kGroupThreads);
-      init_barrier(shared_address(&barriers.empty[stage]), kGroups * 4);
+      init_barrier(shared_address(&tail.barriers.full[stage]), kByBoxes ? 1 : kGroupThreads);
+      init_barrier(shared_address(&tail.barriers.empty[stage]), kGroups * 4);
     }
   }
+  fence_shared_memory();
   __syncthreads();
   if (warp >= kGroups * 4) {
     if constexpr (kGroups == 2) leave_registers<40>();
-    fill_stages<kK>(kernel, item, stages, barriers);
+    if constexpr (!kByBoxes) {
+      fill_stages_by_pieces<kK, kGroups>(kernel, item, stages, tail.barriers);
+    } else if (warp == kGroups * 4) {
+      fill_stages_by_boxes<kK, kGroups>(kernel, item, stages, tail.barriers);
+    }
   } else {
     if constexpr (kGroups == 2) take_registers<232>();
-    scan_chunks<State, kK>(kernel, item, n, column, stages, barriers, values + warp * 2);
+    scan_sequence<kK, kGroups, kByBoxes>(kernel, item, n, part, stages, tail);
   }
 }
 

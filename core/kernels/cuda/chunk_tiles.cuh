@@ -31,15 +31,38 @@ __device__ inline uint4 load_piece(DType dtype, bool is_aligned, const void* row
 // Products are of a warp group: its warp w has rows 16 w to 16 w + 15 of a and of sum. On Hopper they run beside the
 // program: sum and a must stay as they are until wait_products; elsewhere they have ended when the function returns.
 
-/// sum [64, 64] (+)= a [64, 16 kSteps] b^T, with b a tile [64, 16 kSteps]. kIsTriangular: b is zero above its diagonal
-/// blocks of 16.
-template <bool kIsTriangular, int kSteps>
-__device__ inline void multiply_by_rows(float (&sum)[8][4], const uint32_t (&a)[kSteps][4], uint32_t b, bool adds) {
+/// sum [64, 64] = a [64, 16 kSteps] b^T, with b a tile [64, 16 kSteps].
+template <int kSteps>
+__device__ inline void multiply_by_rows(float (&sum)[8][4], const uint32_t (&a)[kSteps][4], uint32_t b) {
   if constexpr (kHasGroupProducts) {
-    const uint64_t rows = matrix_descriptor(b, 16, 1024);
-    const auto at = [&](int step) { return rows + ((step / 4 * kPanelBytes + step % 4 * 32) >> 4); };
+    const uint64_t rows = panel_descriptor(b, 16, 1024);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) start_product<false>(sum, a[step], at(step), adds || step > 0);
+    for (int step = 0; step < kSteps; ++step) {
+      start_product<false>(sum, a[step], rows + ((step / 4 * kPanelBytes + step % 4 * 32) >> 4), step > 0);
+    }
+  } else {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int tile = 0; tile < 8; ++tile) sum[tile][0] = sum[tile][1] = sum[tile][2] = sum[tile][3] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int tile = 0; tile < 8; tile += 2) {
+        uint32_t x[4];
+        load_matrices(b + piece_offset(tile * 8 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2), x);
+        multiply_bf16(sum[tile], a[step], x[0], x[1]);
+        multiply_bf16(sum[tile + 1], a[step], x[2], x[3]);
+      }
+    }
+  }
+}
+
+/// sum [64, 64] (+)= a [64, 64] b^T, with b a ChunkSquare.
+__device__ inline void multiply_by_square(float (&sum)[8][4], const uint32_t (&a)[4][4], uint32_t b, bool adds) {
+  if constexpr (kHasGroupProducts) {
+    const uint64_t rows = block_descriptor(b, 128, 1024);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) start_product<false>(sum, a[step], rows + (step * 256 >> 4), adds || step > 0);
   } else {
     const int lane = threadIdx.x % 32;
     if (!adds) {
@@ -47,11 +70,11 @@ __device__ inline void multiply_by_rows(float (&sum)[8][4], const uint32_t (&a)[
       for (int tile = 0; tile < 8; ++tile) sum[tile][0] = sum[tile][1] = sum[tile][2] = sum[tile][3] = 0.0f;
     }
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < 4; ++step) {
 #pragma unroll
-      for (int tile = kIsTriangular ? 2 * step : 0; tile < 8; tile += 2) {
+      for (int tile = 2 * step; tile < 8; tile += 2) {
         uint32_t x[4];
-        load_matrices(b + piece_offset(tile * 8 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2), x);
+        load_matrices(b + (tile + lane / 16) * 1024 + (2 * step + lane / 8 % 2) * 128 + lane % 8 * 16, x);
         multiply_bf16(sum[tile], a[step], x[0], x[1]);
         multiply_bf16(sum[tile + 1], a[step], x[2], x[3]);
       }
@@ -63,7 +86,7 @@ __device__ inline void multiply_by_rows(float (&sum)[8][4], const uint32_t (&a)[
 template <int kTiles>
 __device__ inline void multiply_by_columns(float (&sum)[kTiles][4], const uint32_t (&a)[4][4], uint32_t b) {
   if constexpr (kHasGroupProducts) {
-    const uint64_t columns = matrix_descriptor(b, kPanelBytes, 1024);
+    const uint64_t columns = panel_descriptor(b, kPanelBytes, 1024);
 #pragma unroll
     for (int step = 0; step < 4; ++step) start_product<true>(sum, a[step], columns + (step * 2048 >> 4), true);
   } else {
@@ -103,12 +126,13 @@ struct alignas(16) ChunkGates {
   float unused[3];
 };
 
-/// A triangular tile: pieces of 8 columns, 8 rows of a piece side by side. What lies above the diagonal blocks of 16
-/// is neither written nor read.
+/// A triangular matrix in 8 x 8 blocks, whose rows of 16 bytes are neighbours. What lies above the diagonal blocks of
+/// 16 x 16 is neither written nor read.
 struct ChunkSquare {
-  uint4 pieces[kChunk / 8][kChunk / 8][8];
+  uint4 rows[kChunk / 8][kChunk / 8][8];
 
-  static __host__ __device__ constexpr bool has(int row, int piece) { return piece / 2 <= row / 16; }
+  /// How many of a row's blocks there are; `block_row`: of 8 rows.
+  static __host__ __device__ constexpr int num_blocks(int block_row) { return block_row / 2 * 2 + 2; }
 };
 
 struct ChunkFactors {

@@ -9,6 +9,7 @@
 #include <c10/util/StringUtil.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/kernels/aten/attention.h"
@@ -23,6 +24,7 @@
 #include "core/kernels/cuda/elementwise_gates.h"
 #include "core/kernels/cuda/gdn_decode_step.h"
 #include "core/kernels/cuda/gdn_gating.h"
+#include "core/kernels/cuda/graph.h"
 #include "core/kernels/cuda/moe_experts.h"
 #include "core/kernels/cuda/paged_attention.h"
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
@@ -73,8 +75,18 @@ void run_recurrent(cuda::RecurrentGatedDeltaRuleArgs args, const at::Tensor& q, 
   cuda::recurrent_gated_delta_rule(args, current_stream(q));
 }
 
+// Tokens of the longest sequence, or more: what the host does not say may be one sequence.
+int64_t max_len(const PagedAttentionParams& p, const AttentionShape& s) {
+  if (!p.host.cu_seqlens) return s.T;
+  const int32_t* const cu = p.host.cu_seqlens->const_data_ptr<int32_t>();
+  int64_t longest = 0;
+  for (int64_t n = 0; n < s.N; ++n) longest = std::max<int64_t>(longest, cu[n + 1] - cu[n]);
+  return longest;
+}
+
 class CudaBackend final : public Backend {
  public:
+  using Backend::is_batch_invariant;
   using Backend::run;
   using Backend::why_not;
 
@@ -93,18 +105,49 @@ class CudaBackend final : public Backend {
   }
 
   bool copies_contexts() const override { return false; }
+  bool finds_largest_logits() const override { return true; }
+#ifdef XGDN_TORCH_HAS_CUDA
+  bool has_graphs() const override {
+    return true;
+  }
+  std::unique_ptr<DeviceGraph> record(const std::function<void()>& launches) const override {
+    return cuda::record_graph(launches);
+  }
+#endif
 
   // ---- the delta rule -----------------------------------------------------------------------------------------------
 
   Sentence why_not(const RecurrentGatedDeltaRuleParams&, const GdnShape& s) const override {
     return why_not_key_dim(s.K);
   }
-  Sentence why_not(const ChunkGatedDeltaRuleParams&, const GdnShape& s) const override { return why_not_key_dim(s.K); }
-  Sentence why_not(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override { return kPlainStates; }
-  Sentence why_not(const MaterializeStateParams&, const ReplayShape&) const override { return kPlainStates; }
-  Sentence why_not(const PackedDecodeParams&, const GdnShape& s) const override { return why_not_key_dim(s.K); }
+  Sentence why_not(const ChunkGatedDeltaRuleParams&, const GdnShape& s) const override {
+    return why_not_key_dim(s.K);
+  }
+  Sentence why_not(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override {
+    return kPlainStates;
+  }
+  Sentence why_not(const MaterializeStateParams&, const ReplayShape&) const override {
+    return kPlainStates;
+  }
+  Sentence why_not(const PackedDecodeParams&, const GdnShape& s) const override {
+    return why_not_key_dim(s.K);
+  }
   Sentence why_not(const GdnDecodeStepParams&, const DecodeStepShape& s) const override {
     return why_not_key_dim(s.rule.K);
+  }
+
+  // A sequence's sums do not depend on the grid.
+  bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const PackedDecodeParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
+    return cuda::decode_step_supports(op_args(p, s));
   }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
@@ -121,6 +164,7 @@ class CudaBackend final : public Backend {
     args.k = in_rows(k);
     args.v = in_rows(v);
     args.has_initial_state = has_initial_state;
+    args.T = v.size(0);
     args.M = p.chunk_indices.size(0);
     args.chunk_indices = p.chunk_indices.const_data_ptr<int32_t>();
     args.chunk_offsets = p.chunk_offsets.const_data_ptr<int32_t>();
@@ -132,7 +176,9 @@ class CudaBackend final : public Backend {
   void run(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override {
     throw UnsupportedError(kPlainStates);
   }
-  void run(const MaterializeStateParams&, const ReplayShape&) const override { throw UnsupportedError(kPlainStates); }
+  void run(const MaterializeStateParams&, const ReplayShape&) const override {
+    throw UnsupportedError(kPlainStates);
+  }
 
   void run(const PackedDecodeParams& p, const GdnShape& s) const override {
     cuda::RecurrentGatedDeltaRuleArgs args = {op_args(p, s)};
@@ -161,7 +207,9 @@ class CudaBackend final : public Backend {
   void run(const CausalConv1dUpdateParams& p, const ConvShape& s) const override {
     cuda::causal_conv1d_update(op_args(p, s), current_stream(p.x));
   }
-  void run(const L2NormParams& p, const GdnShape&) const override { aten::l2_norm(p); }
+  void run(const L2NormParams& p, const GdnShape&) const override {
+    aten::l2_norm(p);
+  }
   void run(const RmsNormGatedParams& p, const GdnShape& s) const override {
     cuda::rms_norm_gated(op_args(p, s), s.T, current_stream(p.x));
   }
@@ -175,13 +223,16 @@ class CudaBackend final : public Backend {
   void run(const SigmoidAndMulParams& p, const NormShape& s) const override {
     cuda::sigmoid_and_mul(op_args(p, s), s.T, current_stream(p.x));
   }
-  void run(const LinearParams& p, const LinearShape&) const override { aten::linear(p); }
-  void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override { aten::quantized_linear(p); }
+  void run(const LinearParams& p, const LinearShape&) const override {
+    aten::linear(p);
+  }
+  void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override {
+    aten::quantized_linear(p);
+  }
 
   // ---- attention ----------------------------------------------------------------------------------------------------
 
-  Sentence why_not(const PagedAttentionParams& p, const AttentionShape& s) const override {
-    if (p.k.scalar_type() == at::kChar) return "it has no kernel for keys and values of int8 yet";
+  Sentence why_not(const PagedAttentionParams&, const AttentionShape& s) const override {
     if (s.D % 8 == 0 && s.D <= 256) return std::nullopt;
     return c10::str("its kernels are for heads of a multiple of 8, at most 256, got D=", s.D);
   }
@@ -194,8 +245,9 @@ class CudaBackend final : public Backend {
                                      .HKV = s.HKV,
                                      .D = s.D,
                                      .B = p.k.size(1),
-                                     .max_len = p.host.max_len,
+                                     .max_len = max_len(p, s),
                                      .q = in_rows(p.q),
+                                     .are_int8 = p.k.scalar_type() == at::kChar,
                                      .k = p.k.const_data_ptr(),
                                      .v = p.v.const_data_ptr(),
                                      .block_table = p.block_table.const_data_ptr<int32_t>(),
@@ -222,7 +274,9 @@ class CudaBackend final : public Backend {
                    current_stream(p.k));
   }
 
-  void run(const CopySlotsParams& p, const SlotsShape& s) const override { aten::copy_slots(p, s); }
+  void run(const CopySlotsParams& p, const SlotsShape& s) const override {
+    aten::copy_slots(p, s);
+  }
 
   // ---- experts ------------------------------------------------------------------------------------------------------
 

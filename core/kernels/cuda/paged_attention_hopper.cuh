@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     }
     *reinterpret_cast<uint4*>(shared + group_swizzled(query, piece, Tiles::kRows)) = x;
   }
-  fence_for_tensor_cores();
+  fence_shared_memory();
   __syncthreads();
 
   RingPlace<Tiles::kSlots> place;
@@ -192,14 +192,14 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
       wait_at(empty(place.slot), place.phase ^ 1);  // the first round does not wait
       loader.copy(of_head, cache_rows, ring + place.slot * Tiles::kTileBytes);
       if constexpr (kIsInt8) {
-        fence_for_tensor_cores();
+        fence_shared_memory();
         arrive_at(full(place.slot));
         return place.advance();
       }
       commit_copies();
       if (last_slot >= 0) {
         wait_copies<1>();
-        fence_for_tensor_cores();
+        fence_shared_memory();
         arrive_at(full(last_slot));
       }
       last_slot = place.slot;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     }
     if (last_slot >= 0) {
       wait_copies<0>();
-      fence_for_tensor_cores();
+      fence_shared_memory();
       arrive_at(full(last_slot));
     }
   } else {

@@ -36,7 +36,6 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t* const slots = is_verification ? a.state.read + n * a.L : nullptr;
   const int64_t begin = a.cu_seqlens == nullptr ? n : a.cu_seqlens[n];
   const int64_t end = a.cu_seqlens == nullptr ? n + 1 : a.cu_seqlens[n + 1];
-  if (begin == end) return;
   const int32_t read = is_verification ? slots[a.num_accepted[n] - 1] : a.state.read[n];
   const bool has_initial_state = a.has_initial_state == nullptr || a.has_initial_state[n];
 
@@ -49,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
     raw_v.load(a.v.dtype, row_of(a.v, token, head), min(output, V - 1));
     raw_gates.load(a, token, head);
   };
-  load_token(begin);  // while the slot is on its way
+  if (begin < end) load_token(begin);  // while the slot is on its way
   if (read < 0) {
     for (int64_t token = begin; token < end; ++token) {
       if (is_output) store_scalar(a.out.dtype, row_of(a.out, token, head), output, 0.0f);
@@ -70,6 +69,19 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kRows; ++r) raw[r].widen(s[r]);
   }
 
+  const auto store_state = [&](int32_t slot) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = first + r * kGroups;
+      if (slot >= 0 && row < V) s[r].store(row_in(slot, row), lane);
+    }
+  };
+  if (begin == end) {  // the state goes to the slot that is written as it is
+    const int32_t write = is_verification ? read : a.state.write[n];
+    if (write != read || !has_initial_state) store_state(write);
+    return;
+  }
+
   for (int64_t token = begin;;) {
     Keys keys;
     raw_q.widen(keys.q);
@@ -80,14 +92,7 @@ __global__ void __launch_bounds__(kThreads)
     const float o = keys.step(s, decay, beta, raw_v.widened(a.v.dtype), lane);
     if (is_output) store_scalar(a.out.dtype, row_of(a.out, token, head), output, o);
     const bool is_last = token + 1 == end;
-    if (is_verification || is_last) {
-      const int32_t write = is_verification ? slots[token - begin] : a.state.write[n];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int row = first + r * kGroups;
-        if (write >= 0 && row < V) s[r].store(row_in(write, row), lane);
-      }
-    }
+    if (is_verification || is_last) store_state(is_verification ? slots[token - begin] : a.state.write[n]);
     if (is_last) return;
     load_token(++token);
   }

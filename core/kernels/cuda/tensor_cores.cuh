@@ -65,6 +65,22 @@ __device__ inline uint32_t transpose_matrix(uint32_t x) {
   return y;
 }
 
+/// The reverse of load_matrices_transposed.
+__device__ inline void store_matrices_transposed(uint32_t row, const uint32_t (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t to = __shfl_sync(0xffffffffu, row, i * 8 + lane / 4) + lane % 4 * 4;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(transpose_matrix(x[i])) : "memory");
+  }
+#endif
+}
+
 // ---- registers between the warp groups of a block (Hopper)
 // -----------------------------------------------------------
 
@@ -90,11 +106,17 @@ __device__ inline void take_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
 inline constexpr bool kHasGroupProducts = true;
 
-/// What the instructions take for a matrix in shared memory whose rows of 128 bytes are swizzled: the address and the
-/// bytes between blocks of 64 columns and between blocks of 8 rows.
-__device__ inline uint64_t matrix_descriptor(uint32_t address, uint32_t column_block, uint32_t row_block) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(column_block >> 4) << 16 |
-         static_cast<uint64_t>(row_block >> 4) << 32 | uint64_t{1} << 62;
+/// What the instructions take for a matrix in shared memory of 8 x 8 blocks whose rows of 16 bytes are neighbours: the
+/// bytes from block to block along a row, and from row to row of blocks.
+__device__ inline uint64_t block_descriptor(uint32_t address, uint32_t next_block, uint32_t next_blocks) {
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(next_block >> 4) << 16 |
+         static_cast<uint64_t>(next_blocks >> 4) << 32;
+}
+
+/// The same of a matrix in panels of 64 columns, whose rows of 128 bytes are swizzled: the bytes between panels and
+/// between 8 rows.
+__device__ inline uint64_t panel_descriptor(uint32_t address, uint32_t next_panel, uint32_t next_rows) {
+  return block_descriptor(address, next_panel, next_rows) | uint64_t{1} << 62;
 }
 
 #define XGDN_TILE(i) "+f"(sum[i][0]), "+f"(sum[i][1]), "+f"(sum[i][2]), "+f"(sum[i][3])
@@ -162,7 +184,10 @@ inline constexpr bool kHasGroupProducts = false;
 
 template <bool kTransposed, int kTiles>
 __device__ inline void start_product(float (&)[kTiles][4], const uint32_t (&)[4], uint64_t, bool) {}
-__device__ inline uint64_t matrix_descriptor(uint32_t, uint32_t, uint32_t) {
+__device__ inline uint64_t block_descriptor(uint32_t, uint32_t, uint32_t) {
+  return 0;
+}
+__device__ inline uint64_t panel_descriptor(uint32_t, uint32_t, uint32_t) {
   return 0;
 }
 __device__ inline void fence_products() {}

@@ -99,6 +99,23 @@ bool reads_context_rows(c10::Device device) {
                              [&](const Backend* b) { return b->reads_context_rows() && !b->why_not_device(device); });
 }
 
+bool has_graphs(c10::Device device) {
+  return std::ranges::any_of(backends(),
+                             [&](const Backend* b) { return b->has_graphs() && !b->why_not_device(device); });
+}
+
+std::unique_ptr<DeviceGraph> record(c10::Device device, const std::function<void()>& launches) {
+  for (const Backend* b : backends()) {
+    if (b->has_graphs() && !b->why_not_device(device)) return b->record(launches);
+  }
+  return nullptr;
+}
+
+bool finds_largest_logits(c10::Device device) {
+  return std::ranges::any_of(backends(),
+                             [&](const Backend* b) { return b->finds_largest_logits() && !b->why_not_device(device); });
+}
+
 bool copies_contexts(c10::Device device, const std::string& backend) {
   const std::string name = backend == "auto" ? default_backend(Op<PagedAttentionParams>::phase) : backend;
   const auto serves = [&](const Backend* b) {

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models on the GPU beside the same models on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoints
+import xgdn
+
+SMALL_MODEL = Path(__file__).parents[2] / "examples" / "tiny_model"
+PROMPT_LENGTHS = (3, 65, 7, 130)
+
+
+@pytest.mark.parametrize("model", checkpoints.CHECKPOINTS, ids=str)
+def test_tokens_are_those_of_the_cpu_in_f32(model: checkpoints.Tiny, tmp_path: Path) -> None:
+    directory, _ = checkpoints.make(model, tmp_path)
+    prompts = [torch.randint(0, 128, (length,)).tolist() for length in PROMPT_LENGTHS]
+    options = {"dtype": torch.float32, "runner": xgdn.RunnerOptions(max_batch_size=8, max_cached_tokens=2048)}
+    cpu, gpu = (xgdn.Engine(directory, device=device, **options) for device in ("cpu", "cuda"))
+    want, got = (engine.generate(prompts, max_new_tokens=12, ignore_eos=True) for engine in (cpu, gpu))
+    assert [x.tokens for x in got] == [x.tokens for x in want]
+    for prompt in prompts:
+        torch.testing.assert_close(gpu.prompt_logits(prompt).cpu(), cpu.prompt_logits(prompt), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_perplexity_of_the_small_model_is_that_of_the_cpu(dtype: torch.dtype) -> None:
+    sys.path.insert(0, str(SMALL_MODEL))
+    import perplexity
+
+    windows = perplexity.held_out_windows(2)
+    exact = perplexity.by_prefill(windows, perplexity.Numbers())
+    rows = perplexity.figures(windows, ("cuda",), dtype=dtype, device="cuda")
+    assert len(rows) == 4
+    for (backend, phase, state), figure in rows.items():
+        assert isinstance(figure, float), f"{backend} {phase} {state}: {figure}"
+        bound = 1e-3 if dtype == torch.bfloat16 or state == "bf16" else 1e-5
+        assert abs(figure / exact - 1) < bound, f"{phase} {state}: {figure} beside {exact}"

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op on cuda tensors beside the reference backend on the same numbers; copies, attention and experts beside their
+formulas; a captured step that is replayed with other slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+import xgdn
+from attention_calls import ATTENTION, EXPERTS, ROUNDING, AttentionCall, ExpertsCall
+from cases import OPS, assert_bits_equal, assert_close, i32
+from copy_calls import COPY, STORE, CopyCall, StoreCall
+from test_torch_ops import Sample, packet, samples, written_arguments
+from xgdn import ops
+
+REPLAY = ("replay_gated_delta_rule", "materialize_state")
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+def on_cuda(sample: Sample) -> Sample:
+    args, kwargs = sample
+    host = {name: x for name, x in kwargs.items() if name.endswith("_cpu")}
+    moved = tree_map_only(torch.Tensor, lambda t: t.clone().cuda(), {k: v for k, v in kwargs.items() if k not in host})
+    return tree_map_only(torch.Tensor, lambda t: t.clone().cuda(), args), {**moved, **host}
+
+
+def written(op: str, sample: Sample) -> dict[str, Any]:
+    args, kwargs = sample
+    values = {a.name: x for a, x in zip(packet(op)._schema.arguments, args, strict=False)} | kwargs
+    return {a.name: values[a.name] for a in written_arguments(op) if values.get(a.name) is not None}
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in REPLAY])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_writes_what_the_reference_writes(op: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    for i, (args, kwargs) in enumerate(samples(op, dtype, state_dtype)):
+        want = tree_map_only(torch.Tensor, torch.clone, args), {**kwargs, "backend": "reference"}
+        got = on_cuda((args, {**kwargs, "backend": "cuda"}))
+        packet(op)(*want[0], **want[1])
+        packet(op)(*got[0], **got[1])
+        results = written(op, got)
+        for name, expected in written(op, want).items():
+            for a, b in zip(*map(torch.utils._pytree.tree_leaves, (results[name], expected)), strict=True):
+                assert a.is_cuda
+                if b.dtype.is_floating_point:
+                    assert_close(f"{name} of sample {i}", a.cpu(), b, BOUNDS[dtype])
+                else:
+                    assert_bits_equal(f"{name} of sample {i}", a.cpu(), b)
+
+
+@pytest.mark.parametrize("op", REPLAY)
+def test_replay_states_are_refused(op: str) -> None:
+    args, kwargs = on_cuda(samples(op, torch.float32, torch.float32)[0])
+    with pytest.raises(NotImplementedError, match=r"cuda.*plain states"):
+        packet(op)(*args, **kwargs)
+
+
+def has_kernel(call: AttentionCall) -> bool:
+    return call.D % 8 == 0
+
+
+@pytest.mark.parametrize("call", [c for c in ATTENTION if has_kernel(c)], ids=str)
+@pytest.mark.parametrize("with_lengths", [True, False])
+def test_attention_is_the_formula(call: AttentionCall, with_lengths: bool) -> None:
+    call.make()
+    got = call.run("cuda", with_rows=False, with_lengths=with_lengths)
+    assert_close("out", got, call.expected(), call.bound, parts=(0,))
+    assert xgdn.last_backend("paged_attention") == "cuda"
+
+
+@pytest.mark.parametrize("call", [c for c in ATTENTION if not has_kernel(c)], ids=str)
+def test_attention_without_a_kernel_is_refused(call: AttentionCall) -> None:
+    with pytest.raises(NotImplementedError, match=r"cuda.*a multiple of 8"):
+        call.make().run("cuda")
+
+
+@pytest.mark.parametrize("call", EXPERTS, ids=str)
+def test_experts_are_the_formula(call: ExpertsCall) -> None:
+    call.make()
+    got, want = call.run("cuda"), call.expected()
+    if call.T > 0:
+        assert_close("out", got, want, ROUNDING[call.dtype], parts=(0,))
+    assert got.shape == want.shape
+    assert xgdn.last_backend("moe_experts") == "cuda"
+
+
+@pytest.mark.parametrize("call", STORE, ids=str)
+def test_tokens_are_stored_in_their_rows_and_nowhere_else(call: StoreCall) -> None:
+    call.make().check("cuda")
+    assert xgdn.last_backend("store_kv") == "cuda"
+
+
+@pytest.mark.parametrize("call", COPY, ids=str)
+def test_slots_are_copied_and_no_other_bit_changes(call: CopyCall) -> None:
+    call.make().check("cuda")
+    assert xgdn.last_backend("copy_slots") == "cuda"
+
+
+def decode_step(
+    projected: torch.Tensor, pools: dict[str, torch.Tensor], slots: torch.Tensor, out: torch.Tensor
+) -> None:
+    ops.gdn_decode_step(
+        projected,
+        pools["taps"],
+        pools["conv"],
+        pools["A_log"],
+        pools["dt_bias"],
+        pools["state"],
+        pools["norm"],
+        state_indices=slots,
+        out=out,
+    )
+
+
+def step_pools(num_slots: int, H: int, HV: int, K: int, V: int, state_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What a decode step reads and writes, the same at every call."""
+    torch.manual_seed(1)
+    D = 2 * H * K + HV * V
+    made = {
+        "taps": torch.randn(D, 4).bfloat16(),
+        "conv": torch.randn(num_slots, 3, D).bfloat16(),
+        "A_log": torch.rand(HV),
+        "dt_bias": torch.randn(HV),
+        "state": torch.randn(num_slots, HV, V, K).to(state_dtype),
+        "norm": torch.randn(V),
+    }
+    return {name: t.cuda() for name, t in made.items()}
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_decoded_sequence_has_the_bits_that_it_has_alone(packed: bool, state_dtype: torch.dtype) -> None:
+    """More sequences make smaller clusters of the step, and more rows a block of the rule."""
+    H, HV, K, V, N = 4, 8, 128, 128, 130
+    projected = torch.randn(N, 2 * H * K + 2 * HV * V + 2 * HV).bfloat16().cuda()
+    slots = torch.randperm(N).int().cuda()
+
+    def run(rows: slice) -> tuple[torch.Tensor, ...]:
+        pools = step_pools(N, H, HV, K, V, state_dtype)
+        out = torch.empty(projected[rows].shape[0], HV, V).bfloat16().cuda()
+        if packed:
+            mixed, _, b, a = projected[rows].split([2 * H * K + HV * V, HV * V, HV, HV], 1)
+            ops.packed_decode(
+                mixed, a, b, pools["A_log"], pools["dt_bias"], pools["state"], state_indices=slots[rows], out=out
+            )
+        else:
+            decode_step(projected[rows], pools, slots[rows], out)
+        assert xgdn.last_is_batch_invariant("packed_decode" if packed else "gdn_decode_step")
+        return out.cpu(), pools["state"].cpu(), pools["conv"].cpu()
+
+    out, state, conv = run(slice(None))
+    for n, count in ((0, 1), (77, 1), (129, 1), (3, 9), (20, 40)):
+        rows = slice(n, n + count)
+        own_out, own_state, own_conv = run(rows)
+        assert_bits_equal("out", own_out, out[rows])
+        own = slots[rows].cpu().long()
+        assert_bits_equal("state", own_state[own], state[own])
+        assert_bits_equal("conv", own_conv[own], conv[own])
+
+
+def test_pools_of_more_than_two_billion_elements() -> None:
+    """Offsets of 32 bits would wrap to the first slots."""
+    H, HV, K, V = 16, 32, 128, 128
+    last = 2**31 // (HV * V * K) + 2
+    state = torch.empty(last + 1, HV, V, K, dtype=torch.bfloat16, device="cuda")
+    state[:4], state[-1] = 0, torch.randn(HV, V, K)
+    small = state[-1:].clone()
+    q, k, v = (torch.randn(3, heads, K).bfloat16().cuda() for heads in (H, H, HV))
+    g, beta = -torch.rand(3, HV).cuda(), torch.rand(3, HV).cuda()
+    for rule in ("recurrent", "chunk", "step"):
+        results = []
+        for pool, slot in ((state, last), (small, 0)):
+            at = {"cu_seqlens": i32([0, 3]).cuda(), "state_indices": i32([slot]).cuda()}
+            if rule == "recurrent":
+                out = ops.recurrent_gated_delta_rule(q, k, v, g, beta, pool, **at)
+            elif rule == "chunk":
+                chunk = ops.build_chunk_metadata([3], HV, device="cuda")
+                out = ops.chunk_gated_delta_rule(q, k, v, g, beta, pool, **at, chunk=chunk)
+            else:
+                pools = step_pools(1, H, HV, K, V, torch.bfloat16) | {"state": pool}
+                slots = i32([slot]).cuda()
+                projected = torch.linspace(-1, 1, 2 * H * K + 2 * HV * V + 2 * HV).bfloat16().cuda()[None]
+                out = torch.empty(1, HV, V).bfloat16().cuda()
+                ops.gdn_decode_step(
+                    projected,
+                    pools["taps"],
+                    pools["conv"],
+                    pools["A_log"],
+                    pools["dt_bias"],
+                    pool,
+                    pools["norm"],
+                    state_indices=slots,
+                    conv_indices=i32([0]).cuda(),
+                    out=out,
+                )
+            results.append(out)
+        assert_bits_equal(f"out of {rule}", results[0].cpu(), results[1].cpu())
+        assert_bits_equal(f"state of {rule}", state[-1].cpu(), small[0].cpu())
+        assert not state[:4].any()
+    cache = torch.zeros(2**31 // (64 * 256) + 2, 64, 1, 256, dtype=torch.bfloat16, device="cuda")
+    tokens = torch.randn(2, 1, 256).bfloat16().cuda()
+    rows = i32([cache.shape[0] * 64 - 2, cache.shape[0] * 64 - 1]).cuda()
+    ops.store_kv(tokens, tokens, cache, cache.clone(), slot_mapping=rows)
+    assert_bits_equal("stored", cache[-1, -2:].cpu(), tokens.cpu())
+    assert not cache[:2].any()
+
+
+def test_a_captured_decode_step_is_replayed_with_other_slots_and_padding() -> None:
+    """The graph is of eight sequences; it is replayed for fewer, the others being padding."""
+    H, HV, K, V = 2, 4, 128, 128
+    D = 2 * H * K + HV * V
+
+    projected = torch.randn(8, D + HV * V + 2 * HV).bfloat16().cuda()
+    slots, out = torch.zeros(8, dtype=torch.int32, device="cuda") - 1, torch.empty(8, HV, V).bfloat16().cuda()
+    captured, eager = (step_pools(20, H, HV, K, V, torch.float32) for _ in range(2))
+    decode_step(projected, captured, slots, out)  # loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode_step(projected, captured, slots, out)
+    for chosen in ([3, 0, 19, 7, 5, 4, 1, 2], [8, -1, 3, -1, -1, -1, -1, -1], [-1] * 8):
+        slots.copy_(i32(chosen))
+        projected.copy_(torch.randn(projected.shape))
+        out.fill_(torch.nan)
+        graph.replay()
+        want = torch.full_like(out, torch.nan)
+        decode_step(projected, eager, slots, want)
+        assert_bits_equal("out", out.cpu(), want.cpu())
+        for name in ("conv", "state"):
+            assert_bits_equal(name, captured[name].cpu(), eager[name].cpu())
