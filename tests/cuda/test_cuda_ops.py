@@ -99,20 +99,20 @@ def test_experts_are_the_formula(call: ExpertsCall) -> None:
 )
 def test_linear_is_the_product(shape: tuple[int, int, int], has_bias: bool, out_dtype: torch.dtype) -> None:
     """Tokens and rows of the weight lie inside wider memory of NaN."""
-    T, D, O = shape
-    wide_x, wide_weight = torch.full((T + 2, D + 8), torch.nan), torch.full((O + 2, D + 16), torch.nan)
-    x, weight, bias = torch.randn(T, D).bfloat16(), torch.randn(O, D).bfloat16(), torch.randn(O).bfloat16()
+    T, D, width = shape
+    wide_x, wide_weight = torch.full((T + 2, D + 8), torch.nan), torch.full((width + 2, D + 16), torch.nan)
+    x, weight, bias = torch.randn(T, D).bfloat16(), torch.randn(width, D).bfloat16(), torch.randn(width).bfloat16()
     wide_x[1:-1, :D], wide_weight[1:-1, :D] = x, weight
-    out = torch.full((T, O + 3), torch.nan, dtype=out_dtype, device="cuda")
+    out = torch.full((T, width + 3), torch.nan, dtype=out_dtype, device="cuda")
     ops.linear(
         wide_x.bfloat16().cuda()[1:-1, :D],
         wide_weight.bfloat16().cuda()[1:-1, :D],
         bias=bias.cuda() if has_bias else None,
-        out=out[:, :O],
+        out=out[:, :width],
     )
     want = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
-    assert_close("out", out[:, :O].cpu(), want, 4e-3 if out_dtype == torch.bfloat16 else 1e-6, parts=(0, 1))
-    assert out[:, O:].isnan().all()
+    assert_close("out", out[:, :width].cpu(), want, 4e-3 if out_dtype == torch.bfloat16 else 1e-6, parts=(0, 1))
+    assert out[:, width:].isnan().all()
 
 
 @pytest.mark.parametrize("call", STORE, ids=str)
