@@ -83,9 +83,6 @@ class ModelBenchmark:
             max_tokens_per_step=_STEP_TOKENS,
         )
         engine = self._load(args)
-        self._submit(engine, 1, max_new_tokens=1)
-        while not engine.is_idle():
-            engine.step()
         return [self._decode(engine, batch, max(batches), threads) for batch in batches]
 
     def _max_new_tokens(self, batch: int) -> int:
@@ -99,6 +96,9 @@ class ModelBenchmark:
             engine.submit(xgdn.Request(prompt.tolist(), max_new_tokens=max_new_tokens, ignore_eos=True))
 
     def _decode(self, engine: xgdn.Engine, batch: int, slots: int, threads: int) -> ModelRow:
+        self._submit(engine, batch, max_new_tokens=1)  # the first steps of a size touch memory that nobody has used yet
+        while not engine.is_idle():
+            engine.step()
         self._submit(engine, batch, max_new_tokens=self._max_new_tokens(batch))
         steps, prefill_seconds = [], 0.0
         recorded: dict[str, list[RecordedStep]] = {"prompt": [], "decode": []}
