@@ -8,9 +8,12 @@ The limit of a step is the time to read the weights and the keys and values and 
 the bandwidth of a copy. First the float32 logits of a prompt are compared with those of the cpu backend.
 """
 
+import importlib.util
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +27,7 @@ from rich.table import Table
 import xgdn
 from gpu.report import device_facts, write_json
 from kernels.compare import WrongResult, relative_error
-from peers.programs import output_of
+from peers.programs import fail
 from xgdn.bench.model import ModelBenchmark
 from xgdn.bench.report import print_wide
 from xgdn.cli.failure import errors_in_one_line
@@ -34,6 +37,7 @@ app = typer.Typer(add_completion=False)
 
 TRANSFORMERS = Path(__file__).parents[1] / "peers" / "model_transformers.py"
 REPETITIONS = 3  # of a prompt, after one that is not timed
+MIN_STEP_TOKENS = 64
 CHECKED_TOKENS = 64
 LOGITS_BOUND = 1e-4  # the products' sums are in another order
 
@@ -109,7 +113,7 @@ def decode_rows(
 
 def prompt_rows(model: Path, lengths: Sequence[int], device: str) -> list[Row]:
     """Times until the first token, each prompt in one step."""
-    longest = max(lengths)
+    longest = max(MIN_STEP_TOKENS, *lengths)
     runner = xgdn.RunnerOptions(max_batch_size=1, max_cached_tokens=longest + 64, max_tokens_per_step=longest)
     engine = xgdn.Engine(model, dtype=torch.bfloat16, device=device, runner=runner)
     rows = []
@@ -125,13 +129,34 @@ def prompt_rows(model: Path, lengths: Sequence[int], device: str) -> list[Row]:
 
 
 def transformers_rows(
-    model: Path, batches: Sequence[int], lengths: Sequence[int], *, prompt_tokens: int, steps: int, device: str
+    model: Path,
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    prompt_tokens: int,
+    steps: int,
+    device: str,
+    seconds: float,
 ) -> list[Row]:
+    """Those that end within `seconds`."""
+    name = "transformers, FLA's kernels" if importlib.util.find_spec("fla") else "transformers"
     sizes = (torch.get_num_threads(), prompt_tokens, steps, 1)
     lists = (",".join(map(str, numbers)) for numbers in (batches, lengths))
-    output = output_of([sys.executable, TRANSFORMERS, model, *sizes, *lists, device])
-    found = [json.loads(line) for line in output.splitlines() if line.startswith('{"kind"')]
-    return [row_of(row["kind"], row["size"], "transformers", row["times"]) for row in found]
+    command = [*map(str, (sys.executable, TRANSFORMERS, model, *sizes, *lists, device))]
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as messages:
+        process = subprocess.Popen(command, stdout=output, stderr=messages)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            status = 0  # what it has printed counts
+        for file in (output, messages):
+            file.seek(0)
+        if status != 0:
+            fail(command, status, messages.read())
+        found = [json.loads(line) for line in output if line.startswith('{"kind"')]
+    return [row_of(row["kind"], row["size"], name, row["times"]) for row in found]
 
 
 def table(rows: Iterable[Row]) -> Table:
@@ -158,7 +183,9 @@ def main(
     prompts: Annotated[str, typer.Option(metavar="T,..", help="Prompt lengths in tokens.")] = "2048,16384",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts before decode, in tokens.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Timed decode steps per batch size.")] = 64,
-    transformers: Annotated[bool, typer.Option(help="Measure transformers, too.")] = True,
+    transformers_seconds: Annotated[
+        float, typer.Option(min=0, help="Time for transformers, which then leaves the rest out; 0: none.")
+    ] = 240.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures.")] = None,
 ) -> None:
     """Measure decode steps and prompts of MODEL in bf16 with float32 states on a GPU."""
@@ -173,9 +200,15 @@ def main(
         args = xgdn.EngineArgs(dtype=torch.bfloat16, device=device)
         rows = decode_rows(model, batches, args, prompt_tokens=prompt_tokens, steps=steps, copy_gb_s=facts["copy_gb_s"])
         rows += prompt_rows(model, lengths, device)
-    if transformers:
+    if transformers_seconds > 0:
         rows += transformers_rows(
-            model, batches, lengths, prompt_tokens=prompt_tokens, steps=max(4, steps // 4), device=device
+            model,
+            batches,
+            lengths,
+            prompt_tokens=prompt_tokens,
+            steps=max(4, steps // 4),
+            device=device,
+            seconds=transformers_seconds,
         )
     print("  ".join(f"{name} {value}" for name, value in {**device_facts(), **facts}.items()))
     print(f"float32 logits differ from the cpu backend's by {error:.1e}")
