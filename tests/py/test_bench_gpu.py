@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,11 @@ import gpu.model
 import gpu.ops
 import gpu.peers
 import gpu.replay
+import xgdn
 from gpu.cases import Attention, Case, Decode, DecodeStep, Heads, Prefill, check, ragged
 from kernels.compare import WrongResult
 
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_model" / "checkpoint"
 RUN = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
 FEW = {"heads": Heads(2, 4), "device": "cpu"}
 SMALL = {**FEW, "rotated_bytes": 1}
@@ -124,6 +127,20 @@ def test_bytes_of_a_step() -> None:
     gpu.model.table([row, gpu.model.row_of("prompt", 16, "transformers", [1.0])])
 
 
+def test_a_model_is_measured() -> None:
+    args = xgdn.EngineArgs(dtype=torch.float32)
+    rows = gpu.model.decode_rows(CHECKPOINT, [1, 3], args, prompt_tokens=20, steps=3, copy_gb_s=50)
+    rows += gpu.model.prompt_rows(CHECKPOINT, [30], "cpu")
+    assert [(row.kind, row.size) for row in rows] == [("decode", 1), ("decode", 3), ("prompt", 30)]
+    one, three, prompt = rows
+    assert 0 < one.min <= one.median
+    assert one.limit is not None
+    assert three.limit is not None
+    assert 0 < one.limit < three.limit < 3 * one.limit
+    assert prompt.share is None
+    assert gpu.model.check_logits(CHECKPOINT, "cpu") == 0
+
+
 @pytest.mark.parametrize(
     ("app", "arguments", "message"),
     [
@@ -136,6 +153,15 @@ def test_options_are_checked(app: object, arguments: list[str], message: str) ->
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)  # type: ignore[arg-type]
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_the_sanitizers_selection_names_tests_that_exist() -> None:
+    selected = re.search("SELECTED='(.*?)'", RUN.read_text(), re.DOTALL)
+    assert selected is not None
+    suite = "".join(file.read_text() for file in (RUN.parents[2] / "tests" / "cuda").glob("test_*.py"))
+    names = re.findall(r"\w*_\w+", selected[1])
+    assert len(names) > 8
+    assert [name for name in names if name not in suite] == []
 
 
 def test_the_script_names_its_parts() -> None:
