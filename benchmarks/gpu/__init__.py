@@ -2,5 +2,5 @@
 """Benchmarks on an NVIDIA GPU; run by benchmarks/gpu/run.sh.
 
 ops.py and model.py are the commands. cases.py: inputs, truth and xgdn's own providers, on any device; peers.py: those
-of other libraries; ceilings.py and replay.py: what needs the GPU.
+of other libraries; rooflines.py and replay.py: what needs the GPU.
 """

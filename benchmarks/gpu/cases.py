@@ -63,7 +63,7 @@ class Case(ABC):
     title: str
     parts: int  # of the memory that calls rotate over
     work: Work
-    streams: Tensor | None = None  # [parts, N, L], of a case whose ceiling is a stream over states
+    streams: Tensor | None = None  # [parts, N, L], of a case whose roofline is a stream over states
     pool: Tensor
 
     @abstractmethod

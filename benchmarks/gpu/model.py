@@ -191,10 +191,10 @@ def main(
     """Measure decode steps and prompts of MODEL in bf16 with float32 states on a GPU."""
     device = "cuda"
     batches, lengths = parse_counts(batch, "--batch"), parse_counts(prompts, "--prompts")
-    from gpu import ceilings  # it needs triton, which comes with torch for CUDA
+    from gpu import rooflines  # it needs triton, which comes with torch for CUDA
 
     with errors_in_one_line():
-        facts = asdict(ceilings.measure_device())
+        facts = asdict(rooflines.measure_device())
         torch.cuda.empty_cache()
         error = check_logits(model, device)
         args = xgdn.EngineArgs(dtype=torch.bfloat16, device=device)

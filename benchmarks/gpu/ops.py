@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops on an NVIDIA GPU, captured in CUDA graphs, against this device's own ceilings and other libraries.
+"""The ops on an NVIDIA GPU, captured in CUDA graphs, against this device's own rooflines and other libraries.
 
     PYTHONPATH=benchmarks python -m gpu.ops [--only REGEX] [--peers fla,vllm,flashinfer,sdpa] [--json FILE]
 
@@ -22,7 +22,6 @@ from rich.table import Table
 from gpu.cases import Attention, Case, Decode, DecodeStep, Heads, Prefill, Provider, check, ragged
 from gpu.peers import PEERS
 from gpu.report import device_facts, write_json
-from kernels.compare import WrongResult
 from xgdn.bench.report import print_wide
 from xgdn.cli.failure import errors_in_one_line
 from xgdn.cli.options import parse_counts
@@ -53,16 +52,16 @@ class Row:
     provider: str
     min: float
     median: float
-    ceiling: float
-    limit: str  # what the ceiling is: "rmw", "stream", "copy" or "gemm"
+    roofline: float
+    limit: str  # what the roofline is: "rmw", "stream", "copy" or "gemm"
     gb_s: float
     tflop_s: float
     errors: list[float]
 
     @property
     def share(self) -> float:
-        """Fraction of the ceiling's speed."""
-        return self.ceiling / self.median
+        """Fraction of the roofline's speed."""
+        return self.roofline / self.median
 
     def document(self) -> dict[str, Any]:
         return {**asdict(self), "share": self.share}
@@ -106,43 +105,45 @@ def limit_of(case: Case, copy_gb_s: float, gemm_tflop_s: float) -> tuple[float, 
 class OpsBenchmark:
     def __init__(self, peers: Sequence[str], peer_seconds: float) -> None:
         """Other libraries get no further case once they have taken `peer_seconds`, compilation included."""
-        from gpu import ceilings  # it needs triton, which comes with torch for CUDA
+        from gpu import rooflines  # it needs triton, which comes with torch for CUDA
 
-        self._ceilings = ceilings
-        self.device = ceilings.measure_device()
+        self._rooflines = rooflines
+        self.device = rooflines.measure_device()
         self._peers = list(peers)
         self._peer_seconds = peer_seconds
         self.left_out: list[str] = []
 
     def run(self, case: Case) -> list[Row]:
         if case.streams is not None:
-            ceiling = self._ceilings.time_stream(case.pool, case.streams)
+            roofline = self._rooflines.time_stream(case.pool, case.streams)
             limit = "rmw" if case.streams.shape[2] == 1 else "stream"
             case.reset()
         else:
-            ceiling, limit = limit_of(case, self.device.copy_gb_s, self.device.gemm_tflop_s)
+            roofline, limit = limit_of(case, self.device.copy_gb_s, self.device.gemm_tflop_s)
         truth = case.truth()
-        rows = [self._row(case, provider, truth, ceiling, limit) for provider in case.providers()]
+        rows = [self._row(case, provider, truth, roofline, limit) for provider in case.providers()]
         for name in list(self._peers):
             start = time.monotonic()
-            rows += self._peer_rows(name, case, truth, ceiling, limit)
+            rows += self._peer_rows(name, case, truth, roofline, limit)
             self._peer_seconds -= time.monotonic() - start
         return rows
 
-    def _peer_rows(self, name: str, case: Case, truth: Sequence[torch.Tensor], ceiling: float, limit: str) -> list[Row]:
+    def _peer_rows(
+        self, name: str, case: Case, truth: Sequence[torch.Tensor], roofline: float, limit: str
+    ) -> list[Row]:
         if self._peer_seconds <= 0:
             self.left_out.append(f"{case.title}, {name}: no time left")
             return []
         try:
-            return [self._row(case, provider, truth, ceiling, limit) for provider in PEERS[name](case)]
+            return [self._row(case, provider, truth, roofline, limit) for provider in PEERS[name](case)]
         except ImportError as missing:
             self.left_out.append(f"{name}: {missing}")
             self._peers.remove(name)
-        except (WrongResult, RuntimeError, TypeError, ValueError) as failure:  # of code that is not ours
+        except Exception as failure:  # whatever code that is not ours may raise
             self.left_out.append(f"{case.title}, {name}: {failure}".splitlines()[0])
         return []
 
-    def _row(self, case: Case, provider: Provider, truth: Sequence[torch.Tensor], ceiling: float, limit: str) -> Row:
+    def _row(self, case: Case, provider: Provider, truth: Sequence[torch.Tensor], roofline: float, limit: str) -> Row:
         from gpu.replay import time_replays
 
         errors = check(case, provider, truth)
@@ -152,7 +153,7 @@ class OpsBenchmark:
             provider=provider.name,
             min=times.min,
             median=times.median,
-            ceiling=ceiling,
+            roofline=roofline,
             limit=limit,
             gb_s=case.work.bytes / times.median / 1e3,
             tflop_s=case.work.flops / times.median / 1e6,
@@ -162,7 +163,7 @@ class OpsBenchmark:
 
 def table(rows: Iterable[Row]) -> Table:
     shown = Table("case", "provider", box=None)
-    for heading in ("min us", "median us", "ceiling us", "limit", "of it", "GB/s", "TFLOP/s", "errors"):
+    for heading in ("min us", "median us", "roofline us", "limit", "of it", "GB/s", "TFLOP/s", "errors"):
         shown.add_column(heading, justify="right")
     last = None
     for row in rows:
@@ -174,7 +175,7 @@ def table(rows: Iterable[Row]) -> Table:
             row.provider,
             f"{row.min:,.2f}",
             f"{row.median:,.2f}",
-            f"{row.ceiling:,.2f}",
+            f"{row.roofline:,.2f}",
             row.limit,
             f"{row.share:.2f}",
             f"{row.gb_s:,.0f}",

@@ -84,9 +84,9 @@ def test_times_are_of_a_call() -> None:
 def test_ops_are_chosen_by_name_and_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the GPU's part replaced; a peer that is missing and one that is wrong are named, and the others go on."""
     device = SimpleNamespace(copy_gb_s=4000.0, gemm_tflop_s=700.0)
-    ceilings = SimpleNamespace(measure_device=lambda: device, time_stream=lambda pool, tables: 2.0)
-    monkeypatch.setitem(sys.modules, "gpu.ceilings", ceilings)
-    monkeypatch.setattr(gpu, "ceilings", ceilings, raising=False)
+    rooflines = SimpleNamespace(measure_device=lambda: device, time_stream=lambda pool, tables: 2.0)
+    monkeypatch.setitem(sys.modules, "gpu.rooflines", rooflines)
+    monkeypatch.setattr(gpu, "rooflines", rooflines, raising=False)
     monkeypatch.setattr(gpu.replay, "time_replays", lambda call, parts: gpu.replay.Times(3.0, 4.0))
     monkeypatch.setattr(gpu.ops, "PEERS", {"fla": gpu.peers.fla, "wrong": _wrong, "sdpa": gpu.peers.sdpa})
     benchmark = gpu.ops.OpsBenchmark(["fla", "wrong", "sdpa"], peer_seconds=60)

@@ -12,7 +12,7 @@ from gpu.replay import time_replays
 
 _COPY_BYTES = 2**32
 _GEMM_SIZE = 8192
-# Rows of a state that a program takes, and its warps; the ceiling is the fastest for the case.
+# Rows of a state that a program takes, and its warps; the roofline is the fastest for the case.
 _TILES = ((8, 1), (32, 4), (64, 4))
 
 
