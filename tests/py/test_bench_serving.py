@@ -22,6 +22,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
+from live_server import http_get
 from xgdn.bench.client import LoadClient, ServerError, Target
 from xgdn.bench.server_metrics import compare
 from xgdn.bench.server_process import running_server, vocab_size
@@ -536,7 +537,7 @@ def test_an_own_server_that_does_not_start_says_why() -> None:
 
 def test_an_own_server_may_be_called_anything_and_be_asked_for_help() -> None:
     with running_server(CHECKPOINT, [*FLOAT32, "--model-name", "not http://127.0.0.1:1", "--json"], None) as address:
-        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "not http://127.0.0.1:1"
+        assert http_get(f"{address}/v1/models").json()["data"][0]["id"] == "not http://127.0.0.1:1"
     with pytest.raises(ServerError, match="ended with status 0"), running_server(CHECKPOINT, ["--help"], None):
         pass
 
