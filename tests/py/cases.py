@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -361,8 +362,22 @@ def _strided(x: Inputs) -> Inputs:
     )
 
 
+# Of the inputs that have come, by their bits: each backend and mode asks for the same. One truth is small.
+_TRUTHS: dict[bytes, tuple[Tensor, dict[int, Tensor]]] = {}
+
+
 def expected(x: Inputs, *, prefill: bool) -> tuple[Tensor, dict[int, Tensor]]:
-    """Truth in float64: the outputs, and the state of every written slot."""
+    """Truth in float64: the outputs, and the state of every written slot. Not to be changed."""
+    given = hashlib.blake2b(repr((x.case, prefill)).encode())
+    for t in (x.q, x.k, x.v, x.g, x.beta, x.before, x.cu_seqlens, x.state_indices, x.written, x.has_initial_state):
+        given.update(t.contiguous().flatten().view(torch.uint8).numpy())
+    key = given.digest()
+    if key not in _TRUTHS:
+        _TRUTHS[key] = _truth(x, prefill=prefill)
+    return _TRUTHS[key]
+
+
+def _truth(x: Inputs, *, prefill: bool) -> tuple[Tensor, dict[int, Tensor]]:
     case = x.case
     out = torch.zeros((case.T, case.HV, case.V), dtype=torch.float64)
     slots: dict[int, Tensor] = {}
@@ -373,9 +388,9 @@ def expected(x: Inputs, *, prefill: bool) -> tuple[Tensor, dict[int, Tensor]]:
         if prefill and not x.has_initial_state[n]:
             initial = torch.zeros_like(initial)
         tokens = (t[rows] for t in (x.q, x.k, x.v, x.g, x.beta))
-        o, states = reference.gated_delta_rule(*tokens, initial, case.scale, case.use_qk_l2norm)
-        out[rows] = o
-        slots[int(x.written[n])] = states[-1]
+        out[rows], (slots[int(x.written[n])],) = reference.gated_delta_rule(
+            *tokens, initial, case.scale, case.use_qk_l2norm, every_state=False
+        )
     return out, slots
 
 

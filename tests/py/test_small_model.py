@@ -86,7 +86,7 @@ def test_a_model_that_is_slightly_off_is_seen(program: ModuleType, tmp_path: Pat
     engines = [xgdn.Engine(model, dtype=torch.float32) for model in (program.MODEL, off)]
     logits = [torch.stack([engine.prompt_logits(window.tolist()) for window in windows]) for engine in engines]
     right, wrong = (program.perplexity(x, windows) for x in logits)
-    print(wrong/right-1)
+    print(wrong / right - 1)
     assert abs(wrong / right - 1) > FOUR_DIGITS
 
 
