@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -217,6 +217,25 @@ DECODE_CASES = [
     Case((1,) * 4, writes_elsewhere=True),
     Case((1, 0, 2, 1), writes_elsewhere=True, padded=(2,), dtype=torch.bfloat16, state_dtype=torch.bfloat16),
 ]
+
+
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows with a value of each axis, in which any two values of two axes meet; all combinations would be many times as
+    many. An axis may itself be a product, of what must meet in threes.
+    """
+    places = [(i, a) for i, axis in enumerate(axes) for a in range(len(axis))]
+    left = {(one, other) for one, other in itertools.combinations(places, 2) if one[0] != other[0]}
+    rows: list[tuple[Any, ...]] = []
+    while left:
+        row = dict(min(left))
+        for i, axis in enumerate(axes):
+            if i not in row:
+                # Where several are as good, the one whose turn it is.
+                turn = [(len(rows) + a) % len(axis) for a in range(len(axis))]
+                row[i] = max(turn, key=lambda a: sum(tuple(sorted([(i, a), had])) in left for had in row.items()))
+        left -= set(itertools.combinations(sorted(row.items()), 2))
+        rows.append(tuple(axis[row[i]] for i, axis in enumerate(axes)))
+    return rows
 
 
 def backends_for_cpu_tensors() -> list[str]:

@@ -443,25 +443,25 @@ SMALL = ["--prompt-tokens", "1-40", "--output-tokens", "1-12"]
 
 def test_a_load_is_counted_alike_by_the_client_and_by_metrics() -> None:
     options = [*FLOAT32, "--model-name", "not http://127.0.0.1:1"]  # a server may be called anything
-    result = run(CHECKPOINT, "--rate", "60,inf", "--requests", 60, *SMALL, "--json", "--", *options)
+    result = run(CHECKPOINT, "--rate", "60,inf", "--requests", 40, *SMALL, "--json", "--", *options)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
-    want = Workload(60, prompt_tokens=Lengths(1, 40), output_tokens=Lengths(1, 12), vocab_size=2048, seed=0).requests
+    want = Workload(40, prompt_tokens=Lengths(1, 40), output_tokens=Lengths(1, 12), vocab_size=2048, seed=0).requests
     tokens = sum(request.max_tokens for request in want)
     assert [row["rate"] for row in document["rows"]] == [60.0, "inf"]
     for row in document["rows"]:
-        assert (row["sent"], row["finished"], row["short"], row["failed"], row["errors"]) == (60, 60, 0, 0, {})
+        assert (row["sent"], row["finished"], row["short"], row["failed"], row["errors"]) == (40, 40, 0, 0, {})
         assert row["prompt_tokens"] == sum(len(request.prompt) for request in want)
         assert row["tokens_received"] == row["tokens_asked"] == tokens
         assert (row["compared"], row["equal"]) == (8, 8)
-        assert (row["ttft"]["count"], row["e2e"]["count"], row["itl"]["count"]) == (60, 60, tokens - 60)
+        assert (row["ttft"]["count"], row["e2e"]["count"], row["itl"]["count"]) == (40, 40, tokens - 40)
         figures = {figure["name"]: figure["server"] for figure in row["metrics"]}
         assert figures == {
             "xgdn_prompt_tokens_total": row["prompt_tokens"],
             "xgdn_generated_tokens_total": tokens,
-            "xgdn_time_to_first_token_seconds_count": 60,
-            "xgdn_inter_token_seconds_count": tokens - 60,
-            'xgdn_finished_total{reason="length"}': 60,
+            "xgdn_time_to_first_token_seconds_count": 40,
+            "xgdn_inter_token_seconds_count": tokens - 40,
+            'xgdn_finished_total{reason="length"}': 40,
         }
         assert all(figure["lowest"] == figure["server"] == figure["highest"] for figure in row["metrics"])
 
