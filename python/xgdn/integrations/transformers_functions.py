@@ -108,7 +108,7 @@ def fused_recurrent_gated_delta_rule(
         kwargs |= {"initial_state": initial_state, "output_final_state": output_final_state}
         kwargs |= {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
         return original(query, key, value, g=g, beta=beta, **kwargs)  # type: ignore[no-any-return]
-    cu_seqlens, slots = sequences(*query.shape[:2], query.device)
+    cu_seqlens, slots = sequences(query.shape[0], query.shape[1], query.device)
     state = _pool(initial_state, key, value)
     o = ops.recurrent_gated_delta_rule(
         *_tokens(query, key, value, g, beta),

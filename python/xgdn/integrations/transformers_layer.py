@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `forward` of transformers' GDN layers, computed by the ops here from the projections to the output.
+"""The `forward` of transformers' GDN layers, computed by the ops here from the projections to the output, and of the
+MLPs beside them, whose products in 16 bits torch has no quick kernels for on many CPUs.
 
 A decoded token is one `gdn_decode_step` between the projections. The tensors of the cache are the kernels' pools:
 sequence `n` of the batch is slot `n`. Outside `torch.compile` a tensor of the cache whose memory is laid out otherwise
@@ -24,7 +25,7 @@ from xgdn.integrations.transformers_functions import (
     why_not_tensors,
 )
 
-__all__ = ["forward"]
+__all__ = ["forward", "mlp_forward"]
 
 _OPTIONS = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
 # A layer's projections and their widths, in the order of a row [q | k | v | z | b | a].
@@ -35,6 +36,7 @@ _IN_ROW_ORDER = (
         **{"b_proj": "num_v_heads", "a_proj": "num_v_heads"},
     },
 )
+_SILU = ("SiLU", "SiLUActivation")
 _BY_KEY_HEAD = ("in_proj_qkvz", "in_proj_ba")  # Qwen3-Next's, in which a key head's parts are neighbours
 
 
@@ -61,9 +63,27 @@ def forward(
     return _linear(_out_proj(self), o.flatten(1)).view(hidden_states.shape)
 
 
+def mlp_forward(original: Callable[..., Any], self: Any, x: Tensor) -> Tensor:
+    """`down(silu(gate(x)) * up(x))`."""
+    if torch.compiler.is_exporting():
+        return original(self, x)  # type: ignore[no-any-return]
+    projections = (self.gate_proj, self.up_proj, self.down_proj)
+    reason = why_not_tensors(x, *(getattr(p, "weight", None) for p in projections))
+    if reason is None and type(self.act_fn).__name__ not in _SILU:
+        reason = f"activation {type(self.act_fn).__name__}"
+    if reason is None and torch.is_autocast_enabled(x.device.type):
+        reason = "autocast"
+    count_of("MLP", reason, x)
+    if reason is not None:
+        return original(self, x)  # type: ignore[no-any-return]
+    rows = x.reshape(-1, x.shape[-1])
+    gate, up = _linear(self.gate_proj, rows), _linear(self.up_proj, rows)
+    return _linear(self.down_proj, ops.silu_and_mul(gate, up, out=gate)).view(*x.shape[:-1], -1)
+
+
 def _step(layer: Any, projected: Tensor, sizes: torch.Size, cache: Any) -> Tensor:
     """Decode: one fused step from the projections' rows to the gated norm, on the cache's own tensors."""
-    cu_seqlens, slots = sequences(*sizes, projected.device)
+    cu_seqlens, slots = sequences(sizes[0], 1, projected.device)
     conv_state = _conv_state(layer, cache)
     recurrent_state, state = _recurrent_state(layer, cache)
     norm = _norm(layer)
@@ -93,9 +113,9 @@ def _step(layer: Any, projected: Tensor, sizes: torch.Size, cache: Any) -> Tenso
 def _prefill(layer: Any, projected: Tensor, sizes: torch.Size, cache: Any) -> Tensor:
     """Any number of tokens, from nothing or behind what the cache holds."""
     N, D, HV = projected.shape[0], layer.conv_dim, layer.num_v_heads
-    o, z = _rule(layer, projected, sizes, cache), projected[:, D : D + layer.value_dim].unflatten(1, (HV, -1))
-    norm = _norm(layer)
-    return ops.rms_norm_gated(o.view(N, HV, -1), z, norm.weight, eps=norm.variance_epsilon)
+    o, norm = _rule(layer, projected, sizes, cache), _norm(layer)
+    z = projected[:, D : D + layer.value_dim].view(N, HV, -1)
+    return ops.rms_norm_gated(o, z, norm.weight, eps=norm.variance_epsilon)
 
 
 def _rule(layer: Any, projected: Tensor, sizes: torch.Size, cache: Any) -> Tensor:
@@ -105,16 +125,16 @@ def _rule(layer: Any, projected: Tensor, sizes: torch.Size, cache: Any) -> Tenso
     g, beta = ops.gdn_gating(a, b, layer.A_log, layer.dt_bias)
     had_state = cache is not None and cache.get_recurrent_state(layer.layer_idx) is not None
     mixed = _convolve(layer, projected[:, : layer.conv_dim], sizes, cache)
-    q, k, v = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=1)
+    q, k, v = torch.split(mixed, [layer.key_dim, layer.key_dim, layer.value_dim], dim=1)
     if had_state:
         recurrent_state, state = _recurrent_state(layer, cache)
     else:
         state = projected.new_zeros((B, HV, layer.head_v_dim, layer.head_k_dim), dtype=torch.float32)
         recurrent_state = state.transpose(-1, -2)
     o = ops.chunk_gated_delta_rule(
-        q.unflatten(1, (-1, layer.head_k_dim)),
-        k.unflatten(1, (-1, layer.head_k_dim)),
-        v.unflatten(1, (-1, layer.head_v_dim)),
+        q.view(B * T, -1, layer.head_k_dim),
+        k.view(B * T, -1, layer.head_k_dim),
+        v.view(B * T, HV, -1),
         g,
         beta,
         state,
@@ -133,7 +153,7 @@ def _convolve(layer: Any, x: Tensor, sizes: torch.Size, cache: Any) -> Tensor:
     B, T = sizes
     length = T
     if cache is not None:
-        columns = x.unflatten(0, sizes).transpose(1, 2)
+        columns = x.view(B, T, -1).transpose(1, 2)
         columns = cache.update_conv_state(columns, layer.layer_idx, conv_kernel_size=layer.conv_kernel_size)
         length = columns.shape[2]
         if length != T:
@@ -147,7 +167,7 @@ def _convolve(layer: Any, x: Tensor, sizes: torch.Size, cache: Any) -> Tensor:
         state_indices=slots,
         bias=layer.conv1d.bias,
     )
-    return out if length == T else out.unflatten(0, (B, length))[:, -T:].flatten(0, 1)
+    return out if length == T else out.view(B, length, -1)[:, -T:].flatten(0, 1)
 
 
 def _conv_state(layer: Any, cache: Any) -> Tensor:

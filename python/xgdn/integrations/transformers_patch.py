@@ -14,15 +14,21 @@ from xgdn.integrations import calls, transformers_functions, transformers_layer
 
 __all__ = ["patch_transformers", "unpatch_transformers"]
 
-_RULES = {
+_RULES: dict[str, Callable[..., Any]] = {
     "torch_chunk_gated_delta_rule": transformers_functions.chunk_gated_delta_rule,
     "torch_recurrent_gated_delta_rule": transformers_functions.fused_recurrent_gated_delta_rule,
 }
-_CONVOLUTIONS = {
+_CONVOLUTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": transformers_functions.causal_conv1d_fn,
     "causal_conv1d_update": transformers_functions.causal_conv1d_update,
 }
-_NORM, _LAYER = "RMSNormGated", "GatedDeltaNet"  # what the names of the classes end with
+# By what the names of the classes end with, `forward`.
+_NORMS: dict[str, Callable[..., Any]] = {"RMSNormGated": transformers_functions.rms_norm_gated}
+_LAYERS: dict[str, Callable[..., Any]] = {
+    "GatedDeltaNet": transformers_layer.forward,
+    "MLP": transformers_layer.mlp_forward,
+}
+_NOT_OF_THE_TEXT_MODEL = "Vision"
 _OLDEST = "5.16"
 _WORDS = (b"chunk_gated_delta_rule", b"recurrent_gated_delta_rule")
 
@@ -48,10 +54,10 @@ def patch_transformers(*, layers: bool = False) -> list[str]:
     """Have transformers' Gated DeltaNet layers computed here, in models loaded before and after; return what was
     replaced.
 
-    The two functions of the rule, the causal convolution and the gated norm of every model that has them. With
-    `layers` also the layers' `forward`, so that a decoded token is one fused step, on the cache's own tensors. Calls
-    that cannot be served go to the host's own code and are counted with the reason, see `xgdn.report`, which is logged
-    once when the process ends. A second call only changes between the two modes.
+    Replaced are the two functions of the rule, the causal convolution and the gated norm of every model that has them;
+    with `layers` also the `forward` of the layers, so that a decoded token is one fused step on the cache's own
+    tensors, and of these models' dense MLPs. Calls that cannot be served go to the host's own code and are counted with
+    the reason, see `xgdn.report`, which is logged once when the process ends. A second call only changes the mode.
 
     Raises:
         xgdn.errors.UnsupportedError: This version of transformers has none of the functions, or not by these names.
@@ -88,11 +94,9 @@ def _replacements(layers: bool) -> list[_Replaced]:
             raise _unsupported(transformers, f"{module.__name__} without {' and '.join(missing)}")
         functions = {**_RULES, **_CONVOLUTIONS}
         found += [_replace(module, name, functions[name]) for name in functions if callable(vars(module).get(name))]
-        classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        ends = {_NORM: transformers_functions.rms_norm_gated}
-        if layers:
-            ends[_LAYER] = transformers_layer.forward
-        found += [_replace(c, "forward", ends[end]) for end in ends for c in classes if c.__name__.endswith(end)]
+        forwards = {**_NORMS, **(_LAYERS if layers else {})}
+        for end, function in forwards.items():
+            found += [_replace(c, "forward", function) for c in _classes(module) if c.__name__.endswith(end)]
     if not found:
         raise _unsupported(transformers, "no model with them")
     return found
@@ -103,6 +107,11 @@ def _models(transformers: ModuleType) -> list[ModuleType]:
     folder = Path(str(transformers.__file__)).parent / "models"
     paths = sorted(path for path in folder.glob("*/modeling_*.py") if all(w in path.read_bytes() for w in _WORDS))
     return [importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}") for path in paths]
+
+
+def _classes(module: ModuleType) -> list[type]:
+    own = (c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__)
+    return [c for c in own if "forward" in vars(c) and _NOT_OF_THE_TEXT_MODEL not in c.__name__]
 
 
 def _replace(owner: Any, name: str, function: Callable[..., Any]) -> _Replaced:
