@@ -8,6 +8,7 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,6 +378,71 @@ def test_packed_sequences_end_as_in_the_host() -> None:
     with pytest.raises(ValueError, match="packed sequences"):
         modeling.torch_chunk_gated_delta_rule(*tokens, cu_seqlens=torch.tensor([0, 5]))
     assert fallbacks() == {"chunk_gated_delta_rule": {"argument cu_seqlens": 1}}
+
+
+def half_states(layer: Any, cache: Any) -> None:
+    cache.layers[0].recurrent_states[0] = cache.get_recurrent_state(0).bfloat16()
+
+
+def hooked(layer: Any, cache: Any) -> None:
+    hook = SimpleNamespace(pre_forward=lambda module, *a, **k: (a, k), post_forward=lambda module, out: out)
+    layer.conv1d._hf_hook = hook
+
+
+CHANGES: dict[str, Any] = {
+    "activation gelu": lambda layer, cache: setattr(layer, "activation", "gelu"),
+    "activation sigmoid": lambda layer, cache: setattr(layer.norm, "activation", "sigmoid"),
+    "mixed dtypes": lambda layer, cache: layer.conv1d.bfloat16(),
+    "states that are not float32": half_states,
+    "weights offloaded by accelerate": hooked,
+    "autocast": lambda layer, cache: None,
+    "argument cu_seq_lens_q": lambda layer, cache: None,
+    "a convolution of 5 taps": lambda layer, cache: None,
+    "a sharded layer": lambda layer, cache: setattr(layer, "conv_dim", 1),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_a_layer_that_is_not_served_whole_is_the_hosts_own(reason: str) -> None:
+    taps = {"linear_conv_kernel_dim": 5} if "taps" in reason else {}
+    config = transformers.Qwen3_5TextConfig(**SMALL | taps)
+    kwargs: dict[str, Any] = {"cu_seq_lens_q": torch.tensor([0, 1])} if "argument" in reason else {}
+    torch.manual_seed(4)
+    original = modeling.Qwen3_5GatedDeltaNet(config, layer_idx=0).eval()
+    prompt, token = torch.randn(2, 4, SMALL["hidden_size"]), torch.randn(2, 1, SMALL["hidden_size"])
+
+    def run() -> list[Tensor]:
+        layer, cache = copy.deepcopy(original), transformers.DynamicCache(config=config)
+        layer(prompt, cache_params=cache)
+        xgdn.report(reset=True)
+        CHANGES[reason](layer, cache)
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+                out = layer(token, cache_params=cache, **kwargs)
+        except ValueError:  # the host has no sequences of several lengths
+            return []
+        return [out, cache.get_conv_state(0), cache.get_recurrent_state(0)]
+
+    with torch.no_grad():
+        want = run()
+        xgdn.patch_transformers(layers=True)
+        got = run()
+    assert fallbacks()["GatedDeltaNet, one token"] == {reason: 1}
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() < (F32_BOUND if a.dtype == torch.float32 else 1e-2) * b.norm()
+
+
+@pytest.mark.parametrize("reason", ["activation GELUActivation", "autocast"])
+def test_an_mlp_that_is_not_served_is_the_hosts_own(reason: str) -> None:
+    act = {"hidden_act": "gelu"} if "activation" in reason else {}
+    mlp = modeling.Qwen3_5MLP(transformers.Qwen3_5TextConfig(**SMALL | act), SMALL["intermediate_size"])
+    x = torch.randn(2, 3, SMALL["hidden_size"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+        want = mlp(x)
+        xgdn.patch_transformers(layers=True)
+        assert_bits_equal("mlp", mlp(x), want)
+    assert fallbacks() == {"MLP": {reason: 1}}
 
 
 def test_layers_that_cannot_be_served_whole_are_served_in_parts() -> None:

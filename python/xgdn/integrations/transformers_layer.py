@@ -255,6 +255,8 @@ def _has_history(layer: Any, cache: Any) -> bool:
 
 def _why_not(layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
     norm, conv = _norm(layer), layer.conv1d
+    if hasattr(conv, "_hf_hook"):
+        return "weights offloaded by accelerate"
     if reason := why_not_tensors(x, conv.weight, conv.bias, norm.weight, layer.A_log, layer.dt_bias):
         return reason
     if reason := why_not_options(kwargs, _OPTIONS):
@@ -275,8 +277,6 @@ def _why_not(layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> str |
         t.dtype not in (x.dtype, torch.float32) for t in (norm.weight, layer.A_log, layer.dt_bias)
     ):
         return "mixed dtypes"
-    if hasattr(conv, "_hf_hook"):
-        return "weights offloaded by accelerate"
     if cache is not None and _state_dtype(layer, cache) not in (None, torch.float32):
         return "states that are not float32"
     return None
