@@ -2,7 +2,7 @@
 """transformers with and without `xgdn.patch_transformers()`: a prompt and decode steps of a whole model, and its ops.
 
     python benchmarks/patched_transformers.py [--dtype bf16 f32] [--cases ops decode prompt] [--batch 1 8]
-        [--prompt 2048] [--layers 24] [--rounds 3]
+        [--prompt 2048] [--layers 24] [--rounds 3] [--threads 2]
 
 The model has the shape of Qwen3.5-0.8B and random weights. "functions" is `patch_transformers()`, "layers"
 `patch_transformers(layers=True)`. The three take turns in one process; a time is the shortest of the rounds, of which
@@ -55,14 +55,14 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def shortest(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The shortest time of each call in the mode that it names, after one that warms it up."""
+    """The shortest time of each call in the mode that it names."""
     times: dict[str, list[float]] = {mode: [] for mode in calls}
     begin = time.perf_counter()
-    while len(times["transformers"]) < rounds + 1 or time.perf_counter() - begin < ENOUGH:
+    while len(times["transformers"]) < rounds or time.perf_counter() - begin < ENOUGH:
         for mode, call in calls.items():
             MODES[mode]()
             times[mode].append(timed(call))
-    return {mode: min(t[1:]) for mode, t in times.items()}
+    return {mode: min(t) for mode, t in times.items()}
 
 
 def row(name: str, dtype: str, times: dict[str, float]) -> list[str]:
@@ -100,40 +100,68 @@ def rule(dtype: torch.dtype, batch: int, length: int) -> tuple[tuple[Tensor, ...
 
 
 def op_cases(dtype: torch.dtype, args: argparse.Namespace) -> dict[str, dict[str, Callable[[], Any]]]:
-    """The functions that a layer calls for a prompt, and for a token."""
+    """What a layer computes between its projections, for a prompt and for a token, function by function and together;
+    with `layers` a token is one op.
+    """
     heads, dim = QWEN3_5_0_8B["linear_num_value_heads"], QWEN3_5_0_8B["linear_key_head_dim"]
     channels = 3 * heads * dim
     taps = torch.randn(channels, 4).to(dtype)
     norm = modeling.Qwen3_5RMSNormGated(dim).to(dtype)
-    cases = {}
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    cases: dict[str, dict[str, Callable[[], Any]]] = {}
 
-    def add(name: str, call: Callable[[], Any]) -> None:
-        cases[name] = {mode: call for mode in MODES if mode != "layers"}
+    def add(name: str, layers: Callable[[], Any] | None = None, **functions: Callable[[], Any]) -> None:
+        functions["together"] = partial(lambda calls: [call() for call in calls], list(functions.values()))
+        for function, call in functions.items():
+            cases[f"{name}: {function}"] = dict.fromkeys(list(MODES)[:2], call)
+        if layers is not None:
+            cases[f"{name}: together"]["layers"] = layers
 
     def normed(rows: int) -> Callable[[], Any]:
         return partial(norm, *torch.randn(2, rows * heads, dim).to(dtype))
 
-    length, options = args.prompt, {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-    tokens, _ = rule(dtype, 1, length)
-    x = torch.randn(1, length, channels).to(dtype).transpose(1, 2)
+    tokens, _ = rule(dtype, 1, args.prompt)
+    x = torch.randn(1, args.prompt, channels).to(dtype).transpose(1, 2)
     # The functions are looked up when they are called, since that is where the patch is.
-    add(f"prompt of {length:,}, rule", lambda: modeling.torch_chunk_gated_delta_rule(*tokens, **options))
-    add(f"prompt of {length:,}, convolution", lambda: modeling.causal_conv1d_fn(x, taps, activation="silu"))
-    add(f"prompt of {length:,}, norm", normed(length))
+    add(
+        f"prompt of {args.prompt:,}",
+        rule=lambda: modeling.torch_chunk_gated_delta_rule(*tokens, **options),
+        convolution=lambda: modeling.causal_conv1d_fn(x, taps, activation="silu"),
+        norm=normed(args.prompt),
+    )
     for batch in args.batch:
         token, state = rule(dtype, batch, 1)
         one, history = torch.randn(batch, channels, 1).to(dtype), torch.randn(batch, channels, 4).to(dtype)
-        options_ = {**options, "initial_state": state.transpose(-1, -2).contiguous().transpose(-1, -2)}
         add(
-            f"token, batch {batch}, rule",
-            partial(lambda *a, **o: modeling.torch_recurrent_gated_delta_rule(*a, **o), *token, **options_),
+            f"token, batch {batch}",
+            fused_step(dtype, batch, taps),
+            rule=partial(
+                lambda token, state: modeling.torch_recurrent_gated_delta_rule(*token, initial_state=state, **options),
+                token,
+                state.transpose(-1, -2),
+            ),
+            convolution=partial(lambda *a: modeling.causal_conv1d_update(*a, None, "silu"), one, history, taps),
+            norm=normed(batch),
         )
-        add(
-            f"token, batch {batch}, convolution",
-            partial(lambda *a: modeling.causal_conv1d_update(*a, None, "silu"), one, history, taps),
-        )
-        add(f"token, batch {batch}, norm", normed(batch))
     return cases
+
+
+def fused_step(dtype: torch.dtype, batch: int, taps: Tensor) -> Callable[[], Any]:
+    _, state = rule(dtype, batch, 1)
+    heads, dim, channels = state.shape[1], state.shape[2], taps.shape[0]
+    return partial(
+        xgdn.ops.gdn_decode_step,
+        torch.randn(batch, channels + heads * dim + 2 * heads).to(dtype),
+        taps,
+        torch.randn(batch, 3, channels).to(dtype),
+        torch.zeros(heads),
+        torch.zeros(heads),
+        state,
+        torch.ones(dim),
+        state_indices=torch.arange(batch, dtype=torch.int32),
+        cu_seqlens=torch.arange(batch + 1, dtype=torch.int32),
+        may_have_padding=False,
+    )
 
 
 def main() -> None:
@@ -144,8 +172,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=QWEN3_5_0_8B["num_hidden_layers"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    print(f"{machine()}, transformers {transformers.__version__}, {args.layers} layers\n")
+    torch.set_num_threads(args.threads)
+    about = {**machine(), "transformers": transformers.__version__, "layers": args.layers, "threads": args.threads}
+    print("  ".join(f"{name} {value}" for name, value in about.items()) + "\n")
     lines, reports = [], []
     with torch.inference_mode():
         for name in args.dtype:
