@@ -92,6 +92,29 @@ def test_experts_are_the_formula(call: ExpertsCall) -> None:
     assert xgdn.last_backend("moe_experts") == "cuda"
 
 
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(1, 32, 16), (3, 1024, 100), (8, 96, 33), (9, 2048, 16), (16, 3584, 40), (17, 64, 24)]
+)
+def test_linear_is_the_product(shape: tuple[int, int, int], has_bias: bool, out_dtype: torch.dtype) -> None:
+    """Tokens and rows of the weight lie inside wider memory of NaN."""
+    T, D, width = shape
+    wide_x, wide_weight = torch.full((T + 2, D + 8), torch.nan), torch.full((width + 2, D + 16), torch.nan)
+    x, weight, bias = torch.randn(T, D).bfloat16(), torch.randn(width, D).bfloat16(), torch.randn(width).bfloat16()
+    wide_x[1:-1, :D], wide_weight[1:-1, :D] = x, weight
+    out = torch.full((T, width + 3), torch.nan, dtype=out_dtype, device="cuda")
+    ops.linear(
+        wide_x.bfloat16().cuda()[1:-1, :D],
+        wide_weight.bfloat16().cuda()[1:-1, :D],
+        bias=bias.cuda() if has_bias else None,
+        out=out[:, :width],
+    )
+    want = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+    assert_close("out", out[:, :width].cpu(), want, 4e-3 if out_dtype == torch.bfloat16 else 1e-6, parts=(0, 1))
+    assert out[:, width:].isnan().all()
+
+
 @pytest.mark.parametrize("call", STORE, ids=str)
 def test_tokens_are_stored_in_their_rows_and_nowhere_else(call: StoreCall) -> None:
     call.make().check("cuda")

@@ -3,8 +3,8 @@
 // or reads a value from it, so that a step can be captured in a graph.
 #include "core/kernels/cuda/cuda_backend.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/StringUtil.h>
 #include <cuda_runtime_api.h>
@@ -25,6 +25,7 @@
 #include "core/kernels/cuda/gdn_decode_step.h"
 #include "core/kernels/cuda/gdn_gating.h"
 #include "core/kernels/cuda/graph.h"
+#include "core/kernels/cuda/linear.h"
 #include "core/kernels/cuda/moe_experts.h"
 #include "core/kernels/cuda/paged_attention.h"
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
@@ -223,8 +224,20 @@ class CudaBackend final : public Backend {
   void run(const SigmoidAndMulParams& p, const NormShape& s) const override {
     cuda::sigmoid_and_mul(op_args(p, s), s.T, current_stream(p.x));
   }
-  void run(const LinearParams& p, const LinearShape&) const override {
-    aten::linear(p);
+  void run(const LinearParams& p, const LinearShape& s) const override {
+    const cuda::LinearArgs args = {.T = s.T,
+                                   .D = s.D,
+                                   .O = s.O,
+                                   .x = in_rows(p.x),
+                                   .weight = p.weight.const_data_ptr(),
+                                   .weight_stride = p.weight.stride(0),
+                                   .bias = p.bias ? in_heads(*p.bias) : InRows(),
+                                   .out = out_columns(p.out)};
+    if (cuda::linear_supports(args)) return cuda::linear(args, current_stream(p.x));
+    if (p.out.scalar_type() == p.x.scalar_type()) return aten::linear(p);
+    at::Tensor out = p.out;
+    out.copy_(at::mm(p.x, p.weight.t(), out.scalar_type()));  // rounded once
+    if (p.bias) out.add_(*p.bias);
   }
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override {
     aten::quantized_linear(p);

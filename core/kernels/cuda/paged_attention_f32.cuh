@@ -31,7 +31,7 @@ __device__ inline float4 load_4(const char* row, int column, int64_t D) {
   return {x.x * scale, x.y * scale, x.z * scale, x.w * scale};
 }
 
-/// Blocks: (sequence and key head, tile of rows, chunk) of split sequences, else (tile of rows, key head).
+/// Blocks: (sequence and key head, tile of rows, chunk) of split sequences, else (tile of rows and key head).
 template <int kDim, bool kIsSplit, bool kIsInt8>
 __global__ void __launch_bounds__(kF32Warps* kLanes)
     attend_f32(const PagedAttentionArgs args, const ChunkResults results) {
@@ -39,13 +39,12 @@ __global__ void __launch_bounds__(kF32Warps* kLanes)
   constexpr int kColumns = kDim / kLanes;
   const int G = static_cast<int>(args.HQ / args.HKV);
   int64_t n = blockIdx.x / args.HKV;
-  int64_t head = blockIdx.x % args.HKV;
+  const int64_t head = blockIdx.x % args.HKV;
   int first_query = blockIdx.y * kF32Warps;
   if constexpr (!kIsSplit) {
-    const QueryTile tile = query_tile(args, blockIdx.x, kF32Warps);
+    const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, kF32Warps);
     if (tile.sequence < 0) return;
     n = tile.sequence;
-    head = blockIdx.y;
     first_query = tile.first;
   }
   const AttendedSequence s = sequence_of(args, n);

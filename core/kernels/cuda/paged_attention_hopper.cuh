@@ -125,7 +125,7 @@ __device__ inline void weigh(float (&scores)[kTiles][4], float scale, float (&mo
 
 #endif
 
-/// Blocks: (tile of rows, key head, share of the context).
+/// Blocks: (tile of rows and key head, share of the context).
 template <class Element, int kDim, bool kIsInt8>
 __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     attend_prefill_hopper(const __grid_constant__ PagedAttentionArgs args, const TileCall call) {
@@ -136,12 +136,12 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
   constexpr int kScoreTiles = kKeys / 8;
   constexpr int kConsumerWarps = 8;
   const int G = static_cast<int>(args.HQ / args.HKV);
-  const int64_t head = blockIdx.y;
-  const QueryTile tile = query_tile(args, blockIdx.x, Tiles::kRows);
+  const int64_t head = blockIdx.x % args.HKV;
+  const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, Tiles::kRows);
   if (tile.sequence < 0) return;
   const AttendedSequence s = sequence_of(args, tile.sequence);
   const int num_queries = min(Tiles::kRows, s.len * G - tile.first);
-  const auto share = static_cast<int>(blockIdx.z);
+  const auto share = static_cast<int>(blockIdx.y);
   const ContextShare rows_seen = share_of(call, visible_rows(s, (tile.first + num_queries - 1) / G), kKeys, share);
   const int begin = rows_seen.begin;
   const int end = rows_seen.end;

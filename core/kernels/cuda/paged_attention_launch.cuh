@@ -20,9 +20,7 @@
 namespace xgdn::kernel::cuda {
 
 inline constexpr int kSumThreads = 256;
-inline constexpr int kMinChunkRows = 128;
-inline constexpr int kMaxMinChunkRows = 2048;
-inline constexpr int kChunkRowsPerPair = 16;
+inline constexpr int kWantedChunks = 256;  // of all contexts and key heads: two blocks on each multiprocessor
 inline constexpr int kQueryRows = 128;     // of queries, in each kernel for many tokens on tensor cores
 inline constexpr int kWantedBlocks = 128;  // of these kernels
 inline constexpr int kMaxShares = 8;       // of a context
@@ -32,11 +30,12 @@ inline constexpr int kSumWarps = kSumThreads / kLanes;
 inline ChunkResults chunk_results(const PagedAttentionArgs& args) {
   ChunkResults results;
   results.max_tokens = static_cast<int>(std::min<int64_t>(args.max_len, kSplitTokens));
-  // As many pairs of sequences and key heads as fill the device by themselves want long chunks.
-  const int64_t wanted = std::clamp<int64_t>(args.N * args.HKV * kChunkRowsPerPair, kMinChunkRows, kMaxMinChunkRows);
-  results.min_rows = static_cast<int>(wanted / kMinChunkRows * kMinChunkRows);
-  results.max_chunks =
-      static_cast<int>(std::clamp<int64_t>(ceil_div(args.M * args.B, results.min_rows), 1, kMaxChunks));
+  results.chunks_at_once =
+      static_cast<int>(std::max<int64_t>(kWantedChunks / std::max<int64_t>(args.N * args.HKV, 1), 1));
+  const int64_t rows = args.M * args.B;
+  const int64_t most = std::max<int64_t>(results.chunks_at_once, ceil_div(rows, kMaxChunkRows));
+  results.max_chunks = static_cast<int>(
+      std::clamp<int64_t>(std::min<int64_t>(most, kMaxChunks), 1, std::max<int64_t>(ceil_div(rows, kMinChunkRows), 1)));
   results.values = static_cast<float*>(args.workspace);
   if (results.values != nullptr) {
     results.log2s = results.values + args.N * results.max_tokens * args.HQ * results.max_chunks * args.D;
@@ -92,18 +91,18 @@ __global__ void __launch_bounds__(kSumThreads) sum_chunks(const PagedAttentionAr
   out[3] = from_float<Element>(sum.w);
 }
 
-// The same for the shares of tiles of queries. Blocks: (tile, key head, 8 rows), a warp has a row.
+// The same for the shares of tiles of queries. Blocks: (tile and key head, 8 rows), a warp has a row.
 template <class Element>
 __global__ void __launch_bounds__(kSumThreads) sum_shares(const PagedAttentionArgs args, const TileCall call) {
-  const QueryTile tile = query_tile(args, blockIdx.x, kQueryRows);
+  const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, kQueryRows);
   if (tile.sequence < 0) return;
   const int lane = threadIdx.x % kLanes;
   const AttendedSequence s = sequence_of(args, tile.sequence);
   const int G = static_cast<int>(args.HQ / args.HKV);
-  const int row = tile.first + static_cast<int>(blockIdx.z * kSumWarps + threadIdx.x / kLanes);
+  const int row = tile.first + static_cast<int>(blockIdx.y * kSumWarps + threadIdx.x / kLanes);
   if (row >= s.len * G) return;
   const int64_t token = s.begin + row / G;
-  const int64_t head = static_cast<int64_t>(blockIdx.y) * G + row % G;
+  const int64_t head = static_cast<int64_t>(blockIdx.x % args.HKV) * G + row % G;
   const int64_t first = (token * args.HQ + head) * call.shares;
   float most = -INFINITY;
   for (int i = 0; i < call.shares; ++i) most = fmaxf(most, call.log2s[first + i]);
@@ -157,9 +156,8 @@ void launch(void (*kernel)(PagedAttentionArgs, Last), dim3 grid, int threads, in
 template <class Element, int kDim, bool kIsInt8>
 void launch_tiles(const PagedAttentionArgs& args, cudaStream_t stream) {
   const TileCall call = tile_call(args);
-  const auto blocks = static_cast<unsigned>(max_query_tiles(args, kQueryRows));
-  const auto heads = static_cast<unsigned>(args.HKV);
-  const dim3 grid(blocks, heads, static_cast<unsigned>(call.shares));
+  const auto blocks = static_cast<unsigned>(max_query_tiles(args, kQueryRows) * args.HKV);
+  const dim3 grid(blocks, static_cast<unsigned>(call.shares));
   const auto run = [&](auto kernel, auto tiles) {
     using Tiles = decltype(tiles);
     static_assert(Tiles::kRows == kQueryRows);
@@ -175,7 +173,7 @@ void launch_tiles(const PagedAttentionArgs& args, cudaStream_t stream) {
     run(attend_prefill<Element, kDim, kIsInt8>, PrefillTiles<kDim>());
   }
   if (call.shares > 1) {
-    launch(sum_shares<Element>, dim3(blocks, heads, kQueryRows / kSumWarps), kSumThreads, 0, args, call, stream);
+    launch(sum_shares<Element>, dim3(blocks, kQueryRows / kSumWarps), kSumThreads, 0, args, call, stream);
   }
 }
 
@@ -211,7 +209,7 @@ void attend_rows(const PagedAttentionArgs& args, cudaStream_t stream) {
   }
   if (has_long) {
     if constexpr (kIsF32) {
-      const dim3 tiles(static_cast<unsigned>(max_query_tiles(args, kF32Warps)), static_cast<unsigned>(args.HKV));
+      const dim3 tiles(static_cast<unsigned>(max_query_tiles(args, kF32Warps) * args.HKV));
       launch(attend_f32<kDim, false, kIsInt8>, tiles, kF32Warps * kLanes, f32_shared_bytes<kDim>(), args, results,
              stream);
     } else {

@@ -62,7 +62,7 @@ __device__ inline void copy_tile(const PagedAttentionArgs& args, const char* of_
   }
 }
 
-/// Blocks: (tile of rows, key head, share of the context).
+/// Blocks: (tile of rows and key head, share of the context).
 template <class Element, int kDim, bool kIsInt8>
 __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     attend_prefill(const PagedAttentionArgs args, const TileCall call) {
@@ -71,14 +71,14 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   constexpr int kWarpTiles = Tiles::kWarpTiles;
   constexpr int kKeys = Tiles::kKeys;
   const int G = static_cast<int>(args.HQ / args.HKV);
-  const int64_t head = blockIdx.y;
-  const QueryTile tile = query_tile(args, blockIdx.x, Tiles::kRows);
+  const int64_t head = blockIdx.x % args.HKV;
+  const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, Tiles::kRows);
   if (tile.sequence < 0) return;
   const AttendedSequence s = sequence_of(args, tile.sequence);
   const int num_queries = min(Tiles::kRows, s.len * G - tile.first);
   // Rows of the context that the last and the first row of the tile see.
   const auto [begin, end] =
-      share_of(call, visible_rows(s, (tile.first + num_queries - 1) / G), kKeys, static_cast<int>(blockIdx.z));
+      share_of(call, visible_rows(s, (tile.first + num_queries - 1) / G), kKeys, static_cast<int>(blockIdx.y));
   const int common_end = visible_rows(s, tile.first / G);
 
   extern __shared__ __align__(128) char shared[];
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       const int query = query_of(t, i);
       if (query >= num_queries) continue;
-      store_query<Element>(args, call, s, head, tile.first + query, static_cast<int>(blockIdx.z), values[t], i, sum,
+      store_query<Element>(args, call, s, head, tile.first + query, static_cast<int>(blockIdx.y), values[t], i, sum,
                            most[t][i] * scale);
     }
   }
