@@ -31,11 +31,11 @@ size_t aligned(size_t bytes) {
 
 }  // namespace
 
-// Chunks from the system and the free blocks in them. The smallest that suffices is taken, of equal ones the lowest: like
-// steps find their tensors where they were, and small ones lie side by side.
+// Chunks from the system and the free blocks in them. The smallest that suffices is taken, of equal ones the lowest:
+// like steps find their tensors where they were, and small ones lie side by side.
 //
-// What does not fit gets a chunk of its own. Once nothing is taken, chunks become one, as large as what was ever taken at
-// once; where that did not suffice for lack of a large block, as large as what did.
+// What does not fit gets a chunk of its own. Once nothing is taken, chunks become one, as large as what was ever taken
+// at once; where that did not suffice for lack of a large block, as large as what did.
 class StepMemory::Blocks {
  public:
   std::byte* take(size_t bytes) {

@@ -98,6 +98,22 @@ TEST_F(StepMemoryTest, LikeStepsAskTheSystemForNothingMore) {
   EXPECT_EQ(memory.bytes(), held);
 }
 
+TEST_F(StepMemoryTest, NeighboursThatAreFreeBecomeOneBlock) {
+  StepMemory memory;
+  const StepMemory::Use use(memory);
+  const auto take_parts = [&] {
+    std::vector<at::Tensor> parts;
+    for (int i = 0; i < 8; ++i) parts.push_back(bytes(1024));
+    for (const size_t i : {1, 0, 5, 6, 7, 3, 2, 4}) parts[i].reset();  // before, after, and between free ones
+  };
+  for (int i = 0; i < 2; ++i) take_parts();
+  EXPECT_EQ(memory.bytes(), 8 * 1024);
+  const int64_t count = system_->count;
+  bytes(8 * 1024);
+  take_parts();
+  EXPECT_EQ(system_->count, count);
+}
+
 TEST_F(StepMemoryTest, HoldsWhatTheLargestStepTakesAtOnce) {
   StepMemory memory;
   const StepMemory::Use use(memory);
