@@ -101,7 +101,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_gpu")
 def test_a_case_is_measured_with_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that is missing and one that is wrong are named, and the others go on."""
-    peers = {"fla": gpu.peers.fla, "wrong": _wrong, "copies": _copies_its_states, "sdpa": gpu.peers.sdpa}
+    peers = {"fla": gpu.peers.fla, "copies": _copies_its_states, "wrong": _wrong, "sdpa": gpu.peers.sdpa}
     monkeypatch.setattr(gpu.ops, "PEERS", peers)
     benchmark = gpu.ops.OpsBenchmark([*peers], peer_seconds=60)
     rows = benchmark.run(CASES["decode f32"]())
