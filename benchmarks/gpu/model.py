@@ -200,6 +200,15 @@ def main(
         args = xgdn.EngineArgs(dtype=torch.bfloat16, device=device)
         rows = decode_rows(model, batches, args, prompt_tokens=prompt_tokens, steps=steps, copy_gb_s=facts["copy_gb_s"])
         rows += prompt_rows(model, lengths, device)
+    print("  ".join(f"{name} {value}" for name, value in {**device_facts(), **facts}.items()))
+    print(f"float32 logits differ from the cpu backend's by {error:.1e}")
+
+    def show() -> None:
+        print_wide(table(rows))
+        if json_file is not None:
+            write_json(json_file, rows, device=facts, logits_error=error)
+
+    show()
     if transformers_seconds > 0:
         rows += transformers_rows(
             model,
@@ -210,11 +219,7 @@ def main(
             device=device,
             seconds=transformers_seconds,
         )
-    print("  ".join(f"{name} {value}" for name, value in {**device_facts(), **facts}.items()))
-    print(f"float32 logits differ from the cpu backend's by {error:.1e}")
-    print_wide(table(rows))
-    if json_file is not None:
-        write_json(json_file, rows, device=facts, logits_error=error)
+        show()
 
 
 if __name__ == "__main__":

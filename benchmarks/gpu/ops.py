@@ -112,6 +112,7 @@ class OpsBenchmark:
         self._peers = list(peers)
         self._peer_seconds = peer_seconds
         self.left_out: list[str] = []
+        self.without_time: list[str] = []  # cases of other libraries, one by one
 
     def run(self, case: Case) -> list[Row]:
         if case.streams is not None:
@@ -132,8 +133,9 @@ class OpsBenchmark:
         self, name: str, case: Case, truth: Sequence[torch.Tensor], roofline: float, limit: str
     ) -> list[Row]:
         if self._peer_seconds <= 0:
-            self.left_out.append(f"{case.title}, {name}: no time left")
+            self.without_time.append(case.title)
             return []
+        case.reset()  # a peer may copy its states when it is made
         try:
             return [self._row(case, provider, truth, roofline, limit) for provider in PEERS[name](case)]
         except ImportError as missing:
@@ -223,10 +225,14 @@ def main(
                 torch.cuda.empty_cache()
         finally:
             bar.hide()
-    more = {"device": asdict(benchmark.device), "left_out": benchmark.left_out}
+    left_out = benchmark.left_out
+    if benchmark.without_time:
+        first, count = benchmark.without_time[0], len(benchmark.without_time)
+        left_out.append(f"other libraries from {first} on, {count} in all: {peer_seconds:g} s were over")
+    more = {"device": asdict(benchmark.device), "left_out": left_out}
     print("  ".join(f"{name} {value}" for name, value in {**device_facts(), **more["device"]}.items()))  # type: ignore[dict-item]
     print_wide(table(rows))
-    for line in benchmark.left_out:
+    for line in left_out:
         print(f"left out: {line}")
     if json_file is not None:
         write_json(json_file, rows, **more)

@@ -38,11 +38,11 @@ build_test() {
 }
 
 # Every kernel at small sizes: all ops of the samples, decode at every key dim, prompts by tensor cores, attention of
-# decodes and of prompts, experts, copies, a replayed graph.
+# decodes and of prompts, experts, rows in int8, a replayed graph.
 SELECTED='writes_what_the_reference_writes or captured_decode_step or verification_writes
   or (test_decode_matches and 1+2+1) or (test_prefill_matches and (130+5 or 67+3)) or a_sequence_of_a_prefill
   or (attention_is_the_formula and True and (1of1+1of15 or 8of8+9of9 or 65of300))
-  or (experts_are_the_formula and (T9 or T40)) or tokens_are_stored or slots_are_copied'
+  or (experts_are_the_formula and (T9 or T40)) or (tokens_are_stored and D20 and int8)'
 TOOLS=${TOOLS:-memcheck racecheck initcheck synccheck}
 TOOL_SECONDS=${TOOL_SECONDS:-130}
 

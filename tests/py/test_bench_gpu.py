@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,17 +82,30 @@ def test_times_are_of_a_call() -> None:
     assert (times.min, times.median) == (1000, 2000)
 
 
-def test_ops_are_chosen_by_name_and_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With the GPU's part replaced; a peer that is missing and one that is wrong are named, and the others go on."""
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates and times that nobody measured."""
+
+    def time_replays(call: Callable[[int], object], parts: int) -> gpu.replay.Times:
+        for i in range(parts):
+            call(i)
+        return gpu.replay.Times(3.0, 4.0)
+
     device = SimpleNamespace(copy_gb_s=4000.0, gemm_tflop_s=700.0)
     rooflines = SimpleNamespace(measure_device=lambda: device, time_stream=lambda pool, tables: 2.0)
     monkeypatch.setitem(sys.modules, "gpu.rooflines", rooflines)
     monkeypatch.setattr(gpu, "rooflines", rooflines, raising=False)
-    monkeypatch.setattr(gpu.replay, "time_replays", lambda call, parts: gpu.replay.Times(3.0, 4.0))
-    monkeypatch.setattr(gpu.ops, "PEERS", {"fla": gpu.peers.fla, "wrong": _wrong, "sdpa": gpu.peers.sdpa})
-    benchmark = gpu.ops.OpsBenchmark(["fla", "wrong", "sdpa"], peer_seconds=60)
+    monkeypatch.setattr(gpu.replay, "time_replays", time_replays)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_case_is_measured_with_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that is missing and one that is wrong are named, and the others go on."""
+    peers = {"fla": gpu.peers.fla, "copies": _copies_its_states, "wrong": _wrong, "sdpa": gpu.peers.sdpa}
+    monkeypatch.setattr(gpu.ops, "PEERS", peers)
+    benchmark = gpu.ops.OpsBenchmark([*peers], peer_seconds=60)
     rows = benchmark.run(CASES["decode f32"]())
-    assert [row.provider for row in rows] == ["xgdn recurrent_gated_delta_rule", "xgdn packed_decode"]
+    assert [row.provider for row in rows] == ["xgdn recurrent_gated_delta_rule", "xgdn packed_decode", "copies"]
     assert {(row.limit, row.share) for row in rows} == {("rmw", 0.5)}
     assert rows[0].gb_s == pytest.approx(3 * 4 * 128 * 128 * 4 * 2 / 4e3)
     rows = benchmark.run(CASES["attention of decodes"]())
@@ -107,6 +121,27 @@ def test_ops_are_chosen_by_name_and_measured(monkeypatch: pytest.MonkeyPatch, tm
 
 def _wrong(case: Case) -> list[gpu.cases.Provider]:
     return [dataclasses.replace(p, call=lambda _: None, name="wrong") for p in case.providers()[:1]]
+
+
+def _copies_its_states(case: Case) -> list[gpu.cases.Provider]:
+    """One that reads the states once, when it is made."""
+    if not isinstance(case, Decode):
+        return []
+    first, own = case.pool.clone(), case.providers()[0]
+
+    def call(i: int) -> None:
+        case.pool.copy_(first)
+        own.call(i)
+
+    return [dataclasses.replace(own, name="copies", call=call)]
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_peers_get_no_case_when_their_time_is_over() -> None:
+    benchmark = gpu.ops.OpsBenchmark(["sdpa"], peer_seconds=0)
+    rows = benchmark.run(CASES["attention of decodes"]())
+    assert [row.provider for row in rows] == ["xgdn paged_attention"]
+    assert benchmark.without_time == ["attention B=2 T=1 C=37"]
 
 
 def test_names_of_cases_are_their_titles() -> None:
