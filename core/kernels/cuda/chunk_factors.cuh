@@ -11,6 +11,7 @@
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/chunk_gated_delta_rule.h"
 #include "core/kernels/cuda/chunk_tiles.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/state_rows.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -321,6 +322,7 @@ __global__ void __launch_bounds__(kFactorThreads, 4)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& memory = *reinterpret_cast<FactorMemory<kK>*>(shared_memory);
   const ChunkGatedDeltaRuleArgs& a = kernel.args;
+  let_next_kernel_start();
   const int64_t chunk = blockIdx.x / a.H;
   const int64_t key_head = blockIdx.x % a.H;
   const int n = a.chunk_indices[2 * chunk];

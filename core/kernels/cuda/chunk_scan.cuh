@@ -19,6 +19,7 @@
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/chunk_gated_delta_rule.h"
 #include "core/kernels/cuda/chunk_tiles.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 
 namespace xgdn::kernel::cuda {
 
@@ -557,6 +558,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
   __syncthreads();
   if (warp >= kGroups * 4) {
     if constexpr (kGroups == 2) leave_registers<40>();
+    wait_for_last_kernel();  // for the factors; nobody else reads what it wrote
     if constexpr (!kByBoxes) {
       fill_stages_by_pieces<kK, kGroups>(kernel, item, stages, tail.barriers);
     } else if (warp == kGroups * 4) {
