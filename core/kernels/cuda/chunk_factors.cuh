@@ -11,6 +11,7 @@
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/chunk_gated_delta_rule.h"
 #include "core/kernels/cuda/chunk_tiles.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/state_rows.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -46,38 +47,26 @@ template <int kK>
 __device__ inline void start_tile(const InRows& rows, bool is_aligned, int64_t token, int count, int64_t head,
                                   char* tile) {
   constexpr int kPieces = kK / 8;  // of a row
-  const int piece = threadIdx.x % kPieces;
-  const bool is_copied = rows.dtype == DType::kBFloat16 && is_aligned;
-#pragma unroll 4
-  for (int row = threadIdx.x / kPieces; row < kChunk; row += kFactorThreads / kPieces) {
-    char* to = tile + piece_offset(row, piece);
-    if (is_copied) {
-      const char* from = row < count ? row_of(rows, token + row, head) + piece * kPieceBytes : nullptr;
-      copy_async(shared_address(to), row < count ? from : rows.data, row >= count);
-    } else {
+  constexpr int kStep = kFactorThreads / kPieces;
+  static_assert(kStep % 8 == 0);  // so that a thread's pieces lie at the same place of their rows
+  const int first = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+  if (rows.dtype == DType::kBFloat16 && is_aligned) {
+    const char* from = row_of(rows, token + first, head) + piece * kPieceBytes;
+    const int64_t step = rows.token_stride * 2 * kStep;
+    const uint32_t to = shared_address(tile) + piece_offset(first, piece);
+#pragma unroll
+    for (int i = 0; i < kChunk / kStep; ++i, from += step) {
+      const bool is_zero = first + i * kStep >= count;
+      copy_async(to + i * kStep * 128, is_zero ? rows.data : from, is_zero);
+    }
+  } else {
+#pragma unroll 1
+    for (int row = first; row < kChunk; row += kStep) {
       uint4 x = make_uint4(0, 0, 0, 0);
       if (row < count) x = load_piece(rows.dtype, is_aligned, row_of(rows, token + row, head), piece * 8);
-      *reinterpret_cast<uint4*>(to) = x;
+      *reinterpret_cast<uint4*>(tile + piece_offset(row, piece)) = x;
     }
   }
-}
-
-/// The factor that makes a row of a tile a unit vector.
-template <int kK>
-__device__ inline float norm_factor(const char* tile, int row) {
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int piece = 0; piece < kK / 8; ++piece) {
-    const uint4 x = *reinterpret_cast<const uint4*>(tile + piece_offset(row, piece));
-    const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&x);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = __bfloat1622float2(pairs[i]);
-      sum = fmaf(pair.x, pair.x, sum);
-      sum = fmaf(pair.y, pair.y, sum);
-    }
-  }
-  return 1.0f / sqrtf(sum + kNormEps);
 }
 
 /// g and beta of a lane's two tokens on their way.
@@ -134,11 +123,19 @@ class ChunkRawGates {
   RawScalar g_[2], beta_[2];
 };
 
-/// K K^T and Q K^T, rows 16 warp to 16 warp + 15, up to the diagonal block.
+/// The factor that makes a row of this sum of squares a unit vector.
+__device__ inline float norm_factor(float sum) {
+  return 1.0f / sqrtf(sum + kNormEps);
+}
+
+/// K K^T and Q K^T, rows 16 warp to 16 warp + 15, up to the diagonal block. The diagonals of K K^T and Q Q^T are the
+/// sums of squares of the factors of these rows.
 template <int kK>
-__device__ inline void multiply_keys(uint32_t k_tile, uint32_t q_tile, int warp, float (&kk)[4][2][4],
+__device__ inline void multiply_keys(FactorMemory<kK>& memory, bool normalises, int warp, float (&kk)[4][2][4],
                                      float (&qk)[4][2][4]) {
   const int lane = threadIdx.x % 32;
+  const uint32_t k_tile = shared_address(memory.tiles[0]), q_tile = shared_address(memory.tiles[1]);
+  float qq[2][4] = {};
 #pragma unroll
   for (int block = 0; block < 4; ++block) {
 #pragma unroll
@@ -146,31 +143,49 @@ __device__ inline void multiply_keys(uint32_t k_tile, uint32_t q_tile, int warp,
   }
 #pragma unroll 2
   for (int step = 0; step < kK / 16; ++step) {
-    uint32_t k_rows[4], q_rows[4];
+    uint32_t k_rows[4], q_rows[4], x[4];
     const uint32_t offset = piece_offset(warp * 16 + lane % 16, 2 * step + lane / 16);
+    const int row = lane / 16 * 8 + lane % 8, piece = 2 * step + lane / 8 % 2;
     load_matrices(k_tile + offset, k_rows);
     load_matrices(q_tile + offset, q_rows);
+    load_matrices(q_tile + piece_offset(warp * 16 + row, piece), x);
+    multiply_bf16(qq[0], q_rows, x[0], x[1]);
+    multiply_bf16(qq[1], q_rows, x[2], x[3]);
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
       if (block > warp) continue;
-      uint32_t x[4];
-      load_matrices(k_tile + piece_offset(block * 16 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2), x);
+      load_matrices(k_tile + piece_offset(block * 16 + row, piece), x);
       multiply_bf16(kk[block][0], k_rows, x[0], x[1]);
       multiply_bf16(kk[block][1], k_rows, x[2], x[3]);
       multiply_bf16(qk[block][0], q_rows, x[0], x[1]);
       multiply_bf16(qk[block][1], q_rows, x[2], x[3]);
     }
   }
+  const int g = lane / 4;
+  if (lane % 4 != g / 2) return;  // who has (g, g) and (g + 8, g + 8)
+#pragma unroll
+  for (int block = 0; block < 4; ++block) {
+    if (block != warp) continue;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float k_square = g % 2 == 0 ? kk[block][half][2 * half] : kk[block][half][2 * half + 1];
+      const float q_square = g % 2 == 0 ? qq[half][2 * half] : qq[half][2 * half + 1];
+      memory.k_factor[warp * 16 + half * 8 + g] = normalises ? norm_factor(k_square) : 1.0f;
+      memory.q_factor[warp * 16 + half * 8 + g] = normalises ? norm_factor(q_square) : 1.0f;
+    }
+  }
 }
 
-/// This warp's rows of A to `square`, and of the scores to memory.
+/// This warp's rows of A to `square`, and of the scores to memory. Left of the diagonal block, whose first row is r,
+/// D_ij = exp(b_i - b_r) exp(b_r - b_j).
 template <int kK>
 __device__ inline void apply_gates(const FactorMemory<kK>& memory, const FactorGates& gates, float scale, int warp,
                                    const float (&kk)[4][2][4], const float (&qk)[4][2][4], FactorSquare& square,
                                    ChunkSquare& scores) {
   const int lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
-  float high[2], low[2], key[2], query[2];
+  const float high_r = gates.sum_high[warp * 16], low_r = gates.sum_low[warp * 16];
+  float high[2], low[2], key[2], query[2], far_key[2], far_query[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = warp * 16 + g + 8 * i;
@@ -178,6 +193,9 @@ __device__ inline void apply_gates(const FactorMemory<kK>& memory, const FactorG
     low[i] = gates.sum_low[row];
     key[i] = gates.beta[row] * memory.k_factor[row];
     query[i] = scale * memory.q_factor[row];
+    const float decay = __expf(high[i] - high_r + (low[i] - low_r));
+    far_key[i] = key[i] * decay;
+    far_query[i] = query[i] * decay;
   }
 #pragma unroll
   for (int block = 0; block < 4; ++block) {
@@ -188,18 +206,37 @@ __device__ inline void apply_gates(const FactorMemory<kK>& memory, const FactorG
       const float2 high_j = *reinterpret_cast<const float2*>(&gates.sum_high[column]);
       const float2 low_j = *reinterpret_cast<const float2*>(&gates.sum_low[column]);
       const float2 factor_j = *reinterpret_cast<const float2*>(&memory.k_factor[column]);
+      uint4* rows = scores.rows[ChunkSquare::block_of(warp * 2, column / 8)];
+      float* to = square + (warp * 16 + g) * kSquarePitch + column;
+      float2 a[2];
+      uint32_t p[2];
+      if (block < warp) {
+        const float d0 = __expf(high_r - high_j.x + (low_r - low_j.x)) * factor_j.x;
+        const float d1 = __expf(high_r - high_j.y + (low_r - low_j.y)) * factor_j.y;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          a[i].x = far_key[i] * (d0 * kk[block][tile][2 * i]);
+          a[i].y = far_key[i] * (d1 * kk[block][tile][2 * i + 1]);
+          p[i] =
+              pack_bf16(far_query[i] * (d0 * qk[block][tile][2 * i]), far_query[i] * (d1 * qk[block][tile][2 * i + 1]));
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = warp * 16 + g + 8 * i;
+          // Above the diagonal the difference may be positive, and its exponential infinite.
+          const float d0 = __expf(fminf(high[i] - high_j.x + (low[i] - low_j.x), 0.0f)) * factor_j.x;
+          const float d1 = __expf(fminf(high[i] - high_j.y + (low[i] - low_j.y), 0.0f)) * factor_j.y;
+          a[i].x = column < row ? key[i] * d0 * kk[block][tile][2 * i] : 0.0f;
+          a[i].y = column + 1 < row ? key[i] * d1 * kk[block][tile][2 * i + 1] : 0.0f;
+          p[i] = pack_bf16(column <= row ? query[i] * d0 * qk[block][tile][2 * i] : 0.0f,
+                           column + 1 <= row ? query[i] * d1 * qk[block][tile][2 * i + 1] : 0.0f);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = warp * 16 + g + 8 * i;
-        // Above the diagonal the difference may be positive, and its exponential infinite.
-        const float d0 = __expf(fminf(high[i] - high_j.x + (low[i] - low_j.x), 0.0f)) * factor_j.x;
-        const float d1 = __expf(fminf(high[i] - high_j.y + (low[i] - low_j.y), 0.0f)) * factor_j.y;
-        const float a0 = column < row ? key[i] * d0 * kk[block][tile][2 * i] : 0.0f;
-        const float a1 = column + 1 < row ? key[i] * d1 * kk[block][tile][2 * i + 1] : 0.0f;
-        *reinterpret_cast<float2*>(square + row * kSquarePitch + column) = make_float2(a0, a1);
-        const float p0 = column <= row ? query[i] * d0 * qk[block][tile][2 * i] : 0.0f;
-        const float p1 = column + 1 <= row ? query[i] * d1 * qk[block][tile][2 * i + 1] : 0.0f;
-        reinterpret_cast<uint32_t*>(&scores.rows[row / 8][column / 8][row % 8])[t] = pack_bf16(p0, p1);
+        *reinterpret_cast<float2*>(to + 8 * i * kSquarePitch) = a[i];
+        reinterpret_cast<uint32_t*>(rows + 16 * i + g)[t] = p[i];  // 8 rows on: two blocks on
       }
     }
   }
@@ -217,7 +254,7 @@ __device__ inline void store_diagonal(const float* row, const float* beta, int p
       const float4 b = *reinterpret_cast<const float4*>(beta + place * 16 + half * 8 + j);
       x[j] = four.x * b.x, x[j + 1] = four.y * b.y, x[j + 2] = four.z * b.z, x[j + 3] = four.w * b.w;
     }
-    inverse.rows[i / 8][place * 2 + half][i % 8] =
+    inverse.rows[ChunkSquare::block_of(i / 8, place * 2 + half)][i % 8] =
         make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
   }
 }
@@ -303,7 +340,8 @@ __device__ inline void invert_column(FactorSquare& square, const float* beta, Ch
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t pair = pack_bf16(result[tile][2 * half] * betas[half], result[tile][2 * half + 1] * betas[half]);
-        reinterpret_cast<uint32_t*>(&inverse.rows[2 * i + tile][2 * kJ + half][g])[t] = transpose_matrix(pair);
+        uint4* rows = inverse.rows[ChunkSquare::block_of(2 * i + tile, 2 * kJ + half)];
+        reinterpret_cast<uint32_t*>(rows + g)[t] = transpose_matrix(pair);
       }
     }
   }
@@ -311,7 +349,7 @@ __device__ inline void invert_column(FactorSquare& square, const float* beta, Ch
 
 struct FactorsKernel {
   ChunkGatedDeltaRuleArgs args;
-  ChunkFactors factors;
+  ChunkFactors* factors;  // [M, HV]
   bool is_q_aligned, is_k_aligned;
 };
 
@@ -321,6 +359,7 @@ __global__ void __launch_bounds__(kFactorThreads, 4)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& memory = *reinterpret_cast<FactorMemory<kK>*>(shared_memory);
   const ChunkGatedDeltaRuleArgs& a = kernel.args;
+  let_next_kernel_launch();
   const int64_t chunk = blockIdx.x / a.H;
   const int64_t key_head = blockIdx.x % a.H;
   const int n = a.chunk_indices[2 * chunk];
@@ -339,40 +378,34 @@ __global__ void __launch_bounds__(kFactorThreads, 4)
   if (warp < kHeadsAtOnce && warp < heads) gates.load(a, token, count, key_head * heads + warp);
   wait_copies<0>();
   __syncthreads();
-  const int row = threadIdx.x % kChunk;
-  const bool is_query = threadIdx.x >= kChunk;
-  (is_query ? memory.q_factor : memory.k_factor)[row] =
-      a.normalise_qk ? norm_factor<kK>(memory.tiles[is_query], row) : 1.0f;
   float kk[4][2][4], qk[4][2][4];
-  multiply_keys<kK>(shared_address(memory.tiles[0]), shared_address(memory.tiles[1]), warp, kk, qk);
+  multiply_keys<kK>(memory, a.normalise_qk, warp, kk, qk);
 
   for (int first = 0; first < heads; first += kHeadsAtOnce) {
     const int num_heads = heads - first < kHeadsAtOnce ? heads - first : kHeadsAtOnce;
     const int64_t head = key_head * heads + first;
-    const int64_t index = chunk * a.HV + head;
+    ChunkFactors* const factors = kernel.factors + chunk * a.HV + head;
     __syncthreads();
     if (warp < num_heads) {
-      gates.sum(a, count, memory, memory.gates[warp], kernel.factors.gates[index + warp]);
+      gates.sum(a, count, memory, memory.gates[warp], factors[warp].gates);
       if (first + kHeadsAtOnce + warp < heads) gates.load(a, token, count, head + kHeadsAtOnce + warp);
     }
     __syncthreads();
     for (int i = 0; i < num_heads; ++i) {
-      apply_gates<kK>(memory, memory.gates[i], a.scale, warp, kk, qk, memory.squares[i],
-                      kernel.factors.scores[index + i]);
+      apply_gates<kK>(memory, memory.gates[i], a.scale, warp, kk, qk, memory.squares[i], factors[i].scores);
     }
     __syncwarp();
     // A half of the warp takes a head's diagonal block; the second idles along where there is one head.
     float* diagonal = square_block(memory.squares[half], warp, warp);
     invert_diagonal(diagonal);
     if (half < num_heads) {
-      store_diagonal(diagonal + threadIdx.x % 16 * kSquarePitch, memory.gates[half].beta, warp,
-                     kernel.factors.inverse[index + half]);
+      store_diagonal(diagonal + threadIdx.x % 16 * kSquarePitch, memory.gates[half].beta, warp, factors[half].inverse);
     }
     __syncthreads();
     const int i = warp % 2;
     if (i < num_heads) {
       FactorSquare& square = memory.squares[i];
-      ChunkSquare& inverse = kernel.factors.inverse[index + i];
+      ChunkSquare& inverse = factors[i].inverse;
       if (warp < 2) {
         invert_column<0>(square, memory.gates[i].beta, inverse);
       } else {

@@ -40,20 +40,21 @@ int stages_that_fit() {
   return stages;
 }
 
-ChunkFactors factors_in(const ChunkGatedDeltaRuleArgs& args) {
-  auto* inverse = static_cast<ChunkSquare*>(args.workspace);
-  ChunkSquare* scores = inverse + args.M * args.HV;
-  return {inverse, scores, reinterpret_cast<ChunkGates*>(scores + args.M * args.HV)};
-}
-
+/// `is_early`: the kernel may start before the one before it has ended, and waits for it itself.
 template <class Kernel, class Args>
-void launch(Kernel kernel, int64_t blocks, int threads, size_t memory, cudaStream_t stream, const Args& args) {
+void launch(Kernel kernel, int64_t blocks, int threads, size_t memory, bool is_early, cudaStream_t stream,
+            const Args& args) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory));
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = memory;
   config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = is_early ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, args);
   check_launch(kOp);
 }
@@ -63,7 +64,8 @@ void scan(ScanKernel& kernel, cudaStream_t stream) {
   const ChunkGatedDeltaRuleArgs& a = kernel.args;
   kernel.num_stages = stages_that_fit<kK, kGroups>();
   launch(chunk_scan_kernel<kK, kGroups, kByBoxes>, a.N * a.HV * (a.V / (kGroupRows * kGroups)),
-         (kGroups + 1) * kGroupThreads, scan_memory<kK, kGroups>(kernel.num_stages), stream, kernel);
+         (kGroups + 1) * kGroupThreads, scan_memory<kK, kGroups>(kernel.num_stages), a.M > 0 && has_clusters(), stream,
+         kernel);
 }
 
 bool make_tensor_maps(ScanKernel& kernel) {
@@ -89,12 +91,12 @@ void scan(ScanKernel& kernel, cudaStream_t stream) {
 
 template <int kK>
 void run(const ChunkGatedDeltaRuleArgs& args, cudaStream_t stream) {
-  const ChunkFactors factors = factors_in(args);
+  auto* const factors = static_cast<ChunkFactors*>(args.workspace);
   ScanKernel kernel = {
       args, factors, 0, is_aligned(args.q), is_aligned(args.k), is_aligned(args.v), is_aligned(args.out), {},
       {},   {},      {}};
   if (args.M > 0) {
-    launch(chunk_factors_kernel<kK>, args.M * args.H, kFactorThreads, sizeof(FactorMemory<kK>), stream,
+    launch(chunk_factors_kernel<kK>, args.M * args.H, kFactorThreads, sizeof(FactorMemory<kK>), false, stream,
            FactorsKernel{args, factors, kernel.is_q_aligned, kernel.is_k_aligned});
   }
   scan<kK>(kernel, stream);
@@ -108,7 +110,7 @@ bool chunk_supports(int64_t K, int64_t V) {
 }
 
 size_t workspace_bytes(const ChunkGatedDeltaRuleArgs& args) {
-  return args.M * args.HV * (2 * sizeof(ChunkSquare) + sizeof(ChunkGates));
+  return args.M * args.HV * sizeof(ChunkFactors);
 }
 
 void chunk_gated_delta_rule(const ChunkGatedDeltaRuleArgs& args, cudaStream_t stream) {

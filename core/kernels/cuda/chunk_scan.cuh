@@ -19,6 +19,7 @@
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/chunk_gated_delta_rule.h"
 #include "core/kernels/cuda/chunk_tiles.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 
 namespace xgdn::kernel::cuda {
 
@@ -32,9 +33,7 @@ struct alignas(1024) ScanStage {
   char k[kK / 64 * kPanelBytes];
   char q[kK / 64 * kPanelBytes];
   char v[kGroups][kPanelBytes];
-  ChunkSquare inverse;
-  ChunkSquare scores;
-  ChunkGates gates;
+  ChunkFactors factors;
 };
 
 struct ScanBarriers {
@@ -56,7 +55,7 @@ constexpr size_t scan_memory(int num_stages) {
 
 struct ScanKernel {
   ChunkGatedDeltaRuleArgs args;
-  ChunkFactors factors;
+  const ChunkFactors* factors;  // [M, HV]
   int num_stages;
   bool is_q_aligned, is_k_aligned, is_v_aligned, is_out_aligned;
   CUtensorMap q_map, k_map, v_map, out_map;  // where the kernel copies boxes
@@ -94,35 +93,29 @@ template <int kK, int kGroups>
 __device__ inline void fill_stages_by_boxes(const ScanKernel& kernel, const ScanItem& item,
                                             ScanStage<kK, kGroups>* stages, ScanBarriers& barriers) {
   constexpr int kPanels = kK / 64;
-  constexpr uint32_t kSquareBytes = 2 * (2 + 4 + 6 + 8) * 128;  // rows of blocks, in pairs
-  constexpr uint32_t kBytes = (2 * kPanels + kGroups) * kPanelBytes + 2 * kSquareBytes + sizeof(ChunkGates);
-  const int lane = threadIdx.x % 32;
+  constexpr uint32_t kBytes = (2 * kPanels + kGroups) * kPanelBytes + sizeof(ChunkFactors);
+  const int head = static_cast<int>(item.head), key_head = static_cast<int>(item.key_head);
   StageCursor at;
   for (int c = 0; c < item.num_chunks; ++c) {
-    const int64_t index = (item.chunk + c) * kernel.args.HV + item.head;
     const int token = static_cast<int>(item.token_of(c));
     ScanStage<kK, kGroups>& stage = stages[at.stage];
     const uint32_t full = shared_address(&barriers.full[at.stage]);
     wait_at(shared_address(&barriers.empty[at.stage]), at.parity ^ 1);
-    if (lane == 0) arrive_and_expect(full, kBytes);
-    __syncwarp();
-    if (lane < 16) {
-      const int row = lane % 8;
-      const ChunkSquare& from = (lane < 8 ? kernel.factors.inverse : kernel.factors.scores)[index];
-      ChunkSquare& to = lane < 8 ? stage.inverse : stage.scores;
-      copy_bulk(shared_address(&to.rows[row]), &from.rows[row], ChunkSquare::num_blocks(row) * 128, full);
-    } else if (lane < 16 + kPanels) {
-      const int panel = lane - 16;
-      copy_box(shared_address(stage.k + panel * kPanelBytes), kernel.k_map, panel * 64, item.key_head, token, full);
-    } else if (lane < 16 + 2 * kPanels) {
-      const int panel = lane - 16 - kPanels;
-      copy_box(shared_address(stage.q + panel * kPanelBytes), kernel.q_map, panel * 64, item.key_head, token, full);
-    } else if (lane < 16 + 2 * kPanels + kGroups) {
-      const int group = lane - 16 - 2 * kPanels;
-      const int column = static_cast<int>(item.column) + group * kGroupRows;
-      copy_box(shared_address(stage.v[group]), kernel.v_map, column, item.head, token, full);
-    } else if (lane == 31) {
-      copy_bulk(shared_address(&stage.gates), &kernel.factors.gates[index], sizeof(ChunkGates), full);
+    arrive_and_expect(full, kBytes);
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i) {
+      copy_box(shared_address(stage.k + i * kPanelBytes), kernel.k_map, i * 64, key_head, token, full);
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int column = static_cast<int>(item.column) + i * kGroupRows;
+      copy_box(shared_address(stage.v[i]), kernel.v_map, column, head, token, full);
+    }
+    const ChunkFactors& factors = kernel.factors[(item.chunk + c) * kernel.args.HV + item.head];
+    copy_bulk(shared_address(&stage.factors), &factors, sizeof(ChunkFactors), full);
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i) {
+      copy_box(shared_address(stage.q + i * kPanelBytes), kernel.q_map, i * 64, key_head, token, full);
     }
     at.advance(kernel.num_stages);
   }
@@ -159,21 +152,9 @@ __device__ inline void copy_tile(const InRows& rows, bool is_aligned, int64_t to
   }
 }
 
-__device__ inline void copy_square(const ChunkSquare& from, ChunkSquare& to) {
-  const int thread = threadIdx.x % kGroupThreads;
-  const int block = thread / 8 % 8;
-#pragma unroll 1
-  for (int row = thread / 64; row < 8; row += kGroupThreads / 64) {
-    if (block >= ChunkSquare::num_blocks(row)) continue;
-    copy_async(shared_address(&to.rows[row][block][thread % 8]), &from.rows[row][block][thread % 8], false);
-  }
-}
-
-__device__ inline void copy_gates(const ChunkGates& from, ChunkGates& to) {
-  constexpr int kPieces = sizeof(ChunkGates) / kPieceBytes;
-  static_assert(kPieces <= kGroupThreads);
-  const int i = threadIdx.x % kGroupThreads;
-  if (i < kPieces) {
+__device__ inline void copy_factors(const ChunkFactors& from, ChunkFactors& to) {
+  constexpr int kPieces = sizeof(ChunkFactors) / kPieceBytes;
+  for (int i = threadIdx.x % kGroupThreads; i < kPieces; i += kGroupThreads) {
     copy_async(shared_address(&to) + i * kPieceBytes, reinterpret_cast<const char*>(&from) + i * kPieceBytes, false);
   }
 }
@@ -192,7 +173,6 @@ __device__ inline void fill_stages_by_pieces(const ScanKernel& kernel, const Sca
   for (int c = 0; c < item.num_chunks; ++c) {
     const int64_t token = item.token_of(c);
     const int count = item.count_of(c);
-    const int64_t index = (item.chunk + c) * a.HV + item.head;
     ScanStage<kK, kGroups>& stage = stages[at.stage];
     wait_at(shared_address(&barriers.empty[at.stage]), at.parity ^ 1);
     copy_tile<kK>(a.k, kernel.is_k_aligned, token, count, item.key_head, 0, stage.k);
@@ -202,9 +182,7 @@ __device__ inline void fill_stages_by_pieces(const ScanKernel& kernel, const Sca
       copy_tile<kGroupRows>(a.v, kernel.is_v_aligned, token, count, item.head, item.column + group * kGroupRows,
                             stage.v[group]);
     }
-    copy_gates(kernel.factors.gates[index], stage.gates);
-    copy_square(kernel.factors.inverse[index], stage.inverse);
-    copy_square(kernel.factors.scores[index], stage.scores);
+    copy_factors(kernel.factors[(item.chunk + c) * a.HV + item.head], stage.factors);
     commit_copies();
     at.advance(kernel.num_stages);
     if (!lags) {
@@ -240,6 +218,16 @@ __device__ inline uint32_t columns_address(const char* panel, int warp, int i) {
 
 /// A thread's outputs of a chunk, two tokens of the out's type each: [tile of 8 tokens][row g or g + 8].
 using PackedOutputs = uint32_t[8][2];
+
+/// (S Q^T) out + U^T P^T.
+__device__ inline void add_outputs(float (&sq)[8][4], const float2 (&out)[8], const float (&up)[8][4]) {
+#pragma unroll
+  for (int tile = 0; tile < 8; ++tile) {
+    const float(&add)[4] = up[opposite_tile(tile)];
+    sq[tile][0] = fmaf(sq[tile][0], out[tile].x, add[0]), sq[tile][1] = fmaf(sq[tile][1], out[tile].y, add[1]);
+    sq[tile][2] = fmaf(sq[tile][2], out[tile].x, add[2]), sq[tile][3] = fmaf(sq[tile][3], out[tile].y, add[3]);
+  }
+}
 
 __device__ inline void pack_outputs(DType dtype, const float (&o)[8][4], PackedOutputs& packed) {
 #pragma unroll
@@ -364,18 +352,15 @@ __device__ inline void load_factors(const float* from, float2 (&factors)[8]) {
   }
 }
 
-/// R^T = V^T - (S K^T) read as a left operand; 0 behind `count` tokens.
-__device__ inline void subtract_read(const char* v_panel, int warp, const float (&sk)[8][4], const float2 (&read)[8],
-                                     int count, uint32_t (&r)[4][4]) {
+/// V^T as a left operand becomes R^T = V^T - (S K^T) read; 0 behind `count` tokens.
+__device__ inline void subtract_read(const float (&sk)[8][4], const float2 (&read)[8], int count, uint32_t (&r)[4][4]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    uint32_t v[4];
-    load_matrices_transposed(columns_address(v_panel, warp, i), v);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int tile = 2 * i + j / 2;
-      const float2 value = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v[j]));
+      const float2 value = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&r[i][j]));
       r[i][j] = pack_bf16(fmaf(-read[tile].x, sk[tile][j % 2 * 2], value.x),
                           fmaf(-read[tile].y, sk[tile][j % 2 * 2 + 1], value.y));
     }
@@ -420,60 +405,61 @@ __device__ inline void scan_chunks(const ScanKernel& kernel, const ScanItem& ite
     wait_at(shared_address(&tail.barriers.full[at.stage]), at.parity);
     if (kByBoxes && count < kChunk) clear_keys<kK>(stage.k, count, part.group);
 
+    const ChunkGates& gates = stage.factors.gates;
     float u[8][4], o[8][4];
+    float2 factors[8];
     fence_products();
     multiply_by_rows(u, state, shared_address(stage.k));
     commit_products();
-    if constexpr (kByBoxes) store_box_of_outputs(kernel, item, part, c - 1, packed, panel);
-    float2 factors[8];
-    load_factors(stage.gates.read, factors);
+    uint32_t left[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      load_matrices_transposed(columns_address(stage.v[part.group], part.warp, i), left[i]);
+    }
+    load_factors(gates.read, factors);
     wait_products<0>();
     pin(u);
 
-    uint32_t left[4][4], writes[4][4];
-    subtract_read(stage.v[part.group], part.warp, u, factors, count, left);
+    subtract_read(u, factors, count, left);
     fence_products();
-    multiply_by_square(u, left, shared_address(&stage.inverse), false);
+    multiply_by_square(u, left, shared_address(&stage.factors.inverse));
     commit_products();
-    multiply_by_rows(o, state, shared_address(stage.q));
-    commit_products();
-    load_factors(stage.gates.write, factors);
-    const float last = stage.gates.last;
+    load_factors(gates.write, factors);
 #pragma unroll
     for (int tile = 0; tile < kK / 8; ++tile) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) S[tile][i] *= last;
+      for (int i = 0; i < 4; ++i) S[tile][i] *= gates.last;
     }
-    wait_products<1>();
+    wait_products<0>();
     pin(u);
 
+    uint32_t writes[4][4];
 #pragma unroll
     for (int tile = 0; tile < 8; ++tile) {
-      writes[tile / 2][tile % 2 * 2] = pack_bf16(u[tile][0] * factors[tile].x, u[tile][1] * factors[tile].y);
-      writes[tile / 2][tile % 2 * 2 + 1] = pack_bf16(u[tile][2] * factors[tile].x, u[tile][3] * factors[tile].y);
+      const float(&x)[4] = u[opposite_tile(tile)];
+      writes[tile / 2][tile % 2 * 2] = pack_bf16(x[0] * factors[tile].x, x[1] * factors[tile].y);
+      writes[tile / 2][tile % 2 * 2 + 1] = pack_bf16(x[2] * factors[tile].x, x[3] * factors[tile].y);
+      left[tile / 2][tile % 2 * 2] = pack_bf16(x[0], x[1]);
+      left[tile / 2][tile % 2 * 2 + 1] = pack_bf16(x[2], x[3]);
     }
     pin(S);
+    pin(u);
     fence_products();
     multiply_by_columns(S, writes, shared_address(stage.k));
     commit_products();
-    round_sums(u, left);
-    load_factors(stage.gates.out, factors);
-    wait_products<1>();
-    pin(o);
-#pragma unroll
-    for (int tile = 0; tile < 8; ++tile) {
-      o[tile][0] *= factors[tile].x, o[tile][1] *= factors[tile].y;
-      o[tile][2] *= factors[tile].x, o[tile][3] *= factors[tile].y;
-    }
-    pin(o);
-    fence_products();
-    multiply_by_square(o, left, shared_address(&stage.scores), true);
+    multiply_by_rows(o, state, shared_address(stage.q));
     commit_products();
+    multiply_by_square(u, left, shared_address(&stage.factors.scores));
+    commit_products();
+    if constexpr (kByBoxes) store_box_of_outputs(kernel, item, part, c - 1, packed, panel);
+    load_factors(gates.out, factors);
     wait_products<1>();
     pin(S);
+    pin(o);
     round_sums(S, state);
     wait_products<0>();
-    pin(o);
+    pin(u);
+    add_outputs(o, factors, u);
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive_at(shared_address(&tail.barriers.empty[at.stage]));
     at.advance(kernel.num_stages);
@@ -541,12 +527,6 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
     if (warp < kGroups * 4) clear_outputs(a.out, item, part.column);
     return;
   }
-  // What lies above the diagonals is never copied.
-  for (int stage = 0; stage < kernel.num_stages; ++stage) {
-    for (int i = threadIdx.x; i < kChunk * kChunk / 8; i += blockDim.x) {
-      (&stages[stage].inverse.rows[0][0][0])[i] = (&stages[stage].scores.rows[0][0][0])[i] = make_uint4(0, 0, 0, 0);
-    }
-  }
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kernel.num_stages; ++stage) {
       init_barrier(shared_address(&tail.barriers.full[stage]), kByBoxes ? 1 : kGroupThreads);
@@ -557,9 +537,10 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
   __syncthreads();
   if (warp >= kGroups * 4) {
     if constexpr (kGroups == 2) leave_registers<40>();
+    wait_for_kernel_before();  // for the factors; nobody else reads what it wrote
     if constexpr (!kByBoxes) {
       fill_stages_by_pieces<kK, kGroups>(kernel, item, stages, tail.barriers);
-    } else if (warp == kGroups * 4) {
+    } else if (threadIdx.x == kGroups * kGroupThreads) {
       fill_stages_by_boxes<kK, kGroups>(kernel, item, stages, tail.barriers);
     }
   } else {

@@ -14,6 +14,44 @@ inline constexpr int kPieceBytes = 16;
 inline constexpr int kPanelBytes = kChunk * 128;
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
+// ---- what the first kernel leaves for the second
+// ---------------------------------------------------------------------
+
+/// Of a chunk and a value head, with b = cumsum g and the factors f_k, f_q that make k and q unit vectors.
+struct alignas(16) ChunkGates {
+  float read[kChunk];   // exp(b_j) f_k
+  float write[kChunk];  // exp(b_last - b_j) f_k
+  float out[kChunk];    // scale exp(b_j) f_q
+  float last;           // exp(b_last)
+  float unused[3];
+};
+
+/// A triangular matrix, in blocks of 8 x 8 whose rows of 16 bytes are neighbours: for every 16 columns, the rows from
+/// the diagonal on in 16s from the last to the first, so that products with fewer columns start at the same register.
+struct alignas(16) ChunkSquare {
+  uint4 rows[40][8];
+
+  /// The first of 16 columns' blocks.
+  static __host__ __device__ constexpr int first_block(int columns) { return columns * (18 - 2 * columns); }
+  /// The block of rows 8 i on and columns 8 j on.
+  static __host__ __device__ constexpr int block_of(int i, int j) {
+    return first_block(j / 2) + ((3 - i / 2) * 2 + i % 2) * 2 + j % 2;
+  }
+};
+
+/// Of 8 tiles: which one has the place of tile i where 16s are in reverse.
+__host__ __device__ constexpr int opposite_tile(int i) {
+  return i ^ 6;
+}
+
+struct alignas(16) ChunkFactors {
+  ChunkSquare inverse;  // (I + tril(beta D K K^T, -1))^-1 beta
+  ChunkSquare scores;   // scale tril(D Q K^T)
+  ChunkGates gates;
+};
+
+// ---- tiles ---------------------------------------------------------------------------------------------------------
+
 /// Where piece `piece` of row `row` lies in a tile.
 __device__ inline uint32_t piece_offset(int row, int piece) {
   return piece / 8 * kPanelBytes + row * 128 + (piece % 8 ^ row % 8) * kPieceBytes;
@@ -57,24 +95,24 @@ __device__ inline void multiply_by_rows(float (&sum)[8][4], const uint32_t (&a)[
   }
 }
 
-/// sum [64, 64] (+)= a [64, 64] b^T, with b a ChunkSquare.
-__device__ inline void multiply_by_square(float (&sum)[8][4], const uint32_t (&a)[4][4], uint32_t b, bool adds) {
+/// sum [64, 64] = a [64, 64] b^T, with b a ChunkSquare: sum's tile i is of the rows 8 opposite_tile(i) of b on.
+__device__ inline void multiply_by_square(float (&sum)[8][4], const uint32_t (&a)[4][4], uint32_t b) {
+  constexpr auto at = [](int step) { return ChunkSquare::first_block(step) * 128; };
   if constexpr (kHasGroupProducts) {
-    const uint64_t rows = block_descriptor(b, 128, 1024);
-#pragma unroll
-    for (int step = 0; step < 4; ++step) start_product<false>(sum, a[step], rows + (step * 256 >> 4), adds || step > 0);
+    start_part_product<8>(sum, a[0], block_descriptor(b + at(0), 128, 256), false);
+    start_part_product<6>(sum, a[1], block_descriptor(b + at(1), 128, 256), true);
+    start_part_product<4>(sum, a[2], block_descriptor(b + at(2), 128, 256), true);
+    start_part_product<2>(sum, a[3], block_descriptor(b + at(3), 128, 256), true);
   } else {
     const int lane = threadIdx.x % 32;
-    if (!adds) {
 #pragma unroll
-      for (int tile = 0; tile < 8; ++tile) sum[tile][0] = sum[tile][1] = sum[tile][2] = sum[tile][3] = 0.0f;
-    }
+    for (int tile = 0; tile < 8; ++tile) sum[tile][0] = sum[tile][1] = sum[tile][2] = sum[tile][3] = 0.0f;
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
 #pragma unroll
-      for (int tile = 2 * step; tile < 8; tile += 2) {
+      for (int tile = 0; tile < 8 - 2 * step; tile += 2) {
         uint32_t x[4];
-        load_matrices(b + (tile + lane / 16) * 1024 + (2 * step + lane / 8 % 2) * 128 + lane % 8 * 16, x);
+        load_matrices(b + at(step) + (tile + lane / 16) * 256 + lane / 8 % 2 * 128 + lane % 8 * 16, x);
         multiply_bf16(sum[tile], a[step], x[0], x[1]);
         multiply_bf16(sum[tile + 1], a[step], x[2], x[3]);
       }
@@ -113,32 +151,5 @@ __device__ inline void round_sums(const float (&sum)[kTiles][4], uint32_t (&a)[k
     a[tile / 2][tile % 2 * 2 + 1] = pack_bf16(sum[tile][2], sum[tile][3]);
   }
 }
-
-// ---- what the first kernel leaves for the second
-// ---------------------------------------------------------------------
-
-/// Of a chunk and a value head, with b = cumsum g and the factors f_k, f_q that make k and q unit vectors.
-struct alignas(16) ChunkGates {
-  float read[kChunk];   // exp(b_j) f_k
-  float write[kChunk];  // exp(b_last - b_j) f_k
-  float out[kChunk];    // scale exp(b_j) f_q
-  float last;           // exp(b_last)
-  float unused[3];
-};
-
-/// A triangular matrix in 8 x 8 blocks, whose rows of 16 bytes are neighbours. What lies above the diagonal blocks of
-/// 16 x 16 is neither written nor read.
-struct ChunkSquare {
-  uint4 rows[kChunk / 8][kChunk / 8][8];
-
-  /// How many of a row's blocks there are; `block_row`: of 8 rows.
-  static __host__ __device__ constexpr int num_blocks(int block_row) { return block_row / 2 * 2 + 2; }
-};
-
-struct ChunkFactors {
-  ChunkSquare* inverse;  // [M, HV]  (I + tril(beta D K K^T, -1))^-1 beta
-  ChunkSquare* scores;   // [M, HV]  scale tril(D Q K^T)
-  ChunkGates* gates;     // [M, HV]
-};
 
 }  // namespace xgdn::kernel::cuda

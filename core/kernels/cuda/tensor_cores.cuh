@@ -150,6 +150,35 @@ __device__ inline void start_product(float (&sum)[kTiles][4], const uint32_t (&a
   }
 }
 
+/// sum's first kCount tiles (+)= a [64, 16] b, columns of b side by side in memory. As start_product.
+template <int kCount>
+__device__ inline void start_part_product(float (&sum)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
+  const int add = adds ? 1 : 0;
+  if constexpr (kCount == 8) {
+    start_product<false>(sum, a, b, adds);
+  } else if constexpr (kCount == 6) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %29, 0; wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, {%24,%25,%26,%27}, "
+        "%28, p, 1, 1, 0; }"
+        : XGDN_TILES4(0), XGDN_TILE(4), XGDN_TILE(5)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+  } else if constexpr (kCount == 4) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0; }"
+        : XGDN_TILES4(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+  } else {
+    static_assert(kCount == 2);
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0; }"
+        : XGDN_TILE(0), XGDN_TILE(1)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+  }
+}
+
 #undef XGDN_TILES4
 #undef XGDN_TILE
 
@@ -184,6 +213,8 @@ inline constexpr bool kHasGroupProducts = false;
 
 template <bool kTransposed, int kTiles>
 __device__ inline void start_product(float (&)[kTiles][4], const uint32_t (&)[4], uint64_t, bool) {}
+template <int kCount>
+__device__ inline void start_part_product(float (&)[8][4], const uint32_t (&)[4], uint64_t, bool) {}
 __device__ inline uint64_t block_descriptor(uint32_t, uint32_t, uint32_t) {
   return 0;
 }
