@@ -30,6 +30,11 @@ inline bool has_clusters() {
   return device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9;
 }
 
+/// Whether a kernel can be launched before the one ahead of it ends: Hopper and later.
+inline bool has_overlapping_launches() {
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9;
+}
+
 inline int num_multiprocessors() {
   return device_attribute<cudaDevAttrMultiProcessorCount>();
 }

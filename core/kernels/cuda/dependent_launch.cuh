@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches that overlap: on Hopper and later a kernel may be put on the multiprocessors while the one before it in the
+// stream still runs, and waits there for its end. That hides what a launch costs, which is what a small step consists
+// of.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/kernels/cuda/device_facts.h"
+
+namespace xgdn::kernel::cuda {
+
+/// Waits for the end of the kernel before this one in the stream. Comes first in every thread: nothing is read or
+/// written ahead of it, and a kernel that ends has waited for all before it.
+__device__ inline void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Lets the kernel behind this one be launched once all blocks of this one have come here or are done.
+__device__ inline void let_next_kernel_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// A launch that overlaps with the one before it, in clusters of `cluster` blocks along x.
+template <class... Params, class... Args>
+void launch_overlapping(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, int cluster,
+                        cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (has_overlapping_launches()) {
+    cudaLaunchAttribute& overlaps = attributes[config.numAttrs++];
+    overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlaps.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& clusters = attributes[config.numAttrs++];
+    clusters.id = cudaLaunchAttributeClusterDimension;
+    clusters.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace xgdn::kernel::cuda
