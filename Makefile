@@ -26,13 +26,14 @@ QUICK_TESTS := test_ops_backends test_ops_recurrent test_ops_decode_step test_ba
 	test_server_engine
 
 .PHONY: help demo test test-quick check fmt bench clean docs package package-with-tests cpp-test py-test ascend-test \
-	install-test arm-test sanitize environments
+	cuda cuda-test install-test arm-test sanitize environments
 help:
 	@echo "make demo   a small trained Qwen3.5 generates in xgdn and in transformers, side by side"
-	@echo "make test   C++ tests, Python tests, the Ascend route, installation tests"
+	@echo "make test   C++ tests, Python tests, those of a GPU where there is one, the Ascend route, installation tests"
 	@echo "make test-quick  the part of the C++ and Python tests for work in between, about a minute after a build"
 	@echo "make environments  the suites with fewer instructions and other numbers of threads (tools/environments.sh)"
 	@echo "make sanitize  C++ tests, kernels and a call of every op under ASan with UBSan, and under TSan"
+	@echo "make cuda   compiles the CUDA kernels, where there is nvcc"
 	@echo "make arm-test  the CPU kernels on Arm, cross-compiled and emulated"
 	@echo "make check  format, lint, types, layering, C++ pages, then make test: the gate of every change"
 	@echo "make docs   the pages of the C++ headers, by Doxygen"
@@ -45,7 +46,7 @@ demo: package
 
 # The suites run two at a time: most of their tests use one core. Each prints when it has ended.
 test: package-with-tests browser
-	$(MAKE) --jobs=2 --output-sync=target IS_PREPARED=yes py-test ascend-test cpp-test install-test
+	$(MAKE) --jobs=2 --output-sync=target IS_PREPARED=yes py-test cuda-test ascend-test cpp-test install-test
 
 test-quick: package-with-tests
 	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS) -E cpu_targets
@@ -59,6 +60,7 @@ check: .venv/.dev
 	tools/docs.sh --if-present
 	$(MAKE) package-with-tests
 	mypy -p xgdn
+	$(MAKE) cuda
 	$(MAKE) test
 
 fmt: .venv/.dev
@@ -102,8 +104,12 @@ cpp-test:
 py-test:
 	python -m pytest tests/py --strict-skips
 
+# Skipped with the backend's sentence where it cannot serve, but not on a machine that has all it needs.
+cuda-test:
+	python -m pytest tests/cuda --strict-skips
+
 ifndef IS_PREPARED
-cpp-test ascend-test install-test: package-with-tests
+cpp-test cuda-test ascend-test install-test: package-with-tests
 py-test: package-with-tests browser
 endif
 
@@ -116,6 +122,10 @@ environments: package-with-tests browser
 
 sanitize: .venv/.test
 	tools/sanitize.sh
+
+# Skipped with a reason where there is no nvcc.
+cuda: .venv/.test
+	tools/cuda.sh
 
 # Skipped with a reason where there is no cross-compiler or no emulator.
 arm-test:

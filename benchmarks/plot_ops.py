@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws what compare_ops.py --json wrote, and prints it as Markdown.
+"""Draws what compare_ops.py or gpu/ops.py wrote with --json, and prints it as Markdown.
 
     python benchmarks/plot_ops.py FIGURES.json OUT.svg [--threads 1]
 
@@ -9,6 +9,7 @@ matplotlib.
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ from matplotlib.axes import Axes
 from figure import panels, save
 from markdown_table import markdown
 
-COLOURS = {"xgdn": "#1b6ca8", "vLLM": "#d1495b", "zentorch": "#edae49", "ONNX": "#66a182", "transformers": "#8d96a3"}
+COLOURS = {
+    "xgdn": "#1b6ca8",
+    "vLLM": "#d1495b",
+    "zentorch": "#edae49",
+    "ONNX": "#66a182",
+    "transformers": "#8d96a3",
+    "flash-linear-attention": "#8d96a3",
+    "FlashInfer": "#66a182",
+    "torch": "#edae49",
+}
 
 
 def colour(provider: str) -> str:
@@ -26,8 +36,8 @@ def colour(provider: str) -> str:
 
 
 def kind(row: dict[str, Any]) -> str:
-    """decode, decode step, verify or prefill."""
-    return row["case"].split(" B=")[0].split(" T=")[0]
+    """decode, decode step, verify, prefill or attention."""
+    return re.match(r"decode step|\w+", row["case"])[0]
 
 
 def case(row: dict[str, Any]) -> str:
@@ -36,6 +46,10 @@ def case(row: dict[str, Any]) -> str:
 
 def unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
+
+
+def us(time: float) -> str:
+    return f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
 
 
 def draw(axes: Axes, title: str, rows: list[dict[str, Any]]) -> None:
@@ -61,8 +75,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for name in unique(case(row) for row in rows):
         found = {row["provider"]: row for row in rows if case(row) == name}
-        cells = [f"{found[c]['median']:,.0f} ({found[c]['share']:.2f})" if c in found else "" for c in providers]
-        lines.append([name, f"{next(iter(found.values()))['roofline']:,.0f}", *cells])
+        cells = [f"{us(found[c]['median'])} ({found[c]['share']:.2f})" if c in found else "" for c in providers]
+        lines.append([name, us(next(iter(found.values()))["roofline"]), *cells])
     return markdown([kind(rows[0]), "roofline", *providers], lines)
 
 
@@ -72,11 +86,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    rows = [row for row in json.loads(args.figures.read_text())["rows"] if row["threads"] == args.threads]
+    rows = json.loads(args.figures.read_text())["rows"]
+    rows = [row for row in rows if row.get("threads", args.threads) == args.threads]
     by_kind = {name: [row for row in rows if kind(row) == name] for name in unique(kind(row) for row in rows)}
     figure, grid = panels(len(by_kind), 1, (10, 2.3))
     for (name, own), (axes,) in zip(by_kind.items(), grid, strict=True):
-        draw(axes, f"{name}, {args.threads} thread" + ("s" if args.threads > 1 else ""), own)
+        threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if "threads" in own[0] else ""  # none of a GPU
+        draw(axes, name + threads, own)
         print(table(own), end="\n\n")
     save(figure, args.out)
 

@@ -30,6 +30,7 @@ set(xgdn_public_headers
   kernels/ops/replay.h
   kernels/ops/state.h
   kernels/ops_api.h
+  kernels/step_memory.h
   layers/attention_batch.h
   layers/backend_selection.h
   layers/gated_attention.h

@@ -23,6 +23,9 @@ struct InRows {
   const void* at(int64_t token, int64_t head) const {
     return static_cast<const char*>(data) + (token * token_stride + head * head_stride) * size_of(dtype);
   }
+
+  /// The rows from a token on.
+  InRows from(int64_t token) const { return {at(token, 0), dtype, token_stride, head_stride}; }
 };
 
 struct OutRows {
@@ -34,6 +37,9 @@ struct OutRows {
   void* at(int64_t token, int64_t head) const {
     return static_cast<char*>(data) + (token * token_stride + head * head_stride) * size_of(dtype);
   }
+
+  /// The rows from a token on.
+  OutRows from(int64_t token) const { return {at(token, 0), dtype, token_stride, head_stride}; }
 };
 
 /// A pool, and which of its slots each sequence reads and writes. A negative slot to read skips the sequence, a

@@ -22,3 +22,4 @@
 #include "core/kernels/ops/quantized_weight.h"
 #include "core/kernels/ops/replay.h"
 #include "core/kernels/ops/state.h"
+#include "core/kernels/step_memory.h"

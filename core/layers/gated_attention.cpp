@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/gated_attention.h"
 
-#include <ATen/ops/empty.h>
-
 #include "core/layers/rms_norm.h"
 
 namespace xgdn {
@@ -10,32 +8,39 @@ namespace xgdn {
 GatedAttention::GatedAttention(const AttentionConfig& config, const WeightSource& weights, const std::string& prefix,
                                const at::TensorOptions& options, const BackendSelection& backends)
     : config_(config), backend_(backends.decode) {
-  const auto projection = [&](const std::string& name, int64_t out, int64_t in) {
-    return Projection(weights, prefix + name + ".weight", {out, in}, options,
-                      config.bias ? prefix + name + ".bias" : "");
-  };
-  q_ = projection("q_proj", 2 * config.num_heads * config.head_dim, config.hidden_size);
-  k_ = projection("k_proj", config.num_kv_heads * config.head_dim, config.hidden_size);
-  v_ = projection("v_proj", config.num_kv_heads * config.head_dim, config.hidden_size);
-  o_ = projection("o_proj", config.hidden_size, config.num_heads * config.head_dim);
+  std::vector<RowRange> rows;
+  std::vector<std::string> biases;
+  for (const auto& [name, num_heads] :
+       {std::pair{"q_proj", 2 * config.num_heads}, {"k_proj", config.num_kv_heads}, {"v_proj", config.num_kv_heads}}) {
+    rows.push_back(whole_rows(prefix + name + ".weight", {num_heads * config.head_dim, config.hidden_size}));
+    if (config.bias) biases.push_back(prefix + name + ".bias");
+  }
+  qkv_ = Projection(weights, rows, options, biases);
+  o_ = Projection(weights, prefix + "o_proj.weight", {config.hidden_size, config.num_heads * config.head_dim}, options,
+                  config.bias ? prefix + "o_proj.bias" : "");
   q_norm_ = load_weight(weights, prefix + "q_norm.weight", {config.head_dim}, options);
   k_norm_ = load_weight(weights, prefix + "k_norm.weight", {config.head_dim}, options);
 }
 
 std::vector<at::Tensor> GatedAttention::weights() const {
   std::vector<at::Tensor> weights{q_norm_, k_norm_};
-  for (const Projection* projection : {&q_, &k_, &v_, &o_}) projection->append_weights(weights);
+  for (const Projection* projection : {&qkv_, &o_}) projection->append_weights(weights);
   return weights;
 }
 
 at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
                                    KvPool& kv) const {
   const int64_t dim = config_.head_dim;
-  const at::Tensor query_gate = q_.forward(hidden, backend_).unflatten(1, {config_.num_heads, 2 * dim});
+  const at::Tensor projected = qkv_.forward(hidden, backend_);
+  const int64_t num_queries = 2 * config_.num_heads;  // with their gates
+  const auto heads = [&](int64_t first, int64_t count, int64_t width) {
+    return projected.narrow(1, first * dim, count * width).unflatten(1, {count, width});
+  };
+  const at::Tensor query_gate = heads(0, config_.num_heads, 2 * dim);
   const at::Tensor query = query_gate.narrow(-1, 0, dim);
   const at::Tensor gate = query_gate.narrow(-1, dim, dim);
-  const at::Tensor key = k_.forward(hidden, backend_).unflatten(1, {config_.num_kv_heads, dim});
-  const at::Tensor v = v_.forward(hidden, backend_).unflatten(1, {config_.num_kv_heads, dim});
+  const at::Tensor key = heads(num_queries, config_.num_kv_heads, dim);
+  const at::Tensor v = heads(num_queries + config_.num_kv_heads, config_.num_kv_heads, dim);
   const at::Tensor q = rotary_rms_norm_zero_centred(query, q_norm_, rotary, config_.rms_norm_eps, backend_);
   const at::Tensor k = rotary_rms_norm_zero_centred(key, k_norm_, rotary, config_.rms_norm_eps, backend_);
 
@@ -47,7 +52,7 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
                     .host = batch.host,
                     .backend = backend_});
 
-  at::Tensor o = at::empty({hidden.size(0), config_.num_heads, dim}, hidden.options());
+  at::Tensor o = kernel::allocate_temporary({hidden.size(0), config_.num_heads, dim}, hidden.options());
   kernel::paged_attention({.q = q,
                            .k = kv.k,
                            .v = kv.v,

@@ -44,9 +44,7 @@ class GatedAttention {
  private:
   AttentionConfig config_;
   std::string backend_;
-  Projection q_;  // rows of a head: [query | gate]
-  Projection k_;
-  Projection v_;
+  Projection qkv_;  // rows of a query head: [query | gate]
   Projection o_;
   at::Tensor q_norm_;  // [D]
   at::Tensor k_norm_;  // [D]

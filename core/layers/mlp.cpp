@@ -2,7 +2,7 @@
 #include "core/layers/mlp.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/topk.h>
@@ -93,24 +93,32 @@ Experts load_experts(const SparseMoeConfig& c, const WeightSource& weights, cons
 }  // namespace
 
 Mlp::Mlp(at::Tensor gate, at::Tensor up, at::Tensor down, const BackendSelection& backends)
-    : gate_(std::move(gate)), up_(std::move(up)), down_(std::move(down)), backend_(backends.decode) {}
+    : intermediate_size_(gate.size(0)),
+      gate_up_(at::cat({std::move(gate), std::move(up)})),
+      down_(std::move(down)),
+      backend_(backends.decode) {}
 
 Mlp::Mlp(const WeightSource& weights, const std::string& prefix, int64_t hidden_size, int64_t intermediate_size,
          const at::TensorOptions& options, const BackendSelection& backends)
-    : gate_(weights, prefix + "gate_proj.weight", {intermediate_size, hidden_size}, options),
-      up_(weights, prefix + "up_proj.weight", {intermediate_size, hidden_size}, options),
+    : intermediate_size_(intermediate_size),
+      gate_up_(weights,
+               {whole_rows(prefix + "gate_proj.weight", {intermediate_size, hidden_size}),
+                whole_rows(prefix + "up_proj.weight", {intermediate_size, hidden_size})},
+               options),
       down_(weights, prefix + "down_proj.weight", {hidden_size, intermediate_size}, options),
       backend_(backends.decode) {}
 
 at::Tensor Mlp::forward(const at::Tensor& x) const {
-  const at::Tensor gate = gate_.forward(x, backend_);
-  kernel::silu_and_mul({.gate = gate, .up = up_.forward(x, backend_), .out = gate, .backend = backend_});
+  const at::Tensor gate_up = gate_up_.forward(x, backend_);
+  const at::Tensor gate = gate_up.narrow(1, 0, intermediate_size_);
+  const at::Tensor up = gate_up.narrow(1, intermediate_size_, intermediate_size_);
+  kernel::silu_and_mul({.gate = gate, .up = up, .out = gate, .backend = backend_});
   return down_.forward(gate, backend_);
 }
 
 std::vector<at::Tensor> Mlp::weights() const {
   std::vector<at::Tensor> weights;
-  for (const Projection* projection : {&gate_, &up_, &down_}) projection->append_weights(weights);
+  for (const Projection* projection : {&gate_up_, &down_}) projection->append_weights(weights);
   return weights;
 }
 
@@ -143,7 +151,7 @@ at::Tensor SparseMoe::forward(const at::Tensor& x) const {
   if (config_.norm_topk_prob) weights = weights / weights.sum(-1, /*keepdim=*/true);
   weights = weights.to(x.scalar_type());
 
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor out = kernel::allocate_temporary(x.sizes(), x.options());
   if (const auto* gate_up = std::get_if<at::Tensor>(&gate_up_)) {
     kernel::moe_experts({.x = x,
                          .weights = weights,

@@ -30,9 +30,9 @@ class Mlp {
   std::vector<at::Tensor> weights() const;
 
  private:
-  Projection gate_;  // [intermediate, hidden]
-  Projection up_;    // [intermediate, hidden]
-  Projection down_;  // [hidden, intermediate]
+  int64_t intermediate_size_;
+  Projection gate_up_;  // [2 * intermediate, hidden]
+  Projection down_;     // [hidden, intermediate]
   std::string backend_;
 };
 

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/projection.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <map>
 #include <utility>
@@ -52,9 +50,15 @@ void multiply(const at::Tensor& x, const Weight& weight, const std::optional<at:
 
 }  // namespace
 
+RowRange whole_rows(std::string name, std::vector<int64_t> shape) {
+  const int64_t count = shape.front();
+  return {std::move(name), std::move(shape), 0, count};
+}
+
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const std::string& backend,
                    const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> dtype) {
-  at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options().dtype(dtype.value_or(x.scalar_type())));
+  at::Tensor out =
+      kernel::allocate_temporary({x.size(0), weight.size(0)}, x.options().dtype(dtype.value_or(x.scalar_type())));
   multiply(x, weight, bias, backend, out);
   return out;
 }
@@ -88,13 +92,20 @@ Projection::Projection(kernel::QuantizedWeight weight, int64_t num_outputs) {
 
 Projection::Projection(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
                        const at::TensorOptions& options, const std::string& bias) {
-  add(weights, {{name, shape.vec(), 0, shape[0]}}, options);
+  add(weights, {whole_rows(name, shape.vec())}, options);
   if (!bias.empty()) bias_ = load_weight(weights, bias, {shape[0]}, options);
 }
 
 Projection::Projection(const WeightSource& weights, const std::vector<RowRange>& ranges,
-                       const at::TensorOptions& options) {
+                       const at::TensorOptions& options, const std::vector<std::string>& biases) {
   add(weights, ranges, options);
+  if (biases.empty()) return;
+  std::vector<RowBlock> blocks;
+  for (size_t i = 0; i < biases.size(); ++i) {
+    const RowRange& range = ranges.at(i);
+    blocks.push_back({biases[i], weights.get(biases[i], {range.shape.front()}).narrow(0, range.begin, range.count)});
+  }
+  bias_ = fuse_rows(weights, blocks, options);
 }
 
 // Neighbours of one kind become one part.
@@ -143,10 +154,13 @@ at::Tensor Projection::forward(const at::Tensor& x, const std::string& backend,
                                std::optional<at::ScalarType> dtype) const {
   int64_t num_outputs = 0;
   for (const Part& part : parts_) num_outputs += part.num_outputs;
-  const at::Tensor out = at::empty({x.size(0), num_outputs}, x.options().dtype(dtype.value_or(x.scalar_type())));
+  const at::Tensor out =
+      kernel::allocate_temporary({x.size(0), num_outputs}, x.options().dtype(dtype.value_or(x.scalar_type())));
   int64_t begin = 0;
   for (const Part& part : parts_) {
-    multiply(x, part.weight, bias_, backend, parts_.size() == 1 ? out : out.narrow(1, begin, part.num_outputs));
+    const bool is_all = parts_.size() == 1;
+    const auto bias = is_all || !bias_ ? bias_ : bias_->narrow(0, begin, part.num_outputs);
+    multiply(x, part.weight, bias, backend, is_all ? out : out.narrow(1, begin, part.num_outputs));
     begin += part.num_outputs;
   }
   return out;

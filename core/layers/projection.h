@@ -36,6 +36,9 @@ struct RowRange {
   int64_t count = 0;
 };
 
+/// All rows of it.
+RowRange whole_rows(std::string name, std::vector<int64_t> shape);
+
 /// x -> x weight^T + bias, where the rows of the weight may come from several stored weights, some of them in 8 or 4
 /// bits and some plain.
 class Projection {
@@ -51,8 +54,9 @@ class Projection {
   Projection(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
              const at::TensorOptions& options, const std::string& bias = {});
 
-  /// Joins rows of stored weights with one D.
-  Projection(const WeightSource& weights, const std::vector<RowRange>& ranges, const at::TensorOptions& options);
+  /// Joins rows of stored weights with one D, and as many biases as there are of them where they have any.
+  Projection(const WeightSource& weights, const std::vector<RowRange>& ranges, const at::TensorOptions& options,
+             const std::vector<std::string>& biases = {});
 
   /// Reads columns of a stored weight. Throws UnsupportedError where a weight in groups cannot be cut there.
   static Projection of_columns(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,

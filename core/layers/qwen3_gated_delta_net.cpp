@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/qwen3_gated_delta_net.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/StringUtil.h>
 
 namespace xgdn {
@@ -193,7 +191,8 @@ std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
 at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
   check_segments(batch, hidden, local_.has_replay_states);
   const at::Tensor projected = in_proj_.forward(hidden, backends_.decode);
-  const at::Tensor o = at::empty({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
+  const at::Tensor o =
+      kernel::allocate_temporary({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
   for (const Segment& segment : batch.segments) {
     const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
     if (segment.kind == SegmentKind::kDecode && !local_.has_replay_states) {
@@ -246,7 +245,7 @@ void Qwen3GatedDeltaNet::attend(const Segment& segment, const at::Tensor& projec
 }
 
 at::Tensor Qwen3GatedDeltaNet::convolve(const Segment& segment, const at::Tensor& x, GdnState& state) const {
-  const at::Tensor mixed_qkv = at::empty({x.size(0), x.size(1)}, x.options());
+  const at::Tensor mixed_qkv = kernel::allocate_temporary({x.size(0), x.size(1)}, x.options());
   if (segment.kind == SegmentKind::kPrefill) {
     kernel::causal_conv1d({.x = x,
                            .weight = conv_weight_,
@@ -278,8 +277,9 @@ at::Tensor Qwen3GatedDeltaNet::convolve(const Segment& segment, const at::Tensor
 void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mixed_qkv, const at::Tensor& a,
                                     const at::Tensor& b, GdnState& state, const at::Tensor& o) const {
   const bool is_prefill = segment.kind == SegmentKind::kPrefill;
-  const at::Tensor g = at::empty({segment.num_tokens, local_.num_v_heads}, a.options().dtype(at::kFloat));
-  const at::Tensor beta = at::empty_like(g);
+  const at::Tensor g =
+      kernel::allocate_temporary({segment.num_tokens, local_.num_v_heads}, a.options().dtype(at::kFloat));
+  const at::Tensor beta = kernel::allocate_temporary(g.sizes(), g.options());
   kernel::gdn_gating(
       {.a = a, .b = b, .A_log = A_log_, .dt_bias = dt_bias_, .g = g, .beta = beta, .backend = backends_.decode});
 

@@ -106,6 +106,11 @@ std::optional<Projection> load_packed_head(const ModelConfig& config, const Weig
   return head;
 }
 
+at::Tensor rows_of(const at::Tensor& table, const at::Tensor& indices) {
+  at::Tensor rows = kernel::allocate_temporary({indices.size(0), table.size(1)}, table.options());
+  return at::index_select_out(rows, table, 0, indices);
+}
+
 }  // namespace
 
 struct HybridDecoder::Layer {
@@ -194,7 +199,7 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
   kernel::check_storage("HybridDecoder", "logit_rows", input.logit_rows);
   kernel::check_storage("HybridDecoder", "positions", input.attention.positions);
   kernel::check_storage("HybridDecoder", "embed_tokens", embedding_);
-  const at::Tensor residual = at::index_select(embedding_, 0, input.token_ids);
+  const at::Tensor residual = rows_of(embedding_, input.token_ids);
   at::Tensor branch;  // what the part before adds to the residual stream
   const auto normed = [&](const at::Tensor& weight) {
     return branch.defined() ? add_rms_norm_zero_centred(branch, residual, weight, config_.rms_norm_eps, backend_)
@@ -214,7 +219,7 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
     const at::Tensor y = normed(layer->post_attention_norm);
     branch = std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
   }
-  const auto wanted = [&](const at::Tensor& rows) { return at::index_select(rows, 0, input.logit_rows); };
+  const auto wanted = [&](const at::Tensor& rows) { return rows_of(rows, input.logit_rows); };
   const at::Tensor last =
       add_rms_norm_zero_centred(wanted(branch), wanted(residual), norm_, config_.rms_norm_eps, backend_);
   return lm_head_.forward(last, backend_, at::kFloat);

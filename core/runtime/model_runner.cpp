@@ -39,6 +39,7 @@ void ModelRunner::launch(const std::vector<SequenceStep>& sequences) {
 }
 
 ModelRunner::Result ModelRunner::forward(const StepInput& input) {
+  const kernel::StepMemory::Use use(memory_);
   Result result{.logits = model_->forward(input, state_)};
   if (finds_largest_) std::tie(result.largest, result.likeliest_token) = at::max(result.logits, 1);
   return result;

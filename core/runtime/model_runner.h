@@ -55,6 +55,9 @@ class ModelRunner {
   /// Time from the packed step to the end of wait(), of the last step.
   double forward_seconds() const { return forward_seconds_; }
 
+  /// Host memory that is kept for the tensors of steps, in bytes.
+  int64_t memory_bytes() const { return memory_.bytes(); }
+
   /// The last step as it was packed.
   const StepInput& input() const { return built_.input; }
 
@@ -84,6 +87,7 @@ class ModelRunner {
   BatchBuilder builder_;
   ModelState state_;  // the pools
   BuiltStep built_;
+  kernel::StepMemory memory_;
   Result result_;
   const bool has_graphs_;
   const bool finds_largest_;

@@ -134,7 +134,7 @@ def figures(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=8, help=f"of {WINDOW} tokens")
-    parser.add_argument("--device", default="cpu", help='"cpu" or "npu:0"')
+    parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "npu:0"')
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations"
     )
@@ -142,9 +142,11 @@ def main() -> None:
     parser.add_argument("--kv-dtype", choices=("int8",), help="of cached keys and values; default: --dtype")
     args = parser.parse_args()
     backends: tuple[str, ...] = ("cpu", "reference")
-    if args.device != "cpu":
+    kind = args.device.partition(":")[0]
+    if kind == "npu":
         importlib.import_module("torch_npu")  # it names the device
-        backends = ("npu",)
+    if kind != "cpu":
+        backends = (kind,)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     windows = held_out_windows(args.windows)

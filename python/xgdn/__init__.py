@@ -5,6 +5,7 @@
 - `xgdn.Engine`: loads a checkpoint and generates, with continuous batching.
 - `xgdn.plan`: the memory that an engine would take, before anything is allocated.
 - `xgdn.ops`: a function for each op, which updates state pools in place.
+- `xgdn.patch_transformers`, `unpatch_transformers`, `report`: transformers' own models on these kernels.
 - `xgdn.available_backends`, `use_backend`, `last_backend`, `doctor`: which backend runs which op, and why.
 """
 
@@ -36,6 +37,7 @@ from xgdn.engine import (
     plan,
 )
 from xgdn.fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from xgdn.integrations import FunctionReport, Report, patch_transformers, report, unpatch_transformers
 from xgdn.ops import PAD_SLOT_ID, ChunkMetadata
 
 __all__ = [
@@ -45,9 +47,11 @@ __all__ = [
     "Engine",
     "EngineArgs",
     "FinishReason",
+    "FunctionReport",
     "GenerationResult",
     "Logprobs",
     "Plan",
+    "Report",
     "Request",
     "RequestEvent",
     "RunnerOptions",
@@ -62,6 +66,9 @@ __all__ = [
     "last_backend",
     "last_is_batch_invariant",
     "ops",
+    "patch_transformers",
     "plan",
+    "report",
+    "unpatch_transformers",
     "use_backend",
 ]

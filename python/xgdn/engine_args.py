@@ -69,7 +69,7 @@ class EngineArgs:
     )
     device: str = field(
         default=_DEFAULTS.device,
-        metadata=_documented("Device of weights, activations and pools: cpu or npu:0."),
+        metadata=_documented("Device of weights, activations and pools: cpu, cuda:0 or npu:0."),
     )
     prefill_backend: str = field(
         default=_DEFAULTS.prefill_backend,

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -218,6 +219,25 @@ DECODE_CASES = [
 ]
 
 
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows with a value of each axis, in which any two values of two axes meet; all combinations would be many times as
+    many. An axis may itself be a product, of what must meet in threes.
+    """
+    places = [(i, a) for i, axis in enumerate(axes) for a in range(len(axis))]
+    left = {(one, other) for one, other in itertools.combinations(places, 2) if one[0] != other[0]}
+    rows: list[tuple[Any, ...]] = []
+    while left:
+        row = dict(min(left))
+        for i, axis in enumerate(axes):
+            if i not in row:
+                # Where several are as good, the one whose turn it is.
+                turn = [(len(rows) + a) % len(axis) for a in range(len(axis))]
+                row[i] = max(turn, key=lambda a: sum(tuple(sorted([(i, a), had])) in left for had in row.items()))
+        left -= set(itertools.combinations(sorted(row.items()), 2))
+        rows.append(tuple(axis[row[i]] for i, axis in enumerate(axes)))
+    return rows
+
+
 def backends_for_cpu_tensors() -> list[str]:
     """Backends of this build that serve every op on CPU tensors, in order of preference."""
     unable = {row.backend for row in xgdn.doctor() if row.why_not is not None}
@@ -361,8 +381,22 @@ def _strided(x: Inputs) -> Inputs:
     )
 
 
+# Of the inputs that have come, by their bits: each backend and mode asks for the same. One truth is small.
+_TRUTHS: dict[bytes, tuple[Tensor, dict[int, Tensor]]] = {}
+
+
 def expected(x: Inputs, *, prefill: bool) -> tuple[Tensor, dict[int, Tensor]]:
-    """Truth in float64: the outputs, and the state of every written slot."""
+    """Truth in float64: the outputs, and the state of every written slot. Not to be changed."""
+    given = hashlib.blake2b(repr((x.case, prefill)).encode())
+    for t in (x.q, x.k, x.v, x.g, x.beta, x.before, x.cu_seqlens, x.state_indices, x.written, x.has_initial_state):
+        given.update(t.contiguous().flatten().view(torch.uint8).numpy())
+    key = given.digest()
+    if key not in _TRUTHS:
+        _TRUTHS[key] = _truth(x, prefill=prefill)
+    return _TRUTHS[key]
+
+
+def _truth(x: Inputs, *, prefill: bool) -> tuple[Tensor, dict[int, Tensor]]:
     case = x.case
     out = torch.zeros((case.T, case.HV, case.V), dtype=torch.float64)
     slots: dict[int, Tensor] = {}
@@ -373,9 +407,9 @@ def expected(x: Inputs, *, prefill: bool) -> tuple[Tensor, dict[int, Tensor]]:
         if prefill and not x.has_initial_state[n]:
             initial = torch.zeros_like(initial)
         tokens = (t[rows] for t in (x.q, x.k, x.v, x.g, x.beta))
-        o, states = reference.gated_delta_rule(*tokens, initial, case.scale, case.use_qk_l2norm)
-        out[rows] = o
-        slots[int(x.written[n])] = states[-1]
+        out[rows], (slots[int(x.written[n])],) = reference.gated_delta_rule(
+            *tokens, initial, case.scale, case.use_qk_l2norm, every_state=False
+        )
     return out, slots
 
 

@@ -58,9 +58,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def client(url: str) -> Iterator[openai.OpenAI]:
     """OpenAI's own client of that server. It repeats nothing, so that each error is seen."""
-    import openai
 
-    from live_server import KEY
+    from live_server import openai_client
 
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as it:
+    with openai_client(url) as it:
         yield it

@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import torch
@@ -23,6 +23,9 @@ from tokenizers import Tokenizer
 import xgdn
 from xgdn.server.app import create_app
 from xgdn.server.settings import Settings
+
+if TYPE_CHECKING:
+    import openai
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_model/checkpoint"
 TOKENIZER = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
@@ -38,10 +41,16 @@ PROMPT = "def __init__(self"
 KEY = "the key"
 SLOTS, TOKENS, QUEUE, BODY_BYTES = 8, 1024, 56, 20_000
 
+# Plain HTTP. Reading the certificates of the system, which nobody asks for, takes longer than most requests here.
+http_client = partial(httpx.Client, verify=False)
+http_get, http_head, http_options, http_post = (
+    partial(ask, verify=False) for ask in (httpx.get, httpx.head, httpx.options, httpx.post)
+)
 
-def engine(model_dir: Path = CHECKPOINT, **options: Any) -> xgdn.Engine:
+
+def engine(model_dir: Path = CHECKPOINT, max_cached_tokens: int = TOKENS, **options: Any) -> xgdn.Engine:
     torch.set_num_threads(1)
-    runner = xgdn.RunnerOptions(max_batch_size=SLOTS, max_cached_tokens=TOKENS, max_tokens_per_step=64)
+    runner = xgdn.RunnerOptions(max_batch_size=SLOTS, max_cached_tokens=max_cached_tokens, max_tokens_per_step=64)
     return xgdn.Engine(model_dir, dtype=torch.float32, runner=runner, **options)
 
 
@@ -85,7 +94,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 def metrics(url: str) -> dict[str, float]:
     """Samples by name, or by name and label value: `xgdn_errors_total queue_full`."""
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    families = text_string_to_metric_families(http_get(f"{url}/metrics").text)
     return {" ".join([s.name, *s.labels.values()]): s.value for family in families for s in family.samples}
 
 
@@ -97,7 +106,15 @@ def is_at_rest(url: str) -> bool:
 
 def post(url: str, body: Any, path: str = "/v1/completions", key: str = KEY) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(url + path, content=content, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    return http_post(url + path, content=content, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+
+def openai_client(url: str) -> openai.OpenAI:
+    """OpenAI's own client. It repeats nothing, so that each error is seen."""
+    import openai  # here, so that other clients need not load it
+
+    client = http_client(timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=client)
 
 
 def tokens_of(prompt: str | list[int]) -> list[int]:
@@ -111,9 +128,14 @@ def continuation(ids: list[int], tokens: list[int]) -> str:
 
 def want(prompt: str | list[int], count: int = 16, **sampling: Any) -> str:
     ids = tokens_of(prompt)
-    params = xgdn.SamplingParams(**sampling)
-    (result,) = single().generate([ids], max_new_tokens=count, sampling=params, ignore_eos=True)
-    return continuation(ids, result.tokens)
+    return continuation(ids, _generated(tuple(ids), count, tuple(sampling.items())))
+
+
+@cache
+def _generated(ids: tuple[int, ...], count: int, sampling: tuple[tuple[str, Any], ...]) -> list[int]:
+    params = xgdn.SamplingParams(**dict(sampling))
+    (result,) = single().generate([list(ids)], max_new_tokens=count, sampling=params, ignore_eos=True)
+    return list(result.tokens)
 
 
 IGNORE_EOS = {"ignore_eos": True}

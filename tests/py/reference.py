@@ -24,26 +24,32 @@ def gated_delta_rule(
     state: Tensor,
     scale: float | None = None,
     use_qk_l2norm: bool = True,
+    every_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One sequence: q, k [T, H, K], v [T, HV, V], g, beta [T, HV], state [HV, V, K].
 
-    Returns the outputs [T, HV, V] and the states after each token, [T + 1, HV, V, K], the first being the given one.
+    Returns the outputs [T, HV, V] and the states after each token, [T + 1, HV, V, K], the first being the given one;
+    without `every_state` the last alone, [1, HV, V, K].
     """
     q, k, v, g, beta, S = (x.double() for x in (q, k, v, g, beta, state))
     if use_qk_l2norm:
         q, k = l2_norm(q), l2_norm(k)
     group = v.shape[1] // q.shape[1]
     key_head = [head // group for head in range(v.shape[1])]
-    q, k = q[:, key_head], k[:, key_head]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.unsqueeze(-1) for x in (q[:, key_head], k[:, key_head], v))  # columns
+    decay, beta = (x[..., None, None] for x in (g.exp(), beta))
+    scale = q.shape[-2] ** -0.5 if scale is None else scale
     outputs, states = [], [S]
     for t in range(q.shape[0]):
-        S = g[t].exp()[:, None, None] * S
-        u = beta[t][:, None] * (v[t] - (S @ k[t][:, :, None])[..., 0])
-        S = S + u[:, :, None] * k[t][:, None, :]
-        outputs.append(scale * (S @ q[t][:, :, None])[..., 0])
-        states.append(S)
-    return torch.stack(outputs) if outputs else v.new_empty(v.shape), torch.stack(states)
+        S = decay[t] * S
+        u = beta[t] * (v[t] - S @ k[t])
+        S = S + u * k[t].mT
+        outputs.append(scale * (S @ q[t]))
+        if every_state:
+            states.append(S)
+        else:
+            states[0] = S
+    return torch.stack(outputs)[..., 0] if outputs else v.new_empty(v.shape[:-1]), torch.stack(states)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor, silu: bool = True) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import allowed_skips
+from cuda_machine import CudaMachine
 
 pytest_plugins = "pytester"
 
@@ -54,6 +55,25 @@ def test_cpp_tests_and_scripts_ask_the_same_list(tmp_path: Path, reason: str) ->
         command = [sys.executable, str(allowed_skips.__file__), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, reason in done.stdout) == ((0, False) if reason == REASON else (1, True))
+
+
+NO_DEVICE = "torch sees no CUDA device"
+NOT_BUILT = "this build of xgdn has no CUDA backend: its torch has no CUDA, or there was no nvcc"
+
+
+@pytest.mark.parametrize(
+    ("machine", "why_not", "may"),
+    [
+        (CudaMachine(torch_has_cuda=False, has_gpu=True, has_nvcc=True), "this torch was built without CUDA", True),
+        (CudaMachine(torch_has_cuda=True, has_gpu=False, has_nvcc=True), NO_DEVICE, True),
+        (CudaMachine(torch_has_cuda=True, has_gpu=True, has_nvcc=False), NOT_BUILT, True),
+        (CudaMachine(torch_has_cuda=True, has_gpu=True, has_nvcc=True), NOT_BUILT, False),
+        (CudaMachine(torch_has_cuda=True, has_gpu=True, has_nvcc=False), NO_DEVICE, False),
+    ],
+)
+def test_a_machine_with_a_gpu_does_not_pass_by_skipping(machine: CudaMachine, why_not: str, may: bool) -> None:
+    assert machine.may_skip(why_not) is may
+    assert not allowed_skips.refused([("a test", f"Skipped: no CUDA: {why_not}")])
 
 
 def test_a_test_that_hangs_fails(pytester: pytest.Pytester) -> None:

@@ -22,6 +22,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
+from xgdn.bench import server_process
 from xgdn.bench.client import LoadClient, ServerError, Target
 from xgdn.bench.server_metrics import compare
 from xgdn.bench.server_process import running_server, vocab_size
@@ -441,25 +442,26 @@ SMALL = ["--prompt-tokens", "1-40", "--output-tokens", "1-12"]
 
 
 def test_a_load_is_counted_alike_by_the_client_and_by_metrics() -> None:
-    result = run(CHECKPOINT, "--rate", "60,inf", "--requests", 60, *SMALL, "--json", "--", *FLOAT32)
+    options = [*FLOAT32, "--model-name", "not http://127.0.0.1:1"]  # a server may be called anything
+    result = run(CHECKPOINT, "--rate", "60,inf", "--requests", 40, *SMALL, "--json", "--", *options)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
-    want = Workload(60, prompt_tokens=Lengths(1, 40), output_tokens=Lengths(1, 12), vocab_size=2048, seed=0).requests
+    want = Workload(40, prompt_tokens=Lengths(1, 40), output_tokens=Lengths(1, 12), vocab_size=2048, seed=0).requests
     tokens = sum(request.max_tokens for request in want)
     assert [row["rate"] for row in document["rows"]] == [60.0, "inf"]
     for row in document["rows"]:
-        assert (row["sent"], row["finished"], row["short"], row["failed"], row["errors"]) == (60, 60, 0, 0, {})
+        assert (row["sent"], row["finished"], row["short"], row["failed"], row["errors"]) == (40, 40, 0, 0, {})
         assert row["prompt_tokens"] == sum(len(request.prompt) for request in want)
         assert row["tokens_received"] == row["tokens_asked"] == tokens
         assert (row["compared"], row["equal"]) == (8, 8)
-        assert (row["ttft"]["count"], row["e2e"]["count"], row["itl"]["count"]) == (60, 60, tokens - 60)
+        assert (row["ttft"]["count"], row["e2e"]["count"], row["itl"]["count"]) == (40, 40, tokens - 40)
         figures = {figure["name"]: figure["server"] for figure in row["metrics"]}
         assert figures == {
             "xgdn_prompt_tokens_total": row["prompt_tokens"],
             "xgdn_generated_tokens_total": tokens,
-            "xgdn_time_to_first_token_seconds_count": 60,
-            "xgdn_inter_token_seconds_count": tokens - 60,
-            'xgdn_finished_total{reason="length"}': 60,
+            "xgdn_time_to_first_token_seconds_count": 40,
+            "xgdn_inter_token_seconds_count": tokens - 40,
+            'xgdn_finished_total{reason="length"}': 40,
         }
         assert all(figure["lowest"] == figure["server"] == figure["highest"] for figure in row["metrics"])
 
@@ -534,9 +536,27 @@ def test_an_own_server_that_does_not_start_says_why() -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_an_own_server_may_be_called_anything_and_be_asked_for_help() -> None:
-    with running_server(CHECKPOINT, [*FLOAT32, "--model-name", "not http://127.0.0.1:1", "--json"], None) as address:
-        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "not http://127.0.0.1:1"
+# Of a server what matters to the process that runs it: where it is, and that it stays until it is ended.
+STAND_IN = """
+import sys, time
+assert sys.argv[1] == "serve"
+if "--help" in sys.argv:
+    sys.exit()
+print("a line before")
+print('{"address": "http://127.0.0.1:1"}', flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_process, "_PROGRAM", STAND_IN)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_an_own_server_may_be_asked_for_help() -> None:
+    with running_server(CHECKPOINT, FLOAT32, None) as address:
+        assert address == "http://127.0.0.1:1"
     with pytest.raises(ServerError, match="ended with status 0"), running_server(CHECKPOINT, ["--help"], None):
         pass
 
@@ -545,6 +565,7 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("error", [None, ServerError("it does not answer")])
 def test_an_own_server_that_dies_is_named_as_the_reason(error: ServerError | None) -> None:
     def use_server_that_dies() -> None:

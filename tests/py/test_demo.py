@@ -27,6 +27,8 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "PROMPT_SIZES", (3, 70))
     monkeypatch.setattr(module, "NEW_TOKENS", 4)
     monkeypatch.setattr(module, "NUM_WINDOWS", 1)
+    monkeypatch.setattr(module, "WINDOW", 128)
+    monkeypatch.setattr(module, "WRITING_TOKENS", 8)
     return module
 
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 import xgdn
 from xgdn import errors
 from xgdn.engine import EngineCounters, FinishReason, Request, RequestEvent
@@ -231,8 +230,8 @@ def test_the_last_reference_may_go_in_a_callback(engine: xgdn.Engine) -> None:
 
 
 END = """
-import sys, threading, xgdn
-engine = xgdn.Engine(sys.argv[1])
+import threading
+engine = xgdn.Engine({checkpoint!r})
 begun = threading.Event()
 loop = engine.loop(after_step=lambda _: sum(range(1000)))
 def callback(event):
@@ -246,10 +245,9 @@ assert begun.wait(60)
 """
 
 
-@pytest.mark.parametrize("end", ["", "callback.loop = loop", "raise SystemExit(0)", "del engine"])
-def test_the_interpreter_ends_while_requests_run(end: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", END.format(end=end), str(CHECKPOINT)], capture_output=True, text=True, timeout=SECONDS
-    )
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == "the engine loop was stopped\n" * 8
+def test_the_interpreter_ends_while_requests_run() -> None:
+    ends = ["", "callback.loop = loop", "raise SystemExit(0)", "del engine"]
+    programs = [(END.format(checkpoint=str(CHECKPOINT), end=end), {}) for end in ends]
+    for end, ended in zip(ends, forked.run(programs, SECONDS), strict=True):
+        assert (ended.status, ended.stderr) == (0, ""), end
+        assert ended.stdout == "the engine loop was stopped\n" * 8, end

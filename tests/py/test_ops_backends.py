@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+import forked
 import xgdn
 from cases import OPS
 from xgdn import ops
@@ -112,37 +109,31 @@ def test_doctor_names_one_backend_per_op() -> None:
         assert {row.backend for row in xgdn.doctor() if row.is_selected} == {"reference"}
 
 
-def test_an_unknown_instruction_set_is_a_typed_error() -> None:
-    """The sets are read once a process, at the first question about a backend."""
-    program = """
-import torch, xgdn
+# The variables are read once a process, at the first question about a backend.
+_ASK = """
 for ask in (xgdn.doctor, xgdn.available_backends, lambda: xgdn.ops.l2_norm(torch.zeros(1, 1, 16))):
     try:
         ask()
     except NotImplementedError as error:
         print(isinstance(error, xgdn.errors.UnsupportedError), str(error))
 """
-    env = {**os.environ, "XGDN_CPU_ISA": "avx3"}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+_PRINT_CHOICE = """
+xgdn.ops.l2_norm(torch.zeros(1, 1, 16))
+print(repr(xgdn.last_backend('causal_conv1d')), xgdn.last_backend('l2_norm'), torch.ops.xgdn.default_backend('prefill'))
+"""
+
+
+def test_the_environment_chooses_too_and_what_is_wrong_in_it_is_an_error() -> None:
+    unknown_set, chosen, unknown_backend = forked.run(
+        [
+            (_ASK, {"XGDN_CPU_ISA": "avx3"}),
+            (_PRINT_CHOICE, {"XGDN_DECODE_BACKEND": "reference"}),
+            (_PRINT_CHOICE, {"XGDN_DECODE_BACKEND": "gpu"}),
+        ]
+    )
     sentence = "XGDN_CPU_ISA: expected sse4, avx2, avx512, avx512_bf16 or amx, got 'avx3'"
     # What goes through torch.ops raises the built-in.
-    assert done.stdout.splitlines() == [f"True {sentence}", f"False {sentence}", f"False {sentence}"]
-
-
-_PRINT_CHOICE = (
-    "import torch, xgdn; xgdn.ops.l2_norm(torch.zeros(1, 1, 16)); print(repr(xgdn.last_backend('causal_conv1d')),"
-    " xgdn.last_backend('l2_norm'), torch.ops.xgdn.default_backend('prefill'))"
-)
-
-
-def test_the_environment_chooses_too() -> None:
-    env = {**os.environ, "XGDN_DECODE_BACKEND": "reference"}
-    done = subprocess.run([sys.executable, "-c", _PRINT_CHOICE], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["''", "reference", "auto"]
-
-
-def test_a_wrong_environment_is_an_error() -> None:
-    env = {**os.environ, "XGDN_DECODE_BACKEND": "gpu"}
-    done = subprocess.run([sys.executable, "-c", _PRINT_CHOICE], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "expected auto or one of" in done.stderr
+    assert unknown_set.stdout.splitlines() == [f"True {sentence}", f"False {sentence}", f"False {sentence}"]
+    assert (chosen.status, chosen.stdout.split()) == (0, ["''", "reference", "auto"])
+    assert unknown_backend.status != 0
+    assert "expected auto or one of" in unknown_backend.stderr

@@ -171,6 +171,11 @@ EXACT = 1e-6
 WIDE = Case((700,), H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, initial="all")
 
 
+def sized(case: Case, backend: str) -> Case:
+    """Narrower for the reference, which computes in f64 whatever the keys and gates are, one token after the other."""
+    return replace(case, K=min(case.K, 48), V=min(case.V, 48)) if backend == "reference" else case
+
+
 def errors(x: Inputs) -> tuple[float, float]:
     want, slots = expected(x, prefill=True)
     (state,) = slots.values()
@@ -179,7 +184,7 @@ def errors(x: Inputs) -> tuple[float, float]:
 
 @pytest.mark.parametrize("gates", ["typical", "g5", "g380", "mixed", "slow"])
 def test_fast_keeps_its_promise(gates: str, backend: str) -> None:
-    x = make_inputs(replace(WIDE, gates=gates), prefill=True)
+    x = make_inputs(sized(replace(WIDE, gates=gates), backend), prefill=True)
     run(x, backend, "fast")
     out, state = errors(x)
     assert out <= FAST_OUT
@@ -192,7 +197,7 @@ STEADY_GATES = ((0.0, 1.0), (-1e-3, 1.0), (-0.01, 0.9), (-0.1, 0.5), (-0.5, 0.1)
 
 @pytest.mark.parametrize("keys", KEY_GEOMETRIES)
 def test_fast_keeps_its_promise_for_keys(keys: str, backend: str) -> None:
-    case = replace(WIDE, lengths=(65, 130, 500, 65, 130), keys=keys)
+    case = sized(replace(WIDE, lengths=(65, 130, 500, 65, 130), keys=keys), backend)
     x = make_inputs(case, prefill=True)
     for rows, (g, beta) in zip(case.rows, STEADY_GATES, strict=True):
         x.g[rows] = g
@@ -207,7 +212,7 @@ def test_fast_keeps_its_promise_for_keys(keys: str, backend: str) -> None:
 
 @pytest.mark.parametrize("keys", ["same", "random"])
 def test_fast_keeps_its_promise_for_long_prompts(keys: str, backend: str) -> None:
-    x = make_inputs(replace(WIDE, lengths=(8192,), HV=1, K=64, V=64, keys=keys, beta=1.0), prefill=True)
+    x = make_inputs(sized(replace(WIDE, lengths=(8192,), HV=1, K=64, V=64, keys=keys, beta=1.0), backend), prefill=True)
     x.g.zero_()
     run(x, backend, "fast")
     out, state = errors(x)
@@ -217,7 +222,7 @@ def test_fast_keeps_its_promise_for_long_prompts(keys: str, backend: str) -> Non
 
 @pytest.mark.parametrize("gates", ["typical", "mixed", "slow", "near0"])
 def test_exact_keeps_its_promise_for_bf16_inputs(gates: str, backend: str) -> None:
-    x = make_inputs(replace(WIDE, gates=gates, out_dtype=torch.float32), prefill=True)
+    x = make_inputs(sized(replace(WIDE, gates=gates, out_dtype=torch.float32), backend), prefill=True)
     run(x, backend, "exact")
     assert max(errors(x)) <= EXACT
 
@@ -249,7 +254,7 @@ def test_auto_is_fast_for_bf16_and_exact_for_more_bits(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
 def test_fast_takes_inputs_of_more_bits(dtype: torch.dtype, backend: str) -> None:
-    x = make_inputs(replace(WIDE, dtype=dtype, out_dtype=torch.float32), prefill=True)
+    x = make_inputs(sized(replace(WIDE, dtype=dtype, out_dtype=torch.float32), backend), prefill=True)
     run(x, backend, "fast")
     assert max(errors(x)) <= 2 * FAST_OUT  # q and k are rounded as well
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -55,6 +56,11 @@ def int8(*shape: int) -> torch.Tensor:
 
 def good_arguments(op: str) -> Arguments:
     """Five tokens of two sequences (packed_decode, gdn_decode_step: two tokens) that the op accepts."""
+    return copy.deepcopy(_good_arguments()[op])
+
+
+@cache
+def _good_arguments() -> dict[str, Arguments]:
     T, N, S, H, HV, K, V, D, W = 5, 2, 4, 2, 4, 16, 32, 24, 4
     batch = {"cu_seqlens": i32([0, 3, 5]), "state_indices": i32([0, 2])}
     delta = {
@@ -154,7 +160,7 @@ def good_arguments(op: str) -> Arguments:
             "norm_weight": torch.randn(V),
             "state_indices": i32([0, 2]),
         },
-    }[op]
+    }
 
 
 RECURRENT = "recurrent_gated_delta_rule"

@@ -134,7 +134,7 @@ def test_out_is_made_like_x(backend: str) -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("out_dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("width", [48, 1040])
-@pytest.mark.parametrize("T", [130, 275])
+@pytest.mark.parametrize("T", [130, 275, 700])
 def test_other_tokens_do_not_change_bits(
     T: int, width: int, out_dtype: torch.dtype, bias: bool, num_threads: Callable[[int], None]
 ) -> None:

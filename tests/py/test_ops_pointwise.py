@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import reference
 import xgdn
-from cases import DTYPES, assert_bits_equal, assert_close
+from cases import DTYPES, assert_bits_equal, assert_close, pairwise
 from xgdn import ops
+
+BOOLS = (False, True)
 
 # Rounded once to the result's dtype.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+HEADS = [(1, 1, 16), (5, 2, 48), (9, 3, 128), (3, 1, 256), (0, 2, 16)]
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
@@ -27,10 +34,11 @@ def assert_gaps_untouched(x: torch.Tensor) -> None:
     assert x._base[:, 0].isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (33, 32), (0, 4)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("per_head", ["f32", "as_input"])
-@pytest.mark.parametrize("view", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "per_head", "view"),
+    pairwise([(1, 1), (7, 3), (33, 32), (0, 4)], DTYPES, ["f32", "as_input"], BOOLS),
+    ids=str,
+)
 def test_gdn_gating(shape: tuple[int, int], dtype: torch.dtype, per_head: str, view: bool, backend: str) -> None:
     head_dtype = torch.float32 if per_head == "f32" else dtype
     a, b = (10 * torch.randn(shape)).to(dtype), (10 * torch.randn(shape)).to(dtype)
@@ -49,9 +57,7 @@ def test_gdn_gating(shape: tuple[int, int], dtype: torch.dtype, per_head: str, v
     assert (g <= 0).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 16), (5, 2, 48), (9, 3, 128), (3, 1, 256), (0, 2, 16)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("view", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize(("shape", "dtype", "view"), pairwise(HEADS, DTYPES, BOOLS), ids=str)
 def test_l2_norm(shape: tuple[int, int, int], dtype: torch.dtype, view: bool, backend: str) -> None:
     x = torch.randn(shape).to(dtype)
     if x.shape[0] > 2:
@@ -70,10 +76,7 @@ def test_l2_norm_uses_eps(backend: str) -> None:
     assert_close("out", ops.l2_norm(x, eps=12.0, backend=backend), reference.l2_norm(x, 12.0), 1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 16), (5, 2, 48), (9, 3, 128), (3, 1, 256), (0, 2, 16)], ids=str)
-@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("z_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("view", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize(("shape", "x_dtype", "z_dtype", "view"), pairwise(HEADS, DTYPES, DTYPES, BOOLS), ids=str)
 def test_rms_norm_gated(
     shape: tuple[int, int, int], x_dtype: torch.dtype, z_dtype: torch.dtype, view: bool, backend: str
 ) -> None:
@@ -91,20 +94,23 @@ def test_rms_norm_gated(
 
 
 TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 33, 130)
-VIEWS = pytest.mark.parametrize("view", [False, True], ids=["contiguous", "strided"])
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.mark.parametrize(
-    "shape", [*((T, 1, 96) for T in TOKENS), (5, 2, 32), (3, 1, 1024), (7, 3, 50), (2, 1, 1)], ids=str
+    ("shape", "types", "weight", "view"),
+    pairwise(
+        [*((T, 1, 96) for T in TOKENS), (5, 2, 32), (3, 1, 1024), (7, 3, 50), (2, 1, 1)],
+        list(itertools.product(DTYPES, BOOLS)),
+        ["f32", "as_input"],
+        BOOLS,
+    ),
+    ids=str,
 )
-@EACH_DTYPE
-@pytest.mark.parametrize("weight", ["f32", "as_input"])
-@VIEWS
-@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 def test_rms_norm(
-    shape: tuple[int, int, int], dtype: torch.dtype, weight: str, view: bool, has_residual: bool, backend: str
+    shape: tuple[int, int, int], types: tuple[torch.dtype, bool], weight: str, view: bool, backend: str
 ) -> None:
+    dtype, has_residual = types
     x, residual = torch.randn(shape).to(dtype), (3 * torch.randn(shape)).to(dtype)
     w = (0.3 * torch.randn(shape[-1])).to(torch.float32 if weight == "f32" else dtype)
     if shape[0] > 2:
@@ -134,10 +140,11 @@ def test_rms_norm_norms_the_rounded_sum(dtype: torch.dtype, backend: str) -> Non
     assert_bits_equal("out", out, ops.rms_norm(residual, w, backend=backend))
 
 
-@pytest.mark.parametrize("shape", [(T, 2, 96) for T in TOKENS] + [(40, 8, 256), (3, 2, 50), (2, 1, 2)], ids=str)
-@pytest.mark.parametrize("P", [2, 16, 22, 50], ids="P{}".format)
-@EACH_DTYPE
-@VIEWS
+@pytest.mark.parametrize(
+    ("shape", "P", "dtype", "view"),
+    pairwise([*((T, 2, 96) for T in TOKENS), (40, 8, 256), (3, 2, 50), (2, 1, 2)], [2, 16, 22, 50], DTYPES, BOOLS),
+    ids=str,
+)
 def test_rms_norm_rotates(shape: tuple[int, int, int], P: int, dtype: torch.dtype, view: bool, backend: str) -> None:
     P = min(P, shape[-1])
     x, w = torch.randn(shape).to(dtype), 0.3 * torch.randn(shape[-1])
@@ -185,11 +192,15 @@ def test_rms_norm_of_a_nan_token_spoils_its_own_row_alone(D: int, has_residual: 
 
 
 @pytest.mark.parametrize(
-    "shape", [*((T, 2, 96) for T in TOKENS), *((3, 2, width) for width in (1, 50, 255, 256, 257, 600))], ids=str
+    ("shape", "dtype", "view", "in_place"),
+    pairwise(
+        [*((T, 2, 96) for T in TOKENS), *((3, 2, width) for width in (1, 50, 255, 256, 257, 600))],
+        DTYPES,
+        BOOLS,
+        [None, 0, 1],  # apart, x, gate
+    ),
+    ids=str,
 )
-@EACH_DTYPE
-@VIEWS
-@pytest.mark.parametrize("in_place", [None, 0, 1], ids=["apart", "x", "gate"])
 def test_sigmoid_and_mul(
     shape: tuple[int, int, int], dtype: torch.dtype, view: bool, in_place: int | None, backend: str
 ) -> None:
@@ -221,10 +232,10 @@ def run_silu_and_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, ba
 
 # The CPU kernel goes through a row in pieces of 256.
 @pytest.mark.parametrize(
-    "shape", [*((T, 96) for T in TOKENS), *((3, width) for width in (1, 50, 255, 256, 257, 600))], ids=str
+    ("shape", "dtype", "view"),
+    pairwise([*((T, 96) for T in TOKENS), *((3, width) for width in (1, 50, 255, 256, 257, 600))], DTYPES, BOOLS),
+    ids=str,
 )
-@EACH_DTYPE
-@VIEWS
 def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype, view: bool, backend: str) -> None:
     gate, up = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
     if gate.numel() > 20:

@@ -198,6 +198,18 @@ def test_gaps_do_not_change_bits(format: WeightFormat) -> None:
 
 @NEEDS_CPU
 @pytest.mark.parametrize("format", FORMATS)
+def test_threads_that_share_tokens_compute_the_same_bits(
+    format: WeightFormat, num_threads: Callable[[int], None]
+) -> None:
+    x = QuantizedCall(format, 600, D=256, O=40, bias=True).make()
+    num_threads(1)
+    alone = x.run("cpu")
+    num_threads(3)
+    assert_bits_equal("three threads", x.run("cpu"), alone)
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("T", [1, 7])
 def test_out_is_rounded_once(T: int, format: WeightFormat) -> None:
     x = QuantizedCall(format, T, bias=True).make()

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import xgdn
-from checkpoints import CHECKPOINTS, Tiny, make, qwen3_next
+from checkpoints import CHECKPOINTS, make, qwen3_next
 from xgdn import errors
 from xgdn.cli import app
 
@@ -23,6 +23,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(CHECKPOINTS[0], tmp_path_factory.mktemp("plan"))[0]
 
 
+@pytest.fixture(scope="module", params=CHECKPOINTS, ids=str)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(request.param, tmp_path_factory.mktemp("plans"))[0]
+
+
 def run(*args: object) -> Result:
     return CliRunner(env={"FORCE_COLOR": None}).invoke(app, [str(arg) for arg in args])
 
@@ -30,11 +35,9 @@ def run(*args: object) -> Result:
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tiny", CHECKPOINTS, ids=str)
 def test_a_plan_is_what_the_engine_takes(
-    tmp_path: Path, tiny: Tiny, dtype: torch.dtype | None, state_dtype: torch.dtype, kv_dtype: torch.dtype | None
+    directory: Path, dtype: torch.dtype | None, state_dtype: torch.dtype, kv_dtype: torch.dtype | None
 ) -> None:
-    directory = make(tiny, tmp_path)[0]
     args = {"dtype": dtype, "state_dtype": state_dtype, "kv_dtype": kv_dtype, "runner": RUNNER}
     plan = xgdn.Engine.plan(directory, **args)
     engine = xgdn.Engine(directory, **args, memory_limit=plan.total_bytes)

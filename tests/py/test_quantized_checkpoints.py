@@ -145,15 +145,20 @@ def test_perplexity_of_the_trained_model(tmp_path: Path, scheme: Scheme) -> None
     assert abs(perplexity(engine.prompt_logits(window)) / want - 1) < 5e-5
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain checkpoint, not to be changed."""
+    return make(DENSE, tmp_path_factory.mktemp("dense"))[0]
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_a_plan_is_what_the_engine_takes(tmp_path: Path, scheme: Scheme, dtype: torch.dtype | None) -> None:
-    plain, _ = make(DENSE, tmp_path)
-    quantize(plain, with_head(scheme), tmp_path / "quantized")
-    plan = xgdn.Engine.plan(tmp_path / "quantized", dtype=dtype, runner=RUNNER)
-    engine = xgdn.Engine(tmp_path / "quantized", dtype=dtype, runner=RUNNER, memory_limit=plan.total_bytes)
-    assert engine.memory_bytes["weights"] == plan.weight_bytes
-    assert plan.weight_bytes < xgdn.Engine.plan(plain, dtype=dtype, runner=RUNNER).weight_bytes
+def test_a_plan_is_what_the_engine_takes(tmp_path: Path, dense: Path, scheme: Scheme) -> None:
+    quantize(dense, with_head(scheme), tmp_path / "quantized")
+    for dtype in (None, torch.bfloat16):
+        plan = xgdn.Engine.plan(tmp_path / "quantized", dtype=dtype, runner=RUNNER)
+        engine = xgdn.Engine(tmp_path / "quantized", dtype=dtype, runner=RUNNER, memory_limit=plan.total_bytes)
+        assert engine.memory_bytes["weights"] == plan.weight_bytes
+        assert plan.weight_bytes < xgdn.Engine.plan(dense, dtype=dtype, runner=RUNNER).weight_bytes
 
 
 @pytest.mark.parametrize("scheme", [fp8(torch.float32, 16), fp8(torch.float32, 32)], ids=str)

@@ -8,11 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
-from live_server import CHECKPOINT, GOOD, KEY, PROMPT, TOKENIZER, engine, live, post, single, want
+from live_server import (
+    CHECKPOINT,
+    GOOD,
+    KEY,
+    PROMPT,
+    TOKENIZER,
+    engine,
+    http_get,
+    live,
+    post,
+    single,
+    want,
+)
 from xgdn import SamplingParams
 from xgdn.cli import app as cli_app
 from xgdn.sampling_defaults import SamplingDefaults, read_sampling_defaults
@@ -59,7 +70,7 @@ def test_they_count_where_a_request_leaves_them_out(greedy_url: str) -> None:
 
 def test_the_models_page_shows_them(greedy_url: str) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
-    (card,) = httpx.get(f"{greedy_url}/v1/models", headers=headers).json()["data"]
+    (card,) = http_get(f"{greedy_url}/v1/models", headers=headers).json()["data"]
     assert card["default_sampling_params"] == {"temperature": 1.9, "top_k": 1, "top_p": 0.9}
 
 

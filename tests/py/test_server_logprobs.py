@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -20,6 +19,7 @@ from live_server import (
     PROMPT,
     TOKENIZER,
     continuation,
+    http_post,
     single,
     tokens_of,
 )
@@ -169,7 +169,7 @@ def test_a_stop_token_is_not_told(client: openai.OpenAI) -> None:
 def test_nothing_is_told_unasked(client: openai.OpenAI, url: str) -> None:
     assert complete(client).choices[0].logprobs is None
     body = {"model": "tiny", "prompt": "a", "stream": True}
-    stream = httpx.post(f"{url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60).text
+    stream = http_post(f"{url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60).text
     choices = [json.loads(line[6:])["choices"][0] for line in stream.splitlines() if line.startswith("data: {")]
     assert {choice["logprobs"] for choice in choices} == {None}
 

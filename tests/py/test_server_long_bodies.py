@@ -12,12 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from pydantic import ValidationError
 from tokenizers import AddedToken, Encoding, Tokenizer, models, normalizers, pre_tokenizers
 
-from live_server import CHAT, CHECKPOINT, GOOD, TOKENIZER, TOKENS, engine, live, post, with_template
+from live_server import (
+    CHAT,
+    CHECKPOINT,
+    GOOD,
+    TOKENIZER,
+    TOKENS,
+    engine,
+    http_get,
+    live,
+    post,
+    with_template,
+)
 from tiny_tokenizers import byte_tokenizer
 from xgdn.server import app
 from xgdn.server.answer import Answer
@@ -47,7 +57,7 @@ def test_others_are_served_while_a_body_is_worked_on(
         answer = clients.submit(post, url, CHAT | {"max_tokens": 1}, "/v1/chat/completions")
         try:
             assert has_begun.wait(30)
-            assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+            assert http_get(f"{url}/health", timeout=20).status_code == 200
             assert not answer.done()
         finally:
             may_end.set()

@@ -22,7 +22,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from live_server import CHECKPOINT, GOOD, IGNORE_EOS, KEY, metrics, post, wait_until
+from live_server import (
+    CHECKPOINT,
+    GOOD,
+    IGNORE_EOS,
+    KEY,
+    http_get,
+    metrics,
+    post,
+    wait_until,
+)
 from xgdn.cli import app as cli_app
 from xgdn.server import serve
 
@@ -56,7 +65,7 @@ def command(*options: str, step_seconds: float = 0) -> Iterator[tuple[subprocess
 def test_the_json_document_is_all_of_stdout_and_comes_when_requests_are_taken() -> None:
     with command("--allow-origin", "http://a", "--allow-origin", "http://b") as (process, url):
         for origin in ("http://a", "http://b"):
-            answer = httpx.get(f"{url}/health", headers={"Origin": origin})
+            answer = http_get(f"{url}/health", headers={"Origin": origin})
             assert answer.status_code == 200
             assert answer.headers["Access-Control-Allow-Origin"] == origin
         assert post(url, GOOD).status_code == 200
@@ -67,12 +76,12 @@ def test_the_json_document_is_all_of_stdout_and_comes_when_requests_are_taken() 
 
 def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones() -> None:
     with command("--api-key", KEY, step_seconds=0.02) as (process, url), ThreadPoolExecutor(1) as clients:
-        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 200})
+        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 120})
         wait_until(lambda: metrics(url)["xgdn_requests_running"] == 1)
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: not is_listening(url))
         assert not running.done()
-        assert running.result().json()["usage"]["completion_tokens"] == 200
+        assert running.result().json()["usage"]["completion_tokens"] == 120
         assert process.wait(60) == 0
 
 
@@ -171,7 +180,7 @@ def test_all_addresses_of_a_name_answer_at_one_port(hosts: tuple[str, str], monk
 
     def ask() -> None:
         try:
-            told.extend(httpx.get(f"{address}/health").json() for address in told[0]["addresses"])
+            told.extend(http_get(f"{address}/health").json() for address in told[0]["addresses"])
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 

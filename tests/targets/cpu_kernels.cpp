@@ -764,7 +764,15 @@ LinearKernel packed_linear(const BFloat16Products* products) {
     std::vector<PackedLine> packed(lines);
     args.packed = packed.data()->elements;
     pack_tokens(args, 0, num_panels(args));
-    linear(args, 0, num_work_items(args));
+    if (args.T <= kFewTokens) {
+      for (int64_t item = 0; item < num_few_items(args); ++item) linear_of_few(args, item, item + 1);
+      return;
+    }
+    const int64_t part_tokens = 8 * kPanelPair;
+    for (int64_t token = 0; token < args.T; token += part_tokens) {
+      const LinearArgs part = of_tokens(args, token, std::min(part_tokens, args.T - token));
+      linear(part, 0, num_work_items(part));
+    }
   };
 }
 
@@ -772,7 +780,10 @@ void linear_by_rows(const LinearCall& call) {
   std::vector<float> widened(static_cast<size_t>(call.T * call.D), NAN);
   const LinearRowsArgs args = {call, widened.data()};
   widen_tokens(args, 0, call.T);
-  linear_rows(args, 0, num_work_items(args));
+  const int64_t half = call.T / 2;
+  for (const LinearRowsArgs& part : {of_tokens(args, 0, half), of_tokens(args, half, call.T - half)}) {
+    linear_rows(part, 0, num_work_items(part));
+  }
 }
 
 void linear_by_paired_rows(const LinearCall& call) {

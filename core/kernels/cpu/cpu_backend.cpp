@@ -2,7 +2,6 @@
 // The cpu backend: each op's tensors as its kernel's arguments, and how its work is cut into items.
 #include "core/kernels/cpu/cpu_backend.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
@@ -31,6 +30,7 @@
 #include "core/kernels/cpu/store_kv.h"
 #include "core/kernels/cpu/threads.h"
 #include "core/kernels/op_tensor_args.h"
+#include "core/kernels/step_memory.h"
 
 namespace xgdn::kernel {
 namespace {
@@ -122,13 +122,30 @@ bool has_tiles(const LinearParams& p, const LinearShape& s) {
          p.out.stride(0) % 2 == 0;
 }
 
-// Blocks of outputs. Threads take them as they come: with many of them one is always disturbed, and the others would
-// wait for it. Many tokens make neighbours worth while, which share loads.
-template <class Shape, class F>
-void parallel_blocks(const Shape& s, int64_t count, const F& f) {
-  constexpr int64_t kManyTokens = 256;
-  constexpr int64_t kNeighbours = 4;
-  parallel_dynamic(threads_for(std::max<int64_t>(s.T, 1) * s.D * s.O), count, f, s.T < kManyTokens ? 1 : kNeighbours);
+// Calls f(args, begin, end) for blocks of outputs, `neighbours` at once where they share loads; with too few of them
+// for the threads, one at once and for parts of the tokens. Threads take them as they come: with many of them one is
+// always disturbed, and the others would wait for it.
+template <class Args, class F>
+void parallel_products(const Args& args, int64_t neighbours, const F& f) {
+  constexpr int64_t kItemsPerThread = 4;
+  constexpr int64_t kPart = 256;  // tokens for which a block of weights is loaded at least
+  const int64_t threads = threads_for(std::max<int64_t>(args.T, 1) * args.D * args.O);
+  const int64_t blocks = cpu::num_work_items(args);
+  const int64_t most_parts = std::max<int64_t>(args.T / kPart, 1);
+  if (threads > 1 && blocks / neighbours * most_parts < 2 * threads) neighbours = 1;
+  const int64_t columns = (blocks + neighbours - 1) / neighbours;
+  const int64_t wanted = threads == 1 ? 1 : (kItemsPerThread * threads + columns - 1) / columns;
+  const int64_t parts = std::min(wanted, most_parts);
+  const int64_t part = (args.T + parts - 1) / parts;
+  const int64_t tokens = (part + cpu::kPanelPair - 1) / cpu::kPanelPair * cpu::kPanelPair;
+  parallel_dynamic(threads, columns * parts, [&](int64_t begin, int64_t end) {
+    if (parts == 1) return f(args, begin * neighbours, std::min(end * neighbours, blocks));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t token = item % parts * tokens, block = item / parts * neighbours;
+      const int64_t count = std::min(tokens, args.T - token);
+      if (count > 0) f(of_tokens(args, token, count), block, std::min(block + neighbours, blocks));
+    }
+  });
 }
 
 cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
@@ -145,22 +162,23 @@ cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
 // Without tiles. One token costs a pass over the weights, where products of panels would cost what 16 tokens do.
 void run_rows(const LinearParams& p, const LinearShape& s) {
   const bool has_pairs = cpu::bfloat16_products() != nullptr;
-  const at::Tensor widened = at::empty({has_pairs ? 0 : s.T, s.D}, p.x.options().dtype(at::kFloat));
+  const at::Tensor widened = allocate_temporary({has_pairs ? 0 : s.T, s.D}, p.x.options().dtype(at::kFloat));
   const cpu::LinearRowsArgs args = {linear_call(p, s), has_pairs ? nullptr : widened.mutable_data_ptr<float>()};
   if (!has_pairs) {
     parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
   }
-  parallel_blocks(s, cpu::num_work_items(args),
-                  [&](int64_t begin, int64_t end) { cpu::linear_rows(args, begin, end); });
+  parallel_products(args, /*neighbours=*/1, cpu::linear_rows);
 }
 
 void run_products(const LinearParams& p, const LinearShape& s) {
   cpu::LinearArgs args = {linear_call(p, s), cpu::bfloat16_products()};
-  const at::Tensor packed = at::empty({cpu::packed_size(args)}, p.x.options());
+  const at::Tensor packed = allocate_temporary({cpu::packed_size(args)}, p.x.options());
   args.packed = static_cast<uint16_t*>(packed.mutable_data_ptr());
   parallel_ranges(cpu::num_panels(args), s.D * static_cast<int64_t>(cpu::kPanel),
                   [&](int64_t begin, int64_t end) { cpu::pack_tokens(args, begin, end); });
-  parallel_blocks(s, cpu::num_work_items(args), [&](int64_t begin, int64_t end) { cpu::linear(args, begin, end); });
+  if (s.T > cpu::kFewTokens) return parallel_products(args, cpu::num_neighbours(args), cpu::linear);
+  cpu::parallel_ahead(threads_for(std::max<int64_t>(s.T, 1) * s.D * s.O), cpu::num_few_items(args),
+                      [&](int64_t item, int64_t next) { cpu::linear_of_few(args, item, next); });
 }
 
 cpu::Codes format_of(const at::Tensor& codes) {
@@ -190,15 +208,14 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
                                    .bias = p.bias ? in_heads(*p.bias) : InRows(),
                                    .out = out_columns(p.out)};
   const bool is_float = args.format == cpu::Codes::kFloat8;
-  const at::Tensor tokens = at::empty({s.T, s.D}, p.x.options().dtype(is_float ? at::kFloat : at::kShort));
-  const at::Tensor token_scales = at::empty({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kFloat));
-  const at::Tensor token_sums = at::empty({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kInt));
+  const at::Tensor tokens = allocate_temporary({s.T, s.D}, p.x.options().dtype(is_float ? at::kFloat : at::kShort));
+  const at::Tensor token_scales = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kFloat));
+  const at::Tensor token_sums = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kInt));
   args.tokens = tokens.mutable_data_ptr();
   args.token_scales = token_scales.mutable_data_ptr<float>();
   args.token_sums = token_sums.mutable_data_ptr<int32_t>();
   parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::prepare_tokens(args, begin, end); });
-  parallel_blocks(s, cpu::num_work_items(args),
-                  [&](int64_t begin, int64_t end) { cpu::quantized_linear(args, begin, end); });
+  parallel_products(args, /*neighbours=*/1, cpu::quantized_linear);
 }
 
 // Which experts the cpu backend computes itself.
@@ -234,7 +251,7 @@ std::unique_ptr<cpu::ExpertProduct> expert_product(const QuantizedWeight& weight
 // Memory for the visits, and the visits in it. Threads take panels as they come.
 at::Tensor arrange(cpu::ExpertProduct& product, const cpu::ExpertVisits& visits, const InRows& x, const int64_t* rows,
                    int64_t D, const at::TensorOptions& options) {
-  at::Tensor memory = at::empty({product.num_bytes(visits)}, options.dtype(at::kByte));
+  at::Tensor memory = allocate_temporary({product.num_bytes(visits)}, options.dtype(at::kByte));
   product.set_memory(memory.mutable_data_ptr(), visits);
   parallel_dynamic(threads_for(kPointwiseCost * visits.size() * D), static_cast<int64_t>(visits.panels.size()),
                    [&](int64_t begin, int64_t end) {
@@ -255,7 +272,7 @@ void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gat
     const at::Tensor x = p.x.narrow(0, token, T), weights = p.weights.narrow(0, token, T);
     const cpu::ExpertVisits visits =
         cpu::sort_by_expert(p.chosen.template const_data_ptr<int64_t>() + token * s.A, T, s.A, s.E);
-    const at::Tensor gated = at::empty({visits.size(), 2 * s.I}, x.options());
+    const at::Tensor gated = allocate_temporary({visits.size(), 2 * s.I}, x.options());
     const int64_t elements = visits.size() * s.D * s.I;
     {
       const at::Tensor memory = arrange(gate_up, visits, in_rows(x), visits.tokens.data(), s.D, x.options());
@@ -264,7 +281,7 @@ void run_experts(const Params& p, const ExpertsShape& s, cpu::ExpertProduct& gat
                        [&](int64_t begin, int64_t end) { cpu::gated_experts(args, begin, end); });
     }
     const at::Tensor memory = arrange(down, visits, in_rows(gated), nullptr, s.I, x.options());
-    const at::Tensor outputs = at::empty({visits.size(), s.D}, x.options());
+    const at::Tensor outputs = allocate_temporary({visits.size(), s.D}, x.options());
     const cpu::ExpertOutputsArgs args = {.D = s.D, .visits = &visits, .down = &down, .out = out_columns(outputs)};
     parallel_dynamic(threads_for(elements), cpu::num_work_items(visits, s.D),
                      [&](int64_t begin, int64_t end) { cpu::expert_outputs(args, begin, end); });

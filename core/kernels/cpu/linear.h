@@ -10,9 +10,10 @@
 
 namespace xgdn::kernel::cpu {
 
-inline constexpr int64_t kLinearDepthStep = 32;  // D is a multiple
-inline constexpr int64_t kLinearWidthStep = 16;  // O is a multiple; of linear_rows any number
-inline constexpr int64_t kLinearBlock = 32;      // outputs of a work item
+inline constexpr int64_t kLinearDepthStep = 32;                          // D is a multiple
+inline constexpr int64_t kLinearWidthStep = 16;                          // O is a multiple; of linear_rows any number
+inline constexpr int64_t kLinearBlock = 32;                              // outputs of a work item
+inline constexpr int64_t kPanelPair = 2 * static_cast<int64_t>(kPanel);  // tokens that are multiplied at once
 
 /// Letters as in core/kernels/ops.
 struct LinearCall {
@@ -25,6 +26,14 @@ struct LinearCall {
   InRows bias;                       // [O]     data may be null
   OutRows out;  // [T, O]  f32, or bf16, of `linear` with an even token stride; the head stride is 1
 };
+
+/// The same for `count` of the tokens.
+inline LinearCall of_tokens(LinearCall call, int64_t begin, int64_t count) {
+  call.T = count;
+  call.x = call.x.from(begin);
+  call.out = call.out.from(begin);
+  return call;
+}
 
 struct LinearArgs : LinearCall {
   const BFloat16Products* products = nullptr;
@@ -41,10 +50,34 @@ inline int64_t num_work_items(const LinearArgs& args) {
   return (args.O + kLinearBlock - 1) / kLinearBlock;
 }
 
+/// The few tokens of linear_of_few.
+inline constexpr int64_t kFewTokens = kPanelPair;
+inline constexpr int64_t kFewBlock = kLinearWidthStep;  // outputs of its work items
+inline int64_t num_few_items(const LinearArgs& args) {
+  return args.O / kFewBlock;
+}
+
+/// How many neighbours share loads.
+inline int64_t num_neighbours(const LinearArgs& args) {
+  constexpr int64_t kManyPanels = 16;  // with fewer, larger blocks are no faster
+  return num_panels(args) >= kManyPanels ? 4 : 1;
+}
+
+/// The same for `count` of the tokens; `begin` is a multiple of 16.
+inline LinearArgs of_tokens(LinearArgs args, int64_t begin, int64_t count) {
+  static_cast<LinearCall&>(args) = of_tokens(static_cast<const LinearCall&>(args), begin, count);
+  args.packed += begin * args.D;
+  return args;
+}
+
 /// Brings panels of 16 tokens into the form of packed_product.h.
 void pack_tokens(const LinearArgs& args, int64_t begin_panel, int64_t end_panel);
 
-/// Computes blocks of outputs for all tokens. With many tokens neighbouring items in one call share their loads.
+/// Computes blocks of outputs for all tokens. Neighbouring items in one call share their loads.
 void linear(const LinearArgs& args, int64_t begin_item, int64_t end_item);
+
+/// Computes one block of kFewBlock outputs for all tokens, and brings the weights of the next one, if there is one, to
+/// the second-level cache.
+void linear_of_few(const LinearArgs& args, int64_t item, int64_t next_item);
 
 }  // namespace xgdn::kernel::cpu

@@ -18,6 +18,13 @@ inline int64_t num_work_items(const LinearRowsArgs& args) {
   return (args.O + kLinearRowsBlock - 1) / kLinearRowsBlock;
 }
 
+/// The same for `count` of the tokens.
+inline LinearRowsArgs of_tokens(LinearRowsArgs args, int64_t begin, int64_t count) {
+  static_cast<LinearCall&>(args) = of_tokens(static_cast<const LinearCall&>(args), begin, count);
+  if (args.widened != nullptr) args.widened += begin * args.D;
+  return args;
+}
+
 /// Brings tokens to f32, in the order in which the weights are read.
 void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token);
 

@@ -33,8 +33,10 @@ struct Product {
   size_t a_stride = 0;  // elements from row to row
   size_t b_stride = 0;  // elements from panel to panel
   float* c = nullptr;
-  size_t c_stride = 0;      // floats from panel to panel
-  bool accumulate = false;  // else C is overwritten
+  size_t c_stride = 0;          // floats from panel to panel
+  bool accumulate = false;      // else C is overwritten
+  const void* ahead = nullptr;  // memory that may be fetched to the second-level cache meanwhile
+  size_t ahead_bytes = 0;
 };
 
 /// bf16 products of one instruction set. A thread brackets its calls of multiply with begin and end.

@@ -10,6 +10,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace xgdn::kernel::cpu {
@@ -51,9 +52,27 @@ XGDN_AMX void end_tiles() {
   _tile_release();
 }
 
+// Lines of a memory, one after the other.
+class Lines {
+ public:
+  explicit Lines(const Product<uint16_t>& p) : next_(static_cast<const char*>(p.ahead)), end_(next_ + p.ahead_bytes) {}
+
+  void fetch(size_t count) {
+    for (const char* end = next_ + std::min<size_t>(count * kLine, end_ - next_); next_ < end; next_ += kLine) {
+      _mm_prefetch(next_, _MM_HINT_T1);
+    }
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+
+  const char* next_;
+  const char* end_;
+};
+
 // Tiles: 0..3 sums [row block][panel], 4 and 5 rows of A, 6 and 7 panels of B.
 template <bool kTwoRows, bool kTwoPanels>
-XGDN_AMX inline void multiply_tiles(const Product<uint16_t>& p, size_t row, size_t panel) {
+XGDN_AMX inline void multiply_tiles(const Product<uint16_t>& p, size_t row, size_t panel, Lines& ahead) {
   float* c = p.c + panel * p.c_stride + row * kPanel;
   float* c_below = c + kTileRows * kPanel;
   if (p.accumulate) {
@@ -72,6 +91,7 @@ XGDN_AMX inline void multiply_tiles(const Product<uint16_t>& p, size_t row, size
     const uint16_t* a = p.terms[t].a + row * p.a_stride;
     const uint16_t* b = p.terms[t].b + panel * p.b_stride;
     for (size_t d = 0; d < p.terms[t].depth; d += kTileDepth) {
+      ahead.fetch(kTwoRows ? 2 * kTileRows : kTileRows);  // as many as A takes
       _tile_loadd(6, b + d * kPanel, kTileBytes);
       _tile_loadd(4, a + d, a_bytes);
       _tile_dpbf16ps(0, 4, 6);
@@ -93,17 +113,18 @@ XGDN_AMX inline void multiply_tiles(const Product<uint16_t>& p, size_t row, size
 }
 
 template <bool kTwoPanels>
-XGDN_AMX inline void multiply_tile_rows(const Product<uint16_t>& p, size_t panel) {
+XGDN_AMX inline void multiply_tile_rows(const Product<uint16_t>& p, size_t panel, Lines& ahead) {
   size_t row = 0;
-  for (; row + 2 * kTileRows <= p.rows; row += 2 * kTileRows) multiply_tiles<true, kTwoPanels>(p, row, panel);
-  if (row < p.rows) multiply_tiles<false, kTwoPanels>(p, row, panel);
+  for (; row + 2 * kTileRows <= p.rows; row += 2 * kTileRows) multiply_tiles<true, kTwoPanels>(p, row, panel, ahead);
+  if (row < p.rows) multiply_tiles<false, kTwoPanels>(p, row, panel, ahead);
 }
 
 XGDN_AMX void multiply_amx(const Product<uint16_t>& p) {
   asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
+  Lines ahead(p);
   size_t panel = 0;
-  for (; panel + 2 <= p.panels; panel += 2) multiply_tile_rows<true>(p, panel);
-  if (panel < p.panels) multiply_tile_rows<false>(p, panel);
+  for (; panel + 2 <= p.panels; panel += 2) multiply_tile_rows<true>(p, panel, ahead);
+  if (panel < p.panels) multiply_tile_rows<false>(p, panel, ahead);
 }
 
 // The kernel saves tile registers only for processes that asked.

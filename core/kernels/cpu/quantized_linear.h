@@ -41,6 +41,19 @@ inline int64_t num_work_items(const QuantizedLinearArgs& args) {
   return (args.O + kQuantizedLinearBlock - 1) / kQuantizedLinearBlock;
 }
 
+/// The same for `count` of the tokens.
+inline QuantizedLinearArgs of_tokens(QuantizedLinearArgs args, int64_t begin, int64_t count) {
+  const int64_t element = args.format == Codes::kFloat8 ? sizeof(float) : sizeof(int16_t);
+  args.T = count;
+  args.x = args.x.from(begin);
+  args.out = args.out.from(begin);
+  args.tokens = static_cast<char*>(args.tokens) + begin * args.D * element;
+  if (args.format == Codes::kFloat8) return args;
+  args.token_scales += begin * num_groups(args);
+  args.token_sums += begin * num_groups(args);
+  return args;
+}
+
 /// Brings tokens into the form in which they are multiplied.
 void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_t end_token);
 

@@ -30,6 +30,20 @@ void parallel_dynamic(int64_t threads, int64_t count, const F& f, int64_t least 
   });
 }
 
+/// Calls f(item, next) over `count` items as threads take them. A thread knows what it takes afterwards, `count` or
+/// more for nothing, so that it can fetch it meanwhile.
+template <class F>
+void parallel_ahead(int64_t threads, int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+    int64_t following = next.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t item = following; item < count; item = following) {
+      following = next.fetch_add(1, std::memory_order_relaxed);
+      f(item, following);
+    }
+  });
+}
+
 /// Calls f(begin, end) over `count` items of `elements` each, one range for each thread.
 template <class F>
 void parallel_ranges(int64_t count, int64_t elements, const F& f) {

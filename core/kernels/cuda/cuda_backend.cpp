@@ -3,8 +3,8 @@
 // or reads a value from it, so that a step can be captured in a graph.
 #include "core/kernels/cuda/cuda_backend.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/StringUtil.h>
 #include <cuda_runtime_api.h>
@@ -25,6 +25,7 @@
 #include "core/kernels/cuda/gdn_decode_step.h"
 #include "core/kernels/cuda/gdn_gating.h"
 #include "core/kernels/cuda/graph.h"
+#include "core/kernels/cuda/linear.h"
 #include "core/kernels/cuda/moe_experts.h"
 #include "core/kernels/cuda/paged_attention.h"
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
@@ -86,6 +87,7 @@ int64_t max_len(const PagedAttentionParams& p, const AttentionShape& s) {
 
 class CudaBackend final : public Backend {
  public:
+  using Backend::is_batch_invariant;
   using Backend::run;
   using Backend::why_not;
 
@@ -135,6 +137,20 @@ class CudaBackend final : public Backend {
     return why_not_key_dim(s.rule.K);
   }
 
+  // A sequence's sums do not depend on the grid.
+  bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const PackedDecodeParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
+    return cuda::decode_step_supports(op_args(p, s));
+  }
+
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
     run_recurrent({op_args(p, s)}, p.q, p.k);
   }
@@ -149,6 +165,7 @@ class CudaBackend final : public Backend {
     args.k = in_rows(k);
     args.v = in_rows(v);
     args.has_initial_state = has_initial_state;
+    args.T = v.size(0);
     args.M = p.chunk_indices.size(0);
     args.chunk_indices = p.chunk_indices.const_data_ptr<int32_t>();
     args.chunk_offsets = p.chunk_offsets.const_data_ptr<int32_t>();
@@ -207,8 +224,20 @@ class CudaBackend final : public Backend {
   void run(const SigmoidAndMulParams& p, const NormShape& s) const override {
     cuda::sigmoid_and_mul(op_args(p, s), s.T, current_stream(p.x));
   }
-  void run(const LinearParams& p, const LinearShape&) const override {
-    aten::linear(p);
+  void run(const LinearParams& p, const LinearShape& s) const override {
+    const cuda::LinearArgs args = {.T = s.T,
+                                   .D = s.D,
+                                   .O = s.O,
+                                   .x = in_rows(p.x),
+                                   .weight = p.weight.const_data_ptr(),
+                                   .weight_stride = p.weight.stride(0),
+                                   .bias = p.bias ? in_heads(*p.bias) : InRows(),
+                                   .out = out_columns(p.out)};
+    if (cuda::linear_supports(args)) return cuda::linear(args, current_stream(p.x));
+    if (p.out.scalar_type() == p.x.scalar_type()) return aten::linear(p);
+    at::Tensor out = p.out;
+    out.copy_(at::mm(p.x, p.weight.t(), out.scalar_type()));  // rounded once
+    if (p.bias) out.add_(*p.bias);
   }
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override {
     aten::quantized_linear(p);
@@ -216,8 +245,7 @@ class CudaBackend final : public Backend {
 
   // ---- attention ----------------------------------------------------------------------------------------------------
 
-  Sentence why_not(const PagedAttentionParams& p, const AttentionShape& s) const override {
-    if (p.k.scalar_type() == at::kChar) return "it has no kernel for keys and values of int8 yet";
+  Sentence why_not(const PagedAttentionParams&, const AttentionShape& s) const override {
     if (s.D % 8 == 0 && s.D <= 256) return std::nullopt;
     return c10::str("its kernels are for heads of a multiple of 8, at most 256, got D=", s.D);
   }
@@ -232,6 +260,7 @@ class CudaBackend final : public Backend {
                                      .B = p.k.size(1),
                                      .max_len = max_len(p, s),
                                      .q = in_rows(p.q),
+                                     .are_int8 = p.k.scalar_type() == at::kChar,
                                      .k = p.k.const_data_ptr(),
                                      .v = p.v.const_data_ptr(),
                                      .block_table = p.block_table.const_data_ptr<int32_t>(),

@@ -5,6 +5,7 @@
 #include "core/kernels/cuda/elementwise_gates.h"
 
 #include "core/kernels/cuda/alignment.h"
+#include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/launch.h"
 #include "core/kernels/cuda/packets.cuh"
@@ -15,7 +16,7 @@ namespace {
 constexpr int kThreads = 256;
 
 // Letters of sigmoid_and_mul; kIsSilu: x is `up`, and H is 1.
-template <bool kIsSilu, bool kIsWhole>
+template <class Element, bool kIsSilu, bool kIsWhole>
 __global__ void __launch_bounds__(kThreads) gate_rows(SigmoidAndMulArgs args, int64_t packets, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
@@ -23,17 +24,16 @@ __global__ void __launch_bounds__(kThreads) gate_rows(SigmoidAndMulArgs args, in
   const int64_t first = i % packets * kPacket;
   const int64_t token = row / args.H;
   const int64_t head = row % args.H;
-  const DType dtype = args.out.dtype;
-  RawPacket<kIsWhole> raw_x, raw_gate;
-  raw_x.load(dtype, row_of(args.x, token, head), first, args.D);
-  raw_gate.load(dtype, row_of(args.gate, token, head), first, args.D);
+  RawPacket<Element, kIsWhole> raw_x, raw_gate;
+  raw_x.load(row_of<Element>(args.x, token, head), first, args.D);
+  raw_gate.load(row_of<Element>(args.gate, token, head), first, args.D);
   float x[kPacket];
   float gate[kPacket];
-  raw_x.widen(dtype, x);
-  raw_gate.widen(dtype, gate);
+  raw_x.widen(x);
+  raw_gate.widen(gate);
 #pragma unroll
   for (int j = 0; j < kPacket; ++j) x[j] *= kIsSilu ? silu(gate[j]) : sigmoid(gate[j]);
-  store_packet<kIsWhole>(dtype, row_of(args.out, token, head), first, args.D, x);
+  store_packet<kIsWhole>(row_of<Element>(args.out, token, head), first, args.D, x);
 }
 
 template <bool kIsSilu>
@@ -43,11 +43,11 @@ void gate(const SigmoidAndMulArgs& args, int64_t num_tokens, cudaStream_t stream
   if (count == 0) return;
   const auto blocks = static_cast<unsigned>(ceil_div(count, kThreads));
   const bool is_whole = args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.gate) && is_aligned(args.out);
-  if (is_whole) {
-    gate_rows<kIsSilu, true><<<blocks, kThreads, 0, stream>>>(args, packets, count);
-  } else {
-    gate_rows<kIsSilu, false><<<blocks, kThreads, 0, stream>>>(args, packets, count);
-  }
+  with_element(args.out.dtype, [&](auto element) {
+    using Element = decltype(element);
+    const auto kernel = is_whole ? gate_rows<Element, kIsSilu, true> : gate_rows<Element, kIsSilu, false>;
+    kernel<<<blocks, kThreads, 0, stream>>>(args, packets, count);
+  });
   check_launch(op);
 }
 

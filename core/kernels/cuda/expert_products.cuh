@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(HopperProductTiles::kThreads, 1)
   float sums[2][kTiles][4] = {};
   for (int step = 0; step < num_steps; ++step) {
     wait_copies<kAhead - 1>();
-    fence_for_tensor_cores();
+    fence_shared_memory();
     __syncthreads();
     const uint32_t stage = stage_of(step);
     fence_products();

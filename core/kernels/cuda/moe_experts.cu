@@ -8,6 +8,7 @@
 
 #include "core/kernels/cuda/alignment.h"
 #include "core/kernels/cuda/device_facts.h"
+#include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/expert_products.cuh"
 #include "core/kernels/cuda/expert_visits.cuh"
 #include "core/kernels/cuda/launch.h"
@@ -57,27 +58,25 @@ Workspace workspace(const MoeExpertsArgs& args) {
   return w;
 }
 
-template <bool kIsWhole>
-__global__ void __launch_bounds__(kSumThreads) sum_experts(MoeExpertsArgs args, const char* outputs, int64_t packets) {
+template <class Element, bool kIsWhole>
+__global__ void __launch_bounds__(kSumThreads) sum_experts(MoeExpertsArgs args, const void* outputs, int64_t packets) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   if (i >= args.T * packets) return;
   const int64_t token = i / packets;
   const int64_t first = i % packets * kPacket;
-  const DType dtype = args.x.dtype;
-  const int64_t row_bytes = args.D * (dtype == DType::kFloat32 ? 4 : 2);
-  const char* weights = row_of(args.weights, token, 0);
+  const Element* output = static_cast<const Element*>(outputs) + token * args.A * args.D;
   float sum[kPacket] = {};
 #pragma unroll 4
   for (int64_t a = 0; a < args.A; ++a) {
-    RawPacket<kIsWhole> raw;
-    raw.load(dtype, outputs + (token * args.A + a) * row_bytes, first, args.D);
-    const float weight = load_scalar(args.weights.dtype, weights, a);
+    RawPacket<Element, kIsWhole> raw;
+    raw.load(output + a * args.D, first, args.D);
+    const float weight = to_float(*row_of<Element>(args.weights, token, a));
     float x[kPacket];
-    raw.widen(dtype, x);
+    raw.widen(x);
 #pragma unroll
     for (int j = 0; j < kPacket; ++j) sum[j] = fmaf(weight, x[j], sum[j]);
   }
-  store_packet<kIsWhole>(dtype, row_of(args.out, token, 0), first, args.D, sum);
+  store_packet<kIsWhole>(row_of<Element>(args.out, token, 0), first, args.D, sum);
 }
 
 template <class Kernel>
@@ -182,8 +181,12 @@ void moe_experts(const MoeExpertsArgs& args, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(args.T * packets, kSumThreads));
   OutRows out = args.out;
   out.head_stride = 0;
-  const auto sum = args.D % kPacket == 0 && is_aligned(out) ? sum_experts<true> : sum_experts<false>;
-  sum<<<blocks, kSumThreads, 0, stream>>>(args, w.outputs, packets);
+  const bool is_whole = args.D % kPacket == 0 && is_aligned(out);
+  with_element(args.x.dtype, [&](auto element) {
+    using Element = decltype(element);
+    const auto sum = is_whole ? sum_experts<Element, true> : sum_experts<Element, false>;
+    sum<<<blocks, kSumThreads, 0, stream>>>(args, w.outputs, packets);
+  });
   check_launch("moe_experts");
 }
 

@@ -4,68 +4,56 @@
 
 #include <cstdint>
 
-#include "core/kernels/cuda/rows.cuh"
+#include "core/kernels/cuda/element_products.cuh"
+#include "core/kernels/cuda/elements.cuh"
 
 namespace xgdn::kernel::cuda {
 
 inline constexpr int kPacket = 8;
 
 /// Elements of a row on their way; zeros from `end` on. kIsWhole: all rows are aligned and `end` is a multiple of 8.
-template <bool kIsWhole>
+template <class Element, bool kIsWhole>
 class RawPacket {
  public:
-  __device__ void load(DType dtype, const void* row, int64_t first, int64_t end) {
+  __device__ void load(const Element* row, int64_t first, int64_t end) {
     if constexpr (kIsWhole) {
-      is_inside_ = first < end;
-      if (is_inside_) elements_.load(dtype, /*is_aligned=*/true, row, first);
+      const auto* from = reinterpret_cast<const uint4*>(row + first);
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words_[i] = first < end ? from[i] : uint4{};
     } else {
 #pragma unroll
-      for (int j = 0; j < kPacket; ++j) x_[j] = first + j < end ? load_scalar(dtype, row, first + j) : 0.0f;
+      for (int j = 0; j < kPacket; ++j) elements_[j] = first + j < end ? row[first + j] : from_float<Element>(0.0f);
     }
   }
 
-  __device__ void widen(DType dtype, float (&x)[kPacket]) const {
-    if constexpr (kIsWhole) {
-      if (is_inside_) return elements_.widen(dtype, x);
+  __device__ void widen(float (&x)[kPacket]) const {
+    const auto* elements = kIsWhole ? reinterpret_cast<const Element*>(words_) : elements_;
 #pragma unroll
-      for (int j = 0; j < kPacket; ++j) x[j] = 0.0f;
-    } else {
-#pragma unroll
-      for (int j = 0; j < kPacket; ++j) x[j] = x_[j];
-    }
+    for (int j = 0; j < kPacket; ++j) x[j] = to_float(elements[j]);
   }
 
  private:
-  RawElements<kPacket> elements_;
-  bool is_inside_ = false;
-  float x_[kPacket];
+  static constexpr int kWords = kPacket * sizeof(Element) / sizeof(uint4);
+  uint4 words_[kWords];
+  Element elements_[kPacket];
 };
 
-template <bool kIsWhole>
-__device__ inline void store_packet(DType dtype, void* row, int64_t first, int64_t end, const float (&x)[kPacket]) {
+template <bool kIsWhole, class Element>
+__device__ inline void store_packet(Element* row, int64_t first, int64_t end, const float (&x)[kPacket]) {
   if constexpr (!kIsWhole) {
 #pragma unroll
     for (int j = 0; j < kPacket; ++j) {
-      if (first + j < end) store_scalar(dtype, row, first + j, x[j]);
+      if (first + j < end) row[first + j] = from_float<Element>(x[j]);
     }
   } else if (first < end) {
-    if (dtype == DType::kFloat32) {
-      float4* to = reinterpret_cast<float4*>(static_cast<float*>(row) + first);
+    if constexpr (std::is_same_v<Element, float>) {
+      auto* to = reinterpret_cast<float4*>(row + first);
       to[0] = make_float4(x[0], x[1], x[2], x[3]);
       to[1] = make_float4(x[4], x[5], x[6], x[7]);
-      return;
-    }
-    uint4 packet;
-    if (dtype == DType::kBFloat16) {
-      auto* pairs = reinterpret_cast<__nv_bfloat162*>(&packet);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) pairs[j] = __floats2bfloat162_rn(x[2 * j], x[2 * j + 1]);
     } else {
-      auto* pairs = reinterpret_cast<__half2*>(&packet);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) pairs[j] = __floats2half2_rn(x[2 * j], x[2 * j + 1]);
+      *reinterpret_cast<uint4*>(row + first) = {packed<Element>(x[0], x[1]), packed<Element>(x[2], x[3]),
+                                                packed<Element>(x[4], x[5]), packed<Element>(x[6], x[7])};
     }
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(row) + first) = packet;
   }
 }
 

@@ -17,15 +17,17 @@ namespace xgdn::kernel::cuda {
 
 inline constexpr int kLanes = 32;
 inline constexpr unsigned kAllLanes = ~0u;
-inline constexpr int kSplitTokens = 8;  // a sequence of more tokens is not split
-inline constexpr int kMaxChunks = 64;   // of a context
+inline constexpr int kSplitTokens = 8;      // a sequence of more tokens is not split
+inline constexpr int kMaxChunks = 64;       // of a context
+inline constexpr int kMinChunkRows = 128;   // but for the last one
+inline constexpr int kMaxChunkRows = 2048;  // but where a context would have too many
 inline constexpr float kLog2E = 1.4426950408889634f;
 
 /// What the chunks of split sequences leave for their sum: the result of each and the logarithm of its weight.
 struct ChunkResults {
   int max_tokens = 0;       // of a split sequence
   int max_chunks = 0;       // of a context
-  int min_rows = 0;         // of the cache in a chunk, but for the last one
+  int chunks_at_once = 0;   // of one context, so that all together fill the device
   float* values = nullptr;  // [N, max_tokens, HQ, max_chunks, D]
   float* log2s = nullptr;   // [N, max_tokens, HQ, max_chunks]  base 2; -inf: the chunk has no row that is seen
 
@@ -51,11 +53,20 @@ __device__ inline bool is_split(const AttendedSequence& s) {
   return s.len <= kSplitTokens;
 }
 
-/// Rows of the cache in each chunk but the last.
+/// Rows of the cache in each chunk but the last: as even as may be, but neither so few that starting costs more than
+/// reading, nor so many that the chunks of one long context are what all wait for.
 __device__ inline int chunk_rows(const ChunkResults& results, int context) {
   constexpr int kUnit = 64;
-  const int even = (context + kMaxChunks - 1) / kMaxChunks;
-  return max(results.min_rows, (even + kUnit - 1) / kUnit * kUnit);
+  const int even =
+      min(max((context + results.chunks_at_once - 1) / results.chunks_at_once, kMinChunkRows), kMaxChunkRows);
+  const int rows = max(even, (context + kMaxChunks - 1) / kMaxChunks);
+  return (rows + kUnit - 1) / kUnit * kUnit;
+}
+
+/// Bytes of a key head's row in a cache: D elements, or D codes and their scale.
+template <class Element, bool kIsInt8>
+__device__ inline int64_t cache_row_bytes(const PagedAttentionArgs& args) {
+  return kIsInt8 ? args.D + static_cast<int64_t>(sizeof(float)) : args.D * static_cast<int64_t>(sizeof(Element));
 }
 
 /// Where a row of the context lies in the cache, in rows.

@@ -22,8 +22,9 @@ struct PagedAttentionArgs {
   int64_t B = 0;                          // rows of a block
   int64_t max_len = 1;                    // no sequence has more tokens
   InRows q;                               // [T, HQ, D]
-  const void* k = nullptr;                // [P, B, HKV, D]  as q
-  const void* v = nullptr;                // [P, B, HKV, D]  as q
+  bool are_int8 = false;                  // rows of k and v; else of the dtype of q
+  const void* k = nullptr;                // [P, B, HKV, R]
+  const void* v = nullptr;                // [P, B, HKV, R]
   const int32_t* block_table = nullptr;   // [N, M]
   int64_t block_table_stride = 0;         // from sequence to sequence
   const int32_t* context_lens = nullptr;  // [N]

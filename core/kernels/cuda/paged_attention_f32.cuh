@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/cache_codes.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -21,21 +22,29 @@ constexpr int f32_shared_bytes() {
   return (kF32Warps * kDim + 2 * kF32TileRows * f32_stride<kDim>()) * 4;
 }
 
-/// Blocks: (sequence and key head, tile of rows, chunk) of split sequences, else (tile of rows, key head).
-template <int kDim, bool kIsSplit>
+/// Four neighbours of a row of the cache.
+template <bool kIsInt8>
+__device__ inline float4 load_4(const char* row, int column, int64_t D) {
+  if constexpr (!kIsInt8) return *reinterpret_cast<const float4*>(row + column * sizeof(float));
+  const float scale = *reinterpret_cast<const float*>(row + D);
+  const float4 x = widened_codes(*reinterpret_cast<const uint32_t*>(row + column));
+  return {x.x * scale, x.y * scale, x.z * scale, x.w * scale};
+}
+
+/// Blocks: (sequence and key head, tile of rows, chunk) of split sequences, else (tile of rows and key head).
+template <int kDim, bool kIsSplit, bool kIsInt8>
 __global__ void __launch_bounds__(kF32Warps* kLanes)
     attend_f32(const PagedAttentionArgs args, const ChunkResults results) {
   constexpr int kStride = f32_stride<kDim>();
   constexpr int kColumns = kDim / kLanes;
   const int G = static_cast<int>(args.HQ / args.HKV);
   int64_t n = blockIdx.x / args.HKV;
-  int64_t head = blockIdx.x % args.HKV;
+  const int64_t head = blockIdx.x % args.HKV;
   int first_query = blockIdx.y * kF32Warps;
   if constexpr (!kIsSplit) {
-    const QueryTile tile = query_tile(args, blockIdx.x, kF32Warps);
+    const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, kF32Warps);
     if (tile.sequence < 0) return;
     n = tile.sequence;
-    head = blockIdx.y;
     first_query = tile.first;
   }
   const AttendedSequence s = sequence_of(args, n);
@@ -65,6 +74,7 @@ __global__ void __launch_bounds__(kF32Warps* kLanes)
   const int visible = min(end, visible_rows(s, token));
   const float scale = args.scale * kLog2E;
   const int32_t* blocks = args.block_table + n * args.block_table_stride;
+  const int64_t row_bytes = cache_row_bytes<float, kIsInt8>(args);
 
   float most = -INFINITY;
   float sum = 0.0f;
@@ -73,14 +83,14 @@ __global__ void __launch_bounds__(kF32Warps* kLanes)
     __syncthreads();
     for (int r = warp; r < kF32TileRows; r += kF32Warps) {
       const bool is_valid = tile + r < end;
-      const int64_t offset = is_valid ? (cache_row(args, blocks, tile + r) * args.HKV + head) * args.D : 0;
+      const int64_t offset = is_valid ? (cache_row(args, blocks, tile + r) * args.HKV + head) * row_bytes : 0;
       for (int column = lane * 4; column < kDim; column += kLanes * 4) {
         const bool is_read = is_valid && column < args.D;
         const float4 zero = {};
         *reinterpret_cast<float4*>(keys + r * kStride + column) =
-            is_read ? *reinterpret_cast<const float4*>(static_cast<const float*>(args.k) + offset + column) : zero;
+            is_read ? load_4<kIsInt8>(static_cast<const char*>(args.k) + offset, column, args.D) : zero;
         *reinterpret_cast<float4*>(values + r * kStride + column) =
-            is_read ? *reinterpret_cast<const float4*>(static_cast<const float*>(args.v) + offset + column) : zero;
+            is_read ? load_4<kIsInt8>(static_cast<const char*>(args.v) + offset, column, args.D) : zero;
       }
     }
     __syncthreads();

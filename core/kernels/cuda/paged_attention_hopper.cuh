@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/cache_codes.cuh"
 #include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
@@ -48,7 +49,7 @@ struct RingPlace {
 };
 
 /// Rows of the cache for one warp of the loading group: its quarter of a tile.
-template <class Element, int kDim>
+template <class Element, int kDim, bool kIsInt8>
 class HopperLoader {
  public:
   using Tiles = HopperTiles<kDim>;
@@ -63,9 +64,11 @@ class HopperLoader {
     return row < end_ ? static_cast<int>(cache_row(args_, blocks_, row)) : -1;
   }
 
+  /// Begins to copy the tile, or copies codes.
   __device__ void copy(const char* of_head, int cache_row, uint32_t to) const {
     constexpr int kPieces = kDim / 8;
-    const auto row_bytes = static_cast<uint32_t>(args_.HKV * args_.D * sizeof(Element));
+    constexpr int kPieceBytes = kIsInt8 ? 8 : 16;
+    const auto row_bytes = static_cast<uint32_t>(args_.HKV * cache_row_bytes<Element, kIsInt8>(args_));
 #pragma unroll 8  // the loading group has few registers
     for (int i = 0; i < kWarpRows * kPieces / kLanes; ++i) {
       const int index = i * kLanes + lane_;
@@ -73,9 +76,15 @@ class HopperLoader {
       const int piece = index % kPieces;
       const int from = __shfl_sync(kAllLanes, cache_row, row);
       const bool is_valid = from >= 0 && piece * 8 < args_.D;
-      const char* source = of_head + static_cast<uint64_t>(static_cast<uint32_t>(from)) * row_bytes + piece * 16;
-      copy_async(to + group_swizzled(warp_ * kWarpRows + row, piece, Tiles::kKeys), is_valid ? source : of_head,
-                 !is_valid);
+      const char* source = of_head + static_cast<uint64_t>(static_cast<uint32_t>(from)) * row_bytes;
+      const uint32_t target = to + group_swizzled(warp_ * kWarpRows + row, piece, Tiles::kKeys);
+      if constexpr (kIsInt8) {
+        uint4 x = {};
+        if (is_valid) x = load_codes<Element>(source + piece * kPieceBytes, source + args_.D);
+        store_shared(target, x);
+      } else {
+        copy_async(target, is_valid ? source + piece * kPieceBytes : of_head, !is_valid);
+      }
     }
   }
 
@@ -116,8 +125,8 @@ __device__ inline void weigh(float (&scores)[kTiles][4], float scale, float (&mo
 
 #endif
 
-/// Blocks: (tile of rows, key head, share of the context).
-template <class Element, int kDim>
+/// Blocks: (tile of rows and key head, share of the context).
+template <class Element, int kDim, bool kIsInt8>
 __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     attend_prefill_hopper(const __grid_constant__ PagedAttentionArgs args, const TileCall call) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -127,12 +136,12 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
   constexpr int kScoreTiles = kKeys / 8;
   constexpr int kConsumerWarps = 8;
   const int G = static_cast<int>(args.HQ / args.HKV);
-  const int64_t head = blockIdx.y;
-  const QueryTile tile = query_tile(args, blockIdx.x, Tiles::kRows);
+  const int64_t head = blockIdx.x % args.HKV;
+  const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, Tiles::kRows);
   if (tile.sequence < 0) return;
   const AttendedSequence s = sequence_of(args, tile.sequence);
   const int num_queries = min(Tiles::kRows, s.len * G - tile.first);
-  const auto share = static_cast<int>(blockIdx.z);
+  const auto share = static_cast<int>(blockIdx.y);
   const ContextShare rows_seen = share_of(call, visible_rows(s, (tile.first + num_queries - 1) / G), kKeys, share);
   const int begin = rows_seen.begin;
   const int end = rows_seen.end;
@@ -165,14 +174,15 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     }
     *reinterpret_cast<uint4*>(shared + group_swizzled(query, piece, Tiles::kRows)) = x;
   }
-  fence_for_tensor_cores();
+  fence_shared_memory();
   __syncthreads();
 
   RingPlace<Tiles::kSlots> place;
   if (group == 0) {
     leave_registers<56>();
-    const HopperLoader<Element, kDim> loader(args, args.block_table + tile.sequence * args.block_table_stride, end);
-    const int64_t head_bytes = head * args.D * static_cast<int64_t>(sizeof(Element));
+    const HopperLoader<Element, kDim, kIsInt8> loader(args, args.block_table + tile.sequence * args.block_table_stride,
+                                                      end);
+    const int64_t head_bytes = head * cache_row_bytes<Element, kIsInt8>(args);
     const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
     const char* all_values = static_cast<const char*>(args.v) + head_bytes;
     int rows = loader.find(begin);
@@ -181,10 +191,15 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     const auto load = [&](const char* of_head, int cache_rows) {
       wait_at(empty(place.slot), place.phase ^ 1);  // the first round does not wait
       loader.copy(of_head, cache_rows, ring + place.slot * Tiles::kTileBytes);
+      if constexpr (kIsInt8) {
+        fence_shared_memory();
+        arrive_at(full(place.slot));
+        return place.advance();
+      }
       commit_copies();
       if (last_slot >= 0) {
         wait_copies<1>();
-        fence_for_tensor_cores();
+        fence_shared_memory();
         arrive_at(full(last_slot));
       }
       last_slot = place.slot;
@@ -200,7 +215,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
     }
     if (last_slot >= 0) {
       wait_copies<0>();
-      fence_for_tensor_cores();
+      fence_shared_memory();
       arrive_at(full(last_slot));
     }
   } else {

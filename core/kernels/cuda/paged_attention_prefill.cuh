@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/cache_codes.cuh"
 #include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
@@ -33,8 +34,9 @@ struct PrefillTiles {
   static constexpr int kSharedBytes = kQueryBytes + kSlots * kTileBytes;
 };
 
-/// Begins to copy a tile of keys or values, of which the bytes in the cache where the rows begin are given; -1: zeros.
-template <class Element, int kDim>
+/// Begins to copy a tile of keys or values, or copies codes, of which the bytes in the cache where the rows begin are
+/// given; -1: zeros.
+template <class Element, int kDim, bool kIsInt8>
 __device__ inline void copy_tile(const PagedAttentionArgs& args, const char* of_head, const int64_t* rows,
                                  uint32_t to) {
   using Tiles = PrefillTiles<kDim>;
@@ -44,18 +46,24 @@ __device__ inline void copy_tile(const PagedAttentionArgs& args, const char* of_
   const int row = threadIdx.x / kPieces;
   const int piece = threadIdx.x % kPieces;
   const bool is_inside = piece * 8 < args.D;
-  const char* from = of_head + piece * 16;
+  const char* from = of_head + piece * (kIsInt8 ? 8 : 16);
   to += swizzled<kDim>(row, piece);
 #pragma unroll
   for (int i = 0; i < Tiles::kKeys; i += kRowsAtOnce) {
     const int64_t offset = rows[row + i];
     const bool is_valid = offset >= 0 && is_inside;
+    if constexpr (kIsInt8) {
+      uint4 x = {};
+      if (is_valid) x = load_codes<Element>(from + offset, of_head + offset + args.D);
+      store_shared(to + i * kDim * 2, x);
+      continue;
+    }
     copy_async(to + i * kDim * 2, is_valid ? from + offset : of_head, !is_valid);
   }
 }
 
-/// Blocks: (tile of rows, key head, share of the context).
-template <class Element, int kDim>
+/// Blocks: (tile of rows and key head, share of the context).
+template <class Element, int kDim, bool kIsInt8>
 __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     attend_prefill(const PagedAttentionArgs args, const TileCall call) {
   using Tiles = PrefillTiles<kDim>;
@@ -63,14 +71,14 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   constexpr int kWarpTiles = Tiles::kWarpTiles;
   constexpr int kKeys = Tiles::kKeys;
   const int G = static_cast<int>(args.HQ / args.HKV);
-  const int64_t head = blockIdx.y;
-  const QueryTile tile = query_tile(args, blockIdx.x, Tiles::kRows);
+  const int64_t head = blockIdx.x % args.HKV;
+  const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, Tiles::kRows);
   if (tile.sequence < 0) return;
   const AttendedSequence s = sequence_of(args, tile.sequence);
   const int num_queries = min(Tiles::kRows, s.len * G - tile.first);
   // Rows of the context that the last and the first row of the tile see.
   const auto [begin, end] =
-      share_of(call, visible_rows(s, (tile.first + num_queries - 1) / G), kKeys, static_cast<int>(blockIdx.z));
+      share_of(call, visible_rows(s, (tile.first + num_queries - 1) / G), kKeys, static_cast<int>(blockIdx.y));
   const int common_end = visible_rows(s, tile.first / G);
 
   extern __shared__ __align__(128) char shared[];
@@ -80,9 +88,9 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   const int warp = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
   const int32_t* blocks = args.block_table + tile.sequence * args.block_table_stride;
-  const int64_t row_bytes = args.HKV * args.D * static_cast<int64_t>(sizeof(Element));
+  const int64_t row_bytes = args.HKV * cache_row_bytes<Element, kIsInt8>(args);
   const auto find_row = [&, end = end](int key) { return key < end ? cache_row(args, blocks, key) * row_bytes : -1; };
-  const int64_t head_bytes = head * args.D * static_cast<int64_t>(sizeof(Element));
+  const int64_t head_bytes = head * cache_row_bytes<Element, kIsInt8>(args);
   const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
   const char* all_values = static_cast<const char*>(args.v) + head_bytes;
 
@@ -90,9 +98,9 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   load_queries<Element, kDim, Tiles::kRows, Tiles::kThreads>(args, s, head, tile.first, num_queries, call.is_aligned,
                                                              shared);
   __syncthreads();
-  copy_tile<Element, kDim>(args, all_keys, cache_rows[0], ring);
+  copy_tile<Element, kDim, kIsInt8>(args, all_keys, cache_rows[0], ring);
   commit_copies();
-  copy_tile<Element, kDim>(args, all_values, cache_rows[0], ring + Tiles::kTileBytes);
+  copy_tile<Element, kDim, kIsInt8>(args, all_values, cache_rows[0], ring + Tiles::kTileBytes);
   commit_copies();
 
   // Lane l has rows l / 4 and l / 4 + 8 of each tile of 16.
@@ -120,7 +128,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     // Keys have come, and all warps are done with the values before them, whose slot gets the next keys.
     wait_copies<1>();
     __syncthreads();
-    copy_tile<Element, kDim>(args, all_keys, cache_rows[parity ^ 1], slot_address(2));
+    copy_tile<Element, kDim, kIsInt8>(args, all_keys, cache_rows[parity ^ 1], slot_address(2));
     commit_copies();
     int64_t later_row = -1;
     if (threadIdx.x < kKeys) later_row = find_row(key + 2 * kKeys + static_cast<int>(threadIdx.x));
@@ -195,7 +203,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
     if (threadIdx.x < kKeys) cache_rows[parity][threadIdx.x] = later_row;
     wait_copies<1>();
     __syncthreads();
-    copy_tile<Element, kDim>(args, all_values, cache_rows[parity ^ 1], slot_address(0));
+    copy_tile<Element, kDim, kIsInt8>(args, all_values, cache_rows[parity ^ 1], slot_address(0));
     commit_copies();
     const uint32_t rows = slot_address(1);
 #pragma unroll
@@ -233,7 +241,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       const int query = query_of(t, i);
       if (query >= num_queries) continue;
-      store_query<Element>(args, call, s, head, tile.first + query, static_cast<int>(blockIdx.z), values[t], i, sum,
+      store_query<Element>(args, call, s, head, tile.first + query, static_cast<int>(blockIdx.y), values[t], i, sum,
                            most[t][i] * scale);
     }
   }

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/cache_codes.cuh"
 #include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
@@ -24,26 +25,24 @@ inline constexpr int kSplitSlots = 3;  // tiles of keys or values in a warp's ri
 inline constexpr int kTileRows = 16;   // of the cache
 inline constexpr int kGroupRows = 8;   // of queries
 
-template <int kDim>
-constexpr int split_tile_bytes() {
-  return kTileRows * kDim * 2;
-}
-template <int kDim, int kGroups>
-constexpr int split_ring_bytes() {  // and queries
-  return (kSplitWarps * kSplitSlots * kTileRows + kGroups * kGroupRows) * kDim * 2;
-}
-template <int kDim, int kGroups>
-constexpr int split_joined_bytes() {
-  return kSplitWarps * kGroups * kGroupRows * (kDim + 4 + 2) * 4;
-}
-template <int kDim, int kGroups>
-constexpr int split_shared_bytes() {
-  return split_ring_bytes<kDim, kGroups>() > split_joined_bytes<kDim, kGroups>() ? split_ring_bytes<kDim, kGroups>()
-                                                                                 : split_joined_bytes<kDim, kGroups>();
-}
+/// Shared memory of attend_split: a ring for each warp, of rows as they lie in the cache, with room behind the codes
+/// for their scale; behind a ring of codes the tile that is worked on; behind all rings the queries.
+template <int kDim, int kGroups, bool kIsInt8>
+struct SplitMemory {
+  static constexpr int kTileBytes = kTileRows * kDim * 2;
+  static constexpr int kSlotRowBytes = kIsInt8 ? kDim + 16 : kDim * 2;
+  static constexpr int kSlotBytes = kTileRows * kSlotRowBytes;
+  static constexpr int kWarpBytes = kSplitSlots * kSlotBytes + (kIsInt8 ? kTileBytes : 0);
+  static constexpr int kQueryRows = kGroups * kGroupRows;
+  static constexpr int kReadBytes = kSplitWarps * kWarpBytes + kQueryRows * kDim * 2;
+  // At the end, the results of the warps: rows with 4 floats behind them, which spread them over the banks, and m and
+  // l.
+  static constexpr int kJoinedBytes = kSplitWarps * kQueryRows * (kDim + 4 + 2) * 4;
+  static constexpr int kBytes = kReadBytes > kJoinedBytes ? kReadBytes : kJoinedBytes;
+};
 
 /// A warp's way through its tiles of one chunk: tile i of the chunk, every kSplitWarps-th of them.
-template <class Element, int kDim>
+template <class Element, int kDim, bool kIsInt8>
 class TileReader {
  public:
   __device__ TileReader(const PagedAttentionArgs& args, const int32_t* blocks, int end, int first_row)
@@ -60,17 +59,35 @@ class TileReader {
 
   /// Begins to copy the tile from `of_head`, the first row of a cache.
   __device__ void copy(const char* of_head, uint32_t to) const {
-    constexpr int kPieces = kDim / 8;
-    const auto row_bytes = static_cast<uint32_t>(args_.HKV * args_.D * sizeof(Element));
+    using Memory = SplitMemory<kDim, 1, kIsInt8>;
+    constexpr int kPieceBytes = kIsInt8 ? 4 : 16;
+    constexpr int kPieces = (kIsInt8 ? kDim : kDim * 2) / kPieceBytes;
+    const auto head_bytes = static_cast<int>(cache_row_bytes<Element, kIsInt8>(args_));
+    const auto row_bytes = static_cast<uint32_t>(args_.HKV) * static_cast<uint32_t>(head_bytes);
+    const auto address = [&](int cache_row, int byte) {
+      return of_head + static_cast<uint64_t>(static_cast<uint32_t>(cache_row)) * row_bytes + byte;
+    };
 #pragma unroll
     for (int i = 0; i < kTileRows * kPieces / kLanes; ++i) {
       const int index = i * kLanes + lane_;
       const int row = index / kPieces;
       const int piece = index % kPieces;
       const int cache_row = __shfl_sync(kAllLanes, row_, row);
-      const bool is_valid = cache_row >= 0 && piece * 8 < args_.D;
-      const char* from = of_head + static_cast<uint64_t>(static_cast<uint32_t>(cache_row)) * row_bytes + piece * 16;
-      copy_async(to + swizzled<kDim>(row, piece), is_valid ? from : of_head, !is_valid);
+      if constexpr (kIsInt8) {
+        const bool is_valid = cache_row >= 0 && piece * kPieceBytes < args_.D;
+        copy_word_async(to + row * Memory::kSlotRowBytes + piece * kPieceBytes,
+                        is_valid ? address(cache_row, piece * kPieceBytes) : of_head, !is_valid);
+      } else {
+        const bool is_valid = cache_row >= 0 && piece * kPieceBytes < head_bytes;
+        copy_async(to + swizzled<kDim>(row, piece), is_valid ? address(cache_row, piece * kPieceBytes) : of_head,
+                   !is_valid);
+      }
+    }
+    if constexpr (kIsInt8) {
+      if (lane_ < kTileRows) {
+        copy_word_async(to + lane_ * Memory::kSlotRowBytes + kDim,
+                        row_ >= 0 ? address(row_, static_cast<int>(args_.D)) : of_head, row_ < 0);
+      }
     }
   }
 
@@ -90,15 +107,31 @@ class TileReader {
   int row_ = -1;  // of the cache, of lane % 16 of the tile; -1: behind the chunk
 };
 
+/// Codes of a tile in shared memory as a tile of the dtype.
+template <class Element, int kDim>
+__device__ inline void widen_tile(const char* codes, uint32_t tile) {
+  constexpr int kPieces = kDim / 8;
+  constexpr int kRowBytes = SplitMemory<kDim, 1, true>::kSlotRowBytes;
+#pragma unroll 8
+  for (int i = 0; i < kTileRows * kPieces / kLanes; ++i) {
+    const int index = i * kLanes + static_cast<int>(threadIdx.x) % kLanes;
+    const char* row = codes + index / kPieces * kRowBytes;
+    const uint4 x = widened_codes<Element>(*reinterpret_cast<const uint2*>(row + index % kPieces * 8),
+                                           *reinterpret_cast<const float*>(row + kDim));
+    store_shared(tile + swizzled<kDim>(index / kPieces, index % kPieces), x);
+  }
+}
+
 struct SplitCall {
   ChunkResults results;
   bool is_aligned = false;  // rows of q, to 16 bytes
 };
 
-template <class Element, int kDim, int kGroups>
+template <class Element, int kDim, int kGroups, bool kIsInt8>
 __global__ void __launch_bounds__(kSplitWarps* kLanes)
     attend_split(const PagedAttentionArgs args, const SplitCall call) {
   const auto& [results, is_aligned] = call;
+  using Memory = SplitMemory<kDim, kGroups, kIsInt8>;
   constexpr int kRows = kGroups * kGroupRows;
   constexpr int kSteps = kDim / 16;
   const int G = static_cast<int>(args.HQ / args.HKV);
@@ -118,20 +151,23 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
-  const uint32_t ring = shared_address(shared) + warp * kSplitSlots * split_tile_bytes<kDim>();
+  char* ring_memory = shared + warp * Memory::kWarpBytes;
+  const uint32_t ring = shared_address(ring_memory);
+  const uint32_t widened = ring + kSplitSlots * Memory::kSlotBytes;
 
-  TileReader<Element, kDim> reader(args, args.block_table + n * args.block_table_stride, end, begin + warp * kTileRows);
-  const int64_t head_bytes = head * args.D * static_cast<int64_t>(sizeof(Element));
+  TileReader<Element, kDim, kIsInt8> reader(args, args.block_table + n * args.block_table_stride, end,
+                                            begin + warp * kTileRows);
+  const int64_t head_bytes = head * cache_row_bytes<Element, kIsInt8>(args);
   const char* all_keys = static_cast<const char*>(args.k) + head_bytes;
   const char* all_values = static_cast<const char*>(args.v) + head_bytes;
   reader.advance();
   reader.copy(all_keys, ring);
   commit_copies();
-  reader.copy(all_values, ring + split_tile_bytes<kDim>());
+  reader.copy(all_values, ring + Memory::kSlotBytes);
   commit_copies();
 
   // Right sides of K Q^T, and what this lane's columns see.
-  char* query_rows = shared + kSplitWarps * kSplitSlots * split_tile_bytes<kDim>();
+  char* query_rows = shared + kSplitWarps * Memory::kWarpBytes;
   load_queries<Element, kDim, kRows, kSplitWarps * kLanes>(args, s, head, first_query, num_queries, is_aligned,
                                                            query_rows);
   __syncthreads();
@@ -161,21 +197,28 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
   for (int g = 0; g < kGroups; ++g) most[g][0] = most[g][1] = -INFINITY;
 
   int slot = 0;  // of the keys of this tile
-  const auto slot_address = [&](int ahead) {
+  const auto slot_offset = [&](int ahead) {
     const int i = slot + ahead;
-    return ring + static_cast<uint32_t>((i >= kSplitSlots ? i - kSplitSlots : i) * split_tile_bytes<kDim>());
+    return static_cast<uint32_t>((i >= kSplitSlots ? i - kSplitSlots : i) * Memory::kSlotBytes);
+  };
+  // A tile that has come, ready for products.
+  const auto tile_at = [&](uint32_t offset) {
+    if constexpr (!kIsInt8) return ring + offset;
+    widen_tile<Element, kDim>(ring_memory + offset, widened);
+    __syncwarp();
+    return widened;
   };
   for (int tile = begin + warp * kTileRows; tile < end; tile += kSplitWarps * kTileRows) {
     // Keys. The ring's third slot gets those of the next tile.
     reader.advance();
     __syncwarp();
-    reader.copy(all_keys, slot_address(2));
+    reader.copy(all_keys, ring + slot_offset(2));
     commit_copies();
     wait_copies<2>();
     __syncwarp();
     float scores[kGroups][2][4] = {};  // two sums each, because one product waits for the one before it
     {
-      const uint32_t keys = slot_address(0);
+      const uint32_t keys = tile_at(slot_offset(0));
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[4];
@@ -224,11 +267,11 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
 
     // Values. The slot of the keys is free for those of the next tile.
     __syncwarp();
-    reader.copy(all_values, slot_address(0));
+    reader.copy(all_values, ring + slot_offset(0));
     commit_copies();
     wait_copies<2>();
     __syncwarp();
-    const uint32_t rows = slot_address(1);
+    const uint32_t rows = tile_at(slot_offset(1));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[4];

@@ -9,6 +9,7 @@
 #include "core/kernels/cuda/rms_norm.h"
 
 #include "core/kernels/cuda/alignment.h"
+#include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/launch.h"
 #include "core/kernels/cuda/packets.cuh"
 
@@ -42,8 +43,25 @@ __device__ void wait_for_row() {
   }
 }
 
+// The weight of a row, of either type.
+template <class Element, bool kIsWhole>
+class RawWeight {
+ public:
+  __device__ void load(const InRows& weight, int64_t first, int64_t end) {
+    is_f32_ = weight.dtype == DType::kFloat32;
+    is_f32_ ? f32_.load(static_cast<const float*>(weight.data), first, end)
+            : elements_.load(static_cast<const Element*>(weight.data), first, end);
+  }
+  __device__ void widen(float (&x)[kPacket]) const { is_f32_ ? f32_.widen(x) : elements_.widen(x); }
+
+ private:
+  bool is_f32_;
+  RawPacket<float, kIsWhole> f32_;
+  RawPacket<Element, kIsWhole> elements_;
+};
+
 // kThreads of a row, which has at most kPackets packets for each.
-template <int kThreads, int kPackets, bool kIsWhole>
+template <class Element, int kThreads, int kPackets, bool kIsWhole, bool kIsRotated>
 __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t num_rows) {
   extern __shared__ float to_rotate[];  // the first P normed elements of each row of the block
   const int thread = threadIdx.x % kThreads;
@@ -52,34 +70,26 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
   if (row >= num_rows) return;
   const int64_t token = row / args.H;
   const int64_t head = row % args.H;
-  const DType dtype = args.out.dtype;
   const auto first_of = [thread](int i) { return static_cast<int64_t>(i * kThreads + thread) * kPacket; };
 
-  RawPacket<kIsWhole> raw_x[kPackets], raw_residual[kPackets], raw_weight[kPackets], raw_cos[kPackets],
-      raw_sin[kPackets];
-  const bool has_residual = args.residual.data != nullptr;
-  char* residual = has_residual ? row_of(args.residual, token, head) : nullptr;
+  RawPacket<Element, kIsWhole> raw_x[kPackets], raw_residual[kPackets];
+  Element* residual = args.residual.data != nullptr ? row_of<Element>(args.residual, token, head) : nullptr;
 #pragma unroll
   for (int i = 0; i < kPackets; ++i) {
-    raw_x[i].load(dtype, row_of(args.x, token, head), first_of(i), args.D);
-    if (has_residual) raw_residual[i].load(dtype, residual, first_of(i), args.D);
-    raw_weight[i].load(args.weight.dtype, args.weight.data, first_of(i), args.D);
-    if (first_of(i) < args.P) {
-      raw_cos[i].load(args.cos.dtype, row_of(args.cos, token, 0), first_of(i), args.P);
-      raw_sin[i].load(args.sin.dtype, row_of(args.sin, token, 0), first_of(i), args.P);
-    }
+    raw_x[i].load(row_of<Element>(args.x, token, head), first_of(i), args.D);
+    if (residual != nullptr) raw_residual[i].load(residual, first_of(i), args.D);
   }
   float x[kPackets][kPacket];
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPackets; ++i) {
-    raw_x[i].widen(dtype, x[i]);
-    if (has_residual) {
+    raw_x[i].widen(x[i]);
+    if (residual != nullptr) {
       float before[kPacket];
-      raw_residual[i].widen(dtype, before);
+      raw_residual[i].widen(before);
 #pragma unroll
-      for (int j = 0; j < kPacket; ++j) x[i][j] = rounded(dtype, x[i][j] + before[j]);
-      store_packet<kIsWhole>(dtype, residual, first_of(i), args.D, x[i]);
+      for (int j = 0; j < kPacket; ++j) x[i][j] = to_float(from_float<Element>(x[i][j] + before[j]));
+      store_packet<kIsWhole>(residual, first_of(i), args.D, x[i]);
     }
 #pragma unroll
     for (int j = 0; j < kPacket; ++j) squares = fmaf(x[i][j], x[i][j], squares);
@@ -87,8 +97,10 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
   const float scale = 1.0f / sqrtf(sum_over_row<kThreads>(squares) / static_cast<float>(args.D) + args.eps);
 #pragma unroll
   for (int i = 0; i < kPackets; ++i) {
+    RawWeight<Element, kIsWhole> raw_weight;
+    raw_weight.load(args.weight, first_of(i), args.D);
     float weight[kPacket];
-    raw_weight[i].widen(args.weight.dtype, weight);
+    raw_weight.widen(weight);
 #pragma unroll
     for (int j = 0; j < kPacket; ++j) {
       const float normed = x[i][j] * scale;
@@ -96,13 +108,13 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
     }
   }
 
-  if (args.P > 0) {
+  if constexpr (kIsRotated) {
     float* n = to_rotate + row_of_block * args.P;
 #pragma unroll
     for (int i = 0; i < kPackets; ++i) {
 #pragma unroll
       for (int j = 0; j < kPacket; ++j) {
-        if (first_of(i) + j < args.P) n[first_of(i) + j] = x[i][j] = rounded(dtype, x[i][j]);
+        if (first_of(i) + j < args.P) n[first_of(i) + j] = x[i][j] = to_float(from_float<Element>(x[i][j]));
       }
     }
     wait_for_row<kThreads>();
@@ -110,34 +122,41 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
 #pragma unroll
     for (int i = 0; i < kPackets; ++i) {
       if (first_of(i) >= args.P) continue;
+      RawPacket<Element, kIsWhole> raw_cos, raw_sin;
+      raw_cos.load(row_of<Element>(args.cos, token, 0), first_of(i), args.P);
+      raw_sin.load(row_of<Element>(args.sin, token, 0), first_of(i), args.P);
       float cos[kPacket];
       float sin[kPacket];
-      raw_cos[i].widen(args.cos.dtype, cos);
-      raw_sin[i].widen(args.sin.dtype, sin);
+      raw_cos.widen(cos);
+      raw_sin.widen(sin);
 #pragma unroll
       for (int j = 0; j < kPacket; ++j) {
         const int64_t column = first_of(i) + j;
         if (column >= args.P) continue;
         const float crossed = column < half ? -n[column + half] : n[column - half];
-        x[i][j] = rounded(dtype, x[i][j] * cos[j]) + rounded(dtype, crossed * sin[j]);
+        x[i][j] = to_float(from_float<Element>(x[i][j] * cos[j])) + to_float(from_float<Element>(crossed * sin[j]));
       }
     }
   }
 #pragma unroll
   for (int i = 0; i < kPackets; ++i) {
-    store_packet<kIsWhole>(dtype, row_of(args.out, token, head), first_of(i), args.D, x[i]);
+    store_packet<kIsWhole>(row_of<Element>(args.out, token, head), first_of(i), args.D, x[i]);
   }
 }
 
-template <int kThreads, int kPackets>
+template <class Element, int kThreads, int kPackets>
 void launch(const RmsNormArgs& args, int64_t num_rows, cudaStream_t stream) {
   constexpr int kRows = kBlock / kThreads;
   constexpr int kDefaultBytes = 48 << 10;
-  const bool is_rotated_whole = args.P == 0 || (args.P % kPacket == 0 && is_aligned(args.cos) && is_aligned(args.sin));
-  const bool is_whole = is_rotated_whole && args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.out) &&
+  const bool is_rotated = args.P > 0;
+  const bool is_whole = args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.out) &&
                         reinterpret_cast<uintptr_t>(args.weight.data) % 16 == 0 &&
-                        (args.residual.data == nullptr || is_aligned(args.residual));
-  const auto kernel = is_whole ? norm_rows<kThreads, kPackets, true> : norm_rows<kThreads, kPackets, false>;
+                        (args.residual.data == nullptr || is_aligned(args.residual)) &&
+                        (!is_rotated || (args.P % kPacket == 0 && is_aligned(args.cos) && is_aligned(args.sin)));
+  const auto kernel = is_whole ? (is_rotated ? norm_rows<Element, kThreads, kPackets, true, true>
+                                             : norm_rows<Element, kThreads, kPackets, true, false>)
+                               : (is_rotated ? norm_rows<Element, kThreads, kPackets, false, true>
+                                             : norm_rows<Element, kThreads, kPackets, false, false>);
   const auto bytes = static_cast<int>(kRows * args.P * static_cast<int64_t>(sizeof(float)));
   if (bytes > kDefaultBytes) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   kernel<<<static_cast<unsigned>(ceil_div(num_rows, kRows)), kBlock, bytes, stream>>>(args, num_rows);
@@ -148,15 +167,18 @@ void launch(const RmsNormArgs& args, int64_t num_rows, cudaStream_t stream) {
 void rms_norm(const RmsNormArgs& args, int64_t num_tokens, cudaStream_t stream) {
   const int64_t num_rows = num_tokens * args.H;
   if (num_rows == 0 || args.D == 0) return;
-  if (args.D <= 256) {
-    launch<32, 1>(args, num_rows, stream);
-  } else if (args.D <= 1024) {
-    launch<32, 4>(args, num_rows, stream);
-  } else if (args.D <= 2048) {
-    launch<256, 1>(args, num_rows, stream);
-  } else {
-    launch<256, 4>(args, num_rows, stream);
-  }
+  with_element(args.out.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if (args.D <= 256) {
+      launch<Element, 32, 1>(args, num_rows, stream);
+    } else if (args.D <= 1024) {
+      launch<Element, 32, 4>(args, num_rows, stream);
+    } else if (args.D <= 2048) {
+      launch<Element, 256, 1>(args, num_rows, stream);
+    } else {
+      launch<Element, 256, 4>(args, num_rows, stream);
+    }
+  });
   check_launch("rms_norm");
 }
 

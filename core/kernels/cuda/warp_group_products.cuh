@@ -25,7 +25,7 @@ __device__ inline uint32_t group_swizzled(int row, int piece, int rows) {
 /// right side of a product whose rows are side by side in memory.
 __device__ inline uint64_t group_matrix(uint32_t address, uint32_t column_block = 16) {
   constexpr uint32_t kRowBlock = 8 * 128;
-  return matrix_descriptor(address, column_block, kRowBlock);
+  return panel_descriptor(address, column_block, kRowBlock);
 }
 
 #define XGDN_SUM(i) "+f"(sum[i][0]), "+f"(sum[i][1]), "+f"(sum[i][2]), "+f"(sum[i][3])

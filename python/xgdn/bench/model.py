@@ -16,6 +16,7 @@ _WARM_UP = 4  # steps; the first ones touch memory that nobody has read yet
 _KV_BLOCK = 16  # tokens
 _STEP_TOKENS = 2048  # token budget of a step
 _STREAM_BYTES = 256 * 2**20  # beyond a share of any cache
+_DEVICE_STREAM_BYTES = 2**31  # the same, and long beside a launch
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,6 @@ class ModelBenchmark:
             max_tokens_per_step=_STEP_TOKENS,
         )
         engine = self._load(args)
-        self._submit(engine, 1, max_new_tokens=1)
-        while not engine.is_idle():
-            engine.step()
         return [self._decode(engine, batch, max(batches), threads) for batch in batches]
 
     def _max_new_tokens(self, batch: int) -> int:
@@ -98,6 +96,9 @@ class ModelBenchmark:
             engine.submit(xgdn.Request(prompt.tolist(), max_new_tokens=max_new_tokens, ignore_eos=True))
 
     def _decode(self, engine: xgdn.Engine, batch: int, slots: int, threads: int) -> ModelRow:
+        self._submit(engine, batch, max_new_tokens=1)  # the first steps of a size touch memory that nobody has used yet
+        while not engine.is_idle():
+            engine.step()
         self._submit(engine, batch, max_new_tokens=self._max_new_tokens(batch))
         steps, prefill_seconds = [], 0.0
         recorded: dict[str, list[RecordedStep]] = {"prompt": [], "decode": []}
@@ -119,15 +120,23 @@ class ModelBenchmark:
             threads=threads,
             times=[1e3 * step.seconds for step in timed],
             engine=statistics.median(1 - step.forward_seconds / step.seconds for step in timed),
-            roofline=1e3 * _roofline(engine.streamed_bytes, engine.memory_bytes["states"] * batch // slots),
+            roofline=1e3
+            * _roofline(engine.streamed_bytes, engine.memory_bytes["states"] * batch // slots, self._args.device),
             prefill=batch * self._prompt_tokens / prefill_seconds,
             profiles=[step_profile(kind, steps) for kind, steps in recorded.items()] if self._profile else [],
         )
 
 
-def _roofline(read_bytes: int, updated_bytes: int) -> float:
-    """Return the seconds to sum over `read_bytes` and to update `updated_bytes` in place."""
-    memory = torch.ones(_STREAM_BYTES // 4)
-    times = take_turns([lambda _: memory.sum(), lambda _: memory.mul_(1.0)], 0.3)
-    read, update = (1e-6 * min(taken) / _STREAM_BYTES for taken in times)
+def _roofline(read_bytes: int, updated_bytes: int, device: str) -> float:
+    """Return the seconds to sum over `read_bytes` and to update `updated_bytes` in place, in the memory of `device`."""
+    on_host = torch.device(device).type == "cpu"
+    stream_bytes = _STREAM_BYTES if on_host else _DEVICE_STREAM_BYTES
+    memory = torch.ones(stream_bytes // 4, device=device)
+
+    def finished(result: torch.Tensor) -> None:
+        if not on_host:
+            result.view(-1)[0].item()
+
+    times = take_turns([lambda _: finished(memory.sum()), lambda _: finished(memory.mul_(1.0))], 0.3)
+    read, update = (1e-6 * min(taken) / stream_bytes for taken in times)
     return read * read_bytes + update * updated_bytes

@@ -25,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, help="Measures a model's decode steps, a
     "replay_states",
     "kv_dtype",
     "quantize",
+    "device",
     "prefill_backend",
     "decode_backend",
     "prefill_accuracy",

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# cuda.sh: compiles the CUDA kernels and their backend, in the preset `cuda`; that takes nvcc but neither a GPU nor a
+# torch for CUDA. Says so and ends well where there is no nvcc.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+nvcc="${CUDACXX:-$(command -v nvcc || command -v /usr/local/cuda/bin/nvcc || true)}"
+if [[ -z "$nvcc" ]]; then
+  echo "skipped: the CUDA kernels, no nvcc here (name it with CUDACXX)"
+  exit 0
+fi
+[[ -z "${CMAKE_CXX_COMPILER_LAUNCHER:-}" ]] || export CMAKE_CUDA_COMPILER_LAUNCHER="$CMAKE_CXX_COMPILER_LAUNCHER"
+export CUDACXX="$nvcc"
+mkdir -p build
+cmake --preset cuda > build/cuda-configure.txt || { cat build/cuda-configure.txt; exit 1; }
+cmake --build --preset cuda --target xgdn_cuda_kernels core/CMakeFiles/xgdn_kernels.dir/kernels/cuda/cuda_backend.cpp.o
