@@ -36,14 +36,19 @@ struct ConvChannel {
 /// Taps and bias of a channel, on their way.
 template <class In>
 struct RawConvChannel {
-  In taps[kMaxTaps];
+  using Taps = std::conditional_t<sizeof(In) == 4, uint4, uint2>;
+  alignas(Taps) In taps[kMaxTaps];
   In bias;
 
   __device__ void load(const CausalConv1dArgs& a, int64_t channel) {
     const In* const weight = static_cast<const In*>(a.weight) + channel * a.W;
+    if (a.W == kMaxTaps && reinterpret_cast<uintptr_t>(a.weight) % sizeof(Taps) == 0) {
+      *reinterpret_cast<Taps*>(taps) = *reinterpret_cast<const Taps*>(weight);
+    } else {
 #pragma unroll
-    for (int w = 0; w < kMaxTaps; ++w) {
-      if (w < a.W) taps[w] = weight[w];
+      for (int w = 0; w < kMaxTaps; ++w) {
+        if (w < a.W) taps[w] = weight[w];
+      }
     }
     if (a.bias != nullptr) bias = static_cast<const In*>(a.bias)[channel];
   }
@@ -97,10 +102,9 @@ struct RawConv {
   RawHistory history;
   In input;
 
-  __device__ void load(const CausalConv1dArgs& a, int64_t token, int32_t slot, int64_t index) {
+  __device__ void load_inputs(const CausalConv1dArgs& a, int64_t token, int64_t index) {  // all but the history
     input = row_of<In>(a.x, token, 0)[index];
     channel.load(a, index);
-    history.load(a, slot, 0, index);
   }
   /// Leaves the window behind.
   __device__ float apply(const CausalConv1dArgs& a, float (&window)[kMaxTaps]) const {

@@ -26,13 +26,15 @@ __device__ inline float log_decay(float a, float A_log, float dt_bias) {
 /// would bias every step of a slow decay the same way.
 struct Decay {
   float factor;
-  bool is_near_one;
+  float kept;  // of S beside factor S: 1 near one, else 0
 
+  Decay() = default;
   __device__ explicit Decay(float g) {
-    is_near_one = g > -0.5f;
+    const bool is_near_one = g > -0.5f;
     factor = is_near_one ? expm1f(g) : expf(g);
+    kept = is_near_one ? 1.0f : 0.0f;
   }
-  __device__ float of(float x) const { return is_near_one ? fmaf(factor, x, x) : factor * x; }
+  __device__ float of(float x) const { return fmaf(factor, x, kept * x); }
 };
 
 /// The gates of a token and head, on their way.

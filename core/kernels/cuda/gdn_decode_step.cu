@@ -2,7 +2,8 @@
 // A cluster of blocks takes a key head of a sequence with all of its value heads. Each block convolves q and k for
 // itself and the values of its own rows; the blocks of a value head share the sum of squares of its norm.
 //
-// Pass: the rows that a block works on at once, one for each group of lanes. Passes never reach into another head.
+// Pass: the rows that a block works on at once, kRows for each group of lanes. Passes never reach into another head;
+// those behind the current one are on their way to shared memory.
 // Order: all blocks of a cluster have read the history of q and k before one of them writes it.
 // Rounding: as if the ops ran one after the other: q, k, v and o are rounded to the type of the activations between
 // them. The sum of squares adds passes in order, so bits do not depend on the size of the cluster.
@@ -11,6 +12,7 @@
 #include <cooperative_groups.h>
 
 #include "core/kernels/cuda/conv_taps.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/device_facts.h"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/launch.h"
@@ -23,7 +25,8 @@ namespace cg = cooperative_groups;
 
 constexpr int kThreads = 128;
 constexpr int kMostCluster = 8;
-constexpr int kMostPasses = 256;  // of a key head
+constexpr int kMostPasses = 256;      // of a key head
+constexpr int kMostHeads = kThreads;  // of a key head
 
 struct Step {
   DecodeStepArgs args;
@@ -39,27 +42,53 @@ constexpr int kGroups = kThreads / RowLayout<State, kDim>::kLanes;
 template <int kDim>
 constexpr int kRowsOfGroup = kDim == 64 || kDim == 128 ? 2 : 1;
 
-__device__ void sync_cluster() {
+template <class State, int kDim>
+constexpr int kStages = sizeof(State) == 2 ? 4 : 2;
+
+template <class State, int kDim>
+using Rows = RowsInFlight<State, kDim, kRowsOfGroup<kDim>, kStages<State, kDim>, kThreads, kGroups<State, kDim>>;
+
+// A row of a value head between the convolution and the norm.
+struct Row {
+  float x;  // v, and then o
+  float weight, gate;
+};
+
+// What a block did before it arrives is visible to those that wait. Nothing without clusters.
+__device__ void arrive_at_cluster() {
 #if __CUDA_ARCH__ >= 900
-  cg::this_cluster().sync();
-#else
-  __syncthreads();
+  cg::this_cluster().barrier_arrive();
+#endif
+}
+__device__ void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  cg::this_cluster().barrier_wait();
 #endif
 }
 
+struct HeadGates {
+  Decay decay;
+  float beta;
+};
+
 template <class In, class State, int kDim>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Step step) {
+__global__ void __launch_bounds__(kThreads, 5) step_kernel(const __grid_constant__ Step step) {
   using Layout = RowLayout<State, kDim>;
   using Keys = TokenKeys<State, kDim>;
   constexpr int kRows = kRowsOfGroup<kDim>;
   constexpr int kPassRows = kGroups<State, kDim> * kRows;
+  constexpr int kKeyChannels = (2 * kDim + kThreads - 1) / kThreads;  // of a thread
   const CausalConv1dArgs& conv = step.args.conv;
   const TokenDeltaRuleArgs& rule = step.args.rule;
   const RmsNormGatedArgs& norm = step.args.norm;
 
-  __shared__ __align__(16) float keys[2][kDim];  // q, k
-  __shared__ float squares[kMostPasses];         // of o, summed over each pass; those of this block are filled
-  extern __shared__ float rows[];                // v and then o of the block's rows
+  __shared__ __align__(16) float keys[2][kDim];                     // q, k
+  __shared__ float squares[kMostPasses];                            // of o, summed over each pass
+  __shared__ HeadGates gates[kMostHeads];                           // of the value heads of the block
+  __shared__ float histories[kKeyChannels][kMaxHistory][kThreads];  // of q and k as they will be
+  extern __shared__ uint4 shared[];
+  Rows<State, kDim> on_its_way(shared);
+  Row* const rows = reinterpret_cast<Row*>(reinterpret_cast<char*>(shared) + Rows<State, kDim>::kBytes);  // the block's
 
 #if __CUDA_ARCH__ >= 900
   const int cluster = static_cast<int>(cg::this_cluster().num_blocks());
@@ -87,9 +116,43 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
     const int head = in_key_head / step.rows_of_head;
     return Place{key_head * ratio + head, in_key_head - head * step.rows_of_head};
   };
+  const auto advance = [&](Place& place) {  // by a pass
+    place.row += kPassRows;
+    if (place.row >= step.rows_of_head) place.row -= step.rows_of_head, ++place.head;
+  };
+  const int first_head = place_of(0).head;
 
+  wait_for_kernel_before();
+  let_next_kernel_launch();
   const int32_t read = rule.state.read[n], write = rule.state.write[n];
   const int32_t conv_read = conv.conv_state.read[n], conv_write = conv.conv_state.write[n];
+
+  // ---- what does not depend on the slot ----
+  const auto key_channel = [&](int j) {
+    const int i = min(j * kThreads + static_cast<int>(threadIdx.x), 2 * kDim - 1);
+    return static_cast<int64_t>(i / kDim * static_cast<int>(rule.H) + key_head) * kDim + i % kDim;
+  };
+  const auto value_channel = [&](Place place) {
+    return 2 * rule.H * kDim + static_cast<int64_t>(place.head) * V + place.row;
+  };
+  RawConv<In> raw_keys[kKeyChannels];
+#pragma unroll
+  for (int j = 0; j < kKeyChannels; ++j) raw_keys[j].load_inputs(conv, n, key_channel(j));
+  RawConv<In> raw_value;
+  In raw_z;
+  RawScalar raw_weight;
+  const auto load_row = [&](Place place) {
+    raw_value.load_inputs(conv, n, value_channel(place));
+    raw_z = row_of<In>(norm.z, n, place.head)[place.row];
+    raw_weight.load(norm.weight.dtype, norm.weight.data, place.row);
+  };
+  const auto is_row = [&](int i) { return i < num_rows && place_of(i).row < V; };
+  if (is_row(threadIdx.x)) load_row(place_of(threadIdx.x));
+  const int gated = kThreads - 1 - static_cast<int>(threadIdx.x);  // the head whose gates this thread prepares
+  const bool has_gates = num_rows > 0 && first_head + gated <= place_of(num_rows - 1).head;
+  RawGates raw_gates;
+  if (has_gates) raw_gates.load(rule, n, first_head + gated);
+
   if (read < 0) {
     for (int i = threadIdx.x; i < num_rows; i += kThreads) {
       const Place place = place_of(i);
@@ -98,56 +161,58 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
     return;
   }
 
-  State* const pool = static_cast<State*>(rule.state.data);
-  const auto state_row = [&](int32_t slot, Place place) {
-    return pool + slot * rule.state.stride + (static_cast<int64_t>(place.head) * V + place.row) * kDim;
+  // ---- loads of the state ----
+  const auto state_rows = [&](int32_t slot, Place place) {
+    return static_cast<State*>(rule.state.data) + slot * rule.state.stride +
+           (place.head * V + place.row) * kDim;
   };
-  RawLaneRow<State, State, kDim> raw_s[kRows];
-  RawGates gates;
-  const auto load_pass = [&](int pass) {  // of the block
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const Place place = place_of(pass * kPassRows + r * kGroups<State, kDim> + group);
-      raw_s[r].load_once(state_row(read, {place.head, min(place.row, V - 1)}), lane);
+  const auto rows_left = [&](Place place) {  // of the group, to the end of the head
+    return (V - place.row + kGroups<State, kDim> - 1) / kGroups<State, kDim>;
+  };
+  Place to_copy = place_of(group);
+  const auto copy_pass = [&](int pass) {  // of the block
+    if (pass < num_passes) {
+      on_its_way.copy(pass % kStages<State, kDim>, state_rows(read, to_copy), lane, rows_left(to_copy));
+      advance(to_copy);
     }
-    gates.load(rule, n, place_of(pass * kPassRows).head);
+    commit_copies();
   };
-  if (num_passes > 0) load_pass(0);  // while the token is convolved
+#pragma unroll
+  for (int pass = 0; pass < kStages<State, kDim>; ++pass) copy_pass(pass);
 
   // ---- convolution ----
-  const auto write_history = [&](int64_t channel, const float(&window)[kMaxTaps]) {
-    if (conv_write < 0) return;
 #pragma unroll
-    for (int w = 1; w < kMaxTaps; ++w) {
+  for (int j = 0; j < kKeyChannels; ++j) raw_keys[j].history.load(conv, conv_read, 0, key_channel(j));
+  if (has_gates) gates[gated] = {raw_gates.decay(rule), raw_gates.write_strength(rule)};
+  for (int i = threadIdx.x; i < num_rows; i += kThreads) {
+    if (!is_row(i)) {
+      rows[i].x = 0.0f;
+      continue;
+    }
+    const Place place = place_of(i);
+    const int64_t channel = value_channel(place);
+    if (i >= kThreads) load_row(place);
+    raw_value.history.load(conv, conv_read, 0, channel);
+    float window[kMaxTaps];
+    rows[i].x = rounded<In>(raw_value.apply(conv, window));
+    rows[i].weight = raw_weight.widened(norm.weight.dtype);
+    rows[i].gate = silu(widened(raw_z));
+    if (conv_write < 0) continue;
+#pragma unroll
+    for (int w = 1; w < kMaxTaps; ++w) {  // nobody else reads it
       if (w < conv.W) store_scalar(conv.conv_state.dtype, history_row(conv, conv_write, w - 1), channel, window[w]);
     }
-  };
-  constexpr int kKeyChannels = (2 * kDim + kThreads - 1) / kThreads;  // of a thread
-  const auto key_channel = [&](int i) {
-    return static_cast<int64_t>(i / kDim * static_cast<int>(rule.H) + key_head) * kDim + i % kDim;
-  };
-  RawConv<In> raw_keys[kKeyChannels];
-#pragma unroll
-  for (int j = 0; j < kKeyChannels; ++j) {
-    raw_keys[j].load(conv, n, conv_read, key_channel(min(j * kThreads + static_cast<int>(threadIdx.x), 2 * kDim - 1)));
   }
-  for (int i = threadIdx.x; i < num_rows; i += kThreads) {
-    const Place place = place_of(i);
-    if (place.row >= V) continue;
-    const int64_t channel = 2 * rule.H * kDim + static_cast<int64_t>(place.head) * V + place.row;
-    RawConv<In> raw;
-    raw.load(conv, n, conv_read, channel);
-    float window[kMaxTaps];
-    rows[i] = rounded<In>(raw.apply(conv, window));
-    write_history(channel, window);  // nobody else reads it
-  }
-  float windows[kKeyChannels][kMaxTaps];
 #pragma unroll
   for (int j = 0; j < kKeyChannels; ++j) {
     const int i = j * kThreads + threadIdx.x;
-    const float y = rounded<In>(raw_keys[j].apply(conv, windows[j]));
+    float window[kMaxTaps];
+    const float y = rounded<In>(raw_keys[j].apply(conv, window));
     if (i < 2 * kDim) keys[i / kDim][i % kDim] = y;
+#pragma unroll
+    for (int w = 1; w < kMaxTaps; ++w) histories[j][w - 1][threadIdx.x] = window[w];
   }
+  if (cluster > 1) arrive_at_cluster();
   __syncthreads();
 
   // ---- the delta rule ----
@@ -155,44 +220,63 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
   token.q.read(keys[0], lane);
   token.k.read(keys[1], lane);
   token.prepare(rule.normalise_qk, rule.scale);
-  for (int pass = 0; pass < num_passes; ++pass) {
+  Place place = place_of(group);
+#pragma unroll 1
+  for (int pass = 0; pass < num_passes; ++pass, advance(place)) {
+    const int left = rows_left(place);
+    const HeadGates gate = gates[place.head - first_head];
     LaneRow<State, kDim> s[kRows];
+    wait_copies<kStages<State, kDim> - 1>();
+    on_its_way.widen(pass % kStages<State, kDim>, s);
+    copy_pass(pass + kStages<State, kDim>);
+    float& x = rows[pass * kPassRows + lane % kRows * kGroups<State, kDim> + group].x;
+    const float o = token.step(s, gate.decay, gate.beta, x, lane);
+    if (write >= 0) {
+      State* const to = state_rows(write, place);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) raw_s[r].widen(s[r]);
-    const Decay decay = gates.decay(rule);
-    const float beta = gates.write_strength(rule);
-    if (pass + 1 < num_passes) load_pass(pass + 1);
-    const int first = pass * kPassRows + group;
-    const int output = first + Keys::template output_row<kRows>(lane) * kGroups<State, kDim>;
-    const float o = token.step(s, decay, beta, rows[output], lane);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const Place place = place_of(first + r * kGroups<State, kDim>);
-      if (write >= 0 && place.row < V) s[r].store(state_row(write, place), lane);
+      for (int r = 0; r < kRows; ++r) {
+        if (r < left) s[r].store(to + r * kGroups<State, kDim> * kDim, lane);
+      }
     }
-    __syncwarp();
-    if (Keys::template is_output<kRows>(lane)) rows[output] = place_of(output).row < V ? rounded<In>(o) : 0.0f;
+    if (Keys::template is_output<kRows>(lane)) x = lane % kRows < left ? rounded<In>(o) : 0.0f;
   }
   __syncthreads();
 
   // ---- the gated norm ----
+  if (cluster > 1) wait_for_cluster();  // all run, and have read the history of q and k
   for (int pass = threadIdx.x / 32; pass < num_passes; pass += kThreads / 32) {
     float sum = 0.0f;
     for (int i = threadIdx.x % 32; i < kPassRows; i += 32) {
-      const float o = rows[pass * kPassRows + i];
+      const float o = rows[pass * kPassRows + i].x;
       sum = fmaf(o, o, sum);
     }
     sum = sum_over_lanes<32>(sum);
-    if (threadIdx.x % 32 == 0) squares[first_pass + pass] = sum;
-  }
-  sync_cluster();
-  const auto squares_of = [&](int pass) {
 #if __CUDA_ARCH__ >= 900
-    return cg::this_cluster().map_shared_rank(squares, pass / step.passes_of_block)[pass];
+    const int to = threadIdx.x % 32;
+    if (to < cluster) cg::this_cluster().map_shared_rank(squares, to)[first_pass + pass] = sum;
 #else
-    return squares[pass];
+    if (threadIdx.x % 32 == 0) squares[first_pass + pass] = sum;
 #endif
-  };
+  }
+  if (cluster > 1) arrive_at_cluster();
+  if (conv_write >= 0) {
+#pragma unroll
+    for (int j = 0; j < kKeyChannels; ++j) {
+      const int i = j * kThreads + threadIdx.x;
+      if (i >= 2 * kDim || i * cluster / (2 * kDim) != rank) continue;
+#pragma unroll
+      for (int w = 0; w < kMaxHistory; ++w) {
+        if (w + 1 >= conv.W) continue;
+        store_scalar(conv.conv_state.dtype, history_row(conv, conv_write, w), key_channel(j),
+                     histories[j][w][threadIdx.x]);
+      }
+    }
+  }
+  if (cluster > 1) {
+    wait_for_cluster();
+  } else {
+    __syncthreads();
+  }
   int known_head = -1;
   float factor = 0.0f;
   for (int i = threadIdx.x; i < num_rows; i += kThreads) {
@@ -200,25 +284,21 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
     if (place.head != known_head) {
       float sum = 0.0f;
       const int first = (place.head - key_head * ratio) * passes_of_head;
-      for (int j = 0; j < passes_of_head; ++j) sum += squares_of(first + j);
+      for (int j = 0; j < passes_of_head; ++j) sum += squares[first + j];
       factor = rsqrtf(sum / static_cast<float>(V) + norm.eps);
       known_head = place.head;
     }
     if (place.row >= V) continue;
-    const float z = widened(row_of<In>(norm.z, n, place.head)[place.row]);
-    const float weight = load_scalar(norm.weight.dtype, norm.weight.data, place.row);
-    store_scalar(norm.out.dtype, row_of(norm.out, n, place.head), place.row, rows[i] * factor * weight * silu(z));
+    const Row row = rows[i];
+    store_scalar(norm.out.dtype, row_of(norm.out, n, place.head), place.row, row.x * factor * row.weight * row.gate);
   }
-#pragma unroll
-  for (int j = 0; j < kKeyChannels; ++j) {
-    const int i = j * kThreads + threadIdx.x;
-    if (i < 2 * kDim && i * cluster / (2 * kDim) == rank) write_history(key_channel(i), windows[j]);
-  }
-  if (cluster > 1) sync_cluster();  // others may still read this block's squares
 }
 
 // Blocks of a cluster: enough to give every multiprocessor some, but no more, since each convolves q and k again.
 int cluster_size(int64_t items, int passes) {
+#ifdef SHIM
+  if (const char* c = getenv("XC"); c && *c != '0') return atoi(c);
+#endif
   if (!has_clusters()) return 1;
   constexpr int64_t kManyBlocks = 512;
   int size = 1;
@@ -236,17 +316,9 @@ void launch(const DecodeStepArgs& args, cudaStream_t stream) {
   const Step step = {args, static_cast<int>(passes_of_head * kPassRows), passes,
                      static_cast<int>(ceil_div(passes, cluster))};
 
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(rule.H), static_cast<unsigned>(rule.N));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = sizeof(float) * static_cast<size_t>(step.passes_of_block) * kPassRows;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  cudaLaunchKernelEx(&config, step_kernel<In, State, kDim>, step);
+  const dim3 grid(static_cast<unsigned>(cluster), static_cast<unsigned>(rule.H), static_cast<unsigned>(rule.N));
+  const size_t bytes = Rows<State, kDim>::kBytes + sizeof(Row) * static_cast<size_t>(step.passes_of_block) * kPassRows;
+  launch_overlapping(step_kernel<In, State, kDim>, grid, kThreads, bytes, cluster, stream, step);
 }
 
 }  // namespace
@@ -257,7 +329,7 @@ bool decode_step_supports(const DecodeStepArgs& args) {
   constexpr int64_t kMostSequences = 65535;
   const TokenDeltaRuleArgs& rule = args.rule;
   const int64_t ratio = rule.HV / rule.H;
-  return is_key_dim(rule.K) && ratio * ceil_div(rule.V, kFewestRows) <= kMostPasses &&
+  return is_key_dim(rule.K) && ratio <= kMostHeads && ratio * ceil_div(rule.V, kFewestRows) <= kMostPasses &&
          ratio * (rule.V + kThreads) <= kMostRows && rule.N <= kMostSequences;
 }
 

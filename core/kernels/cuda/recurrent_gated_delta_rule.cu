@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block takes rows of one head of one sequence, a group of lanes a few rows; rows need nothing of each other, so
-// there is no shared memory and no barrier. A row stays in registers from its sequence's first token to the last.
+// A warp takes rows of one head of one sequence, a group of its lanes a few of them at once; rows need nothing of each
+// other, so there is no barrier. A row stays in registers from its sequence's first token to the last.
+//
+// Pass: the rows that a block works on at once, kRows for each group. All passes of a block lie in one head; those
+// behind the current one are on their way to shared memory.
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
 
 #include <algorithm>
 
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/launch.h"
@@ -15,107 +19,175 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// kRows rows of each group.
-template <class In, class State, int kDim, int kRows>
-__global__ void __launch_bounds__(kThreads)
-    rule_kernel(const __grid_constant__ RecurrentGatedDeltaRuleArgs a, int64_t first_sequence) {
+// What a head needs of a token, on its way.
+template <class In, class State, int kDim>
+struct RawToken {
+  RawLaneRow<In, State, kDim> q, k;
+  RawScalar v;
+  RawGates gates;
+};
+
+template <class State, int kDim>
+struct Token {
+  TokenKeys<State, kDim> keys;
+  Decay decay;
+  float beta, v;
+
+  template <class In>
+  __device__ void widen(const RecurrentGatedDeltaRuleArgs& a, const RawToken<In, State, kDim>& raw) {
+    raw.q.widen(keys.q);
+    raw.k.widen(keys.k);
+    keys.prepare(a.normalise_qk, a.scale);
+    decay = raw.gates.decay(a);
+    beta = raw.gates.write_strength(a);
+    v = raw.v.widened(a.v.dtype);
+  }
+};
+
+template <class In, class State, int kDim, int kRows, int kStages>
+__global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
+    rule_kernel(const __grid_constant__ RecurrentGatedDeltaRuleArgs a, int64_t first_sequence, int passes) {
   using Layout = RowLayout<State, kDim>;
   using Keys = TokenKeys<State, kDim>;
-  constexpr int kGroups = kThreads / Layout::kLanes;
+  constexpr int kGroups = 32 / Layout::kLanes;  // of a warp
+  extern __shared__ uint4 shared[];
+  RowsInFlight<State, kDim, kRows, kStages, kThreads, kGroups> on_its_way(shared);
+
   const int lane = threadIdx.x % Layout::kLanes;
   const int head = blockIdx.y;
   const int key_head = head / static_cast<int>(a.HV / a.H);
   const int64_t n = first_sequence + blockIdx.z;
   const int V = static_cast<int>(a.V);
-  // Rows of a group are kGroups apart.
-  const int first = static_cast<int>(blockIdx.x) * kGroups * kRows + threadIdx.x / Layout::kLanes;
-  const int output = first + Keys::template output_row<kRows>(lane) * kGroups;  // what this lane brings v for
-  const bool is_output = Keys::template is_output<kRows>(lane) && output < V;
+  // Row i of a group is kGroups i rows behind its first. Lane i brings the v of row i.
+  const int warp = static_cast<int>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int first = warp * passes * kRows * kGroups + threadIdx.x % 32 / Layout::kLanes;
+  const int num_rows = (V - first + kGroups - 1) / kGroups;  // up to the end of the head
 
+  wait_for_kernel_before();
+  let_next_kernel_launch();
   const bool is_verification = a.num_accepted != nullptr;
   const int32_t* const slots = is_verification ? a.state.read + n * a.L : nullptr;
   const int64_t begin = a.cu_seqlens == nullptr ? n : a.cu_seqlens[n];
-  const int64_t end = a.cu_seqlens == nullptr ? n + 1 : a.cu_seqlens[n + 1];
+  const int len = a.cu_seqlens == nullptr ? 1 : static_cast<int>(a.cu_seqlens[n + 1] - begin);
   const int32_t read = is_verification ? slots[a.num_accepted[n] - 1] : a.state.read[n];
+  const int32_t last_write = is_verification ? read : a.state.write[n];
   const bool has_initial_state = a.has_initial_state == nullptr || a.has_initial_state[n];
 
-  RawLaneRow<In, State, kDim> raw_q, raw_k;
-  RawScalar raw_v;
-  RawGates raw_gates;
-  const auto load_token = [&](int64_t token) {
-    raw_q.load(row_of<In>(a.q, token, key_head), lane);
-    raw_k.load(row_of<In>(a.k, token, key_head), lane);
-    raw_v.load(a.v.dtype, row_of(a.v, token, head), min(output, V - 1));
-    raw_gates.load(a, token, head);
+  RawToken<In, State, kDim> raw;
+  const auto load_token = [&](int t) {
+    raw.q.load(row_of<In>(a.q, begin + t, key_head), lane);
+    raw.k.load(row_of<In>(a.k, begin + t, key_head), lane);
+    raw.v.load(a.v.dtype, row_of(a.v, begin + t, head), min(first + lane * kGroups, V - 1));
+    raw.gates.load(a, begin + t, head);
   };
-  if (begin < end) load_token(begin);  // while the slot is on its way
+  if (len > 0) load_token(0);  // while the slot is on its way
   if (read < 0) {
-    for (int64_t token = begin; token < end; ++token) {
-      if (is_output) store_scalar(a.out.dtype, row_of(a.out, token, head), output, 0.0f);
+#pragma unroll 1
+    for (int t = 0; t < len; ++t) {
+      for (int i = lane; i < min(num_rows, passes * kRows); i += Layout::kLanes) {
+        store_scalar(a.out.dtype, row_of(a.out, begin + t, head), first + i * kGroups, 0.0f);
+      }
     }
     return;
   }
 
-  State* const pool = static_cast<State*>(a.state.data);
-  const auto row_in = [&](int32_t slot, int row) {
-    return pool + slot * a.state.stride + (static_cast<int64_t>(head) * V + row) * kDim;
+  const auto rows_in = [&](int32_t slot) {
+    return static_cast<State*>(a.state.data) + slot * a.state.stride + (static_cast<int64_t>(head) * V + first) * kDim;
   };
-  LaneRow<State, kDim> s[kRows] = {};
-  if (has_initial_state) {
-    RawLaneRow<State, State, kDim> raw[kRows];
+  constexpr int kPassElements = kRows * kGroups * kDim;
+  const auto copy_pass = [&](int pass) {
+    if (pass < passes && has_initial_state) {
+      on_its_way.copy(pass % kStages, rows_in(read) + pass * kPassElements, lane, num_rows - pass * kRows);
+    }
+    commit_copies();
+  };
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) raw[r].load_once(row_in(read, min(first + r * kGroups, V - 1)), lane);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) raw[r].widen(s[r]);
-  }
+  for (int pass = 0; pass < kStages; ++pass) copy_pass(pass);
 
-  const auto store_state = [&](int32_t slot) {
+  const auto take_pass = [&](int pass, LaneRow<State, kDim>(&s)[kRows]) {
+    wait_copies<kStages - 1>();
+    if (has_initial_state) on_its_way.widen(pass % kStages, s);
+    copy_pass(pass + kStages);
+  };
+  const auto store_pass = [&](int32_t slot, int pass, const LaneRow<State, kDim>(&s)[kRows]) {
+    if (slot < 0) return;
+    State* const rows = rows_in(slot) + pass * kPassElements;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int row = first + r * kGroups;
-      if (slot >= 0 && row < V) s[r].store(row_in(slot, row), lane);
+      if (r < num_rows - pass * kRows) s[r].store(rows + r * kGroups * kDim, lane);
     }
   };
-  if (begin == end) {  // the state goes to the slot that is written as it is
-    const int32_t write = is_verification ? read : a.state.write[n];
-    if (write != read || !has_initial_state) store_state(write);
-    return;
-  }
+  const auto step = [&](const Token<State, kDim>& token, int t, int pass, LaneRow<State, kDim>(&s)[kRows]) {
+    const int row = lane % kRows;
+    const float v = __shfl_sync(0xffffffffu, token.v, pass * kRows + row, Layout::kLanes);
+    const float o = token.keys.step(s, token.decay, token.beta, v, lane);
+    if (Keys::template is_output<kRows>(lane) && row < num_rows - pass * kRows) {
+      store_scalar(a.out.dtype, row_of(a.out, begin + t, head), first + (pass * kRows + row) * kGroups, o);
+    }
+  };
 
-  for (int64_t token = begin;;) {
-    Keys keys;
-    raw_q.widen(keys.q);
-    raw_k.widen(keys.k);
-    keys.prepare(a.normalise_qk, a.scale);
-    const Decay decay = raw_gates.decay(a);
-    const float beta = raw_gates.write_strength(a);
-    const float o = keys.step(s, decay, beta, raw_v.widened(a.v.dtype), lane);
-    if (is_output) store_scalar(a.out.dtype, row_of(a.out, token, head), output, o);
-    const bool is_last = token + 1 == end;
-    if (is_verification || is_last) store_state(is_verification ? slots[token - begin] : a.state.write[n]);
-    if (is_last) return;
-    load_token(++token);
+  if (len == 0) {
+    if (last_write == read && has_initial_state) return;
+#pragma unroll 1
+    for (int pass = 0; pass < passes; ++pass) {
+      LaneRow<State, kDim> s[kRows] = {};
+      take_pass(pass, s);
+      store_pass(last_write, pass, s);
+    }
+  } else if (len == 1) {
+    Token<State, kDim> token;
+    token.widen(a, raw);
+#pragma unroll 1
+    for (int pass = 0; pass < passes; ++pass) {
+      LaneRow<State, kDim> s[kRows] = {};
+      take_pass(pass, s);
+      step(token, 0, pass, s);
+      store_pass(is_verification ? slots[0] : last_write, pass, s);
+    }
+  } else {
+#pragma unroll 1
+    for (int pass = 0; pass < passes; ++pass) {
+      LaneRow<State, kDim> s[kRows] = {};
+      take_pass(pass, s);
+#pragma unroll 1
+      for (int t = 0; t < len; ++t) {
+        const int32_t write = is_verification ? slots[t] : t + 1 == len ? last_write : -1;
+        Token<State, kDim> token;
+        token.widen(a, raw);
+        load_token(t + 1 < len ? t + 1 : 0);
+        step(token, t, pass, s);
+        store_pass(write, pass, s);
+      }
+    }
   }
 }
 
-// Few blocks take a row a group, so that every multiprocessor has some; many take more, which keeps more reads under
-// way and loads q and k less often.
+// Few blocks take few rows, so that every multiprocessor has some; many take more, which loads q and k less often.
 template <class In, class State, int kDim>
 void launch(const RecurrentGatedDeltaRuleArgs& a, cudaStream_t stream) {
-  constexpr int kGroups = kThreads / RowLayout<State, kDim>::kLanes;
-  constexpr int kMost = kDim >= 64 ? 4 : 1;
+  constexpr int kLanes = RowLayout<State, kDim>::kLanes;
+  constexpr int kGroups = kThreads / kLanes;  // of a block
+  constexpr int kMost = kDim < 64 ? 1 : kDim == 128 && sizeof(State) == 2 ? 4 : 2;
+  constexpr int kStages = 2;
   constexpr int64_t kManyBlocks = 512;
+  constexpr int64_t kManyHeads = 2048;
   constexpr int64_t kMostSequences = 65535;  // of a launch
   for (int64_t n = 0; n < a.N; n += kMostSequences) {
     const int64_t count = std::min(a.N - n, kMostSequences);
-    const auto grid = [&](int rows) {
-      return dim3(static_cast<unsigned>(ceil_div(a.V, kGroups * rows)), static_cast<unsigned>(a.HV),
-                  static_cast<unsigned>(count));
+    const auto launch_rows = [&](auto rows, int passes) {
+      constexpr int kRows = decltype(rows)::value;
+      constexpr int kStageBytes = RowsInFlight<State, kDim, kRows, 1, kThreads, 1>::kBytes;
+      const dim3 grid(static_cast<unsigned>(ceil_div(a.V, kGroups * kRows * passes)), static_cast<unsigned>(a.HV),
+                      static_cast<unsigned>(count));
+      launch_overlapping(rule_kernel<In, State, kDim, kRows, kStages>, grid, kThreads,
+                         static_cast<size_t>(kStageBytes * std::min(passes, kStages)), 1, stream, a, n, passes);
     };
     if (count * a.HV * ceil_div(a.V, kGroups * kMost) < kManyBlocks) {
-      rule_kernel<In, State, kDim, 1><<<grid(1), kThreads, 0, stream>>>(a, n);
+      launch_rows(std::integral_constant<int, 1>(), 1);
     } else {
-      rule_kernel<In, State, kDim, kMost><<<grid(kMost), kThreads, 0, stream>>>(a, n);
+      const bool is_f32_verification = sizeof(State) == 4 && a.num_accepted != nullptr;
+      launch_rows(std::integral_constant<int, kMost>(),
+                  count * a.HV < kManyHeads || is_f32_verification ? 1 : kLanes / kMost);
     }
   }
 }

@@ -154,12 +154,13 @@ class RawPackets {
     words_[word] = bits;
   }
 
+  /// Words `first` to `first` + 3.
+  __device__ void set(int first, uint4 packet) {
+    words_[first] = packet.x, words_[first + 1] = packet.y, words_[first + 2] = packet.z, words_[first + 3] = packet.w;
+  }
+
  private:
   static constexpr int kWords = kCount * static_cast<int>(sizeof(Element)) / 4;
-
-  __device__ void set(int i, uint4 packet) {
-    words_[i] = packet.x, words_[i + 1] = packet.y, words_[i + 2] = packet.z, words_[i + 3] = packet.w;
-  }
 
   uint32_t words_[kWords];
 };
@@ -202,14 +203,26 @@ class RawElements {
 };
 
 __device__ inline void store_once(float* to, const float (&x)[4]) {
+#if STOREHINT == 1
+  *(reinterpret_cast<float4*>(to)) = make_float4(x[0], x[1], x[2], x[3]);
+#else
   __stcs(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
+#endif
 }
 __device__ inline void store_once(__nv_bfloat16* to, const float (&x)[8]) {
   uint4 packet;
   auto* pairs = reinterpret_cast<__nv_bfloat162*>(&packet);
 #pragma unroll
   for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+#if STOREHINT == 1
+  *reinterpret_cast<uint4*>(to) = packet;
+#elif STOREHINT == 2
+  __stcg(reinterpret_cast<uint4*>(to), packet);
+#elif STOREHINT == 3
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1,%2,%3,%4};"::"l"(to),"r"(packet.x),"r"(packet.y),"r"(packet.z),"r"(packet.w):"memory");
+#else
   __stcs(reinterpret_cast<uint4*>(to), packet);
+#endif
 }
 
 // ---- sums over lanes ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 // the row.
 #pragma once
 
+#include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/rows.cuh"
 
@@ -61,8 +62,7 @@ struct LaneRow {
     for (int j = 0; j < Layout::kPackets; ++j) {
 #pragma unroll
       for (int i = 0; i < Layout::kPacket; ++i) {
-        const float change = fmaf(decay.factor, x[j][i], factor * y.x[j][i]);
-        x[j][i] = decay.is_near_one ? x[j][i] + change : change;
+        x[j][i] = fmaf(decay.kept, x[j][i], fmaf(decay.factor, x[j][i], factor * y.x[j][i]));
       }
     }
   }
@@ -86,6 +86,46 @@ struct RawLaneRow {
 #pragma unroll
     for (int j = 0; j < Layout::kPackets; ++j) x[j].widen(row.x[j]);
   }
+};
+
+/// Rows of a state on their way through shared memory, kRows of a group at once, kStages times. A thread reads what it
+/// copied itself, so threads do not wait for each other. Row r of a group lies kStep rows behind row r-1.
+template <class State, int kDim, int kRows, int kStages, int kThreads, int kStep>
+class RowsInFlight {
+ public:
+  using Layout = RowLayout<State, kDim>;
+  static constexpr int kPieces = kRows * Layout::kPackets;
+  static constexpr int kBytes = kStages * kPieces * kThreads * 16;
+
+  __device__ explicit RowsInFlight(uint4* shared) : mine_(shared + threadIdx.x) {}
+
+  /// Copies the first `count` rows of those behind `rows`, where row 0 of the group begins.
+  __device__ void copy(int stage, const State* rows, int lane, int count) {
+    const uint32_t to = shared_address(mine_ + stage * kPieces * kThreads);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= count) continue;
+#pragma unroll
+      for (int j = 0; j < Layout::kPackets; ++j) {
+        copy_async(to + (r * Layout::kPackets + j) * kThreads * 16, rows + r * kStep * kDim + Layout::column(j, lane));
+      }
+    }
+  }
+  __device__ void widen(int stage, LaneRow<State, kDim> (&s)[kRows]) const {
+    const uint4* const from = mine_ + stage * kPieces * kThreads;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int j = 0; j < Layout::kPackets; ++j) {
+        RawPackets<State, Layout::kPacket> packet;
+        packet.set(0, from[(r * Layout::kPackets + j) * kThreads]);
+        packet.widen(s[r].x[j]);
+      }
+    }
+  }
+
+ private:
+  uint4* mine_;
 };
 
 /// A token's q and k as they lie in memory, and what makes them unit vectors: the products with S take the raw ones.
