@@ -15,8 +15,8 @@
 #include "hwy/highway.h"
 
 #include "core/kernels/cpu/causal_conv1d-inl.h"
-#include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/recurrent_gated_delta_rule-inl.h"
+#include "core/kernels/cpu/recurrent_gated_delta_rule.h"
 #include "core/kernels/cpu/rms_norm_gated-inl.h"
 
 HWY_BEFORE_NAMESPACE();

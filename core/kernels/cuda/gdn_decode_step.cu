@@ -163,8 +163,7 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(const __grid_constant
 
   // ---- loads of the state ----
   const auto state_rows = [&](int32_t slot, Place place) {
-    return static_cast<State*>(rule.state.data) + slot * rule.state.stride +
-           (place.head * V + place.row) * kDim;
+    return static_cast<State*>(rule.state.data) + slot * rule.state.stride + (place.head * V + place.row) * kDim;
   };
   const auto rows_left = [&](Place place) {  // of the group, to the end of the head
     return (V - place.row + kGroups<State, kDim> - 1) / kGroups<State, kDim>;
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(const __grid_constant
 #pragma unroll
   for (int pass = 0; pass < kStages<State, kDim>; ++pass) copy_pass(pass);
 
-  // ---- convolution ----
+    // ---- convolution ----
 #pragma unroll
   for (int j = 0; j < kKeyChannels; ++j) raw_keys[j].history.load(conv, conv_read, 0, key_channel(j));
   if (has_gates) gates[gated] = {raw_gates.decay(rule), raw_gates.write_strength(rule)};

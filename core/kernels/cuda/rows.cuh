@@ -219,7 +219,9 @@ __device__ inline void store_once(__nv_bfloat16* to, const float (&x)[8]) {
 #elif STOREHINT == 2
   __stcg(reinterpret_cast<uint4*>(to), packet);
 #elif STOREHINT == 3
-  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1,%2,%3,%4};"::"l"(to),"r"(packet.x),"r"(packet.y),"r"(packet.z),"r"(packet.w):"memory");
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(packet.x), "r"(packet.y),
+               "r"(packet.z), "r"(packet.w)
+               : "memory");
 #else
   __stcs(reinterpret_cast<uint4*>(to), packet);
 #endif
