@@ -45,6 +45,7 @@ SUBSETS = {
         "replay_states",
         "kv_dtype",
         "quantize",
+        "device",
         "prefill_backend",
         "decode_backend",
         "prefill_accuracy",

@@ -54,7 +54,15 @@ _RULE_OPTIONS = tuple(
     )
 )
 _CONV_OPTIONS = ("seq_idx", "cu_seqlens", "initial_states", "return_final_states", "final_states_out")
-_DEVICES = frozenset({"cpu", *available_backends()})
+
+
+_devices = frozenset({"cpu"})  # types that some backend serves; constant while a model is traced
+
+
+def look_up_devices() -> None:
+    """Ask which devices are served. When models are patched, because an import does not ask for backends."""
+    global _devices
+    _devices = frozenset({"cpu", *available_backends()})
 
 
 def chunk_gated_delta_rule(
@@ -235,7 +243,7 @@ def why_not_tensors(*tensors: Tensor | None) -> str | None:
     given = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return "a gradient is required"
-    if given[0].device.type not in _DEVICES:
+    if given[0].device.type not in _devices:
         return f"device {given[0].device.type}"
     if given[0].numel() == 0:
         return "no tokens"

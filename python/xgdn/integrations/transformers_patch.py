@@ -65,6 +65,7 @@ def patch_transformers(*, layers: bool = False) -> list[str]:
     with _lock:
         _undo()
         wanted = _replacements(layers)
+        transformers_functions.look_up_devices()
         for one in wanted:
             setattr(one.owner, one.name, one.replacement)
         _replaced.extend(wanted)
