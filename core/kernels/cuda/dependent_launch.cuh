@@ -25,6 +25,9 @@ __device__ inline void let_next_kernel_launch() {
 #endif
 }
 
+// Shared memory that a kernel gets without asking, less what those launched here have beside the launch's own.
+inline constexpr size_t kUnaskedSharedBytes = 40 << 10;
+
 /// A launch that overlaps with the one before it, in clusters of `cluster` blocks along x.
 template <class... Params, class... Args>
 void launch_overlapping(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, int cluster,
@@ -45,6 +48,9 @@ void launch_overlapping(void (*kernel)(Params...), dim3 grid, int threads, size_
     cudaLaunchAttribute& clusters = attributes[config.numAttrs++];
     clusters.id = cudaLaunchAttributeClusterDimension;
     clusters.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  if (shared_bytes > kUnaskedSharedBytes) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   }
   cudaLaunchKernelEx(&config, kernel, args...);
 }
