@@ -20,18 +20,7 @@ __device__ inline void copy_async(uint32_t to, const void* from, bool is_zero) {
 
 /// The same without a choice.
 __device__ inline void copy_async(uint32_t to, const void* from) {
-#if LOADHINT == 1
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-#elif LOADHINT == 2
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-#elif LOADHINT == 3
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
-               : "memory");
-#else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-#endif
 }
 
 /// Ends a group of this thread's copies.

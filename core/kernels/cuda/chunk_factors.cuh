@@ -70,7 +70,7 @@ __device__ inline void start_tile(const InRows& rows, bool is_aligned, int64_t t
 }
 
 /// g and beta of a lane's two tokens on their way.
-class ChunkRawGates {
+class RawChunkGates {
  public:
   __device__ void load(const ChunkGatedDeltaRuleArgs& a, int64_t token, int count, int64_t head) {
 #pragma unroll
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(kFactorThreads, 4)
   start_tile<kK>(a.k, kernel.is_k_aligned, token, count, key_head, memory.tiles[0]);
   start_tile<kK>(a.q, kernel.is_q_aligned, token, count, key_head, memory.tiles[1]);
   commit_copies();
-  ChunkRawGates gates;  // of a pair's head to each of the first warps
+  RawChunkGates gates;  // of a pair's head to each of the first warps
   if (warp < kHeadsAtOnce && warp < heads) gates.load(a, token, count, key_head * heads + warp);
   wait_copies<0>();
   __syncthreads();

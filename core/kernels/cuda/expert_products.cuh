@@ -10,9 +10,9 @@
 
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/element_products.cuh"
-#include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/expert_visits.cuh"
 #include "core/kernels/cuda/gates.cuh"
+#include "core/kernels/cuda/rows.cuh"
 #include "core/kernels/cuda/warp_group_products.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -78,13 +78,14 @@ struct ProductWork {
   }
 };
 
-/// Begins to copy 64 of the depth of the weights and, behind them, of the visits to `to`. x_offsets: where the rows of
-/// the visits begin, -1: zeros.
+/// Begins to copy the 64 of the depth of a step, of the weights and, behind them, of the visits, to `to`. x_offsets:
+/// where the rows of the visits begin, -1: zeros.
 template <class Element, class Tiles, bool kIsGated>
 __device__ inline void copy_stage(const ExpertProductArgs& args, const ProductWork<Tiles, kIsGated>& work,
-                                  const int64_t* x_offsets, int64_t first_depth, uint32_t to) {
+                                  const int64_t* x_offsets, int step, uint32_t to) {
   constexpr int kPieces = Tiles::kRowBytes / 16;
   constexpr int kHalf = Tiles::kRows / 2;
+  const int64_t first_depth = static_cast<int64_t>(step) * Tiles::kDepth;
   const auto* weight = static_cast<const Element*>(args.weight) + work.tile.expert * args.expert_stride;
   const auto* x = static_cast<const Element*>(args.x);
 #pragma unroll
@@ -164,9 +165,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) multiply_experts(const Expert
   const int num_steps = static_cast<int>((args.depth + Tiles::kDepth - 1) / Tiles::kDepth);
   const auto stage_of = [&](int step) { return stages + step % Tiles::kStages * Tiles::kStageBytes; };
   const auto copy = [&](int step) {
-    if (step < num_steps) {
-      copy_stage<Element>(args, work, x_offsets, static_cast<int64_t>(step) * Tiles::kDepth, stage_of(step));
-    }
+    if (step < num_steps) copy_stage<Element>(args, work, x_offsets, step, stage_of(step));
     commit_copies();
   };
   for (int step = 0; step < Tiles::kStages - 1; ++step) copy(step);
@@ -237,9 +236,7 @@ __global__ void __launch_bounds__(HopperProductTiles::kThreads, 1)
   const int num_steps = static_cast<int>((args.depth + Tiles::kDepth - 1) / Tiles::kDepth);
   const auto stage_of = [&](int step) { return stages + step % Tiles::kStages * Tiles::kStageBytes; };
   const auto copy = [&](int step) {
-    if (step < num_steps) {
-      copy_stage<Element>(args, work, x_offsets, static_cast<int64_t>(step) * Tiles::kDepth, stage_of(step));
-    }
+    if (step < num_steps) copy_stage<Element>(args, work, x_offsets, step, stage_of(step));
     commit_copies();
   };
   // Products of one step run while the next ones are started, so two stages are on their way and two are read.

@@ -295,9 +295,6 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(const __grid_constant
 
 // Blocks of a cluster: enough to give every multiprocessor some, but no more, since each convolves q and k again.
 int cluster_size(int64_t items, int passes) {
-#ifdef SHIM
-  if (const char* c = getenv("XC"); c && *c != '0') return atoi(c);
-#endif
   if (!has_clusters()) return 1;
   constexpr int64_t kManyBlocks = 512;
   int size = 1;

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_experts(MoeExpertsArgs args, 
   for (int64_t a = 0; a < args.A; ++a) {
     RawPacket<Element, kIsWhole> raw;
     raw.load(output + a * args.D, first, args.D);
-    const float weight = to_float(*row_of<Element>(args.weights, token, a));
+    const float weight = widened(*row_of<Element>(args.weights, token, a));
     float x[kPacket];
     raw.widen(x);
 #pragma unroll

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "core/kernels/cuda/element_products.cuh"
-#include "core/kernels/cuda/elements.cuh"
+#include "core/kernels/cuda/rows.cuh"
 
 namespace xgdn::kernel::cuda {
 
@@ -22,14 +22,14 @@ class RawPacket {
       for (int i = 0; i < kWords; ++i) words_[i] = first < end ? from[i] : uint4{};
     } else {
 #pragma unroll
-      for (int j = 0; j < kPacket; ++j) elements_[j] = first + j < end ? row[first + j] : from_float<Element>(0.0f);
+      for (int j = 0; j < kPacket; ++j) elements_[j] = first + j < end ? row[first + j] : narrowed<Element>(0.0f);
     }
   }
 
   __device__ void widen(float (&x)[kPacket]) const {
     const auto* elements = kIsWhole ? reinterpret_cast<const Element*>(words_) : elements_;
 #pragma unroll
-    for (int j = 0; j < kPacket; ++j) x[j] = to_float(elements[j]);
+    for (int j = 0; j < kPacket; ++j) x[j] = widened(elements[j]);
   }
 
  private:
@@ -43,7 +43,7 @@ __device__ inline void store_packet(Element* row, int64_t first, int64_t end, co
   if constexpr (!kIsWhole) {
 #pragma unroll
     for (int j = 0; j < kPacket; ++j) {
-      if (first + j < end) row[first + j] = from_float<Element>(x[j]);
+      if (first + j < end) row[first + j] = narrowed<Element>(x[j]);
     }
   } else if (first < end) {
     if constexpr (std::is_same_v<Element, float>) {

@@ -10,8 +10,8 @@
 #include <cstdint>
 
 #include "core/kernels/cuda/element_products.cuh"
-#include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/paged_attention.h"
+#include "core/kernels/cuda/rows.cuh"
 
 namespace xgdn::kernel::cuda {
 
@@ -200,8 +200,8 @@ __device__ inline void store_query(const PagedAttentionArgs& args, const TileCal
     } else if (call.is_aligned) {
       *reinterpret_cast<uint32_t*>(out + column) = packed<Element>(first, second);
     } else {
-      out[column] = from_float<Element>(first);
-      out[column + 1] = from_float<Element>(second);
+      out[column] = narrowed<Element>(first);
+      out[column + 1] = narrowed<Element>(second);
     }
   }
   if (call.shares > 1 && lane % 4 == 0) call.log2s[result] = sum == 0.0f ? -INFINITY : log2_base + log2f(sum);

@@ -11,8 +11,8 @@
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/cache_codes.cuh"
 #include "core/kernels/cuda/element_products.cuh"
-#include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
+#include "core/kernels/cuda/rows.cuh"
 #include "core/kernels/cuda/warp_group_products.cuh"
 
 namespace xgdn::kernel::cuda {

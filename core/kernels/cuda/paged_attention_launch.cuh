@@ -7,15 +7,16 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "core/kernels/cuda/alignment.h"
 #include "core/kernels/cuda/device_facts.h"
 #include "core/kernels/cuda/element_types.h"
-#include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/launch.h"
 #include "core/kernels/cuda/paged_attention.cuh"
 #include "core/kernels/cuda/paged_attention_f32.cuh"
 #include "core/kernels/cuda/paged_attention_hopper.cuh"
 #include "core/kernels/cuda/paged_attention_prefill.cuh"
 #include "core/kernels/cuda/paged_attention_split.cuh"
+#include "core/kernels/cuda/rows.cuh"
 
 namespace xgdn::kernel::cuda {
 
@@ -85,10 +86,10 @@ __global__ void __launch_bounds__(kSumThreads) sum_chunks(const PagedAttentionAr
     sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
   }
   Element* out = row_of<Element>(args.out, s.begin + token, head) + column;
-  out[0] = from_float<Element>(sum.x);
-  out[1] = from_float<Element>(sum.y);
-  out[2] = from_float<Element>(sum.z);
-  out[3] = from_float<Element>(sum.w);
+  out[0] = narrowed<Element>(sum.x);
+  out[1] = narrowed<Element>(sum.y);
+  out[2] = narrowed<Element>(sum.z);
+  out[3] = narrowed<Element>(sum.w);
 }
 
 // The same for the shares of tiles of queries. Blocks: (tile and key head, 8 rows), a warp has a row.
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_shares(const PagedAttentionAr
       const float weight = exp2f(call.log2s[first + i] - base) * inverse;
       sum = fmaf(weight, call.values[(first + i) * args.D + column], sum);
     }
-    out[column] = from_float<Element>(sum);
+    out[column] = narrowed<Element>(sum);
   }
 }
 
@@ -126,16 +127,8 @@ inline bool has_warp_group_products() {
   return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9;
 }
 
-// Whether rows of q and of out begin at multiples of 16 bytes.
-inline bool has_aligned_rows(const PagedAttentionArgs& args) {
-  const auto unit = 16 / size_of(args.q.dtype);
-  const auto address = reinterpret_cast<uintptr_t>(args.q.data) | reinterpret_cast<uintptr_t>(args.out.data);
-  return address % 16 == 0 && args.q.token_stride % unit == 0 && args.q.head_stride % unit == 0 &&
-         args.out.token_stride % unit == 0 && args.out.head_stride % unit == 0;
-}
-
 inline TileCall tile_call(const PagedAttentionArgs& args) {
-  TileCall call = {.is_aligned = has_aligned_rows(args)};
+  TileCall call = {.is_aligned = is_aligned(args.q) && is_aligned(args.out)};
   if (args.max_len <= kSplitTokens || args.q.dtype == DType::kFloat32) return call;
   const int64_t blocks = max_query_tiles(args, kQueryRows) * args.HKV;
   const int64_t most = std::clamp<int64_t>(args.M * args.B / kMinShareRows, 1, kMaxShares);
@@ -197,7 +190,8 @@ void attend_rows(const PagedAttentionArgs& args, cudaStream_t stream) {
         constexpr int kGroups = decltype(groups)::value;
         const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kGroups * kGroupRows)), chunks);
         launch(attend_split<Element, kDim, kGroups, kIsInt8>, grid, kSplitWarps * kLanes,
-               SplitMemory<kDim, kGroups, kIsInt8>::kBytes, args, SplitCall{results, has_aligned_rows(args)}, stream);
+               SplitMemory<kDim, kGroups, kIsInt8>::kBytes, args,
+               SplitCall{results, is_aligned(args.q) && is_aligned(args.out)}, stream);
       };
       queries <= kGroupRows ? launch_split(std::integral_constant<int, 1>())
                             : launch_split(std::integral_constant<int, 2>());

@@ -14,8 +14,8 @@
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/cache_codes.cuh"
 #include "core/kernels/cuda/element_products.cuh"
-#include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
+#include "core/kernels/cuda/rows.cuh"
 
 namespace xgdn::kernel::cuda {
 

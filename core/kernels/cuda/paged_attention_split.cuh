@@ -15,8 +15,8 @@
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/cache_codes.cuh"
 #include "core/kernels/cuda/element_products.cuh"
-#include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
+#include "core/kernels/cuda/rows.cuh"
 
 namespace xgdn::kernel::cuda {
 
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
       for (int w = 0; w < kSplitWarps; ++w) value += factor[w] * joined[(w * kRows + query) * kStride + column];
       value *= inverse;
       if (is_whole) {
-        out[column] = from_float<Element>(value);
+        out[column] = narrowed<Element>(value);
       } else {
         results.values[result * args.D + column] = value;
       }

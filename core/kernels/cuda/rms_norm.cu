@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
       float before[kPacket];
       raw_residual[i].widen(before);
 #pragma unroll
-      for (int j = 0; j < kPacket; ++j) x[i][j] = to_float(from_float<Element>(x[i][j] + before[j]));
+      for (int j = 0; j < kPacket; ++j) x[i][j] = rounded<Element>(x[i][j] + before[j]);
       store_packet<kIsWhole>(residual, first_of(i), args.D, x[i]);
     }
 #pragma unroll
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
     for (int i = 0; i < kPackets; ++i) {
 #pragma unroll
       for (int j = 0; j < kPacket; ++j) {
-        if (first_of(i) + j < args.P) n[first_of(i) + j] = x[i][j] = to_float(from_float<Element>(x[i][j]));
+        if (first_of(i) + j < args.P) n[first_of(i) + j] = x[i][j] = rounded<Element>(x[i][j]);
       }
     }
     wait_for_row<kThreads>();
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
         const int64_t column = first_of(i) + j;
         if (column >= args.P) continue;
         const float crossed = column < half ? -n[column + half] : n[column - half];
-        x[i][j] = to_float(from_float<Element>(x[i][j] * cos[j])) + to_float(from_float<Element>(crossed * sin[j]));
+        x[i][j] = rounded<Element>(x[i][j] * cos[j]) + rounded<Element>(crossed * sin[j]);
       }
     }
   }

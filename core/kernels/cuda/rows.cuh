@@ -25,8 +25,12 @@ __device__ inline char* row_of(const OutRows& rows, int64_t token, int64_t head)
          (token * rows.token_stride + head * rows.head_stride) * (rows.dtype == DType::kFloat32 ? 4 : 2);
 }
 template <class Element>
-__device__ const Element* row_of(const InRows& rows, int64_t token, int64_t head) {
+__device__ inline const Element* row_of(const InRows& rows, int64_t token, int64_t head) {
   return static_cast<const Element*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
+}
+template <class Element>
+__device__ inline Element* row_of(const OutRows& rows, int64_t token, int64_t head) {
+  return static_cast<Element*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
 }
 
 // ---- single numbers -------------------------------------------------------------------------------------------------
@@ -81,28 +85,22 @@ __device__ inline float widened(__half x) {
   return __half2float(x);
 }
 
-/// x as the type holds it.
+/// x rounded to the type, to nearest even.
 template <class Element>
-__device__ float rounded(float x) {
+__device__ inline Element narrowed(float x) {
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    return __bfloat162float(__float2bfloat16_rn(x));
+    return __float2bfloat16_rn(x);
   } else if constexpr (std::is_same_v<Element, __half>) {
-    return __half2float(__float2half_rn(x));
+    return __float2half_rn(x);
   } else {
     return x;
   }
 }
 
-/// The same for a type that is known at run time.
-__device__ inline float rounded(DType dtype, float x) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return rounded<__nv_bfloat16>(x);
-    case DType::kFloat16:
-      return rounded<__half>(x);
-    default:
-      return x;
-  }
+/// x as the type holds it.
+template <class Element>
+__device__ inline float rounded(float x) {
+  return widened(narrowed<Element>(x));
 }
 
 // ---- neighbours -----------------------------------------------------------------------------------------------------
@@ -203,28 +201,14 @@ class RawElements {
 };
 
 __device__ inline void store_once(float* to, const float (&x)[4]) {
-#if STOREHINT == 1
-  *(reinterpret_cast<float4*>(to)) = make_float4(x[0], x[1], x[2], x[3]);
-#else
   __stcs(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
-#endif
 }
 __device__ inline void store_once(__nv_bfloat16* to, const float (&x)[8]) {
   uint4 packet;
   auto* pairs = reinterpret_cast<__nv_bfloat162*>(&packet);
 #pragma unroll
   for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-#if STOREHINT == 1
-  *reinterpret_cast<uint4*>(to) = packet;
-#elif STOREHINT == 2
-  __stcg(reinterpret_cast<uint4*>(to), packet);
-#elif STOREHINT == 3
-  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(packet.x), "r"(packet.y),
-               "r"(packet.z), "r"(packet.w)
-               : "memory");
-#else
   __stcs(reinterpret_cast<uint4*>(to), packet);
-#endif
 }
 
 // ---- sums over lanes ------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@
 #include <cstring>
 
 #include "core/kernels/cuda/element_types.h"
-#include "core/kernels/cuda/elements.cuh"
 #include "core/kernels/cuda/launch.h"
+#include "core/kernels/cuda/rows.cuh"
 
 namespace xgdn::kernel::cuda {
 namespace {
@@ -51,14 +51,14 @@ __global__ void store_codes(StoreKvArgs args, int64_t count) {
              (row * args.HKV + head) * (args.D + static_cast<int64_t>(sizeof(float)));
 
   uint32_t bits = 0;  // of magnitudes: they order as the magnitudes do, and NaN above all
-  for (int64_t j = lane; j < args.D; j += kLanes) bits = max(bits, __float_as_uint(fabsf(to_float(x[j]))));
+  for (int64_t j = lane; j < args.D; j += kLanes) bits = max(bits, __float_as_uint(fabsf(widened(x[j]))));
   bits = __reduce_max_sync(~0u, bits);
   const float largest = __uint_as_float(bits);
   const bool is_finite = bits < kInfinity;
   const bool has_codes = is_finite && largest >= kSmallest;
   const float inverse = has_codes ? __fdiv_rn(kMost, largest) : 0.0f;
   for (int64_t j = lane; j < args.D; j += kLanes) {
-    const int code = has_codes ? __float2int_rn(to_float(x[j]) * inverse) : 0;
+    const int code = has_codes ? __float2int_rn(widened(x[j]) * inverse) : 0;
     reinterpret_cast<int8_t*>(to)[j] = static_cast<int8_t>(code);
   }
   if (lane == 0) {

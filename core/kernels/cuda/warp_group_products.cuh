@@ -49,39 +49,33 @@ __device__ inline uint64_t group_matrix(uint32_t address, uint32_t column_block 
   "%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120," \
   "%121,%122,%123,%124,%125,%126,%127"
 
+// One instruction for both types. Outputs and inputs are in parentheses, because of their commas.
+#define XGDN_LIST(...) __VA_ARGS__
+#define XGDN_GROUP_PRODUCT(before, shape, operands, outputs, inputs)                       \
+  do {                                                                                     \
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                                \
+      asm volatile(before "wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 " operands \
+                   : XGDN_LIST outputs                                                     \
+                   : XGDN_LIST inputs);                                                    \
+    } else {                                                                               \
+      asm volatile(before "wgmma.mma_async.sync.aligned." shape ".f32.f16.f16 " operands   \
+                   : XGDN_LIST outputs                                                     \
+                   : XGDN_LIST inputs);                                                    \
+    }                                                                                      \
+  } while (false)
+
 /// sum [64, 8 kTiles] (+)= a b^T, columns of both side by side in memory, 16 of them.
 template <class Element, int kTiles>
 __device__ inline void start_product(float (&sum)[kTiles][4], uint64_t a, uint64_t b, bool adds) {
-  constexpr bool kIsBFloat16 = std::is_same_v<Element, __nv_bfloat16>;
   const int add = adds ? 1 : 0;
   if constexpr (kTiles == 8) {
-    if constexpr (kIsBFloat16) {
-      asm volatile(
-          "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-          "{" XGDN_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0; }"
-          : XGDN_SUM8(0)
-          : "l"(a), "l"(b), "r"(add));
-    } else {
-      asm volatile(
-          "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-          "{" XGDN_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0; }"
-          : XGDN_SUM8(0)
-          : "l"(a), "l"(b), "r"(add));
-    }
+    XGDN_GROUP_PRODUCT("{ .reg .pred p; setp.ne.b32 p, %34, 0; ", "m64n64k16",
+                       "{" XGDN_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0; }", (XGDN_SUM8(0)),
+                       ("l"(a), "l"(b), "r"(add)));
   } else if constexpr (kTiles == 16) {
-    if constexpr (kIsBFloat16) {
-      asm volatile(
-          "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-          "{" XGDN_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0; }"
-          : XGDN_SUM8(0), XGDN_SUM8(8)
-          : "l"(a), "l"(b), "r"(add));
-    } else {
-      asm volatile(
-          "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-          "{" XGDN_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0; }"
-          : XGDN_SUM8(0), XGDN_SUM8(8)
-          : "l"(a), "l"(b), "r"(add));
-    }
+    XGDN_GROUP_PRODUCT("{ .reg .pred p; setp.ne.b32 p, %66, 0; ", "m64n128k16",
+                       "{" XGDN_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0; }", (XGDN_SUM8(0), XGDN_SUM8(8)),
+                       ("l"(a), "l"(b), "r"(add)));
   } else {
     static_assert(kTiles == 0, "no such product");
   }
@@ -90,54 +84,26 @@ __device__ inline void start_product(float (&sum)[kTiles][4], uint64_t a, uint64
 /// sum [64, 8 kTiles] += a [64, 16] b, whose rows are side by side in memory. a must stay as it is until the end.
 template <class Element, int kTiles>
 __device__ inline void start_product(float (&sum)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
-  constexpr bool kIsBFloat16 = std::is_same_v<Element, __nv_bfloat16>;
   if constexpr (kTiles == 8) {
-    if constexpr (kIsBFloat16) {
-      asm volatile(
-          "{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-          "{" XGDN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1; }"
-          : XGDN_SUM8(0)
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    } else {
-      asm volatile(
-          "{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" XGDN_REGISTERS_32
-          "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1; }"
-          : XGDN_SUM8(0)
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
+    XGDN_GROUP_PRODUCT("{ .reg .pred p; setp.eq.b32 p, 0, 0; ", "m64n64k16",
+                       "{" XGDN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1; }", (XGDN_SUM8(0)),
+                       ("r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)));
   } else if constexpr (kTiles == 16) {
-    if constexpr (kIsBFloat16) {
-      asm volatile(
-          "{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-          "{" XGDN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1; }"
-          : XGDN_SUM8(0), XGDN_SUM8(8)
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    } else {
-      asm volatile(
-          "{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" XGDN_REGISTERS_64
-          "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1; }"
-          : XGDN_SUM8(0), XGDN_SUM8(8)
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
+    XGDN_GROUP_PRODUCT("{ .reg .pred p; setp.eq.b32 p, 0, 0; ", "m64n128k16",
+                       "{" XGDN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1; }", (XGDN_SUM8(0), XGDN_SUM8(8)),
+                       ("r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)));
   } else if constexpr (kTiles == 32) {
-    if constexpr (kIsBFloat16) {
-      asm volatile(
-          "{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-          "{" XGDN_REGISTERS_128 "}, {%128,%129,%130,%131}, %132, p, 1, 1, 1; }"
-          : XGDN_SUM8(0), XGDN_SUM8(8), XGDN_SUM8(16), XGDN_SUM8(24)
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    } else {
-      asm volatile(
-          "{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-          "{" XGDN_REGISTERS_128 "}, {%128,%129,%130,%131}, %132, p, 1, 1, 1; }"
-          : XGDN_SUM8(0), XGDN_SUM8(8), XGDN_SUM8(16), XGDN_SUM8(24)
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
+    XGDN_GROUP_PRODUCT("{ .reg .pred p; setp.eq.b32 p, 0, 0; ", "m64n256k16",
+                       "{" XGDN_REGISTERS_128 "}, {%128,%129,%130,%131}, %132, p, 1, 1, 1; }",
+                       (XGDN_SUM8(0), XGDN_SUM8(8), XGDN_SUM8(16), XGDN_SUM8(24)),
+                       ("r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)));
   } else {
     static_assert(kTiles == 0, "no such product");
   }
 }
 
+#undef XGDN_GROUP_PRODUCT
+#undef XGDN_LIST
 #undef XGDN_REGISTERS_128
 #undef XGDN_REGISTERS_64
 #undef XGDN_REGISTERS_32

@@ -53,6 +53,13 @@ LastCall last_call(std::string_view function, std::string_view op) {
   throw UnsupportedError(c10::str("[", function, "] op: expected one of ", op_names(AllOps{}), ", got '", op, "'"));
 }
 
+// The first that serves the device and says yes; null: none.
+const Backend* backend_that(bool (Backend::*says)() const, c10::Device device) {
+  const auto found =
+      std::ranges::find_if(backends(), [&](const Backend* b) { return (b->*says)() && !b->why_not_device(device); });
+  return found == backends().end() ? nullptr : *found;
+}
+
 }  // namespace
 
 const Backend* find_backend(std::string_view name) {
@@ -95,25 +102,20 @@ std::vector<std::string> available_backends() {
 }
 
 bool reads_context_rows(c10::Device device) {
-  return std::ranges::any_of(backends(),
-                             [&](const Backend* b) { return b->reads_context_rows() && !b->why_not_device(device); });
+  return backend_that(&Backend::reads_context_rows, device) != nullptr;
 }
 
 bool has_graphs(c10::Device device) {
-  return std::ranges::any_of(backends(),
-                             [&](const Backend* b) { return b->has_graphs() && !b->why_not_device(device); });
+  return backend_that(&Backend::has_graphs, device) != nullptr;
 }
 
 std::unique_ptr<DeviceGraph> record(c10::Device device, const std::function<void()>& launches) {
-  for (const Backend* b : backends()) {
-    if (b->has_graphs() && !b->why_not_device(device)) return b->record(launches);
-  }
-  return nullptr;
+  const Backend* backend = backend_that(&Backend::has_graphs, device);
+  return backend != nullptr ? backend->record(launches) : nullptr;
 }
 
 bool finds_largest_logits(c10::Device device) {
-  return std::ranges::any_of(backends(),
-                             [&](const Backend* b) { return b->finds_largest_logits() && !b->why_not_device(device); });
+  return backend_that(&Backend::finds_largest_logits, device) != nullptr;
 }
 
 bool copies_contexts(c10::Device device, const std::string& backend) {
