@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import xgdn
+from xgdn.bench.turns import BYTES_BEYOND_CACHES
 
 H, HV, K, V = 16, 32, 128, 128
 CONV_WIDTH = 4
@@ -42,10 +43,10 @@ def _split_qkv(mixed_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class StatePool:
     """States of `batch` sequences, so many times over that they come from memory and not from a cache."""
 
-    def __init__(self, batch: int, dtype: torch.dtype, rotate_mib: int) -> None:
+    def __init__(self, batch: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.batch_bytes = batch * HV * V * K * dtype.itemsize
-        self.parts = max(1, -(-rotate_mib * 2**20 // self.batch_bytes))
+        self.parts = max(1, -(-BYTES_BEYOND_CACHES // self.batch_bytes))
         self.first = torch.randn(batch, HV, V, K).to(dtype)
         slots = torch.arange(self.parts * batch, dtype=torch.int32)
         self._slots: tuple[Tensor, ...] = slots.view(self.parts, batch).unbind()
@@ -106,14 +107,14 @@ class RuleCase(ABC):
 class DecodeCase(RuleCase):
     """One token for each of `batch` sequences, after the convolution."""
 
-    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int) -> None:
+    def __init__(self, batch: int, state_dtype: torch.dtype) -> None:
         self.title = f"decode B={batch} {SHORT[state_dtype]}"
         self.batch = batch
         self.mixed_qkv = torch.randn(batch, 2 * H * K + HV * V).bfloat16()
         self.q, self.k, self.v = _split_qkv(self.mixed_qkv)
         self.gates = Gates(batch)
         self.cu_seqlens = torch.arange(batch + 1, dtype=torch.int32)
-        self.pool = StatePool(batch, state_dtype, rotate_mib)
+        self.pool = StatePool(batch, state_dtype)
         self.work = 2.0 * self.pool.batch_bytes
 
     def indices(self, i: int) -> Tensor:
@@ -126,8 +127,8 @@ class DecodeCase(RuleCase):
 class DecodeStepCase(DecodeCase):
     """What lies between the projections of a layer: convolution, rule and gated norm. The roofline is the rule's."""
 
-    def __init__(self, batch: int, state_dtype: torch.dtype, rotate_mib: int) -> None:
-        super().__init__(batch, state_dtype, rotate_mib)
+    def __init__(self, batch: int, state_dtype: torch.dtype) -> None:
+        super().__init__(batch, state_dtype)
         self.title = f"decode step B={batch} {SHORT[state_dtype]}"
         channels = self.mixed_qkv.shape[1]
         self.before_conv = torch.randn(batch, channels).bfloat16()
@@ -164,14 +165,14 @@ class DecodeStepCase(DecodeCase):
 class VerifyCase(RuleCase):
     """`drafts` tokens for each of `batch` sequences, the state after each of them kept."""
 
-    def __init__(self, batch: int, drafts: int, state_dtype: torch.dtype, rotate_mib: int) -> None:
+    def __init__(self, batch: int, drafts: int, state_dtype: torch.dtype) -> None:
         self.title = f"verify B={batch} T={drafts} {SHORT[state_dtype]}"
         count = batch * drafts
         self.q, self.k, self.v = _split_qkv(torch.randn(count, 2 * H * K + HV * V).bfloat16())
         self.gates = Gates(count)
         self.cu_seqlens = torch.arange(0, count + 1, drafts, dtype=torch.int32)
         self.num_accepted = torch.ones(batch, dtype=torch.int32)
-        self.pool = StatePool(count, state_dtype, rotate_mib)
+        self.pool = StatePool(count, state_dtype)
         self.work = self.pool.batch_bytes * (drafts + 1) / drafts
         self._table = (batch, drafts)
 

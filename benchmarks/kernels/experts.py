@@ -12,7 +12,7 @@ from torch.nn.functional import linear, silu
 
 import xgdn
 from kernels.compare import WrongResult, relative_error
-from xgdn.bench.turns import take_turns
+from xgdn.bench.turns import BYTES_BEYOND_CACHES, take_turns
 from xgdn.quantization import pack, quantize
 
 
@@ -32,7 +32,6 @@ Format = Literal["bf16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("bf16", "int8", "int4")
 _GROUP_SIZE = {"int8": 64, "int4": 32}
 _ROTATE_CALLS = 16
-_ROTATE_BYTES = 256 * 2**20  # of the roofline: beyond a share of any cache
 _TOLERANCE = 6e-3  # two products, the activation and out are rounded to bf16
 _FACTORS = 3  # an expert's outputs are 1, 2 or 4 times those of the first, in every format exactly
 
@@ -181,7 +180,7 @@ class ExpertsBenchmark:
 
         visited = statistics.mean(len(call.chosen.unique()) for call in calls)
         floats = int(visited * weights.expert_bytes) // 4
-        parts = -(-_ROTATE_BYTES // (4 * floats))
+        parts = -(-BYTES_BEYOND_CACHES // (4 * floats))
         memory = torch.ones(parts, floats).unbind()
         theirs: list[Callable[[int], object]] = []
         if format == "bf16":

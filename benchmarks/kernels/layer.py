@@ -15,7 +15,6 @@ from xgdn.bench.turns import take_turns
 from xgdn.layers import GdnBatch, GdnConfig, GdnState, Qwen3GatedDeltaNet, Segment, SegmentKind, StateKind
 
 HIDDEN = 2048  # of Qwen3-Next-80B and Qwen3.5-35B
-ROTATE_MIB = 1024  # beyond any cache
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class LayerBenchmark:
             hidden_size=HIDDEN, num_k_heads=H, num_v_heads=HV, head_k_dim=K, head_v_dim=V, state_dtype=state_dtype
         )
         layer = Qwen3GatedDeltaNet(config, self._weights, dtype=torch.bfloat16)
-        case = DecodeCase(batch, state_dtype, ROTATE_MIB)
+        case = DecodeCase(batch, state_dtype)
         state = GdnState.allocate(layer.state_specs(), case.pool.parts * batch)
         state.pool(StateKind.DELTA).normal_()
         batches = [self._batch(case, i) for i in range(case.pool.parts)]

@@ -9,7 +9,7 @@ import torch
 
 import xgdn
 from kernels.compare import WrongResult, relative_error
-from xgdn.bench.turns import take_turns
+from xgdn.bench.turns import BYTES_BEYOND_CACHES, take_turns
 
 # Outputs and depth of the matrices of a layer of Qwen3.5-0.8B.
 SHAPES = {
@@ -18,7 +18,6 @@ SHAPES = {
     "MLP gate and up": (7168, 1024),
     "MLP down": (1024, 3584),
 }
-_ROTATE_BYTES = 256 * 2**20  # of weights: beyond a share of any cache
 _TOLERANCE = 2.5e-3  # rounding out to bf16 costs 1.7e-3
 
 
@@ -68,7 +67,7 @@ class LinearBenchmark:
         outputs, depth = SHAPES[matrix]
         x = torch.randn(tokens, depth).bfloat16()
         out = torch.full((tokens, outputs), torch.nan, dtype=torch.bfloat16)
-        parts = -(-_ROTATE_BYTES // (outputs * depth * 2))
+        parts = -(-BYTES_BEYOND_CACHES // (outputs * depth * 2))
         first = (torch.randn(outputs, depth) / depth**0.5).bfloat16()
         weights, torch_weights = (first.repeat(parts, 1, 1).unbind() for _ in range(2))
         memory = torch.ones(parts, outputs * depth // 2).unbind()

@@ -13,7 +13,6 @@ from kernels.cases import DecodeCase, DecodeStepCase, PrefillCase, VerifyCase
 from kernels.compare import Provider, Row, check, compare
 
 DRAFTS = 4
-ROTATE_MIB = 256  # of states: beyond a share of any cache
 
 C = TypeVar("C", DecodeCase, VerifyCase, PrefillCase)
 
@@ -61,19 +60,19 @@ class OpsBenchmark:
         return rows
 
     def decode(self, batch: int, state_dtype: torch.dtype, threads: int) -> list[Row]:
-        case = DecodeCase(batch, state_dtype, ROTATE_MIB)
+        case = DecodeCase(batch, state_dtype)
         return self._run(case, case, [library.decode for library in self._libraries], threads)
 
     def decode_step(self, batch: int, state_dtype: torch.dtype, threads: int) -> list[Row]:
         """The fused step beside the rule alone, on the same tokens. Other libraries have no such op."""
         torch.set_num_threads(threads)
-        case = DecodeStepCase(batch, state_dtype, ROTATE_MIB)
+        case = DecodeStepCase(batch, state_dtype)
         rule, step = xgdn_ops.decode(case)[1:2], xgdn_ops.decode_step(case)
         errors = [check(c, case.truth()) for c in rule] + [check(c, case.truth_of_step()) for c in step]
         return compare(case, threads, [*rule, *step], errors, self._seconds)
 
     def verify(self, batch: int, state_dtype: torch.dtype, threads: int) -> list[Row]:
-        case = VerifyCase(batch, DRAFTS, state_dtype, ROTATE_MIB)
+        case = VerifyCase(batch, DRAFTS, state_dtype)
         return self._run(case, case, [library.verify for library in self._libraries], threads)
 
     def prefill(self, lengths: Sequence[int], dtype: torch.dtype, threads: int) -> list[Row]:

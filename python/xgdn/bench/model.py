@@ -10,13 +10,11 @@ import torch
 
 import xgdn
 from xgdn.bench.op_times import RecordedStep, StepProfile, record_ops, step_profile
-from xgdn.bench.turns import take_turns
+from xgdn.bench.turns import BYTES_BEYOND_CACHES, take_turns
 
 _WARM_UP = 4  # steps; the first ones touch memory that nobody has read yet
 _KV_BLOCK = 16  # tokens
 _STEP_TOKENS = 2048  # token budget of a step
-_STREAM_BYTES = 256 * 2**20  # beyond a share of any cache
-_DEVICE_STREAM_BYTES = 2**31  # the same, and long beside a launch
 
 
 @dataclass(frozen=True)
@@ -130,13 +128,12 @@ class ModelBenchmark:
 def _roofline(read_bytes: int, updated_bytes: int, device: str) -> float:
     """Return the seconds to sum over `read_bytes` and to update `updated_bytes` in place, in the memory of `device`."""
     on_host = torch.device(device).type == "cpu"
-    stream_bytes = _STREAM_BYTES if on_host else _DEVICE_STREAM_BYTES
-    memory = torch.ones(stream_bytes // 4, device=device)
+    memory = torch.ones(BYTES_BEYOND_CACHES // 4, device=device)
 
     def finished(result: torch.Tensor) -> None:
         if not on_host:
             result.view(-1)[0].item()
 
     times = take_turns([lambda _: finished(memory.sum()), lambda _: finished(memory.mul_(1.0))], 0.3)
-    read, update = (1e-6 * min(taken) / stream_bytes for taken in times)
+    read, update = (1e-6 * min(taken) / BYTES_BEYOND_CACHES for taken in times)
     return read * read_bytes + update * updated_bytes
