@@ -27,13 +27,20 @@ from xgdn.cli import app
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_model/checkpoint"
 
 CASES = {
-    "decode": lambda: DecodeCase(2, torch.float32, rotate_mib=1),
-    "decode_step": lambda: DecodeStepCase(2, torch.float32, rotate_mib=1),
-    "verify": lambda: VerifyCase(1, 3, torch.bfloat16, rotate_mib=1),
+    "decode": lambda: DecodeCase(2, torch.float32),
+    "decode_step": lambda: DecodeStepCase(2, torch.float32),
+    "verify": lambda: VerifyCase(1, 3, torch.bfloat16),
     "prefill": lambda: PrefillCase([65, 3]),
 }
 
 
+@pytest.fixture
+def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make pools of states that fit a cache."""
+    monkeypatch.setattr(kernels.cases, "BYTES_BEYOND_CACHES", 2**20)
+
+
+@pytest.mark.usefixtures("small_pools")
 @pytest.mark.parametrize("kind", CASES)
 def test_own_providers_are_right_and_a_wrong_one_is_found(kind: str) -> None:
     case = CASES[kind]()
@@ -47,8 +54,9 @@ def test_own_providers_are_right_and_a_wrong_one_is_found(kind: str) -> None:
                 check(broken, truth)
 
 
+@pytest.mark.usefixtures("small_pools")
 def test_truth_leaves_the_inputs_alone() -> None:
-    case = DecodeCase(1, torch.float32, rotate_mib=1)
+    case = DecodeCase(1, torch.float32)
     before = case.pool.first.clone()
     case.truth()
     assert torch.equal(case.pool.first, before)
@@ -69,7 +77,7 @@ def test_every_kernel_benchmark_has_json(command: str) -> None:
 
 
 def test_bench_ops_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.ops, "ROTATE_MIB", 1)
+    monkeypatch.setattr(kernels.cases, "BYTES_BEYOND_CACHES", 2**20)
     monkeypatch.setattr(kernels.cases, "GEMM_SIZE", 128)
     arguments = "ops --decode 1 --verify 1 --prefill 64 --threads 1 --seconds 0 --json"
     result = CliRunner().invoke(kernels_app, arguments.split())
@@ -168,7 +176,7 @@ def test_bench_model_profile_prints_a_table_for_each_kind_of_step() -> None:
 
 
 def test_bench_linear_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.linear, "_ROTATE_BYTES", 2**20)
+    monkeypatch.setattr(kernels.linear, "BYTES_BEYOND_CACHES", 2**20)
     options = ["--tokens", "1,17", "--threads", "1", "--seconds", "0", "--json"]
     result = CliRunner().invoke(kernels_app, ["linear", *options])
     assert result.exit_code == 0, result.output
@@ -193,7 +201,7 @@ def test_bench_linear_refuses_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def small_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.experts, "_ROTATE_BYTES", 2**20)
+    monkeypatch.setattr(kernels.experts, "BYTES_BEYOND_CACHES", 2**20)
     monkeypatch.delitem(kernels.experts.SHAPES, "Qwen3-Next")
     monkeypatch.setitem(kernels.experts.SHAPES, "narrow", kernels.experts.Shape(6, 128, 64, 2))
 
@@ -269,7 +277,7 @@ def test_bench_attention_refuses_other_keys_and_values() -> None:
 
 
 def test_bench_layer_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.layer, "ROTATE_MIB", 1)
+    monkeypatch.setattr(kernels.cases, "BYTES_BEYOND_CACHES", 2**20)
     result = CliRunner().invoke(kernels_app, ["layer", "--batch", "1", "--threads", "1", "--seconds", "0", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]

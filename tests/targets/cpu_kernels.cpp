@@ -915,6 +915,7 @@ void run_quantized_linear(QuantizedLinearArgs args) {
   const auto lines = [](int64_t bytes) { return std::vector<PackedLine>(static_cast<size_t>(bytes) / 64 + 1); };
   std::vector<PackedLine> tokens = lines(args.T * args.D * 4), scales = lines(args.T * num_groups(args) * 4),
                           sums = scales;
+  args.by_tiles = takes_tiles(args.format, args.T);
   args.tokens = tokens.data();
   args.token_scales = reinterpret_cast<float*>(scales.data());
   args.token_sums = reinterpret_cast<int32_t*>(sums.data());

@@ -211,11 +211,12 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
   const at::Tensor tokens = allocate_temporary({s.T, s.D}, p.x.options().dtype(is_float ? at::kFloat : at::kShort));
   const at::Tensor token_scales = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kFloat));
   const at::Tensor token_sums = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kInt));
+  args.by_tiles = cpu::takes_tiles(args.format, s.T);
   args.tokens = tokens.mutable_data_ptr();
   args.token_scales = token_scales.mutable_data_ptr<float>();
   args.token_sums = token_sums.mutable_data_ptr<int32_t>();
   parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::prepare_tokens(args, begin, end); });
-  parallel_products(args, /*neighbours=*/1, cpu::quantized_linear);
+  parallel_products(args, num_neighbours(args), cpu::quantized_linear);
 }
 
 // Which experts the cpu backend computes itself.

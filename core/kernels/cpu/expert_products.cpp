@@ -140,6 +140,7 @@ int64_t QuantizedExperts::num_bytes(const ExpertVisits& visits) const {
 QuantizedLinearArgs QuantizedExperts::of_visits(int64_t visit, int64_t count) const {
   QuantizedLinearArgs args = args_;
   args.T = count;
+  args.by_tiles = takes_tiles(args.format, visits_->size() / std::max<int64_t>(std::ssize(visits_->groups), 1));
   if (args.format == Codes::kFloat8) {
     args.tokens = reinterpret_cast<float*>(memory_) + visit * args.D;
     return args;

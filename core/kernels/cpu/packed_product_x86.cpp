@@ -5,13 +5,12 @@
 #include "core/kernels/cpu/packed_product.h"
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+
+#include "core/kernels/cpu/tiles_x86.h"
 
 namespace xgdn::kernel::cpu {
 namespace {
@@ -19,19 +18,9 @@ namespace {
 #define XGDN_AMX __attribute__((target("amx-tile,amx-bf16")))
 #define XGDN_AVX512_BF16 __attribute__((target("avx512f,avx512bf16")))
 
-constexpr size_t kTileRows = 16;
 constexpr size_t kTileDepth = 32;  // bf16 in a tile's row
-constexpr size_t kTileBytes = 64;  // of a row
 
 // ---- AMX: 32 rows x 2 panels are four accumulators, so that each operand tile is used twice
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 
 constexpr TileConfig whole_tiles() {
   TileConfig config;
@@ -127,13 +116,6 @@ XGDN_AMX void multiply_amx(const Product<uint16_t>& p) {
   if (panel < p.panels) multiply_tile_rows<false>(p, panel, ahead);
 }
 
-// The kernel saves tile registers only for processes that asked.
-bool may_use_tiles() {
-  constexpr int kRequestPermission = 0x1023;
-  constexpr int kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 // ---- AVX512-BF16: 8 rows x 2 panels are sixteen accumulators
 
 constexpr size_t kVectorRows = 8;
@@ -190,16 +172,9 @@ XGDN_AVX512_BF16 void multiply_avx512(const Product<uint16_t>& p) {
 constexpr BFloat16Products kAmx = {begin_tiles, end_tiles, multiply_amx, /*are_tiles=*/true};
 constexpr BFloat16Products kAvx512 = {[] {}, [] {}, multiply_avx512, /*are_tiles=*/false};
 
-bool has_amx() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  return (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0 && may_use_tiles();
-}
-
 const BFloat16Products* find_products() {
   const InstructionSet best = best_allowed_instruction_set();
-  if (best >= InstructionSet::kAmx && has_amx()) return &kAmx;
+  if (best >= InstructionSet::kAmx && has_tile_products(TileProducts::kBFloat16)) return &kAmx;
   if (best >= InstructionSet::kAvx512BFloat16 && __builtin_cpu_supports("avx512bf16")) return &kAvx512;
   return nullptr;
 }

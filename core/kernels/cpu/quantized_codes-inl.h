@@ -92,6 +92,17 @@ HWY_INLINE VI add_pair_products(VI sum, VI a, VI b) {
 #endif
 #endif
 
+// Bytes of 32-bit lanes.
+HWY_INLINE hn::Vec<U32> subtract_bytes(hn::Vec<U32> a, hn::Vec<U32> b) {
+#if HWY_TARGET == HWY_SCALAR
+  const uint32_t x = hn::GetLane(a), y = hn::GetLane(b), top = 0x80808080u;
+  return hn::Set(U32(), ((x | top) - (y & ~top)) ^ ((x ^ ~y) & top));
+#else
+  const hn::Repartition<uint8_t, F32> bytes;
+  return hn::BitCast(U32(), hn::Sub(hn::BitCast(bytes, a), hn::BitCast(bytes, b)));
+#endif
+}
+
 // What fits 16 bits, as a pair of itself.
 HWY_INLINE VI both_halves(VI x) {
   return hn::Or(hn::ShiftLeft<16>(x), hn::And(x, hn::Set(I32(), 0xFFFF)));

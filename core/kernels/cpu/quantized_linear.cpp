@@ -10,12 +10,20 @@
 //   T    | tokens  |                 are unpacked without their zeros, 16 KiB that stay in L1 -> 6 tokens -> groups ->
 //        +---------+                 rows.
 //
-// Integer codes: a token's group is i16 times a scale of its own (its largest element becomes 32767), so that a group's
+// On tiles (integer_tiles.h), which multiply integer codes on machines that have them: tokens whose bytes stay in the
+// second-level cache -> block -> panel -> up to 1,024 of D, of int4 as bytes -> 8 tokens -> groups.
+//
+// Integer codes: a token's group is i16 times a scale of its own (its largest element becomes 32639), so that a group's
 // sum of products is exact in i32, whatever the vectors; one f32 multiply-add a group brings the scales in. float8:
 // codes are widened exactly, a group's sum is f32 in ascending D. Groups are added in ascending order, then the bias;
 // out is rounded once. A token's bits depend neither on other tokens nor, where multiply-adds are fused, on the width
 // of the vectors. A token's group with a value that is not finite becomes NaN.
 #include "core/kernels/cpu/quantized_linear.h"
+
+#include <type_traits>
+#include <vector>
+
+#include "core/kernels/cpu/integer_tiles.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "core/kernels/cpu/quantized_linear.cpp"
@@ -43,7 +51,7 @@ static_assert(kQuantizedLinearBlock == kBlockOutputs);
 void quantize_group(const float* HWY_RESTRICT x, size_t count, int16_t* HWY_RESTRICT to, float& scale, int32_t& sum) {
   const F32 d;
   const I32 i;
-  const GroupScale group = group_scale(x, count, /*most=*/32767.0f);
+  const GroupScale group = group_scale(x, count, static_cast<float>(kMostOfTwoBytes));
   scale = group.scale;
   if (group.inverse == 0) {
     std::fill_n(to, count, int16_t{0});
@@ -60,8 +68,15 @@ void quantize_group(const float* HWY_RESTRICT x, size_t count, int16_t* HWY_REST
   sum = hn::GetLane(hn::SumOfLanes(i, total));
 }
 
+TileOrder tile_order(Codes format) {
+  return format == Codes::kInt8 ? TileOrder::kInt8 : TileOrder::kInt4;
+}
+
 void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_t end_token) {
   const auto D = static_cast<size_t>(args.D);
+  const IntegerTiles* tiles = args.by_tiles ? integer_tiles() : nullptr;
+  thread_local std::vector<int16_t> whole;  // a token's integers, where bytes are kept
+  if (tiles != nullptr) whole.resize(D);
   const auto group_size = static_cast<size_t>(args.group_size);
   const auto groups = static_cast<size_t>(num_groups(args));
   float* rows = scratch<QuantizedLinearArgs>(2 * padded(args.D));
@@ -73,11 +88,13 @@ void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_
       for (size_t i = 0; i < D; ++i) row[i] = rows[args.order[i]];
     }
     if (args.format == Codes::kFloat8) continue;
-    auto* to = static_cast<int16_t*>(args.tokens) + token * args.D;
+    auto* bytes = static_cast<int8_t*>(args.tokens) + 2 * token * args.D;
+    auto* to = tiles == nullptr ? reinterpret_cast<int16_t*>(bytes) : whole.data();
     for (size_t g = 0; g < groups; ++g) {
       const size_t at = static_cast<size_t>(token) * groups + g;
       quantize_group(row + g * group_size, group_size, to + g * group_size, args.token_scales[at], args.token_sums[at]);
     }
+    if (tiles != nullptr) tiles->split(to, D, tile_order(args.format), bytes, bytes + D);
   }
 }
 
@@ -333,8 +350,110 @@ void multiply_block_of_many(const QuantizedLinearArgs& args, const OutputBlock& 
   });
 }
 
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+inline constexpr size_t kTileDepth = 1024;         // of D at once: a panel's codes are 16 KiB
+inline constexpr int64_t kTokenBytes = 512 << 10;  // of tokens that pass over blocks of outputs together
+
+// Some of D of a panel of outputs.
+struct TilePanel {
+  const uint8_t* codes;
+  size_t bytes_ahead;
+  const int8_t* zeros;
+  HWY_ALIGN float scales[kTileDepth / 32 * kPanelOutputs];
+  HWY_ALIGN uint8_t bytes[kTileDepth * kPanelOutputs];
+};
+
+// int4 codes of some groups as signed bytes, less the zero that they have without zeros of their own.
+void unpack_bytes(const uint8_t* HWY_RESTRICT codes, size_t num_rows, uint32_t zero_of_four, uint8_t* HWY_RESTRICT to) {
+  const U32 u;
+  const auto nibbles = hn::Set(u, 0x0F0F0F0F), zero = hn::Set(u, zero_of_four);
+  const auto* from = reinterpret_cast<const uint32_t*>(codes);
+  auto* both = reinterpret_cast<uint32_t*>(to);
+  for (size_t row = 0; row < num_rows; ++row, from += kPanelOutputs, both += 2 * kPanelOutputs) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + kBytesAhead);
+    for (size_t i = 0; i < kPanelOutputs; i += hn::Lanes(u)) {
+      const auto packed = hn::LoadU(u, from + i);
+      hn::Store(subtract_bytes(hn::And(packed, nibbles), zero), u, both + i);
+      hn::Store(subtract_bytes(hn::And(hn::ShiftRight<4>(packed), nibbles), zero), u, both + kPanelOutputs + i);
+    }
+  }
+}
+
+// Groups from `group` on of a panel that begins with `output`.
+template <class Format>
+void load_panel(const QuantizedLinearArgs& args, int64_t output, size_t group, size_t num_groups, TilePanel& panel) {
+  const Outputs first = outputs_at<Format>(args, output);
+  const size_t at = first.groups + group * kPanelOutputs;
+  panel.codes = first.codes + group * static_cast<size_t>(args.group_size) / Format::kDepth * Format::kRowBytes;
+  panel.bytes_ahead = kBytesAhead;
+  panel.zeros = args.zeros == nullptr ? nullptr : args.zeros + at;
+  for (size_t i = 0; i < num_groups * kPanelOutputs; i += hn::Lanes(F32())) {
+    hn::Store(load_scales(args.scales, at + i), F32(), panel.scales + i);
+  }
+  if constexpr (Format::kDepth == Int4Codes<false>::kDepth) {
+    const size_t rows = num_groups * static_cast<size_t>(args.group_size) / Format::kDepth;
+    unpack_bytes(panel.codes, rows, args.zeros == nullptr ? 0x08080808u : 0u, panel.bytes);
+    panel.codes = panel.bytes;
+    panel.bytes_ahead = 0;
+  }
+}
+
+template <class Format>
+void multiply_block_by_tiles(const QuantizedLinearArgs& args, const IntegerTiles& tiles, const OutputBlock& block,
+                             int64_t num_tokens) {
+  const auto D = static_cast<size_t>(args.D);
+  const auto group_size = static_cast<size_t>(args.group_size);
+  const size_t groups = static_cast<size_t>(num_groups(args)), groups_at_once = kTileDepth / group_size;
+  TilePanel panel;
+  size_t set_to = 0;  // tokens of the tiles
+  std::fill_n(block.sums, static_cast<size_t>(num_tokens) * kBlockOutputs, 0.0f);
+  for (size_t i = 0; i < block.rows; i += kPanelOutputs) {
+    for (size_t group = 0; group < groups; group += groups_at_once) {
+      const size_t count = std::min(groups_at_once, groups - group);
+      load_panel<Format>(args, block.output + static_cast<int64_t>(i), group, count, panel);
+      for_even_parts(num_tokens, kMostTileTokens, [&](int64_t token, int64_t part) {
+        const auto at = static_cast<size_t>(block.token + token), T = static_cast<size_t>(part);
+        if (T != set_to) tiles.begin(set_to = T, group_size);
+        tiles.multiply({.T = T,
+                        .num_groups = count,
+                        .group_size = group_size,
+                        .codes = panel.codes,
+                        .scales = panel.scales,
+                        .zeros = panel.zeros,
+                        .tokens = static_cast<const int8_t*>(args.tokens) + 2 * at * D + group * group_size,
+                        .token_stride = D,
+                        .token_scales = args.token_scales + at * groups + group,
+                        .token_sums = args.token_sums + at * groups + group,
+                        .token_group_stride = groups,
+                        .sums = block.sums + static_cast<size_t>(token) * kBlockOutputs + i,
+                        .sum_stride = kBlockOutputs,
+                        .bytes_ahead = token == 0 ? panel.bytes_ahead : 0});
+      });
+    }
+  }
+  tiles.end();
+}
+
+template <class Format>
+void multiply_items_by_tiles(const QuantizedLinearArgs& args, const IntegerTiles& tiles, int64_t begin_item,
+                             int64_t end_item) {
+  for_even_parts(args.T, std::max<int64_t>(kTokenBytes / (2 * args.D), kMostTileTokens),
+                 [&](int64_t token, int64_t count) {
+                   const QuantizedLinearArgs part = of_tokens(args, token, count);
+                   multiply_blocks<kManyTokens>(part, begin_item, end_item, [&](const OutputBlock& block, int64_t T) {
+                     multiply_block_by_tiles<Format>(part, tiles, block, T);
+                   });
+                 });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
 template <class Format>
 void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
+  if constexpr (!std::is_same_v<Format, Float8Codes>) {
+    if (args.by_tiles) return multiply_items_by_tiles<Format>(args, *integer_tiles(), begin_item, end_item);
+  }
   if (args.T <= Format::kFewTokens) {
     multiply_blocks<kTokensAtOnce>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
       with_count(num_tokens, [&]<size_t kTokens>() { multiply_block<Format, kTokens>(args, block); });
@@ -359,6 +478,11 @@ namespace xgdn::kernel::cpu {
 
 HWY_EXPORT(prepare_tokens);
 HWY_EXPORT(quantized_linear);
+
+bool takes_tiles(Codes format, int64_t tokens) {
+  constexpr int64_t kFewTokens = 4;  // memory keeps up with as many in vectors
+  return format != Codes::kFloat8 && tokens > kFewTokens && integer_tiles() != nullptr;
+}
 
 void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_t end_token) {
   HWY_DYNAMIC_DISPATCH(prepare_tokens)(args, begin_token, end_token);

@@ -28,8 +28,10 @@ struct QuantizedLinearArgs {
   InRows bias;                     // [O]  data may be null
   OutRows out;                     // [T, O]  the head stride is 1
 
+  bool by_tiles = false;  // see takes_tiles
+
   // Of the tokens; prepare_tokens fills them. All are 64-byte aligned.
-  void* tokens = nullptr;         // [T, D]  i16, of kFloat8 f32
+  void* tokens = nullptr;         // [T, D]  i16, of kFloat8 f32, by tiles i8 [T, 2, D], high and low bytes
   float* token_scales = nullptr;  // [T, G]  not of kFloat8
   int32_t* token_sums = nullptr;  // [T, G]  not of kFloat8
 };
@@ -39,6 +41,12 @@ inline int64_t num_groups(const QuantizedLinearArgs& args) {
 }
 inline int64_t num_work_items(const QuantizedLinearArgs& args) {
   return (args.O + kQuantizedLinearBlock - 1) / kQuantizedLinearBlock;
+}
+
+/// How many neighbours share tokens.
+inline int64_t num_neighbours(const QuantizedLinearArgs& args) {
+  constexpr int64_t kManyTokens = 256;  // with fewer they stay in a cache from block to block
+  return args.T >= kManyTokens ? 4 : 1;
 }
 
 /// The same for `count` of the tokens.
@@ -53,6 +61,10 @@ inline QuantizedLinearArgs of_tokens(QuantizedLinearArgs args, int64_t begin, in
   args.token_sums += begin * num_groups(args);
   return args;
 }
+
+/// Whether this machine has tiles for weights of the format, and so many tokens of each weight are worth them. Bits are
+/// the same either way.
+bool takes_tiles(Codes format, int64_t tokens);
 
 /// Brings tokens into the form in which they are multiplied.
 void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_t end_token);

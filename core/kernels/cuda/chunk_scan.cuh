@@ -460,8 +460,7 @@ __device__ inline void scan_chunks(const ScanKernel& kernel, const ScanItem& ite
     wait_products<0>();
     pin(u);
     add_outputs(o, factors, u);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive_at(shared_address(&tail.barriers.empty[at.stage]));
+    arrive_at(shared_address(&tail.barriers.empty[at.stage]));
     at.advance(kernel.num_stages);
     if constexpr (kByBoxes) {
       pack_outputs(DType::kBFloat16, o, packed);
@@ -530,7 +529,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kernel.num_stages; ++stage) {
       init_barrier(shared_address(&tail.barriers.full[stage]), kByBoxes ? 1 : kGroupThreads);
-      init_barrier(shared_address(&tail.barriers.empty[stage]), kGroups * 4);
+      init_barrier(shared_address(&tail.barriers.empty[stage]), kGroups * kGroupThreads);
     }
   }
   fence_shared_memory();

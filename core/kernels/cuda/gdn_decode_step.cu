@@ -237,6 +237,7 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(const __grid_constant
         if (r < left) s[r].store(to + r * kGroups<State, kDim> * kDim, lane);
       }
     }
+    __syncwarp();  // x has been read by all lanes of its row
     if (Keys::template is_output<kRows>(lane)) x = lane % kRows < left ? rounded<In>(o) : 0.0f;
   }
   __syncthreads();
