@@ -71,6 +71,9 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
   const int64_t token = row / args.H;
   const int64_t head = row % args.H;
   const auto first_of = [thread](int i) { return static_cast<int64_t>(i * kThreads + thread) * kPacket; };
+  if (kIsWhole && blockIdx.x == 0 && threadIdx.x == 0) {
+    prefetch_row(args.weight.data, static_cast<uint32_t>(args.D * (args.weight.dtype == DType::kFloat32 ? 4 : 2)));
+  }
   begin_overlapped();
   if (row >= num_rows) return;
 
