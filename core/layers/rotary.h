@@ -22,7 +22,7 @@ class Rotary {
   RotaryTable table(const at::Tensor& positions, at::ScalarType dtype) const;
 
  private:
-  at::Tensor inverse_frequencies_;  // [rotary_dim / 2] f32
+  at::Tensor inverse_frequencies_;  // [rotary_dim] f32, both halves alike
 };
 
 }  // namespace xgdn

@@ -196,7 +196,7 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
                                input.token_ids.device().str()));
   }
   kernel::check_storage("HybridDecoder", "token_ids", input.token_ids);
-  kernel::check_storage("HybridDecoder", "logit_rows", input.logit_rows);
+  if (input.logit_rows.defined()) kernel::check_storage("HybridDecoder", "logit_rows", input.logit_rows);
   kernel::check_storage("HybridDecoder", "positions", input.attention.positions);
   kernel::check_storage("HybridDecoder", "embed_tokens", embedding_);
   const at::Tensor residual = rows_of(embedding_, input.token_ids);
@@ -219,7 +219,9 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
     const at::Tensor y = normed(layer->post_attention_norm);
     branch = std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
   }
-  const auto wanted = [&](const at::Tensor& rows) { return rows_of(rows, input.logit_rows); };
+  const auto wanted = [&](const at::Tensor& rows) {
+    return input.logit_rows.defined() ? rows_of(rows, input.logit_rows) : rows;
+  };
   const at::Tensor last =
       add_rms_norm_zero_centred(wanted(branch), wanted(residual), norm_, config_.rms_norm_eps, backend_);
   return lm_head_.forward(last, backend_, at::kFloat);

@@ -24,7 +24,7 @@ namespace xgdn {
 /// One step of a model. Index tensors are int32 on the model's device.
 struct StepInput {
   at::Tensor token_ids;   // [T]
-  at::Tensor logit_rows;  // [R]  tokens whose logits are wanted
+  at::Tensor logit_rows;  // [R]  tokens whose logits are wanted; undefined: all
   GdnBatch gdn;
   AttentionBatch attention;
 };

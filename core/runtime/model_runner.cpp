@@ -2,7 +2,6 @@
 #include "core/runtime/model_runner.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/max.h>
 #include <ATen/ops/tensor.h>
@@ -60,7 +59,7 @@ ModelRunner::Result ModelRunner::run_recorded() {
   RecordedStep& step = entry->second;
   if (!step.graph) {
     StepInput input = built_.input;
-    step.logit_rows = input.logit_rows = at::arange(num_rows, input.logit_rows.options());
+    input.logit_rows = at::Tensor();
     step.graph = kernel::record(model_->device(), [&] { step.result = forward(input); });
   }
   step.graph->replay();

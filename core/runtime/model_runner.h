@@ -73,7 +73,6 @@ class ModelRunner {
   };
   struct RecordedStep {
     std::unique_ptr<kernel::DeviceGraph> graph;  // null: seen once
-    at::Tensor logit_rows;                       // all rows
     Result result;
   };
 

@@ -3,6 +3,7 @@
 #include "core/kernels/cuda/causal_conv1d.h"
 
 #include "core/kernels/cuda/conv_taps.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/launch.h"
 
@@ -100,6 +101,7 @@ template <class In>
 __global__ void update_kernel(const __grid_constant__ CausalConv1dArgs a) {
   const int64_t channel = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   const int64_t n = blockIdx.x;
+  begin_overlapped();
   if (channel >= a.D) return;
   const int64_t begin = a.cu_seqlens[n], len = a.cu_seqlens[n + 1] - begin;
   const int32_t read = a.conv_state.read[n], write = a.conv_state.write[n];
@@ -155,8 +157,10 @@ void causal_conv1d(const CausalConv1dArgs& args, int64_t T, cudaStream_t stream)
 
 void causal_conv1d_update(const CausalConv1dArgs& args, cudaStream_t stream) {
   if (args.N == 0) return;
-  with_element(args.x.dtype,
-               [&](auto in) { update_kernel<decltype(in)><<<blocks(args, args.N), kThreads, 0, stream>>>(args); });
+  with_element(args.x.dtype, [&](auto in) {
+    launch_overlapping(update_kernel<decltype(in)>, blocks(args, args.N), kThreads, /*shared_bytes=*/0, /*cluster=*/1,
+                       stream, args);
+  });
   check_launch("causal_conv1d_update");
 }
 

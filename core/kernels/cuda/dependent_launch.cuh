@@ -2,26 +2,47 @@
 // Launches that overlap: on Hopper and later a kernel may be put on the multiprocessors while the one before it in the
 // stream still runs, and waits there for its end. That hides what a launch costs, which is what a small step consists
 // of.
+//
+// Several kernels may be on the device at once: a kernel lets the next one come before it has itself waited. The next
+// one waits for the end of all blocks of this one, each of which has waited for the kernel before, and so for all.
 #pragma once
 
 #include <cuda_runtime_api.h>
+
+#include <cstdint>
 
 #include "core/kernels/cuda/device_facts.h"
 
 namespace xgdn::kernel::cuda {
 
-/// Waits for the end of the kernel before this one in the stream. Comes first in every thread: nothing is read or
-/// written ahead of it, and a kernel that ends has waited for all before it.
+/// Waits for the end of the kernel before this one in the stream. Every thread comes here before it reads or writes
+/// memory, or leaves.
 __device__ inline void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-/// Lets the kernel behind this one be launched once all blocks of this one have come here or are done.
+/// Lets the kernel behind this one be launched once all blocks of this one have come here or are done. Those are on the
+/// multiprocessors by then: what is launched early takes no room from them.
 __device__ inline void let_next_kernel_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Comes first in every thread of a kernel for launch_overlapping.
+__device__ inline void begin_overlapped() {
+  let_next_kernel_launch();
+  wait_for_kernel_before();
+}
+
+/// Starts to bring a row to the second-level cache; address and size are multiples of 16. Allowed ahead of the wait, be
+/// it for what the kernel before still writes: nothing comes back that could be old, and all blocks read and write
+/// through this cache.
+__device__ inline void prefetch_row(const void* row, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(bytes));
 #endif
 }
 

@@ -5,6 +5,7 @@
 #include "core/kernels/cuda/elementwise_gates.h"
 
 #include "core/kernels/cuda/alignment.h"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/launch.h"
@@ -19,6 +20,7 @@ constexpr int kThreads = 256;
 template <class Element, bool kIsSilu, bool kIsWhole>
 __global__ void __launch_bounds__(kThreads) gate_rows(SigmoidAndMulArgs args, int64_t packets, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  begin_overlapped();
   if (i >= count) return;
   const int64_t row = i / packets;
   const int64_t first = i % packets * kPacket;
@@ -46,7 +48,7 @@ void gate(const SigmoidAndMulArgs& args, int64_t num_tokens, cudaStream_t stream
   with_element(args.out.dtype, [&](auto element) {
     using Element = decltype(element);
     const auto kernel = is_whole ? gate_rows<Element, kIsSilu, true> : gate_rows<Element, kIsSilu, false>;
-    kernel<<<blocks, kThreads, 0, stream>>>(args, packets, count);
+    launch_overlapping(kernel, blocks, kThreads, /*shared_bytes=*/0, /*cluster=*/1, stream, args, packets, count);
   });
   check_launch(op);
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/kernels/cuda/async_copy.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/expert_visits.cuh"
 #include "core/kernels/cuda/gates.cuh"
@@ -151,6 +152,7 @@ template <class Element, class Tiles, bool kIsGated>
 __global__ void __launch_bounds__(Tiles::kThreads) multiply_experts(const ExpertProductArgs args) {
   constexpr int kTiles = Tiles::kWarpColumns / 8;
   constexpr int kHalf = Tiles::kRows / 2;
+  begin_overlapped();
   const ProductWork<Tiles, kIsGated> work(args);
   if (work.tile.expert < 0) return;
   extern __shared__ __align__(128) char shared[];
@@ -224,6 +226,7 @@ __global__ void __launch_bounds__(HopperProductTiles::kThreads, 1)
 #if __CUDA_ARCH_FEAT_SM90_ALL
   using Tiles = HopperProductTiles;
   constexpr int kTiles = Tiles::kColumns / 8;
+  begin_overlapped();
   const ProductWork<Tiles, kIsGated> work(args);
   if (work.tile.expert < 0) return;
   extern __shared__ char unaligned[];
@@ -284,6 +287,7 @@ __global__ void __launch_bounds__(kF32ProductThreads) multiply_experts_f32(const
   constexpr int kStride = kF32Tile + 4;
   const auto output_tiles = static_cast<unsigned>((args.outputs + kOutputs - 1) / kOutputs);
   const int tile_index = static_cast<int>(blockIdx.x / output_tiles);
+  begin_overlapped();
   if (tile_index >= *args.visits.num_tiles) return;
   const VisitTile tile = args.visits.tiles[tile_index];
   const int64_t first_output = static_cast<int64_t>(blockIdx.x % output_tiles) * kOutputs;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "core/kernels/cuda/dependent_launch.cuh"
+
 namespace xgdn::kernel::cuda {
 
 /// Neighbouring visits to one expert that a block works on together.
@@ -38,6 +40,7 @@ static __global__ void __launch_bounds__(kSortThreads)
   int* places = counts + E;        // [E]  of the next visit
   __shared__ int2 before_warp[kSortThreads / kWarp];
   const int thread = threadIdx.x;
+  begin_overlapped();
   for (int e = thread; e < E; e += kSortThreads) counts[e] = 0;
   __syncthreads();
   for (int v = thread; v < V; v += kSortThreads) atomicAdd(&counts[chosen[v]], 1);

@@ -122,8 +122,7 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(const __grid_constant
   };
   const int first_head = place_of(0).head;
 
-  wait_for_kernel_before();
-  let_next_kernel_launch();
+  begin_overlapped();
   const int32_t read = rule.state.read[n], write = rule.state.write[n];
   const int32_t conv_read = conv.conv_state.read[n], conv_write = conv.conv_state.write[n];
 

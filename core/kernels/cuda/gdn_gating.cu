@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/kernels/cuda/gdn_gating.h"
 
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/launch.h"
 
@@ -11,6 +12,7 @@ constexpr int kThreads = 128;
 
 __global__ void gating_kernel(const __grid_constant__ GdnGatingArgs args, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  begin_overlapped();
   if (i >= count) return;
   const int64_t token = i / args.HV, head = i % args.HV;
   RawScalar a, b, A_log, dt_bias;
@@ -29,7 +31,8 @@ __global__ void gating_kernel(const __grid_constant__ GdnGatingArgs args, int64_
 void gdn_gating(const GdnGatingArgs& args, int64_t T, cudaStream_t stream) {
   const int64_t count = T * args.HV;
   if (count == 0) return;
-  gating_kernel<<<static_cast<unsigned>(ceil_div(count, kThreads)), kThreads, 0, stream>>>(args, count);
+  launch_overlapping(gating_kernel, static_cast<unsigned>(ceil_div(count, kThreads)), kThreads, /*shared_bytes=*/0,
+                     /*cluster=*/1, stream, args, count);
   check_launch("gdn_gating");
 }
 

@@ -4,6 +4,7 @@
 //
 // A lane reads 8 neighbours of a row at once, 16 bytes, and gives them to the tensor core as if they were the pairs
 // that it wants of two depths of 16: the tokens are read in the same order, and a sum does not mind.
+// Most of a small product's time is the way of the weight from memory, which begins ahead of the wait for the tokens.
 // Rounding: products and sums are f32, over a warp's pieces in order, then over the warps; rounded once.
 #include "core/kernels/cuda/linear.h"
 
@@ -28,14 +29,16 @@ __device__ uint4 load_packet(const __nv_bfloat16* from) {
   return __ldcs(reinterpret_cast<const uint4*>(from));
 }
 
-// The rows of the block in the second-level cache, which nothing that is still being written can be older than.
+// The rows of the block, some by each warp: lanes would start theirs one after the other.
 __device__ void prefetch_rows(const LinearArgs& a, int64_t first_output) {
-#if __CUDA_ARCH__ >= 900
-  if (threadIdx.x >= kOutputs) return;
-  const int64_t output = min(first_output + threadIdx.x, a.O - 1);
-  const auto* row = static_cast<const __nv_bfloat16*>(a.weight) + output * a.weight_stride;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(static_cast<uint32_t>(a.D * 2)));
-#endif
+  constexpr int kRowsOfWarp = kOutputs / kWarps;
+  if (threadIdx.x % 32 != 0) return;
+  const int64_t first = first_output + threadIdx.x / 32 * kRowsOfWarp;
+  const auto* const weight = static_cast<const __nv_bfloat16*>(a.weight);
+#pragma unroll
+  for (int64_t output = first; output < first + kRowsOfWarp; ++output) {
+    if (output < a.O) prefetch_row(weight + output * a.weight_stride, static_cast<uint32_t>(a.D * 2));
+  }
 }
 
 template <int kTiles>
@@ -45,9 +48,8 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
   const int row = lane / 4;         // of the outputs, and of a tile's tokens
   const int column = lane % 4 * 8;  // of a piece
   const int64_t first_output = static_cast<int64_t>(blockIdx.x) * kOutputs;
-  prefetch_rows(a, first_output);
-  let_next_kernel_launch();
-  wait_for_kernel_before();
+  prefetch_rows(a, first_output);  // while the kernel before still runs
+  begin_overlapped();
 
   const auto* const weight = static_cast<const __nv_bfloat16*>(a.weight) + column;
   const __nv_bfloat16* const upper = weight + min(first_output + row, a.O - 1) * a.weight_stride;

@@ -7,6 +7,7 @@
 #include "core/kernels/cuda/moe_experts.h"
 
 #include "core/kernels/cuda/alignment.h"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/device_facts.h"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/expert_products.cuh"
@@ -61,6 +62,7 @@ Workspace workspace(const MoeExpertsArgs& args) {
 template <class Element, bool kIsWhole>
 __global__ void __launch_bounds__(kSumThreads) sum_experts(MoeExpertsArgs args, const void* outputs, int64_t packets) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
+  begin_overlapped();
   if (i >= args.T * packets) return;
   const int64_t token = i / packets;
   const int64_t first = i % packets * kPacket;
@@ -83,8 +85,8 @@ template <class Kernel>
 void launch(Kernel kernel, int64_t outputs, int64_t outputs_of_block, int threads, int shared_bytes,
             const ExpertProductArgs& product, cudaStream_t stream) {
   const int64_t blocks = product.visits.max_tiles * ceil_div(outputs, outputs_of_block);
-  if (shared_bytes > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(product);
+  launch_overlapping(kernel, static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), /*cluster=*/1,
+                     stream, product);
   check_launch("moe_experts");
 }
 
@@ -144,8 +146,9 @@ void moe_experts(const MoeExpertsArgs& args, cudaStream_t stream) {
   const Workspace w = workspace(args);
   const int64_t columns = columns_for(args);
   if (V > 0 && args.I > 0) {
-    sort_by_expert<<<1, kSortThreads, 2 * args.E * sizeof(int), stream>>>(
-        args.chosen, static_cast<int>(V), static_cast<int>(args.E), static_cast<int>(columns), w.visits);
+    launch_overlapping(sort_by_expert, 1, kSortThreads, 2 * static_cast<size_t>(args.E) * sizeof(int), /*cluster=*/1,
+                       stream, args.chosen, static_cast<int>(V), static_cast<int>(args.E), static_cast<int>(columns),
+                       w.visits);
     check_launch("moe_experts");
     const ExpertProductArgs gate_up = {.visits = w.visits,
                                        .x = args.x.data,
@@ -185,7 +188,7 @@ void moe_experts(const MoeExpertsArgs& args, cudaStream_t stream) {
   with_element(args.x.dtype, [&](auto element) {
     using Element = decltype(element);
     const auto sum = is_whole ? sum_experts<Element, true> : sum_experts<Element, false>;
-    sum<<<blocks, kSumThreads, 0, stream>>>(args, w.outputs, packets);
+    launch_overlapping(sum, blocks, kSumThreads, /*shared_bytes=*/0, /*cluster=*/1, stream, args, w.outputs, packets);
   });
   check_launch("moe_experts");
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/kernels/cuda/cache_codes.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 
 namespace xgdn::kernel::cuda {
@@ -41,6 +42,7 @@ __global__ void __launch_bounds__(kF32Warps* kLanes)
   int64_t n = blockIdx.x / args.HKV;
   const int64_t head = blockIdx.x % args.HKV;
   int first_query = blockIdx.y * kF32Warps;
+  begin_overlapped();
   if constexpr (!kIsSplit) {
     const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, kF32Warps);
     if (tile.sequence < 0) return;

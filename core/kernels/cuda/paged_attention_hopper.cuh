@@ -10,6 +10,7 @@
 
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/cache_codes.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 #include "core/kernels/cuda/rows.cuh"
@@ -137,6 +138,7 @@ __global__ void __launch_bounds__(HopperTiles<kDim>::kThreads, 1)
   constexpr int kConsumerWarps = 8;
   const int G = static_cast<int>(args.HQ / args.HKV);
   const int64_t head = blockIdx.x % args.HKV;
+  begin_overlapped();
   const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, Tiles::kRows);
   if (tile.sequence < 0) return;
   const AttendedSequence s = sequence_of(args, tile.sequence);

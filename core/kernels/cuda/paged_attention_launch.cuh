@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "core/kernels/cuda/alignment.h"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/device_facts.h"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/launch.h"
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_chunks(const PagedAttentionAr
   const int64_t head = blockIdx.x % args.HQ;
   const int token = static_cast<int>(blockIdx.x / args.HQ % results.max_tokens);
   const int64_t n = blockIdx.x / args.HQ / results.max_tokens;
+  begin_overlapped();
   const AttendedSequence s = sequence_of(args, n);
   const int rows = chunk_rows(results, s.context);
   if (!is_split(s) || token >= s.len || s.context <= rows) return;
@@ -95,6 +97,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_chunks(const PagedAttentionAr
 // The same for the shares of tiles of queries. Blocks: (tile and key head, 8 rows), a warp has a row.
 template <class Element>
 __global__ void __launch_bounds__(kSumThreads) sum_shares(const PagedAttentionArgs args, const TileCall call) {
+  begin_overlapped();
   const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, kQueryRows);
   if (tile.sequence < 0) return;
   const int lane = threadIdx.x % kLanes;
@@ -141,8 +144,7 @@ inline TileCall tile_call(const PagedAttentionArgs& args) {
 template <class Last>
 void launch(void (*kernel)(PagedAttentionArgs, Last), dim3 grid, int threads, int shared_bytes,
             const PagedAttentionArgs& args, const Last& last, cudaStream_t stream) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  kernel<<<grid, threads, shared_bytes, stream>>>(args, last);
+  launch_overlapping(kernel, grid, threads, static_cast<size_t>(shared_bytes), /*cluster=*/1, stream, args, last);
   check_launch("paged_attention");
 }
 

@@ -13,6 +13,7 @@
 
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/cache_codes.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 #include "core/kernels/cuda/rows.cuh"
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(PrefillTiles<kDim>::kThreads)
   constexpr int kKeys = Tiles::kKeys;
   const int G = static_cast<int>(args.HQ / args.HKV);
   const int64_t head = blockIdx.x % args.HKV;
+  begin_overlapped();
   const QueryTile tile = query_tile(args, blockIdx.x / args.HKV, Tiles::kRows);
   if (tile.sequence < 0) return;
   const AttendedSequence s = sequence_of(args, tile.sequence);

@@ -14,6 +14,7 @@
 
 #include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/cache_codes.cuh"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/paged_attention.cuh"
 #include "core/kernels/cuda/rows.cuh"
@@ -140,6 +141,7 @@ __global__ void __launch_bounds__(kSplitWarps* kLanes)
   const int first_query = blockIdx.y * kRows;
   const int chunk = blockIdx.z;
 
+  begin_overlapped();
   const AttendedSequence s = sequence_of(args, n);
   const int num_queries = min(kRows, s.len * G - first_query);
   const int rows_of_chunk = chunk_rows(results, s.context);

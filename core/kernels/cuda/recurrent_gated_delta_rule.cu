@@ -63,8 +63,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
   const int first = warp * passes * kRows * kGroups + threadIdx.x % 32 / Layout::kLanes;
   const int num_rows = (V - first + kGroups - 1) / kGroups;  // up to the end of the head
 
-  wait_for_kernel_before();
-  let_next_kernel_launch();
+  begin_overlapped();
   const bool is_verification = a.num_accepted != nullptr;
   const int32_t* const slots = is_verification ? a.state.read + n * a.L : nullptr;
   const int64_t begin = a.cu_seqlens == nullptr ? n : a.cu_seqlens[n];

@@ -9,6 +9,7 @@
 #include "core/kernels/cuda/rms_norm.h"
 
 #include "core/kernels/cuda/alignment.h"
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/launch.h"
 #include "core/kernels/cuda/packets.cuh"
@@ -67,10 +68,14 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
   const int thread = threadIdx.x % kThreads;
   const int row_of_block = threadIdx.x / kThreads;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / kThreads) + row_of_block;
-  if (row >= num_rows) return;
   const int64_t token = row / args.H;
   const int64_t head = row % args.H;
   const auto first_of = [thread](int i) { return static_cast<int64_t>(i * kThreads + thread) * kPacket; };
+  if (kIsWhole && blockIdx.x == 0 && threadIdx.x == 0) {
+    prefetch_row(args.weight.data, static_cast<uint32_t>(args.D * (args.weight.dtype == DType::kFloat32 ? 4 : 2)));
+  }
+  begin_overlapped();
+  if (row >= num_rows) return;
 
   RawPacket<Element, kIsWhole> raw_x[kPackets], raw_residual[kPackets];
   Element* residual = args.residual.data != nullptr ? row_of<Element>(args.residual, token, head) : nullptr;
@@ -147,7 +152,6 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
 template <class Element, int kThreads, int kPackets>
 void launch(const RmsNormArgs& args, int64_t num_rows, cudaStream_t stream) {
   constexpr int kRows = kBlock / kThreads;
-  constexpr int kDefaultBytes = 48 << 10;
   const bool is_rotated = args.P > 0;
   const bool is_whole = args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.out) &&
                         reinterpret_cast<uintptr_t>(args.weight.data) % 16 == 0 &&
@@ -157,9 +161,9 @@ void launch(const RmsNormArgs& args, int64_t num_rows, cudaStream_t stream) {
                                              : norm_rows<Element, kThreads, kPackets, true, false>)
                                : (is_rotated ? norm_rows<Element, kThreads, kPackets, false, true>
                                              : norm_rows<Element, kThreads, kPackets, false, false>);
-  const auto bytes = static_cast<int>(kRows * args.P * static_cast<int64_t>(sizeof(float)));
-  if (bytes > kDefaultBytes) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<static_cast<unsigned>(ceil_div(num_rows, kRows)), kBlock, bytes, stream>>>(args, num_rows);
+  const auto bytes = static_cast<size_t>(kRows * args.P) * sizeof(float);
+  launch_overlapping(kernel, static_cast<unsigned>(ceil_div(num_rows, kRows)), kBlock, bytes, /*cluster=*/1, stream,
+                     args, num_rows);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // A warp takes a row (token, head). Rounding: all is f32, rounded once at the end.
 #include "core/kernels/cuda/rms_norm_gated.h"
 
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/launch.h"
 
@@ -15,6 +16,7 @@ constexpr int64_t kRows = kThreads / kLanes;
 __global__ void __launch_bounds__(kThreads)
     norm_kernel(const __grid_constant__ RmsNormGatedArgs args, int64_t num_rows) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kLanes;
+  begin_overlapped();
   if (index >= num_rows) return;
   const int lane = threadIdx.x % kLanes;
   const int64_t token = index / args.HV, head = index % args.HV;
@@ -38,7 +40,8 @@ __global__ void __launch_bounds__(kThreads)
 void rms_norm_gated(const RmsNormGatedArgs& args, int64_t T, cudaStream_t stream) {
   const int64_t rows = T * args.HV;
   if (rows == 0) return;
-  norm_kernel<<<static_cast<unsigned>(ceil_div(rows, kRows)), kThreads, 0, stream>>>(args, rows);
+  launch_overlapping(norm_kernel, static_cast<unsigned>(ceil_div(rows, kRows)), kThreads, /*shared_bytes=*/0,
+                     /*cluster=*/1, stream, args, rows);
   check_launch("rms_norm_gated");
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/launch.h"
 #include "core/kernels/cuda/rows.cuh"
@@ -23,6 +24,7 @@ constexpr int kLanes = 32;
 template <class Piece>
 __global__ void copy_rows(StoreKvArgs args, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  begin_overlapped();
   if (i >= count) return;
   const int64_t width = args.HKV * args.D;
   const int64_t token = i / width;
@@ -40,6 +42,7 @@ __global__ void store_codes(StoreKvArgs args, int64_t count) {
   constexpr float kSmallest = 0x1p-100f;  // below, the reciprocal leaves f32
   constexpr uint32_t kInfinity = 0x7F800000;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
+  begin_overlapped();
   if (i >= count) return;
   const int lane = threadIdx.x % kLanes;
   const int64_t token = i / args.HKV;
@@ -91,15 +94,17 @@ void launch_copy(StoreKvArgs args, cudaStream_t stream) {
   }
   const int64_t count = args.T * args.HKV * args.D;
   const dim3 grid(static_cast<unsigned>((count + kThreads - 1) / kThreads), 2);
-  copy_rows<Piece><<<grid, kThreads, 0, stream>>>(args, count);
+  launch_overlapping(copy_rows<Piece>, grid, kThreads, /*shared_bytes=*/0, /*cluster=*/1, stream, args, count);
 }
 
 void launch_codes(const StoreKvArgs& args, cudaStream_t stream) {
   constexpr int kWarps = kThreads / kLanes;
   const int64_t count = args.T * args.HKV;
   const dim3 grid(static_cast<unsigned>((count + kWarps - 1) / kWarps), 2);
-  with_element(args.k.dtype,
-               [&](auto element) { store_codes<decltype(element)><<<grid, kThreads, 0, stream>>>(args, count); });
+  with_element(args.k.dtype, [&](auto element) {
+    launch_overlapping(store_codes<decltype(element)>, grid, kThreads, /*shared_bytes=*/0, /*cluster=*/1, stream, args,
+                       count);
+  });
 }
 
 }  // namespace
