@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block takes 16 outputs for all tokens; its warps take turns with pieces of 32 of D, and their sums are added in
-// order at the end.
+// A block takes 16 outputs for all tokens; its 8 or 16 warps take turns with pieces of 32 of D, and their sums are
+// added in order at the end.
 //
 // A lane reads 8 neighbours of a row at once, 16 bytes, and gives them to the tensor core as if they were the pairs
 // that it wants of two depths of 16: the tokens are read in the same order, and a sum does not mind.
@@ -17,8 +17,8 @@
 namespace xgdn::kernel::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
+constexpr int kFewWarps = 8;
+constexpr int kManyWarps = 16;
 constexpr int kOutputs = 16;    // of a block
 constexpr int kPiece = 32;      // of D
 constexpr int kTileTokens = 8;  // of a product
@@ -30,6 +30,7 @@ __device__ uint4 load_packet(const __nv_bfloat16* from) {
 }
 
 // The rows of the block, some by each warp: lanes would start theirs one after the other.
+template <int kWarps>
 __device__ void prefetch_rows(const LinearArgs& a, int64_t first_output) {
   constexpr int kRowsOfWarp = kOutputs / kWarps;
   if (threadIdx.x % 32 != 0) return;
@@ -41,14 +42,14 @@ __device__ void prefetch_rows(const LinearArgs& a, int64_t first_output) {
   }
 }
 
-template <int kTiles>
-__global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant__ LinearArgs a) {
+template <int kTiles, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps) linear_kernel(const __grid_constant__ LinearArgs a) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int row = lane / 4;         // of the outputs, and of a tile's tokens
   const int column = lane % 4 * 8;  // of a piece
   const int64_t first_output = static_cast<int64_t>(blockIdx.x) * kOutputs;
-  prefetch_rows(a, first_output);  // while the kernel before still runs
+  prefetch_rows<kWarps>(a, first_output);  // while the kernel before still runs
   begin_overlapped();
 
   const auto* const weight = static_cast<const __nv_bfloat16*>(a.weight) + column;
@@ -102,7 +103,14 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
   store_scalar(a.out.dtype, row_of(a.out, token, 0), output, sum);
 }
 
-static_assert(kThreads >= kMostTokens * kOutputs);
+static_assert(32 * kFewWarps >= kMostTokens * kOutputs);
+
+template <int kWarps>
+void launch(const LinearArgs& args, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.O, kOutputs)));
+  launch_overlapping(args.T <= kTileTokens ? linear_kernel<1, kWarps> : linear_kernel<2, kWarps>, grid, 32 * kWarps,
+                     /*shared_bytes=*/0, /*cluster=*/1, stream, args);
+}
 
 }  // namespace
 
@@ -113,9 +121,12 @@ bool linear_supports(const LinearArgs& args) {
 
 void linear(const LinearArgs& args, cudaStream_t stream) {
   if (args.T == 0 || args.O == 0) return;
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.O, kOutputs)));
-  launch_overlapping(args.T <= kTileTokens ? linear_kernel<1> : linear_kernel<2>, grid, kThreads, /*shared_bytes=*/0,
-                     /*cluster=*/1, stream, args);
+  // With long rows more warps, so that few outputs too have enough bytes on their way.
+  if (args.D > kFewWarps * kInFlight * kPiece) {
+    launch<kManyWarps>(args, stream);
+  } else {
+    launch<kFewWarps>(args, stream);
+  }
   check_launch("linear");
 }
 
