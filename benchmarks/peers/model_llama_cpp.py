@@ -27,6 +27,11 @@ CMAKE_OPTIONS = (
     "-DLLAMA_CURL=OFF",
     "-DLLAMA_OPENSSL=OFF",
 )
+# GCC 12 takes only 8 of the 64 bytes of a tile configuration for read and drops the rest, which ends in SIGILL on
+# processors with AMX: https://github.com/ggml-org/llama.cpp/pull/26954
+AMX_SOURCE = "ggml/src/ggml-cpu/amx/mmq.cpp"
+LOAD_CONFIG = "_tile_loadconfig(&tc);"
+KEEP_CONFIG = '__asm__ volatile("" : : "m"(tc)); '
 CONVERTER = Path(__file__).with_name("convert_llama_cpp.py")
 CONTEXT_MULTIPLE = 256  # the context of a sequence is rounded up to it
 
@@ -52,6 +57,8 @@ def install(peers: Path) -> Path:
     (unpacked,) = part.glob("*/vendor/llama.cpp")
     unpacked.rename(part / "source")
     shutil.rmtree(unpacked.parents[1])
+    tiles = part / "source" / AMX_SOURCE
+    tiles.write_text(tiles.read_text().replace(LOAD_CONFIG, KEEP_CONFIG + LOAD_CONFIG))
     run_logged(["cmake", "-S", part / "source", "-B", part / "build", *CMAKE_OPTIONS], log)
     build = ("cmake", "--build", part / "build", "--parallel", str(os.cpu_count() or 1))
     run_logged([*build, "--target", *PROGRAMS], log)
