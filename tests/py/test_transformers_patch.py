@@ -261,6 +261,22 @@ def test_gradients_are_those_of_the_host_and_counted() -> None:
     assert all(set(r) == {"a gradient is required"} for r in reasons.values())
 
 
+@pytest.mark.parametrize("trained", ["linear_attn.in_proj_qkv", "linear_attn.out_proj", "mlp.down_proj"])
+def test_training_of_a_few_projections(trained: str) -> None:
+    model, inputs = build(CHECKPOINTS[0]).requires_grad_(False), prompts("right")
+    weight = model.model.layers[0].get_submodule(trained).weight.requires_grad_()
+
+    def gradient() -> Tensor:
+        weight.grad = None
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return weight.grad.clone()
+
+    want = gradient()
+    xgdn.patch_transformers(layers=True)
+    assert (gradient() - want).norm() < 5 * F32_BOUND * want.norm()  # the backward pass magnifies what layers round
+    assert "a gradient is required" in fallbacks()["MLP" if "mlp" in trained else "GatedDeltaNet"]
+
+
 def rule_inputs(T: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
     """Query, key, value, g, beta of two sequences, and their states, in the host's layout."""
     torch.manual_seed(T)
@@ -490,6 +506,47 @@ def test_again_and_back() -> None:
         xgdn.unpatch_transformers()
         for owner, variables in zip(owners, before, strict=True):
             assert all(vars(owner)[name] is value for name, value in variables.items())
+
+
+def test_the_cache_by_the_name_of_newer_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = modeling.Qwen3_5GatedDeltaNet
+    by_old_name = layer.forward
+
+    def forward(
+        self: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> Tensor:
+        return by_old_name(self, hidden_states, cache, attention_mask, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    config = transformers.Qwen3_5TextConfig(**SMALL)
+    one, x = layer(config, layer_idx=0).eval(), torch.randn(2, 5, SMALL["hidden_size"])
+
+    def run() -> list[Tensor]:
+        cache = transformers.DynamicCache(config=config)
+        outs = [one(part, cache=cache) for part in (x[:, :4], x[:, 4:])]
+        return [*outs, cache.get_conv_state(0), cache.get_recurrent_state(0)]
+
+    with torch.no_grad():
+        want = run()
+        xgdn.patch_transformers(layers=True)
+        got = run()
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() < F32_BOUND * b.norm()
+    counts()
+    xgdn.unpatch_transformers()
+
+
+@pytest.mark.parametrize("changed", ["parameters", "cache"])
+def test_layers_and_caches_of_an_unknown_kind(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if changed == "parameters":
+        monkeypatch.setattr(modeling.Qwen3_5GatedDeltaNet, "forward", lambda self, hidden_states, memory=None: memory)
+    else:
+        monkeypatch.delattr(transformers.cache_utils.Cache, "get_recurrent_state")
+    expected = "memory" if changed == "parameters" else "get_recurrent_state"
+    with pytest.raises(xgdn.errors.UnsupportedError, match=f"layers=True.* got {transformers.__version__}.*{expected}"):
+        xgdn.patch_transformers(layers=True)
+    assert vars(modeling)["torch_chunk_gated_delta_rule"].__module__ == modeling.__name__
+    assert xgdn.patch_transformers()
 
 
 def test_what_another_put_there_since_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,18 @@ from xgdn.integrations.transformers_functions import (
     why_not_tensors,
 )
 
-__all__ = ["forward", "mlp_forward"]
+__all__ = ["CACHE_METHODS", "PARAMETERS", "forward", "mlp_forward"]
+
+# What a layer's `forward` is called with, whose cache has another name since transformers 5.24, and what is asked of
+# the cache.
+PARAMETERS = tuple(("self", "hidden_states", cache, "attention_mask") for cache in ("cache_params", "cache"))
+CACHE_METHODS = (
+    "get_conv_state",
+    "get_recurrent_state",
+    "update_conv_state",
+    "update_recurrent_state",
+    "is_recording_past",
+)
 
 _OPTIONS = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
 # A layer's projections and their widths, in the order of a row [q | k | v | z | b | a].
@@ -44,22 +55,23 @@ def forward(
     original: Callable[..., Any],
     self: Any,
     hidden_states: Tensor,
-    cache_params: Any = None,
+    cache: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """The layer's output. What cannot be served goes to the host's `forward`, whose functions are replaced too."""
+    cache = kwargs.pop("cache_params", cache)
     if torch.compiler.is_exporting():
-        return original(self, hidden_states, cache_params, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    reason = _why_not(self, hidden_states, cache_params, kwargs)
-    is_step = hidden_states.shape[1] == 1 and _has_history(self, cache_params)
+        return original(self, hidden_states, cache, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    reason = _why_not(self, hidden_states, cache, kwargs)
+    is_step = hidden_states.shape[1] == 1 and _has_history(self, cache)
     count_of("GatedDeltaNet, one token" if is_step else "GatedDeltaNet", reason, hidden_states)
     if reason is not None:
-        return original(self, hidden_states, cache_params, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return original(self, hidden_states, cache, attention_mask, **kwargs)  # type: ignore[no-any-return]
     if attention_mask is not None:
         hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
     projected = _project(self, hidden_states.flatten(0, 1))
-    o = (_step if is_step else _prefill)(self, projected, hidden_states.shape[:2], cache_params)
+    o = (_step if is_step else _prefill)(self, projected, hidden_states.shape[:2], cache)
     return _linear(_out_proj(self), o.flatten(1)).view(hidden_states.shape)
 
 
@@ -69,6 +81,8 @@ def mlp_forward(original: Callable[..., Any], self: Any, x: Tensor) -> Tensor:
         return original(self, x)  # type: ignore[no-any-return]
     projections = (self.gate_proj, self.up_proj, self.down_proj)
     reason = why_not_tensors(x, *(getattr(p, "weight", None) for p in projections))
+    if reason is None and _is_trained(self):
+        reason = "a gradient is required"
     if reason is None and type(self.act_fn).__name__ not in _SILU:
         reason = f"activation {type(self.act_fn).__name__}"
     if reason is None and torch.is_autocast_enabled(x.device.type):
@@ -259,6 +273,8 @@ def _why_not(layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> str |
         return "weights offloaded by accelerate"
     if reason := why_not_tensors(x, conv.weight, conv.bias, norm.weight, layer.A_log, layer.dt_bias):
         return reason
+    if _is_trained(layer):
+        return "a gradient is required"
     if reason := why_not_options(kwargs, _OPTIONS):
         return reason
     if _projections(layer) is None and not all(hasattr(layer, name) for name in _BY_KEY_HEAD):
@@ -280,6 +296,11 @@ def _why_not(layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> str |
     if cache is not None and _state_dtype(layer, cache) not in (None, torch.float32):
         return "states that are not float32"
     return None
+
+
+def _is_trained(module: nn.Module) -> bool:
+    """Whether any of its weights is: adapters and projections too."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
 def _state_dtype(layer: Any, cache: Any) -> torch.dtype | None:

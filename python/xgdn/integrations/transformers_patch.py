@@ -3,6 +3,7 @@
 
 import functools
 import importlib
+import inspect
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ _LAYERS: dict[str, Callable[..., Any]] = {
 }
 _NOT_OF_THE_TEXT_MODEL = "Vision"
 _OLDEST = "5.16"
+_OLDEST_WITH_LAYERS = "5.21"
 _WORDS = (b"chunk_gated_delta_rule", b"recurrent_gated_delta_rule")
 
 
@@ -60,7 +62,8 @@ def patch_transformers(*, layers: bool = False) -> list[str]:
     the reason, see `xgdn.report`, which is logged once when the process ends. A second call only changes the mode.
 
     Raises:
-        xgdn.errors.UnsupportedError: This version of transformers has none of the functions, or not by these names.
+        xgdn.errors.UnsupportedError: This version of transformers has none of the functions, or not by these names; or,
+            with `layers`, calls its layers or caches otherwise.
     """
     with _lock:
         _undo()
@@ -96,11 +99,25 @@ def _replacements(layers: bool) -> list[_Replaced]:
         functions = {**_RULES, **_CONVOLUTIONS}
         found += [_replace(module, name, functions[name]) for name in functions if callable(vars(module).get(name))]
         forwards = {**_NORMS, **(_LAYERS if layers else {})}
+        if layers:
+            _check_layers(transformers, module)
         for end, function in forwards.items():
             found += [_replace(c, "forward", function) for c in _classes(module) if c.__name__.endswith(end)]
     if not found:
         raise _unsupported(transformers, "no model with them")
     return found
+
+
+def _check_layers(transformers: ModuleType, module: ModuleType) -> None:
+    missing = [n for n in transformers_layer.CACHE_METHODS if not hasattr(transformers.cache_utils.Cache, n)]
+    if missing:
+        raise _unsupported_layers(transformers, f"caches without {' and '.join(missing)}")
+    for layer in _classes(module):
+        parameters = tuple(inspect.signature(vars(layer)["forward"]).parameters)[
+            : len(transformers_layer.PARAMETERS[0])
+        ]
+        if layer.__name__.endswith("GatedDeltaNet") and parameters not in transformers_layer.PARAMETERS:
+            raise _unsupported_layers(transformers, f"{layer.__name__}.forward({', '.join(parameters)}, ...)")
 
 
 def _models(transformers: ModuleType) -> list[ModuleType]:
@@ -123,6 +140,15 @@ def _replace(owner: Any, name: str, function: Callable[..., Any]) -> _Replaced:
         return function(original, *args, **kwargs)
 
     return _Replaced(owner, name, original, replacement)
+
+
+def _unsupported_layers(transformers: ModuleType, got: str) -> errors.UnsupportedError:
+    wanted = " or ".join(f"({', '.join(names)})" for names in transformers_layer.PARAMETERS)
+    return errors.UnsupportedError(
+        f"[patch_transformers] layers=True: expected layers called with {wanted} and caches with "
+        f"{', '.join(transformers_layer.CACHE_METHODS)} (transformers {_OLDEST_WITH_LAYERS} or newer), got "
+        f"{transformers.__version__}, {got}; layers=False replaces functions alone"
+    )
 
 
 def _unsupported(transformers: ModuleType, got: str) -> errors.UnsupportedError:
