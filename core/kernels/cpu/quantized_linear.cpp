@@ -45,6 +45,17 @@ inline constexpr size_t kManyTokens = 96;    // for which a weight is unpacked o
 inline constexpr auto kPanelOutputs = static_cast<size_t>(kQuantizedPanel);
 static_assert(kQuantizedLinearBlock == kBlockOutputs);
 
+// Tiles go with AVX-512, whose multiply-adds they scale with: those of fewer instructions may not be fused.
+bool takes_tiles(Codes format, int64_t tokens) {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+  constexpr int64_t kFewTokens = 4;  // memory keeps up with as many in vectors
+  return format != Codes::kFloat8 && tokens > kFewTokens && integer_tiles() != nullptr;
+#else
+  (void)format, (void)tokens;
+  return false;
+#endif
+}
+
 // ---- tokens ---------------------------------------------------------------------------------------------------------
 
 // A group of a token to i16 with its scale and the sum of its integers.
@@ -476,12 +487,12 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace xgdn::kernel::cpu {
 
+HWY_EXPORT(takes_tiles);
 HWY_EXPORT(prepare_tokens);
 HWY_EXPORT(quantized_linear);
 
 bool takes_tiles(Codes format, int64_t tokens) {
-  constexpr int64_t kFewTokens = 4;  // memory keeps up with as many in vectors
-  return format != Codes::kFloat8 && tokens > kFewTokens && integer_tiles() != nullptr;
+  return HWY_DYNAMIC_DISPATCH(takes_tiles)(format, tokens);
 }
 
 void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_t end_token) {
