@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops of integer_tiles.h. Tiles hold 16 outputs and up to 16 tokens: tokens are the left operand, so that a row
-// of sums is a vector of outputs, which AVX-512 scales and adds to what stays in registers from group to group.
+// The loops of integer_tiles.h. Tiles hold 16 outputs and up to 8 tokens, two rows each: tokens are the left operand,
+// so that a row of sums is a vector of outputs, which AVX-512 scales and adds to what stays in registers from group to
+// group.
 #include "core/kernels/cpu/instruction_sets.h"
 #include "core/kernels/cpu/integer_tiles.h"
 
@@ -94,8 +95,9 @@ XGDN_INTEGER_TILES inline void add_group(const GroupProducts& p, size_t group, c
     const size_t at = t * p.token_group_stride + group;
     const auto& [high, low] = from.of_token[t];
     __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(high), 8), _mm512_load_si512(low));
-    if constexpr (kHasZeros)
+    if constexpr (kHasZeros) {
       sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(p.token_sums[at])));
+    }
     const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(p.token_scales[at]));
     sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[t]);
   }
