@@ -32,6 +32,7 @@ struct QuantizationScheme {
   bool has_column_order = false;    // g_idx says to which group a column belongs
   bool has_zeros_less_one = false;  // the file holds zero points less one, as GPTQ's first format does
 
+  /// Field by field.
   bool operator==(const QuantizationScheme&) const = default;
 };
 

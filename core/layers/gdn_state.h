@@ -29,6 +29,7 @@ enum class SlotGroup {
   kCheckpoint,  // kDelta
   kRecent,      // all others
 };
+/// All of them.
 constexpr std::array<SlotGroup, 2> kSlotGroups{SlotGroup::kCheckpoint, SlotGroup::kRecent};
 
 /// The group of a component.

@@ -47,6 +47,7 @@ class Projection {
 
   /// Takes a weight [O, D] that exists.
   explicit Projection(at::Tensor weight);
+  /// The same of a packed weight, whose last panel may be filled up.
   explicit Projection(kernel::QuantizedWeight weight, int64_t num_outputs);
 
   /// Reads a stored weight [O, D], and the bias of that name where it is not empty. What is plain has the dtype and the

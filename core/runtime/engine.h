@@ -98,14 +98,15 @@ class Engine {
     return between_steps([&] { return device_error_; });
   }
 
-  // Sequences that could start, blocks of kv_block_size tokens, and preemptions so far: a preempted request goes on
-  // later.
+  /// Sequences that could start.
   int64_t num_free_slots() const {
     return between_steps([&] { return states_.num_free(); });
   }
+  /// Of kv_block_size tokens.
   int64_t num_free_kv_blocks() const {
     return between_steps([&] { return kv_.num_free(); });
   }
+  /// So far; a preempted request goes on later.
   int64_t num_preemptions() const {
     return between_steps([&] { return scheduler_.num_preemptions(); });
   }
@@ -178,6 +179,7 @@ class Engine {
 /// Whatever is unfinished at the end of a stream's life is cancelled.
 class RequestStream {
  public:
+  /// The other one is left without requests.
   RequestStream(RequestStream&&) = default;
   RequestStream& operator=(RequestStream&&) = delete;
   ~RequestStream() { close(); }

@@ -31,9 +31,10 @@ struct Sequence {
 
   int64_t prompt_size() const { return static_cast<int64_t>(request->prompt.size()); }  // tokens
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }            // known so far
-  int64_t num_generated() const { return num_tokens() - prompt_size(); }
-  int64_t num_drafts() const { return static_cast<int64_t>(drafts.size()); }
+  int64_t num_generated() const { return num_tokens() - prompt_size(); }                // behind the prompt
+  int64_t num_drafts() const { return static_cast<int64_t>(drafts.size()); }            // tokens
   int64_t num_computed() const { return memory.num_computed(); }  // of `tokens`, in state and cache
+  /// Whether it decodes from now on.
   bool is_prefilled() const { return num_computed() >= prefill_end; }
 
   /// Takes back the tokens behind the first num_tokens. Those that stay are computed again unless the state is that of

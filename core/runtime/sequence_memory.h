@@ -19,7 +19,9 @@ class StateSlot {
   StateSlot() = default;  // holds none
   /// A free slot of the pool. Throws OutOfSlots.
   StateSlot(StatePool& pool, SlotGroup group) : pool_(&pool), handle_(pool.allocate(group)) {}
+  /// The other one holds none then.
   StateSlot(StateSlot&& other) noexcept;
+  /// Lets go of what this one held; the other one holds none then.
   StateSlot& operator=(StateSlot&& other) noexcept;
   ~StateSlot() { reset(); }
 
@@ -28,9 +30,13 @@ class StateSlot {
   /// Lets go of the slot; the last holder frees it.
   void reset();
 
+  /// Whether it holds one; what follows is for those that do.
   explicit operator bool() const { return pool_ != nullptr; }
+  /// Of the pool, with its generation.
   const SlotHandle& handle() const { return handle_; }
+  /// In the pool's tensors.
   int32_t index() const { return pool_->slot(handle_); }
+  /// Whether others hold the same slot.
   bool is_shared() const { return pool_->ref_count(handle_) > 1; }
 
  private:
@@ -49,7 +55,9 @@ class SequenceMemory {
   SequenceMemory() = default;  // of no pools: nothing but assignment and destruction
   /// Holds nothing, and is swapped out. The pools must outlive it.
   SequenceMemory(StatePool& states, KvCache& kv) : states_(&states), kv_(&kv) {}
+  /// The other one is of no pools then.
   SequenceMemory(SequenceMemory&& other) noexcept { *this = std::move(other); }
+  /// Lets go of what this one held.
   SequenceMemory& operator=(SequenceMemory&& other) noexcept;
   ~SequenceMemory() { clear(); }
 
@@ -82,7 +90,9 @@ class SequenceMemory {
   /// Lets go of everything. What swapped-out memories share is saved for them.
   void clear();
 
+  /// Tokens, from the first on.
   int64_t num_computed() const { return num_computed_; }
+  /// Whether its blocks are in the cache.
   bool is_resident() const { return is_resident_; }
   /// Whether forks have still to read a slot that the next step would write.
   bool is_read_by_forks() const;
@@ -90,6 +100,7 @@ class SequenceMemory {
   const std::vector<int32_t>& blocks() const { return block_ids_; }
   /// The slot that the next step writes, and the one that it reads.
   const StateSlot& own_slot(SlotGroup group) const { return own_[index(group)]; }
+  /// Another's for the first step after a fork.
   const StateSlot& read_slot(SlotGroup group) const {
     return forked_from_[index(group)] ? forked_from_[index(group)] : own_[index(group)];
   }

@@ -9,6 +9,7 @@ namespace xgdn {
 /// Starts when it is made.
 class Stopwatch {
  public:
+  /// Since then.
   double seconds() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
 
  private:

@@ -12,12 +12,14 @@ namespace xgdn {
 /// std::mutex from those that wait. Lockable as std::lock_guard wants it.
 class TurnMutex {
  public:
+  /// Waits for all that have asked before.
   void lock() {
     std::unique_lock lock(mutex_);
     const uint64_t turn = next_turn_++;
     changed_.wait(lock, [&] { return turn == current_turn_; });
   }
 
+  /// The next one's turn.
   void unlock() {
     {
       const std::lock_guard lock(mutex_);

@@ -23,8 +23,8 @@ struct QuantizedRows {
   std::optional<at::Tensor> zeros = {};  // as scales, i8; default 0, of kInt4 8; kFloat8 has none
   std::optional<at::Tensor> order = {};  // [D]  i64, a permutation of the columns; default as they are
 
-  int64_t num_rows() const { return codes.size(0); }
-  int64_t num_columns() const { return codes.size(1); }
+  int64_t num_rows() const { return codes.size(0); }     // O
+  int64_t num_columns() const { return codes.size(1); }  // D
 
   /// Views of `count` rows from `begin` on.
   QuantizedRows narrow(int64_t begin, int64_t count) const;
