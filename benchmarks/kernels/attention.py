@@ -15,7 +15,7 @@ from xgdn.bench.turns import take_turns
 # A full-attention layer of Qwen3.5-0.8B.
 HQ, HKV, D = 8, 2, 256
 BLOCK_SIZE = 16
-_TOLERANCE = 2.5e-3  # rounding out to bf16 costs 1.7e-3, rounding the weights, where tiles do, 0.8e-3
+_TOLERANCE = 4e-3  # rounding out to bf16 costs 1.7e-3, weights to bf16, as tiles take them, up to 2^-9 more
 _CHECKED = 4  # tokens at either end
 
 

@@ -256,7 +256,7 @@ def test_bench_attention_prints_one_document() -> None:
     for row in rows:
         assert 0 < row["min"] <= row["median"]
         assert row["ratio"] == pytest.approx(row["torch_median"] / row["median"])
-        assert 0 < row["error"] < 2.5e-3
+        assert 0 < row["error"] < 4e-3
     pairs = sum(range(24, 41))  # what 17 tokens see
     assert rows[4]["gflops"] * rows[4]["median"] * 1e3 == pytest.approx(4 * 8 * 256 * pairs)
 
@@ -267,7 +267,7 @@ def test_bench_attention_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch)
     options = ["--tokens", "3", "--context", "9", "--threads", "1", "--seconds", "0"]
     result = CliRunner().invoke(kernels_app, ["attention", *options])
     assert result.exit_code == 1
-    assert "attention of 3 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
+    assert "attention of 3 tokens: expected an error of at most 0.004, got 1.0e-02" in result.output
 
 
 def test_bench_attention_refuses_other_keys_and_values() -> None:
