@@ -11,13 +11,13 @@ from torch import Tensor
 
 import xgdn
 from kernels.compare import WrongResult, relative_error
+from xgdn.bench.turns import BYTES_BEYOND_CACHES
 
 K = V = 128
 CONV_WIDTH = 4
 NORM_EPS = 1e-6
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
-_ROTATED_BYTES = 2**30  # many times any L2
 _MAX_PARTS = 512
 _CHECKED_SEQUENCES = 16
 _CHECKED_TOKENS = 192  # of a prompt, by the recurrence; all of them by the op's exact form
@@ -131,7 +131,7 @@ class Decode(Case):
         tokens: int = 1,
         heads: Heads = Heads(),
         device: str = "cuda",
-        rotated_bytes: int = _ROTATED_BYTES,
+        rotated_bytes: int = BYTES_BEYOND_CACHES,
     ) -> None:
         self.batch, self.tokens, self.heads, self.device = batch, tokens, heads, device
         kind = f"verify T={tokens}" if tokens > 1 else "decode"
@@ -396,7 +396,7 @@ class Attention(Case):
         context: int,
         *,
         device: str = "cuda",
-        rotated_bytes: int = _ROTATED_BYTES,
+        rotated_bytes: int = BYTES_BEYOND_CACHES,
     ) -> None:
         self.batch, self.tokens, self.context = batch, tokens, context
         self.title = f"attention B={batch} T={tokens} C={context}"

@@ -15,7 +15,9 @@ from xgdn.bench.turns import take_turns
 # A full-attention layer of Qwen3.5-0.8B.
 HQ, HKV, D = 8, 2, 256
 BLOCK_SIZE = 16
-_TOLERANCE = 4e-3  # rounding out to bf16 costs 1.7e-3, weights to bf16, as tiles take them, up to 2^-9 more
+# Rounding out to bf16 costs 1.7e-3, rounding the weights, where tiles do, 0.8e-3; beside int8 more, since there the
+# scales of the values come to the weights behind the sum that divides them.
+_TOLERANCES = {"bfloat16": 2.5e-3, "int8": 3e-3}
 _CHECKED = 4  # tokens at either end
 
 
@@ -80,9 +82,9 @@ class AttentionBenchmark:
             [_truth(q[t].double(), *(pool[: context - tokens + 1 + t] for pool in rows)) for t in checked]
         )
         error = relative_error(attend("auto")[checked], truth)
-        if not error <= _TOLERANCE:
+        if not error <= _TOLERANCES[kv_dtype]:
             raise WrongResult(
-                f"attention of {tokens} tokens: expected an error of at most {_TOLERANCE}, got {error:.1e}"
+                f"attention of {tokens} tokens: expected an error of at most {_TOLERANCES[kv_dtype]}, got {error:.1e}"
             )
         # The composition of ATen copies the context, makes the mask and calls scaled_dot_product_attention.
         ours, theirs = take_turns([lambda _: attend("auto"), lambda _: attend("reference")], self._seconds)

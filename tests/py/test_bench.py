@@ -76,8 +76,8 @@ def test_every_kernel_benchmark_has_json(command: str) -> None:
     assert "--json" in result.stdout
 
 
+@pytest.mark.usefixtures("small_pools")
 def test_bench_ops_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.cases, "BYTES_BEYOND_CACHES", 2**20)
     monkeypatch.setattr(kernels.cases, "GEMM_SIZE", 128)
     arguments = "ops --decode 1 --verify 1 --prefill 64 --threads 1 --seconds 0 --json"
     result = CliRunner().invoke(kernels_app, arguments.split())
@@ -256,7 +256,7 @@ def test_bench_attention_prints_one_document() -> None:
     for row in rows:
         assert 0 < row["min"] <= row["median"]
         assert row["ratio"] == pytest.approx(row["torch_median"] / row["median"])
-        assert 0 < row["error"] < 4e-3
+        assert 0 < row["error"] < (2.5e-3 if row["kv_dtype"] == "bfloat16" else 3e-3)
     pairs = sum(range(24, 41))  # what 17 tokens see
     assert rows[4]["gflops"] * rows[4]["median"] * 1e3 == pytest.approx(4 * 8 * 256 * pairs)
 
@@ -267,7 +267,7 @@ def test_bench_attention_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch)
     options = ["--tokens", "3", "--context", "9", "--threads", "1", "--seconds", "0"]
     result = CliRunner().invoke(kernels_app, ["attention", *options])
     assert result.exit_code == 1
-    assert "attention of 3 tokens: expected an error of at most 0.004, got 1.0e-02" in result.output
+    assert "attention of 3 tokens: expected an error of at most 0.0025, got 1.0e-02" in result.output
 
 
 def test_bench_attention_refuses_other_keys_and_values() -> None:
@@ -276,8 +276,8 @@ def test_bench_attention_refuses_other_keys_and_values() -> None:
     assert "expected bfloat16 or int8, got 'int4'" in result.output
 
 
-def test_bench_layer_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.cases, "BYTES_BEYOND_CACHES", 2**20)
+@pytest.mark.usefixtures("small_pools")
+def test_bench_layer_prints_one_document() -> None:
     result = CliRunner().invoke(kernels_app, ["layer", "--batch", "1", "--threads", "1", "--seconds", "0", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]

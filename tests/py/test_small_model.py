@@ -69,15 +69,16 @@ def test_perplexity_of_rounded_weights(
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("half_window")
 def test_perplexity_of_int8_keys_and_values(program: ModuleType) -> None:
-    """Within 0.05 % of those of float32; decode reads what prefill reads."""
+    """Within 0.05 % of those of float32; decode reads what prefill reads, but for codes that the last bits of a key
+    turn, which whole windows average.
+    """
     windows = program.held_out_windows(2)
     want = program.by_prefill(windows, program.Numbers())
     numbers = program.Numbers(kv_dtype=torch.int8)
     got = program.by_prefill(windows, numbers)
     assert 0 < abs(got / want - 1) < 5e-4
-    assert abs(program.by_decode(windows, numbers) / got - 1) < 5e-5  # 2.004e-5 with AMX: where codes round differently
+    assert abs(program.by_decode(windows, numbers) / got - 1) < 2e-5
 
 
 @pytest.mark.usefixtures("half_window")

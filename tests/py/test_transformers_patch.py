@@ -181,6 +181,12 @@ def test_a_compiled_layer_with_a_static_cache(mode: str) -> None:
         assert (a - b).norm() < F32_BOUND * b.norm()
 
 
+def outs_and_states(layer: nn.Module, cache: transformers.Cache, pieces: list[Tensor], name: str) -> list[Tensor]:
+    """What a layer makes of the pieces, one behind the other, with the cache by that name, and leaves in it."""
+    outs = [layer(piece, **{name: cache}) for piece in pieces]
+    return [*outs, cache.get_conv_state(0), cache.get_recurrent_state(0)]
+
+
 @pytest.mark.parametrize("recording", [False, True])
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])
 def test_a_layer_of_qwen4_exp(gate: str, recording: bool) -> None:
@@ -197,8 +203,7 @@ def test_a_layer_of_qwen4_exp(gate: str, recording: bool) -> None:
         cache = transformers.DynamicCache(config=config)
         if recording:
             cache.layers[0].activate_past_recording()
-        outs = [layer(piece, cache_params=cache) for piece in pieces]
-        return [*outs, cache.get_conv_state(0), cache.get_recurrent_state(0)]
+        return outs_and_states(layer, cache, pieces, "cache_params")
 
     with torch.no_grad():
         want = run()
@@ -522,9 +527,7 @@ def test_the_cache_by_the_name_of_newer_versions(monkeypatch: pytest.MonkeyPatch
     one, x = layer(config, layer_idx=0).eval(), torch.randn(2, 5, SMALL["hidden_size"])
 
     def run() -> list[Tensor]:
-        cache = transformers.DynamicCache(config=config)
-        outs = [one(part, cache=cache) for part in (x[:, :4], x[:, 4:])]
-        return [*outs, cache.get_conv_state(0), cache.get_recurrent_state(0)]
+        return outs_and_states(one, transformers.DynamicCache(config=config), [x[:, :4], x[:, 4:]], "cache")
 
     with torch.no_grad():
         want = run()

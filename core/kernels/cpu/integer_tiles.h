@@ -6,13 +6,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/kernels/cpu/quantized_linear.h"
+
 namespace xgdn::kernel::cpu {
 
 inline constexpr size_t kMostTileTokens = 8;
 inline constexpr int32_t kMostOfTwoBytes = 127 * 256 + 127;  // high, and low, are at most 127
-
-/// Which 8 elements of D follow each other: those of int8 and of int4 as quantized_codes-inl.h packs them.
-enum class TileOrder : uint8_t { kInt8, kInt4 };
 
 /// sums [T, 16] += token scale * scale * sum over the group of (code - zero) * token, groups in ascending order.
 struct GroupProducts {
@@ -37,8 +36,9 @@ struct IntegerTiles {
   void (*begin)(size_t T, size_t group_size);
   void (*end)();
   void (*multiply)(const GroupProducts&);
-  /// Brings count elements, a multiple of 32, of at most kMostOfTwoBytes, into this order of high and of low bytes.
-  void (*split)(const int16_t* x, size_t count, TileOrder order, int8_t* high, int8_t* low);
+  /// Brings count elements, a multiple of 32, of at most kMostOfTwoBytes, as high and as low bytes into the order in
+  /// which quantized_codes-inl.h packs codes of this format.
+  void (*split)(const int16_t* x, size_t count, Codes format, int8_t* high, int8_t* low);
 };
 
 /// Null where this machine has none or instruction_sets.h does not allow them.

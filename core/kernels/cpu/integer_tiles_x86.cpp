@@ -137,11 +137,10 @@ void multiply(const GroupProducts& p) {
   (p.zeros == nullptr ? kPlain : kWithZeros)[p.T - 1](p);
 }
 
-XGDN_INTEGER_TILES void split(const int16_t* x, size_t count, TileOrder order, int8_t* high, int8_t* low) {
+XGDN_INTEGER_TILES void split(const int16_t* x, size_t count, Codes format, int8_t* high, int8_t* low) {
   // Within eight elements, high bytes to the lower half, low bytes to the upper one.
-  const __m128i of_eight = order == TileOrder::kInt8
-                               ? _mm_setr_epi8(1, 5, 3, 7, 9, 13, 11, 15, 0, 4, 2, 6, 8, 12, 10, 14)
-                               : _mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14);
+  const __m128i of_eight = format == Codes::kInt8 ? _mm_setr_epi8(1, 5, 3, 7, 9, 13, 11, 15, 0, 4, 2, 6, 8, 12, 10, 14)
+                                                  : _mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14);
   const __m512i bytes = _mm512_broadcast_i32x4(of_eight);
   const __m512i halves = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
   const __m512i half = _mm512_set1_epi16(0x80);  // so that low bytes have a sign

@@ -79,10 +79,6 @@ void quantize_group(const float* HWY_RESTRICT x, size_t count, int16_t* HWY_REST
   sum = hn::GetLane(hn::SumOfLanes(i, total));
 }
 
-TileOrder tile_order(Codes format) {
-  return format == Codes::kInt8 ? TileOrder::kInt8 : TileOrder::kInt4;
-}
-
 void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_t end_token) {
   const auto D = static_cast<size_t>(args.D);
   const IntegerTiles* tiles = args.by_tiles ? integer_tiles() : nullptr;
@@ -105,7 +101,7 @@ void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_
       const size_t at = static_cast<size_t>(token) * groups + g;
       quantize_group(row + g * group_size, group_size, to + g * group_size, args.token_scales[at], args.token_sums[at]);
     }
-    if (tiles != nullptr) tiles->split(to, D, tile_order(args.format), bytes, bytes + D);
+    if (tiles != nullptr) tiles->split(to, D, args.format, bytes, bytes + D);
   }
 }
 
@@ -402,7 +398,7 @@ void load_panel(const QuantizedLinearArgs& args, int64_t output, size_t group, s
   for (size_t i = 0; i < num_groups * kPanelOutputs; i += hn::Lanes(F32())) {
     hn::Store(load_scales(args.scales, at + i), F32(), panel.scales + i);
   }
-  if constexpr (Format::kDepth == Int4Codes<false>::kDepth) {
+  if (args.format == Codes::kInt4) {
     const size_t rows = num_groups * static_cast<size_t>(args.group_size) / Format::kDepth;
     unpack_bytes(panel.codes, rows, args.zeros == nullptr ? 0x08080808u : 0u, panel.bytes);
     panel.codes = panel.bytes;

@@ -130,8 +130,12 @@ inline bool has_warp_group_products() {
   return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9;
 }
 
+inline bool has_aligned_rows(const PagedAttentionArgs& args) {
+  return is_aligned(args.q) && is_aligned(args.out);
+}
+
 inline TileCall tile_call(const PagedAttentionArgs& args) {
-  TileCall call = {.is_aligned = is_aligned(args.q) && is_aligned(args.out)};
+  TileCall call = {.is_aligned = has_aligned_rows(args)};
   if (args.max_len <= kSplitTokens || args.q.dtype == DType::kFloat32) return call;
   const int64_t blocks = max_query_tiles(args, kQueryRows) * args.HKV;
   const int64_t most = std::clamp<int64_t>(args.M * args.B / kMinShareRows, 1, kMaxShares);
@@ -192,8 +196,7 @@ void attend_rows(const PagedAttentionArgs& args, cudaStream_t stream) {
         constexpr int kGroups = decltype(groups)::value;
         const dim3 grid(pairs, static_cast<unsigned>(ceil_div(queries, kGroups * kGroupRows)), chunks);
         launch(attend_split<Element, kDim, kGroups, kIsInt8>, grid, kSplitWarps * kLanes,
-               SplitMemory<kDim, kGroups, kIsInt8>::kBytes, args,
-               SplitCall{results, is_aligned(args.q) && is_aligned(args.out)}, stream);
+               SplitMemory<kDim, kGroups, kIsInt8>::kBytes, args, SplitCall{results, has_aligned_rows(args)}, stream);
       };
       queries <= kGroupRows ? launch_split(std::integral_constant<int, 1>())
                             : launch_split(std::integral_constant<int, 2>());

@@ -92,6 +92,8 @@ def _undo() -> None:
 def _replacements(layers: bool) -> list[_Replaced]:
     transformers = importlib.import_module("transformers")
     found: list[_Replaced] = []
+    if layers:
+        _check_caches(transformers)
     for module in _models(transformers):
         missing = [name for name in _RULES if not callable(vars(module).get(name))]
         if missing:
@@ -108,10 +110,13 @@ def _replacements(layers: bool) -> list[_Replaced]:
     return found
 
 
-def _check_layers(transformers: ModuleType, module: ModuleType) -> None:
+def _check_caches(transformers: ModuleType) -> None:
     missing = [n for n in transformers_layer.CACHE_METHODS if not hasattr(transformers.cache_utils.Cache, n)]
     if missing:
         raise _unsupported_layers(transformers, f"caches without {' and '.join(missing)}")
+
+
+def _check_layers(transformers: ModuleType, module: ModuleType) -> None:
     for layer in _classes(module):
         parameters = tuple(inspect.signature(vars(layer)["forward"]).parameters)[
             : len(transformers_layer.PARAMETERS[0])
