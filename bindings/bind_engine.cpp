@@ -43,22 +43,26 @@ void bind_options(nb::module_& m) {
       .def(
           "__init__",
           [](RunnerOptions* self, int64_t max_batch_size, int64_t max_cached_tokens, int64_t kv_block_size,
-             int64_t max_tokens_per_step, bool poison_freed_slots) {
+             int64_t max_tokens_per_step, int64_t prefix_cache_slots, bool poison_freed_slots) {
             new (self) RunnerOptions{.max_batch_size = max_batch_size,
                                      .max_cached_tokens = max_cached_tokens,
                                      .kv_block_size = kv_block_size,
                                      .max_tokens_per_step = max_tokens_per_step,
+                                     .prefix_cache_slots = prefix_cache_slots,
                                      .poison_freed_slots = poison_freed_slots};
           },
           nb::kw_only(), "max_batch_size"_a = defaults.runner.max_batch_size,
           "max_cached_tokens"_a = defaults.runner.max_cached_tokens, "kv_block_size"_a = defaults.runner.kv_block_size,
           "max_tokens_per_step"_a = defaults.runner.max_tokens_per_step,
+          "prefix_cache_slots"_a = defaults.runner.prefix_cache_slots,
           "poison_freed_slots"_a = defaults.runner.poison_freed_slots)
       .def_ro("max_batch_size", &RunnerOptions::max_batch_size, "State slots: sequences that run at once.")
       .def_ro("max_cached_tokens", &RunnerOptions::max_cached_tokens, "Capacity of the KV cache, over all sequences.")
       .def_ro("kv_block_size", &RunnerOptions::kv_block_size, "Tokens in a block of the KV cache.")
       .def_ro("max_tokens_per_step", &RunnerOptions::max_tokens_per_step,
               "Token budget of a step: decodes and prompt chunks together.")
+      .def_ro("prefix_cache_slots", &RunnerOptions::prefix_cache_slots,
+              "State slots of cached prefixes, beside those of running sequences; 0: no prefix is cached.")
       .def_ro("poison_freed_slots", &RunnerOptions::poison_freed_slots, "Fill freed slots with NaN, to find bugs.");
 
   nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
@@ -110,7 +114,8 @@ void bind_reports(nb::module_& m) {
   nb::class_<Plan>(m, "Plan", "The memory that an engine will allocate, in bytes.")
       .def_ro("weight_bytes", &Plan::weight_bytes, "The model's tensors in their dtype.")
       .def_ro("state_slot_bytes", &Plan::state_slot_bytes, "One sequence's recurrent states.")
-      .def_ro("num_state_slots", &Plan::num_state_slots)
+      .def_ro("num_state_slots", &Plan::num_state_slots, "Slots of running sequences.")
+      .def_ro("num_prefix_slots", &Plan::num_prefix_slots, "Further slots, of cached prefixes.")
       .def_ro("kv_block_bytes", &Plan::kv_block_bytes, "One block of the KV cache.")
       .def_ro("num_kv_blocks", &Plan::num_kv_blocks)
       .def_ro("kv_block_size", &Plan::kv_block_size, "Tokens of a block.")
@@ -123,6 +128,12 @@ void bind_reports(nb::module_& m) {
       .def_prop_ro("total_bytes", &Plan::total_bytes)
       .def("max_sequences", &Plan::max_sequences, "length"_a, "memory_limit"_a,
            "The most sequences of `length` tokens that fit into `memory_limit` bytes, weights and workspace included.");
+
+  nb::class_<PrefixCacheStats>(m, "PrefixCacheStats", "Contents and counts of the prefix cache.")
+      .def_ro("num_prefixes", &PrefixCacheStats::num_prefixes, "Prefixes that are cached now.")
+      .def_ro("num_looked_up", &PrefixCacheStats::num_looked_up, "Tokens of all prompts that have been looked up.")
+      .def_ro("num_found", &PrefixCacheStats::num_found, "Tokens of these prompts whose state was cached.")
+      .def_ro("num_evictions", &PrefixCacheStats::num_evictions, "Prefixes that were given up for room, so far.");
 
   nb::class_<StepStats>(m, "StepStats", "Counts and times of a step.")
       .def_ro("num_decodes", &StepStats::num_decodes, "Sequences that computed one token.")
@@ -217,6 +228,7 @@ void bind_engine_class(nb::module_& m) {
       .def_prop_ro("num_free_slots", &Engine::num_free_slots, WithoutGil())
       .def_prop_ro("num_free_kv_blocks", &Engine::num_free_kv_blocks, WithoutGil())
       .def_prop_ro("num_preemptions", &Engine::num_preemptions, WithoutGil())
+      .def_prop_ro("prefix_cache_stats", &Engine::prefix_cache_stats, WithoutGil())
       .def_prop_ro("device_error", &Engine::device_error, WithoutGil())
       .def_prop_ro("max_context", &Engine::max_context)
       .def_prop_ro("last_step", &Engine::last_step, WithoutGil())

@@ -182,6 +182,7 @@ void bind_requests(nb::module_& m) {
       .def_ro("tokens", &RequestEvent::tokens, "New tokens; none while the prompt is computed.")
       .def_ro("num_prefilled", &RequestEvent::num_prefilled)
       .def_ro("prompt_size", &RequestEvent::prompt_size)
+      .def_ro("num_cached", &RequestEvent::num_cached, "Prompt tokens whose state the prefix cache had.")
       .def_ro("finish_reason", &RequestEvent::finish_reason)
       .def_ro("error", &RequestEvent::error)
       .def_ro("branch", &RequestEvent::branch, "Branch of the request, 0..n-1.")
@@ -194,6 +195,7 @@ void bind_requests(nb::module_& m) {
       .def_ro("finish_reason", &GenerationResult::finish_reason)
       .def_ro("error", &GenerationResult::error)
       .def_ro("branch", &GenerationResult::branch, "Branch of the request, 0..n-1.")
+      .def_ro("num_cached", &GenerationResult::num_cached, "Prompt tokens whose state the prefix cache had.")
       .def_ro("logprobs", &GenerationResult::logprobs,
               "Log-probabilities of each token, if its sampling asks for them.");
 }

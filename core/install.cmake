@@ -59,6 +59,7 @@ set(xgdn_public_headers
   runtime/logprobs.h
   runtime/model_runner.h
   runtime/plan.h
+  runtime/prefix_cache.h
   runtime/request.h
   runtime/sampler.h
   runtime/scheduler.h

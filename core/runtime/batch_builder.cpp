@@ -66,7 +66,8 @@ int64_t product(int64_t a, int64_t b) {
 // contexts in common: those regions grow when they have to.
 std::vector<int64_t> rooms(const BatchLimits& limits, bool wants_context_rows) {
   const int64_t num_padded = limits.max_padding();
-  const int64_t sequences = limits.num_slots + num_padded;
+  const int64_t unpadded = limits.max_sequences.value_or(limits.num_slots);
+  const int64_t sequences = unpadded + num_padded;
   const int64_t tokens = limits.max_tokens + num_padded;
   std::vector<int64_t> rooms(kNumRegions, 0);
   for (const size_t of_tokens : {kTokenIds, kPositions, kLogitRows, kSlotMapping}) rooms[of_tokens] = tokens;
@@ -76,10 +77,10 @@ std::vector<int64_t> rooms(const BatchLimits& limits, bool wants_context_rows) {
     rooms[region(kind, kSegmentCuSeqlens)] = sequences + 1;
     for (const Field slots : {kStateRead, kStateWrite, kConvRead, kConvWrite}) rooms[region(kind, slots)] = sequences;
   }
-  rooms[region(SegmentKind::kVerify, kNumAccepted)] = limits.num_slots;
-  rooms[region(SegmentKind::kPrefill, kHasInitialState)] = limits.num_slots;
-  rooms[region(SegmentKind::kPrefill, kChunkIndices)] = 2 * (tokens / kernel::kChunkSize + limits.num_slots);
-  rooms[region(SegmentKind::kPrefill, kChunkOffsets)] = limits.num_slots + 1;
+  rooms[region(SegmentKind::kVerify, kNumAccepted)] = unpadded;
+  rooms[region(SegmentKind::kPrefill, kHasInitialState)] = unpadded;
+  rooms[region(SegmentKind::kPrefill, kChunkIndices)] = 2 * (tokens / kernel::kChunkSize + unpadded);
+  rooms[region(SegmentKind::kPrefill, kChunkOffsets)] = unpadded + 1;
   if (limits.has_attention) rooms[kBlockTable] = product(sequences, num_columns(limits));
   if (wants_context_rows) rooms[kContextRows] = limits.num_kv_blocks * limits.kv_block_size;
   return rooms;
@@ -313,7 +314,8 @@ int64_t BatchLimits::max_padding() const {
 void BatchLimits::check() const {
   for (const auto& [name, size] :
        {std::pair{"num_slots", num_slots}, std::pair{"num_kv_blocks", num_kv_blocks},
-        std::pair{"max_tokens", max_tokens}, std::pair{"max_context", max_context.value_or(0)}}) {
+        std::pair{"max_tokens", max_tokens}, std::pair{"max_context", max_context.value_or(0)},
+        std::pair{"max_sequences", max_sequences.value_or(0)}}) {
     if (size >= 0) continue;
     throw RequestError(c10::str("[BatchBuilder] ", name, ": expected at least 0, got ", size));
   }

@@ -34,8 +34,9 @@ struct BatchLimits {
   int64_t kv_block_size = 16;
   int64_t vocab_size = 0;
   bool has_attention = true;
-  int64_t max_tokens = 2048;                // of a step; one that has more moves the buffers
-  std::optional<int64_t> max_context = {};  // tokens of a sequence; default what all blocks hold
+  int64_t max_tokens = 2048;                  // of a step; one that has more moves the buffers
+  std::optional<int64_t> max_context = {};    // tokens of a sequence; default what all blocks hold
+  std::optional<int64_t> max_sequences = {};  // of a step; default one a slot
 
   /// Sizes, ascending, to the next of which the decodes of a step are padded: rows without a sequence (kPadSlot), so
   /// that a device sees few different shapes. More decodes than the last size are not padded.

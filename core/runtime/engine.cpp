@@ -17,7 +17,8 @@ RequestEvent event_of(const Sequence& s) {
   return {.id = s.id,
           .num_prefilled = std::min(s.num_computed(), s.prompt_size()),
           .prompt_size = s.prompt_size(),
-          .branch = s.branch};
+          .branch = s.branch,
+          .num_cached = s.num_cached};
 }
 
 StepStats count(const std::vector<ScheduledStep>& steps) {
@@ -46,9 +47,10 @@ Engine::Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, co
     : model_(std::move(model)),
       load_report_(std::move(report)),
       max_context_(xgdn::max_context(*model_, checked(options))),
-      states_(model_->state_specs(), options.max_batch_size, model_->device(), options.poison_freed_slots),
+      states_(model_->state_specs(), num_state_slots(options), model_->device(), options.poison_freed_slots),
       kv_(kv_spec(*model_, options.kv_block_size), num_kv_blocks(*model_, options), model_->device()),
-      scheduler_({.max_tokens_per_step = options.max_tokens_per_step}, states_, kv_),
+      scheduler_({.max_tokens_per_step = options.max_tokens_per_step, .num_prefix_slots = options.prefix_cache_slots},
+                 states_, kv_),
       runner_(model_, options, states_, kv_) {}
 
 Engine::~Engine() = default;
@@ -181,7 +183,7 @@ bool Engine::is_stop_token(const Request& request, int32_t token) const {
 void Engine::advance(const ScheduledStep& step, std::optional<size_t> index, std::vector<RequestEvent>& events,
                      std::vector<Choice>& choices) {
   Sequence& s = *step.sequence;
-  s.memory.advance(step.num_tokens);
+  scheduler_.advance(step);
   const auto add = [&](Sequence& sequence) {
     if (index) choices.push_back({&sequence, {*index, &sequence.sampler}, events.size()});
     events.push_back(event_of(sequence));
@@ -308,7 +310,11 @@ std::vector<RequestEvent> Engine::run_step() {
   }
   for (const RequestEvent& event : moved) {
     if (event.finish_reason == FinishReason::kRunning) continue;
-    scheduler_.remove(event.id, event.branch);
+    if (event.finish_reason == FinishReason::kError) {
+      scheduler_.remove_failed(event.id, event.branch);
+    } else {
+      scheduler_.remove(event.id, event.branch);
+    }
     std::lock_guard lock(mutex_);
     forget(event.id, event.branch);
   }
@@ -333,6 +339,7 @@ std::vector<GenerationResult> Engine::generate(const std::vector<Request>& reque
       result.tokens.insert(result.tokens.end(), event.tokens.begin(), event.tokens.end());
       result.logprobs.insert(result.logprobs.end(), event.logprobs.begin(), event.logprobs.end());
       result.finish_reason = event.finish_reason;
+      result.num_cached = event.num_cached;
       result.error = event.error;
       if (event.finish_reason != FinishReason::kError || !options.throw_on_error) continue;
       throw GenerationError(c10::str("[generate] result ", position.at({event.id, event.branch}), ": ", event.error));

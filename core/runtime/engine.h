@@ -100,11 +100,15 @@ class Engine {
 
   /// Sequences that could start.
   int64_t num_free_slots() const {
-    return between_steps([&] { return states_.num_free(); });
+    return between_steps([&] { return scheduler_.num_free_slots(); });
   }
-  /// Of kv_block_size tokens.
+  /// Of kv_block_size tokens; those that cached prefixes alone hold are free for whoever wants them.
   int64_t num_free_kv_blocks() const {
-    return between_steps([&] { return kv_.num_free(); });
+    return between_steps([&] { return scheduler_.num_free_blocks(); });
+  }
+  /// Of all zeros where the options give the prefix cache no slots.
+  PrefixCacheStats prefix_cache_stats() const {
+    return between_steps([&] { return scheduler_.prefix_cache_stats(); });
   }
   /// So far; a preempted request goes on later.
   int64_t num_preemptions() const {

@@ -30,6 +30,7 @@ EngineCounters counters(const Engine& engine) {
   return {.num_free_slots = engine.num_free_slots(),
           .num_free_kv_blocks = engine.num_free_kv_blocks(),
           .num_preemptions = engine.num_preemptions(),
+          .prefix_cache = engine.prefix_cache_stats(),
           .device_error = engine.device_error(),
           .last_step = engine.last_step()};
 }

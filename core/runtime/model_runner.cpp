@@ -44,9 +44,11 @@ ModelRunner::Result ModelRunner::forward(const StepInput& input) {
   return result;
 }
 
+// Sequences that go on from another's state have write slots beside those that they read, which other steps lack.
 bool ModelRunner::can_be_recorded() const {
   const std::vector<Segment>& segments = built_.input.gdn.segments;
-  return has_graphs_ && segments.size() == 1 && segments.front().kind == SegmentKind::kDecode;
+  if (!has_graphs_ || segments.size() != 1 || segments.front().kind != SegmentKind::kDecode) return false;
+  return !segments.front().state_slots.write && !segments.front().conv_slots.write;
 }
 
 // The graph of a step has logits for the padding too, so that it serves any number of sequences up to its rows.

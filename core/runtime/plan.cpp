@@ -92,7 +92,8 @@ int64_t Plan::workspace_bytes(int64_t num_sequences, int64_t num_blocks, int64_t
 
 int64_t Plan::bytes_with(int64_t num_sequences, int64_t length) const {
   const int64_t blocks = num_kv_blocks == 0 ? 0 : (length + kv_block_size - 1) / kv_block_size;
-  return weight_bytes + num_sequences * (state_slot_bytes + blocks * kv_block_bytes) +
+  return weight_bytes + num_prefix_slots * state_slot_bytes +
+         num_sequences * (state_slot_bytes + blocks * kv_block_bytes) +
          workspace_bytes(num_sequences, num_sequences * blocks, length);
 }
 
@@ -123,6 +124,7 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Runne
   return {.weight_bytes = model.weight_bytes(),
           .state_slot_bytes = state_slot_bytes(model),
           .num_state_slots = runner.max_batch_size,
+          .num_prefix_slots = runner.prefix_cache_slots,
           .kv_block_bytes = kv_spec(model, runner.kv_block_size).block_bytes(),
           .num_kv_blocks = num_kv_blocks(model, runner),
           .kv_block_size = runner.kv_block_size,

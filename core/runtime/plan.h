@@ -16,7 +16,8 @@ struct Plan {
   int64_t weight_bytes = 0;  // of the model's tensors in their dtype, wherever they lie
 
   int64_t state_slot_bytes = 0;  // one sequence's recurrent states over all GDN layers
-  int64_t num_state_slots = 0;
+  int64_t num_state_slots = 0;   // of running sequences
+  int64_t num_prefix_slots = 0;  // of cached prefixes
 
   int64_t kv_block_bytes = 0;  // keys and values of one block over all full-attention layers
   int64_t num_kv_blocks = 0;
@@ -34,14 +35,14 @@ struct Plan {
   int64_t max_positions = 0;  // of the model; 0: any number
   int64_t max_context = 0;    // tokens of the longest sequence that is served; 0: any
 
-  int64_t state_bytes() const { return num_state_slots * state_slot_bytes; }  // of all slots
-  int64_t kv_bytes() const { return num_kv_blocks * kv_block_bytes; }         // of all blocks
+  int64_t state_bytes() const { return (num_state_slots + num_prefix_slots) * state_slot_bytes; }  // of all slots
+  int64_t kv_bytes() const { return num_kv_blocks * kv_block_bytes; }                              // of all blocks
   /// An upper bound on the tensors of the largest step: activations, logits, metadata with its buffers.
   int64_t workspace_bytes() const { return workspace_bytes(num_state_slots, num_kv_blocks, max_context); }
   int64_t total_bytes() const { return weight_bytes + state_bytes() + kv_bytes() + workspace_bytes(); }  // all of it
 
   /// The most sequences of `length` tokens each that fit into `memory_limit` bytes, weights and workspace included,
-  /// with pools sized for them. Throws RequestError for a length below 1.
+  /// with pools sized for them and the slots of cached prefixes beside them. Throws RequestError for a length below 1.
   int64_t max_sequences(int64_t length, int64_t memory_limit) const;
 
  private:

@@ -44,6 +44,7 @@ struct RequestEvent {
   std::string error;               // with kError
   std::vector<Logprobs> logprobs;  // of each new token, where sampling.logprobs asks for them
   int64_t branch = 0;              // of n; while the prompt is computed, the branch that computes it
+  int64_t num_cached = 0;          // prompt tokens whose state the prefix cache had
 };
 
 /// A finished request, or one branch of it.
@@ -54,6 +55,7 @@ struct GenerationResult {
   std::string error;               // with kError
   std::vector<Logprobs> logprobs;  // of each token, where sampling.logprobs asks for them
   int64_t branch = 0;              // of n
+  int64_t num_cached = 0;          // prompt tokens whose state the prefix cache had
 };
 
 }  // namespace xgdn

@@ -13,11 +13,19 @@ void RunnerOptions::check() const {
     if (got > most) throw RequestError(c10::str("[RunnerOptions] ", name, ": expected at most ", most, ", got ", got));
   };
   check_size("max_batch_size", kernel::kMaxIndex, max_batch_size);
+  if (prefix_cache_slots < 0 || prefix_cache_slots > kernel::kMaxIndex - max_batch_size) {
+    throw RequestError(c10::str("[RunnerOptions] prefix_cache_slots: expected 0..", kernel::kMaxIndex - max_batch_size,
+                                ", got ", prefix_cache_slots));
+  }
   check_size("kv_block_size", kernel::kMaxIndex, kv_block_size);
   check_size("max_cached_tokens", kernel::kMaxIndex / kv_block_size * kv_block_size, max_cached_tokens);
   check_size("max_tokens_per_step", kernel::kMaxIndex, max_tokens_per_step);
   SchedulerOptions{.max_tokens_per_step = max_tokens_per_step}.check();
   BatchLimits{.decode_buckets = decode_buckets}.check();
+}
+
+int64_t num_state_slots(const RunnerOptions& options) {
+  return options.max_batch_size + options.prefix_cache_slots;
 }
 
 int64_t state_slot_bytes(const HybridDecoder& model) {
@@ -63,13 +71,14 @@ std::vector<int64_t> decode_buckets(const RunnerOptions& options, c10::Device de
 
 BatchLimits batch_limits(const HybridDecoder& model, const RunnerOptions& options) {
   const int64_t context = max_context(model, options);
-  return {.num_slots = options.max_batch_size,
+  return {.num_slots = num_state_slots(options),
           .num_kv_blocks = num_kv_blocks(model, options),
           .kv_block_size = options.kv_block_size,
           .vocab_size = model.config().vocab_size,
           .has_attention = model.num_attention_layers() > 0,
           .max_tokens = max_step_tokens(options.max_tokens_per_step, options.max_batch_size),
           .max_context = context == 0 ? std::nullopt : std::optional(context),
+          .max_sequences = options.max_batch_size,
           .decode_buckets = decode_buckets(options, model.device())};
 }
 

@@ -22,11 +22,16 @@ struct RunnerOptions {
   // As BatchLimits::decode_buckets. None: a device with graphs has sizes up to max_batch_size, no two of which are
   // further apart than by half; elsewhere decodes are not padded.
   std::vector<int64_t> decode_buckets = {};
+  // Further state slots, one for each prefix of prompts that is kept for later ones (PrefixCache). 0: none is.
+  int64_t prefix_cache_slots = 0;
   bool poison_freed_slots = poison_freed_by_default();
 
   /// Throws RequestError for a size that no engine can have.
   void check() const;
 };
+
+/// Slots of running sequences and of cached prefixes.
+int64_t num_state_slots(const RunnerOptions& options);
 
 /// Bytes of one slot over all GDN layers.
 int64_t state_slot_bytes(const HybridDecoder& model);

@@ -4,6 +4,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <span>
 
 #include "core/kernels/ops_api.h"
 
@@ -22,14 +23,22 @@ bool can_run(const Sequence& sequence) {
   return sequence.memory.is_resident() && !sequence.is_parked && !sequence.memory.is_read_by_forks();
 }
 
+std::span<const int32_t> computed_tokens(const Sequence& sequence) {
+  return std::span(sequence.tokens).first(static_cast<size_t>(sequence.num_computed()));
+}
+
 // Where the next piece of a prefill of at most `budget` tokens ends. Chunks are counted from the sequence's first
-// token, so that the budget does not move them: all pieces but the last end at a multiple of the chunk size, and one
-// that begins between two of them ends at the next.
-int64_t piece_end(const Sequence& sequence, int64_t budget) {
+// token, so that the budget does not move them: all pieces but the last, and those that end at a checkpoint, end at a
+// multiple of the chunk size. One that begins between two of them ends at the next where states depend on it.
+int64_t piece_end(const Sequence& sequence, int64_t budget, bool has_replay_states) {
   constexpr int64_t kChunk = kernel::kChunkSize;
   const int64_t begin = sequence.num_computed();
-  const int64_t most = begin % kChunk == 0 ? budget : std::min(budget, kChunk - begin % kChunk);
-  if (sequence.prefill_end - begin <= most) return sequence.prefill_end;
+  const int64_t to_next = has_replay_states || begin % kChunk == 0 ? budget : kChunk - begin % kChunk;
+  const int64_t most = std::min(budget, to_next);
+  const auto checkpoint = std::ranges::upper_bound(sequence.checkpoints, begin);
+  const int64_t end =
+      checkpoint == sequence.checkpoints.end() ? sequence.prefill_end : std::min(*checkpoint, sequence.prefill_end);
+  if (end - begin <= most) return end;
   return std::max(begin, (begin + most) / kChunk * kChunk);
 }
 
@@ -42,7 +51,7 @@ void SchedulerOptions::check() const {
 }
 
 Scheduler::Scheduler(const SchedulerOptions& options, StatePool& states, KvCache& kv)
-    : options_(options), states_(states), kv_(kv) {
+    : options_(options), states_(states), kv_(kv), prefixes_(options.num_prefix_slots, states, kv) {
   options.check();
 }
 
@@ -60,11 +69,11 @@ void Scheduler::check_fits(const Request& request) const {
     throw RequestError(c10::str("[submit] prompt: expected prompt + max_new_tokens to fit into ", capacity,
                                 " KV cache tokens, got ", prompt, " + ", request.max_new_tokens));
   }
-  if (states_.num_slots() == 0) throw RequestError("[submit] expected at least one state slot, got 0");
+  if (max_running() == 0) throw RequestError("[submit] expected at least one state slot, got 0");
   if (request.n < 1) throw RequestError(c10::str("[submit] n: expected at least 1, got ", request.n));
-  if (request.n > states_.num_slots()) {
-    throw RequestError(c10::str("[submit] n: expected at most ", states_.num_slots(),
-                                " branches, a state slot for each, got ", request.n));
+  if (request.n > max_running()) {
+    throw RequestError(
+        c10::str("[submit] n: expected at most ", max_running(), " branches, a state slot for each, got ", request.n));
   }
 }
 
@@ -74,8 +83,25 @@ void Scheduler::add(std::unique_ptr<Sequence> sequence) {
   waiting_.push_back(std::move(sequence));
 }
 
-bool Scheduler::fits(const Sequence& sequence) const {
-  return sequence.memory.num_missing(room(sequence)) <= kv_.num_free();
+int64_t Scheduler::num_free_slots() const {
+  return std::min(states_.num_free(), max_running() - num_running());
+}
+
+// Gives up cached prefixes where that makes enough blocks free.
+bool Scheduler::can_take(int64_t num_blocks, const PrefixCache::Prefix* spared) {
+  if (num_blocks <= kv_.num_free()) return true;
+  if (num_blocks > kv_.num_free() + prefixes_.num_evictable_blocks(spared)) return false;
+  prefixes_.evict_for(num_blocks, spared);
+  return true;
+}
+
+// What a prefix gives up may be missed by the sequence itself, which shared it.
+bool Scheduler::fits(const Sequence& sequence) {
+  const auto num_missing = [&] { return sequence.memory.num_missing(room(sequence)); };
+  while (num_missing() > kv_.num_free()) {
+    if (!can_take(num_missing())) return false;
+  }
+  return true;
 }
 
 void Scheduler::preempt(Sequence& sequence) {
@@ -112,20 +138,34 @@ bool Scheduler::resume() {
   return true;
 }
 
+void Scheduler::admit() {
+  while (resume() && !waiting_.empty() && admit_first()) {
+  }
+}
+
 // The branches of a request are admitted together, with a slot for each. Blocks must be there for the first; the others
 // become resident like those that were preempted.
-void Scheduler::admit() {
-  while (resume() && !waiting_.empty()) {
-    const RequestId id = waiting_.front()->id;
-    const auto is_other = [id](const std::unique_ptr<Sequence>& s) { return s->id != id; };
-    const auto end = std::find_if(waiting_.begin(), waiting_.end(), is_other);
-    if (end - waiting_.begin() > states_.num_free() || !fits(*waiting_.front())) return;
-    for (auto branch = waiting_.begin(); branch != end; ++branch) {
-      (*branch)->memory.allocate_state();
-      running_.push_back(std::move(*branch));
-    }
-    waiting_.erase(waiting_.begin(), end);
+bool Scheduler::admit_first() {
+  const auto begin = waiting_.begin();
+  Sequence& first = **begin;
+  const auto end = std::find_if(begin, waiting_.end(), [&](const auto& s) { return s->id != first.id; });
+  if (end - begin > num_free_slots()) return false;
+  PrefixCache::Prefix* cached = prefixes_.find(first.tokens);
+  const int64_t num_shared = cached == nullptr ? 0 : cached->memory.num_full_blocks();
+  if (!can_take(first.memory.num_missing(room(first)) - num_shared, cached)) return false;
+  for (auto branch = begin; branch != end; ++branch) (*branch)->memory.allocate_state();
+  first.memory.grow(0);
+  prefixes_.use(cached, first.tokens, first.memory);
+  first.memory.grow(room(first));
+  const std::vector<int64_t> checkpoints = prefixes_.checkpoints(first.tokens, first.num_computed());
+  const int64_t num_cached = first.num_computed();
+  for (auto branch = begin; branch != end; ++branch) {
+    (*branch)->num_cached = num_cached;
+    (*branch)->checkpoints = checkpoints;
+    running_.push_back(std::move(*branch));
   }
+  waiting_.erase(begin, end);
+  return true;
 }
 
 std::vector<Sequence*> Scheduler::tokenless_branches(const Sequence& sequence) const {
@@ -164,13 +204,20 @@ std::vector<ScheduledStep> Scheduler::schedule() {
   int64_t budget = std::max(options_.max_tokens_per_step - num_tokens, kernel::kChunkSize);
   for (const auto& sequence : running_) {
     if (!can_run(*sequence) || sequence->is_prefilled()) continue;
-    const int64_t end = piece_end(*sequence, budget);
+    const int64_t end = piece_end(*sequence, budget, states_.has_replay_states());
     if (end == sequence->num_computed()) break;
     const int64_t count = end - sequence->num_computed();
     steps.push_back({.sequence = sequence.get(), .kind = SegmentKind::kPrefill, .num_tokens = count});
     budget -= count;
   }
   return steps;
+}
+
+void Scheduler::advance(const ScheduledStep& step) {
+  Sequence& s = *step.sequence;
+  s.memory.advance(step.num_tokens);
+  if (!std::ranges::binary_search(s.checkpoints, s.num_computed())) return;
+  prefixes_.keep_checkpoint(s.id, computed_tokens(s), s.memory);
 }
 
 std::vector<const Sequence*> Scheduler::youngest_first() const {
@@ -182,6 +229,21 @@ std::vector<const Sequence*> Scheduler::youngest_first() const {
 }
 
 std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
+  std::unique_ptr<Sequence> removed = take_out(id, branch);
+  if (!removed) return removed;
+  prefixes_.keep_rest(id, computed_tokens(*removed), removed->memory);
+  removed->memory.clear();
+  return removed;
+}
+
+std::unique_ptr<Sequence> Scheduler::remove_failed(RequestId id, int64_t branch) {
+  std::unique_ptr<Sequence> removed = take_out(id, branch);
+  prefixes_.forget(id);
+  if (removed) removed->memory.clear();
+  return removed;
+}
+
+std::unique_ptr<Sequence> Scheduler::take_out(RequestId id, int64_t branch) {
   const auto is_it = [&](const std::unique_ptr<Sequence>& s) { return s->id == id && s->branch == branch; };
   for (Queue* queue : {&waiting_, &running_}) {
     auto it = std::find_if(queue->begin(), queue->end(), is_it);
@@ -193,7 +255,6 @@ std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
     }
     std::unique_ptr<Sequence> removed = std::move(*it);
     queue->erase(it);
-    removed->memory.clear();
     return removed;
   }
   return nullptr;

@@ -28,6 +28,8 @@ struct Sequence {
   int64_t prefill_end;          // tokens before it are computed in pieces of any length, those behind it one a step
   SequenceMemory memory;        // since the scheduler has it
   bool is_parked = false;
+  int64_t num_cached = 0;                 // of the prompt, whose state another sequence has left; since its admission
+  std::vector<int64_t> checkpoints = {};  // after how many tokens of the prompt its state is kept for others; ascending
 
   int64_t prompt_size() const { return static_cast<int64_t>(request->prompt.size()); }  // tokens
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }            // known so far

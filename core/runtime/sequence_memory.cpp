@@ -138,14 +138,22 @@ bool SequenceMemory::is_read_by_forks() const {
   return std::ranges::any_of(own_, [](const StateSlot& slot) { return slot && slot.is_shared(); });
 }
 
+bool SequenceMemory::has_unread_state() const {
+  return std::ranges::any_of(forked_from_, [](const StateSlot& slot) { return static_cast<bool>(slot); });
+}
+
 void SequenceMemory::advance(int64_t num_tokens) {
   num_computed_ += num_tokens;
   forked_from_ = {};
 }
 
+int64_t SequenceMemory::num_full_blocks() const {
+  return std::max<int64_t>(kv_->blocks_for(num_computed_ + 1) - 1, 0);
+}
+
 void SequenceMemory::fork(SequenceMemory& fork) {
   if (!is_resident_) fork.swap_out();
-  const int64_t num_full = std::max<int64_t>(kv_->blocks_for(num_computed_ + 1) - 1, 0);
+  const int64_t num_full = num_full_blocks();
   const auto begin = blocks_.begin();
   const auto end_of_full = begin + num_full;
   const bool is_partly_filled = kv_->blocks_for(num_computed_) > num_full;
@@ -170,6 +178,26 @@ void SequenceMemory::fork(SequenceMemory& fork) {
   fork.num_computed_ = num_computed_;
   for (const SlotGroup group : kSlotGroups) fork.forked_from_[index(group)] = read_slot(group).share();
   if (!fork.is_resident_) fork.own_state();
+}
+
+int64_t SequenceMemory::num_missing_to_checkpoint() const {
+  const int64_t num_filled = kv_->blocks_for(num_computed_);
+  return num_filled > num_full_blocks() && num_filled == std::ssize(blocks_) ? 1 : 0;
+}
+
+SequenceMemory SequenceMemory::checkpoint() {
+  SequenceMemory rest(*states_, *kv_);
+  rest.allocate_state();
+  rest.grow(num_missing_to_checkpoint());
+  const auto num_filled = static_cast<std::ptrdiff_t>(kv_->blocks_for(num_computed_));
+  rest.blocks_.insert(rest.blocks_.end(), blocks_.begin() + num_filled, blocks_.end());
+  rest.block_ids_.insert(rest.block_ids_.end(), block_ids_.begin() + num_filled, block_ids_.end());
+  blocks_.resize(static_cast<size_t>(num_filled));
+  block_ids_.resize(static_cast<size_t>(num_filled));
+  fork(rest);
+  SequenceMemory handed_over = std::move(*this);
+  *this = std::move(rest);
+  return handed_over;
 }
 
 void SequenceMemory::truncate(int64_t num_tokens) {

@@ -82,6 +82,13 @@ class SequenceMemory {
   /// block for that copy and none is free.
   void fork(SequenceMemory& fork);
 
+  /// Hands over the state and the blocks of its tokens, and goes on as a fork of what it hands over; blocks that hold
+  /// no token yet stay here. Only while it is resident and a step has followed its last fork. Throws OutOfSlots and
+  /// OutOfBlocks, and is as it was then.
+  SequenceMemory checkpoint();
+  /// Free blocks that this takes.
+  int64_t num_missing_to_checkpoint() const;
+
   /// Forgets all tokens behind the first num_tokens and frees the blocks that are left over. A recurrent state cannot
   /// go back: unless it is that of at most num_tokens tokens, it is forgotten as a whole and num_computed() is 0, so
   /// that all tokens have to be computed again, into other blocks than those that forks share.
@@ -92,10 +99,14 @@ class SequenceMemory {
 
   /// Tokens, from the first on.
   int64_t num_computed() const { return num_computed_; }
+  /// Blocks without room for another token: those that a fork shares.
+  int64_t num_full_blocks() const;
   /// Whether its blocks are in the cache.
   bool is_resident() const { return is_resident_; }
   /// Whether forks have still to read a slot that the next step would write.
   bool is_read_by_forks() const;
+  /// Whether its state is another's, which the next step reads.
+  bool has_unread_state() const;
   /// The blocks in the order of the tokens; only while it is resident.
   const std::vector<int32_t>& blocks() const { return block_ids_; }
   /// The slot that the next step writes, and the one that it reads.

@@ -57,6 +57,13 @@ int64_t StatePool::num_free() const {
   return std::min(num_free(SlotGroup::kCheckpoint), num_free(SlotGroup::kRecent));
 }
 
+bool StatePool::has_replay_states() const {
+  return std::ranges::any_of(layers_, [](const GdnState& layer) {
+    return std::ranges::any_of(layer.components(),
+                               [](const auto& pool) { return pool.kind == StateKind::kRingLength; });
+  });
+}
+
 std::vector<at::Tensor> StatePool::pools(SlotGroup group) const {
   std::vector<at::Tensor> pools;
   for (const GdnState& layer : layers_) {

@@ -47,6 +47,8 @@ class StatePool {
   /// Holders of the slot. Throws StaleHandleError.
   int64_t ref_count(SlotHandle handle) const;
 
+  bool has_replay_states() const;  // checkpoints and rings
+
   int64_t num_slots() const { return static_cast<int64_t>(tables_[0].slots.size()); }  // of a group, held and free
   int64_t num_free(SlotGroup group) const;                                             // held by nobody
   int64_t num_free() const;                            // sequences that could start: the group that has the fewest

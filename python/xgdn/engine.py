@@ -14,6 +14,7 @@ from xgdn._C import (
     LoadReport,
     Logprobs,
     Plan,
+    PrefixCacheStats,
     Request,
     RequestEvent,
     RunnerOptions,
@@ -34,6 +35,7 @@ __all__ = [
     "LoadReport",
     "Logprobs",
     "Plan",
+    "PrefixCacheStats",
     "Request",
     "RequestEvent",
     "RunnerOptions",
@@ -82,8 +84,8 @@ class Engine:
 
     Args:
         model_dir: directory with config.json and safetensors.
-        runner: sizes of the pools and of a step: `max_batch_size`, `max_cached_tokens`, `kv_block_size` and
-            `max_tokens_per_step`.
+        runner: sizes of the pools and of a step: `max_batch_size`, `max_cached_tokens`, `kv_block_size`,
+            `max_tokens_per_step` and `prefix_cache_slots`.
         on_layer_loaded: called with (loaded, total) while loading.
 
     The other arguments are listed at the end, with those of `runner`; `from_args` takes all of them as `EngineArgs`.
@@ -260,12 +262,18 @@ class Engine:
 
     @property
     def num_free_kv_blocks(self) -> int:
+        """Blocks that nobody holds, or cached prefixes alone, which go where room is wanted."""
         return self._engine.num_free_kv_blocks
 
     @property
     def num_preemptions(self) -> int:
         """Preemptions so far: a request gave its KV blocks to an older one and resumes when blocks are free."""
         return self._engine.num_preemptions
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """Contents and counts of the prefix cache; zeros without one."""
+        return self._engine.prefix_cache_stats
 
     @property
     def device_error(self) -> str:

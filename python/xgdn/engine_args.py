@@ -101,6 +101,12 @@ class EngineArgs:
         default=_SIZES.max_tokens_per_step,
         metadata=_documented("Token budget of a step for decodes and chunked prefill together."),
     )
+    prefix_cache_slots: int = field(
+        default=_SIZES.prefix_cache_slots,
+        metadata=_documented(
+            "State slots for cached prefixes: later prompts that begin with the same tokens do not compute them again."
+        ),
+    )
     memory_limit: int | None = field(
         default=_DEFAULTS.memory_limit,
         metadata=_documented("Maximum memory of weights, pools and steps together, in bytes (default: no limit)."),
@@ -113,6 +119,7 @@ class EngineArgs:
             max_cached_tokens=self.max_cached_tokens,
             kv_block_size=self.kv_block_size,
             max_tokens_per_step=self.max_tokens_per_step,
+            prefix_cache_slots=self.prefix_cache_slots,
         )
 
 

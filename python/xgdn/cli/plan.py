@@ -27,6 +27,7 @@ _LENGTHS = [512, 2048, 8192]  # without --length
     "max_cached_tokens",
     "kv_block_size",
     "max_tokens_per_step",
+    "prefix_cache_slots",
     "memory_limit",
 )
 def plan(
@@ -61,7 +62,10 @@ def plan(
 
 
 def _print_plan(planned: Plan, limit: int | None, fits: dict[str, int]) -> None:
-    slots = f"{planned.num_state_slots} sequences of {planned.state_slot_bytes}"
+    slots = f"{planned.num_state_slots} sequences"
+    if planned.num_prefix_slots:
+        slots += f" and {planned.num_prefix_slots} cached prefixes"
+    slots += f" of {planned.state_slot_bytes}"
     blocks = f"{planned.num_kv_blocks} blocks of {planned.kv_block_bytes}, {planned.kv_block_size} tokens each"
     table = Table("what", "bytes", "", "made of")
     for what, num_bytes, parts in [

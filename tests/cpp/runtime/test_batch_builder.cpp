@@ -285,7 +285,8 @@ TEST(BatchBuilder, AStepBeyondTheLimitsMovesTheBuffers) {
   limits.max_tokens = 4;
   BatchBuilder builder(limits, c10::kCPU);
   SequenceStep wide = verify({21, 22}, 3, {10, 11, 12, 13, 14, 15, 16, 17, 18, 19}, 3, {30, 31});
-  const std::vector<void*> small = addresses(tensors_of(builder.build({decode(11, 6, 3, {4, 2})}).input));
+  const BuiltStep narrow = builder.build({decode(11, 6, 3, {4, 2})});  // kept: nobody else gets its memory
+  const std::vector<void*> small = addresses(tensors_of(narrow.input));
   std::vector<void*> first;
   for (int i = 0; i < 2; ++i) {
     const BuiltStep step =

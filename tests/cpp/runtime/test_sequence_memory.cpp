@@ -151,6 +151,44 @@ TEST_F(SequenceMemoryTest, AForkSharesFullBlocksAndCopiesTheLast) {
   EXPECT_EQ(kv_.num_free(), 12);
 }
 
+TEST_F(SequenceMemoryTest, ACheckpointIsWhatTheMemoryGoesOnFrom) {
+  for (const auto& [num_tokens, num_room, num_missing] :
+       std::vector<std::array<int64_t, 3>>{{4, 4, 0}, {5, 8, 1}, {5, 9, 0}, {8, 20, 0}}) {
+    SCOPED_TRACE(num_tokens);
+    Told told = make();
+    told.memory.grow(num_room);
+    compute(told, num_tokens);
+    EXPECT_EQ(told.memory.num_missing_to_checkpoint(), num_missing);
+    Told kept{.memory = told.memory.checkpoint(), .tokens = told.tokens};
+    EXPECT_EQ(kv_.num_free(), 12 - kv_.blocks_for(num_room) - num_missing);
+    EXPECT_EQ(std::ssize(kept.memory.blocks()), kv_.blocks_for(num_tokens)) << "empty blocks stay with the other";
+    EXPECT_FALSE(told.memory.is_read_by_forks()) << "it need not wait";
+    EXPECT_TRUE(told.memory.has_unread_state());
+    told.memory.grow(num_tokens + 3);
+    compute(told, 3);
+    EXPECT_FALSE(told.memory.has_unread_state());
+    check(told);
+    check(kept);
+  }
+  EXPECT_EQ(kv_.num_free(), 12);
+}
+
+TEST_F(SequenceMemoryTest, ACheckpointThatHasNoRoomChangesNothing) {
+  Told told = make();
+  told.memory.grow(48);
+  compute(told, 46);
+  expect_error<OutOfBlocks>([&] { told.memory.checkpoint(); }, {"1 free blocks", "0 of 12"});
+  check(told);
+  std::vector<Told> others(5);
+  for (Told& other : others) other = make();
+  told.memory.truncate(0);
+  told.tokens.clear();
+  told.memory.grow(8);
+  compute(told, 8);
+  expect_error<OutOfSlots>([&] { told.memory.checkpoint(); }, {"a free slot", "0 of 6"});
+  check(told);
+}
+
 TEST_F(SequenceMemoryTest, TruncateKeepsTheStateOrForgetsAll) {
   Told told = make();
   told.memory.grow(20);
@@ -236,7 +274,7 @@ class RandomSequenceMemory : public SequenceMemoryTest {
     const size_t i = static_cast<size_t>(draw(std::ssize(all)));
     Told& told = all[i];
     const int64_t computed = told.memory.num_computed();
-    switch (draw(8)) {
+    switch (draw(9)) {
       case 0: {
         if (states_.num_free() == 0) return;
         Told fork = make();
@@ -258,6 +296,11 @@ class RandomSequenceMemory : public SequenceMemoryTest {
         std::swap(told, all.front());
         if (draw(3) == 0) all.pop_back();
         return;
+      case 4: {
+        if (!told.memory.is_resident() || told.memory.has_unread_state() || states_.num_free() == 0) return;
+        if (told.memory.num_missing_to_checkpoint() > kv_.num_free()) return;
+        return all.push_back({.memory = told.memory.checkpoint(), .tokens = told.tokens});
+      }
       default: {
         const int64_t count = 1 + draw(5);
         if (!has_room(told, computed + count)) return told.memory.swap_out();

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/prefix_cache.h"
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "core/kernels/ops_api.h"
+
+namespace xgdn {
+namespace {
+
+constexpr int64_t kShortChunk = 16;  // tokens, where states are kept after any
+
+// Tokens of a prompt whose whole chunks are a piece of their own, so that the state after them can be kept. What is
+// left of the prompt takes a step more, which a shorter one is not worth.
+constexpr int64_t kLeastPiece = 4 * kernel::kChunkSize;
+
+// The hash of what came before and of one chunk more.
+uint64_t chained(uint64_t hash, std::span<const int32_t> chunk) {
+  for (const int32_t token : chunk) {
+    hash = (hash ^ static_cast<uint32_t>(token)) * 0x9E3779B97F4A7C15;
+    hash ^= hash >> 29;
+  }
+  return hash;
+}
+
+}  // namespace
+
+PrefixCache::PrefixCache(int64_t num_slots, StatePool& states, KvCache& kv)
+    : num_slots_(num_slots),
+      has_replay_states_(states.has_replay_states()),
+      chunk_(has_replay_states_ ? kShortChunk : kernel::kChunkSize),
+      states_(states),
+      kv_(kv) {}
+
+std::vector<uint64_t> PrefixCache::hashes_of(std::span<const int32_t> tokens) const {
+  const auto chunk = static_cast<size_t>(chunk_);
+  std::vector<uint64_t> hashes;
+  for (uint64_t hash = 0; tokens.size() >= chunk; tokens = tokens.subspan(chunk)) {
+    hash = chained(hash, tokens.first(chunk));
+    hashes.push_back(hash);
+  }
+  return hashes;
+}
+
+PrefixCache::Prefix* PrefixCache::find(std::span<const int32_t> prompt) {
+  if (prefixes_.empty()) return nullptr;
+  const std::vector<uint64_t> hashes = hashes_of(prompt.first(prompt.size() - 1));
+  Prefix* longest = nullptr;
+  for (auto hash = hashes.rbegin(); hash != hashes.rend() && longest == nullptr; ++hash) {
+    const auto [begin, end] = by_chunks_.equal_range(*hash);
+    for (auto it = begin; it != end; ++it) {
+      Prefix& prefix = *it->second;
+      const std::vector<int32_t>& tokens = prefix.tokens;
+      if (tokens.size() >= prompt.size() || (longest != nullptr && tokens.size() <= longest->tokens.size())) continue;
+      if (std::equal(tokens.begin(), tokens.end(), prompt.begin())) longest = &prefix;
+    }
+  }
+  return longest;
+}
+
+void PrefixCache::use(Prefix* prefix, std::span<const int32_t> prompt, SequenceMemory& memory) {
+  stats_.num_looked_up += std::ssize(prompt);
+  if (prefix == nullptr) return;
+  prefix->memory.fork(memory);
+  stats_.num_found += std::ssize(prefix->tokens);
+  prefix->is_shared = true;
+  prefixes_.splice(prefixes_.end(), prefixes_, find_equal(prefix->tokens, prefix->hashes.back()));
+}
+
+std::vector<int64_t> PrefixCache::checkpoints(std::span<const int32_t> prompt, int64_t num_computed) const {
+  if (num_slots_ == 0) return {};
+  const std::vector<uint64_t> hashes = hashes_of(prompt);
+  auto num_shared = std::ssize(hashes);
+  const auto is_held = [&](int64_t count) { return num_beginning_with_.contains(hashes[count - 1]); };
+  while (num_shared > 0 && (num_shared * chunk_ >= std::ssize(prompt) || !is_held(num_shared))) --num_shared;
+  int64_t end = has_replay_states_ ? std::ssize(prompt) : std::ssize(hashes) * chunk_;
+  if (!has_replay_states_ && end < std::ssize(prompt) && end < kLeastPiece) end = 0;
+  std::vector<int64_t> checkpoints;
+  for (const int64_t position : {num_shared * chunk_, end}) {
+    const int64_t last = checkpoints.empty() ? num_computed : checkpoints.back();
+    if (position > last && position >= chunk_) checkpoints.push_back(position);
+  }
+  return checkpoints;
+}
+
+PrefixCache::Prefixes::iterator PrefixCache::find_equal(std::span<const int32_t> tokens, uint64_t hash) {
+  const auto [begin, end] = by_chunks_.equal_range(hash);
+  const auto equal =
+      std::find_if(begin, end, [&](const auto& held) { return std::ranges::equal(held.second->tokens, tokens); });
+  return equal == end ? prefixes_.end() : equal->second;
+}
+
+// False where the tokens are too few, or held already: then they have been used again.
+bool PrefixCache::make_room(std::span<const int32_t> tokens) {
+  if (num_slots_ == 0 || std::ssize(tokens) < chunk_) return false;
+  if (const auto equal = find_equal(tokens, hashes_of(tokens).back()); equal != prefixes_.end()) {
+    prefixes_.splice(prefixes_.end(), prefixes_, equal);
+    return false;
+  }
+  if (std::ssize(prefixes_) == num_slots_) drop(first_to_go(nullptr)), ++stats_.num_evictions;
+  return true;
+}
+
+void PrefixCache::keep(RequestId id, std::span<const int32_t> tokens, SequenceMemory&& memory) {
+  std::vector<uint64_t> hashes = hashes_of(tokens);
+  const bool is_shared = std::ssize(tokens) % chunk_ == 0 && num_beginning_with_.contains(hashes.back());
+  prefixes_.push_back({.tokens = {tokens.begin(), tokens.end()},
+                       .memory = std::move(memory),
+                       .hashes = std::move(hashes),
+                       .made_by = id,
+                       .is_shared = is_shared});
+  const auto kept = std::prev(prefixes_.end());
+  by_chunks_.emplace(kept->hashes.back(), kept);
+  for (const uint64_t hash : kept->hashes) ++num_beginning_with_[hash];
+}
+
+void PrefixCache::keep_checkpoint(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {
+  if (!make_room(tokens)) return;
+  const int64_t num_blocks = memory.num_missing_to_checkpoint();
+  evict_for(num_blocks);
+  // A slot that was given up is free only when the sequences that go on from it have read it.
+  if (states_.num_free() == 0 || kv_.num_free() < num_blocks) return;
+  keep(id, tokens, memory.checkpoint());
+}
+
+void PrefixCache::keep_rest(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {
+  if (!has_replay_states_ || !memory.is_resident() || memory.has_unread_state() || !make_room(tokens)) return;
+  memory.truncate(memory.num_computed());
+  keep(id, tokens, std::move(memory));
+}
+
+// The end where there is none but `spared`.
+PrefixCache::Prefixes::iterator PrefixCache::first_to_go(const Prefix* spared) {
+  const auto num_shared = std::ranges::count_if(prefixes_, &Prefix::is_shared);
+  const auto may_go = [&](const Prefix& prefix) { return &prefix != spared; };
+  if (num_shared <= num_slots_ / 2) {
+    const auto first = std::ranges::find_if(prefixes_, [&](const auto& p) { return !p.is_shared && may_go(p); });
+    if (first != prefixes_.end()) return first;
+  }
+  return std::ranges::find_if(prefixes_, may_go);
+}
+
+PrefixCache::Prefixes::iterator PrefixCache::drop(Prefixes::iterator prefix) {
+  const auto [begin, end] = by_chunks_.equal_range(prefix->hashes.back());
+  by_chunks_.erase(std::find_if(begin, end, [&](const auto& held) { return held.second == prefix; }));
+  for (const uint64_t hash : prefix->hashes) {
+    const auto count = num_beginning_with_.find(hash);
+    if (--count->second == 0) num_beginning_with_.erase(count);
+  }
+  return prefixes_.erase(prefix);
+}
+
+void PrefixCache::forget(RequestId id) {
+  for (auto prefix = prefixes_.begin(); prefix != prefixes_.end();) {
+    prefix = prefix->made_by == id ? drop(prefix) : std::next(prefix);
+  }
+}
+
+int64_t PrefixCache::num_evictable_blocks(const Prefix* spared) const {
+  std::unordered_map<int32_t, int64_t> num_holders;
+  for (const Prefix& prefix : prefixes_) {
+    if (&prefix == spared) continue;
+    for (const int32_t block : prefix.memory.blocks()) ++num_holders[block];
+  }
+  return std::ranges::count_if(num_holders, [&](const auto& held) { return kv_.ref_count(held.first) == held.second; });
+}
+
+void PrefixCache::evict_for(int64_t num_blocks, const Prefix* spared) {
+  while (kv_.num_free() < num_blocks) {
+    const auto prefix = first_to_go(spared);
+    if (prefix == prefixes_.end()) return;
+    drop(prefix);
+    ++stats_.num_evictions;
+  }
+}
+
+PrefixCacheStats PrefixCache::stats() const {
+  PrefixCacheStats stats = stats_;
+  stats.num_prefixes = std::ssize(prefixes_);
+  return stats;
+}
+
+}  // namespace xgdn
