@@ -37,10 +37,11 @@ build_test() {
   "$python" -m pytest -q tests/cuda --strict-skips
 }
 
-# Every kernel at small sizes: all ops of the samples, decode at every key dim, prompts by tensor cores, attention of
-# decodes and of prompts, experts, rows in int8, a replayed graph.
+# Every kernel at small sizes: all ops of the samples, decode at every key dim, prompts by tensor cores, prompts in
+# pieces, attention of decodes and of prompts, experts, rows in int8, a replayed graph.
 SELECTED='writes_what_the_reference_writes or captured_decode_step or verification_writes
   or (test_decode_matches and 1+2+1) or (test_prefill_matches and (130+5 or 67+3)) or a_sequence_of_a_prefill
+  or (a_cut_sequence_has_the_bits and True and (0+4200+0 or 4500+4096))
   or (attention_is_the_formula and True and (1of1+1of15 or 8of8+9of9 or 65of300))
   or (experts_are_the_formula and (T9 or T40)) or (tokens_are_stored and D20 and int8)'
 TOOLS=${TOOLS:-memcheck racecheck initcheck synccheck}

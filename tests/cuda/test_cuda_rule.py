@@ -7,30 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import xgdn
-from cases import DECODE_CASES, SHAPE_CASES, Case, Inputs, assert_bits_equal, assert_call, i32, make_inputs
+from cases import DECODE_CASES, SHAPE_CASES, Case, assert_bits_equal, assert_call, i32, make_inputs
+from cuda_calls import bring_back, device_inputs, prefill
 from xgdn import ops
 
 KEY_DIMS = (16, 32, 64, 128, 256)
-
-
-def on_device(t: Tensor) -> Tensor:
-    """A copy with the same strides, inside a copy of all of its memory."""
-    memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
-    return memory.cuda().as_strided(t.shape, t.stride(), t.storage_offset())
-
-
-def device_inputs(x: Inputs) -> Inputs:
-    names = ("q", "k", "v", "g", "beta", "state", "cu_seqlens", "state_indices", "has_initial_state", "out")
-    moved = {name: on_device(getattr(x, name)) for name in names}
-    return replace(x, **moved, write_indices=None if x.write_indices is None else x.write_indices.cuda())
-
-
-def bring_back(x: Inputs, on_cuda: Inputs) -> None:
-    x.state.copy_(on_cuda.state)
-    x.out.copy_(on_cuda.out)
 
 
 @pytest.mark.parametrize("case", [c for c in DECODE_CASES if c.K in KEY_DIMS], ids=str)
@@ -41,16 +24,6 @@ def test_decode_matches_the_recurrence(case: Case) -> None:
     assert xgdn.last_backend("recurrent_gated_delta_rule") == "cuda"
     bring_back(x, y)
     assert_call(x, x.out, prefill=False)
-
-
-def prefill(case: Case, y: Inputs, accuracy: str = "auto") -> None:
-    ops.chunk_gated_delta_rule(
-        *y.tensors(),
-        **y.shared(),
-        has_initial_state=y.has_initial_state,
-        chunk=ops.build_chunk_metadata(case.lengths, case.HV, device="cuda"),
-        accuracy=accuracy,
-    )
 
 
 @pytest.mark.parametrize("case", [c for c in SHAPE_CASES if c.K in KEY_DIMS], ids=str)

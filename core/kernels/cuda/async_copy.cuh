@@ -129,4 +129,9 @@ __device__ inline void sync_group(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
+/// A barrier of a block's first warp groups, in a block whose group behind them has no barrier of its own.
+__device__ inline void sync_first_groups(int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(count + 1), "r"(count * 128) : "memory");
+}
+
 }  // namespace xgdn::kernel::cuda

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Two kernels: what all chunks need of keys and gates at once (chunk_factors.cuh), then the pass over each sequence's
-// chunks (chunk_scan.cuh).
+// chunks (chunk_scan.cuh); where long sequences are cut into pieces, between them a pass for the states at the cuts.
 #include "core/kernels/cuda/chunk_gated_delta_rule.h"
 
 #include <cuda_runtime.h>
+
+#include <algorithm>
 
 #include "core/kernels/cuda/alignment.h"
 #include "core/kernels/cuda/chunk_factors.cuh"
@@ -59,13 +61,27 @@ void launch(Kernel kernel, int64_t blocks, int threads, size_t memory, bool is_e
   check_launch(kOp);
 }
 
-template <int kK, int kGroups, bool kByBoxes>
-void scan(ScanKernel& kernel, cudaStream_t stream) {
-  const ChunkGatedDeltaRuleArgs& a = kernel.args;
+template <int kK, int kGroups, bool kByBoxes, bool kHasOutputs>
+void launch_scan(ScanKernel& kernel, int64_t blocks, cudaStream_t stream) {
   kernel.num_stages = stages_that_fit<kK, kGroups>();
-  launch(chunk_scan_kernel<kK, kGroups, kByBoxes>, a.N * a.HV * (a.V / (kGroupRows * kGroups)),
-         (kGroups + 1) * kGroupThreads, scan_memory<kK, kGroups>(kernel.num_stages), a.M > 0 && has_clusters(), stream,
-         kernel);
+  launch(chunk_scan_kernel<kK, kGroups, kByBoxes, kHasOutputs>, blocks, (kGroups + 1) * kGroupThreads,
+         scan_memory<kK, kGroups>(kernel.num_stages), kernel.args.M > 0 && has_clusters(), stream, kernel);
+}
+
+/// Of so many pieces. Each has the rows of its state, and those of its map where it is scanned for one.
+template <int kK, bool kHasOutputs>
+void scan(ScanKernel& kernel, int64_t pieces, cudaStream_t stream) {
+  const int64_t map_rows = !kHasOutputs && kernel.split.jumps() ? kK : 0;
+  const int64_t V = kernel.args.V;
+  const int64_t blocks = pieces * kernel.args.HV * ((V + map_rows) / kGroupRows);
+  if (!kernel.copies_boxes) {
+    launch_scan<kK, 1, false, kHasOutputs>(kernel, blocks, stream);
+    // Two groups share what they read; one leaves more blocks, where they are few.
+  } else if (V % (2 * kGroupRows) == 0 && map_rows % (2 * kGroupRows) == 0 && blocks > num_multiprocessors()) {
+    launch_scan<kK, 2, true, kHasOutputs>(kernel, blocks / 2, stream);
+  } else {
+    launch_scan<kK, 1, true, kHasOutputs>(kernel, blocks, stream);
+  }
 }
 
 bool make_tensor_maps(ScanKernel& kernel) {
@@ -76,30 +92,42 @@ bool make_tensor_maps(ScanKernel& kernel) {
          make_tensor_map(kernel.out_map, a.out, a.T, a.HV, a.V, kChunk);
 }
 
-template <int kK>
-void scan(ScanKernel& kernel, cudaStream_t stream) {
-  const ChunkGatedDeltaRuleArgs& a = kernel.args;
-  if (!make_tensor_maps(kernel)) {
-    scan<kK, 1, false>(kernel, stream);
-    // Two groups share what they read; one leaves more blocks, where they are few.
-  } else if (a.V % (2 * kGroupRows) == 0 && 2 * a.N * a.HV * (a.V / (2 * kGroupRows)) > num_multiprocessors()) {
-    scan<kK, 2, true>(kernel, stream);
-  } else {
-    scan<kK, 1, true>(kernel, stream);
-  }
+ChunkSplit split_of(const ChunkGatedDeltaRuleArgs& args) {
+  const SplitFacts facts = {num_multiprocessors(), args.HV * (args.V / kGroupRows), args.N,
+                            std::min(ceil_div(args.max_len, kChunk), args.M)};
+  return choose_split(facts);
+}
+
+/// The workspace: factors, ends, maps.
+size_t factor_bytes(const ChunkGatedDeltaRuleArgs& a) {
+  return a.M * a.HV * sizeof(ChunkFactors);
+}
+
+CutMemory cut_memory(const ChunkGatedDeltaRuleArgs& a, int64_t cuts) {
+  char* const ends = static_cast<char*>(a.workspace) + factor_bytes(a);
+  return {reinterpret_cast<float*>(ends), ends + cuts * a.HV * end_bytes(a.K, a.V), map_bytes(a.K, a.V)};
 }
 
 template <int kK>
 void run(const ChunkGatedDeltaRuleArgs& args, cudaStream_t stream) {
   auto* const factors = static_cast<ChunkFactors*>(args.workspace);
-  ScanKernel kernel = {
-      args, factors, 0, is_aligned(args.q), is_aligned(args.k), is_aligned(args.v), is_aligned(args.out), {},
-      {},   {},      {}};
+  ScanKernel kernel = {};
+  kernel.args = args;
+  kernel.factors = factors;
+  kernel.split = split_of(args);
+  const int64_t cuts = kernel.split.most_cuts(args.N, args.M);
+  kernel.cuts = cut_memory(args, cuts);
+  kernel.is_q_aligned = is_aligned(args.q);
+  kernel.is_k_aligned = is_aligned(args.k);
+  kernel.is_v_aligned = is_aligned(args.v);
+  kernel.is_out_aligned = is_aligned(args.out);
+  kernel.copies_boxes = make_tensor_maps(kernel);
   if (args.M > 0) {
     launch(chunk_factors_kernel<kK>, args.M * args.H, kFactorThreads, sizeof(FactorMemory<kK>), false, stream,
            FactorsKernel{args, factors, kernel.is_q_aligned, kernel.is_k_aligned});
   }
-  scan<kK>(kernel, stream);
+  if (kernel.split.cuts()) scan<kK, false>(kernel, cuts, stream);
+  scan<kK, true>(kernel, args.N + cuts, stream);
 }
 
 }  // namespace
@@ -110,7 +138,8 @@ bool chunk_supports(int64_t K, int64_t V) {
 }
 
 size_t workspace_bytes(const ChunkGatedDeltaRuleArgs& args) {
-  return args.M * args.HV * sizeof(ChunkFactors);
+  const int64_t cuts = split_of(args).most_cuts(args.N, args.M);
+  return factor_bytes(args) + cuts * args.HV * (end_bytes(args.K, args.V) + map_bytes(args.K, args.V));
 }
 
 void chunk_gated_delta_rule(const ChunkGatedDeltaRuleArgs& args, cudaStream_t stream) {

@@ -17,6 +17,7 @@ struct ChunkGatedDeltaRuleArgs : DeltaRuleArgs {
 
   int64_t T = 0;
   int64_t M = 0;
+  int64_t max_len = 0;                     // tokens of the longest sequence, or more
   const int32_t* chunk_indices = nullptr;  // [M, 2]
   const int32_t* chunk_offsets = nullptr;  // [N+1]
 
@@ -26,7 +27,8 @@ struct ChunkGatedDeltaRuleArgs : DeltaRuleArgs {
 /// Whether there is a kernel for heads of these sizes on the current device.
 bool chunk_supports(int64_t K, int64_t V);
 
-/// Bytes of scratch memory; depends on M and HV alone.
+/// Bytes of scratch memory; depends on sizes alone. 11 KiB a chunk and value head, and for each cut that there may be
+/// a state and a map in f32, of each value head: with K = V = 128 less than the former, for cuts are 16 chunks apart.
 size_t workspace_bytes(const ChunkGatedDeltaRuleArgs& args);
 
 /// Rounds q, k and v to bf16 where they are not.

@@ -14,300 +14,25 @@
 // operands come from shared memory, which a warp group of its own fills some chunks ahead. What S waits for comes
 // first; the outputs of a chunk leave while the next one's first product runs. The order of sums depends on nothing but
 // the chunk, so a sequence's bits do not depend on other sequences, nor on how many groups of rows a block takes.
+//
+// Where sequences are cut into pieces (chunk_split.h) the kernel runs twice: without outputs over the pieces ahead of
+// cuts, then with outputs over all pieces. A row of S moves through a piece by itself, S <- S M + B, so the rows of M
+// are scanned like those of B, from the unit matrix and with V = 0. A piece behind a second or later cut starts with
+//
+//   S <- S M_i + B_i                  for the pieces from the second to the one ahead of it, in their order
+//
+// in f32, S and M_i each in two bf16 parts that add up to it within 2^-17, of whose products that of the two low parts
+// is left out: with one part for either, the rounding would be that of a chunk's S K^T without the decay behind it.
 #pragma once
 
-#include "core/kernels/cuda/async_copy.cuh"
-#include "core/kernels/cuda/chunk_gated_delta_rule.h"
-#include "core/kernels/cuda/chunk_tiles.cuh"
+#include "core/kernels/cuda/chunk_outputs.cuh"
 #include "core/kernels/cuda/dependent_launch.cuh"
 
 namespace xgdn::kernel::cuda {
 
-inline constexpr int kGroupRows = 64;  // of S to a warp group
-inline constexpr int kGroupThreads = 128;
-inline constexpr int kMaxStages = 4;
+// ---- states ---------------------------------------------------------------------------------------------------------
 
-/// A chunk: of its key head, its value head, and its value head's factors.
-template <int kK, int kGroups>
-struct alignas(1024) ScanStage {
-  char k[kK / 64 * kPanelBytes];
-  char q[kK / 64 * kPanelBytes];
-  char v[kGroups][kPanelBytes];
-  ChunkFactors factors;
-};
-
-struct ScanBarriers {
-  uint64_t full[kMaxStages];
-  uint64_t empty[kMaxStages];
-};
-
-/// Stages lie before it.
-template <int kGroups>
-struct ScanTail {
-  char out[kGroups][kPanelBytes];
-  ScanBarriers barriers;
-};
-
-template <int kK, int kGroups>
-constexpr size_t scan_memory(int num_stages) {
-  return num_stages * sizeof(ScanStage<kK, kGroups>) + sizeof(ScanTail<kGroups>);
-}
-
-struct ScanKernel {
-  ChunkGatedDeltaRuleArgs args;
-  const ChunkFactors* factors;  // [M, HV]
-  int num_stages;
-  bool is_q_aligned, is_k_aligned, is_v_aligned, is_out_aligned;
-  CUtensorMap q_map, k_map, v_map, out_map;  // where the kernel copies boxes
-};
-
-/// What a block works on.
-struct ScanItem {
-  int64_t head, key_head;
-  int64_t column;      // of V, the first
-  int64_t begin, end;  // tokens
-  int64_t chunk;       // the first
-  int num_chunks;
-
-  __device__ int64_t token_of(int c) const { return begin + static_cast<int64_t>(c) * kChunk; }
-  __device__ int count_of(int c) const {
-    const int64_t rest = end - token_of(c);
-    return rest < kChunk ? static_cast<int>(rest) : kChunk;
-  }
-};
-
-/// Stage and parity of the chunk that a warp is at.
-struct StageCursor {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance(int num_stages) {
-    if (++stage == num_stages) stage = 0, parity ^= 1;
-  }
-};
-
-// ---- filling the stages by boxes: one warp
-// ---------------------------------------------------------------------------
-
-template <int kK, int kGroups>
-__device__ inline void fill_stages_by_boxes(const ScanKernel& kernel, const ScanItem& item,
-                                            ScanStage<kK, kGroups>* stages, ScanBarriers& barriers) {
-  constexpr int kPanels = kK / 64;
-  constexpr uint32_t kBytes = (2 * kPanels + kGroups) * kPanelBytes + sizeof(ChunkFactors);
-  const int head = static_cast<int>(item.head), key_head = static_cast<int>(item.key_head);
-  StageCursor at;
-  for (int c = 0; c < item.num_chunks; ++c) {
-    const int token = static_cast<int>(item.token_of(c));
-    ScanStage<kK, kGroups>& stage = stages[at.stage];
-    const uint32_t full = shared_address(&barriers.full[at.stage]);
-    wait_at(shared_address(&barriers.empty[at.stage]), at.parity ^ 1);
-    arrive_and_expect(full, kBytes);
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i) {
-      copy_box(shared_address(stage.k + i * kPanelBytes), kernel.k_map, i * 64, key_head, token, full);
-    }
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int column = static_cast<int>(item.column) + i * kGroupRows;
-      copy_box(shared_address(stage.v[i]), kernel.v_map, column, head, token, full);
-    }
-    const ChunkFactors& factors = kernel.factors[(item.chunk + c) * kernel.args.HV + item.head];
-    copy_bulk(shared_address(&stage.factors), &factors, sizeof(ChunkFactors), full);
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i) {
-      copy_box(shared_address(stage.q + i * kPanelBytes), kernel.q_map, i * 64, key_head, token, full);
-    }
-    at.advance(kernel.num_stages);
-  }
-}
-
-// ---- filling the stages by pieces: a warp group
-// ----------------------------------------------------------------------
-
-/// kColumns elements from `column` on of a chunk's rows, zeros behind them.
-template <int kColumns>
-__device__ inline void copy_tile(const InRows& rows, bool is_aligned, int64_t token, int count, int64_t head,
-                                 int64_t column, char* tile) {
-  constexpr int kPieces = kColumns / 8;  // of a row
-  constexpr int kStep = kGroupThreads / kPieces;
-  static_assert(kStep % 8 == 0);  // so that a thread's pieces lie at the same place of their rows
-  const int thread = threadIdx.x % kGroupThreads;
-  const int piece = thread % kPieces;
-  if (rows.dtype == DType::kBFloat16 && is_aligned) {
-    const char* from = row_of(rows, token + thread / kPieces, head) + (column + piece * 8) * 2;
-    const int64_t step = rows.token_stride * 2 * kStep;
-    uint32_t to = shared_address(tile) + piece_offset(thread / kPieces, piece);
-#pragma unroll 4
-    for (int row = thread / kPieces; row < kChunk; row += kStep, from += step, to += kStep * 128) {
-      const bool is_zero = row >= count;
-      copy_async(to, is_zero ? rows.data : from, is_zero);
-    }
-  } else {
-#pragma unroll 1
-    for (int row = thread / kPieces; row < kChunk; row += kStep) {
-      uint4 x = make_uint4(0, 0, 0, 0);
-      if (row < count) x = load_piece(rows.dtype, is_aligned, row_of(rows, token + row, head), column + piece * 8);
-      *reinterpret_cast<uint4*>(tile + piece_offset(row, piece)) = x;
-    }
-  }
-}
-
-__device__ inline void copy_factors(const ChunkFactors& from, ChunkFactors& to) {
-  constexpr int kPieces = sizeof(ChunkFactors) / kPieceBytes;
-  for (int i = threadIdx.x % kGroupThreads; i < kPieces; i += kGroupThreads) {
-    copy_async(shared_address(&to) + i * kPieceBytes, reinterpret_cast<const char*>(&from) + i * kPieceBytes, false);
-  }
-}
-
-template <int kK, int kGroups>
-__device__ inline void fill_stages_by_pieces(const ScanKernel& kernel, const ScanItem& item,
-                                             ScanStage<kK, kGroups>* stages, ScanBarriers& barriers) {
-  const ChunkGatedDeltaRuleArgs& a = kernel.args;
-  const bool lags = kernel.num_stages > 2;  // a stage is announced when the copies of the next are under way
-  StageCursor at, announced;
-  const auto announce = [&] {
-    fence_shared_memory();
-    arrive_at(shared_address(&barriers.full[announced.stage]));
-    announced.advance(kernel.num_stages);
-  };
-  for (int c = 0; c < item.num_chunks; ++c) {
-    const int64_t token = item.token_of(c);
-    const int count = item.count_of(c);
-    ScanStage<kK, kGroups>& stage = stages[at.stage];
-    wait_at(shared_address(&barriers.empty[at.stage]), at.parity ^ 1);
-    copy_tile<kK>(a.k, kernel.is_k_aligned, token, count, item.key_head, 0, stage.k);
-    copy_tile<kK>(a.q, kernel.is_q_aligned, token, count, item.key_head, 0, stage.q);
-#pragma unroll 1
-    for (int group = 0; group < kGroups; ++group) {
-      copy_tile<kGroupRows>(a.v, kernel.is_v_aligned, token, count, item.head, item.column + group * kGroupRows,
-                            stage.v[group]);
-    }
-    copy_factors(kernel.factors[(item.chunk + c) * a.HV + item.head], stage.factors);
-    commit_copies();
-    at.advance(kernel.num_stages);
-    if (!lags) {
-      wait_copies<0>();
-      announce();
-    } else if (c > 0) {
-      wait_copies<1>();
-      announce();
-    }
-  }
-  if (lags && item.num_chunks > 0) {
-    wait_copies<0>();
-    announce();
-  }
-}
-
-// ---- a warp group's rows
-// ---------------------------------------------------------------------------------------------
-
-/// A warp group's part of a block's work.
-struct GroupPart {
-  int group;       // of the block
-  int warp;        // of the group
-  int64_t column;  // of V, the warp's first of 16
-};
-
-/// What row of matrix lane / 8 a lane names of the four 8 x 8 matrices of tokens 16 i to 16 i + 15 and the warp's 16
-/// columns, in a panel with rows of tokens.
-__device__ inline uint32_t columns_address(const char* panel, int warp, int i) {
-  const int lane = threadIdx.x % 32;
-  return shared_address(panel) + piece_offset(i * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
-}
-
-/// A thread's outputs of a chunk, two tokens of the out's type each: [tile of 8 tokens][row g or g + 8].
-using PackedOutputs = uint32_t[8][2];
-
-/// (S Q^T) out + U^T P^T.
-__device__ inline void add_outputs(float (&sq)[8][4], const float2 (&out)[8], const float (&up)[8][4]) {
-#pragma unroll
-  for (int tile = 0; tile < 8; ++tile) {
-    const float(&add)[4] = up[opposite_tile(tile)];
-    sq[tile][0] = fmaf(sq[tile][0], out[tile].x, add[0]), sq[tile][1] = fmaf(sq[tile][1], out[tile].y, add[1]);
-    sq[tile][2] = fmaf(sq[tile][2], out[tile].x, add[2]), sq[tile][3] = fmaf(sq[tile][3], out[tile].y, add[3]);
-  }
-}
-
-__device__ inline void pack_outputs(DType dtype, const float (&o)[8][4], PackedOutputs& packed) {
-#pragma unroll
-  for (int tile = 0; tile < 8; ++tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float first = o[tile][2 * half], second = o[tile][2 * half + 1];
-      if (dtype == DType::kFloat16) {
-        const __half2 pair = __floats2half2_rn(first, second);
-        packed[tile][half] = *reinterpret_cast<const uint32_t*>(&pair);
-      } else {
-        packed[tile][half] = pack_bf16(first, second);
-      }
-    }
-  }
-}
-
-/// A warp's outputs to its group's panel, with rows of tokens. The group's threads call together.
-__device__ inline void stage_outputs(const GroupPart& part, const PackedOutputs& packed, char* panel) {
-  sync_group(part.group);  // the chunk before has left the panel
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t x[4] = {packed[2 * i][0], packed[2 * i][1], packed[2 * i + 1][0], packed[2 * i + 1][1]};
-    store_matrices_transposed(columns_address(panel, part.warp, i), x);
-  }
-  fence_shared_memory();
-  sync_group(part.group);
-}
-
-/// Sends a full chunk's outputs on their way without a branch, for the next chunk's product is under way. Nothing
-/// leaves where c < 0.
-__device__ inline void store_box_of_outputs(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part,
-                                            int c, const PackedOutputs& packed, char* panel) {
-  wait_stores_read();
-  stage_outputs(part, packed, panel);
-  const int column = static_cast<int>(item.column) + part.group * kGroupRows;
-  store_box(kernel.out_map, column, static_cast<int>(item.head), static_cast<int>(item.token_of(c)),
-            shared_address(panel), threadIdx.x % kGroupThreads == 0 && c >= 0);
-}
-
-/// Any chunk's outputs, of two bytes each. The group's threads call together.
-__device__ inline void store_outputs(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part, int c,
-                                     const PackedOutputs& packed, char* panel) {
-  const OutRows& rows = kernel.args.out;
-  const int thread = threadIdx.x % kGroupThreads;
-  const int count = item.count_of(c);
-  const int64_t column = item.column + part.group * kGroupRows + thread % 8 * 8;
-  stage_outputs(part, packed, panel);
-  for (int row = thread / 8; row < count; row += kGroupThreads / 8) {
-    *reinterpret_cast<uint4*>(row_of(rows, item.token_of(c) + row, item.head) + column * 2) =
-        *reinterpret_cast<const uint4*>(panel + piece_offset(row, thread % 8));
-  }
-}
-
-/// Any chunk's outputs of any type, one by one.
-__device__ inline void store_each_output(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part, int c,
-                                         const float (&o)[8][4]) {
-  const OutRows& rows = kernel.args.out;
-  const int lane = threadIdx.x % 32;
-  const int count = item.count_of(c);
-#pragma unroll
-  for (int tile = 0; tile < 8; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = tile * 8 + lane % 4 * 2 + i % 2;
-      if (row >= count) continue;
-      char* to = row_of(rows, item.token_of(c) + row, item.head);
-      store_scalar(rows.dtype, to, part.column + lane / 4 + i / 2 * 8, o[tile][i]);
-    }
-  }
-}
-
-__device__ inline void clear_outputs(const OutRows& rows, const ScanItem& item, int64_t column) {
-  const int lane = threadIdx.x % 32;
-  for (int64_t token = item.begin + lane / 16; token < item.end; token += 2) {
-    store_scalar(rows.dtype, row_of(rows, token, item.head), column + lane % 16, 0.0f);
-  }
-}
-
-/// 16 rows of a state, in the fragments of sums.
+/// 16 rows of a state, in the fragments of sums. Past the L1: another multiprocessor may have written them just now.
 template <class State, int kTiles>
 __device__ inline void load_state(const State* rows, float (&S)[kTiles][4]) {
   const int lane = threadIdx.x % 32;
@@ -318,9 +43,9 @@ __device__ inline void load_state(const State* rows, float (&S)[kTiles][4]) {
       const State* from = rows + (lane / 4 + 8 * half) * kTiles * 8 + tile * 8 + lane % 4 * 2;
       float2 pair;
       if constexpr (sizeof(State) == 4) {
-        pair = *reinterpret_cast<const float2*>(from);
+        pair = __ldcg(reinterpret_cast<const float2*>(from));
       } else {
-        pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+        pair = __bfloat1622float2(__ldcg(reinterpret_cast<const __nv_bfloat162*>(from)));
       }
       S[tile][2 * half] = pair.x, S[tile][2 * half + 1] = pair.y;
     }
@@ -343,6 +68,115 @@ __device__ inline void store_state(const float (&S)[kTiles][4], State* rows) {
     }
   }
 }
+
+/// The state that a sequence starts from.
+template <int kTiles>
+__device__ inline void load_initial_state(const ScanKernel& kernel, const ScanItem& item, int64_t first_element,
+                                          float (&S)[kTiles][4]) {
+  const ChunkGatedDeltaRuleArgs& a = kernel.args;
+  if (a.has_initial_state != nullptr && !a.has_initial_state[item.n]) return;
+  const auto slot = a.state.read[item.n] * a.state.stride + first_element;
+  if (a.state.dtype == DType::kFloat32) {
+    load_state(static_cast<const float*>(a.state.data) + slot, S);
+  } else {
+    load_state(static_cast<const __nv_bfloat16*>(a.state.data) + slot, S);
+  }
+}
+
+template <int kTiles>
+__device__ inline void store_final_state(const ScanKernel& kernel, const ScanItem& item, int64_t first_element,
+                                         const float (&S)[kTiles][4]) {
+  const ChunkGatedDeltaRuleArgs& a = kernel.args;
+  if (a.state.write[item.n] < 0) return;
+  const auto slot = a.state.write[item.n] * a.state.stride + first_element;
+  if (a.state.dtype == DType::kFloat32) {
+    store_state(S, static_cast<float*>(a.state.data) + slot);
+  } else {
+    store_state(S, static_cast<__nv_bfloat16*>(a.state.data) + slot);
+  }
+}
+
+/// x in two bf16 parts, pairs as round_sums packs them.
+__device__ inline uint2 split_pair(float first, float second) {
+  const uint32_t high = pack_bf16(first, second);
+  const float2 rounded = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&high));
+  return make_uint2(high, pack_bf16(first - rounded.x, second - rounded.y));
+}
+
+/// A warp's 16 rows of a map to where map_part finds them.
+template <int kTiles>
+__device__ inline void store_map(const GroupPart& part, const float (&M)[kTiles][4], char* map) {
+  constexpr int kTileBytes = kMapTileBytes<kTiles * 8>;
+  const int lane = threadIdx.x % 32;
+  char* const rows = map + part.column / 64 * 2 * kTileBytes;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint2 parts = split_pair(M[tile][2 * half], M[tile][2 * half + 1]);
+      char* const to = rows + piece_offset(part.warp * 16 + lane / 4 + 8 * half, tile) + lane % 4 * 4;
+      *reinterpret_cast<uint32_t*>(to) = parts.x;
+      *reinterpret_cast<uint32_t*>(to + kTileBytes) = parts.y;
+    }
+  }
+}
+
+template <int kTiles>
+__device__ inline void set_unit_rows(const GroupPart& part, float (&M)[kTiles][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is_one = tile * 8 + lane % 4 * 2 + i % 2 == static_cast<int>(part.column) + lane / 4 + i / 2 * 8;
+      M[tile][i] = is_one ? 1.0f : 0.0f;
+    }
+  }
+}
+
+/// From the state at a sequence's first cut to that at the cut ahead of the piece.
+template <int kK, int kGroups>
+__device__ inline void jump_to_piece(const ScanKernel& kernel, const ScanItem& item, int64_t first_element,
+                                     ScanStage<kK, kGroups>* stages, ScanBarriers& barriers, StageCursor& at,
+                                     float (&S)[kK / 8][4]) {
+  load_state(kernel.end_of(item.first_cut, item.head) + first_element, S);
+  for (int i = 1; i < item.piece; ++i) {
+    float sum[kK / 8][4];
+    load_state(kernel.end_of(item.first_cut + i, item.head) + first_element, sum);
+    uint32_t high[kK / 64][4][4], low[kK / 64][4][4];
+#pragma unroll
+    for (int tile = 0; tile < kK / 8; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint2 parts = split_pair(S[tile][2 * half], S[tile][2 * half + 1]);
+        high[tile / 8][tile % 8 / 2][tile % 2 * 2 + half] = parts.x;
+        low[tile / 8][tile % 8 / 2][tile % 2 * 2 + half] = parts.y;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kK / 64; ++j) {
+      ScanStage<kK, kGroups>& stage = stages[at.stage];
+      wait_at(shared_address(&barriers.full[at.stage]), at.parity);
+      pin(sum);
+      fence_products();
+      multiply_by_columns(sum, high[j], shared_address(stage.k));
+      multiply_by_columns(sum, low[j], shared_address(stage.k));
+      multiply_by_columns(sum, high[j], shared_address(stage.q));
+      commit_products();
+      wait_products<0>();
+      pin(sum);
+      arrive_at(shared_address(&barriers.empty[at.stage]));
+      at.advance(kernel.num_stages);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kK / 8; ++tile) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) S[tile][j] = sum[tile][j];
+    }
+  }
+}
+
+// ---- a warp group's rows --------------------------------------------------------------------------------------------
 
 /// A thread's factors of the tokens of its fragments.
 __device__ inline void load_factors(const float* from, float2 (&factors)[8]) {
@@ -391,11 +225,12 @@ __device__ inline void clear_keys(char* k, int count, int group) {
   sync_group(group);
 }
 
-template <int kK, int kGroups, bool kByBoxes>
+template <int kK, int kGroups, bool kByBoxes, bool kHasOutputs>
 __device__ inline void scan_chunks(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part,
-                                   ScanStage<kK, kGroups>* stages, ScanTail<kGroups>& tail, float (&S)[kK / 8][4]) {
+                                   ScanStage<kK, kGroups>* stages, ScanTail<kGroups>& tail, StageCursor& at,
+                                   float (&S)[kK / 8][4]) {
   char* panel = tail.out[part.group];
-  StageCursor at;
+  const uint32_t kept_values = item.is_map ? 0 : 0xffffffffu;
   PackedOutputs packed = {};
   uint32_t state[kK / 16][4];
   round_sums(S, state);
@@ -406,7 +241,7 @@ __device__ inline void scan_chunks(const ScanKernel& kernel, const ScanItem& ite
     if (kByBoxes && count < kChunk) clear_keys<kK>(stage.k, count, part.group);
 
     const ChunkGates& gates = stage.factors.gates;
-    float u[8][4], o[8][4];
+    float u[8][4];
     float2 factors[8];
     fence_products();
     multiply_by_rows(u, state, shared_address(stage.k));
@@ -415,6 +250,10 @@ __device__ inline void scan_chunks(const ScanKernel& kernel, const ScanItem& ite
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       load_matrices_transposed(columns_address(stage.v[part.group], part.warp, i), left[i]);
+      if constexpr (!kHasOutputs) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) left[i][j] &= kept_values;  // a map's stages have none
+      }
     }
     load_factors(gates.read, factors);
     wait_products<0>();
@@ -447,62 +286,93 @@ __device__ inline void scan_chunks(const ScanKernel& kernel, const ScanItem& ite
     fence_products();
     multiply_by_columns(S, writes, shared_address(stage.k));
     commit_products();
-    multiply_by_rows(o, state, shared_address(stage.q));
-    commit_products();
-    multiply_by_square(u, left, shared_address(&stage.factors.scores));
-    commit_products();
-    if constexpr (kByBoxes) store_box_of_outputs(kernel, item, part, c - 1, packed, panel);
-    load_factors(gates.out, factors);
-    wait_products<1>();
-    pin(S);
-    pin(o);
-    round_sums(S, state);
-    wait_products<0>();
-    pin(u);
-    add_outputs(o, factors, u);
-    arrive_at(shared_address(&tail.barriers.empty[at.stage]));
-    at.advance(kernel.num_stages);
-    if constexpr (kByBoxes) {
-      pack_outputs(DType::kBFloat16, o, packed);
-    } else if (kernel.args.out.dtype == DType::kFloat32 || !kernel.is_out_aligned) {
-      store_each_output(kernel, item, part, c, o);
+    if constexpr (kHasOutputs) {
+      float o[8][4];
+      multiply_by_rows(o, state, shared_address(stage.q));
+      commit_products();
+      multiply_by_square(u, left, shared_address(&stage.factors.scores));
+      commit_products();
+      if constexpr (kByBoxes) store_box_of_outputs(kernel, item, part, c - 1, packed, panel);
+      load_factors(gates.out, factors);
+      wait_products<1>();
+      pin(S);
+      pin(o);
+      round_sums(S, state);
+      wait_products<0>();
+      pin(u);
+      add_outputs(o, factors, u);
+      arrive_at(shared_address(&tail.barriers.empty[at.stage]));
+      if constexpr (kByBoxes) {
+        pack_outputs(DType::kBFloat16, o, packed);
+      } else if (kernel.args.out.dtype == DType::kFloat32 || !kernel.is_out_aligned) {
+        store_each_output(kernel, item, part, c, o);
+      } else {
+        pack_outputs(kernel.args.out.dtype, o, packed);
+        store_outputs(kernel, item, part, c, packed, panel);
+      }
     } else {
-      pack_outputs(kernel.args.out.dtype, o, packed);
-      store_outputs(kernel, item, part, c, packed, panel);
+      wait_products<0>();
+      pin(S);
+      arrive_at(shared_address(&tail.barriers.empty[at.stage]));
+      round_sums(S, state);
     }
+    at.advance(kernel.num_stages);
   }
-  if (kByBoxes && item.num_chunks > 0) {
+  if (kHasOutputs && kByBoxes && item.num_chunks > 0) {
     wait_stores_read();
     store_outputs(kernel, item, part, item.num_chunks - 1, packed, panel);
   }
 }
 
-/// From the state that a sequence reads to the one that it writes.
+/// A piece ahead of a cut: from the sequence's state, from zero or from rows of the unit matrix to memory of the cuts.
 template <int kK, int kGroups, bool kByBoxes>
-__device__ inline void scan_sequence(const ScanKernel& kernel, const ScanItem& item, int n, const GroupPart& part,
-                                     ScanStage<kK, kGroups>* stages, ScanTail<kGroups>& tail) {
-  const ChunkGatedDeltaRuleArgs& a = kernel.args;
-  const int64_t first_row = (item.head * a.V + part.column) * kK;
-  const auto read_slot = a.state.read[n] * a.state.stride + first_row;
+__device__ inline void scan_for_states(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part,
+                                       ScanStage<kK, kGroups>* stages, ScanTail<kGroups>& tail) {
+  const int64_t cut = item.first_cut + item.piece;
+  const int64_t first_element = part.column * kK;
   float S[kK / 8][4] = {};
-  if (a.has_initial_state == nullptr || a.has_initial_state[n]) {
-    if (a.state.dtype == DType::kFloat32) {
-      load_state(static_cast<const float*>(a.state.data) + read_slot, S);
-    } else {
-      load_state(static_cast<const __nv_bfloat16*>(a.state.data) + read_slot, S);
-    }
+  if (item.is_map) {
+    set_unit_rows(part, S);
+  } else if (item.piece == 0) {
+    load_initial_state(kernel, item, item.head * kernel.args.V * kK + first_element, S);
+    store_state(S, kernel.start_of(item.first_cut, item.head) + first_element);
+    __threadfence();
   }
-  scan_chunks<kK, kGroups, kByBoxes>(kernel, item, part, stages, tail, S);
-  if (a.state.write[n] < 0) return;
-  const auto write_slot = a.state.write[n] * a.state.stride + first_row;
-  if (a.state.dtype == DType::kFloat32) {
-    store_state(S, static_cast<float*>(a.state.data) + write_slot);
+  // The scan with outputs may come now: its first pieces find where they start.
+  sync_first_groups(kGroups);
+  if (threadIdx.x == 0) let_next_kernel_launch();
+  StageCursor at;
+  scan_chunks<kK, kGroups, kByBoxes, false>(kernel, item, part, stages, tail, at, S);
+  if (item.is_map) {
+    store_map(part, S, kernel.map_of(cut, item.head));
   } else {
-    store_state(S, static_cast<__nv_bfloat16*>(a.state.data) + write_slot);
+    store_state(S, kernel.end_of(cut, item.head) + first_element);
   }
 }
 
+/// A piece, or a whole sequence: from the state that it starts from to the one that the sequence writes.
 template <int kK, int kGroups, bool kByBoxes>
+__device__ inline void scan_for_outputs(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part,
+                                        ScanStage<kK, kGroups>* stages, ScanTail<kGroups>& tail) {
+  const int64_t first_element = part.column * kK;
+  const int64_t of_slot = item.head * kernel.args.V * kK + first_element;
+  StageCursor at;
+  float S[kK / 8][4] = {};
+  if (item.num_pieces == 1) {
+    load_initial_state(kernel, item, of_slot, S);
+  } else if (item.piece == 0) {
+    load_state(kernel.start_of(item.first_cut, item.head) + first_element, S);
+  } else {
+    wait_for_kernel_before();  // for what other pieces left
+    jump_to_piece<kK>(kernel, item, first_element, stages, tail.barriers, at, S);
+  }
+  scan_chunks<kK, kGroups, kByBoxes, true>(kernel, item, part, stages, tail, at, S);
+  if (item.piece + 1 == item.num_pieces) store_final_state(kernel, item, of_slot, S);
+}
+
+/// Where there are cuts, a scan for states comes between the factors and the scan with outputs. It lets the latter
+/// launch when it has itself waited for the factors, so first pieces and whole sequences need not wait for it.
+template <int kK, int kGroups, bool kByBoxes, bool kHasOutputs>
 __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
     chunk_scan_kernel(const __grid_constant__ ScanKernel kernel) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
@@ -511,19 +381,13 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
   auto& tail = *reinterpret_cast<ScanTail<kGroups>*>(stages + kernel.num_stages);
 
   const int warp = threadIdx.x / 32;
-  const int64_t v_blocks = a.V / (kGroupRows * kGroups);
-  const int n = static_cast<int>(blockIdx.x / (v_blocks * a.HV));
   ScanItem item;
-  item.head = blockIdx.x / v_blocks % a.HV;
-  item.key_head = item.head / (a.HV / a.H);
-  item.column = blockIdx.x % v_blocks * kGroupRows * kGroups;
-  item.begin = a.cu_seqlens[n];
-  item.end = a.cu_seqlens[n + 1];
-  item.chunk = a.chunk_offsets[n];
-  item.num_chunks = static_cast<int>((item.end - item.begin + kChunk - 1) / kChunk);
+  const bool has_work = find_item<kHasOutputs>(kernel, blockIdx.x, kGroupRows * kGroups, item);
+  if constexpr (!kHasOutputs) wait_for_kernel_before();  // with or without work: the next kernel may rely on it
+  if (!has_work) return;
   const GroupPart part = {warp / 4, warp % 4, item.column + warp * 16};
-  if (a.state.read[n] < 0) {
-    if (warp < kGroups * 4) clear_outputs(a.out, item, part.column);
+  if (a.state.read[item.n] < 0) {
+    if (kHasOutputs && warp < kGroups * 4) clear_outputs(a.out, item, part.column);
     return;
   }
   if (threadIdx.x == 0) {
@@ -536,15 +400,20 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
   __syncthreads();
   if (warp >= kGroups * 4) {
     if constexpr (kGroups == 2) leave_registers<40>();
-    wait_for_kernel_before();  // for the factors; nobody else reads what it wrote
+    // For the factors, where no scan for states did so, and for maps.
+    if (kHasOutputs && (!kernel.split.cuts() || item.piece > 1)) wait_for_kernel_before();
     if constexpr (!kByBoxes) {
-      fill_stages_by_pieces<kK, kGroups>(kernel, item, stages, tail.barriers);
+      fill_stages_by_pieces<kK, kGroups, kHasOutputs>(kernel, item, stages, tail.barriers);
     } else if (threadIdx.x == kGroups * kGroupThreads) {
-      fill_stages_by_boxes<kK, kGroups>(kernel, item, stages, tail.barriers);
+      fill_stages_by_boxes<kK, kGroups, kHasOutputs>(kernel, item, stages, tail.barriers);
     }
   } else {
     if constexpr (kGroups == 2) take_registers<232>();
-    scan_sequence<kK, kGroups, kByBoxes>(kernel, item, n, part, stages, tail);
+    if constexpr (kHasOutputs) {
+      scan_for_outputs<kK, kGroups, kByBoxes>(kernel, item, part, stages, tail);
+    } else {
+      scan_for_states<kK, kGroups, kByBoxes>(kernel, item, part, stages, tail);
+    }
   }
 }
 

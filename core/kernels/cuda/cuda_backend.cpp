@@ -76,12 +76,12 @@ void run_recurrent(cuda::RecurrentGatedDeltaRuleArgs args, const at::Tensor& q, 
   cuda::recurrent_gated_delta_rule(args, current_stream(q));
 }
 
-// Tokens of the longest sequence, or more: what the host does not say may be one sequence.
-int64_t max_len(const PagedAttentionParams& p, const AttentionShape& s) {
-  if (!p.host.cu_seqlens) return s.T;
-  const int32_t* const cu = p.host.cu_seqlens->const_data_ptr<int32_t>();
+// Tokens of the longest of N sequences of T, or more: what the host does not say may be one sequence.
+int64_t max_len(const HostFacts& host, int64_t N, int64_t T) {
+  if (!host.cu_seqlens) return T;
+  const int32_t* const cu = host.cu_seqlens->const_data_ptr<int32_t>();
   int64_t longest = 0;
-  for (int64_t n = 0; n < s.N; ++n) longest = std::max<int64_t>(longest, cu[n + 1] - cu[n]);
+  for (int64_t n = 0; n < N; ++n) longest = std::max<int64_t>(longest, cu[n + 1] - cu[n]);
   return longest;
 }
 
@@ -137,7 +137,7 @@ class CudaBackend final : public Backend {
     return why_not_key_dim(s.rule.K);
   }
 
-  // A sequence's sums do not depend on the grid.
+  // A sequence's sums do not depend on the grid, and where it is cut depends on itself, the heads and the device.
   bool is_batch_invariant(const RecurrentGatedDeltaRuleParams&, const GdnShape&) const override {
     return true;
   }
@@ -167,6 +167,7 @@ class CudaBackend final : public Backend {
     args.has_initial_state = has_initial_state;
     args.T = v.size(0);
     args.M = p.chunk_indices.size(0);
+    args.max_len = max_len(p.host, s.N, args.T);
     args.chunk_indices = p.chunk_indices.const_data_ptr<int32_t>();
     args.chunk_offsets = p.chunk_offsets.const_data_ptr<int32_t>();
     const at::Tensor memory = scratch(cuda::workspace_bytes(args), q);
@@ -258,7 +259,7 @@ class CudaBackend final : public Backend {
                                      .HKV = s.HKV,
                                      .D = s.D,
                                      .B = p.k.size(1),
-                                     .max_len = max_len(p, s),
+                                     .max_len = max_len(p.host, s.N, s.T),
                                      .q = in_rows(p.q),
                                      .are_int8 = p.k.scalar_type() == at::kChar,
                                      .k = p.k.const_data_ptr(),
