@@ -28,6 +28,27 @@ def test_tokens_are_those_of_the_cpu_in_f32(model: checkpoints.Tiny, tmp_path: P
         torch.testing.assert_close(gpu.prompt_logits(prompt).cpu(), cpu.prompt_logits(prompt), rtol=1e-3, atol=1e-3)
 
 
+def test_sequences_that_go_on_from_others_beside_recorded_steps(tmp_path: Path) -> None:
+    """Branches of a prompt and a cached prefix read one slot and write another, which a recorded step does not."""
+    directory, _ = checkpoints.make(checkpoints.CHECKPOINTS[0], tmp_path)
+    runner = xgdn.RunnerOptions(max_batch_size=8, max_cached_tokens=4096, prefix_cache_slots=4)
+    cpu, gpu = (
+        xgdn.Engine(directory, device=device, dtype=torch.float32, runner=runner) for device in ("cpu", "cuda")
+    )
+    prompts = [torch.randint(0, 128, (length,)).tolist() for length in (320, 7)]
+    prompts.append(prompts[0] + [1, 2, 3])
+    for prompt in prompts * 2:
+        for n in (1, 3):
+            sampling = xgdn.SamplingParams(temperature=1.0 if n > 1 else 0.0, seed=1)
+            want, got = (
+                engine.generate([prompt], max_new_tokens=12, ignore_eos=True, sampling=sampling, n=n)
+                for engine in (cpu, gpu)
+            )
+            assert [x.tokens for x in got] == [x.tokens for x in want]
+            assert [x.num_cached for x in got] == [x.num_cached for x in want]
+    assert gpu.prefix_cache_stats.num_found == cpu.prefix_cache_stats.num_found > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_perplexity_of_the_small_model_is_that_of_the_cpu(dtype: torch.dtype) -> None:
     sys.path.insert(0, str(SMALL_MODEL))
