@@ -131,6 +131,8 @@ void bind_reports(nb::module_& m) {
 
   nb::class_<PrefixCacheStats>(m, "PrefixCacheStats", "Contents and counts of the prefix cache.")
       .def_ro("num_prefixes", &PrefixCacheStats::num_prefixes, "Prefixes that are cached now.")
+      .def_ro("bytes", &PrefixCacheStats::bytes,
+              "Bytes of their states, and of the keys and values that they alone hold.")
       .def_ro("num_looked_up", &PrefixCacheStats::num_looked_up, "Tokens of all prompts that have been looked up.")
       .def_ro("num_found", &PrefixCacheStats::num_found, "Tokens of these prompts whose state was cached.")
       .def_ro("num_evictions", &PrefixCacheStats::num_evictions, "Prefixes that were given up for room, so far.");

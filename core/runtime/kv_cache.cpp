@@ -30,7 +30,7 @@ int64_t KvCacheSpec::block_bytes() const {
 }
 
 KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device)
-    : spec_(spec), device_(device), ref_counts_(checked_count(num_blocks), 0) {
+    : spec_(spec), device_(device), ref_counts_(checked_count(num_blocks), 0), num_idle_(ref_counts_.size(), 0) {
   check_at_least("block_size", 1, spec.block_size);
   if (num_blocks > 0 && spec.block_size > kernel::kMaxIndex / num_blocks) {
     throw RequestError(c10::str("[KvCache] num_blocks: expected at most ", kernel::kMaxIndex / spec.block_size,
@@ -64,18 +64,26 @@ int64_t KvCache::held(const char* what, int32_t block) const {
   throw RangeError(c10::str("[KvCache] ", what, ": expected a held block, got ", block));
 }
 
+void KvCache::change(const char* what, int32_t block, int64_t holders, int64_t idle) {
+  held(what, block);
+  const auto is_all_idle = [&] { return num_idle_[block] > 0 && num_idle_[block] == ref_counts_[block]; };
+  num_all_idle_ -= is_all_idle();
+  ref_counts_[block] += holders;
+  num_idle_[block] += idle;
+  num_all_idle_ += is_all_idle();
+  if (ref_counts_[block] == 0) free_.push_back(block);
+}
+
 void KvCache::share(const std::vector<int32_t>& blocks) {
-  for (int32_t block : blocks) {
-    held("share", block);
-    ++ref_counts_[block];
-  }
+  for (int32_t block : blocks) change("share", block, 1, 0);
 }
 
 void KvCache::release(const std::vector<int32_t>& blocks) {
-  for (int32_t block : blocks) {
-    held("release", block);
-    if (--ref_counts_[block] == 0) free_.push_back(block);
-  }
+  for (int32_t block : blocks) change("release", block, -1, 0);
+}
+
+void KvCache::add_idle(const std::vector<int32_t>& blocks, int64_t count) {
+  for (int32_t block : blocks) change("add_idle", block, 0, count);
 }
 
 at::Tensor KvCache::rows_of(const char* what, const std::vector<int32_t>& blocks) {

@@ -38,6 +38,12 @@ class KvCache {
   /// Throws RangeError for a block that nobody holds.
   int64_t ref_count(int32_t block) const { return held("ref_count", block); }
 
+  /// Of each block's holders, `count` more (or less) keep it for later and would give it up. Throws RangeError for a
+  /// block that nobody holds.
+  void add_idle(const std::vector<int32_t>& blocks, int64_t count);
+  /// Whether every holder of the block would give it up. Throws RangeError for a block that nobody holds.
+  bool is_idle(int32_t block) const { return held("is_idle", block) == num_idle_[block]; }
+
   /// Copies the keys and values of one held block to another. Throws RangeError for a block that nobody holds.
   void copy(int32_t from, int32_t to);
 
@@ -53,11 +59,15 @@ class KvCache {
   int64_t block_size() const { return spec_.block_size; }                          // tokens
   int64_t num_blocks() const { return static_cast<int64_t>(ref_counts_.size()); }  // held and free
   int64_t num_free() const { return static_cast<int64_t>(free_.size()); }          // held by nobody
-  int64_t bytes() const { return num_blocks() * spec_.block_bytes(); }             // of all blocks
+  int64_t num_idle() const { return num_all_idle_; }                               // whose holders would give them up
+  int64_t block_bytes() const { return spec_.block_bytes(); }                      // of one block
+  int64_t bytes() const { return num_blocks() * block_bytes(); }                   // of all blocks
   std::vector<KvPool>& layers() { return layers_; }                                // the pools, in layer order
 
  private:
   int64_t held(const char* what, int32_t block) const;  // the reference count of a block that somebody holds
+
+  void change(const char* what, int32_t block, int64_t holders, int64_t idle);
 
   at::Tensor rows_of(const char* what, const std::vector<int32_t>& blocks);  // of held blocks, i64
 
@@ -65,7 +75,9 @@ class KvCache {
   c10::Device device_;
   std::vector<KvPool> layers_;
   std::vector<int64_t> ref_counts_;
-  std::vector<int32_t> free_;  // the next one is at the back
+  std::vector<int64_t> num_idle_;  // of these holders, those that would give the block up
+  int64_t num_all_idle_ = 0;       // blocks
+  std::vector<int32_t> free_;      // the next one is at the back
 };
 
 }  // namespace xgdn

@@ -112,6 +112,7 @@ void PrefixCache::keep(RequestId id, std::span<const int32_t> tokens, SequenceMe
                        .made_by = id,
                        .is_shared = is_shared});
   const auto kept = std::prev(prefixes_.end());
+  kv_.add_idle(kept->memory.blocks(), 1);
   by_chunks_.emplace(kept->hashes.back(), kept);
   for (const uint64_t hash : kept->hashes) ++num_beginning_with_[hash];
 }
@@ -149,6 +150,7 @@ PrefixCache::Prefixes::iterator PrefixCache::drop(Prefixes::iterator prefix) {
     const auto count = num_beginning_with_.find(hash);
     if (--count->second == 0) num_beginning_with_.erase(count);
   }
+  kv_.add_idle(prefix->memory.blocks(), -1);
   return prefixes_.erase(prefix);
 }
 
@@ -159,12 +161,9 @@ void PrefixCache::forget(RequestId id) {
 }
 
 int64_t PrefixCache::num_evictable_blocks(const Prefix* spared) const {
-  std::unordered_map<int32_t, int64_t> num_holders;
-  for (const Prefix& prefix : prefixes_) {
-    if (&prefix == spared) continue;
-    for (const int32_t block : prefix.memory.blocks()) ++num_holders[block];
-  }
-  return std::ranges::count_if(num_holders, [&](const auto& held) { return kv_.ref_count(held.first) == held.second; });
+  if (spared == nullptr) return kv_.num_idle();
+  return kv_.num_idle() -
+         std::ranges::count_if(spared->memory.blocks(), [&](int32_t block) { return kv_.is_idle(block); });
 }
 
 void PrefixCache::evict_for(int64_t num_blocks, const Prefix* spared) {
@@ -179,6 +178,8 @@ void PrefixCache::evict_for(int64_t num_blocks, const Prefix* spared) {
 PrefixCacheStats PrefixCache::stats() const {
   PrefixCacheStats stats = stats_;
   stats.num_prefixes = std::ssize(prefixes_);
+  const int64_t state_bytes = states_.bytes() / std::max<int64_t>(states_.num_slots(), 1);
+  stats.bytes = stats.num_prefixes * state_bytes + kv_.num_idle() * kv_.block_bytes();
   return stats;
 }
 

@@ -16,6 +16,7 @@ namespace xgdn {
 /// What a prefix cache holds and has done so far.
 struct PrefixCacheStats {
   int64_t num_prefixes = 0;   // held
+  int64_t bytes = 0;          // of their states, and of the keys and values that nobody else holds
   int64_t num_looked_up = 0;  // tokens of the prompts that were looked up
   int64_t num_found = 0;      // of these, the tokens whose state was there
   int64_t num_evictions = 0;  // prefixes given up for others, or for running sequences

@@ -32,9 +32,7 @@ def test_sequences_that_go_on_from_others_beside_recorded_steps(tmp_path: Path) 
     """Branches of a prompt and a cached prefix read one slot and write another, which a recorded step does not."""
     directory, _ = checkpoints.make(checkpoints.CHECKPOINTS[0], tmp_path)
     runner = xgdn.RunnerOptions(max_batch_size=8, max_cached_tokens=4096, prefix_cache_slots=4)
-    cpu, gpu = (
-        xgdn.Engine(directory, device=device, dtype=torch.float32, runner=runner) for device in ("cpu", "cuda")
-    )
+    cpu, gpu = (xgdn.Engine(directory, device=device, dtype=torch.float32, runner=runner) for device in ("cpu", "cuda"))
     prompts = [torch.randint(0, 128, (length,)).tolist() for length in (320, 7)]
     prompts.append(prompts[0] + [1, 2, 3])
     for prompt in prompts * 2:

@@ -48,9 +48,16 @@ http_get, http_head, http_options, http_post = (
 )
 
 
-def engine(model_dir: Path = CHECKPOINT, max_cached_tokens: int = TOKENS, **options: Any) -> xgdn.Engine:
+def engine(
+    model_dir: Path = CHECKPOINT, max_cached_tokens: int = TOKENS, prefix_cache_slots: int = 0, **options: Any
+) -> xgdn.Engine:
     torch.set_num_threads(1)
-    runner = xgdn.RunnerOptions(max_batch_size=SLOTS, max_cached_tokens=max_cached_tokens, max_tokens_per_step=64)
+    runner = xgdn.RunnerOptions(
+        max_batch_size=SLOTS,
+        max_cached_tokens=max_cached_tokens,
+        max_tokens_per_step=64,
+        prefix_cache_slots=prefix_cache_slots,
+    )
     return xgdn.Engine(model_dir, dtype=torch.float32, runner=runner, **options)
 
 
@@ -173,7 +180,7 @@ class SteppedEngine:
 
     def loop(self, *, after_step: Callable[[Any], None], **hooks: Any) -> Any:
         def report(counters: xgdn.engine.EngineCounters) -> None:
-            names = ("num_free_slots", "num_free_kv_blocks", "num_preemptions")
+            names = ("num_free_slots", "num_free_kv_blocks", "num_preemptions", "prefix_cache")
             values = {name: getattr(counters, name) for name in names}
             after_step(SimpleNamespace(device_error=self.device_error or counters.device_error, **values))
 

@@ -17,7 +17,7 @@ from xgdn import _C, cli
 from xgdn.cli import app
 
 NAMES = [field.name for field in fields(xgdn.EngineArgs)]
-SIZES = ("max_batch_size", "max_cached_tokens", "kv_block_size", "max_tokens_per_step")
+SIZES = ("max_batch_size", "max_cached_tokens", "kv_block_size", "max_tokens_per_step", "prefix_cache_slots")
 # An option of every field with another value than its default.
 OPTIONS = {
     "dtype": ("bfloat16", torch.bfloat16),
@@ -33,6 +33,7 @@ OPTIONS = {
     "max_cached_tokens": ("640", 640),
     "kv_block_size": ("32", 32),
     "max_tokens_per_step": ("64", 64),
+    "prefix_cache_slots": ("7", 7),
     "memory_limit": ("2 GiB", 2**31),
 }
 SUBSETS = {
@@ -51,6 +52,7 @@ SUBSETS = {
         "prefill_accuracy",
     ],
 }
+OTHER_DEFAULTS = {("serve", "prefix_cache_slots"): 32}
 
 
 class Loaded(Exception):
@@ -116,7 +118,7 @@ def test_an_option_has_the_name_and_the_doc_of_its_field(command: str) -> None:
         option = "--" + field.name.replace("_", "-")
         assert (option in text) == (field.name in SUBSETS[command]), option
         if field.name in SUBSETS[command] and field.default is not None:
-            default = str(field.default).removeprefix("torch.")
+            default = str(OTHER_DEFAULTS.get((command, field.name), field.default)).removeprefix("torch.")
             shown = "" if field.default is False else f" [default: {default}]"
             assert f"{field.metadata['doc']}{shown}" in text
 

@@ -45,7 +45,12 @@ def test_the_choices_of_a_prompt_share_its_computation() -> None:
         assert stepped.num_steps == 4 + 1 + 8
         wait_until(lambda: is_at_rest(url))
         now = metrics(url)
-    assert answer["usage"] == {"prompt_tokens": 200, "completion_tokens": 36, "total_tokens": 236}
+    assert answer["usage"] == {
+        "prompt_tokens": 200,
+        "completion_tokens": 36,
+        "total_tokens": 236,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert now["xgdn_steps_total"] == 13
     assert now["xgdn_prompt_tokens_total"] == 200
     assert now["xgdn_generated_tokens_total"] == 36

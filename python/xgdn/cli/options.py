@@ -88,10 +88,9 @@ def _short_name(choice: torch.dtype | str) -> str:
     return str(choice).removeprefix("torch.")
 
 
-def _option(argument: "Field[Any]") -> inspect.Parameter:
+def _option(argument: "Field[Any]", default: Any) -> inspect.Parameter:
     """The option of a field of EngineArgs, as a parameter that typer understands."""
     doc, choices = argument.metadata["doc"], argument.metadata["choices"]
-    default: Any = argument.default
     annotation: Any
     if choices:
         names = Enum(argument.name, {name: name for name in map(_short_name, choices)}, type=str)  # type: ignore[misc]
@@ -109,13 +108,13 @@ def _option(argument: "Field[Any]") -> inspect.Parameter:
     return inspect.Parameter(argument.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def with_engine_args(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_engine_args(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace the parameter `engine_args` of a command by an option for each field of EngineArgs, or for those named.
 
-    The command gets the EngineArgs that the options make.
+    The command gets the EngineArgs that the options make. `defaults`: of fields for which it has others.
     """
     arguments = [argument for argument in fields(EngineArgs) if not names or argument.name in names]
-    options = [_option(argument) for argument in arguments]
+    options = [_option(argument, defaults.get(argument.name, argument.default)) for argument in arguments]
     choices = {argument.name: {_short_name(c): c for c in argument.metadata["choices"]} for argument in arguments}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

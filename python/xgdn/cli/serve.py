@@ -14,8 +14,10 @@ from xgdn.cli.options import MAX, GenerationConfigOption, ModelArgument, with_en
 from xgdn.engine import EngineArgs
 from xgdn.server.settings import Settings
 
+_PREFIX_CACHE_SLOTS = 32  # as many as sequences run at once
 
-@with_engine_args()
+
+@with_engine_args(prefix_cache_slots=_PREFIX_CACHE_SLOTS)
 def serve(
     model: ModelArgument,
     host: Annotated[

@@ -151,6 +151,12 @@ class EngineClient:
         self._metrics.kv_blocks_total.set(self._idle.num_free_kv_blocks)
         self._metrics.kv_blocks_used.set(self._idle.num_free_kv_blocks - now.num_free_kv_blocks)
         self._metrics.preemptions.inc(now.num_preemptions - self._last.num_preemptions)
+        prefixes, before = now.prefix_cache, self._last.prefix_cache
+        self._metrics.prefixes.set(prefixes.num_prefixes)
+        self._metrics.prefix_bytes.set(prefixes.bytes)
+        self._metrics.prefix_queries.inc(prefixes.num_looked_up - before.num_looked_up)
+        self._metrics.prefix_hits.inc(prefixes.num_found - before.num_found)
+        self._metrics.prefix_evictions.inc(prefixes.num_evictions - before.num_evictions)
         self._last = now
         self._publish_requests()
 

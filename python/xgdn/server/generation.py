@@ -5,6 +5,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xgdn.engine import Request, SamplingParams
 from xgdn.sampling_defaults import SamplingDefaults, first_given
@@ -47,6 +48,7 @@ class Generation:
         self.has_logprobs = body.num_logprobs is not None
         self._engine = engine
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        self._num_prompts = len(prompts)
         self._num_prompt_tokens = sum(map(len, prompts))
         seed = secrets.randbits(63) if body.seed is None else body.seed
         sampling = defaults.sampling
@@ -110,10 +112,16 @@ class Generation:
         """End what still runs; the next step frees what it held."""
         self._engine.drop(self._ids)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         num_generated = sum(sequence.num_tokens for sequence in self._sequences)
+        n = self.num_choices // self._num_prompts  # choices share what was cached of their prompt
+        num_cached = sum(
+            max(sequence.num_cached for sequence in self._sequences[i * n : (i + 1) * n])
+            for i in range(self._num_prompts)
+        )
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": num_generated,
             "total_tokens": self._num_prompt_tokens + num_generated,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
         }

@@ -38,6 +38,7 @@ class TextSequence:
         give: Callable[[Delta], None],
     ) -> None:
         self.num_tokens = 0
+        self.num_cached = 0  # prompt tokens that were not computed again
         self.has_begun = False
         self.is_finished = False
         self._index = index
@@ -55,6 +56,7 @@ class TextSequence:
         """Process the event of a step; nothing once the sequence is finished."""
         if self.is_finished:
             return
+        self.num_cached = event.num_cached
         if event.finish_reason == FinishReason.ERROR:
             self.fail(event.error)
             return
