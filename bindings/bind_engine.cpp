@@ -11,6 +11,7 @@
 #include "bindings/bind.h"
 #include "bindings/torch_casters.h"
 #include "core/runtime/engine.h"
+#include "core/runtime/session.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -22,12 +23,16 @@ using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
 using Progress = std::function<void(int64_t, int64_t)>;
 
 // Without the GIL but between steps, where signal handlers run: an exception of theirs ends the call.
-std::vector<GenerationResult> generate(Engine& self, const std::vector<Request>& requests, bool raise_on_error) {
+GenerateOptions generate_options(bool raise_on_error) {
   const auto handle_signals = [] {
     const nb::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
   };
-  return self.generate(requests, {.throw_on_error = raise_on_error, .between_steps = handle_signals});
+  return {.throw_on_error = raise_on_error, .between_steps = handle_signals};
+}
+
+std::vector<GenerationResult> generate(Engine& self, const std::vector<Request>& requests, bool raise_on_error) {
+  return self.generate(requests, generate_options(raise_on_error));
 }
 
 std::optional<kernel::WeightFormat> format_named(const std::optional<std::string>& name) {
@@ -240,6 +245,26 @@ void bind_engine_class(nb::module_& m) {
       .def_prop_ro("kv_bytes", &Engine::kv_bytes);
 }
 
+void bind_session(nb::module_& m) {
+  nb::class_<Session>(m, "Session", "A conversation whose state an engine holds between requests.")
+      .def(nb::init<Engine&>(), "engine"_a, nb::keep_alive<1, 2>(), WithoutGil())
+      .def(
+          "generate",
+          [](Session& self, const Request& request) {
+            return self.generate(request, generate_options(/*raise_on_error=*/true));
+          },
+          "request"_a, WithoutGil())
+      .def("fork", &Session::fork, nb::keep_alive<0, 1>(), WithoutGil())
+      .def("truncate", &Session::truncate, "num_tokens"_a, WithoutGil())
+      .def(
+          "save", [](const Session& self, const std::string& path) { self.save(path); }, "path"_a, WithoutGil())
+      .def_static(
+          "load", [](Engine& engine, const std::string& path) { return Session::load(engine, path); }, "engine"_a,
+          "path"_a, nb::keep_alive<0, 1>(), WithoutGil())
+      .def_prop_ro("tokens", &Session::tokens)
+      .def_prop_ro("num_kept", &Session::num_kept);
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -248,6 +273,7 @@ void bind_engine(nb::module_& m) {
   bind_decoder(m);
   bind_stream(m);
   bind_engine_class(m);
+  bind_session(m);
 }
 
 }  // namespace xgdn

@@ -65,6 +65,8 @@ set(xgdn_public_headers
   runtime/scheduler.h
   runtime/sequence.h
   runtime/sequence_memory.h
+  runtime/session.h
+  runtime/session_file.h
   runtime/runner_options.h
   runtime/state_pool.h
   runtime/step_buffers.h

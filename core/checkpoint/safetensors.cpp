@@ -28,8 +28,8 @@ namespace {
 constexpr int64_t kLengthBytes = 8;
 
 struct Descriptor {
-  explicit Descriptor(const std::filesystem::path& path)
-      : number(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {}  // opening a pipe must not wait
+  explicit Descriptor(const std::filesystem::path& path, int flags = O_RDONLY | O_NONBLOCK)  // a pipe must not wait
+      : number(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {}
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
   ~Descriptor() {
@@ -265,7 +265,12 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
   const json header = parse_header(*mapping_, length, path_);
   const int64_t data_begin = kLengthBytes + length;
   for (const auto& [name, value] : header.items()) {
-    if (name == "__metadata__") continue;
+    if (name == "__metadata__") {
+      for (const auto& [key, text] : value.items()) {
+        if (text.is_string()) metadata_.emplace(key, text.get<std::string>());
+      }
+      continue;
+    }
     entries_.emplace(name, EntryReader(path_, quote(name), value).read(data_begin, mapping_->size() - data_begin));
   }
   require_cover(entries_, data_begin, mapping_->size(), path_);
@@ -302,6 +307,84 @@ std::string_view SafetensorsFile::bytes(const std::string& name) const {
 void SafetensorsFile::release(const std::string& name) const {
   const Entry& found = entry(name);
   mapping_->drop_pages(found.begin, found.end);
+}
+
+namespace {
+
+std::string header_of(const std::filesystem::path& path, const std::map<std::string, at::Tensor>& tensors,
+                      const std::map<std::string, std::string>& metadata) {
+  json header = json::object();
+  header["__metadata__"] = metadata;
+  int64_t begin = 0;
+  for (const auto& [name, tensor] : tensors) {
+    const auto row = std::ranges::find(kDtypeNames, tensor.scalar_type(), &DtypeName::dtype);
+    if (row == kDtypeNames.end()) {
+      throw checkpoint_error(path, "tensor " + quote(name), known_dtypes(), c10::toString(tensor.scalar_type()));
+    }
+    const auto end = begin + static_cast<int64_t>(tensor.nbytes());
+    header[name] = {{"dtype", row->name}, {"shape", tensor.sizes().vec()}, {"data_offsets", {begin, end}}};
+    begin = end;
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // so that tensors are aligned
+  return text;
+}
+
+class Writer {
+ public:
+  explicit Writer(const std::filesystem::path& path) : path_(path), file_(path, O_WRONLY | O_CREAT | O_TRUNC) {
+    if (file_.number < 0) throw unwritable();
+  }
+
+  void write(std::string_view bytes) {
+    while (!bytes.empty()) {
+      const ssize_t count = ::write(file_.number, bytes.data(), bytes.size());
+      if (count < 0 && errno != EINTR) throw unwritable();
+      if (count > 0) bytes.remove_prefix(static_cast<size_t>(count));
+    }
+  }
+
+  void sync() {
+    if (::fsync(file_.number) != 0) throw unwritable();
+  }
+
+ private:
+  CheckpointError unwritable() const {
+    return checkpoint_error(path_, "", "a file that can be written", quote(std::generic_category().message(errno)));
+  }
+
+  std::filesystem::path path_;
+  Descriptor file_;
+};
+
+}  // namespace
+
+void write_safetensors(const std::filesystem::path& path, const std::map<std::string, at::Tensor>& tensors,
+                       const std::map<std::string, std::string>& metadata) {
+  const std::string header = header_of(path, tensors, metadata);
+  std::string length;
+  for (int64_t i = 0; i < kLengthBytes; ++i) length.push_back(static_cast<char>(header.size() >> (8 * i) & 0xFF));
+  std::filesystem::path beside = path;
+  beside += ".partial-" + std::to_string(::getpid());
+  try {
+    Writer writer(beside);
+    writer.write(length);
+    writer.write(header);
+    for (const auto& [name, tensor] : tensors) {
+      const at::Tensor rows = tensor.contiguous();
+      writer.write({static_cast<const char*>(rows.const_data_ptr()), rows.nbytes()});
+    }
+    writer.sync();
+    std::filesystem::rename(beside, path);
+  } catch (const std::filesystem::filesystem_error& error) {
+    std::error_code ignored;
+    std::filesystem::remove(beside, ignored);
+    throw checkpoint_error(path, "", "a file that can be written", quote(error.code().message()));
+  } catch (...) {
+    std::error_code ignored;
+    std::filesystem::remove(beside, ignored);
+    throw;
+  }
 }
 
 }  // namespace xgdn

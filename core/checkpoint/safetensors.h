@@ -36,6 +36,9 @@ class SafetensorsFile {
   /// Throws CheckpointError naming the file, and the tensor where there is one, for whatever is damaged or lies.
   explicit SafetensorsFile(const std::filesystem::path& path);
 
+  /// The entry __metadata__ of the header; values that are no text are left out.
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+
   const std::filesystem::path& path() const { return path_; }                       // as opened
   const std::map<std::string, Entry>& entries() const { return entries_; }          // by name
   bool contains(const std::string& name) const { return entries_.contains(name); }  // whether there is such a tensor
@@ -57,6 +60,13 @@ class SafetensorsFile {
   std::filesystem::path path_;
   std::shared_ptr<const MappedFile> mapping_;
   std::map<std::string, Entry> entries_;
+  std::map<std::string, std::string> metadata_;
 };
+
+/// Writes tensors of the host, in the order of their names, and the metadata. The file is written under another name
+/// beside `path` and takes its place when it is whole. Throws CheckpointError when it cannot be written, and for a
+/// dtype that the format does not have.
+void write_safetensors(const std::filesystem::path& path, const std::map<std::string, at::Tensor>& tensors,
+                       const std::map<std::string, std::string>& metadata);
 
 }  // namespace xgdn

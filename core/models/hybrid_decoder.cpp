@@ -14,6 +14,8 @@
 #include "core/layers/gated_attention.h"
 #include "core/layers/mlp.h"
 #include "core/layers/rms_norm.h"
+#include "core/models/digested_weights.h"
+#include "core/models/hash_bytes.h"
 #include "core/models/rounded_weights.h"
 
 namespace xgdn {
@@ -127,8 +129,9 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
       device_(usable(options.device)),
       backend_(options.backends.decode),
       rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta, device_) {
-  const RoundedWeights rounded(source, options.quantize.value_or(kernel::WeightFormat::kInt8));
-  const WeightSource& weights = options.quantize ? static_cast<const WeightSource&>(rounded) : source;
+  const DigestedWeights stored(source);
+  const RoundedWeights rounded(stored, options.quantize.value_or(kernel::WeightFormat::kInt8));
+  const WeightSource& weights = options.quantize ? static_cast<const WeightSource&>(rounded) : stored;
   const std::string& root = config.weight_prefix;
   const at::TensorOptions tensor = weight_options(options);
   const std::vector<int64_t> table{config.vocab_size, config.hidden_size};
@@ -152,6 +155,8 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
                                       .feed_forward = make_feed_forward(config, i, weights, prefix, options)}));
     if (options.on_layer_loaded) options.on_layer_loaded(i + 1, config.num_hidden_layers);
   }
+  const int rounding = options.quantize ? static_cast<int>(*options.quantize) + 1 : 0;
+  digest_ = hash_bytes(stored.digest(), c10::str(c10::toString(dtype_), " ", rounding));
 }
 
 HybridDecoder::~HybridDecoder() = default;

@@ -71,6 +71,8 @@ class HybridDecoder {
   int64_t weight_bytes() const;
   /// Bytes of the tensors that a step reads whole: all but the token embedding where the head is another tensor.
   int64_t streamed_bytes() const;
+  /// Tells this model from others: by its weights, their dtype and how they were rounded.
+  uint64_t digest() const { return digest_; }
   const ModelConfig& config() const { return config_; }  // as given
   at::ScalarType dtype() const { return dtype_; }        // of weights and activations
   at::ScalarType kv_dtype() const { return kv_dtype_; }  // of keys and values
@@ -90,6 +92,7 @@ class HybridDecoder {
   Projection lm_head_;    // [vocab, hidden]
   bool has_tied_head_ = false;
   std::vector<std::unique_ptr<Layer>> layers_;
+  uint64_t digest_ = 0;
 };
 
 }  // namespace xgdn

@@ -5,6 +5,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <span>
 #include <utility>
 
 #include "core/runtime/sequence_logits.h"
@@ -169,6 +170,59 @@ SequenceStep Engine::describe(const ScheduledStep& step) const {
           .has_initial_state = s.num_computed() > 0,
           .kv_blocks = memory.blocks(),
           .wants_logits = end == s.num_tokens()};
+}
+
+PrefixCache::Prefix* Engine::pin(const std::vector<int32_t>& tokens) {
+  return between_steps([&] { return scheduler_.prefixes().pin(tokens); });
+}
+
+void Engine::unpin(PrefixCache::Prefix& prefix) {
+  between_steps([&] { scheduler_.prefixes().unpin(prefix); });
+}
+
+SessionSpecs Engine::session_specs() const {
+  const KvCacheSpec kv = kv_spec(*model_, kv_.block_size());
+  return {.model_digest = model_->digest(),
+          .vocab_size = model_->config().vocab_size,
+          .states = model_->state_specs(),
+          .num_attention_layers = kv.num_layers,
+          .num_kv_heads = kv.num_kv_heads,
+          .kv_row_size = kernel::kv_row_size(kv.head_dim, kv.dtype),
+          .kv_dtype = kv.dtype};
+}
+
+void Engine::copy_state(const PrefixCache::Prefix& prefix, SavedSession& saved) {
+  between_steps([&] {
+    for (const GdnState& layer : states_.layers()) {
+      std::vector<at::Tensor>& components = saved.states.emplace_back();
+      for (const auto& [kind, pool] : layer.components()) {
+        components.push_back(pool.select(0, prefix.memory.own_slot(group_of(kind)).index())
+                                 .to(at::kCPU, pool.scalar_type(), /*non_blocking=*/false, /*copy=*/true));
+      }
+    }
+    for (const KvPool& blocks : kv_.save(prefix.memory.blocks())) {
+      const auto rows = [&](const at::Tensor& pool) { return pool.flatten(0, 1).narrow(0, 0, prefix.num_tokens()); };
+      saved.kv.push_back({rows(blocks.k), rows(blocks.v)});
+    }
+  });
+}
+
+void Engine::adopt(const SavedSession& saved) {
+  between_steps([&] {
+    const auto tokens = std::span(saved.tokens).first(static_cast<size_t>(saved.num_kept));
+    PrefixCache& prefixes = scheduler_.prefixes();
+    if (prefixes.holds(tokens)) return;
+    SequenceMemory memory = prefixes.make_memory(saved.num_kept);
+    for (size_t i = 0; i < saved.states.size(); ++i) {
+      const std::vector<GdnState::Component>& components = states_.layers()[i].components();
+      for (size_t j = 0; j < components.size(); ++j) {
+        const auto& [kind, pool] = components[j];
+        pool.select(0, memory.own_slot(group_of(kind)).index()).copy_(saved.states[i][j]);
+      }
+    }
+    kv_.write(saved.kv, memory.blocks());
+    prefixes.adopt(tokens, std::move(memory));
+  });
 }
 
 bool Engine::is_stop_token(const Request& request, int32_t token) const {

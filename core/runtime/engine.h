@@ -19,6 +19,7 @@
 #include "core/runtime/model_runner.h"
 #include "core/runtime/request.h"
 #include "core/runtime/scheduler.h"
+#include "core/runtime/session_file.h"
 #include "core/runtime/turn_mutex.h"
 
 namespace xgdn {
@@ -108,14 +109,15 @@ class Engine {
   }
   /// Of all zeros where the options give the prefix cache no slots.
   PrefixCacheStats prefix_cache_stats() const {
-    return between_steps([&] { return scheduler_.prefix_cache_stats(); });
+    return between_steps([&] { return scheduler_.prefixes().stats(); });
   }
   /// So far; a preempted request goes on later.
   int64_t num_preemptions() const {
     return between_steps([&] { return scheduler_.num_preemptions(); });
   }
-  int64_t state_bytes() const { return states_.bytes(); }  // of all slots
-  int64_t kv_bytes() const { return kv_.bytes(); }         // of all blocks
+  int64_t prefix_cache_slots() const { return scheduler_.prefixes().num_slots(); }  // as the options say
+  int64_t state_bytes() const { return states_.bytes(); }                           // of all slots
+  int64_t kv_bytes() const { return kv_.bytes(); }                                  // of all blocks
 
   /// Logits [T, vocab] f32 of one prompt, in one pass with temporary pools; running requests are not affected.
   at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;
@@ -128,6 +130,7 @@ class Engine {
 
  private:
   friend class RequestStream;
+  friend class Session;
   using Mailbox = std::vector<RequestEvent>;  // of the requests of one stream
 
   template <class F>
@@ -135,6 +138,13 @@ class Engine {
     const std::lock_guard step(step_mutex_);
     return f();
   }
+
+  // Of sessions.
+  PrefixCache::Prefix* pin(const std::vector<int32_t>& tokens);
+  void unpin(PrefixCache::Prefix& prefix);
+  SessionSpecs session_specs() const;
+  void copy_state(const PrefixCache::Prefix& prefix, SavedSession& saved);
+  void adopt(const SavedSession& saved);
 
   void check(const Request& request) const;
   RequestId enqueue(Request request);         // with mutex_ held

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/kv_cache.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/StringUtil.h>
@@ -110,6 +111,16 @@ void KvCache::restore(const std::vector<KvPool>& saved, const std::vector<int64_
   for (size_t i = 0; i < layers_.size(); ++i) {
     layers_[i].k.index_copy_(0, to, saved.at(i).k.index_select(0, from).to(device_));
     layers_[i].v.index_copy_(0, to, saved.at(i).v.index_select(0, from).to(device_));
+  }
+}
+
+void KvCache::write(const std::vector<KvPool>& tokens, const std::vector<int32_t>& blocks) {
+  const at::Tensor offsets = at::arange(spec_.block_size, at::TensorOptions(at::kLong).device(device_));
+  const at::Tensor rows = (rows_of("write", blocks).unsqueeze(1) * spec_.block_size + offsets).flatten();
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const at::Tensor used = rows.narrow(0, 0, tokens.at(i).k.size(0));
+    layers_[i].k.flatten(0, 1).index_copy_(0, used, tokens[i].k.to(device_));
+    layers_[i].v.flatten(0, 1).index_copy_(0, used, tokens[i].v.to(device_));
   }
 }
 

@@ -53,6 +53,10 @@ class KvCache {
   /// rows.
   void restore(const std::vector<KvPool>& saved, const std::vector<int64_t>& rows, const std::vector<int32_t>& blocks);
 
+  /// Writes a sequence's tokens to its blocks, in their order: of each layer [T, Hkv, row]. Throws RangeError for a
+  /// block that nobody holds.
+  void write(const std::vector<KvPool>& tokens, const std::vector<int32_t>& blocks);
+
   /// Blocks that `tokens` tokens need; 0 for a model without full attention.
   int64_t blocks_for(int64_t tokens) const;
 

@@ -55,9 +55,9 @@ DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& o
 void check_fits(const Plan& plan, int64_t memory_limit) {
   if (plan.total_bytes() <= memory_limit) return;
   throw OutOfMemory(c10::str("[Engine] memory_limit: expected at least ", plan.total_bytes(), " bytes (weights ",
-                             plan.weight_bytes, ", ", plan.num_state_slots, " state slots ", plan.state_bytes(), ", ",
-                             plan.num_kv_blocks, " KV cache blocks ", plan.kv_bytes(), ", largest step ",
-                             plan.workspace_bytes(), "), got ", memory_limit));
+                             plan.weight_bytes, ", ", plan.num_state_slots + plan.num_prefix_slots, " state slots ",
+                             plan.state_bytes(), ", ", plan.num_kv_blocks, " KV cache blocks ", plan.kv_bytes(),
+                             ", largest step ", plan.workspace_bytes(), "), got ", memory_limit));
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/prefix_cache.h"
 
+#include <c10/util/StringUtil.h>
+
 #include <algorithm>
 #include <iterator>
 #include <utility>
@@ -45,16 +47,20 @@ std::vector<uint64_t> PrefixCache::hashes_of(std::span<const int32_t> tokens) co
 }
 
 PrefixCache::Prefix* PrefixCache::find(std::span<const int32_t> prompt) {
+  return longest(prompt.first(prompt.size() - 1));
+}
+
+PrefixCache::Prefix* PrefixCache::longest(std::span<const int32_t> tokens) {
   if (prefixes_.empty()) return nullptr;
-  const std::vector<uint64_t> hashes = hashes_of(prompt.first(prompt.size() - 1));
+  const std::vector<uint64_t> hashes = hashes_of(tokens);
   Prefix* longest = nullptr;
   for (auto hash = hashes.rbegin(); hash != hashes.rend() && longest == nullptr; ++hash) {
     const auto [begin, end] = by_chunks_.equal_range(*hash);
     for (auto it = begin; it != end; ++it) {
       Prefix& prefix = *it->second;
-      const std::vector<int32_t>& tokens = prefix.tokens;
-      if (tokens.size() >= prompt.size() || (longest != nullptr && tokens.size() <= longest->tokens.size())) continue;
-      if (std::equal(tokens.begin(), tokens.end(), prompt.begin())) longest = &prefix;
+      if (prefix.tokens.size() > tokens.size()) continue;
+      if (longest != nullptr && prefix.tokens.size() <= longest->tokens.size()) continue;
+      if (std::equal(prefix.tokens.begin(), prefix.tokens.end(), tokens.begin())) longest = &prefix;
     }
   }
   return longest;
@@ -92,15 +98,25 @@ PrefixCache::Prefixes::iterator PrefixCache::find_equal(std::span<const int32_t>
   return equal == end ? prefixes_.end() : equal->second;
 }
 
+// Gives up a prefix where all slots are taken.
+bool PrefixCache::has_free_slot() {
+  if (std::ssize(prefixes_) < num_slots_) return true;
+  const auto first = first_to_go(nullptr);
+  if (first == prefixes_.end()) return false;
+  drop(first);
+  ++stats_.num_evictions;
+  return true;
+}
+
 // False where the tokens are too few, or held already: then they have been used again.
 bool PrefixCache::make_room(std::span<const int32_t> tokens) {
-  if (num_slots_ == 0 || std::ssize(tokens) < chunk_) return false;
-  if (const auto equal = find_equal(tokens, hashes_of(tokens).back()); equal != prefixes_.end()) {
+  const std::vector<uint64_t> hashes = hashes_of(tokens);
+  if (num_slots_ == 0 || hashes.empty()) return false;
+  if (const auto equal = find_equal(tokens, hashes.back()); equal != prefixes_.end()) {
     prefixes_.splice(prefixes_.end(), prefixes_, equal);
     return false;
   }
-  if (std::ssize(prefixes_) == num_slots_) drop(first_to_go(nullptr)), ++stats_.num_evictions;
-  return true;
+  return has_free_slot();
 }
 
 void PrefixCache::keep(RequestId id, std::span<const int32_t> tokens, SequenceMemory&& memory) {
@@ -132,10 +148,10 @@ void PrefixCache::keep_rest(RequestId id, std::span<const int32_t> tokens, Seque
   keep(id, tokens, std::move(memory));
 }
 
-// The end where there is none but `spared`.
+// The end where none may go.
 PrefixCache::Prefixes::iterator PrefixCache::first_to_go(const Prefix* spared) {
   const auto num_shared = std::ranges::count_if(prefixes_, &Prefix::is_shared);
-  const auto may_go = [&](const Prefix& prefix) { return &prefix != spared; };
+  const auto may_go = [&](const Prefix& prefix) { return &prefix != spared && prefix.num_pins == 0; };
   if (num_shared <= num_slots_ / 2) {
     const auto first = std::ranges::find_if(prefixes_, [&](const auto& p) { return !p.is_shared && may_go(p); });
     if (first != prefixes_.end()) return first;
@@ -156,8 +172,40 @@ PrefixCache::Prefixes::iterator PrefixCache::drop(Prefixes::iterator prefix) {
 
 void PrefixCache::forget(RequestId id) {
   for (auto prefix = prefixes_.begin(); prefix != prefixes_.end();) {
-    prefix = prefix->made_by == id ? drop(prefix) : std::next(prefix);
+    prefix = prefix->made_by == id && prefix->num_pins == 0 ? drop(prefix) : std::next(prefix);
   }
+}
+
+PrefixCache::Prefix* PrefixCache::pin(std::span<const int32_t> tokens) {
+  Prefix* prefix = longest(tokens);
+  if (prefix != nullptr && prefix->num_pins++ == 0) kv_.add_idle(prefix->memory.blocks(), -1);
+  return prefix;
+}
+
+void PrefixCache::unpin(Prefix& prefix) {
+  if (--prefix.num_pins == 0) kv_.add_idle(prefix.memory.blocks(), 1);
+}
+
+bool PrefixCache::holds(std::span<const int32_t> tokens) {
+  const std::vector<uint64_t> hashes = hashes_of(tokens);
+  return !hashes.empty() && find_equal(tokens, hashes.back()) != prefixes_.end();
+}
+
+SequenceMemory PrefixCache::make_memory(int64_t num_tokens) {
+  if (!has_free_slot()) {
+    throw OutOfSlots(c10::str("[PrefixCache] expected a slot of ", num_slots_, " that no session holds, got none"));
+  }
+  SequenceMemory memory(states_, kv_);
+  memory.allocate_state();
+  evict_for(memory.num_missing(num_tokens));
+  memory.grow(num_tokens);
+  return memory;
+}
+
+void PrefixCache::adopt(std::span<const int32_t> tokens, SequenceMemory memory) {
+  memory.advance(std::ssize(tokens));
+  constexpr RequestId kNoRequest = 0;
+  keep(kNoRequest, tokens, std::move(memory));
 }
 
 int64_t PrefixCache::num_evictable_blocks(const Prefix* spared) const {

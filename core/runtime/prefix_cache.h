@@ -46,7 +46,10 @@ class PrefixCache {
     SequenceMemory memory;         // after all of them; resident
     std::vector<uint64_t> hashes;  // of the first chunk of tokens, of the first two, ...
     RequestId made_by;
-    bool is_shared;  // a second prompt has begun with it
+    bool is_shared;        // a second prompt has begun with it
+    int64_t num_pins = 0;  // while there are any it is not given up
+
+    int64_t num_tokens() const { return std::ssize(tokens); }  // that the state is of
   };
 
   /// The longest prefix of a prompt that leaves a token to compute, or nullptr; valid until the cache is changed.
@@ -71,6 +74,20 @@ class PrefixCache {
   /// Drops what a request has left here.
   void forget(RequestId id);
 
+  /// Holds the longest prefix of `tokens`, all of them included, until it has been unpinned as often as it was pinned;
+  /// nullptr without.
+  Prefix* pin(std::span<const int32_t> tokens);
+  /// One pin less.
+  void unpin(Prefix& prefix);
+
+  /// A memory for the state after num_tokens tokens that comes from elsewhere, with a slot and room. Throws OutOfSlots
+  /// and OutOfBlocks.
+  SequenceMemory make_memory(int64_t num_tokens);
+  /// Whether the state after these tokens is held.
+  bool holds(std::span<const int32_t> tokens);
+  /// Takes in a state that was written to such a memory, after as many tokens as a prefix has at least.
+  void adopt(std::span<const int32_t> tokens, SequenceMemory memory);
+
   /// Blocks that prefixes alone hold, those of `spared` not counted.
   int64_t num_evictable_blocks(const Prefix* spared = nullptr) const;
   /// Gives up prefixes other than `spared` until num_blocks blocks are free or none is left.
@@ -78,12 +95,15 @@ class PrefixCache {
 
   /// Held, and done so far.
   PrefixCacheStats stats() const;
+  int64_t num_slots() const { return num_slots_; }  // of each group
 
  private:
   using Prefixes = std::list<Prefix>;
 
   std::vector<uint64_t> hashes_of(std::span<const int32_t> tokens) const;
+  Prefix* longest(std::span<const int32_t> tokens);
   Prefixes::iterator find_equal(std::span<const int32_t> tokens, uint64_t hash);
+  bool has_free_slot();
   bool make_room(std::span<const int32_t> tokens);
   void keep(RequestId id, std::span<const int32_t> tokens, SequenceMemory&& memory);
   Prefixes::iterator first_to_go(const Prefix* spared);

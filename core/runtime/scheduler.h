@@ -82,7 +82,9 @@ class Scheduler {
   int64_t num_free_slots() const;
   /// Blocks that nobody holds, or cached prefixes alone.
   int64_t num_free_blocks() const { return kv_.num_free() + prefixes_.num_evictable_blocks(); }
-  PrefixCacheStats prefix_cache_stats() const { return prefixes_.stats(); }
+  /// What it keeps for prompts to come.
+  PrefixCache& prefixes() { return prefixes_; }
+  const PrefixCache& prefixes() const { return prefixes_; }  // as above
 
  private:
   using Queue = std::deque<std::unique_ptr<Sequence>>;  // branches of a request side by side

@@ -3,6 +3,7 @@
 
 - `xgdn.chunk_gated_delta_rule`, `xgdn.fused_recurrent_gated_delta_rule`: FLA's functions, names, order and defaults.
 - `xgdn.Engine`: loads a checkpoint and generates, with continuous batching.
+- `xgdn.Session`: a conversation whose state an engine holds between requests; forks, goes back, is saved and loaded.
 - `xgdn.plan`: the memory that an engine would take, before anything is allocated.
 - `xgdn.ops`: a function for each op, which updates state pools in place.
 - `xgdn.patch_transformers`, `unpatch_transformers`, `report`: transformers' own models on these kernels.
@@ -28,6 +29,7 @@ from xgdn.engine import (
     GenerationResult,
     Logprobs,
     Plan,
+    PrefixCacheStats,
     Request,
     RequestEvent,
     RunnerOptions,
@@ -39,6 +41,7 @@ from xgdn.engine import (
 from xgdn.fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from xgdn.integrations import FunctionReport, Report, patch_transformers, report, unpatch_transformers
 from xgdn.ops import PAD_SLOT_ID, ChunkMetadata
+from xgdn.session import Session
 
 __all__ = [
     "PAD_SLOT_ID",
@@ -51,11 +54,13 @@ __all__ = [
     "GenerationResult",
     "Logprobs",
     "Plan",
+    "PrefixCacheStats",
     "Report",
     "Request",
     "RequestEvent",
     "RunnerOptions",
     "SamplingParams",
+    "Session",
     "StepStats",
     "TokenLogprob",
     "available_backends",

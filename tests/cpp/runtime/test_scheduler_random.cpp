@@ -104,7 +104,7 @@ class PretendedEngine {
   int64_t num_verified() const { return num_verified_; }
   int64_t num_recomputed() const { return num_recomputed_; }
   int64_t num_preemptions() const { return scheduler_.num_preemptions(); }
-  PrefixCacheStats prefix_cache_stats() const { return scheduler_.prefix_cache_stats(); }
+  PrefixCacheStats prefix_cache_stats() const { return scheduler_.prefixes().stats(); }
 
  private:
   // The beginning of one of two texts, or of what another sequence has come to, and then tokens of its own.

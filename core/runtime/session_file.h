@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sessions on disk: tokens, and the state after some of them with their keys and values, as a safetensors file.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <vector>
+
+#include "core/layers/attention_batch.h"
+#include "core/layers/gdn_state.h"
+
+namespace xgdn {
+
+/// What a file holds. Tensors are on the host.
+struct SavedSession {
+  std::vector<int32_t> tokens;
+  int64_t num_kept = 0;  // of these, the first that the state is of
+  std::vector<std::vector<at::Tensor>>
+      states;              // of each GDN layer, the components of one slot; none where num_kept is 0
+  std::vector<KvPool> kv;  // of each attention layer, [num_kept, Hkv, row]; none as above
+};
+
+/// What an engine can take.
+struct SessionSpecs {
+  uint64_t model_digest = 0;
+  int64_t vocab_size = 0;
+  std::vector<std::vector<StateSpec>> states;  // of each GDN layer
+  int64_t num_attention_layers = 0;
+  int64_t num_kv_heads = 0;
+  int64_t kv_row_size = 0;
+  at::ScalarType kv_dtype = at::kFloat;
+};
+
+/// Writes the file in one piece, with a digest of every head of every tensor: nobody ever finds half of it. Throws
+/// CheckpointError when it cannot be written.
+void write_session(const std::filesystem::path& path, const SavedSession& session, const SessionSpecs& specs);
+
+/// Throws CheckpointError for a file that is damaged, of another version or of another model, and where its states or
+/// keys and values have other shapes or dtypes than the specs; the sentence names file, tensor, expected and found.
+SavedSession read_session(const std::filesystem::path& path, const SessionSpecs& specs);
+
+}  // namespace xgdn

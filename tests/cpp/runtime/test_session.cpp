@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sessions: whatever is forked, taken back, saved and loaded, a reply is that to the session's tokens alone.
+#include "core/runtime/session.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <optional>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tests/cpp/support/expect_error.h"
+#include "tests/cpp/support/tiny_model.h"
+
+namespace xgdn::testing {
+namespace {
+
+std::vector<int32_t> random_tokens(uint64_t seed, int64_t size) {
+  std::mt19937_64 generator(seed);
+  std::vector<int32_t> tokens(static_cast<size_t>(size));
+  for (int32_t& token : tokens) token = static_cast<int32_t>(generator() % 64);
+  return tokens;
+}
+
+// With plain and with replay states.
+class SessionTest : public ::testing::TestWithParam<bool> {
+ protected:
+  static bool has_replay_states() { return GetParam(); }
+
+  std::unique_ptr<Engine> engine(uint64_t seed = 1, int64_t kv_block_size = 16, int64_t prefix_cache_slots = 8) const {
+    const ModelConfig config = tiny_config();
+    return std::make_unique<Engine>(
+        tiny_model(config, tiny_weights(config, seed), {.has_replay_states = has_replay_states()}),
+        RunnerOptions{.max_batch_size = 4,
+                      .max_cached_tokens = 8192,
+                      .kv_block_size = kv_block_size,
+                      .prefix_cache_slots = prefix_cache_slots,
+                      .poison_freed_slots = true});
+  }
+
+  /// Goes on with random tokens; the reply is that to the same tokens as one prompt.
+  void go_on(Session& session, uint64_t seed, int64_t count = 40) const {
+    std::vector<int32_t> prompt = session.tokens();
+    const std::vector<int32_t> more = random_tokens(seed, count);
+    prompt.insert(prompt.end(), more.begin(), more.end());
+    const GenerationResult got = session.generate({.prompt = more, .max_new_tokens = 12});
+    const GenerationResult want = alone_->generate({{.prompt = prompt, .max_new_tokens = 12}}).at(0);
+    EXPECT_EQ(got.tokens, want.tokens);
+    prompt.insert(prompt.end(), want.tokens.begin(), want.tokens.end());
+    EXPECT_EQ(session.tokens(), prompt);
+    EXPECT_EQ(session.num_kept(), kept_of(std::ssize(prompt), 12));
+  }
+
+  /// Tokens whose state is held after a reply of `count` tokens.
+  static int64_t kept_of(int64_t num_tokens, int64_t count) {
+    return has_replay_states() ? num_tokens - 1 : (num_tokens - count) / 64 * 64;
+  }
+
+  static std::filesystem::path file() {
+    const auto* const info = ::testing::UnitTest::GetInstance()->current_test_info();
+    std::string name = std::string(info->name()) + ".safetensors";
+    std::replace(name.begin(), name.end(), '/', '-');
+    return std::filesystem::path(::testing::TempDir()) / name;
+  }
+
+  const std::unique_ptr<Engine> engine_ = engine();
+  const std::unique_ptr<Engine> alone_ = engine(1, 16, 0);
+};
+
+TEST_P(SessionTest, AConversationGoesOn) {
+  Session session(*engine_);
+  EXPECT_EQ(session.num_kept(), 0);
+  go_on(session, 1, 300);
+  for (uint64_t turn = 2; turn < 8; ++turn) {
+    const int64_t kept = session.num_kept();
+    const int64_t found = engine_->prefix_cache_stats().num_found;
+    go_on(session, turn);
+    EXPECT_EQ(engine_->prefix_cache_stats().num_found - found, kept);
+  }
+}
+
+TEST_P(SessionTest, ForksGoTheirOwnWays) {
+  Session session(*engine_);
+  go_on(session, 1, 300);
+  const int64_t num_prefixes = engine_->prefix_cache_stats().num_prefixes;
+  std::vector<Session> forks;
+  for (int i = 0; i < 5; ++i) forks.push_back(session.fork());
+  EXPECT_EQ(engine_->prefix_cache_stats().num_prefixes, num_prefixes) << "they share the state";
+  for (size_t i = 0; i < forks.size(); ++i) {
+    EXPECT_EQ(forks[i].tokens(), session.tokens());
+    EXPECT_EQ(forks[i].num_kept(), session.num_kept());
+    go_on(forks[i], 10 + i);
+  }
+  go_on(session, 20);
+}
+
+TEST_P(SessionTest, ATruncateGoesBackToWhatIsHeld) {
+  Session session(*engine_);
+  go_on(session, 1, 300);
+  const int64_t first = session.num_kept();
+  go_on(session, 2, 100);
+  session.truncate(std::ssize(session.tokens()) - 1);
+  EXPECT_EQ(session.num_kept(), kept_of(300 + 12 + 100 + 12, 12)) << "the state is not of the last token";
+  session.truncate(330);
+  EXPECT_EQ(session.num_kept(), first);
+  go_on(session, 3, 70);
+  session.truncate(20);
+  EXPECT_EQ(session.num_kept(), 0);
+  go_on(session, 4, 270);
+  expect_error<RangeError>([&] { session.truncate(1000); }, {"[Session] truncate", "0..302", "got 1000"});
+  session.truncate(0);
+  EXPECT_TRUE(session.tokens().empty());
+}
+
+TEST_P(SessionTest, WhatItHoldsIsNotGivenUp) {
+  Session session(*engine_);
+  go_on(session, 1, 300);
+  const int64_t kept = session.num_kept();
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    engine_->generate({{.prompt = random_tokens(seed, 700), .max_new_tokens = 3}});
+  }
+  EXPECT_GT(engine_->prefix_cache_stats().num_evictions, 10);
+  const int64_t found = engine_->prefix_cache_stats().num_found;
+  go_on(session, 2);
+  EXPECT_EQ(engine_->prefix_cache_stats().num_found - found, kept);
+}
+
+TEST_P(SessionTest, MoreSessionsThanSlotsGoOn) {
+  std::vector<Session> sessions;
+  for (uint64_t i = 0; i < 12; ++i) {
+    sessions.emplace_back(*engine_);
+    sessions.back().generate({.prompt = random_tokens(i, 300), .max_new_tokens = 12});
+  }
+  EXPECT_EQ(engine_->num_free_slots(), 4);
+  for (uint64_t i = 0; i < 12; ++i) {
+    const std::vector<int32_t> before = sessions[i].tokens();
+    const GenerationResult got = sessions[i].generate({.prompt = {1, 2}, .max_new_tokens = 5});
+    std::vector<int32_t> prompt = before;
+    prompt.insert(prompt.end(), {1, 2});
+    EXPECT_EQ(got.tokens, alone_->generate({{.prompt = prompt, .max_new_tokens = 5}}).at(0).tokens);
+  }
+  sessions.clear();
+  EXPECT_EQ(engine_->num_free_kv_blocks(), 8192 / 16);
+}
+
+TEST_P(SessionTest, AFileBringsItBack) {
+  Session session(*engine_);
+  go_on(session, 1, 333);
+  session.save(file());
+  for (const int64_t kv_block_size : {16, 7, 128}) {
+    const std::unique_ptr<Engine> other = engine(1, kv_block_size);
+    Session loaded = Session::load(*other, file());
+    EXPECT_EQ(loaded.tokens(), session.tokens());
+    EXPECT_EQ(loaded.num_kept(), session.num_kept());
+    go_on(loaded, 5);
+    EXPECT_EQ(other->prefix_cache_stats().num_found, session.num_kept());
+  }
+  Session again = Session::load(*engine_, file());
+  EXPECT_EQ(again.num_kept(), session.num_kept()) << "it is held already";
+  go_on(session, 6);
+  std::filesystem::remove(file());
+}
+
+TEST_P(SessionTest, ASessionWithoutAStateIsItsTokens) {
+  Session session(*engine_);
+  session.generate({.prompt = {1, 2, 3}, .max_new_tokens = 4});
+  EXPECT_EQ(session.num_kept(), 0);
+  session.save(file());
+  EXPECT_EQ(Session::load(*engine_, file()).tokens(), session.tokens());
+  std::filesystem::remove(file());
+}
+
+TEST_P(SessionTest, AFileOfOtherWeightsIsRefused) {
+  Session session(*engine_);
+  go_on(session, 1, 300);
+  session.save(file());
+  const std::unique_ptr<Engine> other = engine(2);
+  expect_error<CheckpointError>([&] { Session::load(*other, file()); }, {file().string(), "model", "digest"});
+  std::filesystem::remove(file());
+}
+
+TEST_P(SessionTest, AFileWithOtherStatesIsRefused) {
+  Session session(*engine_);
+  go_on(session, 1, 300);
+  session.save(file());
+  const ModelConfig config = tiny_config();
+  Engine other(tiny_model(config, tiny_weights(config),
+                          {.state_dtype = at::kBFloat16, .has_replay_states = has_replay_states()}),
+               {.prefix_cache_slots = 2});
+  expect_error<CheckpointError>([&] { Session::load(other, file()); }, {"layers.0.state", "BFloat16", "Float"});
+  std::filesystem::remove(file());
+}
+
+TEST_P(SessionTest, EveryByteThatIsWrongIsFound) {
+  Session session(*engine_);
+  go_on(session, 1, 300);
+  session.save(file());
+  std::string bytes;
+  {
+    std::ifstream stream(file(), std::ios::binary);
+    bytes.assign(std::istreambuf_iterator<char>(stream), {});
+  }
+  std::mt19937_64 generator(1);
+  for (int i = 0; i < 60; ++i) {
+    std::string damaged = bytes;
+    damaged[generator() % damaged.size()] ^= static_cast<char>(1 << generator() % 8);
+    std::ofstream(file(), std::ios::binary | std::ios::trunc) << damaged;
+    EXPECT_THROW(Session::load(*engine(), file()), CheckpointError);
+  }
+  for (const size_t size : {bytes.size() - 1, bytes.size() / 2, size_t{9}, size_t{0}}) {
+    std::ofstream(file(), std::ios::binary | std::ios::trunc) << bytes.substr(0, size);
+    EXPECT_THROW(Session::load(*engine(), file()), CheckpointError);
+  }
+  std::filesystem::remove(file());
+  expect_error<CheckpointError>([&] { Session::load(*engine_, file()); }, {file().string(), "No such file"});
+  expect_error<CheckpointError>([&] { session.save("/nowhere/at/all.safetensors"); }, {"can be written"});
+}
+
+TEST_P(SessionTest, WhatCannotBeAskedOfIt) {
+  const std::unique_ptr<Engine> without = engine(1, 16, 0);
+  expect_error<RequestError>([&] { Session session(*without); }, {"prefix_cache_slots"});
+  Session session(*engine_);
+  expect_error<RequestError>([&] { session.generate({.prompt = {1}, .n = 2}); }, {"[Session] n", "got 2"});
+  expect_error<RequestError>([&] { session.generate({}); }, {"at least one token"});
+  EXPECT_TRUE(session.tokens().empty());
+  Session moved = std::move(session);
+  go_on(moved, 1, 300);
+}
+
+INSTANTIATE_TEST_SUITE_P(States, SessionTest, ::testing::Bool(),
+                         [](const auto& info) { return std::string(info.param ? "Replay" : "Plain"); });
+
+}  // namespace
+}  // namespace xgdn::testing
