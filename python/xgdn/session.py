@@ -18,8 +18,8 @@ class Session:
 
     With `replay_states` that is after all but the last token of a reply, otherwise at the end of the whole chunks of 64
     tokens of the last prompt. What is not held is computed again, so whatever a session does, its replies are those to
-    its tokens alone. A session holds at most one of the engine's `prefix_cache_slots`, which its forks share until they go
-    on; use it from one thread at a time.
+    its tokens alone. A session holds at most one of the engine's `prefix_cache_slots`, which its forks share until they
+    go on; use it from one thread at a time.
 
     Raises:
         xgdn.errors.RequestError: the engine has no `prefix_cache_slots`.
