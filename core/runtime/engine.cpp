@@ -172,12 +172,19 @@ SequenceStep Engine::describe(const ScheduledStep& step) const {
           .wants_logits = end == s.num_tokens()};
 }
 
-PrefixCache::Prefix* Engine::pin(const std::vector<int32_t>& tokens) {
+int64_t Engine::pin(const std::vector<int32_t>& tokens) {
   return between_steps([&] { return scheduler_.prefixes().pin(tokens); });
 }
 
-void Engine::unpin(PrefixCache::Prefix& prefix) {
+void Engine::unpin(int64_t prefix) {
   between_steps([&] { scheduler_.prefixes().unpin(prefix); });
+}
+
+int64_t Engine::num_pinned(int64_t prefix) const {
+  return between_steps([&]() -> int64_t {
+    const PrefixCache::Prefix* const held = scheduler_.prefixes().pinned(prefix);
+    return held == nullptr ? 0 : held->num_tokens();
+  });
 }
 
 SessionSpecs Engine::session_specs() const {
@@ -191,17 +198,21 @@ SessionSpecs Engine::session_specs() const {
           .kv_dtype = kv.dtype};
 }
 
-void Engine::copy_state(const PrefixCache::Prefix& prefix, SavedSession& saved) {
+// Nothing where the prefix has been given up.
+void Engine::copy_state(int64_t prefix_id, SavedSession& saved) {
   between_steps([&] {
+    const PrefixCache::Prefix* const prefix = scheduler_.prefixes().pinned(prefix_id);
+    if (prefix == nullptr) return;
+    saved.num_kept = prefix->num_tokens();
     for (const GdnState& layer : states_.layers()) {
       std::vector<at::Tensor>& components = saved.states.emplace_back();
       for (const auto& [kind, pool] : layer.components()) {
-        components.push_back(pool.select(0, prefix.memory.own_slot(group_of(kind)).index())
+        components.push_back(pool.select(0, prefix->memory.own_slot(group_of(kind)).index())
                                  .to(at::kCPU, pool.scalar_type(), /*non_blocking=*/false, /*copy=*/true));
       }
     }
-    for (const KvPool& blocks : kv_.save(prefix.memory.blocks())) {
-      const auto rows = [&](const at::Tensor& pool) { return pool.flatten(0, 1).narrow(0, 0, prefix.num_tokens()); };
+    for (const KvPool& blocks : kv_.save(prefix->memory.blocks())) {
+      const auto rows = [&](const at::Tensor& pool) { return pool.flatten(0, 1).narrow(0, 0, saved.num_kept); };
       saved.kv.push_back({rows(blocks.k), rows(blocks.v)});
     }
   });

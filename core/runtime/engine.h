@@ -140,10 +140,11 @@ class Engine {
   }
 
   // Of sessions.
-  PrefixCache::Prefix* pin(const std::vector<int32_t>& tokens);
-  void unpin(PrefixCache::Prefix& prefix);
+  int64_t pin(const std::vector<int32_t>& tokens);
+  void unpin(int64_t prefix);
+  int64_t num_pinned(int64_t prefix) const;  // tokens
   SessionSpecs session_specs() const;
-  void copy_state(const PrefixCache::Prefix& prefix, SavedSession& saved);
+  void copy_state(int64_t prefix_id, SavedSession& saved);
   void adopt(const SavedSession& saved);
 
   void check(const Request& request) const;

@@ -101,7 +101,7 @@ PrefixCache::Prefixes::iterator PrefixCache::find_equal(std::span<const int32_t>
 // Gives up a prefix where all slots are taken.
 bool PrefixCache::has_free_slot() {
   if (std::ssize(prefixes_) < num_slots_) return true;
-  const auto first = first_to_go(nullptr);
+  const auto first = first_to_go(nullptr, /*is_for_sequences=*/false);
   if (first == prefixes_.end()) return false;
   drop(first);
   ++stats_.num_evictions;
@@ -125,6 +125,7 @@ void PrefixCache::keep(RequestId id, std::span<const int32_t> tokens, SequenceMe
   prefixes_.push_back({.tokens = {tokens.begin(), tokens.end()},
                        .memory = std::move(memory),
                        .hashes = std::move(hashes),
+                       .id = next_id_++,
                        .made_by = id,
                        .is_shared = is_shared});
   const auto kept = std::prev(prefixes_.end());
@@ -149,14 +150,18 @@ void PrefixCache::keep_rest(RequestId id, std::span<const int32_t> tokens, Seque
 }
 
 // The end where none may go.
-PrefixCache::Prefixes::iterator PrefixCache::first_to_go(const Prefix* spared) {
+PrefixCache::Prefixes::iterator PrefixCache::first_to_go(const Prefix* spared, bool is_for_sequences) {
   const auto num_shared = std::ranges::count_if(prefixes_, &Prefix::is_shared);
-  const auto may_go = [&](const Prefix& prefix) { return &prefix != spared && prefix.num_pins == 0; };
-  if (num_shared <= num_slots_ / 2) {
-    const auto first = std::ranges::find_if(prefixes_, [&](const auto& p) { return !p.is_shared && may_go(p); });
-    if (first != prefixes_.end()) return first;
-  }
-  return std::ranges::find_if(prefixes_, may_go);
+  const auto first_of = [&](bool may_be_shared, bool may_be_pinned) {
+    return std::ranges::find_if(prefixes_, [&](const Prefix& prefix) {
+      return &prefix != spared && (may_be_shared || !prefix.is_shared) && (may_be_pinned || prefix.num_pins == 0);
+    });
+  };
+  auto first = prefixes_.end();
+  if (num_shared <= num_slots_ / 2) first = first_of(/*may_be_shared=*/false, /*may_be_pinned=*/false);
+  if (first == prefixes_.end()) first = first_of(/*may_be_shared=*/true, /*may_be_pinned=*/false);
+  if (first == prefixes_.end() && is_for_sequences) first = first_of(/*may_be_shared=*/true, /*may_be_pinned=*/true);
+  return first;
 }
 
 PrefixCache::Prefixes::iterator PrefixCache::drop(Prefixes::iterator prefix) {
@@ -172,18 +177,25 @@ PrefixCache::Prefixes::iterator PrefixCache::drop(Prefixes::iterator prefix) {
 
 void PrefixCache::forget(RequestId id) {
   for (auto prefix = prefixes_.begin(); prefix != prefixes_.end();) {
-    prefix = prefix->made_by == id && prefix->num_pins == 0 ? drop(prefix) : std::next(prefix);
+    prefix = prefix->made_by == id ? drop(prefix) : std::next(prefix);
   }
 }
 
-PrefixCache::Prefix* PrefixCache::pin(std::span<const int32_t> tokens) {
+int64_t PrefixCache::pin(std::span<const int32_t> tokens) {
   Prefix* prefix = longest(tokens);
-  if (prefix != nullptr && prefix->num_pins++ == 0) kv_.add_idle(prefix->memory.blocks(), -1);
-  return prefix;
+  if (prefix == nullptr) return 0;
+  ++prefix->num_pins;
+  return prefix->id;
 }
 
-void PrefixCache::unpin(Prefix& prefix) {
-  if (--prefix.num_pins == 0) kv_.add_idle(prefix.memory.blocks(), 1);
+void PrefixCache::unpin(int64_t id) {
+  const auto prefix = std::ranges::find(prefixes_, id, &Prefix::id);
+  if (prefix != prefixes_.end()) --prefix->num_pins;
+}
+
+const PrefixCache::Prefix* PrefixCache::pinned(int64_t id) const {
+  const auto prefix = std::ranges::find(prefixes_, id, &Prefix::id);
+  return prefix == prefixes_.end() ? nullptr : &*prefix;
 }
 
 bool PrefixCache::holds(std::span<const int32_t> tokens) {
@@ -216,7 +228,7 @@ int64_t PrefixCache::num_evictable_blocks(const Prefix* spared) const {
 
 void PrefixCache::evict_for(int64_t num_blocks, const Prefix* spared) {
   while (kv_.num_free() < num_blocks) {
-    const auto prefix = first_to_go(spared);
+    const auto prefix = first_to_go(spared, /*is_for_sequences=*/true);
     if (prefix == prefixes_.end()) return;
     drop(prefix);
     ++stats_.num_evictions;

@@ -26,6 +26,7 @@ struct PrefixCacheStats {
 ///
 /// Where room is wanted the least recently used one goes first: of those that no second prompt has begun with, as long
 /// as the others have at most half of the slots. So what many prompts begin with outlives what each of them leaves.
+/// Sequences that run never wait for a prefix.
 ///
 /// Replay states are the same by whatever route their tokens came, so they are kept after any token, those of replies
 /// too. Plain states are kept after multiples of kChunkSize tokens of prompts, where a prompt that comes in pieces has
@@ -45,9 +46,10 @@ class PrefixCache {
     std::vector<int32_t> tokens;
     SequenceMemory memory;         // after all of them; resident
     std::vector<uint64_t> hashes;  // of the first chunk of tokens, of the first two, ...
+    int64_t id;                    // of no other one
     RequestId made_by;
     bool is_shared;        // a second prompt has begun with it
-    int64_t num_pins = 0;  // while there are any it is not given up
+    int64_t num_pins = 0;  // see pin()
 
     int64_t num_tokens() const { return std::ssize(tokens); }  // that the state is of
   };
@@ -74,11 +76,13 @@ class PrefixCache {
   /// Drops what a request has left here.
   void forget(RequestId id);
 
-  /// Holds the longest prefix of `tokens`, all of them included, until it has been unpinned as often as it was pinned;
-  /// nullptr without.
-  Prefix* pin(std::span<const int32_t> tokens);
-  /// One pin less.
-  void unpin(Prefix& prefix);
+  /// Pins the longest prefix of `tokens`, all of them included, until it has been unpinned as often, and returns its
+  /// id; 0 without. It is not given up for other prefixes, and for running sequences after all others.
+  int64_t pin(std::span<const int32_t> tokens);
+  /// One pin less; of an id that is not held any more nothing.
+  void unpin(int64_t id);
+  /// The prefix of that id, or nullptr when it has been given up.
+  const Prefix* pinned(int64_t id) const;
 
   /// A memory for the state after num_tokens tokens that comes from elsewhere, with a slot and room. Throws OutOfSlots
   /// and OutOfBlocks.
@@ -106,7 +110,7 @@ class PrefixCache {
   bool has_free_slot();
   bool make_room(std::span<const int32_t> tokens);
   void keep(RequestId id, std::span<const int32_t> tokens, SequenceMemory&& memory);
-  Prefixes::iterator first_to_go(const Prefix* spared);
+  Prefixes::iterator first_to_go(const Prefix* spared, bool is_for_sequences);
   Prefixes::iterator drop(Prefixes::iterator prefix);
 
   int64_t num_slots_;
@@ -117,6 +121,7 @@ class PrefixCache {
   Prefixes prefixes_;                                                // the least recently used first
   std::unordered_multimap<uint64_t, Prefixes::iterator> by_chunks_;  // by the hash of all whole chunks
   std::unordered_map<uint64_t, int64_t> num_beginning_with_;         // prefixes, by the hash of their first chunks
+  int64_t next_id_ = 1;
   PrefixCacheStats stats_;
 };
 

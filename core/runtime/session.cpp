@@ -22,20 +22,15 @@ Session::Session(Engine& engine, std::vector<int32_t> tokens) : engine_(&engine)
 Session::Session(Session&& other) noexcept
     : engine_(std::exchange(other.engine_, nullptr)),
       tokens_(std::move(other.tokens_)),
-      pinned_(std::exchange(other.pinned_, nullptr)) {}
+      pinned_(std::exchange(other.pinned_, 0)) {}
 
 Session::~Session() {
-  unpin();
+  if (engine_ != nullptr) engine_->unpin(pinned_);
 }
 
 // The prefix that was held so far stays until the new one is.
 void Session::pin() {
-  PrefixCache::Prefix* const before = std::exchange(pinned_, engine_->pin(tokens_));
-  if (before != nullptr) engine_->unpin(*before);
-}
-
-void Session::unpin() {
-  if (pinned_ != nullptr) engine_->unpin(*std::exchange(pinned_, nullptr));
+  engine_->unpin(std::exchange(pinned_, engine_->pin(tokens_)));
 }
 
 GenerationResult Session::generate(Request request, const GenerateOptions& options) {
@@ -62,8 +57,8 @@ void Session::truncate(int64_t num_tokens) {
 
 void Session::save(const std::filesystem::path& path) const {
   const c10::InferenceMode inference;
-  SavedSession saved{.tokens = tokens_, .num_kept = num_kept()};
-  if (pinned_ != nullptr) engine_->copy_state(*pinned_, saved);
+  SavedSession saved{.tokens = tokens_};
+  engine_->copy_state(pinned_, saved);
   write_session(path, saved, engine_->session_specs());
 }
 

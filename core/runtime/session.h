@@ -15,7 +15,8 @@ namespace xgdn {
 /// again by the next request, so whatever a session does, its replies are those to its tokens alone.
 ///
 /// For one thread at a time; the engine may serve others meanwhile and must outlive the session. A session holds at
-/// most one of the engine's prefix_cache_slots, which its forks share until they go on.
+/// most one of the engine's prefix_cache_slots, which its forks share until they go on. Other prefixes do not take it;
+/// sequences that run, and find no other blocks for their keys and values, do.
 class Session {
  public:
   /// Without tokens. Throws RequestError for an engine without prefix_cache_slots.
@@ -47,16 +48,15 @@ class Session {
   /// So far.
   const std::vector<int32_t>& tokens() const { return tokens_; }
   /// Of these, the first whose state is held.
-  int64_t num_kept() const { return pinned_ == nullptr ? 0 : pinned_->num_tokens(); }
+  int64_t num_kept() const { return engine_->num_pinned(pinned_); }
 
  private:
   Session(Engine& engine, std::vector<int32_t> tokens);
   void pin();
-  void unpin();
 
   Engine* engine_;
   std::vector<int32_t> tokens_;
-  PrefixCache::Prefix* pinned_ = nullptr;
+  int64_t pinned_ = 0;  // a prefix; 0: none
 };
 
 }  // namespace xgdn

@@ -130,6 +130,30 @@ TEST_P(SessionTest, WhatItHoldsIsNotGivenUp) {
   EXPECT_EQ(engine_->prefix_cache_stats().num_found - found, kept);
 }
 
+TEST_P(SessionTest, RunningSequencesTakeItsBlocksLast) {
+  const ModelConfig config = tiny_config();
+  Engine small(tiny_model(config, tiny_weights(config), {.has_replay_states = has_replay_states()}),
+               {.max_batch_size = 2, .max_cached_tokens = 1024, .prefix_cache_slots = 4, .poison_freed_slots = true});
+  std::vector<Session> sessions;
+  for (uint64_t i = 0; i < 3; ++i) {
+    sessions.emplace_back(small);
+    sessions.back().generate({.prompt = random_tokens(i, 300), .max_new_tokens = 4});
+    EXPECT_GT(sessions.back().num_kept(), 0);
+  }
+  const Request wide{.prompt = random_tokens(9, 900), .max_new_tokens = 100};
+  EXPECT_EQ(small.generate({wide}).at(0).tokens, alone_->generate({wide}).at(0).tokens);
+  for (uint64_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(sessions[i].num_kept(), 0);
+    std::vector<int32_t> prompt = sessions[i].tokens();
+    prompt.push_back(5);
+    const GenerationResult got = sessions[i].generate({.prompt = {5}, .max_new_tokens = 6});
+    EXPECT_EQ(got.tokens, alone_->generate({{.prompt = prompt, .max_new_tokens = 6}}).at(0).tokens);
+  }
+  sessions[0].save(file());
+  EXPECT_EQ(Session::load(small, file()).tokens(), sessions[0].tokens());
+  std::filesystem::remove(file());
+}
+
 TEST_P(SessionTest, MoreSessionsThanSlotsGoOn) {
   std::vector<Session> sessions;
   for (uint64_t i = 0; i < 12; ++i) {
