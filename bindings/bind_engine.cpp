@@ -77,7 +77,7 @@ void bind_options(nb::module_& m) {
              std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<std::string> quantize, std::optional<int64_t> memory_limit,
-             std::optional<at::ScalarType> kv_dtype, bool replay_states) {
+             std::optional<at::ScalarType> kv_dtype, bool replay_states, int64_t draft_tokens) {
             new (self) EngineOptions{.runner = runner,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
@@ -89,18 +89,21 @@ void bind_options(nb::module_& m) {
                                      .quantize = format_named(quantize),
                                      .memory_limit = memory_limit,
                                      .replay_states = replay_states,
-                                     .kv_dtype = kv_dtype};
+                                     .kv_dtype = kv_dtype,
+                                     .draft_tokens = draft_tokens};
           },
           nb::kw_only(), "runner"_a = defaults.runner, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
           "device"_a = defaults.device.str(), "prefill_backend"_a = defaults.backends.prefill,
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
           "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none(),
-          "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states)
+          "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states,
+          "draft_tokens"_a = defaults.draft_tokens)
       .def_ro("runner", &EngineOptions::runner)
       .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")
       .def_ro("state_dtype", &EngineOptions::state_dtype)
       .def_ro("kv_dtype", &EngineOptions::kv_dtype, "Dtype of keys and values; None: that of activations.")
       .def_ro("replay_states", &EngineOptions::replay_states)
+      .def_ro("draft_tokens", &EngineOptions::draft_tokens)
       .def_prop_ro("device", [](const EngineOptions& self) { return self.device.str(); })
       .def_prop_ro("prefill_backend", [](const EngineOptions& self) { return self.backends.prefill; })
       .def_prop_ro("decode_backend", [](const EngineOptions& self) { return self.backends.decode; })
@@ -141,6 +144,10 @@ void bind_reports(nb::module_& m) {
       .def_ro("num_looked_up", &PrefixCacheStats::num_looked_up, "Tokens of all prompts that have been looked up.")
       .def_ro("num_found", &PrefixCacheStats::num_found, "Tokens of these prompts whose state was cached.")
       .def_ro("num_evictions", &PrefixCacheStats::num_evictions, "Prefixes that were given up for room, so far.");
+
+  nb::class_<SpeculationStats>(m, "SpeculationStats", "Counts of drafted tokens.")
+      .def_ro("num_drafted", &SpeculationStats::num_drafted, "Tokens that were drafted and verified.")
+      .def_ro("num_right", &SpeculationStats::num_right, "Of these, tokens that were chosen as well.");
 
   nb::class_<StepStats>(m, "StepStats", "Counts and times of a step.")
       .def_ro("num_decodes", &StepStats::num_decodes, "Sequences that computed one token.")
@@ -235,6 +242,7 @@ void bind_engine_class(nb::module_& m) {
       .def_prop_ro("num_free_slots", &Engine::num_free_slots, WithoutGil())
       .def_prop_ro("num_free_kv_blocks", &Engine::num_free_kv_blocks, WithoutGil())
       .def_prop_ro("num_preemptions", &Engine::num_preemptions, WithoutGil())
+      .def_prop_ro("speculation_stats", &Engine::speculation_stats, WithoutGil())
       .def_prop_ro("prefix_cache_stats", &Engine::prefix_cache_stats, WithoutGil())
       .def_prop_ro("device_error", &Engine::device_error, WithoutGil())
       .def_prop_ro("max_context", &Engine::max_context)

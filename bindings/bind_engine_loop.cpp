@@ -54,6 +54,7 @@ void bind_engine_loop(nb::module_& m) {
       .def_ro("num_free_kv_blocks", &EngineCounters::num_free_kv_blocks)
       .def_ro("num_preemptions", &EngineCounters::num_preemptions)
       .def_ro("prefix_cache", &EngineCounters::prefix_cache)
+      .def_ro("speculation", &EngineCounters::speculation)
       .def_ro("device_error", &EngineCounters::device_error)
       .def_ro("last_step", &EngineCounters::last_step);
   m.def("counters", &counters, "engine"_a, WithoutGil());

@@ -55,16 +55,18 @@ void bind_batch(nb::module_& m) {
           [](SequenceStep* self, SegmentKind kind, std::vector<int32_t> tokens, int64_t num_cached,
              std::vector<int32_t> state_slots, std::optional<int32_t> write_slot, std::optional<int32_t> conv_slot,
              std::optional<int32_t> conv_write_slot, int32_t num_accepted, bool has_initial_state,
-             std::vector<int32_t> kv_blocks, bool wants_logits) {
+             std::vector<int32_t> kv_blocks, bool wants_logits, int32_t num_uncommitted) {
             const int32_t first = state_slots.empty() ? -1 : state_slots.front();
+            const int32_t write = write_slot.value_or(kind == SegmentKind::kVerify ? -1 : first);
             new (self) SequenceStep{.kind = kind,
                                     .tokens = std::move(tokens),
                                     .num_cached = num_cached,
                                     .state_slots = std::move(state_slots),
-                                    .write_slot = write_slot.value_or(first),
+                                    .write_slot = write,
                                     .conv_slot = conv_slot.value_or(first),
-                                    .conv_write_slot = conv_write_slot.value_or(write_slot.value_or(first)),
+                                    .conv_write_slot = conv_write_slot.value_or(write),
                                     .num_accepted = num_accepted,
+                                    .num_uncommitted = num_uncommitted,
                                     .has_initial_state = has_initial_state,
                                     .kv_blocks = std::move(kv_blocks),
                                     .wants_logits = wants_logits};
@@ -72,7 +74,10 @@ void bind_batch(nb::module_& m) {
           nb::kw_only(), "kind"_a, "tokens"_a, "num_cached"_a = 0, "state_slots"_a, "write_slot"_a = nb::none(),
           "conv_slot"_a = nb::none(), "conv_write_slot"_a = nb::none(), "num_accepted"_a = 1,
           "has_initial_state"_a = true, "kv_blocks"_a = std::vector<int32_t>{}, "wants_logits"_a = true,
-          "write_slot and conv_slot: the first of state_slots unless given; conv_write_slot: write_slot.");
+          "num_uncommitted"_a = 0,
+          "write_slot and conv_slot: the first of state_slots unless given; conv_write_slot: write_slot. A "
+          "verification "
+          "with a write_slot is one of replay states: it has one state slot and num_uncommitted.");
 
   nb::class_<AttentionBatch>(m, "AttentionBatch", "One step, as a full-attention layer sees it.")
       .def_ro("positions", &AttentionBatch::positions)

@@ -21,14 +21,15 @@ struct Segment {
   SegmentKind kind = SegmentKind::kDecode;
   int64_t token_begin = 0;
   int64_t num_tokens = 0;
-  at::Tensor cu_seqlens;                        // [N+1]
-  kernel::SlotIndices state_slots;              // of the delta pool; kVerify: read is [N, L], without write
-  kernel::SlotIndices conv_slots;               // of the conv pool; kVerify: one per sequence, without write
+  at::Tensor cu_seqlens;            // [N+1]
+  kernel::SlotIndices state_slots;  // of the delta pool; kVerify of plain states: read [N, L], without write
+  kernel::SlotIndices conv_slots;   // of the conv pool; kVerify of plain states: without write
   std::optional<at::Tensor> has_initial_state;  // [N]   bool, kPrefill
-  std::optional<at::Tensor> num_accepted;       // [N]   kVerify
-  std::optional<at::Tensor> chunk_indices;      // [M, 2] kPrefill; chunk_indices_chunk64 of kernel::ChunkMetadata
-  std::optional<at::Tensor> chunk_offsets;      // [N+1] kPrefill; chunk_offsets_chunk64
-  kernel::HostFacts host;                       // without context_lens
+  std::optional<at::Tensor> num_accepted;  // [N]   kVerify, of the sequence's previous step: 1 where it verified none
+  std::optional<at::Tensor> num_uncommitted;  // [N]   kVerify of replay states: as above, 0 where it verified none
+  std::optional<at::Tensor> chunk_indices;    // [M, 2] kPrefill; chunk_indices_chunk64 of kernel::ChunkMetadata
+  std::optional<at::Tensor> chunk_offsets;    // [N+1] kPrefill; chunk_offsets_chunk64
+  kernel::HostFacts host;                     // without context_lens
 };
 
 /// Fills in what follows from cu_seqlens_cpu: num_tokens, host, and cu_seqlens beside state_slots. Throws

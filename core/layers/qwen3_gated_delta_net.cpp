@@ -104,16 +104,12 @@ std::vector<RowBlock> conv_channels(const GdnConfig& c, const HeadRange& heads, 
 }
 
 // Tokens that no segment names would come out as uninitialised memory. Nothing has been written yet.
-void check_segments(const GdnBatch& batch, const at::Tensor& hidden, bool has_replay_states) {
+void check_segments(const GdnBatch& batch, const at::Tensor& hidden) {
   int64_t covered = 0;
   for (const Segment& segment : batch.segments) {
     if (segment.token_begin != covered) {
       throw ShapeError(c10::str("[Qwen3GatedDeltaNet] segments: expected the next to begin at token ", covered,
                                 ", got ", segment.token_begin));
-    }
-    if (has_replay_states && segment.kind == SegmentKind::kVerify) {
-      throw UnsupportedError(
-          "[Qwen3GatedDeltaNet] segments: expected none that verifies beside replay states, got one");
     }
     covered += segment.num_tokens;
   }
@@ -173,9 +169,11 @@ std::vector<StateSpec> Qwen3GatedDeltaNet::state_specs() const {
        conv_weight_.scalar_type()},
       {StateKind::kDelta, {local_.num_v_heads, local_.head_v_dim, local_.head_k_dim}, local_.state_dtype}};
   if (local_.has_replay_states) {
-    specs.push_back({StateKind::kRingK, {local_.num_k_heads, kReplayChunk, local_.head_k_dim}, at::kFloat});
-    specs.push_back({StateKind::kRingU, {local_.num_v_heads, kReplayChunk, local_.head_v_dim}, at::kFloat});
-    specs.push_back({StateKind::kRingG, {local_.num_v_heads, kReplayChunk}, at::kFloat});
+    // Beside the tokens since the last fold, those of a verification: the last one and its drafts.
+    const int64_t rows = kReplayChunk + (local_.max_draft_tokens > 0 ? local_.max_draft_tokens + 1 : 0);
+    specs.push_back({StateKind::kRingK, {local_.num_k_heads, rows, local_.head_k_dim}, at::kFloat});
+    specs.push_back({StateKind::kRingU, {local_.num_v_heads, rows, local_.head_v_dim}, at::kFloat});
+    specs.push_back({StateKind::kRingG, {local_.num_v_heads, rows}, at::kFloat});
     specs.push_back({StateKind::kRingLength, {}, at::kInt});
   }
   return specs;
@@ -189,7 +187,7 @@ std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
 }
 
 at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
-  check_segments(batch, hidden, local_.has_replay_states);
+  check_segments(batch, hidden);
   const at::Tensor projected = in_proj_.forward(hidden, backends_.decode);
   const at::Tensor o =
       kernel::allocate_temporary({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
@@ -304,9 +302,11 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                      .out = o,
                                      .write_indices = segment.state_slots.write,
                                      .ring_write_indices = segment.conv_slots.write,
+                                     .num_accepted = segment.num_uncommitted,
                                      .has_initial_state = segment.has_initial_state,
                                      .host = segment.host,
                                      .chunk_size = kReplayChunk,
+                                     .commit = segment.kind != SegmentKind::kVerify,
                                      .backend = is_prefill ? backends_.prefill : backends_.decode});
   } else if (is_prefill) {
     kernel::chunk_gated_delta_rule({.q = q,

@@ -42,8 +42,7 @@ class Qwen3GatedDeltaNet {
   Qwen3GatedDeltaNet(const GdnConfig& config, const WeightSource& weights, const std::string& prefix,
                      const at::TensorOptions& options, Shard shard = {}, BackendSelection backends = {});
 
-  /// Computes the step and updates `state` in place. Throws ShapeError when the segments do not cover the tokens,
-  /// UnsupportedError for a verification on replay states.
+  /// Computes the step and updates `state` in place. Throws ShapeError when the segments do not cover the tokens.
   at::Tensor forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const;
 
   /// The pools that this rank needs.

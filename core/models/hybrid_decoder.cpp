@@ -155,6 +155,7 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
                                       .feed_forward = make_feed_forward(config, i, weights, prefix, options)}));
     if (options.on_layer_loaded) options.on_layer_loaded(i + 1, config.num_hidden_layers);
   }
+  max_draft_tokens_ = options.max_draft_tokens;
   const int rounding = options.quantize ? static_cast<int>(*options.quantize) + 1 : 0;
   digest_ = hash_bytes(stored.digest(), c10::str(c10::toString(dtype_), " ", rounding));
 }

@@ -42,7 +42,7 @@ struct DecoderOptions {
   at::ScalarType state_dtype = at::kFloat;      // of the delta-rule states
   bool has_replay_states = false;               // checkpoints and rings, in place of plain states
   std::optional<at::ScalarType> kv_dtype = {};  // of keys and values; default dtype
-  int64_t max_draft_tokens = 0;
+  int64_t max_draft_tokens = 0;                 // that a step may verify for a sequence
   BackendSelection backends;
   std::optional<kernel::WeightFormat> quantize = {};  // rounds the weights of products, see RoundedWeights
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // may be empty
@@ -73,10 +73,11 @@ class HybridDecoder {
   int64_t streamed_bytes() const;
   /// Tells this model from others: by its weights, their dtype and how they were rounded.
   uint64_t digest() const { return digest_; }
-  const ModelConfig& config() const { return config_; }  // as given
-  at::ScalarType dtype() const { return dtype_; }        // of weights and activations
-  at::ScalarType kv_dtype() const { return kv_dtype_; }  // of keys and values
-  c10::Device device() const { return device_; }         // of weights, activations and pools
+  const ModelConfig& config() const { return config_; }           // as given
+  int64_t max_draft_tokens() const { return max_draft_tokens_; }  // as given
+  at::ScalarType dtype() const { return dtype_; }                 // of weights and activations
+  at::ScalarType kv_dtype() const { return kv_dtype_; }           // of keys and values
+  c10::Device device() const { return device_; }                  // of weights, activations and pools
 
  private:
   struct Layer;
@@ -92,6 +93,7 @@ class HybridDecoder {
   Projection lm_head_;    // [vocab, hidden]
   bool has_tied_head_ = false;
   std::vector<std::unique_ptr<Layer>> layers_;
+  int64_t max_draft_tokens_ = 0;
   uint64_t digest_ = 0;
 };
 

@@ -27,6 +27,7 @@ enum Field : size_t {
   kConvRead,
   kConvWrite,
   kNumAccepted,
+  kNumUncommitted,
   kHasInitialState,
   kChunkIndices,
   kChunkOffsets,
@@ -77,13 +78,18 @@ std::vector<int64_t> rooms(const BatchLimits& limits, bool wants_context_rows) {
     rooms[region(kind, kSegmentCuSeqlens)] = sequences + 1;
     for (const Field slots : {kStateRead, kStateWrite, kConvRead, kConvWrite}) rooms[region(kind, slots)] = sequences;
   }
-  rooms[region(SegmentKind::kVerify, kNumAccepted)] = unpadded;
+  for (const Field counts : {kNumAccepted, kNumUncommitted}) rooms[region(SegmentKind::kVerify, counts)] = unpadded;
   rooms[region(SegmentKind::kPrefill, kHasInitialState)] = unpadded;
   rooms[region(SegmentKind::kPrefill, kChunkIndices)] = 2 * (tokens / kernel::kChunkSize + unpadded);
   rooms[region(SegmentKind::kPrefill, kChunkOffsets)] = unpadded + 1;
   if (limits.has_attention) rooms[kBlockTable] = product(sequences, num_columns(limits));
   if (wants_context_rows) rooms[kContextRows] = limits.num_kv_blocks * limits.kv_block_size;
   return rooms;
+}
+
+// A verification of plain states, which leaves one after each token; replay states leave the tokens in the ring.
+bool verifies_in_table(const SequenceStep& s) {
+  return s.kind == SegmentKind::kVerify && s.write_slot < 0;
 }
 
 class Checker {
@@ -127,7 +133,7 @@ class Checker {
     const int64_t num_slots = std::ssize(s.state_slots);
     for (int32_t slot : s.state_slots) range("state_slots", "a slot", slot, limits_.num_slots);
     range("conv_slot", "a slot", s.conv_slot, limits_.num_slots);
-    if (s.kind == SegmentKind::kVerify) {
+    if (verifies_in_table(s)) {
       if (s.num_accepted < 1) fail_request("num_accepted", "at least 1", s.num_accepted);
       const int64_t least = std::max<int64_t>(std::ssize(s.tokens), s.num_accepted);
       if (num_slots < least) fail_request("state_slots", c10::str("at least ", least, " slots"), num_slots);
@@ -145,7 +151,7 @@ class Checker {
   // Sequences run side by side: what one reads must not be what another writes.
   void check_reads(const SequenceStep& s) const {
     if (s.kind == SegmentKind::kPrefill && !s.has_initial_state) return;
-    const size_t column = s.kind == SegmentKind::kVerify ? s.num_accepted - 1 : 0;
+    const size_t column = verifies_in_table(s) ? s.num_accepted - 1 : 0;
     read(state_writer_, "state_slots", s.state_slots[column]);
     read(conv_writer_, "conv_slot", s.conv_slot);
   }
@@ -201,7 +207,7 @@ struct StepRows {
 // One segment's.
 struct SegmentRows {
   std::vector<int32_t> cu_seqlens{0};
-  std::vector<int32_t> state_slots, write_slots, conv_slots, conv_write_slots, num_accepted;
+  std::vector<int32_t> state_slots, write_slots, conv_slots, conv_write_slots, num_accepted, num_uncommitted;
   std::vector<uint8_t> has_initial_state;
   std::vector<int64_t> lengths;
   bool has_padding = false;
@@ -256,6 +262,7 @@ SegmentRows collect(const std::vector<const SequenceStep*>& sequences, int64_t c
     rows.conv_slots.push_back(s->conv_slot);
     rows.conv_write_slots.push_back(s->conv_write_slot);
     rows.num_accepted.push_back(s->num_accepted);
+    rows.num_uncommitted.push_back(s->num_uncommitted);
     rows.has_initial_state.push_back(s->has_initial_state);
     rows.has_padding |= is_padding(*s);
   }
@@ -271,11 +278,12 @@ void put_segment(StepBuffers& buffers, Segment& segment, const SegmentRows& rows
   segment.host = {.max_len = *std::ranges::max_element(rows.lengths), .may_have_padding = rows.has_padding};
   buffers.put(region(segment.kind, kSegmentCuSeqlens), rows.cu_seqlens, &segment.cu_seqlens, /*columns=*/0,
               &segment.host.cu_seqlens.emplace());
-  put(kStateRead, rows.state_slots, &segment.state_slots.read, is_verify ? columns : 0);
+  const bool has_table = is_verify && std::ranges::all_of(rows.write_slots, [](int32_t slot) { return slot < 0; });
+  put(kStateRead, rows.state_slots, &segment.state_slots.read, has_table ? columns : 0);
   put(kConvRead, rows.conv_slots, &segment.conv_slots.read);
-  if (is_verify) {
-    put(kNumAccepted, rows.num_accepted, &segment.num_accepted.emplace());
-  } else {
+  if (is_verify) put(kNumAccepted, rows.num_accepted, &segment.num_accepted.emplace());
+  if (!has_table) {
+    if (is_verify) put(kNumUncommitted, rows.num_uncommitted, &segment.num_uncommitted.emplace());
     if (rows.write_slots != rows.state_slots) put(kStateWrite, rows.write_slots, &segment.state_slots.write.emplace());
     if (rows.conv_write_slots != rows.conv_slots) {
       put(kConvWrite, rows.conv_write_slots, &segment.conv_slots.write.emplace());

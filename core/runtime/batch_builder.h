@@ -17,11 +17,13 @@ struct SequenceStep {
   SegmentKind kind = SegmentKind::kDecode;
   std::vector<int32_t> tokens;       // kDecode: one; kVerify: the last accepted token and the drafts; kPrefill: a piece
   int64_t num_cached = 0;            // tokens of the sequence before these
-  std::vector<int32_t> state_slots;  // of the delta pool, read; kVerify: a row of the slot table, one a token or more
-  int32_t write_slot = -1;           // of the delta pool, written: kDecode, kPrefill
+  std::vector<int32_t> state_slots;  // of the delta pool, read; kVerify of plain states: a row of the slot table, one a
+                                     // token or more, all of them written
+  int32_t write_slot = -1;           // of the delta pool, written; kVerify: of replay states, which -1 says are none
   int32_t conv_slot = -1;            // of the conv pool, read; kVerify keeps one over all drafts
-  int32_t conv_write_slot = -1;      // of the conv pool, written: kDecode, kPrefill
+  int32_t conv_write_slot = -1;      // of the conv pool, written; as write_slot
   int32_t num_accepted = 1;          // kVerify: tokens accepted in the sequence's previous step
+  int32_t num_uncommitted = 0;       // kVerify of replay states: num_accepted, or 0 where that step verified nothing
   bool has_initial_state = true;     // kPrefill: false for a sequence's first piece
   std::vector<int32_t> kv_blocks;    // all blocks of the sequence, enough for num_cached + tokens
   bool wants_logits = true;          // of the last token; kVerify: of every token

@@ -8,6 +8,7 @@
 #include <span>
 #include <utility>
 
+#include "core/runtime/prompt_lookup.h"
 #include "core/runtime/sequence_logits.h"
 #include "core/runtime/stopwatch.h"
 
@@ -158,6 +159,7 @@ SequenceStep Engine::describe(const ScheduledStep& step) const {
   const Sequence& s = *step.sequence;
   const SequenceMemory& memory = s.memory;
   const int64_t end = s.num_computed() + step.num_tokens;
+  const auto num_uncommitted = static_cast<int32_t>(s.num_uncommitted);
   std::vector<int32_t> tokens(s.tokens.begin() + s.num_computed(), s.tokens.begin() + end);
   tokens.insert(tokens.end(), s.drafts.begin(), s.drafts.begin() + step.num_drafts);
   return {.kind = step.kind,
@@ -167,6 +169,8 @@ SequenceStep Engine::describe(const ScheduledStep& step) const {
           .write_slot = memory.own_slot(SlotGroup::kCheckpoint).index(),
           .conv_slot = memory.read_slot(SlotGroup::kRecent).index(),
           .conv_write_slot = memory.own_slot(SlotGroup::kRecent).index(),
+          .num_accepted = std::max(num_uncommitted, 1),
+          .num_uncommitted = num_uncommitted,
           .has_initial_state = s.num_computed() > 0,
           .kv_blocks = memory.blocks(),
           .wants_logits = end == s.num_tokens()};
@@ -250,7 +254,12 @@ void Engine::advance(const ScheduledStep& step, std::optional<size_t> index, std
   Sequence& s = *step.sequence;
   scheduler_.advance(step);
   const auto add = [&](Sequence& sequence) {
-    if (index) choices.push_back({&sequence, {*index, &sequence.sampler}, events.size()});
+    if (index) {
+      choices.push_back({.sequence = &sequence,
+                         .row = {*index, &sequence.sampler, sequence.drafts},
+                         .event = events.size(),
+                         .verifies = step.kind == SegmentKind::kVerify});
+    }
     events.push_back(event_of(sequence));
   };
   add(s);
@@ -258,19 +267,43 @@ void Engine::advance(const ScheduledStep& step, std::optional<size_t> index, std
   for (Sequence* branch : scheduler_.fork(s)) add(*branch);
 }
 
-void Engine::book(Sequence& s, SampledToken&& sampled, RequestEvent& event) const {
-  if (sampled.error) {
-    event.finish_reason = FinishReason::kError;
-    event.error = *std::move(sampled.error);
-    return;
+void Engine::book(const Choice& choice, std::vector<SampledToken>&& sampled, RequestEvent& event) {
+  Sequence& s = *choice.sequence;
+  // Behind the first token each is one that a draft was right about, so that its state is there.
+  const int64_t num_right = std::ssize(sampled) - 1;
+  speculation_.num_drafted += std::ssize(s.drafts);
+  speculation_.num_right += num_right;
+  s.num_uncommitted = choice.verifies ? 1 + num_right : 0;
+  if (num_right > 0) s.memory.advance(num_right);
+  s.drafts.clear();
+  for (SampledToken& next : sampled) {
+    if (next.error) {
+      event.finish_reason = FinishReason::kError;
+      event.error = *std::move(next.error);
+    } else {
+      s.tokens.push_back(next.token);
+      event.tokens.push_back(next.token);
+      if (next.logprobs) event.logprobs.push_back(*std::move(next.logprobs));
+      if (is_stop_token(*s.request, next.token)) {
+        event.finish_reason = FinishReason::kStop;
+      } else if (s.num_generated() >= s.request->max_new_tokens) {
+        event.finish_reason = FinishReason::kLength;
+      }
+    }
+    if (event.finish_reason != FinishReason::kRunning) return;
   }
-  s.tokens.push_back(sampled.token);
-  event.tokens.push_back(sampled.token);
-  if (sampled.logprobs) event.logprobs.push_back(*std::move(sampled.logprobs));
-  if (is_stop_token(*s.request, sampled.token)) {
-    event.finish_reason = FinishReason::kStop;
-  } else if (s.num_generated() >= s.request->max_new_tokens) {
-    event.finish_reason = FinishReason::kLength;
+}
+
+// Drafts for the next step, where it has room for them: with many sequences a step is no longer bound by memory, and
+// every token that it verifies costs time.
+void Engine::draft(const std::vector<Choice>& choices) {
+  constexpr int64_t kMostVerified = 32;  // tokens of a step
+  if (model_->max_draft_tokens() == 0 || !states_.has_replay_states()) return;
+  const auto of_step = kMostVerified / std::max<int64_t>(std::ssize(choices), 1) - 1;
+  for (const Choice& choice : choices) {
+    Sequence& s = *choice.sequence;
+    const int64_t num_left = s.request->max_new_tokens - s.num_generated();
+    s.drafts = look_up_drafts(s.tokens, std::min({model_->max_draft_tokens(), of_step, num_left - 1}));
   }
 }
 
@@ -366,10 +399,9 @@ std::vector<RequestEvent> Engine::run_step() {
     }
     std::vector<SampleRow> rows;
     for (const Choice& choice : choices) rows.push_back(choice.row);
-    std::vector<SampledToken> sampled = runner_.sample(rows);
-    for (size_t i = 0; i < choices.size(); ++i) {
-      book(*choices[i].sequence, std::move(sampled[i]), moved[choices[i].event]);
-    }
+    std::vector<std::vector<SampledToken>> sampled = runner_.sample(rows);
+    for (size_t i = 0; i < choices.size(); ++i) book(choices[i], std::move(sampled[i]), moved[choices[i].event]);
+    draft(choices);
   } catch (const std::exception& error) {
     moved = fail(steps, error.what());
   }

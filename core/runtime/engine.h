@@ -32,6 +32,12 @@ struct StepStats {
   double forward_seconds = 0;      // the model in it, until its logits are on the host
 };
 
+/// Tokens that were drafted for sequences so far, and those of them that were chosen.
+struct SpeculationStats {
+  int64_t num_drafted = 0;  // and verified
+  int64_t num_right = 0;    // of these, those that the sampler chose as well
+};
+
 /// Options of Engine::generate.
 struct GenerateOptions {
   bool throw_on_error = true;                // false: a failed request has its error in its result
@@ -107,6 +113,10 @@ class Engine {
   int64_t num_free_kv_blocks() const {
     return between_steps([&] { return scheduler_.num_free_blocks(); });
   }
+  /// Of all zeros where the model was loaded without drafts.
+  SpeculationStats speculation_stats() const {
+    return between_steps([&] { return speculation_; });
+  }
   /// Of all zeros where the options give the prefix cache no slots.
   PrefixCacheStats prefix_cache_stats() const {
     return between_steps([&] { return scheduler_.prefixes().stats(); });
@@ -154,15 +164,17 @@ class Engine {
   std::vector<RequestEvent> run_step();              // with step_mutex_ held
   void deliver(std::vector<RequestEvent>&& events);  // to mailboxes, else to unclaimed_; with step_mutex_ held
   SequenceStep describe(const ScheduledStep& step) const;
-  // A sequence whose next token the step's logits choose, and the event that tells of it.
+  // A sequence whose next tokens the step's logits choose, and the event that tells of them.
   struct Choice {
     Sequence* sequence;
     SampleRow row;
     size_t event;
+    bool verifies;
   };
   void advance(const ScheduledStep& step, std::optional<size_t> index, std::vector<RequestEvent>& events,
                std::vector<Choice>& choices);
-  void book(Sequence& sequence, SampledToken&& sampled, RequestEvent& event) const;
+  void book(const Choice& choice, std::vector<SampledToken>&& sampled, RequestEvent& event);
+  void draft(const std::vector<Choice>& choices);
   std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);
   bool is_stop_token(const Request& request, int32_t token) const;
 
@@ -178,6 +190,7 @@ class Engine {
   Scheduler scheduler_;
   ModelRunner runner_;
   StepStats last_step_;
+  SpeculationStats speculation_;
   std::string device_error_;             // empty while the device computes
   std::vector<RequestEvent> unclaimed_;  // of requests without a stream, for the next step()
 

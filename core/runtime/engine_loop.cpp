@@ -31,6 +31,7 @@ EngineCounters counters(const Engine& engine) {
           .num_free_kv_blocks = engine.num_free_kv_blocks(),
           .num_preemptions = engine.num_preemptions(),
           .prefix_cache = engine.prefix_cache_stats(),
+          .speculation = engine.speculation_stats(),
           .device_error = engine.device_error(),
           .last_step = engine.last_step()};
 }

@@ -25,6 +25,7 @@ struct EngineCounters {
   int64_t num_free_kv_blocks = 0;
   int64_t num_preemptions = 0;
   PrefixCacheStats prefix_cache;
+  SpeculationStats speculation;
   std::string device_error;  // why every request ends with an error from now on; empty while the device computes
   StepStats last_step;
 };

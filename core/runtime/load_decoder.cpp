@@ -33,6 +33,13 @@ void check_options(const EngineOptions& options) {
   kernel::check_backend_name(options.backends.prefill);
   kernel::check_backend_name(options.backends.decode);
   kernel::check_accuracy_name(options.backends.prefill_accuracy);
+  constexpr int64_t kMostDrafts = 15;  // with the token before them as many as a ring has
+  if (options.draft_tokens < 0 || options.draft_tokens > kMostDrafts) {
+    throw RequestError(c10::str("[Engine] draft_tokens: expected 0..", kMostDrafts, ", got ", options.draft_tokens));
+  }
+  if (options.draft_tokens > 0 && !options.replay_states) {
+    throw UnsupportedError("[Engine] draft_tokens: expected replay_states with them, got plain states");
+  }
   if (options.quantize == kernel::WeightFormat::kFloat8) {
     throw UnsupportedError("[Engine] quantize: expected int8 or int4, got float8");
   }
@@ -47,6 +54,7 @@ DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& o
           .state_dtype = options.state_dtype,
           .has_replay_states = options.replay_states,
           .kv_dtype = kv_dtype,
+          .max_draft_tokens = options.draft_tokens,
           .backends = options.backends,
           .quantize = options.quantize,
           .on_layer_loaded = options.on_layer_loaded};

@@ -27,6 +27,9 @@ struct EngineOptions {
   std::optional<int64_t> memory_limit = {};           // bytes that weights, pools and steps may take together
   bool replay_states = false;                         // checkpoints and rings: the same bits by prefill and decode
   std::optional<at::ScalarType> kv_dtype = {};        // of keys and values: int8; default that of activations
+  // Tokens that are drafted for a sequence, looked up in its own text, and verified in one step; they change no token.
+  // 1..15 of replay states; 0: none.
+  int64_t draft_tokens = 0;
 };
 
 /// A decoder, and what a user should know about its load.

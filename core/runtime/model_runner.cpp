@@ -75,58 +75,67 @@ void ModelRunner::wait() {
   forward_seconds_ = since_launch_.seconds();
 }
 
-size_t ModelRunner::row_of(size_t sequence) const {
+// The first of them.
+int64_t ModelRunner::row_of(size_t sequence) const {
   const int64_t row = built_.logit_rows.at(sequence);
   if (row < 0) throw std::out_of_range("[ModelRunner] sample: a sequence without logits");
-  return static_cast<size_t>(row);
+  return row;
 }
 
-// The logits that are read on the host, and which of their rows each of `rows` reads; -1: none.
+// The logits that are read on the host, and where among them the first of each of `rows` is; -1: it reads none.
 at::Tensor ModelRunner::logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const {
   if (!finds_largest_) {
-    for (const SampleRow& row : rows) places.push_back(static_cast<int64_t>(row_of(row.sequence)));
+    for (const SampleRow& row : rows) places.push_back(row_of(row.sequence));
     return result_.logits;
   }
   std::vector<int64_t> wanted;
   for (const SampleRow& row : rows) {
-    const auto index = static_cast<int64_t>(row_of(row.sequence));
+    const int64_t first = row_of(row.sequence);
     if (is_greedy(row.sampler->params())) {
       places.push_back(-1);
       continue;
     }
     places.push_back(std::ssize(wanted));
-    wanted.push_back(index);
+    for (int64_t i = 0; i <= std::ssize(row.drafts); ++i) wanted.push_back(first + i);
   }
   if (wanted.empty()) return {};
   const at::Tensor indices = at::tensor(wanted, at::kLong).to(result_.logits.device());
   return at::index_select(result_.logits, 0, indices).to(at::kCPU);
 }
 
-std::vector<SampledToken> ModelRunner::sample(const std::vector<SampleRow>& rows) const {
-  std::vector<SampledToken> sampled(rows.size());
-  std::vector<int64_t> places;
-  const at::Tensor on_host = logits_on_host(rows, places);
-  const auto choose = [&](size_t i) {
-    if (places[i] < 0) {
-      const auto row = static_cast<int64_t>(row_of(rows[i].sequence));
+// The next token of a row of all logits, which is row `place` of those on the host.
+SampledToken ModelRunner::choose(Sampler& sampler, int64_t row, const at::Tensor& logits, int64_t place) const {
+  try {
+    if (place < 0) {
       const int64_t token = result_.likeliest_token.const_data_ptr<int64_t>()[row];
       check_largest_logit(result_.largest.const_data_ptr<float>()[row], token);
-      sampled[i].token = static_cast<int32_t>(token);
-      return;
+      return {.token = static_cast<int32_t>(token)};
     }
-    const int64_t vocab = on_host.size(1);
-    const std::span<const float> logits{on_host.const_data_ptr<float>() + places[i] * vocab,
-                                        static_cast<size_t>(vocab)};
-    const std::optional<int64_t> num_top = rows[i].sampler->params().logprobs;
-    sampled[i].token = rows[i].sampler->sample(logits);
-    if (num_top) sampled[i].logprobs = logprobs(logits, sampled[i].token, *num_top);
-  };
+    const int64_t vocab = logits.size(1);
+    const std::span<const float> of_row{logits.const_data_ptr<float>() + place * vocab, static_cast<size_t>(vocab)};
+    SampledToken sampled{.token = sampler.sample(of_row)};
+    if (const auto num_top = sampler.params().logprobs) {
+      sampled.logprobs = logprobs(of_row, sampled.token, *num_top);
+    }
+    return sampled;
+  } catch (const NumericsError& error) {
+    return {.error = error.what()};
+  }
+}
+
+std::vector<std::vector<SampledToken>> ModelRunner::sample(const std::vector<SampleRow>& rows) const {
+  std::vector<std::vector<SampledToken>> sampled(rows.size());
+  std::vector<int64_t> places;
+  const at::Tensor on_host = logits_on_host(rows, places);
   at::parallel_for(0, std::ssize(rows), 1, [&](int64_t begin, int64_t end) {
     for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-      try {
-        choose(i);
-      } catch (const NumericsError& error) {
-        sampled[i].error = error.what();
+      const auto& [sequence, sampler, drafts] = rows[i];
+      for (size_t draft = 0; draft <= drafts.size(); ++draft) {
+        const auto offset = static_cast<int64_t>(draft);
+        const int64_t place = places[i] < 0 ? -1 : places[i] + offset;
+        sampled[i].push_back(choose(*sampler, row_of(sequence) + offset, on_host, place));
+        const SampledToken& last = sampled[i].back();
+        if (last.error || draft == drafts.size() || last.token != drafts[draft]) break;
       }
     }
   });

@@ -19,10 +19,11 @@
 
 namespace xgdn {
 
-/// A sequence of a step to choose a token for.
+/// A sequence of a step to choose tokens for.
 struct SampleRow {
-  size_t sequence;   // of those given to launch(), which wants logits; its first row of them. Several may name the same
-  Sampler* sampler;  // of its own
+  size_t sequence;                       // of those given to launch(), which wants logits; several may name the same
+  Sampler* sampler;                      // of its own
+  std::span<const int32_t> drafts = {};  // that the step has verified: a token is chosen behind each that was right
 };
 
 /// What was chosen.
@@ -48,9 +49,10 @@ class ModelRunner {
   /// Waits until the step has been computed. Throws what the device reports.
   void wait();
 
-  /// Chooses a token for each row of the last step, on several threads. A row of a sequence without logits is an error
-  /// of the caller (std::out_of_range).
-  std::vector<SampledToken> sample(const std::vector<SampleRow>& rows) const;
+  /// Chooses the next tokens of each row of the last step, on several threads: one, and one more for each draft that is
+  /// the token chosen before it, up to the first that is not. A row of a sequence without logits is an error of the
+  /// caller (std::out_of_range).
+  std::vector<std::vector<SampledToken>> sample(const std::vector<SampleRow>& rows) const;
 
   /// Time from the packed step to the end of wait(), of the last step.
   double forward_seconds() const { return forward_seconds_; }
@@ -79,8 +81,9 @@ class ModelRunner {
   Result forward(const StepInput& input);
   bool can_be_recorded() const;
   Result run_recorded();
-  size_t row_of(size_t sequence) const;
+  int64_t row_of(size_t sequence) const;
   at::Tensor logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const;
+  SampledToken choose(Sampler& sampler, int64_t row, const at::Tensor& logits, int64_t place) const;
 
   std::shared_ptr<const HybridDecoder> model_;
   BatchBuilder builder_;

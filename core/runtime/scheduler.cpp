@@ -195,10 +195,11 @@ std::vector<ScheduledStep> Scheduler::schedule() {
   for (const auto& sequence : running_) {
     if (!can_run(*sequence) || !sequence->is_prefilled()) continue;
     const int64_t num_drafts = sequence->num_drafts();
-    steps.push_back({.sequence = sequence.get(),
-                     .kind = num_drafts > 0 ? SegmentKind::kVerify : SegmentKind::kDecode,
-                     .num_tokens = sequence->num_tokens() - sequence->num_computed(),
-                     .num_drafts = num_drafts});
+    steps.push_back(
+        {.sequence = sequence.get(),
+         .kind = num_drafts > 0 || sequence->num_uncommitted > 0 ? SegmentKind::kVerify : SegmentKind::kDecode,
+         .num_tokens = sequence->num_tokens() - sequence->num_computed(),
+         .num_drafts = num_drafts});
     num_tokens += steps.back().num_tokens + num_drafts;
   }
   int64_t budget = std::max(options_.max_tokens_per_step - num_tokens, kernel::kChunkSize);
@@ -231,7 +232,7 @@ std::vector<const Sequence*> Scheduler::youngest_first() const {
 std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
   std::unique_ptr<Sequence> removed = take_out(id, branch);
   if (!removed) return removed;
-  prefixes_.keep_rest(id, computed_tokens(*removed), removed->memory);
+  if (removed->num_uncommitted == 0) prefixes_.keep_rest(id, computed_tokens(*removed), removed->memory);
   removed->memory.clear();
   return removed;
 }

@@ -32,6 +32,7 @@ void Sequence::truncate(int64_t num_tokens) {
   tokens.resize(static_cast<size_t>(num_tokens));
   drafts.clear();
   memory.truncate(num_tokens - 1);
+  if (num_computed() == 0) num_uncommitted = 0;
   prefill_end = num_computed() == 0 ? num_tokens : std::min(prefill_end, num_tokens);
 }
 

@@ -25,6 +25,7 @@ struct Sequence {
   Sampler sampler;
   std::vector<int32_t> tokens;  // the prompt, then what was generated
   std::vector<int32_t> drafts;  // proposed to follow `tokens`: fewer than may still be generated
+  int64_t num_uncommitted = 0;  // computed tokens that the last step, a verification, has left in the ring
   int64_t prefill_end;          // tokens before it are computed in pieces of any length, those behind it one a step
   SequenceMemory memory;        // since the scheduler has it
   bool is_parked = false;

@@ -19,6 +19,7 @@ from xgdn._C import (
     RequestEvent,
     RunnerOptions,
     SamplingParams,
+    SpeculationStats,
     StepStats,
     TokenLogprob,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "RequestEvent",
     "RunnerOptions",
     "SamplingParams",
+    "SpeculationStats",
     "StepStats",
     "TokenLogprob",
     "plan",
@@ -54,6 +56,7 @@ def plan(
     dtype: torch.dtype | None = EngineArgs.dtype,
     state_dtype: torch.dtype = EngineArgs.state_dtype,
     replay_states: bool = EngineArgs.replay_states,
+    draft_tokens: int = EngineArgs.draft_tokens,
     kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
     quantize: str | None = EngineArgs.quantize,
     runner: RunnerOptions | None = None,
@@ -68,6 +71,7 @@ def plan(
         dtype=dtype,
         state_dtype=state_dtype,
         replay_states=replay_states,
+        draft_tokens=draft_tokens,
         kv_dtype=kv_dtype,
         quantize=quantize,
     )
@@ -102,6 +106,7 @@ class Engine:
         dtype: torch.dtype | None = EngineArgs.dtype,
         state_dtype: torch.dtype = EngineArgs.state_dtype,
         replay_states: bool = EngineArgs.replay_states,
+        draft_tokens: int = EngineArgs.draft_tokens,
         kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
         quantize: str | None = EngineArgs.quantize,
         device: torch.device | str = EngineArgs.device,
@@ -117,6 +122,7 @@ class Engine:
             dtype=dtype,
             state_dtype=state_dtype,
             replay_states=replay_states,
+            draft_tokens=draft_tokens,
             kv_dtype=kv_dtype,
             quantize=quantize,
             device=device,
@@ -142,6 +148,7 @@ class Engine:
             dtype=args.dtype,
             state_dtype=args.state_dtype,
             replay_states=args.replay_states,
+            draft_tokens=args.draft_tokens,
             kv_dtype=args.kv_dtype,
             quantize=args.quantize,
             device=args.device,
@@ -274,6 +281,11 @@ class Engine:
     def prefix_cache_stats(self) -> PrefixCacheStats:
         """Contents and counts of the prefix cache; zeros without one."""
         return self._engine.prefix_cache_stats
+
+    @property
+    def speculation_stats(self) -> SpeculationStats:
+        """Tokens that were drafted so far, and those that were right; zeros without `draft_tokens`."""
+        return self._engine.speculation_stats
 
     @property
     def device_error(self) -> str:

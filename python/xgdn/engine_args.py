@@ -53,6 +53,13 @@ class EngineArgs:
             "Keep delta-rule states as checkpoints and rings: a token gets the same bits by prompt and by decode."
         ),
     )
+    draft_tokens: int = field(
+        default=_DEFAULTS.draft_tokens,
+        metadata=_documented(
+            "Tokens that are drafted from a sequence's own text and verified in one step; no token changes. Needs "
+            "replay_states; at most 15."
+        ),
+    )
     kv_dtype: torch.dtype | None = field(
         default=_DEFAULTS.kv_dtype,
         metadata=_documented(

@@ -23,6 +23,7 @@ OPTIONS = {
     "dtype": ("bfloat16", torch.bfloat16),
     "state_dtype": ("bfloat16", torch.bfloat16),
     "replay_states": (None, True),  # a flag
+    "draft_tokens": ("3", 3),
     "kv_dtype": ("int8", torch.int8),
     "quantize": ("int4", "int4"),
     "device": ("meta", "meta"),
@@ -39,7 +40,7 @@ OPTIONS = {
 SUBSETS = {
     "generate": NAMES,
     "serve": NAMES,
-    "plan": ["dtype", "state_dtype", "replay_states", "kv_dtype", "quantize", *SIZES, "memory_limit"],
+    "plan": ["dtype", "state_dtype", "replay_states", "draft_tokens", "kv_dtype", "quantize", *SIZES, "memory_limit"],
     "bench model": [
         "dtype",
         "state_dtype",

@@ -21,9 +21,8 @@ from test_layer import (
     hidden_states,
     prefill,
     truth,
-    verify,
 )
-from xgdn import errors
+from xgdn import _C
 
 # Every product of a depth that the cpu backend multiplies itself.
 SHARED = {"shared_expert_intermediate_size": 64}
@@ -142,14 +141,26 @@ def test_a_fork_of_a_layers_state_moves_to_its_own_slots() -> None:
     assert_close(host.step([(x[20:], decode(0))])[0], truth(module, x)[20:])
 
 
-def test_verification_is_refused() -> None:
-    layer = Layer("qwen3_5")
-    (x,) = hidden_states(12)
-    host = Host(layer.ours(layer.reference(), has_replay_states=True, max_draft_tokens=3))
-    host.step([(x[:8], prefill(0))])
-    sentence = r"\[Qwen3GatedDeltaNet\] segments: expected none that verifies beside replay states, got one"
-    before = [host.state.pool(kind).clone() for kind in host.kinds]
-    with pytest.raises(errors.UnsupportedError, match=sentence):
-        host.step([(x[8:], verify([0, 5, 6, 7], 1))])
-    for kind, old in zip(host.kinds, before, strict=True):
-        assert torch.equal(host.state.pool(kind).view(torch.int32), old.view(torch.int32)), kind
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_drafts_are_dropped_by_their_number(layer: Layer) -> None:
+    """Whatever is drafted, a token that was accepted has what it has in the whole; before, at and behind a fold."""
+    module = layer.reference()
+    (x,) = hidden_states(60)
+    (junk,) = hidden_states(61)[-1:]
+    net = layer.ours(module, has_replay_states=True, max_draft_tokens=5)
+    whole = Host(net).step([(x, prefill(0))])[0]
+    assert_close(whole, truth(module, x))
+    host, draw = Host(net), random.Random(2)
+    host.step([(x[:20], prefill(2))])
+    position, pending = 20, 0
+    while position < 50:
+        count, right = draw.randint(1, 6), draw.randint(1, 6)
+        right = min(count, right)
+        given = torch.cat([x[position : position + right], junk[: count - right]])
+        slots = {"write_slot": 2, "num_accepted": max(pending, 1), "num_uncommitted": pending}
+        got = host.step([(given, {"kind": _C.SegmentKind.VERIFY, "state_slots": [2], **slots})])[0]
+        assert_close(got[:right], whole[position : position + right])
+        position, pending = position + right, right
+    fork = {"write_slot": 4, "conv_write_slot": 7, "num_accepted": pending, "num_uncommitted": pending}
+    got = host.step([(x[position : position + 3], {"kind": _C.SegmentKind.VERIFY, "state_slots": [2], **fork})])[0]
+    assert_close(got, whole[position : position + 3])

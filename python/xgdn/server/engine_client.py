@@ -157,6 +157,8 @@ class EngineClient:
         self._metrics.prefix_queries.inc(prefixes.num_looked_up - before.num_looked_up)
         self._metrics.prefix_hits.inc(prefixes.num_found - before.num_found)
         self._metrics.prefix_evictions.inc(prefixes.num_evictions - before.num_evictions)
+        self._metrics.drafted.inc(now.speculation.num_drafted - self._last.speculation.num_drafted)
+        self._metrics.accepted.inc(now.speculation.num_right - self._last.speculation.num_right)
         self._last = now
         self._publish_requests()
 

@@ -157,16 +157,17 @@ TEST_P(ModelRunnerTest, SeveralRowsMaySampleFromOneSequence) {
   Device device(model(), {});
   device.step(SegmentKind::kPrefill, {{1, 2, 3}, {4, 5, 6}}, 0);
   Sampler greedy({.logprobs = 3}), random({.temperature = 1.0, .seed = 7}), other({});
-  const std::vector<SampledToken> sampled = device.runner().sample({{1, &greedy}, {0, &other}, {1, &random}});
+  const std::vector<std::vector<SampledToken>> sampled =
+      device.runner().sample({{1, &greedy}, {0, &other}, {1, &random}});
   ASSERT_EQ(sampled.size(), 3u);
   const at::Tensor best = device.runner().logits().argmax(-1);
-  EXPECT_EQ(sampled[0].token, best[1].item<int64_t>());
-  EXPECT_EQ(sampled[1].token, best[0].item<int64_t>());
-  EXPECT_EQ(sampled[0].logprobs.value().top.size(), 3u);
-  EXPECT_EQ(sampled[0].logprobs->top[0].token, sampled[0].token);
-  EXPECT_FALSE(sampled[1].logprobs || sampled[2].logprobs);
+  EXPECT_EQ(sampled[0].at(0).token, best[1].item<int64_t>());
+  EXPECT_EQ(sampled[1].at(0).token, best[0].item<int64_t>());
+  EXPECT_EQ(sampled[0].at(0).logprobs.value().top.size(), 3u);
+  EXPECT_EQ(sampled[0].at(0).logprobs->top[0].token, sampled[0].at(0).token);
+  EXPECT_FALSE(sampled[1].at(0).logprobs || sampled[2].at(0).logprobs);
   const float* row = device.runner().logits()[1].const_data_ptr<float>();
-  EXPECT_EQ(sampled[2].token,
+  EXPECT_EQ(sampled[2].at(0).token,
             Sampler({.temperature = 1.0, .seed = 7}).sample({row, static_cast<size_t>(config_.vocab_size)}));
   EXPECT_THROW(device.runner().sample({{2, &greedy}}), std::out_of_range);
 }
