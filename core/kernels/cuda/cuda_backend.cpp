@@ -76,6 +76,18 @@ void run_recurrent(cuda::RecurrentGatedDeltaRuleArgs args, const at::Tensor& q, 
   cuda::recurrent_gated_delta_rule(args, current_stream(q));
 }
 
+template <class Params>
+cuda::LinearArgs linear_args(const Params& p, const LinearShape& s) {
+  return {.T = s.T,
+          .D = s.D,
+          .O = s.O,
+          .x = in_rows(p.x),
+          .weight = p.weight.const_data_ptr(),
+          .weight_stride = p.weight.stride(0),
+          .bias = p.bias ? in_heads(*p.bias) : InRows(),
+          .out = out_columns(p.out)};
+}
+
 // Tokens of the longest of N sequences of T, or more: what the host does not say may be one sequence.
 int64_t max_len(const HostFacts& host, int64_t N, int64_t T) {
   if (!host.cu_seqlens) return T;
@@ -226,14 +238,8 @@ class CudaBackend final : public Backend {
     cuda::sigmoid_and_mul(op_args(p, s), s.T, current_stream(p.x));
   }
   void run(const LinearParams& p, const LinearShape& s) const override {
-    const cuda::LinearArgs args = {.T = s.T,
-                                   .D = s.D,
-                                   .O = s.O,
-                                   .x = in_rows(p.x),
-                                   .weight = p.weight.const_data_ptr(),
-                                   .weight_stride = p.weight.stride(0),
-                                   .bias = p.bias ? in_heads(*p.bias) : InRows(),
-                                   .out = out_columns(p.out)};
+    cuda::LinearArgs args = linear_args(p, s);
+    args.has_constant_weight = p.has_constant_weight;
     if (cuda::linear_supports(args)) return cuda::linear(args, current_stream(p.x));
     if (p.out.scalar_type() == p.x.scalar_type()) return aten::linear(p);
     at::Tensor out = p.out;
@@ -242,6 +248,20 @@ class CudaBackend final : public Backend {
   }
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override {
     aten::quantized_linear(p);
+  }
+  void run(const RmsNormLinearParams& p, const LinearShape& s) const override {
+    cuda::LinearArgs args = linear_args(p, s);
+    args.has_constant_weight = true;
+    args.norm_weight = in_heads(p.norm_weight);
+    args.residual = p.residual ? in_rows(*p.residual) : InRows();
+    args.residual_out = p.residual_out ? out_rows(*p.residual_out) : OutRows();
+    args.eps = static_cast<float>(p.eps);
+    args.silu_and_mul = p.use_silu_and_mul;
+    if (cuda::linear_supports(args)) return cuda::linear(args, current_stream(p.x));
+    if (s.D > cuda::kMaxNormedDim) return aten::rms_norm_linear(*this, p, s);
+    const at::Tensor normed = at::empty({s.T, s.D}, p.x.options());
+    cuda::rms_norm(norm_args(p, s, normed), s.T, current_stream(p.x));
+    aten::linear_of_normed(*this, p, s, normed);
   }
 
   // ---- attention ----------------------------------------------------------------------------------------------------
