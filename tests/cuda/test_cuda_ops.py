@@ -4,6 +4,7 @@ formulas; a captured step that is replayed with other slots."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -282,6 +283,57 @@ def test_a_decoded_sequence_has_the_bits_that_it_has_alone(packed: bool, state_d
         own = slots[rows].cpu().long()
         assert_bits_equal("state", own_state[own], state[own])
         assert_bits_equal("conv", own_conv[own], conv[own])
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("H", "HV", "V"), [(1, 1, 160), (2, 6, 96), (1, 2, 72), (16, 16, 128)])
+def test_clusters_of_any_size_give_a_step_the_same_bits(H: int, HV: int, V: int, state_dtype: torch.dtype) -> None:
+    """Passes that blocks share unevenly, and the last of a head that is not full. 600 sequences have no clusters."""
+    K, N = 128, 600
+    projected = torch.randn(N, 2 * H * K + 2 * HV * V + 2 * HV).bfloat16().cuda()
+    slots = torch.randperm(N).int().cuda()
+
+    def run(rows: slice) -> tuple[torch.Tensor, ...]:
+        pools = step_pools(N, H, HV, K, V, state_dtype)
+        out = torch.full((projected[rows].shape[0], HV, V), torch.nan, dtype=torch.bfloat16, device="cuda")
+        decode_step(projected[rows], pools, slots[rows], out)
+        return out.cpu(), pools["state"][slots[rows].long()].cpu(), pools["conv"][slots[rows].long()].cpu()
+
+    together = run(slice(None))
+    for n, count in ((0, 1), (599, 1), (7, 2), (40, 5), (100, 33), (200, 130)):
+        rows = slice(n, n + count)
+        for name, got, want in zip(("out", "state", "conv"), run(rows), together, strict=True):
+            assert_bits_equal(f"{name} of {rows}", got, want[rows])
+
+
+@pytest.mark.parametrize("N", [1, 4, 40])
+def test_a_step_reads_what_the_kernels_right_before_it_wrote(N: int) -> None:
+    """Slots, inputs and states of the step before; a step begins to fetch before those are there."""
+    H, HV, K, V = 4, 8, 128, 128
+    torch.manual_seed(0)
+    weight = (torch.randn(2 * H * K + 2 * HV * V + 2 * HV, 256) / 16).bfloat16().cuda()
+    x = torch.randn(6, N, 256).bfloat16().cuda()
+    first = torch.arange(N, dtype=torch.int32, device="cuda")
+
+    def run(wait: Callable[[], None]) -> list[torch.Tensor]:
+        pools = step_pools(N + 3, H, HV, K, V, torch.float32)
+        slots, out = torch.full_like(first, 2**30), torch.empty(12, N, HV, V).bfloat16().cuda()
+        projected = torch.full((N, weight.shape[0]), torch.nan, dtype=torch.bfloat16, device="cuda")
+        for i in range(6):
+            wait()
+            torch.add(first, i % 4, out=slots)
+            wait()
+            ops.linear(x[i], weight, out=projected)
+            for j in range(2):
+                wait()
+                decode_step(projected, pools, slots, out[2 * i + j])
+            wait()
+            torch.add(first, 2**30, out=slots)
+        return [out.cpu(), pools["state"].cpu(), pools["conv"].cpu()]
+
+    for name, got, want in zip(("out", "state", "conv"), run(lambda: None), run(torch.cuda.synchronize), strict=True):
+        assert got.isfinite().all()
+        assert_bits_equal(name, got, want)
 
 
 def test_pools_of_more_than_two_billion_elements() -> None:

@@ -206,7 +206,7 @@ class CudaBackend final : public Backend {
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
     const DecodeStepArgs args = op_args(p, s);
     if (!cuda::decode_step_supports(args)) return aten::gdn_decode_step(*this, p, s);
-    cuda::gdn_decode_step(args, current_stream(p.projected));
+    cuda::gdn_decode_step(args, s.rule.S, s.conv.S, current_stream(p.projected));
   }
 
   void run(const GdnGatingParams& p, const GdnShape& s) const override {
