@@ -2,10 +2,10 @@
 // out = y weight^T + bias of few tokens, where y is x, or n = rms_norm(residual + x);
 // with silu_and_mul out = silu(gate) * up of outputs [gate | up].
 //
-// A block takes 8 or 16 outputs for all tokens, of gate and up the same 8; its 8 or 16 warps take turns with pieces of
-// 32 of D, and their sums are added in order at the end. A lane reads 8 neighbours of a row at once, 16 bytes, and
-// gives them to the tensor core as if they were the pairs that it wants of two depths of 16: tokens and weights are
-// read in the same order, and a sum does not mind.
+// A block takes 8, 16 or 32 outputs for all tokens, half of them of gate and the same of up; its 8 or 16 warps take
+// turns with pieces of 32 of D, and their sums are added in order at the end. A lane reads 8 neighbours of a row at
+// once, 16 bytes, and gives them to the tensor core as if they were the pairs that it wants of two depths of 16: tokens
+// and weights are read in the same order, and a sum does not mind.
 //
 // Norm: every block norms all tokens for itself, into shared memory, which costs it less than a kernel in between costs
 // all. Block 0 writes residual_out, which is other memory, since any block may still read the residual.
@@ -36,10 +36,10 @@ constexpr int kManyWarps = 16;
 constexpr int kMostOfFewWarps = 1024;  // of D
 constexpr int kPiece = 32;             // of D
 constexpr int kTile = 8;               // outputs, or tokens, of a fragment
-constexpr int kPackets = 8;            // of the weight that a lane has in flight
 constexpr int kMostTokens = 32;
-constexpr int kMostNormedTokens = 8;
-constexpr int kMostNormed = 4096;  // elements of all tokens that a block norms
+constexpr int kFewTokens = 8;
+constexpr int64_t kMostStaged = 48 << 10;  // elements of all tokens in shared memory
+constexpr int kMostNormed = 4096;          // elements of all tokens that a block norms
 
 // What a kernel is made for. kTokens: 8, 16 or 32.
 template <int kTokens_, int kTiles_, int kWarps_, bool kNorms_, bool kGates_>
@@ -49,16 +49,20 @@ struct Form {
   static constexpr int kWarps = kWarps_;
   static constexpr bool kNorms = kNorms_;
   static constexpr bool kGates = kGates_;
-  static_assert(!kGates || kTiles == 2);
+  static_assert(!kGates || kTiles % 2 == 0);
 
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTokenTiles = kTokens / kTile;
-  static constexpr int kPieces = kPackets / kTiles;               // of a warp in flight
-  static constexpr int kResults = kTile * (kGates ? 1 : kTiles);  // of a token and block
-  // Tokens that are normed are in shared memory. The others take registers: as many pieces of them at once.
-  static constexpr int kTogether = kNorms ? 1 : kTokens == 8 ? kPieces : kPieces < 4 ? kPieces : 32 / kTokens * 2;
-  // Normed products are the first of their layers: all of their blocks fit beside the kernel before.
-  static constexpr int kBlocks = kWarps == kFewWarps ? (kNorms ? 4 : kTokens == 8 ? 3 : 2) : kNorms ? 2 : 1;
+  static constexpr int kPieces = kTiles == 1 ? 8 : 4;                // of a warp in flight
+  static constexpr int kTilesAtOnce = kTiles == 1 ? 1 : 2;           // with four tiles D has a single round of pieces
+  static constexpr int kResultTiles = kGates ? kTiles / 2 : kTiles;  // gate before up
+  static constexpr int kResults = kTile * kResultTiles;              // of a token and block
+  // Few tokens go through shared memory, others to registers, as many pieces of them at once.
+  static constexpr bool kIsStaged = kTokens == kFewTokens;
+  static constexpr int kTogether = kIsStaged ? 1 : kTokens == 16 ? 4 : 2;
+  // Registers are what bounds how much of the weights is on its way ahead of the wait: beside a block of a kernel there
+  // is room for one of the next. With four tiles that is for two blocks, and 128 threads of 96 registers.
+  static constexpr int kRegisters = kTiles == 4 ? 104 : kIsStaged ? 64 : 128;
   static_assert(!kNorms || kThreads * kPacket >= (kWarps == kFewWarps ? kMostOfFewWarps : kMostNormed));
 };
 
@@ -66,8 +70,8 @@ __device__ uint4 load_packet(const BFloat16* from) {
   return __ldcs(reinterpret_cast<const uint4*>(from));
 }
 
-// Rows of normed tokens in shared memory, such that lanes of one product read different banks.
-__host__ __device__ inline int64_t normed_stride(int64_t D) {
+// Of tokens in shared memory, such that lanes of one product read different banks.
+__host__ __device__ inline int64_t row_stride(int64_t D) {
   return (D + 63) / 64 * 64 + 32;
 }
 
@@ -75,13 +79,13 @@ __host__ __device__ inline int64_t normed_stride(int64_t D) {
 template <class F>
 __device__ int64_t output_of(const LinearArgs& a, int tile, int row) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * F::kResults;
-  return F::kGates ? tile * (a.O / 2) + first + row : first + tile * kTile + row;
+  return tile / F::kResultTiles * (a.O / 2) + first + tile % F::kResultTiles * kTile + row;
 }
 
 // The row of its weight; where there is none, another one of the tile.
 template <class F>
 __device__ const BFloat16* weight_row(const LinearArgs& a, int tile, int row) {
-  const int64_t end = F::kGates ? (tile + 1) * (a.O / 2) : a.O;
+  const int64_t end = F::kGates && tile < F::kResultTiles ? a.O / 2 : a.O;
   return static_cast<const BFloat16*>(a.weight) + min(output_of<F>(a, tile, row), end - 1) * a.weight_stride;
 }
 
@@ -94,23 +98,24 @@ __device__ void prefetch_rows(const LinearArgs& a) {
   }
 }
 
-// The norm of all tokens, by all threads of the block, in shared memory: the tokens, the norm's weight, and a sum of
-// squares for each packet.
+// The tokens in shared memory, brought or normed by all threads of the block. Of a norm there are its weight, too, and
+// a sum of squares for each packet.
 template <class F>
-class TokenNorm {
+class TokenRows {
  public:
   __host__ static int64_t shared_bytes(const LinearArgs& a) {
-    return 2 * (a.T * normed_stride(a.D) + a.D) + 4 * a.T * (a.D / kPacket);
+    const int64_t tokens = 2 * a.T * row_stride(a.D);
+    return F::kNorms ? tokens + 2 * a.D + 4 * a.T * (a.D / kPacket) : tokens;
   }
 
-  __device__ TokenNorm(const LinearArgs& args, uint4* shared)
+  __device__ TokenRows(const LinearArgs& args, uint4* shared)
       : a_(args),
         packets_(static_cast<int>(args.D) / kPacket),
-        normed_(reinterpret_cast<BFloat16*>(shared)),
-        weight_(normed_ + args.T * normed_stride(args.D)),
+        rows_(reinterpret_cast<BFloat16*>(shared)),
+        weight_(rows_ + args.T * row_stride(args.D)),
         squares_(reinterpret_cast<float*>(weight_ + args.D)) {}
 
-  // Is constant, so that it is allowed ahead of the wait.
+  // Of the norm. It is constant, so that this is allowed ahead of the wait.
   __device__ void load_weight() {
     const int first = static_cast<int>(threadIdx.x) * kPacket;
     const auto* const weight = static_cast<const BFloat16*>(a_.norm_weight.data);
@@ -118,7 +123,16 @@ class TokenNorm {
     commit_copies();
   }
 
-  __device__ void run() {
+  __device__ void bring() {
+    for_each_packet([&](int token, int first) {
+      copy_async(shared_address(row(token) + first), row_of<BFloat16>(a_.x, token, 0) + first);
+    });
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+  }
+
+  __device__ void norm() {
     for_each_packet([&](int token, int first) {
       RawPacket<BFloat16, true> raw, raw_residual;
       raw.load(row_of<BFloat16>(a_.x, token, 0), first, a_.D);
@@ -150,8 +164,7 @@ class TokenNorm {
     __syncthreads();
   }
 
-  // The normed token.
-  __device__ BFloat16* row(int64_t token) const { return normed_ + token * normed_stride(a_.D); }
+  __device__ BFloat16* row(int64_t token) const { return rows_ + token * row_stride(a_.D); }
 
  private:
   // Calls f(token, first element) for the thread's packets.
@@ -165,15 +178,16 @@ class TokenNorm {
 
   const LinearArgs& a_;
   int packets_;  // of a token
-  BFloat16* normed_;
+  BFloat16* rows_;
   BFloat16* weight_;
   float* squares_;
 };
 
 template <class F>
-__global__ void __launch_bounds__(F::kThreads, F::kBlocks) linear_kernel(const __grid_constant__ LinearArgs a) {
+__global__ void __launch_bounds__(F::kThreads) __maxnreg__(F::kRegisters)
+    linear_kernel(const __grid_constant__ LinearArgs a) {
   __shared__ float parts[F::kWarps][F::kTokens][F::kTiles * kTile + 1];
-  extern __shared__ uint4 shared[];  // of the norm
+  extern __shared__ uint4 shared[];  // tokens
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int row = lane / 4;         // of a fragment
@@ -195,63 +209,70 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks) linear_kernel(const _
   };
 
   let_next_kernel_launch();
-  TokenNorm<F> norm(a, shared);
-  if constexpr (F::kNorms) norm.load_weight();
+  TokenRows<F> rows(a, shared);
+  if constexpr (F::kNorms) rows.load_weight();
   if (a.has_constant_weight) load_weight(warp);
   if (!a.has_constant_weight || num_pieces > F::kPieces * F::kWarps) prefetch_rows<F>(a);
   wait_for_kernel_before();
   if (!a.has_constant_weight) load_weight(warp);
-  if constexpr (F::kNorms) norm.run();
+  if constexpr (F::kNorms) {
+    rows.norm();
+  } else if constexpr (F::kIsStaged) {
+    rows.bring();
+  }
 
   const BFloat16* tokens[F::kTokenTiles];
 #pragma unroll
   for (int t = 0; t < F::kTokenTiles; ++t) {
     const int64_t token = min(static_cast<int64_t>(t * kTile + row), a.T - 1);
-    tokens[t] = (F::kNorms ? norm.row(token) : row_of<BFloat16>(a.x, token, 0)) + column;
+    tokens[t] = (F::kIsStaged ? rows.row(token) : row_of<BFloat16>(a.x, token, 0)) + column;
   }
   constexpr int kProducts = (F::kTokenTiles + 1) / 2;  // of a tile of outputs: 16 tokens each
-  float sums[2][kProducts][F::kTiles][4] = {};         // of first and of second halves
-  for (int first = warp; first < num_pieces; first += F::kWarps * F::kPieces) {
-    if (first != warp) load_weight(first);
 #pragma unroll
-    for (int begin = 0; begin < F::kPieces; begin += F::kTogether) {
-      uint4 x[F::kTogether][F::kTokenTiles];
+  for (int tile = 0; tile < F::kTiles; tile += F::kTilesAtOnce) {
+    float sums[2][kProducts][F::kTilesAtOnce][4] = {};  // of first and of second halves
+    for (int first = warp; first < num_pieces; first += F::kWarps * F::kPieces) {
+      if (first != warp) load_weight(first);
 #pragma unroll
-      for (int i = 0; i < F::kTogether; ++i) {
-        const int piece = first + (begin + i) * F::kWarps;
-        if (piece >= num_pieces) break;
+      for (int begin = 0; begin < F::kPieces; begin += F::kTogether) {
+        uint4 x[F::kTogether][F::kTokenTiles];
 #pragma unroll
-        for (int t = 0; t < F::kTokenTiles; ++t) x[i][t] = *reinterpret_cast<const uint4*>(tokens[t] + piece * kPiece);
-      }
+        for (int i = 0; i < F::kTogether; ++i) {
+          const int piece = first + (begin + i) * F::kWarps;
+          if (piece >= num_pieces) break;
 #pragma unroll
-      for (int i = 0; i < F::kTogether; ++i) {
-        if (first + (begin + i) * F::kWarps >= num_pieces) break;
+          for (int t = 0; t < F::kTokenTiles; ++t) {
+            x[i][t] = *reinterpret_cast<const uint4*>(tokens[t] + piece * kPiece);
+          }
+        }
 #pragma unroll
-        for (int p = 0; p < kProducts; ++p) {
-          const uint4 low = x[i][2 * p];
-          const uint4 high = F::kTokenTiles == 1 ? uint4{} : x[i][(2 * p + 1) % F::kTokenTiles];
-          const uint32_t even[4] = {low.x, high.x, low.y, high.y};
-          const uint32_t odd[4] = {low.z, high.z, low.w, high.w};
+        for (int i = 0; i < F::kTogether; ++i) {
+          if (first + (begin + i) * F::kWarps >= num_pieces) break;
 #pragma unroll
-          for (int t = 0; t < F::kTiles; ++t) {
-            const uint4 packet = w[begin + i][t];
-            multiply_bf16(sums[0][p][t], even, packet.x, packet.y);
-            multiply_bf16(sums[1][p][t], odd, packet.z, packet.w);
+          for (int p = 0; p < kProducts; ++p) {
+            const uint4 low = x[i][2 * p];
+            const uint4 high = F::kTokenTiles == 1 ? uint4{} : x[i][(2 * p + 1) % F::kTokenTiles];
+            const uint32_t even[4] = {low.x, high.x, low.y, high.y};
+            const uint32_t odd[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+            for (int t = 0; t < F::kTilesAtOnce; ++t) {
+              const uint4 packet = w[begin + i][tile + t];
+              multiply_bf16(sums[0][p][t], even, packet.x, packet.y);
+              multiply_bf16(sums[1][p][t], odd, packet.z, packet.w);
+            }
           }
         }
       }
     }
-  }
-
 #pragma unroll
-  for (int p = 0; p < kProducts; ++p) {
+    for (int p = 0; p < kProducts; ++p) {
 #pragma unroll
-    for (int t = 0; t < F::kTiles; ++t) {
+      for (int t = 0; t < F::kTilesAtOnce; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = p * 2 * kTile + row + i / 2 * kTile;
-        if (token < F::kTokens) {
-          parts[warp][token][t * kTile + lane % 4 * 2 + i % 2] = sums[0][p][t][i] + sums[1][p][t][i];
+        for (int i = 0; i < 4; ++i) {
+          const int token = p * 2 * kTile + row + i / 2 * kTile;
+          if (token >= F::kTokens) continue;
+          parts[warp][token][(tile + t) * kTile + lane % 4 * 2 + i % 2] = sums[0][p][t][i] + sums[1][p][t][i];
         }
       }
     }
@@ -270,8 +291,8 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks) linear_kernel(const _
     if (token >= a.T || place >= (F::kGates ? a.O / 2 : a.O)) continue;
     float out;
     if constexpr (F::kGates) {
-      const float gate = rounded<BFloat16>(sum_of(token, 0, result));
-      out = rounded<BFloat16>(sum_of(token, 1, result)) * silu(gate);
+      const float gate = rounded<BFloat16>(sum_of(token, result / kTile, result % kTile));
+      out = rounded<BFloat16>(sum_of(token, F::kResultTiles + result / kTile, result % kTile)) * silu(gate);
     } else {
       out = sum_of(token, result / kTile, result % kTile);
     }
@@ -282,17 +303,17 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks) linear_kernel(const _
 template <class F>
 void launch(const LinearArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(F::kGates ? args.O / 2 : args.O, F::kResults)));
-  const int64_t bytes = F::kNorms ? TokenNorm<F>::shared_bytes(args) : 0;
+  const int64_t bytes = F::kIsStaged ? TokenRows<F>::shared_bytes(args) : 0;
   launch_overlapping(linear_kernel<F>, grid, F::kThreads, static_cast<size_t>(bytes), /*cluster=*/1, stream, args);
 }
 
-// With long rows more warps, so that few outputs too have enough bytes on their way.
-template <int kTokens, int kTiles, bool kNorms, bool kGates>
+// With long rows more warps, so that few outputs too have enough bytes on their way; their blocks have `kTiles` tiles.
+template <int kTokens, int kTiles, int kTilesOfFewWarps, bool kNorms, bool kGates>
 void launch_warps(const LinearArgs& args, cudaStream_t stream) {
   if (args.D > kMostOfFewWarps) {
     launch<Form<kTokens, kTiles, kManyWarps, kNorms, kGates>>(args, stream);
   } else {
-    launch<Form<kTokens, kTiles, kFewWarps, kNorms, kGates>>(args, stream);
+    launch<Form<kTokens, kTilesOfFewWarps, kFewWarps, kNorms, kGates>>(args, stream);
   }
 }
 
@@ -300,14 +321,21 @@ void launch_warps(const LinearArgs& args, cudaStream_t stream) {
 template <int kTokens>
 void launch_plain(const LinearArgs& args, cudaStream_t stream) {
   if (ceil_div(args.O, 2 * kTile) < num_multiprocessors()) {
-    launch_warps<kTokens, 1, false, false>(args, stream);
+    launch_warps<kTokens, 1, 1, false, false>(args, stream);
   } else {
-    launch_warps<kTokens, 2, false, false>(args, stream);
+    launch_warps<kTokens, 2, 2, false, false>(args, stream);
   }
 }
 
+// Larger blocks, of which two have a multiprocessor with registers to spare: the next kernel's blocks begin beside
+// them, and fewer of them norm the tokens.
+template <bool kGates>
+void launch_normed(const LinearArgs& args, cudaStream_t stream) {
+  launch_warps<kFewTokens, 2, 4, true, kGates>(args, stream);
+}
+
 bool supports_norm(const LinearArgs& args) {
-  return args.O > 0 && args.T <= kMostNormedTokens && args.T * args.D <= kMostNormed && args.D % (32 * kPacket) == 0 &&
+  return args.O > 0 && args.T <= kFewTokens && args.T * args.D <= kMostNormed && args.D % (32 * kPacket) == 0 &&
          args.norm_weight.dtype == DType::kBFloat16 && reinterpret_cast<uintptr_t>(args.norm_weight.data) % 16 == 0 &&
          (args.residual.data == nullptr || (is_aligned(args.residual) && is_aligned(args.residual_out)));
 }
@@ -323,10 +351,9 @@ bool linear_supports(const LinearArgs& args) {
 void linear(const LinearArgs& args, cudaStream_t stream) {
   if (args.T == 0 || args.O == 0) return;
   if (args.norm_weight.data != nullptr) {
-    args.silu_and_mul ? launch_warps<kMostNormedTokens, 2, true, true>(args, stream)
-                      : launch_warps<kMostNormedTokens, 2, true, false>(args, stream);
-  } else if (args.T <= 8) {
-    launch_plain<8>(args, stream);
+    args.silu_and_mul ? launch_normed<true>(args, stream) : launch_normed<false>(args, stream);
+  } else if (args.T <= kFewTokens && args.T * args.D <= kMostStaged) {
+    launch_plain<kFewTokens>(args, stream);
   } else if (args.T <= 16) {
     launch_plain<16>(args, stream);
   } else {
