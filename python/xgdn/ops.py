@@ -581,8 +581,8 @@ def linear(
     """`x weight^T + bias` of `x` `[T, D]`, `weight` `[O, D]` and a contiguous `bias` `[O]`, all of one dtype, summed in
     f32; returns `[T, O]`. `out` may also be f32 where the inputs are 16-bit.
 
-    `has_constant_weight` promises that none of these functions wrote `weight` or `bias` since the device last did
-    anything else, so that a device may read them ahead of the calls before.
+    `has_constant_weight` promises that no call which may still run writes `weight` or `bias`, so that a device may read
+    them ahead of the calls before.
     """
     out = x.new_empty(x.shape[:1] + weight.shape[:1]) if out is None else out
     torch.ops.xgdn.linear(x, weight, out, bias=bias, has_constant_weight=has_constant_weight, backend=backend)

@@ -39,7 +39,7 @@ constexpr int kTile = 8;               // outputs, or tokens, of a fragment
 constexpr int kMostTokens = 32;
 constexpr int kFewTokens = 8;
 constexpr int64_t kMostStaged = 48 << 10;  // elements of all tokens in shared memory
-constexpr int kMostNormed = 4096;          // elements of all tokens that a block norms
+constexpr int64_t kMostNormed = 8192;      // elements of all tokens that a block norms
 
 // What a kernel is made for. kTokens: 8, 16 or 32.
 template <int kTokens_, int kTiles_, int kWarps_, bool kNorms_, bool kGates_>
@@ -63,7 +63,6 @@ struct Form {
   // Registers are what bounds how much of the weights is on its way ahead of the wait: beside a block of a kernel there
   // is room for one of the next. With four tiles that is for two blocks, and 128 threads of 96 registers.
   static constexpr int kRegisters = kTiles == 4 ? 104 : kIsStaged ? 64 : 128;
-  static_assert(!kNorms || kThreads * kPacket >= (kWarps == kFewWarps ? kMostOfFewWarps : kMostNormed));
 };
 
 __device__ uint4 load_packet(const BFloat16* from) {
@@ -117,9 +116,10 @@ class TokenRows {
 
   // Of the norm. It is constant, so that this is allowed ahead of the wait.
   __device__ void load_weight() {
-    const int first = static_cast<int>(threadIdx.x) * kPacket;
     const auto* const weight = static_cast<const BFloat16*>(a_.norm_weight.data);
-    if (first < a_.D) copy_async(shared_address(weight_ + first), weight + first);
+    for (int i = threadIdx.x; i < packets_; i += F::kThreads) {
+      copy_async(shared_address(weight_ + i * kPacket), weight + i * kPacket);
+    }
     commit_copies();
   }
 
