@@ -25,6 +25,7 @@
 #include "core/kernels/cuda/gdn_decode_step.h"
 #include "core/kernels/cuda/gdn_gating.h"
 #include "core/kernels/cuda/graph.h"
+#include "core/kernels/cuda/largest_logits.h"
 #include "core/kernels/cuda/linear.h"
 #include "core/kernels/cuda/moe_experts.h"
 #include "core/kernels/cuda/paged_attention.h"
@@ -119,6 +120,17 @@ class CudaBackend final : public Backend {
 
   bool copies_contexts() const override { return false; }
   bool finds_largest_logits() const override { return true; }
+  LargestLogits largest_logits(const at::Tensor& logits) const override {
+    const int64_t R = logits.size(0);
+    const LargestLogits found = {at::empty({R}, logits.options()), at::empty({R}, logits.options().dtype(at::kLong))};
+    cuda::largest_logits({.R = R,
+                          .V = logits.size(1),
+                          .logits = logits.const_data_ptr<float>(),
+                          .largest = found.values.mutable_data_ptr<float>(),
+                          .tokens = found.tokens.mutable_data_ptr<int64_t>()},
+                         current_stream(logits));
+    return found;
+  }
 #ifdef XGDN_TORCH_HAS_CUDA
   bool has_graphs() const override {
     return true;
