@@ -173,8 +173,12 @@ void bind_layer(nb::module_& m) {
           "prefill_accuracy"_a = "auto",
           "weights: a state dict of either checkpoint layout. all_reduce sums a tensor over the ranks in place; "
           "without it forward returns this rank's partial sum.")
-      .def("forward", &Qwen3GatedDeltaNet::forward, "hidden"_a, "batch"_a, "state"_a, WithoutGil(),
-           "Computes the step; updates state in place.")
+      .def(
+          "forward",
+          [](const Qwen3GatedDeltaNet& self, const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) {
+            return self.forward(hidden, batch, state);
+          },
+          "hidden"_a, "batch"_a, "state"_a, WithoutGil(), "Computes the step; updates state in place.")
       .def("state_specs", &Qwen3GatedDeltaNet::state_specs)
       .def_prop_ro("local_config", &Qwen3GatedDeltaNet::local_config);
 }

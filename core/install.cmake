@@ -36,6 +36,7 @@ set(xgdn_public_headers
   layers/gated_attention.h
   layers/gdn_batch.h
   layers/gdn_state.h
+  layers/layer_input.h
   layers/mlp.h
   layers/projection.h
   layers/qwen3_gated_delta_net.h

@@ -62,6 +62,7 @@ class Backend : public BackendOps<AllOps> {
   virtual bool has_graphs() const { return false; }
   virtual std::unique_ptr<DeviceGraph> record(const std::function<void()>& /*launches*/) const { return nullptr; }
   virtual bool finds_largest_logits() const { return false; }
+  virtual LargestLogits largest_logits(const at::Tensor& /*logits*/) const { return {}; }
 
   // Why not on this device; every backend's first answer.
   virtual std::optional<std::string> why_not_device(c10::Device device) const = 0;

@@ -2,6 +2,7 @@
 // What a device can do beside the ops: whether it still works, graphs.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 
 #include <functional>
@@ -35,5 +36,14 @@ std::unique_ptr<DeviceGraph> record(c10::Device device, const std::function<void
 /// Whether the largest logit of a row is better found on the device than on the host, because copying logits costs
 /// more.
 bool finds_largest_logits(c10::Device device);
+
+/// The largest logit of each row, and the first token that has it; a NaN is larger than any number.
+struct LargestLogits {
+  at::Tensor values;  // [R]  f32
+  at::Tensor tokens;  // [R]  i64
+};
+
+/// Of logits [R, V], contiguous f32, on the device; where finds_largest_logits is true.
+LargestLogits largest_logits(const at::Tensor& logits);
 
 }  // namespace xgdn::kernel

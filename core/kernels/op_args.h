@@ -70,13 +70,14 @@ struct DecodeStepArgs {
 struct RmsNormArgs {
   int64_t H = 0;
   int64_t D = 0;
-  int64_t P = 0;     // dimensions that are rotated
-  InRows x;          // [T, H, D]
-  InRows weight;     // [D]
-  OutRows residual;  // [T, H, D]  data may be null
-  InRows cos;        // [T, P]
-  InRows sin;        // [T, P]
-  OutRows out;       // [T, H, D]
+  int64_t P = 0;         // dimensions that are rotated
+  InRows x;              // [T, H, D]
+  InRows weight;         // [D]
+  InRows residual;       // [T, H, D]  data may be null
+  OutRows residual_out;  // [T, H, D]  beside residual; it may be the same memory
+  InRows cos;            // [T, P]
+  InRows sin;            // [T, P]
+  OutRows out;           // [T, H, D]
   float eps = 0;
 };
 

@@ -27,6 +27,7 @@
   op(SiluAndMulParams, silu_and_mul, LinearShape, kDecode, gate)                      \
   op(SigmoidAndMulParams, sigmoid_and_mul, NormShape, kDecode, x)                     \
   op(LinearParams, linear, LinearShape, kDecode, x)                                   \
+  op(RmsNormLinearParams, rms_norm_linear, LinearShape, kDecode, x)                   \
   op(QuantizedLinearParams, quantized_linear, QuantizedLinearShape, kDecode, x)       \
   op(PagedAttentionParams, paged_attention, AttentionShape, kDecode, q)               \
   op(StoreKvParams, store_kv, KvShape, kDecode, k)                                    \

@@ -113,10 +113,23 @@ inline RmsNormArgs op_args(const RmsNormParams& p, const NormShape& s) {
           .P = p.cos ? p.cos->size(1) : 0,
           .x = in_rows(p.x),
           .weight = in_heads(p.weight),
-          .residual = p.residual ? out_rows(*p.residual) : OutRows(),
+          .residual = p.residual ? in_rows(*p.residual) : InRows(),
+          .residual_out = p.residual ? out_rows(*p.residual) : OutRows(),
           .cos = p.cos ? in_rows(*p.cos) : InRows(),
           .sin = p.sin ? in_rows(*p.sin) : InRows(),
           .out = out_rows(p.out),
+          .eps = static_cast<float>(p.eps)};
+}
+
+/// Its norm, to memory `normed` [T, D].
+inline RmsNormArgs norm_args(const RmsNormLinearParams& p, const LinearShape& s, const at::Tensor& normed) {
+  return {.H = 1,
+          .D = s.D,
+          .x = in_rows(p.x),
+          .weight = in_heads(p.norm_weight),
+          .residual = p.residual ? in_rows(*p.residual) : InRows(),
+          .residual_out = p.residual_out ? out_rows(*p.residual_out) : OutRows(),
+          .out = out_rows(normed),
           .eps = static_cast<float>(p.eps)};
 }
 

@@ -28,7 +28,7 @@ std::vector<at::Tensor> GatedAttention::weights() const {
   return weights;
 }
 
-at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
+at::Tensor GatedAttention::forward(const LayerInput& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
                                    KvPool& kv) const {
   const int64_t dim = config_.head_dim;
   const at::Tensor projected = qkv_.forward(hidden, backend_);
@@ -52,7 +52,7 @@ at::Tensor GatedAttention::forward(const at::Tensor& hidden, const RotaryTable& 
                     .host = batch.host,
                     .backend = backend_});
 
-  at::Tensor o = kernel::allocate_temporary({hidden.size(0), config_.num_heads, dim}, hidden.options());
+  at::Tensor o = kernel::allocate_temporary({projected.size(0), config_.num_heads, dim}, projected.options());
   kernel::paged_attention({.q = q,
                            .k = kv.k,
                            .v = kv.v,

@@ -35,7 +35,7 @@ class GatedAttention {
                  const at::TensorOptions& options, const BackendSelection& backends = {});
 
   /// Writes this step's keys and values into `kv`, then reads each sequence's whole context from it.
-  at::Tensor forward(const at::Tensor& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
+  at::Tensor forward(const LayerInput& hidden, const RotaryTable& rotary, const AttentionBatch& batch,
                      KvPool& kv) const;
 
   /// The tensors that the layer holds.

@@ -93,27 +93,19 @@ Experts load_experts(const SparseMoeConfig& c, const WeightSource& weights, cons
 }  // namespace
 
 Mlp::Mlp(at::Tensor gate, at::Tensor up, at::Tensor down, const BackendSelection& backends)
-    : intermediate_size_(gate.size(0)),
-      gate_up_(at::cat({std::move(gate), std::move(up)})),
-      down_(std::move(down)),
-      backend_(backends.decode) {}
+    : gate_up_(at::cat({std::move(gate), std::move(up)})), down_(std::move(down)), backend_(backends.decode) {}
 
 Mlp::Mlp(const WeightSource& weights, const std::string& prefix, int64_t hidden_size, int64_t intermediate_size,
          const at::TensorOptions& options, const BackendSelection& backends)
-    : intermediate_size_(intermediate_size),
-      gate_up_(weights,
+    : gate_up_(weights,
                {whole_rows(prefix + "gate_proj.weight", {intermediate_size, hidden_size}),
                 whole_rows(prefix + "up_proj.weight", {intermediate_size, hidden_size})},
                options),
       down_(weights, prefix + "down_proj.weight", {hidden_size, intermediate_size}, options),
       backend_(backends.decode) {}
 
-at::Tensor Mlp::forward(const at::Tensor& x) const {
-  const at::Tensor gate_up = gate_up_.forward(x, backend_);
-  const at::Tensor gate = gate_up.narrow(1, 0, intermediate_size_);
-  const at::Tensor up = gate_up.narrow(1, intermediate_size_, intermediate_size_);
-  kernel::silu_and_mul({.gate = gate, .up = up, .out = gate, .backend = backend_});
-  return down_.forward(gate, backend_);
+at::Tensor Mlp::forward(const LayerInput& x) const {
+  return down_.forward(gate_up_.forward_gated(x, backend_), backend_);
 }
 
 std::vector<at::Tensor> Mlp::weights() const {
@@ -145,7 +137,8 @@ std::vector<at::Tensor> SparseMoe::weights() const {
   return weights;
 }
 
-at::Tensor SparseMoe::forward(const at::Tensor& x) const {
+at::Tensor SparseMoe::forward(const LayerInput& input) const {
+  const at::Tensor x = input.hidden(backend_);
   const at::Tensor probabilities = at::softmax(project(x, router_, backend_), -1, at::kFloat);
   auto [weights, chosen] = at::topk(probabilities, config_.num_experts_per_tok, -1);
   if (config_.norm_topk_prob) weights = weights / weights.sum(-1, /*keepdim=*/true);

@@ -24,13 +24,12 @@ class Mlp {
       const at::TensorOptions& options, const BackendSelection& backends = {});
 
   /// x [T, hidden] -> [T, hidden].
-  at::Tensor forward(const at::Tensor& x) const;
+  at::Tensor forward(const LayerInput& x) const;
 
   /// The tensors that the layer holds.
   std::vector<at::Tensor> weights() const;
 
  private:
-  int64_t intermediate_size_;
   Projection gate_up_;  // [2 * intermediate, hidden]
   Projection down_;     // [hidden, intermediate]
   std::string backend_;
@@ -56,7 +55,7 @@ class SparseMoe {
             const at::TensorOptions& options, const BackendSelection& backends = {});
 
   /// x [T, hidden] -> [T, hidden].
-  at::Tensor forward(const at::Tensor& x) const;
+  at::Tensor forward(const LayerInput& input) const;
 
   /// The tensors that the layer holds.
   std::vector<at::Tensor> weights() const;

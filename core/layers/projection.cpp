@@ -41,7 +41,8 @@ bool is_whole(const RowRange& range) {
 void multiply(const at::Tensor& x, const Weight& weight, const std::optional<at::Tensor>& bias,
               const std::string& backend, const at::Tensor& out) {
   if (const auto* plain = std::get_if<at::Tensor>(&weight)) {
-    kernel::linear({.x = x, .weight = *plain, .out = out, .bias = bias, .backend = backend});
+    kernel::linear(
+        {.x = x, .weight = *plain, .out = out, .bias = bias, .has_constant_weight = true, .backend = backend});
   } else {
     kernel::quantized_linear(
         {.x = x, .weight = std::get<kernel::QuantizedWeight>(weight), .out = out, .bias = bias, .backend = backend});
@@ -152,10 +153,8 @@ Projection Projection::of_columns(const WeightSource& weights, const std::string
 
 at::Tensor Projection::forward(const at::Tensor& x, const std::string& backend,
                                std::optional<at::ScalarType> dtype) const {
-  int64_t num_outputs = 0;
-  for (const Part& part : parts_) num_outputs += part.num_outputs;
   const at::Tensor out =
-      kernel::allocate_temporary({x.size(0), num_outputs}, x.options().dtype(dtype.value_or(x.scalar_type())));
+      kernel::allocate_temporary({x.size(0), num_outputs()}, x.options().dtype(dtype.value_or(x.scalar_type())));
   int64_t begin = 0;
   for (const Part& part : parts_) {
     const bool is_all = parts_.size() == 1;
@@ -164,6 +163,30 @@ at::Tensor Projection::forward(const at::Tensor& x, const std::string& backend,
     begin += part.num_outputs;
   }
   return out;
+}
+
+at::Tensor Projection::forward(const LayerInput& x, const std::string& backend) const {
+  const at::Tensor* const weight = plain();
+  if (!x.has_norm() || weight == nullptr) return forward(x.hidden(backend), backend);
+  return x.linear(*weight, bias_, /*use_silu_and_mul=*/false, backend);
+}
+
+at::Tensor Projection::forward_gated(const LayerInput& x, const std::string& backend) const {
+  const at::Tensor* const weight = plain();
+  if (x.has_norm() && weight != nullptr) return x.linear(*weight, bias_, /*use_silu_and_mul=*/true, backend);
+  const std::vector<at::Tensor> gate_up = forward(x.hidden(backend), backend).chunk(2, 1);
+  kernel::silu_and_mul({.gate = gate_up[0], .up = gate_up[1], .out = gate_up[0], .backend = backend});
+  return gate_up[0];
+}
+
+const at::Tensor* Projection::plain() const {
+  return parts_.size() == 1 ? std::get_if<at::Tensor>(&parts_.front().weight) : nullptr;
+}
+
+int64_t Projection::num_outputs() const {
+  int64_t sum = 0;
+  for (const Part& part : parts_) sum += part.num_outputs;
+  return sum;
 }
 
 void Projection::append_weights(std::vector<at::Tensor>& weights) const {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/kernels/ops_api.h"
+#include "core/layers/layer_input.h"
 #include "core/layers/weight_source.h"
 
 namespace xgdn {
@@ -65,6 +66,10 @@ class Projection {
 
   /// x [T, D] -> [T, O], in the dtype of x or in `dtype`.
   at::Tensor forward(const at::Tensor& x, const std::string& backend, std::optional<at::ScalarType> dtype = {}) const;
+  /// The same of what a layer is given, in its dtype: together with its norm, where the weight is one plain tensor.
+  at::Tensor forward(const LayerInput& x, const std::string& backend) const;
+  /// silu(gate) * up of outputs [gate | up]: x -> [T, O/2], rows perhaps O apart.
+  at::Tensor forward_gated(const LayerInput& x, const std::string& backend) const;
 
   /// Appends the tensors that the projection holds.
   void append_weights(std::vector<at::Tensor>& weights) const;
@@ -75,6 +80,9 @@ class Projection {
     int64_t num_outputs;
   };
 
+  /// The weight, where it is one plain tensor.
+  const at::Tensor* plain() const;
+  int64_t num_outputs() const;
   void add(const WeightSource& weights, const std::vector<RowRange>& ranges, const at::TensorOptions& options);
 
   std::vector<Part> parts_;  // one after the other in O

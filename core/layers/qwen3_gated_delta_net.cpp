@@ -186,11 +186,11 @@ std::vector<at::Tensor> Qwen3GatedDeltaNet::weights() const {
   return weights;
 }
 
-at::Tensor Qwen3GatedDeltaNet::forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const {
-  check_segments(batch, hidden);
+at::Tensor Qwen3GatedDeltaNet::forward(const LayerInput& hidden, const GdnBatch& batch, GdnState& state) const {
+  check_segments(batch, hidden.tokens());
   const at::Tensor projected = in_proj_.forward(hidden, backends_.decode);
   const at::Tensor o =
-      kernel::allocate_temporary({hidden.size(0), local_.num_v_heads, local_.head_v_dim}, hidden.options());
+      kernel::allocate_temporary({projected.size(0), local_.num_v_heads, local_.head_v_dim}, projected.options());
   for (const Segment& segment : batch.segments) {
     const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
     if (segment.kind == SegmentKind::kDecode && !local_.has_replay_states) {

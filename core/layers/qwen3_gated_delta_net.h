@@ -43,7 +43,7 @@ class Qwen3GatedDeltaNet {
                      const at::TensorOptions& options, Shard shard = {}, BackendSelection backends = {});
 
   /// Computes the step and updates `state` in place. Throws ShapeError when the segments do not cover the tokens.
-  at::Tensor forward(const at::Tensor& hidden, const GdnBatch& batch, GdnState& state) const;
+  at::Tensor forward(const LayerInput& hidden, const GdnBatch& batch, GdnState& state) const;
 
   /// The pools that this rank needs.
   std::vector<StateSpec> state_specs() const;

@@ -205,31 +205,26 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
   if (input.logit_rows.defined()) kernel::check_storage("HybridDecoder", "logit_rows", input.logit_rows);
   kernel::check_storage("HybridDecoder", "positions", input.attention.positions);
   kernel::check_storage("HybridDecoder", "embed_tokens", embedding_);
-  const at::Tensor residual = rows_of(embedding_, input.token_ids);
-  at::Tensor branch;  // what the part before adds to the residual stream
-  const auto normed = [&](const at::Tensor& weight) {
-    return branch.defined() ? add_rms_norm_zero_centred(branch, residual, weight, config_.rms_norm_eps, backend_)
-                            : rms_norm_zero_centred(residual, weight, config_.rms_norm_eps, backend_);
-  };
+  ResidualStream stream{.residual = rows_of(embedding_, input.token_ids)};
   const RotaryTable rotary = rotary_.table(input.attention.positions, dtype_);
   size_t gdn_layer = 0;
   size_t attention_layer = 0;
   for (const auto& layer : layers_) {
-    const at::Tensor x = normed(layer->input_norm);
+    const LayerInput x(stream, layer->input_norm, config_.rms_norm_eps);
     if (const auto* gdn = std::get_if<Qwen3GatedDeltaNet>(&layer->mixer)) {
-      branch = gdn->forward(x, input.gdn, state.gdn[gdn_layer++]);
+      stream.branch = gdn->forward(x, input.gdn, state.gdn[gdn_layer++]);
     } else {
       const auto& attention = std::get<GatedAttention>(layer->mixer);
-      branch = attention.forward(x, rotary, input.attention, state.kv[attention_layer++]);
+      stream.branch = attention.forward(x, rotary, input.attention, state.kv[attention_layer++]);
     }
-    const at::Tensor y = normed(layer->post_attention_norm);
-    branch = std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
+    const LayerInput y(stream, layer->post_attention_norm, config_.rms_norm_eps);
+    stream.branch = std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
   }
   const auto wanted = [&](const at::Tensor& rows) {
     return input.logit_rows.defined() ? rows_of(rows, input.logit_rows) : rows;
   };
   const at::Tensor last =
-      add_rms_norm_zero_centred(wanted(branch), wanted(residual), norm_, config_.rms_norm_eps, backend_);
+      add_rms_norm_zero_centred(wanted(stream.branch), wanted(stream.residual), norm_, config_.rms_norm_eps, backend_);
   return lm_head_.forward(last, backend_, at::kFloat);
 }
 

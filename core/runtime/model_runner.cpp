@@ -3,12 +3,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/max.h>
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <stdexcept>
-#include <tuple>
 #include <utility>
 
 namespace xgdn {
@@ -40,7 +38,7 @@ void ModelRunner::launch(const std::vector<SequenceStep>& sequences) {
 ModelRunner::Result ModelRunner::forward(const StepInput& input) {
   const kernel::StepMemory::Use use(memory_);
   Result result{.logits = model_->forward(input, state_)};
-  if (finds_largest_) std::tie(result.largest, result.likeliest_token) = at::max(result.logits, 1);
+  if (finds_largest_) result.largest = kernel::largest_logits(result.logits);
   return result;
 }
 
@@ -69,9 +67,9 @@ ModelRunner::Result ModelRunner::run_recorded() {
 }
 
 void ModelRunner::wait() {
-  at::Tensor& awaited = finds_largest_ ? result_.largest : result_.logits;
+  at::Tensor& awaited = finds_largest_ ? result_.largest.values : result_.logits;
   awaited = awaited.to(at::kCPU).contiguous();
-  if (finds_largest_) result_.likeliest_token = result_.likeliest_token.to(at::kCPU);
+  if (finds_largest_) result_.largest.tokens = result_.largest.tokens.to(at::kCPU);
   forward_seconds_ = since_launch_.seconds();
 }
 
@@ -107,8 +105,8 @@ at::Tensor ModelRunner::logits_on_host(const std::vector<SampleRow>& rows, std::
 SampledToken ModelRunner::choose(Sampler& sampler, int64_t row, const at::Tensor& logits, int64_t place) const {
   try {
     if (place < 0) {
-      const int64_t token = result_.likeliest_token.const_data_ptr<int64_t>()[row];
-      check_largest_logit(result_.largest.const_data_ptr<float>()[row], token);
+      const int64_t token = result_.largest.tokens.const_data_ptr<int64_t>()[row];
+      check_largest_logit(result_.largest.values.const_data_ptr<float>()[row], token);
       return {.token = static_cast<int32_t>(token)};
     }
     const int64_t vocab = logits.size(1);

@@ -70,8 +70,7 @@ class ModelRunner {
   // What the device gives back of a step.
   struct Result {
     at::Tensor logits;
-    at::Tensor largest;          // [R] f32, of each row; where the device finds them
-    at::Tensor likeliest_token;  // [R] i64, the first that has it
+    kernel::LargestLogits largest;  // where the device finds them
   };
   struct RecordedStep {
     std::unique_ptr<kernel::DeviceGraph> graph;  // null: seen once

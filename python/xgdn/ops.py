@@ -54,6 +54,7 @@ __all__ = [
     "replay_gated_delta_rule",
     "rms_norm",
     "rms_norm_gated",
+    "rms_norm_linear",
     "sigmoid_and_mul",
     "silu_and_mul",
     "store_kv",
@@ -569,13 +570,59 @@ def gdn_decode_step(
 
 
 def linear(
-    x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    has_constant_weight: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """`x weight^T + bias` of `x` `[T, D]`, `weight` `[O, D]` and a contiguous `bias` `[O]`, all of one dtype, summed in
     f32; returns `[T, O]`. `out` may also be f32 where the inputs are 16-bit.
+
+    `has_constant_weight` promises that no call which may still run writes `weight` or `bias`, so that a device may read
+    them ahead of the calls before.
     """
     out = x.new_empty(x.shape[:1] + weight.shape[:1]) if out is None else out
-    torch.ops.xgdn.linear(x, weight, out, bias=bias, backend=backend)
+    torch.ops.xgdn.linear(x, weight, out, bias=bias, has_constant_weight=has_constant_weight, backend=backend)
+    return out
+
+
+def rms_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_out: Tensor | None = None,
+    use_silu_and_mul: bool = False,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`linear` of what `rms_norm` makes of `x` `[T, D]` and `norm_weight` `[D]`, which is f32 or as `x`; returns
+    `[T, O]`. The weights are constant, as `has_constant_weight` of `linear` promises it.
+
+    With `residual` `[T, D]`, as `x`, the sum of both is normed and written to `residual_out`, which is other memory.
+    With `use_silu_and_mul` the rows of `weight` and `bias` are those of gate and up, and the result is
+    `silu_and_mul(gate, up)` `[T, O/2]`. The result has the bits of these functions one after the other.
+    """
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0] // 2 if use_silu_and_mul else weight.shape[0])
+    torch.ops.xgdn.rms_norm_linear(
+        x,
+        norm_weight,
+        weight,
+        out,
+        bias=bias,
+        residual=residual,
+        residual_out=residual_out,
+        use_silu_and_mul=use_silu_and_mul,
+        eps=eps,
+        backend=backend,
+    )
     return out
 
 

@@ -28,6 +28,24 @@ def test_tokens_are_those_of_the_cpu_in_f32(model: checkpoints.Tiny, tmp_path: P
         torch.testing.assert_close(gpu.prompt_logits(prompt).cpu(), cpu.prompt_logits(prompt), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("vocab_size", [131, 1000, 20_003])
+def test_the_largest_logit_of_any_row_is_found(vocab_size: int, tmp_path: Path) -> None:
+    """Rows that are aligned and those that are not, shorter and longer than the threads that search them."""
+    model = checkpoints.Tiny("wide", checkpoints.qwen3_5, {"vocab_size": vocab_size, "tie_word_embeddings": False})
+    directory, _ = checkpoints.make(model, tmp_path)
+    prompts = [torch.randint(0, 128, (length,)).tolist() for length in PROMPT_LENGTHS]
+    engine = xgdn.Engine(
+        directory,
+        device="cuda",
+        dtype=torch.float32,
+        runner=xgdn.RunnerOptions(max_batch_size=8, max_cached_tokens=2048),
+    )
+    for prompt, got in zip(prompts, engine.generate(prompts, max_new_tokens=4, ignore_eos=True), strict=True):
+        for i, token in enumerate(got.tokens):
+            logits = engine.prompt_logits(prompt + got.tokens[:i])[-1]
+            assert logits[token] >= logits.max() - 1e-2
+
+
 def test_sequences_that_go_on_from_others_beside_recorded_steps(tmp_path: Path) -> None:
     """Branches of a prompt and a cached prefix read one slot and write another, which a recorded step does not."""
     directory, _ = checkpoints.make(checkpoints.CHECKPOINTS[0], tmp_path)

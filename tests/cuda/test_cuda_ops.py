@@ -4,6 +4,7 @@ formulas; a captured step that is replayed with other slots."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,10 +96,18 @@ def test_experts_are_the_formula(call: ExpertsCall) -> None:
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(1, 32, 16), (3, 1024, 100), (8, 96, 33), (9, 2048, 16), (16, 3584, 40), (17, 64, 24)]
+    "shape",
+    [
+        *((1, 32, 16), (3, 1024, 100), (8, 96, 33), (9, 2048, 16), (16, 3584, 40), (17, 64, 24), (33, 64, 24)),
+        *((5, 4000, 40), (8, 6144, 24), (7, 8192, 24), (1, 12288, 24)),  # much shared memory, the most, none, some
+        *((1, 1024, 4107), (5, 3584, 4107), (11, 1024, 4107), (16, 5120, 4107), (25, 1024, 4107), (32, 3584, 4107)),
+    ],
 )
-def test_linear_is_the_product(shape: tuple[int, int, int], has_bias: bool, out_dtype: torch.dtype) -> None:
-    """Tokens and rows of the weight lie inside wider memory of NaN."""
+@pytest.mark.parametrize("is_constant", [True, False])
+def test_linear_is_the_product(
+    shape: tuple[int, int, int], has_bias: bool, out_dtype: torch.dtype, is_constant: bool
+) -> None:
+    """Tokens and rows of the weight lie inside wider memory of NaN. Few and many outputs, one and two passes over D."""
     T, D, width = shape
     wide_x, wide_weight = torch.full((T + 2, D + 8), torch.nan), torch.full((width + 2, D + 16), torch.nan)
     x, weight, bias = torch.randn(T, D).bfloat16(), torch.randn(width, D).bfloat16(), torch.randn(width).bfloat16()
@@ -108,11 +117,97 @@ def test_linear_is_the_product(shape: tuple[int, int, int], has_bias: bool, out_
         wide_x.bfloat16().cuda()[1:-1, :D],
         wide_weight.bfloat16().cuda()[1:-1, :D],
         bias=bias.cuda() if has_bias else None,
+        has_constant_weight=is_constant,
         out=out[:, :width],
     )
     want = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
     assert_close("out", out[:, :width].cpu(), want, 4e-3 if out_dtype == torch.bfloat16 else 1e-6, parts=(0, 1))
     assert out[:, width:].isnan().all()
+
+
+def test_linear_waits_for_a_weight_that_an_op_writes() -> None:
+    """Products of products, each launched while the one before runs, whose result is its weight."""
+    torch.manual_seed(0)
+    weight = (torch.randn(512, 512) / 512**0.5).bfloat16().cuda()
+    wide = weight.repeat(8, 1)  # blocks enough that some begin late
+    first = ops.linear(wide[:16], wide)  # [16, 4096]: as the weight of what follows
+    torch.cuda.synchronize()
+    want = ops.linear(torch.ones(1, 4096, device="cuda").bfloat16(), first)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        made = torch.full_like(first, torch.nan)
+        torch.cuda.synchronize()
+        ops.linear(wide[:16], wide, out=made)
+        got = ops.linear(torch.ones(1, 4096, device="cuda").bfloat16(), made)
+        assert_bits_equal("out", got.cpu(), want.cpu())
+
+
+@pytest.mark.parametrize("T", [1, 7, 13, 30])
+@pytest.mark.parametrize(("D", "width"), [(1024, 1024), (3584, 1024), (1024, 5000)])
+def test_tokens_of_linear_have_the_bits_that_they_have_alone(D: int, width: int, T: int) -> None:
+    """Up to 32 tokens: how many there are changes what is loaded together, not what is added."""
+    x, weight = torch.randn(T, D).bfloat16().cuda(), torch.randn(width, D).bfloat16().cuda()
+    together = ops.linear(x, weight, has_constant_weight=True)
+    for token in range(T):
+        alone = ops.linear(x[token : token + 1], weight, has_constant_weight=True)
+        assert_bits_equal(f"token {token}", together[token : token + 1].cpu(), alone.cpu())
+
+
+@pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((1, 256, 24), (1, 1024, 8224), (2, 1024, 7168), (4, 1024, 90), (8, 512, 400), (1, 2560, 2056)),
+        *((2, 2048, 34), (1, 4096, 1032), (8, 1024, 7168), (3, 2560, 90), (1, 8192, 90)),
+        *((5, 2048, 90), (9, 512, 34), (1, 96, 34), (1, 8448, 34), (40, 1024, 90)),  # the ops one after the other
+    ],
+    ids=str,
+)
+def test_norm_and_gate_around_a_product_keep_its_bits(
+    shape: tuple[int, int, int], gated: bool, has_bias: bool, has_residual: bool
+) -> None:
+    """Rows lie inside wider memory of NaN, which stays as it was."""
+    T, D, O = shape  # noqa: E741
+    torch.manual_seed(0)
+    weight, norm = (torch.randn(O, D) / D**0.5).bfloat16().cuda(), (0.3 * torch.randn(D)).bfloat16().cuda()
+    bias = torch.randn(O).bfloat16().cuda() if has_bias else None
+
+    def rows(width: int, values: torch.Tensor | None = None) -> torch.Tensor:
+        wide = torch.full((T + 2, width + 16), torch.nan, dtype=torch.bfloat16, device="cuda")
+        if values is not None:
+            wide[1:-1, :width] = values
+        return wide
+
+    x, residual = rows(D, torch.randn(T, D).cuda()), rows(D, 3 * torch.randn(T, D).cuda())
+    width = O // 2 if gated else O
+    residual_out, out = rows(D), rows(width)
+    before = residual.clone()
+    ops.rms_norm_linear(
+        x[1:-1, :D],
+        norm,
+        weight,
+        bias=bias,
+        residual=residual[1:-1, :D] if has_residual else None,
+        residual_out=residual_out[1:-1, :D] if has_residual else None,
+        use_silu_and_mul=gated,
+        eps=1e-5,
+        out=out[1:-1, :width],
+    )
+    assert xgdn.last_backend("rms_norm_linear") == "cuda"
+
+    summed = residual[1:-1, :D].clone()
+    normed = ops.rms_norm(x[1:-1, None, :D], norm, residual=summed[:, None] if has_residual else None, eps=1e-5)
+    product = ops.linear(normed[:, 0], weight, bias=bias)
+    want = ops.silu_and_mul(*product.chunk(2, 1)) if gated else product
+    assert_bits_equal("out", out[1:-1, :width].cpu(), want.cpu())
+    assert_bits_equal("residual", residual.cpu(), before.cpu())
+    for wide, used in ((out, width), (residual_out, D if has_residual else 0)):
+        for around in (wide[0], wide[-1], wide[:, used:]):
+            assert around.isnan().all()
+    if has_residual:
+        assert_bits_equal("residual_out", residual_out[1:-1, :D].cpu(), summed.cpu())
 
 
 @pytest.mark.parametrize("call", STORE, ids=str)
@@ -189,6 +284,57 @@ def test_a_decoded_sequence_has_the_bits_that_it_has_alone(packed: bool, state_d
         own = slots[rows].cpu().long()
         assert_bits_equal("state", own_state[own], state[own])
         assert_bits_equal("conv", own_conv[own], conv[own])
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("H", "HV", "V"), [(1, 1, 160), (2, 6, 96), (1, 2, 72), (16, 16, 128)])
+def test_clusters_of_any_size_give_a_step_the_same_bits(H: int, HV: int, V: int, state_dtype: torch.dtype) -> None:
+    """Passes that blocks share unevenly, and the last of a head that is not full. 600 sequences have no clusters."""
+    K, N = 128, 600
+    projected = torch.randn(N, 2 * H * K + 2 * HV * V + 2 * HV).bfloat16().cuda()
+    slots = torch.randperm(N).int().cuda()
+
+    def run(rows: slice) -> tuple[torch.Tensor, ...]:
+        pools = step_pools(N, H, HV, K, V, state_dtype)
+        out = torch.full((projected[rows].shape[0], HV, V), torch.nan, dtype=torch.bfloat16, device="cuda")
+        decode_step(projected[rows], pools, slots[rows], out)
+        return out.cpu(), pools["state"][slots[rows].long()].cpu(), pools["conv"][slots[rows].long()].cpu()
+
+    together = run(slice(None))
+    for n, count in ((0, 1), (599, 1), (7, 2), (40, 5), (100, 33), (200, 130)):
+        rows = slice(n, n + count)
+        for name, got, want in zip(("out", "state", "conv"), run(rows), together, strict=True):
+            assert_bits_equal(f"{name} of {rows}", got, want[rows])
+
+
+@pytest.mark.parametrize("N", [1, 4, 40])
+def test_a_step_reads_what_the_kernels_right_before_it_wrote(N: int) -> None:
+    """Slots, inputs and states of the step before; a step begins to fetch before those are there."""
+    H, HV, K, V = 4, 8, 128, 128
+    torch.manual_seed(0)
+    weight = (torch.randn(2 * H * K + 2 * HV * V + 2 * HV, 256) / 16).bfloat16().cuda()
+    x = torch.randn(6, N, 256).bfloat16().cuda()
+    first = torch.arange(N, dtype=torch.int32, device="cuda")
+
+    def run(wait: Callable[[], None]) -> list[torch.Tensor]:
+        pools = step_pools(N + 3, H, HV, K, V, torch.float32)
+        slots, out = torch.full_like(first, 2**30), torch.empty(12, N, HV, V).bfloat16().cuda()
+        projected = torch.full((N, weight.shape[0]), torch.nan, dtype=torch.bfloat16, device="cuda")
+        for i in range(6):
+            wait()
+            torch.add(first, i % 4, out=slots)
+            wait()
+            ops.linear(x[i], weight, out=projected)
+            for j in range(2):
+                wait()
+                decode_step(projected, pools, slots, out[2 * i + j])
+            wait()
+            torch.add(first, 2**30, out=slots)
+        return [out.cpu(), pools["state"].cpu(), pools["conv"].cpu()]
+
+    for name, got, want in zip(("out", "state", "conv"), run(lambda: None), run(torch.cuda.synchronize), strict=True):
+        assert got.isfinite().all()
+        assert_bits_equal(name, got, want)
 
 
 def test_pools_of_more_than_two_billion_elements() -> None:

@@ -34,6 +34,7 @@ OPS: dict[str, Callable[..., Any]] = {
         "sigmoid_and_mul",
         "silu_and_mul",
         "linear",
+        "rms_norm_linear",
         "quantized_linear",
         "gdn_decode_step",
         "paged_attention",

@@ -125,6 +125,16 @@ def token_op(op: str, dtype: torch.dtype, backend: str) -> Call:
         "sigmoid_and_mul": lambda n: ops.sigmoid_and_mul(heads[n], other[n], backend=backend),
         "silu_and_mul": lambda n: ops.silu_and_mul(heads[n, 0], other[n, 0], backend=backend),
         "linear": lambda n: ops.linear(x[n], weight, bias=bias, backend=backend),
+        "rms_norm_linear": lambda n: ops.rms_norm_linear(
+            x[n],
+            torch.linspace(-1, 1, 96),
+            weight,
+            bias=bias,
+            residual=x.flip(0)[n],
+            residual_out=torch.empty(len(n), 96, dtype=dtype),
+            use_silu_and_mul=True,
+            backend=backend,
+        ),
         "quantized_linear": lambda n: ops.quantized_linear(
             x[n], codes, scales, zeros=zeros, order=columns, bias=bias, backend=backend
         ),

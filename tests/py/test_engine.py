@@ -429,7 +429,7 @@ def test_the_backend_of_a_phase_serves_every_op_of_the_model(checkpoint: Path, p
         "chunk_gated_delta_rule": prefill,
         "causal_conv1d": prefill,
     }
-    ops = ("gdn_gating", "linear", "paged_attention", "rms_norm", "rms_norm_gated", "silu_and_mul")
+    ops = ("gdn_gating", "linear", "paged_attention", "rms_norm", "rms_norm_gated", "rms_norm_linear")
     assert {op: xgdn.last_backend(op) for op in ops} == dict.fromkeys(ops, decode)
 
 

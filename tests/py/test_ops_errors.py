@@ -114,6 +114,14 @@ def _good_arguments() -> dict[str, Arguments]:
             "weight": torch.randn(K, D),
             "bias": torch.randn(K),
         },
+        "rms_norm_linear": {
+            "x": torch.randn(T, D),
+            "norm_weight": torch.randn(D),
+            "weight": torch.randn(K, D),
+            "bias": torch.randn(K),
+            "residual": torch.randn(T, D),
+            "residual_out": torch.randn(T, D),
+        },
         "quantized_linear": {"x": torch.randn(T, 2 * V), "codes": int8(1, K, 16, 4), "scales": torch.rand(1, 2, 16)},
         "quantized_moe_experts": {
             "x": torch.randn(T, V),
@@ -169,6 +177,7 @@ MATERIALIZE = "materialize_state"
 STEP = "gdn_decode_step"
 ATTENTION = "paged_attention"
 EXPERTS = "moe_experts"
+NORM_LINEAR = "rms_norm_linear"
 QUANTIZED = "quantized_linear"
 QUANTIZED_EXPERTS = "quantized_moe_experts"
 STORE = "store_kv"
@@ -296,6 +305,31 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     ("linear", {"weight": torch.randn(24, 16).T}, ValueError, ("weight", "contiguous")),
     ("linear", {"bias": torch.empty(16, device="meta")}, ValueError, ("bias", "cpu", "meta")),
     ("linear", {"x": torch.tensor(1.0)}, ValueError, ("x", "T, D", "[]")),
+    (NORM_LINEAR, {"x": torch.randn(5, 24).double()}, TypeError, ("x", "Float", "Double")),
+    (NORM_LINEAR, {"norm_weight": torch.randn(24).half()}, TypeError, ("norm_weight", "Float", "Half")),
+    (NORM_LINEAR, {"weight": torch.randn(16, 24).half()}, TypeError, ("weight", "Float", "Half")),
+    (NORM_LINEAR, {"residual": torch.randn(5, 24).half()}, TypeError, ("residual", "Float", "Half")),
+    (NORM_LINEAR, {"out": torch.empty(5, 16).half()}, TypeError, ("out", "Float", "Half")),
+    (NORM_LINEAR, {"norm_weight": torch.randn(23)}, ValueError, ("norm_weight", "D=24 (set by x)", "[23]")),
+    (NORM_LINEAR, {"weight": torch.randn(16, 23)}, ValueError, ("weight", "D=24 (set by x)", "[16, 23]")),
+    (NORM_LINEAR, {"bias": torch.randn(8)}, ValueError, ("bias", "O=16 (set by weight)", "[8]")),
+    (NORM_LINEAR, {"residual": torch.randn(4, 24)}, ValueError, ("residual", "T=5 (set by x)", "[4, 24]")),
+    (NORM_LINEAR, {"residual_out": torch.randn(5, 23)}, ValueError, ("residual_out", "D=24 (set by x)", "[5, 23]")),
+    (NORM_LINEAR, {"residual": None}, ValueError, ("residual", "both residual and residual_out, got one")),
+    (NORM_LINEAR, {"residual_out": None}, ValueError, ("residual_out", "both residual and residual_out, got one")),
+    (NORM_LINEAR, {"out": torch.empty(5, 8)}, ValueError, ("out", "O=16 (set by weight)", "[5, 8]")),
+    (
+        NORM_LINEAR,
+        {"use_silu_and_mul": True, "out": torch.empty(5, 16)},
+        ValueError,
+        ("out", "O/2=8 (set by weight)", "[5, 16]"),
+    ),
+    (
+        NORM_LINEAR,
+        {"use_silu_and_mul": True, "weight": torch.randn(15, 24), "bias": None},
+        ValueError,
+        ("weight", "[gate | up]", "even O, got 15"),
+    ),
     (ATTENTION, {"k": torch.randn(3, 4, 2, 16).half()}, TypeError, ("k", "Float", "Half")),
     (ATTENTION, {"block_table": torch.tensor([[2, 0], [1, 0]])}, TypeError, ("block_table", "Int", "Long")),
     (
@@ -724,6 +758,7 @@ OUT_SHAPES = {
     "sigmoid_and_mul": (5, 2, 16),
     "silu_and_mul": (5, 24),
     "linear": (5, 16),
+    NORM_LINEAR: (5, 16),
     ATTENTION: (5, 4, 16),
     QUANTIZED: (5, 16),
     EXPERTS: (5, 24),
@@ -746,7 +781,8 @@ def tensors(op: str) -> dict[str, torch.Tensor]:
 
 WRITTEN = {op: ["g", "beta"] if op == "gdn_gating" else [*UPDATED.get(op, ["out"])] for op in OPS}
 for _op in OPS:
-    WRITTEN[_op] += [name for name in ("state", "conv_state", "residual") if name in tensors(_op)]
+    WRITTEN[_op] += [name for name in ("state", "conv_state", "residual_out") if name in tensors(_op)]
+WRITTEN["rms_norm"] += ["residual"]
 WRITTEN[REPLAY] += [f"ring_{field}" for field in ops.ReplayRing._fields]
 
 # The inputs that an op may replace element by element.

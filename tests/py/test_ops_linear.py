@@ -169,3 +169,53 @@ def test_out_is_rounded_once(T: int) -> None:
     x = Call(T, D=1024, O=80, bias=True).make()
     wide = Inputs(replace(x.call, out_dtype=F32), x.x, x.weight, x.bias)
     assert_bits_equal("out", x.run("cpu"), wide.run("cpu").bfloat16())
+
+
+# ---- rms_norm_linear ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("T", [0, 1, 3, 17])
+def test_rms_norm_linear_has_the_bits_of_its_parts(
+    T: int, dtype: torch.dtype, gated: bool, has_residual: bool, backend: str
+) -> None:
+    D, width = 96, 34
+    x, residual = (Matrix(torch.randn(T, D).to(dtype), gap=3) for _ in range(2))
+    before = x.memory.clone(), residual.memory.clone()
+    norm, weight, bias = 0.3 * torch.randn(D), torch.randn(width, D).to(dtype), torch.randn(width).to(dtype)
+    empty = torch.full((T, D), torch.nan, dtype=dtype), torch.full((T, width // (1 + gated)), torch.nan, dtype=dtype)
+    residual_out, out = Matrix(empty[0], 5, around=3.0), Matrix(empty[1], 3, around=3.0)
+    ops.rms_norm_linear(
+        x.values,
+        norm,
+        weight,
+        bias=bias,
+        residual=residual.values if has_residual else None,
+        residual_out=residual_out.values if has_residual else None,
+        use_silu_and_mul=gated,
+        eps=1e-5,
+        out=out.values,
+        backend=backend,
+    )
+    assert xgdn.last_backend("rms_norm_linear") == backend
+    is_promised = xgdn.last_is_batch_invariant("rms_norm_linear")
+
+    summed = residual.values.clone() if has_residual else None
+    normed = ops.rms_norm(
+        x.values[:, None], norm, residual=None if summed is None else summed[:, None], eps=1e-5, backend=backend
+    )[:, 0]
+    want = ops.linear(normed, weight, bias=bias, backend=backend)
+    assert xgdn.last_is_batch_invariant("linear") == is_promised
+    if gated:
+        want = ops.silu_and_mul(*want.chunk(2, 1), backend=backend)
+    assert_bits_equal("out", out.values, want)
+    if summed is not None:
+        assert_bits_equal("residual_out", residual_out.values, summed)
+    for name, read, memory in zip(("x", "residual"), (x, residual), before, strict=True):
+        assert_bits_equal(name, read.memory, memory)
+    for name, written, values in (("residual_out", residual_out, empty[0]), ("out", out, empty[1])):
+        around = written.memory.clone()
+        written.within(around).copy_(values)
+        assert (around.isnan() | (around == 3.0)).all(), name

@@ -122,6 +122,19 @@ def _samples(dtype: torch.dtype, state_dtype: torch.dtype) -> dict[str, list[Sam
             ((x[2].flatten(1), torch.randn(D, HV * V).to(dtype), conv_out), {}),
             ((x[2].flatten(1), torch.randn(D, HV * V).to(dtype), conv_out), {"bias": bias}),
         ],
+        "rms_norm_linear": [
+            ((x[2].flatten(1), torch.randn(HV * V), torch.randn(D, HV * V).to(dtype), conv_out), {}),
+            (
+                (x[2].flatten(1), torch.randn(HV * V).to(dtype), torch.randn(2 * D, HV * V).to(dtype), conv_out),
+                {
+                    "bias": bias.repeat(2),
+                    "residual": x[2].flip(0).flatten(1),
+                    "residual_out": torch.zeros(T, HV * V, dtype=dtype),
+                    "use_silu_and_mul": True,
+                    "eps": 1e-5,
+                },
+            ),
+        ],
         "paged_attention": [
             ((*attention, heads_out), {}),
             ((*attention, heads_out), {"context_rows": i32(range(12)), "scale": 0.3}),
@@ -227,6 +240,7 @@ def test_schema_names_what_is_written(op: str) -> None:
         "copy_slots": {"pools"},
         "replay_gated_delta_rule": {"out", "state", "ring_k", "ring_u", "ring_g", "ring_length"},
         "materialize_state": {"state"},
+        "rms_norm_linear": {"out", "residual_out"},
     }
     assert written == others.get(op, {"out"} | pools)
     assert not packet(op)._schema.returns

@@ -486,7 +486,7 @@ void test_rms_norm(int64_t D, DType dtype, bool has_residual) {
   RmsNormArgs args;
   args.H = H, args.D = D, args.eps = 1e-6f;
   args.x = x.in(H * D, D), args.weight = weight.in(0, 1), args.out = out.out(H * D, D);
-  if (has_residual) args.residual = residual.out(H * D, D);
+  if (has_residual) args.residual = residual.in(H * D, D), args.residual_out = residual.out(H * D, D);
   rms_norm(args, 0, kTokens * H);
 
   Doubles want;

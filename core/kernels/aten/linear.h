@@ -2,7 +2,7 @@
 // Products with weights composed from ATen, for any device.
 #pragma once
 
-#include "core/kernels/op_list.h"
+#include "core/kernels/backend.h"
 
 namespace xgdn::kernel::aten {
 
@@ -11,5 +11,10 @@ void sigmoid_and_mul(const SigmoidAndMulParams& p);
 void linear(const LinearParams& p);
 /// Makes the weight plain at every call.
 void quantized_linear(const QuantizedLinearParams& p);
+/// By the backend's own norm, product and gate.
+void rms_norm_linear(const Backend& backend, const RmsNormLinearParams& p, const LinearShape& s);
+/// What comes after the norm, of a row that is normed.
+void linear_of_normed(const Backend& backend, const RmsNormLinearParams& p, const LinearShape& s,
+                      const at::Tensor& normed);
 
 }  // namespace xgdn::kernel::aten

@@ -110,8 +110,14 @@ void run_conv(const CausalConv1dArgs& args, const ConvShape& s) {
   parallel_ranges(count, elements, [&](int64_t begin, int64_t end) { cpu::causal_conv1d(args, begin, end); });
 }
 
+void run_norm(const RmsNormArgs& args, int64_t num_rows) {
+  parallel_ranges(num_rows, kPointwiseCost * args.D,
+                  [&](int64_t begin, int64_t end) { cpu::rms_norm(args, begin, end); });
+}
+
 // Which products the cpu backend computes itself.
-bool has_products(const LinearParams& p, const LinearShape& s) {
+template <class Params>
+bool has_products(const Params& p, const LinearShape& s) {
   return p.x.scalar_type() == at::kBFloat16 && s.D % cpu::kLinearDepthStep == 0;
 }
 
@@ -398,6 +404,9 @@ class CpuBackend final : public HostBackend {
   bool is_batch_invariant(const StoreKvParams&, const KvShape&) const override { return true; }
   bool is_batch_invariant(const QuantizedLinearParams&, const QuantizedLinearShape&) const override { return true; }
   bool is_batch_invariant(const LinearParams& p, const LinearShape& s) const override { return has_products(p, s); }
+  bool is_batch_invariant(const RmsNormLinearParams& p, const LinearShape& s) const override {
+    return has_products(p, s);
+  }
   bool is_batch_invariant(const PagedAttentionParams&, const AttentionShape&) const override { return true; }
   bool is_batch_invariant(const MoeExpertsParams& p, const ExpertsShape& s) const override {
     return has_products(p, s);
@@ -464,11 +473,7 @@ class CpuBackend final : public HostBackend {
                      [&](int64_t begin, int64_t end) { cpu::gdn_decode_step(args, begin, end); });
   }
 
-  void run(const RmsNormParams& p, const NormShape& s) const override {
-    const RmsNormArgs args = op_args(p, s);
-    parallel_ranges(s.T * s.H, kPointwiseCost * s.D,
-                    [&](int64_t begin, int64_t end) { cpu::rms_norm(args, begin, end); });
-  }
+  void run(const RmsNormParams& p, const NormShape& s) const override { run_norm(op_args(p, s), s.T * s.H); }
 
   void run(const SiluAndMulParams& p, const LinearShape& s) const override {
     const SiluAndMulArgs args = op_args(p, s);
@@ -488,6 +493,12 @@ class CpuBackend final : public HostBackend {
   }
 
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape& s) const override { run_quantized(p, s); }
+
+  void run(const RmsNormLinearParams& p, const LinearShape& s) const override {
+    const at::Tensor normed = allocate_temporary({s.T, s.D}, p.x.options());
+    run_norm(norm_args(p, s, normed), s.T);
+    aten::linear_of_normed(*this, p, s, normed);
+  }
 
   void run(const MoeExpertsParams& p, const ExpertsShape& s) const override {
     if (!has_products(p, s)) return aten::moe_experts(p, s);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// residual <- residual + x;  n = (1 + weight) * (residual / rms(residual)) over the last dimension;
+// sum = residual + x;  n = (1 + weight) * (sum / rms(sum)) over the last dimension;
 // out = n, its first P elements rotated: n * cos + (-n_{i + P/2}, n_i) * sin.
 //
-// Loop: row -> lanes. Rounding: inputs are widened exactly; the residual is rounded once, and what is normed is the
+// Loop: row -> lanes. Rounding: inputs are widened exactly; the sum is rounded once, and what is normed is the
 // rounded sum; out is rounded once, and before it, where n is rotated, n and both products; the rest: rms_norm-inl.h.
 #include "core/kernels/cpu/rms_norm.h"
 
@@ -17,16 +17,17 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-// x <- x + residual, rounded, and to the residual as well. The rows are padded(n) long.
-void add_residual(const RmsNormArgs& args, void* residual, float* HWY_RESTRICT x, float* HWY_RESTRICT before) {
+// x <- x + residual, rounded, and to the sum as well. The rows are padded(n) long.
+void add_residual(const RmsNormArgs& args, const void* residual, void* sum, float* HWY_RESTRICT x,
+                  float* HWY_RESTRICT before) {
   const F32 d;
   const size_t width = padded(args.D);
   load_row(args.residual.dtype, residual, args.D, before);
   for (size_t j = 0; j < width; j += hn::Lanes(d)) {
     hn::Store(hn::Add(hn::Load(d, x + j), hn::Load(d, before + j)), d, x + j);
   }
-  round_row(args.residual.dtype, width, x);
-  store_row(args.residual.dtype, x, args.D, residual);
+  round_row(args.residual_out.dtype, width, x);
+  store_row(args.residual_out.dtype, x, args.D, sum);
 }
 
 // Rotates a row [P], half a vector from each half of it. The other rows are memory for P elements each.
@@ -62,7 +63,9 @@ void rms_norm(const RmsNormArgs& args, int64_t begin_row, int64_t end_row) {
     const int64_t token = i / args.H;
     const int64_t head = i % args.H;
     load_row(args.x.dtype, args.x.at(token, head), args.D, x);
-    if (args.residual.data != nullptr) add_residual(args, args.residual.at(token, head), x, before);
+    if (args.residual.data != nullptr) {
+      add_residual(args, args.residual.at(token, head), args.residual_out.at(token, head), x, before);
+    }
     const VF scale = inverse_rms(x, args.D, args.eps);
     for (size_t j = 0; j < width; j += hn::Lanes(d)) {
       const VF normed = hn::Mul(hn::Load(d, x + j), scale);

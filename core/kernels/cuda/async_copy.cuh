@@ -79,6 +79,42 @@ __device__ inline void wait_at(uint32_t barrier, uint32_t parity) {
   } while (is_over == 0);
 }
 
+// ---- stores to the blocks of a cluster (Hopper) ---------------------------------------------------------------------
+
+/// Makes a barrier's initial value visible to the cluster, ahead of a barrier of the cluster itself.
+__device__ inline void fence_barrier_init() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+/// Stores x in block `rank`, where this block has `to`, and tells its barrier of 4 bytes. The blocks' other stores are
+/// not waited for, as a barrier of the cluster would.
+__device__ inline void store_async(int rank, uint32_t to, uint32_t barrier, float x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .b32 to, barrier; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 barrier, %1, %2; "
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [barrier]; }" ::"r"(to),
+      "r"(barrier), "r"(rank), "r"(__float_as_uint(x))
+      : "memory");
+#endif
+}
+
+/// As wait_at, for what other blocks of the cluster stored.
+__device__ inline void wait_at_for_cluster(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t is_over = 0;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(is_over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (is_over == 0);
+#endif
+}
+
 // ---- bulk copies (Hopper): one thread starts them
 // ---------------------------------------------------------------------
 

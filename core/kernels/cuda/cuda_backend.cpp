@@ -25,6 +25,7 @@
 #include "core/kernels/cuda/gdn_decode_step.h"
 #include "core/kernels/cuda/gdn_gating.h"
 #include "core/kernels/cuda/graph.h"
+#include "core/kernels/cuda/largest_logits.h"
 #include "core/kernels/cuda/linear.h"
 #include "core/kernels/cuda/moe_experts.h"
 #include "core/kernels/cuda/paged_attention.h"
@@ -76,6 +77,18 @@ void run_recurrent(cuda::RecurrentGatedDeltaRuleArgs args, const at::Tensor& q, 
   cuda::recurrent_gated_delta_rule(args, current_stream(q));
 }
 
+template <class Params>
+cuda::LinearArgs linear_args(const Params& p, const LinearShape& s) {
+  return {.T = s.T,
+          .D = s.D,
+          .O = s.O,
+          .x = in_rows(p.x),
+          .weight = p.weight.const_data_ptr(),
+          .weight_stride = p.weight.stride(0),
+          .bias = p.bias ? in_heads(*p.bias) : InRows(),
+          .out = out_columns(p.out)};
+}
+
 // Tokens of the longest of N sequences of T, or more: what the host does not say may be one sequence.
 int64_t max_len(const HostFacts& host, int64_t N, int64_t T) {
   if (!host.cu_seqlens) return T;
@@ -107,6 +120,17 @@ class CudaBackend final : public Backend {
 
   bool copies_contexts() const override { return false; }
   bool finds_largest_logits() const override { return true; }
+  LargestLogits largest_logits(const at::Tensor& logits) const override {
+    const int64_t R = logits.size(0);
+    const LargestLogits found = {at::empty({R}, logits.options()), at::empty({R}, logits.options().dtype(at::kLong))};
+    cuda::largest_logits({.R = R,
+                          .V = logits.size(1),
+                          .logits = logits.const_data_ptr<float>(),
+                          .largest = found.values.mutable_data_ptr<float>(),
+                          .tokens = found.tokens.mutable_data_ptr<int64_t>()},
+                         current_stream(logits));
+    return found;
+  }
 #ifdef XGDN_TORCH_HAS_CUDA
   bool has_graphs() const override {
     return true;
@@ -194,7 +218,7 @@ class CudaBackend final : public Backend {
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
     const DecodeStepArgs args = op_args(p, s);
     if (!cuda::decode_step_supports(args)) return aten::gdn_decode_step(*this, p, s);
-    cuda::gdn_decode_step(args, current_stream(p.projected));
+    cuda::gdn_decode_step(args, s.rule.S, s.conv.S, current_stream(p.projected));
   }
 
   void run(const GdnGatingParams& p, const GdnShape& s) const override {
@@ -226,14 +250,8 @@ class CudaBackend final : public Backend {
     cuda::sigmoid_and_mul(op_args(p, s), s.T, current_stream(p.x));
   }
   void run(const LinearParams& p, const LinearShape& s) const override {
-    const cuda::LinearArgs args = {.T = s.T,
-                                   .D = s.D,
-                                   .O = s.O,
-                                   .x = in_rows(p.x),
-                                   .weight = p.weight.const_data_ptr(),
-                                   .weight_stride = p.weight.stride(0),
-                                   .bias = p.bias ? in_heads(*p.bias) : InRows(),
-                                   .out = out_columns(p.out)};
+    cuda::LinearArgs args = linear_args(p, s);
+    args.has_constant_weight = p.has_constant_weight;
     if (cuda::linear_supports(args)) return cuda::linear(args, current_stream(p.x));
     if (p.out.scalar_type() == p.x.scalar_type()) return aten::linear(p);
     at::Tensor out = p.out;
@@ -242,6 +260,20 @@ class CudaBackend final : public Backend {
   }
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override {
     aten::quantized_linear(p);
+  }
+  void run(const RmsNormLinearParams& p, const LinearShape& s) const override {
+    cuda::LinearArgs args = linear_args(p, s);
+    args.has_constant_weight = true;
+    args.norm_weight = in_heads(p.norm_weight);
+    args.residual = p.residual ? in_rows(*p.residual) : InRows();
+    args.residual_out = p.residual_out ? out_rows(*p.residual_out) : OutRows();
+    args.eps = static_cast<float>(p.eps);
+    args.silu_and_mul = p.use_silu_and_mul;
+    if (cuda::linear_supports(args)) return cuda::linear(args, current_stream(p.x));
+    if (s.D > cuda::kMaxNormedDim) return aten::rms_norm_linear(*this, p, s);
+    const at::Tensor normed = at::empty({s.T, s.D}, p.x.options());
+    cuda::rms_norm(norm_args(p, s, normed), s.T, current_stream(p.x));
+    aten::linear_of_normed(*this, p, s, normed);
   }
 
   // ---- attention ----------------------------------------------------------------------------------------------------

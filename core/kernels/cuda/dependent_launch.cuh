@@ -46,8 +46,13 @@ __device__ inline void prefetch_row(const void* row, uint32_t bytes) {
 #endif
 }
 
+/// The same of the line of an address, on any device.
+__device__ inline void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Shared memory that a kernel gets without asking, less what those launched here have beside the launch's own.
-inline constexpr size_t kUnaskedSharedBytes = 40 << 10;
+inline constexpr size_t kUnaskedSharedBytes = 36 << 10;
 
 /// A launch that overlaps with the one before it, in clusters of `cluster` blocks along x.
 template <class... Params, class... Args>

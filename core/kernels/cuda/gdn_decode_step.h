@@ -8,9 +8,10 @@
 
 namespace xgdn::kernel::cuda {
 
-/// Whether there is a kernel for these sizes.
+/// Whether there is a kernel for these sizes, and for a history of the inputs' type.
 bool decode_step_supports(const DecodeStepArgs& args);
 
-void gdn_decode_step(const DecodeStepArgs& args, cudaStream_t stream);
+/// The pools have so many slots.
+void gdn_decode_step(const DecodeStepArgs& args, int64_t num_slots, int64_t num_conv_slots, cudaStream_t stream);
 
 }  // namespace xgdn::kernel::cuda

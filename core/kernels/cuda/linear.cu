@@ -1,131 +1,363 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block takes 16 outputs for all tokens; its 8 or 16 warps take turns with pieces of 32 of D, and their sums are
-// added in order at the end.
+// out = y weight^T + bias of few tokens, where y is x, or n = rms_norm(residual + x);
+// with silu_and_mul out = silu(gate) * up of outputs [gate | up].
 //
-// A lane reads 8 neighbours of a row at once, 16 bytes, and gives them to the tensor core as if they were the pairs
-// that it wants of two depths of 16: the tokens are read in the same order, and a sum does not mind.
-// Most of a small product's time is the way of the weight from memory, which begins ahead of the wait for the tokens.
-// Rounding: products and sums are f32, over a warp's pieces in order, then over the warps; rounded once.
+// A block takes 8, 16 or 32 outputs for all tokens, half of them of gate and the same of up; its 8 or 16 warps take
+// turns with pieces of 32 of D, and their sums are added in order at the end. A lane reads 8 neighbours of a row at
+// once, 16 bytes, and gives them to the tensor core as if they were the pairs that it wants of two depths of 16: tokens
+// and weights are read in the same order, and a sum does not mind.
+//
+// Norm: every block norms all tokens for itself, into shared memory, which costs it less than a kernel in between costs
+// all. Block 0 writes residual_out, which is other memory, since any block may still read the residual.
+// Time: that of a small product is the way of the weight. What the registers of the blocks hold is on its way before
+// the wait for the kernel before where the weight is constant; rows that are longer, or of a weight that an op may have
+// written, start for the second-level cache.
+// Rounding: products and sums are f32: a warp's pieces in order, of each first and second halves of lanes' packets
+// apart, then the warps; rounded once. Around them as if the ops ran one after the other: the sum with the residual, n,
+// gate and up are rounded. A token's bits depend on neither the other tokens nor the number of outputs of a block.
 #include "core/kernels/cuda/linear.h"
 
 #include "core/kernels/cuda/alignment.h"
+#include "core/kernels/cuda/async_copy.cuh"
 #include "core/kernels/cuda/dependent_launch.cuh"
+#include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/launch.h"
+#include "core/kernels/cuda/norm_rows.cuh"
 #include "core/kernels/cuda/rows.cuh"
 #include "core/kernels/cuda/tensor_cores.cuh"
 
 namespace xgdn::kernel::cuda {
 namespace {
 
+using BFloat16 = __nv_bfloat16;
+
 constexpr int kFewWarps = 8;
 constexpr int kManyWarps = 16;
-constexpr int kOutputs = 16;    // of a block
-constexpr int kPiece = 32;      // of D
-constexpr int kTileTokens = 8;  // of a product
-constexpr int kMostTokens = 16;
-constexpr int kInFlight = 4;  // pieces of a warp
+constexpr int kMostOfFewWarps = 1024;  // of D
+constexpr int kPiece = 32;             // of D
+constexpr int kTile = 8;               // outputs, or tokens, of a fragment
+constexpr int kMostTokens = 32;
+constexpr int kFewTokens = 8;
+constexpr int64_t kMostStaged = 48 << 10;  // elements of all tokens in shared memory
+constexpr int64_t kMostNormed = 8192;      // elements of all tokens that a block norms
 
-__device__ uint4 load_packet(const __nv_bfloat16* from) {
+// What a kernel is made for. kTokens: 8, 16 or 32.
+template <int kTokens_, int kTiles_, int kWarps_, bool kNorms_, bool kGates_>
+struct Form {
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kTiles = kTiles_;  // of outputs; with kGates of gate and of up
+  static constexpr int kWarps = kWarps_;
+  static constexpr bool kNorms = kNorms_;
+  static constexpr bool kGates = kGates_;
+  static_assert(!kGates || kTiles % 2 == 0);
+
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kTokenTiles = kTokens / kTile;
+  static constexpr int kPieces = kTiles == 1 ? 8 : 4;                // of a warp in flight
+  static constexpr int kTilesAtOnce = kTiles == 1 ? 1 : 2;           // with four tiles D has a single round of pieces
+  static constexpr int kResultTiles = kGates ? kTiles / 2 : kTiles;  // gate before up
+  static constexpr int kResults = kTile * kResultTiles;              // of a token and block
+  // Few tokens go through shared memory, others to registers, as many pieces of them at once.
+  static constexpr bool kIsStaged = kTokens == kFewTokens;
+  static constexpr int kTogether = kIsStaged ? 1 : kTokens == 16 ? 4 : 2;
+  // Registers are what bounds how much of the weights is on its way ahead of the wait: beside a block of a kernel there
+  // is room for one of the next. With four tiles that is for two blocks, and 128 threads of 96 registers.
+  static constexpr int kRegisters = kTiles == 4 ? 104 : kIsStaged ? 64 : 128;
+};
+
+__device__ uint4 load_packet(const BFloat16* from) {
   return __ldcs(reinterpret_cast<const uint4*>(from));
 }
 
-// The rows of the block, some by each warp: lanes would start theirs one after the other.
-template <int kWarps>
-__device__ void prefetch_rows(const LinearArgs& a, int64_t first_output) {
-  constexpr int kRowsOfWarp = kOutputs / kWarps;
+// Of tokens in shared memory, such that lanes of one product read different banks.
+__host__ __device__ inline int64_t row_stride(int64_t D) {
+  return (D + 63) / 64 * 64 + 32;
+}
+
+// Output `row` of a tile of the block.
+template <class F>
+__device__ int64_t output_of(const LinearArgs& a, int tile, int row) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * F::kResults;
+  return tile / F::kResultTiles * (a.O / 2) + first + tile % F::kResultTiles * kTile + row;
+}
+
+// The row of its weight; where there is none, another one of the tile.
+template <class F>
+__device__ const BFloat16* weight_row(const LinearArgs& a, int tile, int row) {
+  const int64_t end = F::kGates && tile < F::kResultTiles ? a.O / 2 : a.O;
+  return static_cast<const BFloat16*>(a.weight) + min(output_of<F>(a, tile, row), end - 1) * a.weight_stride;
+}
+
+// The rows of the block, one by each of some warps: lanes would start theirs one after the other.
+template <class F>
+__device__ void prefetch_rows(const LinearArgs& a) {
   if (threadIdx.x % 32 != 0) return;
-  const int64_t first = first_output + threadIdx.x / 32 * kRowsOfWarp;
-  const auto* const weight = static_cast<const __nv_bfloat16*>(a.weight);
-#pragma unroll
-  for (int64_t output = first; output < first + kRowsOfWarp; ++output) {
-    if (output < a.O) prefetch_row(weight + output * a.weight_stride, static_cast<uint32_t>(a.D * 2));
+  for (int i = threadIdx.x / 32; i < F::kTiles * kTile; i += F::kWarps) {
+    prefetch_row(weight_row<F>(a, i / kTile, i % kTile), static_cast<uint32_t>(a.D * 2));
   }
 }
 
-template <int kTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps) linear_kernel(const __grid_constant__ LinearArgs a) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int row = lane / 4;         // of the outputs, and of a tile's tokens
-  const int column = lane % 4 * 8;  // of a piece
-  const int64_t first_output = static_cast<int64_t>(blockIdx.x) * kOutputs;
-  prefetch_rows<kWarps>(a, first_output);  // while the kernel before still runs
-  begin_overlapped();
-
-  const auto* const weight = static_cast<const __nv_bfloat16*>(a.weight) + column;
-  const __nv_bfloat16* const upper = weight + min(first_output + row, a.O - 1) * a.weight_stride;
-  const __nv_bfloat16* const lower = weight + min(first_output + row + 8, a.O - 1) * a.weight_stride;
-  const __nv_bfloat16* tokens[kTiles];
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    tokens[t] = row_of<__nv_bfloat16>(a.x, min(static_cast<int64_t>(t * kTileTokens + row), a.T - 1), 0) + column;
+// The tokens in shared memory, brought or normed by all threads of the block. Of a norm there are its weight, too, and
+// a sum of squares for each packet.
+template <class F>
+class TokenRows {
+ public:
+  __host__ static int64_t shared_bytes(const LinearArgs& a) {
+    const int64_t tokens = 2 * a.T * row_stride(a.D);
+    return F::kNorms ? tokens + 2 * a.D + 4 * a.T * (a.D / kPacket) : tokens;
   }
 
-  float sums[kTiles][4] = {};
+  __device__ TokenRows(const LinearArgs& args, uint4* shared)
+      : a_(args),
+        packets_(static_cast<int>(args.D) / kPacket),
+        rows_(reinterpret_cast<BFloat16*>(shared)),
+        weight_(rows_ + args.T * row_stride(args.D)),
+        squares_(reinterpret_cast<float*>(weight_ + args.D)) {}
+
+  // Of the norm. It is constant, so that this is allowed ahead of the wait.
+  __device__ void load_weight() {
+    const auto* const weight = static_cast<const BFloat16*>(a_.norm_weight.data);
+    for (int i = threadIdx.x; i < packets_; i += F::kThreads) {
+      copy_async(shared_address(weight_ + i * kPacket), weight + i * kPacket);
+    }
+    commit_copies();
+  }
+
+  __device__ void bring() {
+    for_each_packet([&](int token, int first) {
+      copy_async(shared_address(row(token) + first), row_of<BFloat16>(a_.x, token, 0) + first);
+    });
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+  }
+
+  __device__ void norm() {
+    for_each_packet([&](int token, int first) {
+      RawPacket<BFloat16, true> raw, raw_residual;
+      raw.load(row_of<BFloat16>(a_.x, token, 0), first, a_.D);
+      if (a_.residual.data != nullptr) raw_residual.load(row_of<BFloat16>(a_.residual, token, 0), first, a_.D);
+      float x[kPacket];
+      raw.widen(x);
+      if (a_.residual.data != nullptr) {
+        float residual[kPacket];
+        raw_residual.widen(residual);
+        add_residual<BFloat16>(residual, x);
+        if (blockIdx.x == 0) store_packet<true>(row_of<BFloat16>(a_.residual_out, token, 0), first, a_.D, x);
+      }
+      store_packet<true>(row(token), first, a_.D, x);  // for this thread alone
+      squares_[token * packets_ + first / kPacket] = sum_of_squares(x);
+    });
+    wait_copies<0>();
+    __syncthreads();
+    for_each_packet([&](int token, int first) {  // a warp's packets are of one token
+      const float scale = norm_scale(sum_over_packets(squares_ + token * packets_, packets_), a_.D, a_.eps);
+      RawPacket<BFloat16, true> raw, raw_weight;
+      raw.load(row(token), first, a_.D);
+      raw_weight.load(weight_, first, a_.D);
+      float x[kPacket], weight[kPacket];
+      raw.widen(x);
+      raw_weight.widen(weight);
+      apply_norm(scale, weight, x);
+      store_packet<true>(row(token), first, a_.D, x);
+    });
+    __syncthreads();
+  }
+
+  __device__ BFloat16* row(int64_t token) const { return rows_ + token * row_stride(a_.D); }
+
+ private:
+  // Calls f(token, first element) for the thread's packets.
+  template <class Function>
+  __device__ void for_each_packet(const Function& f) const {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < static_cast<int>(a_.T) * packets_; i += F::kThreads) {
+      f(i / packets_, i % packets_ * kPacket);
+    }
+  }
+
+  const LinearArgs& a_;
+  int packets_;  // of a token
+  BFloat16* rows_;
+  BFloat16* weight_;
+  float* squares_;
+};
+
+template <class F>
+__global__ void __launch_bounds__(F::kThreads) __maxnreg__(F::kRegisters)
+    linear_kernel(const __grid_constant__ LinearArgs a) {
+  __shared__ float parts[F::kWarps][F::kTokens][F::kTiles * kTile + 1];
+  extern __shared__ uint4 shared[];  // tokens
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int row = lane / 4;         // of a fragment
+  const int column = lane % 4 * 8;  // of a piece
   const int num_pieces = static_cast<int>(a.D / kPiece);
-  for (int first = warp; first < num_pieces; first += kWarps * kInFlight) {
-    uint4 w[kInFlight][2], x[kInFlight][kTiles];
+
+  const BFloat16* outputs[F::kTiles];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int piece = first + i * kWarps;
+  for (int t = 0; t < F::kTiles; ++t) outputs[t] = weight_row<F>(a, t, row) + column;
+  uint4 w[F::kPieces][F::kTiles];
+  const auto load_weight = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < F::kPieces; ++i) {
+      const int piece = first + i * F::kWarps;
       if (piece >= num_pieces) break;
-      w[i][0] = load_packet(upper + piece * kPiece);
-      w[i][1] = load_packet(lower + piece * kPiece);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) x[i][t] = *reinterpret_cast<const uint4*>(tokens[t] + piece * kPiece);
+      for (int t = 0; t < F::kTiles; ++t) w[i][t] = load_packet(outputs[t] + piece * kPiece);
+    }
+  };
+
+  let_next_kernel_launch();
+  TokenRows<F> rows(a, shared);
+  if constexpr (F::kNorms) rows.load_weight();
+  if (a.has_constant_weight) load_weight(warp);
+  if (!a.has_constant_weight || num_pieces > F::kPieces * F::kWarps) prefetch_rows<F>(a);
+  wait_for_kernel_before();
+  if (!a.has_constant_weight) load_weight(warp);
+  if constexpr (F::kNorms) {
+    rows.norm();
+  } else if constexpr (F::kIsStaged) {
+    rows.bring();
+  }
+
+  const BFloat16* tokens[F::kTokenTiles];
+#pragma unroll
+  for (int t = 0; t < F::kTokenTiles; ++t) {
+    const int64_t token = min(static_cast<int64_t>(t * kTile + row), a.T - 1);
+    tokens[t] = (F::kIsStaged ? rows.row(token) : row_of<BFloat16>(a.x, token, 0)) + column;
+  }
+  constexpr int kProducts = (F::kTokenTiles + 1) / 2;  // of a tile of outputs: 16 tokens each
+#pragma unroll
+  for (int tile = 0; tile < F::kTiles; tile += F::kTilesAtOnce) {
+    float sums[2][kProducts][F::kTilesAtOnce][4] = {};  // of first and of second halves
+    for (int first = warp; first < num_pieces; first += F::kWarps * F::kPieces) {
+      if (first != warp) load_weight(first);
+#pragma unroll
+      for (int begin = 0; begin < F::kPieces; begin += F::kTogether) {
+        uint4 x[F::kTogether][F::kTokenTiles];
+#pragma unroll
+        for (int i = 0; i < F::kTogether; ++i) {
+          const int piece = first + (begin + i) * F::kWarps;
+          if (piece >= num_pieces) break;
+#pragma unroll
+          for (int t = 0; t < F::kTokenTiles; ++t) {
+            x[i][t] = *reinterpret_cast<const uint4*>(tokens[t] + piece * kPiece);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < F::kTogether; ++i) {
+          if (first + (begin + i) * F::kWarps >= num_pieces) break;
+#pragma unroll
+          for (int p = 0; p < kProducts; ++p) {
+            const uint4 low = x[i][2 * p];
+            const uint4 high = F::kTokenTiles == 1 ? uint4{} : x[i][(2 * p + 1) % F::kTokenTiles];
+            const uint32_t even[4] = {low.x, high.x, low.y, high.y};
+            const uint32_t odd[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+            for (int t = 0; t < F::kTilesAtOnce; ++t) {
+              const uint4 packet = w[begin + i][tile + t];
+              multiply_bf16(sums[0][p][t], even, packet.x, packet.y);
+              multiply_bf16(sums[1][p][t], odd, packet.z, packet.w);
+            }
+          }
+        }
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (first + i * kWarps >= num_pieces) break;
-      const uint32_t even[4] = {w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y};
-      const uint32_t odd[4] = {w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w};
+    for (int p = 0; p < kProducts; ++p) {
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        multiply_bf16(sums[t], even, x[i][t].x, x[i][t].y);
-        multiply_bf16(sums[t], odd, x[i][t].z, x[i][t].w);
+      for (int t = 0; t < F::kTilesAtOnce; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = p * 2 * kTile + row + i / 2 * kTile;
+          if (token >= F::kTokens) continue;
+          parts[warp][token][(tile + t) * kTile + lane % 4 * 2 + i % 2] = sums[0][p][t][i] + sums[1][p][t][i];
+        }
       }
     }
   }
-
-  __shared__ float parts[kWarps][kTiles * kTileTokens][kOutputs + 1];
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) parts[warp][t * kTileTokens + lane % 4 * 2 + i % 2][row + i / 2 * 8] = sums[t][i];
-  }
   __syncthreads();
-  const int token = threadIdx.x / kOutputs;
-  const int64_t output = first_output + threadIdx.x % kOutputs;
-  if (token >= a.T || token >= kTiles * kTileTokens || output >= a.O) return;
-  float sum = a.bias.data == nullptr ? 0.0f : load_scalar(a.bias.dtype, a.bias.data, output);
+  const auto sum_of = [&](int token, int tile, int i) {
+    float sum = a.bias.data == nullptr ? 0.0f : load_scalar(a.bias.dtype, a.bias.data, output_of<F>(a, tile, i));
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += parts[w][token][threadIdx.x % kOutputs];
-  store_scalar(a.out.dtype, row_of(a.out, token, 0), output, sum);
+    for (int other = 0; other < F::kWarps; ++other) sum += parts[other][token][tile * kTile + i];
+    return sum;
+  };
+  for (int i = threadIdx.x; i < F::kTokens * F::kResults; i += F::kThreads) {
+    const int token = i / F::kResults;
+    const int result = i % F::kResults;
+    const int64_t place = static_cast<int64_t>(blockIdx.x) * F::kResults + result;
+    if (token >= a.T || place >= (F::kGates ? a.O / 2 : a.O)) continue;
+    float out;
+    if constexpr (F::kGates) {
+      const float gate = rounded<BFloat16>(sum_of(token, result / kTile, result % kTile));
+      out = rounded<BFloat16>(sum_of(token, F::kResultTiles + result / kTile, result % kTile)) * silu(gate);
+    } else {
+      out = sum_of(token, result / kTile, result % kTile);
+    }
+    store_scalar(a.out.dtype, row_of(a.out, token, 0), place, out);
+  }
 }
 
-static_assert(32 * kFewWarps >= kMostTokens * kOutputs);
-
-template <int kWarps>
+template <class F>
 void launch(const LinearArgs& args, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.O, kOutputs)));
-  launch_overlapping(args.T <= kTileTokens ? linear_kernel<1, kWarps> : linear_kernel<2, kWarps>, grid, 32 * kWarps,
-                     /*shared_bytes=*/0, /*cluster=*/1, stream, args);
+  const dim3 grid(static_cast<unsigned>(ceil_div(F::kGates ? args.O / 2 : args.O, F::kResults)));
+  const int64_t bytes = F::kIsStaged ? TokenRows<F>::shared_bytes(args) : 0;
+  launch_overlapping(linear_kernel<F>, grid, F::kThreads, static_cast<size_t>(bytes), /*cluster=*/1, stream, args);
+}
+
+// With long rows more warps, so that few outputs too have enough bytes on their way; their blocks have `kTiles` tiles.
+template <int kTokens, int kTiles, int kTilesOfFewWarps, bool kNorms, bool kGates>
+void launch_warps(const LinearArgs& args, cudaStream_t stream) {
+  if (args.D > kMostOfFewWarps) {
+    launch<Form<kTokens, kTiles, kManyWarps, kNorms, kGates>>(args, stream);
+  } else {
+    launch<Form<kTokens, kTilesOfFewWarps, kFewWarps, kNorms, kGates>>(args, stream);
+  }
+}
+
+// Blocks of 8 outputs where blocks of 16 would leave multiprocessors idle.
+template <int kTokens>
+void launch_plain(const LinearArgs& args, cudaStream_t stream) {
+  if (ceil_div(args.O, 2 * kTile) < num_multiprocessors()) {
+    launch_warps<kTokens, 1, 1, false, false>(args, stream);
+  } else {
+    launch_warps<kTokens, 2, 2, false, false>(args, stream);
+  }
+}
+
+// Larger blocks, of which two have a multiprocessor with registers to spare: the next kernel's blocks begin beside
+// them, and fewer of them norm the tokens.
+template <bool kGates>
+void launch_normed(const LinearArgs& args, cudaStream_t stream) {
+  launch_warps<kFewTokens, 2, 4, true, kGates>(args, stream);
+}
+
+bool supports_norm(const LinearArgs& args) {
+  return args.O > 0 && args.T <= kFewTokens && args.T * args.D <= kMostNormed && args.D % (32 * kPacket) == 0 &&
+         args.norm_weight.dtype == DType::kBFloat16 && reinterpret_cast<uintptr_t>(args.norm_weight.data) % 16 == 0 &&
+         (args.residual.data == nullptr || (is_aligned(args.residual) && is_aligned(args.residual_out)));
 }
 
 }  // namespace
 
 bool linear_supports(const LinearArgs& args) {
   return args.T <= kMostTokens && args.x.dtype == DType::kBFloat16 && args.D % kPiece == 0 && args.D > 0 &&
-         is_aligned(args.x) && reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 && args.weight_stride % 8 == 0;
+         is_aligned(args.x) && reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 && args.weight_stride % 8 == 0 &&
+         (args.norm_weight.data == nullptr || supports_norm(args));
 }
 
 void linear(const LinearArgs& args, cudaStream_t stream) {
   if (args.T == 0 || args.O == 0) return;
-  // With long rows more warps, so that few outputs too have enough bytes on their way.
-  if (args.D > kFewWarps * kInFlight * kPiece) {
-    launch<kManyWarps>(args, stream);
+  if (args.norm_weight.data != nullptr) {
+    args.silu_and_mul ? launch_normed<true>(args, stream) : launch_normed<false>(args, stream);
+  } else if (args.T <= kFewTokens && args.T * args.D <= kMostStaged) {
+    launch_plain<kFewTokens>(args, stream);
+  } else if (args.T <= 16) {
+    launch_plain<16>(args, stream);
   } else {
-    launch<kFewWarps>(args, stream);
+    launch_plain<kMostTokens>(args, stream);
   }
   check_launch("linear");
 }

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// residual <- residual + x;  n = (1 + weight) * (residual / rms(residual)) over the last dimension;
+// residual_out = residual + x;  n = (1 + weight) * (s / rms(s)) of that sum s, over the last dimension;
 // out = n, its first P elements rotated: n * cos + (-n_{i + P/2}, n_i) * sin.
 //
 // A warp or a block has a row, a thread 8 neighbours of it at a time, in registers. Rounding: inputs are widened
-// exactly; the residual is rounded once, and what is normed is the rounded sum; out is rounded once, and before it,
-// where n is rotated, n and both products. Order of the sum: a thread's elements ascending, then by halves of the warp,
-// then the warps ascending.
+// exactly; the sum is rounded once, and what is normed is the rounded sum; out is rounded once, and before it, where n
+// is rotated, n and both products. Order of the sum of squares: norm_rows.cuh.
 #include "core/kernels/cuda/rms_norm.h"
 
 #include "core/kernels/cuda/alignment.h"
 #include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/launch.h"
-#include "core/kernels/cuda/packets.cuh"
+#include "core/kernels/cuda/norm_rows.cuh"
 
 namespace xgdn::kernel::cuda {
 namespace {
@@ -20,19 +19,22 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kBlock = 256;
 
-// The sum over the threads of a row, in each of them.
-template <int kThreads>
-__device__ float sum_over_row(float x) {
-  x = sum_over_lanes<kWarp>(x);
-  if constexpr (kThreads > kWarp) {
-    __shared__ float sums[kThreads / kWarp];
-    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = x;
-    __syncthreads();
-    x = 0.0f;
+// The sum of a row in each of its threads, which have one number for each of their packets: packet i * kThreads +
+// thread.
+template <int kThreads, int kPackets>
+__device__ float sum_over_row(const float (&of_packets)[kPackets]) {
+  if constexpr (kThreads == kWarp) {
+    float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kThreads / kWarp; ++i) x += sums[i];
+    for (int i = 0; i < kPackets; ++i) sum += of_packets[i];
+    return sum_over_lanes<kWarp>(sum);
+  } else {
+    __shared__ float packets[kPackets * kThreads];
+#pragma unroll
+    for (int i = 0; i < kPackets; ++i) packets[i * kThreads + threadIdx.x] = of_packets[i];
+    __syncthreads();
+    return sum_over_packets(packets, kPackets * kThreads);
   }
-  return x;
 }
 
 template <int kThreads>
@@ -44,7 +46,7 @@ __device__ void wait_for_row() {
   }
 }
 
-// The weight of a row, of either type.
+// The weight of a packet, f32 or of the row's type, on its way.
 template <class Element, bool kIsWhole>
 class RawWeight {
  public:
@@ -78,39 +80,33 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
   if (row >= num_rows) return;
 
   RawPacket<Element, kIsWhole> raw_x[kPackets], raw_residual[kPackets];
-  Element* residual = args.residual.data != nullptr ? row_of<Element>(args.residual, token, head) : nullptr;
+  const bool has_residual = args.residual.data != nullptr;
 #pragma unroll
   for (int i = 0; i < kPackets; ++i) {
     raw_x[i].load(row_of<Element>(args.x, token, head), first_of(i), args.D);
-    if (residual != nullptr) raw_residual[i].load(residual, first_of(i), args.D);
+    if (has_residual) raw_residual[i].load(row_of<Element>(args.residual, token, head), first_of(i), args.D);
   }
   float x[kPackets][kPacket];
-  float squares = 0.0f;
+  float squares[kPackets];
 #pragma unroll
   for (int i = 0; i < kPackets; ++i) {
     raw_x[i].widen(x[i]);
-    if (residual != nullptr) {
-      float before[kPacket];
-      raw_residual[i].widen(before);
-#pragma unroll
-      for (int j = 0; j < kPacket; ++j) x[i][j] = rounded<Element>(x[i][j] + before[j]);
-      store_packet<kIsWhole>(residual, first_of(i), args.D, x[i]);
+    if (has_residual) {
+      float residual[kPacket];
+      raw_residual[i].widen(residual);
+      add_residual<Element>(residual, x[i]);
+      store_packet<kIsWhole>(row_of<Element>(args.residual_out, token, head), first_of(i), args.D, x[i]);
     }
-#pragma unroll
-    for (int j = 0; j < kPacket; ++j) squares = fmaf(x[i][j], x[i][j], squares);
+    squares[i] = sum_of_squares(x[i]);
   }
-  const float scale = 1.0f / sqrtf(sum_over_row<kThreads>(squares) / static_cast<float>(args.D) + args.eps);
+  const float scale = norm_scale(sum_over_row<kThreads>(squares), args.D, args.eps);
 #pragma unroll
   for (int i = 0; i < kPackets; ++i) {
     RawWeight<Element, kIsWhole> raw_weight;
     raw_weight.load(args.weight, first_of(i), args.D);
     float weight[kPacket];
     raw_weight.widen(weight);
-#pragma unroll
-    for (int j = 0; j < kPacket; ++j) {
-      const float normed = x[i][j] * scale;
-      x[i][j] = fmaf(normed, weight[j], normed);
-    }
+    apply_norm(scale, weight, x[i]);
   }
 
   if constexpr (kIsRotated) {
@@ -153,10 +149,11 @@ template <class Element, int kThreads, int kPackets>
 void launch(const RmsNormArgs& args, int64_t num_rows, cudaStream_t stream) {
   constexpr int kRows = kBlock / kThreads;
   const bool is_rotated = args.P > 0;
-  const bool is_whole = args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.out) &&
-                        reinterpret_cast<uintptr_t>(args.weight.data) % 16 == 0 &&
-                        (args.residual.data == nullptr || is_aligned(args.residual)) &&
-                        (!is_rotated || (args.P % kPacket == 0 && is_aligned(args.cos) && is_aligned(args.sin)));
+  const bool is_whole =
+      args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.out) &&
+      reinterpret_cast<uintptr_t>(args.weight.data) % 16 == 0 &&
+      (args.residual.data == nullptr || (is_aligned(args.residual) && is_aligned(args.residual_out))) &&
+      (!is_rotated || (args.P % kPacket == 0 && is_aligned(args.cos) && is_aligned(args.sin)));
   const auto kernel = is_whole ? (is_rotated ? norm_rows<Element, kThreads, kPackets, true, true>
                                              : norm_rows<Element, kThreads, kPackets, true, false>)
                                : (is_rotated ? norm_rows<Element, kThreads, kPackets, false, true>

@@ -118,6 +118,11 @@ bool finds_largest_logits(c10::Device device) {
   return backend_that(&Backend::finds_largest_logits, device) != nullptr;
 }
 
+LargestLogits largest_logits(const at::Tensor& logits) {
+  const Backend* backend = backend_that(&Backend::finds_largest_logits, logits.device());
+  return backend != nullptr ? backend->largest_logits(logits) : LargestLogits();
+}
+
 bool copies_contexts(c10::Device device, const std::string& backend) {
   const std::string name = backend == "auto" ? default_backend(Op<PagedAttentionParams>::phase) : backend;
   const auto serves = [&](const Backend* b) {

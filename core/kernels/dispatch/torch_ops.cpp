@@ -382,10 +382,38 @@ struct TorchOp<SigmoidAndMulParams> {
 template <>
 struct TorchOp<LinearParams> {
   static constexpr const char* schema =
-      "(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor? bias=None, str backend=\"auto\") -> ()";
+      "(Tensor x, Tensor weight, Tensor(a!) out, *, Tensor? bias=None, bool has_constant_weight=False, "
+      "str backend=\"auto\") -> ()";
   static LinearParams params(const Tensor& x, const Tensor& weight, const Tensor& out, const MaybeTensor& bias,
-                             std::string backend) {
-    return {.x = x, .weight = weight, .out = out, .bias = bias, .backend = std::move(backend)};
+                             bool has_constant_weight, std::string backend) {
+    return {.x = x,
+            .weight = weight,
+            .out = out,
+            .bias = bias,
+            .has_constant_weight = has_constant_weight,
+            .backend = std::move(backend)};
+  }
+};
+
+template <>
+struct TorchOp<RmsNormLinearParams> {
+  static constexpr const char* schema =
+      "(Tensor x, Tensor norm_weight, Tensor weight, Tensor(a!) out, *, Tensor? bias=None, Tensor? residual=None, "
+      "Tensor(b!)? residual_out=None, bool use_silu_and_mul=False, float eps=1e-6, str backend=\"auto\") -> ()";
+  static RmsNormLinearParams params(const Tensor& x, const Tensor& norm_weight, const Tensor& weight, const Tensor& out,
+                                    const MaybeTensor& bias, const MaybeTensor& residual,
+                                    const MaybeTensor& residual_out, bool use_silu_and_mul, double eps,
+                                    std::string backend) {
+    return {.x = x,
+            .norm_weight = norm_weight,
+            .weight = weight,
+            .out = out,
+            .bias = bias,
+            .residual = residual,
+            .residual_out = residual_out,
+            .use_silu_and_mul = use_silu_and_mul,
+            .eps = eps,
+            .backend = std::move(backend)};
   }
 };
 

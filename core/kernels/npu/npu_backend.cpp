@@ -102,6 +102,7 @@ class NpuBackend final : public Backend {
   void run(const SigmoidAndMulParams& p, const NormShape&) const override { aten::sigmoid_and_mul(p); }
   void run(const LinearParams& p, const LinearShape&) const override { aten::linear(p); }
   void run(const QuantizedLinearParams& p, const QuantizedLinearShape&) const override { aten::quantized_linear(p); }
+  void run(const RmsNormLinearParams& p, const LinearShape& s) const override { aten::rms_norm_linear(*this, p, s); }
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
     aten::gdn_decode_step(*this, p, s);
   }

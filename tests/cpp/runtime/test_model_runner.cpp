@@ -24,8 +24,8 @@ constexpr int64_t kBlockSize = 16;
 
 /// Whether every op of the last step promised bits that the other rows do not change.
 bool was_batch_invariant() {
-  constexpr std::array<std::string_view, 7> kOps{"linear",       "gdn_decode_step", "paged_attention", "rms_norm",
-                                                 "silu_and_mul", "store_kv",        "sigmoid_and_mul"};
+  constexpr std::array<std::string_view, 7> kOps{"linear",          "gdn_decode_step", "paged_attention", "rms_norm",
+                                                 "rms_norm_linear", "store_kv",        "sigmoid_and_mul"};
   return std::ranges::all_of(kOps, [](std::string_view op) { return kernel::last_is_batch_invariant(op); });
 }
 

@@ -68,6 +68,38 @@ LinearParams sample(const TypicalTensors& t) {
   return {.x = t.token, .weight = t.square, .out = t.out_token};
 }
 
+// ---- rms_norm_linear ------------------------------------------------------------------------------------------------
+
+Dims match(const RmsNormLinearParams& p) {
+  Dims d(Op<RmsNormLinearParams>::name);
+  match_strided(d, "x", p.x, "T D", kInputTypes);
+  const at::ScalarType in = p.x.scalar_type();
+  match_contiguous(d, "norm_weight", p.norm_weight, "D", {at::kFloat, in});
+  match_strided(d, "weight", p.weight, "O D", {in});
+  match_contiguous(d, "bias", p.bias, "O", {in});
+  d.require(p.residual.has_value() == p.residual_out.has_value(), p.residual ? "residual_out" : "residual",
+            ": expected both residual and residual_out, got one");
+  if (p.residual && p.residual_out) {
+    match_strided(d, "residual", *p.residual, "T D", {in});
+    match_out(d, "residual_out", *p.residual_out, "T D", {in});
+  }
+  if (p.use_silu_and_mul) {
+    d.require(d.sym("O") % 2 == 0, "weight: expected rows [gate | up], an even O, got ", d.sym("O"));
+    d.bind("O/2", d.sym("O") / 2, "weight");
+  }
+  match_out(d, "out", p.out, p.use_silu_and_mul ? "T O/2" : "T O", {in});
+  return d;
+}
+
+LinearShape shape(const RmsNormLinearParams&, const Dims& d) {
+  return {.T = d["T"], .D = d["D"], .O = d["O"]};
+}
+
+template <>
+RmsNormLinearParams sample(const TypicalTensors& t) {
+  return {.x = t.token, .norm_weight = t.per_dim, .weight = t.square, .out = t.out_token};
+}
+
 // ---- quantized_linear -----------------------------------------------------------------------------------------------
 
 Dims match(const QuantizedLinearParams& p) {
