@@ -321,7 +321,8 @@ class Prefill(Case):
         self.g = -A_log.exp() * F.softplus(torch.randn(self.parts, total, heads.HV, device=device) + dt_bias)
         self.beta = torch.randn(self.parts, total, heads.HV, device=device).sigmoid()
         self.initial = 0.5 * torch.randn(self.parts, N, heads.HV, V, K, device=device)
-        self.cu_seqlens = torch.tensor([0, *self.lengths]).cumsum(0).int().to(device)
+        self.cu_seqlens_cpu = torch.tensor([0, *self.lengths]).cumsum(0).int()
+        self.cu_seqlens = self.cu_seqlens_cpu.to(device)
         # At least 6KV + 2CV + 2CK H/HV flops per token and value head, C = 64 (kernels/cases.py).
         flops = total * heads.HV * (6 * K * V + 2 * 64 * V + 2 * 64 * K * heads.H / heads.HV)
         tokens_bytes = total * (4 * heads.H * K + 4 * heads.HV * V + 8 * heads.HV)
@@ -349,6 +350,7 @@ class Prefill(Case):
             beta,
             pool,
             cu_seqlens=self.cu_seqlens,
+            cu_seqlens_cpu=self.cu_seqlens_cpu,
             state_indices=torch.arange(N, dtype=torch.int32, device=self.device),
             has_initial_state=torch.ones(N, dtype=torch.bool, device=self.device),
             chunk=xgdn.ops.build_chunk_metadata(self.lengths, self.heads.HV, device=self.device),
@@ -370,6 +372,7 @@ class Prefill(Case):
                 *(x[i] for x in (self.q, self.k, self.v, self.g, self.beta)),
                 pool,
                 cu_seqlens=self.cu_seqlens,
+                cu_seqlens_cpu=self.cu_seqlens_cpu,
                 state_indices=slots[i],
                 has_initial_state=starts,
                 chunk=chunk,

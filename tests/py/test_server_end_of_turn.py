@@ -188,7 +188,7 @@ def deltas(tokens: Sequence[int], stops: Sequence[str]) -> tuple[str, str | None
     sequence = TextSequence(0, [], vocabulary, stops, Metrics(), got.append)
     for i, token in enumerate(tokens):
         reason = xgdn.FinishReason.LENGTH if i == len(tokens) - 1 else xgdn.FinishReason.RUNNING
-        event: Any = SimpleNamespace(tokens=[token], logprobs=[], finish_reason=reason, error="")
+        event: Any = SimpleNamespace(tokens=[token], logprobs=[], finish_reason=reason, error="", num_cached=0)
         sequence.apply(event, 0.0)
     return "".join(delta.text for delta in got), got[-1].finish_reason, sequence.num_tokens
 

@@ -183,7 +183,7 @@ def deltas(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str] = (
         is_last = begin + per_event >= len(tokens)
         reason = xgdn.FinishReason.LENGTH if is_last else xgdn.FinishReason.RUNNING
         logprobs = [SimpleNamespace(chosen=-float(begin + i), top=[]) for i in range(len(part))]
-        event: Any = SimpleNamespace(tokens=part, logprobs=logprobs, finish_reason=reason, error="")
+        event: Any = SimpleNamespace(tokens=part, logprobs=logprobs, finish_reason=reason, error="", num_cached=0)
         sequence.apply(event, 0.0)
     return got
 

@@ -168,17 +168,19 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(const __grid_constant
     if (slots.conv == kNoSlot) return;
     for (int w = 0; w + 1 < conv.W; ++w) prefetch_line(history_row(conv, slots.conv, w) + channel * sizeof(In));
   };
+  if (cluster > 1) {  // with many blocks memory is busy anyway
 #pragma unroll
-  for (int j = 0; j < kKeyChannels; ++j) prefetch_channel(key_channel(j));
-  if (has_row) {
-    prefetch_channel(value_channel(own_place));
-    prefetch_line(static_cast<const char*>(norm.weight.data) +
-                  own_place.row * (norm.weight.dtype == DType::kFloat32 ? 4 : 2));
-  }
-  if (slots.state != kNoSlot && threadIdx.x < min(num_passes, kStages<State, kDim>)) {
-    const Place place = place_of(threadIdx.x * kPassRows);
-    const int count = min(kPassRows, V - place.row);
-    prefetch_row(state_rows(slots.state, place), static_cast<uint32_t>(count * kDim * sizeof(State)));
+    for (int j = 0; j < kKeyChannels; ++j) prefetch_channel(key_channel(j));
+    if (has_row) {
+      prefetch_channel(value_channel(own_place));
+      prefetch_line(static_cast<const char*>(norm.weight.data) +
+                    own_place.row * (norm.weight.dtype == DType::kFloat32 ? 4 : 2));
+    }
+    if (slots.state != kNoSlot && threadIdx.x < min(num_passes, kStages<State, kDim>)) {
+      const Place place = place_of(threadIdx.x * kPassRows);
+      const int count = min(kPassRows, V - place.row);
+      prefetch_row(state_rows(slots.state, place), static_cast<uint32_t>(count * kDim * sizeof(State)));
+    }
   }
 #if __CUDA_ARCH__ >= 900
   if (cluster > 1) cg::this_cluster().sync();  // the barriers are there
@@ -389,8 +391,9 @@ bool decode_step_supports(const DecodeStepArgs& args) {
   constexpr int64_t kMostSequences = 65535;
   const TokenDeltaRuleArgs& rule = args.rule;
   const int64_t ratio = rule.HV / rule.H;
-  return args.conv.conv_state.dtype == args.conv.x.dtype && is_key_dim(rule.K) && ratio <= kMostHeads && ratio * ceil_div(rule.V, kFewestRows) <= kMostPasses &&
-         ratio * (rule.V + kThreads) <= kMostRows && rule.N <= kMostSequences;
+  return args.conv.conv_state.dtype == args.conv.x.dtype && is_key_dim(rule.K) && ratio <= kMostHeads &&
+         ratio * ceil_div(rule.V, kFewestRows) <= kMostPasses && ratio * (rule.V + kThreads) <= kMostRows &&
+         rule.N <= kMostSequences;
 }
 
 void gdn_decode_step(const DecodeStepArgs& args, int64_t num_slots, int64_t num_conv_slots, cudaStream_t stream) {
