@@ -101,7 +101,10 @@ class RawChunkGates {
       if (lane >= step) b += before;
     }
     const double total = __shfl_sync(kFullWarp, b, 31);
-    if (lane == 0) to.last = expf(static_cast<float>(total));
+    if (lane == 0) {
+      to.last = expf(static_cast<float>(total));
+      for (float& x : to.unused) x = 0.0f;  // copies take them along
+    }
     b -= g[0] + g[1];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

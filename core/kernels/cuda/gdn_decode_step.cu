@@ -156,7 +156,6 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(const __grid_constant
   if (cluster > 1 && threadIdx.x == 0) {
     init_barrier(barrier, 1);
     fence_barrier_init();
-    arrive_and_expect(barrier, static_cast<uint32_t>(step.passes) * sizeof(float));
   }
   Slots slots;
   slots.load(step.args, n);
@@ -185,6 +184,7 @@ __global__ void __launch_bounds__(kThreads, 5) step_kernel(const __grid_constant
 #if __CUDA_ARCH__ >= 900
   if (cluster > 1) cg::this_cluster().sync();  // the barriers are there
 #endif
+  if (cluster > 1 && threadIdx.x == 0) arrive_and_expect(barrier, static_cast<uint32_t>(step.passes) * sizeof(float));
   wait_for_kernel_before();
 
   // ---- what a thread reads ----
