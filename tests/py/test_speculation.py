@@ -19,7 +19,7 @@ from xgdn import errors
 SIZES = {"max_batch_size": 16, "max_cached_tokens": 4096, "max_tokens_per_step": 128}
 
 
-@pytest.fixture(scope="module", params=[None, *TINY[1:]], ids=lambda tiny: "trained" if tiny is None else str(tiny))
+@pytest.fixture(scope="module", params=[None, TINY[1]], ids=lambda tiny: "trained" if tiny is None else str(tiny))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model, whose text repeats itself, or one of random weights, where most drafts are wrong."""
     tiny: Tiny | None = request.param
