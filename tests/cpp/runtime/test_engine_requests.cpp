@@ -20,6 +20,7 @@
 
 #include "tests/cpp/support/compare.h"
 #include "tests/cpp/support/expect_error.h"
+#include "tests/cpp/support/random_tokens.h"
 #include "tests/cpp/support/tiny_model.h"
 
 namespace xgdn::testing {
@@ -27,18 +28,12 @@ namespace {
 
 constexpr int32_t kNaNToken = 63;
 
-std::vector<int32_t> random_prompt(uint64_t seed, int64_t size) {
-  std::mt19937_64 generator(seed);
-  std::vector<int32_t> prompt(static_cast<size_t>(size));
-  for (int32_t& token : prompt) token = static_cast<int32_t>(generator() % kNaNToken);
-  return prompt;
-}
-
 std::vector<Request> twelve_requests() {
   const std::vector<int64_t> sizes{1, 2, 3, 5, 63, 64, 65, 100, 128, 129, 200, 300};
   std::vector<Request> requests;
   for (size_t i = 0; i < sizes.size(); ++i) {
-    requests.push_back({.prompt = random_prompt(i, sizes[i]), .max_new_tokens = 6 + static_cast<int64_t>(i % 5)});
+    requests.push_back(
+        {.prompt = random_tokens(i, sizes[i], kNaNToken), .max_new_tokens = 6 + static_cast<int64_t>(i % 5)});
   }
   return requests;
 }
@@ -84,7 +79,7 @@ class EngineRequests : public ::testing::Test {
 TEST_F(EngineRequests, GreedyTokensAreThoseOfTheWholePromptAtOnce) {
   // The truth: feed everything so far as one prompt, take the best token, append it, start again.
   const std::shared_ptr<const HybridDecoder> decoder = model();
-  const Request request{.prompt = random_prompt(77, 70), .max_new_tokens = 12};
+  const Request request{.prompt = random_tokens(77, 70, kNaNToken), .max_new_tokens = 12};
   std::vector<int32_t> tokens = request.prompt;
   for (int64_t i = 0; i < request.max_new_tokens; ++i) {
     StatePool states(decoder->state_specs(), 1, c10::kCPU);
@@ -144,7 +139,7 @@ TEST_F(EngineRequests, PreemptedRequestsGoOnWithTheSameTokens) {
   std::vector<Request> requests;
   std::vector<std::vector<int32_t>> want;
   for (uint64_t i = 0; i < 6; ++i) {
-    requests.push_back({.prompt = random_prompt(i, 10 + static_cast<int64_t>(i) * 13),
+    requests.push_back({.prompt = random_tokens(i, 10 + static_cast<int64_t>(i) * 13, kNaNToken),
                         .max_new_tokens = 60,
                         .sampling = {.temperature = i % 2 == 0 ? 0.0 : 1.0, .seed = i}});
     want.push_back(alone(requests.back()));
@@ -185,7 +180,8 @@ TEST_F(EngineRequests, EveryDecodeAndTheOldestPromptMoveInEveryStep) {
       ASSERT_LT(i, 2000) << "a request starves";
       if (i < 120) {
         const auto size = static_cast<int64_t>(i % 4 == 0 ? 200 + generator() % 150 : 1 + generator() % 40);
-        const RequestId id = engine.submit({.prompt = random_prompt(generator(), size), .max_new_tokens = 50});
+        const RequestId id =
+            engine.submit({.prompt = random_tokens(generator(), size, kNaNToken), .max_new_tokens = 50});
         alive[id] = {.prompt_size = size};
       }
       std::set<RequestId> decoding;
@@ -241,7 +237,7 @@ TEST_F(EngineRequests, SampledTokensDependOnTheSeedNotOnTheBatch) {
 
 TEST_F(EngineRequests, EventsTellHowFarAPromptIs) {
   Engine engine(model(), {.max_batch_size = 2, .max_cached_tokens = 512, .max_tokens_per_step = 64});
-  const RequestId id = engine.submit({.prompt = random_prompt(1, 150), .max_new_tokens = 2});
+  const RequestId id = engine.submit({.prompt = random_tokens(1, 150, kNaNToken), .max_new_tokens = 2});
   for (int64_t prefilled : {64, 128, 150, 150}) {
     const std::vector<RequestEvent> events = engine.step();
     ASSERT_EQ(events.size(), 1u);
@@ -255,7 +251,7 @@ TEST_F(EngineRequests, EventsTellHowFarAPromptIs) {
 }
 
 TEST_F(EngineRequests, StopTokensEndARequest) {
-  const Request plain{.prompt = random_prompt(3, 20), .max_new_tokens = 10};
+  const Request plain{.prompt = random_tokens(3, 20, kNaNToken), .max_new_tokens = 10};
   const std::vector<int32_t> tokens = alone(plain);
   const int32_t stop = tokens[4];
   const auto first = static_cast<size_t>(std::find(tokens.begin(), tokens.end(), stop) - tokens.begin());
@@ -282,8 +278,8 @@ TEST_F(EngineRequests, StopTokensEndARequest) {
 
 TEST_F(EngineRequests, CancelsWaitingRunningAndFreshRequests) {
   const RunnerOptions options{.max_batch_size = 2, .max_cached_tokens = 512};
-  const Request request{.prompt = random_prompt(9, 30), .max_new_tokens = 8};
-  const Request survivor{.prompt = random_prompt(10, 30), .max_new_tokens = 8};
+  const Request request{.prompt = random_tokens(9, 30, kNaNToken), .max_new_tokens = 8};
+  const Request survivor{.prompt = random_tokens(10, 30, kNaNToken), .max_new_tokens = 8};
   Engine engine(model(), options);
   const RequestId running = engine.submit(request);
   const RequestId kept = engine.submit(survivor);
@@ -377,7 +373,7 @@ TEST_F(NaNToken, DrawnInTheMiddleOfARequestEndsIt) {
   const RunnerOptions options{.max_batch_size = 8, .max_cached_tokens = 4096};
   std::vector<Request> requests;
   for (uint64_t seed = 0; seed < 8; ++seed) {
-    requests.push_back({.prompt = random_prompt(seed, 20),
+    requests.push_back({.prompt = random_tokens(seed, 20, kNaNToken),
                         .max_new_tokens = 100,
                         .sampling = {.temperature = seed % 2 == 0 ? 50.0 : 0.0, .seed = seed}});
   }
@@ -405,7 +401,7 @@ TEST_F(EngineRequests, AFailingStepFailsTheRequestsThatWereInIt) {
   const at::Tensor norm = weights_.at("model.norm.weight");
   const at::Tensor sound = norm.clone();
   Engine engine(model(), options);
-  const Request request{.prompt = random_prompt(1, 10), .max_new_tokens = 5};
+  const Request request{.prompt = random_tokens(1, 10, kNaNToken), .max_new_tokens = 5};
   const RequestId first = engine.submit(request);
   const RequestId second = engine.submit(request);
   const RequestId waiting = engine.submit(request);
@@ -437,7 +433,7 @@ TEST_F(EngineRequests, EndsWithRequestsThatRun) {
     const c10::InferenceMode inference;
     engine.emplace(model(), RunnerOptions{.max_batch_size = 4, .max_cached_tokens = 256, .poison_freed_slots = true});
   }
-  engine->submit({.prompt = random_prompt(70, 70), .max_new_tokens = 20, .n = 3});
+  engine->submit({.prompt = random_tokens(70, 70, kNaNToken), .max_new_tokens = 20, .n = 3});
   for (int i = 0; i < 4; ++i) engine->step();
   EXPECT_EQ(engine->num_free_slots(), 1);
   engine.reset();
@@ -558,7 +554,7 @@ TEST_F(EngineRequests, RefusesMoreTokensThanTheModelHasPositions) {
   weights_ = tiny_weights(config_);
   Engine engine(model(), {.max_batch_size = 1, .max_cached_tokens = 512});
   const auto request = [](int64_t prompt, int64_t max_new_tokens) {
-    return Request{.prompt = random_prompt(1, prompt), .max_new_tokens = max_new_tokens};
+    return Request{.prompt = random_tokens(1, prompt, kNaNToken), .max_new_tokens = max_new_tokens};
   };
   const auto refused = [&](const Request& r, std::string_view sum) {
     expect_error<RequestError>([&] { engine.submit(r); }, {"[submit]", "at most 40", "max_position_embeddings", sum});

@@ -11,19 +11,13 @@
 
 #include "core/runtime/engine.h"
 #include "tests/cpp/support/expect_error.h"
+#include "tests/cpp/support/random_tokens.h"
 #include "tests/cpp/support/tiny_model.h"
 
 namespace xgdn::testing {
 namespace {
 
 using Branch = std::pair<RequestId, int64_t>;
-
-std::vector<int32_t> random_prompt(uint64_t seed, int64_t size) {
-  std::mt19937_64 generator(seed);
-  std::vector<int32_t> prompt(static_cast<size_t>(size));
-  for (int32_t& token : prompt) token = static_cast<int32_t>(generator() % 64);
-  return prompt;
-}
 
 constexpr int kMostSteps = 300;      // more than any request here takes
 constexpr int64_t kStepTokens = 64;  // the pieces of a prompt decide the bits of its attention
@@ -84,7 +78,7 @@ class ForkTest : public ::testing::Test {
 TEST_F(ForkTest, EveryBranchIsARequestOfItsOwn) {
   for (const double temperature : {0.0, 1.0}) {
     for (const int64_t size : {1, 15, 16, 17, 64, 100, 130}) {  // within, at and beyond blocks and chunks
-      const Request request{.prompt = random_prompt(static_cast<uint64_t>(size), size),
+      const Request request{.prompt = random_tokens(static_cast<uint64_t>(size), size),
                             .max_new_tokens = 24,
                             .sampling = {.temperature = temperature, .seed = 7, .logprobs = 0},
                             .n = 4};
@@ -93,7 +87,7 @@ TEST_F(ForkTest, EveryBranchIsARequestOfItsOwn) {
             RunnerOptions{
                 .max_batch_size = 9, .max_cached_tokens = 2048, .kv_block_size = 7, .max_tokens_per_step = 64}}) {
         Engine engine(model_, options);
-        const Request other{.prompt = random_prompt(99, 40), .max_new_tokens = 12};
+        const Request other{.prompt = random_tokens(99, 40), .max_new_tokens = 12};
         const std::vector<GenerationResult> results = engine.generate({other, request, other});
         ASSERT_EQ(results.size(), 6u);
         EXPECT_EQ(results[0].tokens, alone(other, 0).tokens);
@@ -114,7 +108,7 @@ TEST_F(ForkTest, EveryBranchIsARequestOfItsOwn) {
 
 TEST_F(ForkTest, ABranchThatRunsAloneHasTheBitsOfASingleRun) {
   for (const int64_t size : {1, 16, 30, 100}) {
-    Request request{.prompt = random_prompt(static_cast<uint64_t>(size), size),
+    Request request{.prompt = random_tokens(static_cast<uint64_t>(size), size),
                     .max_new_tokens = 20,
                     .sampling = {.temperature = 1.0, .logprobs = 0},
                     .n = 2};
@@ -131,7 +125,7 @@ TEST_F(ForkTest, ABranchThatRunsAloneHasTheBitsOfASingleRun) {
 TEST_F(ForkTest, BranchesShareThePromptsBlocks) {
   const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 1600};
   Engine engine(model_, options);
-  engine.submit({.prompt = random_prompt(1, 1000), .max_new_tokens = 20, .n = 4});
+  engine.submit({.prompt = random_tokens(1, 1000), .max_new_tokens = 20, .n = 4});
   engine.step();
   EXPECT_EQ(engine.num_free_slots(), 0);
   EXPECT_EQ(engine.num_free_kv_blocks(), 100 - 62 - 4) << "62 full blocks of the prompt, and one of each branch";
@@ -141,7 +135,7 @@ TEST_F(ForkTest, BranchesShareThePromptsBlocks) {
 
 TEST_F(ForkTest, BranchesEndOneByOne) {
   const RunnerOptions options{.max_batch_size = 6, .max_cached_tokens = 1024, .poison_freed_slots = true};
-  Request request{.prompt = random_prompt(4, 50),
+  Request request{.prompt = random_tokens(4, 50),
                   .max_new_tokens = 30,
                   .sampling = {.temperature = 1.5, .seed = 40, .logprobs = 0},
                   .n = 6};
@@ -157,7 +151,7 @@ TEST_F(ForkTest, BranchesEndOneByOne) {
 
 TEST_F(ForkTest, CancelEndsEveryBranch) {
   const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
-  const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .n = 3};
+  const Request request{.prompt = random_tokens(4, 100), .max_new_tokens = 10, .n = 3};
   for (const int num_steps : {0, 1, 2, 3, 5}) {  // waiting, half of the prompt, forked, after the first step, later
     Engine engine(model_, options);
     const RequestId id = engine.submit(request);
@@ -175,7 +169,7 @@ TEST_F(ForkTest, CancelEndsEveryBranch) {
 TEST_F(ForkTest, CancelOfABranchLeavesTheOthersAlone) {
   const RunnerOptions options{
       .max_batch_size = 4, .max_cached_tokens = 1024, .max_tokens_per_step = 64, .poison_freed_slots = true};
-  const Request request{.prompt = random_prompt(4, 100),
+  const Request request{.prompt = random_tokens(4, 100),
                         .max_new_tokens = 10,
                         .sampling = {.temperature = 1.0, .seed = 5, .logprobs = 0},
                         .n = 3};
@@ -211,7 +205,7 @@ TEST_F(ForkTest, TheBranchThatTakesOverThePromptHasTheBitsOfASingleRun) {
   const RunnerOptions options{
       .max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64, .poison_freed_slots = true};
   const Request request{
-      .prompt = random_prompt(4, 180), .max_new_tokens = 12, .sampling = {.temperature = 1.0, .logprobs = 0}, .n = 3};
+      .prompt = random_tokens(4, 180), .max_new_tokens = 12, .sampling = {.temperature = 1.0, .logprobs = 0}, .n = 3};
   const GenerationResult want = alone(request, 2, options);
   for (const int first_steps : {0, 1, 2}) {
     for (const int further_steps : {0, 1}) {
@@ -234,7 +228,7 @@ TEST_F(ForkTest, TheBranchThatTakesOverThePromptHasTheBitsOfASingleRun) {
 
 TEST_F(ForkTest, EveryBranchCanBeCancelledByItself) {
   const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
-  const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .n = 3};
+  const Request request{.prompt = random_tokens(4, 100), .max_new_tokens = 10, .n = 3};
   for (const int num_steps : {0, 1, 2, 3}) {
     Engine engine(model_, options);
     const RequestId id = engine.submit(request);
@@ -249,8 +243,8 @@ TEST_F(ForkTest, EveryBranchCanBeCancelledByItself) {
 
 TEST_F(ForkTest, AWaitingRequestNeedsNoSlotForACancelledBranch) {
   Engine engine(model_, {.max_batch_size = 3, .max_cached_tokens = 1024});
-  engine.submit({.prompt = random_prompt(1, 5), .max_new_tokens = 100});
-  const Request request{.prompt = random_prompt(4, 100), .max_new_tokens = 10, .sampling = {.logprobs = 0}, .n = 3};
+  engine.submit({.prompt = random_tokens(1, 5), .max_new_tokens = 100});
+  const Request request{.prompt = random_tokens(4, 100), .max_new_tokens = 10, .sampling = {.logprobs = 0}, .n = 3};
   const RequestId id = engine.submit(request);
   engine.step();
   EXPECT_EQ(engine.num_free_slots(), 2) << "three branches wait for three slots";
@@ -267,7 +261,7 @@ TEST_F(ForkTest, AFailureAfterTheTakeoverEndsEveryBranchThatIsLeft) {
   const at::Tensor norm = weights.at("model.norm.weight");
   const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 512, .max_tokens_per_step = 64};
   Engine engine(tiny_model(config_, weights), options);
-  const RequestId id = engine.submit({.prompt = random_prompt(4, 150), .max_new_tokens = 10, .n = 3});
+  const RequestId id = engine.submit({.prompt = random_tokens(4, 150), .max_new_tokens = 10, .n = 3});
   engine.step();
   EXPECT_TRUE(engine.cancel(id, 0));
   norm.resize_({3});
@@ -284,7 +278,7 @@ TEST_F(ForkTest, AFailureBeforeTheForkEndsEveryBranch) {
   const at::Tensor norm = weights.at("model.norm.weight");
   const RunnerOptions options{.max_batch_size = 3, .max_cached_tokens = 512};
   Engine engine(tiny_model(config_, weights), options);
-  engine.submit({.prompt = random_prompt(4, 20), .max_new_tokens = 10, .n = 3});
+  engine.submit({.prompt = random_tokens(4, 20), .max_new_tokens = 10, .n = 3});
   norm.resize_({3});
   const std::vector<RequestEvent> events = engine.step();
   ASSERT_EQ(events.size(), 3u);
@@ -295,7 +289,7 @@ TEST_F(ForkTest, AFailureBeforeTheForkEndsEveryBranch) {
 TEST_F(ForkTest, RefusesMoreBranchesThanSlots) {
   Engine engine(model_, {.max_batch_size = 3, .max_cached_tokens = 128});
   const auto request = [](int64_t n, int64_t prompt) {
-    return Request{.prompt = random_prompt(1, prompt), .max_new_tokens = 16, .n = n};
+    return Request{.prompt = random_tokens(1, prompt), .max_new_tokens = 16, .n = n};
   };
   expect_error<RequestError>([&] { engine.submit(request(0, 5)); }, {"n: expected at least 1", "got 0"});
   expect_error<RequestError>([&] { engine.submit(request(4, 5)); }, {"n: expected at most 3", "got 4"});
@@ -310,7 +304,7 @@ TEST_F(ForkTest, BranchesThatRunOneAfterTheOtherHaveTheBitsOfSingleRuns) {
     // Room for one branch alone: the others go on from copies of its state, and from keys and values in host memory.
     const int64_t block = 32;
     const int64_t capacity = (prompt / block + 1) * block;
-    const Request request{.prompt = random_prompt(static_cast<uint64_t>(prompt), prompt),
+    const Request request{.prompt = random_tokens(static_cast<uint64_t>(prompt), prompt),
                           .max_new_tokens = capacity - prompt,
                           .sampling = {.temperature = 1.0, .seed = 3, .logprobs = 0},
                           .n = 4};
@@ -329,12 +323,12 @@ TEST_F(ForkTest, BranchesThatRunOneAfterTheOtherHaveTheBitsOfSingleRuns) {
 
 TEST_F(ForkTest, PreemptedBranchesGoOnWithTheSameTokens) {
   for (const int64_t prompt : {10, 48, 100}) {
-    const Request request{.prompt = random_prompt(static_cast<uint64_t>(prompt), prompt),
+    const Request request{.prompt = random_tokens(static_cast<uint64_t>(prompt), prompt),
                           .max_new_tokens = 50,
                           .sampling = {.temperature = 1.0, .seed = 11, .logprobs = 0},
                           .n = 4};
-    const Request older{.prompt = random_prompt(5, 30), .max_new_tokens = 60};
-    const Request younger{.prompt = random_prompt(6, 20), .max_new_tokens = 20};
+    const Request older{.prompt = random_tokens(5, 30), .max_new_tokens = 60};
+    const Request younger{.prompt = random_tokens(6, 20), .max_new_tokens = 20};
     for (const int64_t extra : {16, 64}) {  // tokens beyond what the first branch needs alone
       const RunnerOptions options{.max_batch_size = 6,
                                   .max_cached_tokens = std::max<int64_t>(96, prompt + 50 + extra),
@@ -354,9 +348,9 @@ TEST_F(ForkTest, PreemptedBranchesGoOnWithTheSameTokens) {
 TEST_F(ForkTest, CancellingPreemptedBranchesLeavesTheOthersAlone) {
   const RunnerOptions options{
       .max_batch_size = 5, .max_cached_tokens = 160, .max_tokens_per_step = 64, .poison_freed_slots = true};
-  const Request older{.prompt = random_prompt(1, 60), .max_new_tokens = 80};
-  const Request forked{.prompt = random_prompt(2, 40), .max_new_tokens = 60, .n = 3};
-  const Request waiting{.prompt = random_prompt(3, 30), .max_new_tokens = 10, .n = 2};
+  const Request older{.prompt = random_tokens(1, 60), .max_new_tokens = 80};
+  const Request forked{.prompt = random_tokens(2, 40), .max_new_tokens = 60, .n = 3};
+  const Request waiting{.prompt = random_tokens(3, 30), .max_new_tokens = 10, .n = 2};
   for (const int num_steps : {12, 25, 40}) {
     Engine engine(model_, options);
     const RequestId kept = engine.submit(older);
@@ -393,7 +387,7 @@ TEST_F(ForkTest, RandomRequestsInSmallPoolsHaveTheTokensOfSingleRuns) {
     for (int num_steps = 0; requests.size() < 30 || !engine.is_idle(); ++num_steps) {
       ASSERT_LT(num_steps, 30 * 4 * (50 + 3)) << "longer than one branch after the other";
       if (requests.size() < 30 && draw(0, 3) == 0) {
-        const Request request{.prompt = random_prompt(generator(), draw(1, 140)),
+        const Request request{.prompt = random_tokens(generator(), draw(1, 140)),
                               .max_new_tokens = draw(1, 50),
                               .sampling = {.temperature = static_cast<double>(draw(0, 1)), .seed = generator() % 100},
                               .n = draw(1, 4)};

@@ -7,24 +7,17 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "core/runtime/engine.h"
+#include "tests/cpp/support/random_tokens.h"
 #include "tests/cpp/support/tiny_model.h"
 
 namespace xgdn::testing {
 namespace {
 
 constexpr int32_t kNaNToken = 63;
-
-std::vector<int32_t> random_tokens(uint64_t seed, int64_t size) {
-  std::mt19937_64 generator(seed);
-  std::vector<int32_t> tokens(static_cast<size_t>(size));
-  for (int32_t& token : tokens) token = static_cast<int32_t>(generator() % kNaNToken);
-  return tokens;
-}
 
 std::vector<int32_t> joined(std::vector<int32_t> first, const std::vector<int32_t>& second) {
   first.insert(first.end(), second.begin(), second.end());
@@ -143,7 +136,7 @@ TEST_P(PrefixCacheTest, AFailedRequestLeavesNothing) {
   weights_.at(config_.weight_prefix + "embed_tokens.weight")[kNaNToken].fill_(std::numeric_limits<float>::quiet_NaN());
   model_ = tiny_model(config_, weights_, {.has_replay_states = has_replay_states()});
   const std::unique_ptr<Engine> engine = this->engine(8);
-  std::vector<int32_t> poisoned = random_tokens(1, 400);
+  std::vector<int32_t> poisoned = random_tokens(1, 400, kNaNToken);
   poisoned[270] = kNaNToken;
   for (int i = 0; i < 3; ++i) {
     const GenerationResult failed = engine->generate({{.prompt = poisoned}}, {.throw_on_error = false}).at(0);

@@ -15,17 +15,11 @@
 #include <vector>
 
 #include "tests/cpp/support/expect_error.h"
+#include "tests/cpp/support/random_tokens.h"
 #include "tests/cpp/support/tiny_model.h"
 
 namespace xgdn::testing {
 namespace {
-
-std::vector<int32_t> random_tokens(uint64_t seed, int64_t size) {
-  std::mt19937_64 generator(seed);
-  std::vector<int32_t> tokens(static_cast<size_t>(size));
-  for (int32_t& token : tokens) token = static_cast<int32_t>(generator() % 64);
-  return tokens;
-}
 
 // With plain and with replay states.
 class SessionTest : public ::testing::TestWithParam<bool> {
