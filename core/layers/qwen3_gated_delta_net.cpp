@@ -6,8 +6,6 @@
 namespace xgdn {
 namespace {
 
-constexpr int64_t kReplayChunk = 16;  // tokens of a ring: of 16, 32 and 64 the one that reads and computes least
-
 // The heads of one rank. With more ranks than key heads, neighbouring ranks share (replicate) a key head.
 struct HeadRange {
   int64_t key_begin, key_end, value_begin, value_end;

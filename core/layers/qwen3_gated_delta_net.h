@@ -18,6 +18,9 @@
 
 namespace xgdn {
 
+/// Tokens of a replay state's ring: of 16, 32 and 64 the number that reads and computes least.
+inline constexpr int64_t kReplayChunk = 16;
+
 /// Sizes of the whole layer, before sharding.
 struct GdnConfig {
   int64_t hidden_size = 0;
@@ -28,7 +31,7 @@ struct GdnConfig {
   int64_t conv_kernel_dim = 4;  // W
   double rms_norm_eps = 1e-6;
   at::ScalarType state_dtype = at::kFloat;  // of the delta pool; the conv pool has the weights' dtype
-  int64_t max_draft_tokens = 0;             // further rows of the conv pool
+  int64_t max_draft_tokens = 0;             // further rows of the conv pool, and of rings
   bool has_replay_states = false;           // checkpoints and rings: the same bits by prefill and decode
 };
 

@@ -36,6 +36,7 @@ std::optional<kernel::QuantizedRows> DigestedWeights::quantized(const std::strin
   look_at(name + ".codes", rows->codes);
   look_at(name + ".scales", rows->scales);
   if (rows->zeros) look_at(name + ".zeros", *rows->zeros);
+  if (rows->order) look_at(name + ".order", *rows->order);
   return rows;
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A hash of bytes that is the same on every machine and in every version: files carry it.
+// A hash of bytes that is the same on every little-endian machine and in every version: files carry it.
 #pragma once
 
 #include <cstdint>

@@ -107,6 +107,7 @@ class Checker {
       }
     }
     for (index_ = 0; index_ < std::ssize(sequences); ++index_) check_reads(sequences[index_]);
+    check_verifications(sequences);
   }
 
  private:
@@ -154,6 +155,21 @@ class Checker {
     const size_t column = verifies_in_table(s) ? s.num_accepted - 1 : 0;
     read(state_writer_, "state_slots", s.state_slots[column]);
     read(conv_writer_, "conv_slot", s.conv_slot);
+  }
+
+  // A model's states are all of one kind, and so are the slots of a segment.
+  void check_verifications(const std::vector<SequenceStep>& sequences) {
+    const SequenceStep* first = nullptr;
+    for (index_ = 0; index_ < std::ssize(sequences); ++index_) {
+      const SequenceStep& s = sequences[index_];
+      if (s.kind != SegmentKind::kVerify) continue;
+      if (first == nullptr) first = &s;
+      if (verifies_in_table(s) == verifies_in_table(*first)) continue;
+      fail_request(
+          "write_slot",
+          verifies_in_table(*first) ? "-1, as other verifications have" : "a slot, as other verifications have",
+          s.write_slot);
+    }
   }
 
   void range(const char* what, const char* kind, int64_t value, int64_t end) const {
@@ -211,6 +227,7 @@ struct SegmentRows {
   std::vector<uint8_t> has_initial_state;
   std::vector<int64_t> lengths;
   bool has_padding = false;
+  bool has_table = false;  // of state slots, see verifies_in_table
 };
 
 // The cache rows of the tokens from `first` on up to `end`.
@@ -265,6 +282,7 @@ SegmentRows collect(const std::vector<const SequenceStep*>& sequences, int64_t c
     rows.num_uncommitted.push_back(s->num_uncommitted);
     rows.has_initial_state.push_back(s->has_initial_state);
     rows.has_padding |= is_padding(*s);
+    rows.has_table |= verifies_in_table(*s);
   }
   return rows;
 }
@@ -278,11 +296,10 @@ void put_segment(StepBuffers& buffers, Segment& segment, const SegmentRows& rows
   segment.host = {.max_len = *std::ranges::max_element(rows.lengths), .may_have_padding = rows.has_padding};
   buffers.put(region(segment.kind, kSegmentCuSeqlens), rows.cu_seqlens, &segment.cu_seqlens, /*columns=*/0,
               &segment.host.cu_seqlens.emplace());
-  const bool has_table = is_verify && std::ranges::all_of(rows.write_slots, [](int32_t slot) { return slot < 0; });
-  put(kStateRead, rows.state_slots, &segment.state_slots.read, has_table ? columns : 0);
+  put(kStateRead, rows.state_slots, &segment.state_slots.read, rows.has_table ? columns : 0);
   put(kConvRead, rows.conv_slots, &segment.conv_slots.read);
   if (is_verify) put(kNumAccepted, rows.num_accepted, &segment.num_accepted.emplace());
-  if (!has_table) {
+  if (!rows.has_table) {
     if (is_verify) put(kNumUncommitted, rows.num_uncommitted, &segment.num_uncommitted.emplace());
     if (rows.write_slots != rows.state_slots) put(kStateWrite, rows.write_slots, &segment.state_slots.write.emplace());
     if (rows.conv_write_slots != rows.conv_slots) {

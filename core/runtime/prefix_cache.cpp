@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/kernels/ops_api.h"
+#include "core/models/hash_bytes.h"
 
 namespace xgdn {
 namespace {
@@ -17,15 +18,6 @@ constexpr int64_t kShortChunk = 16;  // tokens, where states are kept after any
 // Tokens of a prompt whose whole chunks are a piece of their own, so that the state after them can be kept. What is
 // left of the prompt takes a step more, which a shorter one is not worth.
 constexpr int64_t kLeastPiece = 4 * kernel::kChunkSize;
-
-// The hash of what came before and of one chunk more.
-uint64_t chained(uint64_t hash, std::span<const int32_t> chunk) {
-  for (const int32_t token : chunk) {
-    hash = (hash ^ static_cast<uint32_t>(token)) * 0x9E3779B97F4A7C15;
-    hash ^= hash >> 29;
-  }
-  return hash;
-}
 
 }  // namespace
 
@@ -40,7 +32,7 @@ std::vector<uint64_t> PrefixCache::hashes_of(std::span<const int32_t> tokens) co
   const auto chunk = static_cast<size_t>(chunk_);
   std::vector<uint64_t> hashes;
   for (uint64_t hash = 0; tokens.size() >= chunk; tokens = tokens.subspan(chunk)) {
-    hash = chained(hash, tokens.first(chunk));
+    hash = hash_bytes(hash, {reinterpret_cast<const char*>(tokens.data()), chunk * sizeof(int32_t)});
     hashes.push_back(hash);
   }
   return hashes;

@@ -188,7 +188,7 @@ int64_t SequenceMemory::num_missing_to_checkpoint() const {
 SequenceMemory SequenceMemory::checkpoint() {
   SequenceMemory rest(*states_, *kv_);
   rest.allocate_state();
-  rest.grow(num_missing_to_checkpoint());
+  rest.grow(num_missing_to_checkpoint());  // a token's room is the block that the last one is copied to
   const auto num_filled = static_cast<std::ptrdiff_t>(kv_->blocks_for(num_computed_));
   rest.blocks_.insert(rest.blocks_.end(), blocks_.begin() + num_filled, blocks_.end());
   rest.block_ids_.insert(rest.block_ids_.end(), block_ids_.begin() + num_filled, block_ids_.end());

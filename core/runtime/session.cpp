@@ -10,13 +10,9 @@
 
 namespace xgdn {
 
-Session::Session(Engine& engine) : Session(engine, {}) {}
-
-Session::Session(Engine& engine, std::vector<int32_t> tokens) : engine_(&engine), tokens_(std::move(tokens)) {
-  if (engine.prefix_cache_slots() == 0) {
-    throw RequestError("[Session] engine: expected one with prefix_cache_slots, got 0 of them");
-  }
-  pin();
+Session::Session(Engine& engine) : engine_(&engine) {
+  if (engine.prefix_cache_slots() > 0) return;
+  throw RequestError("[Session] engine: expected one with prefix_cache_slots, got 0 of them");
 }
 
 Session::Session(Session&& other) noexcept
@@ -29,7 +25,8 @@ Session::~Session() {
 }
 
 // The prefix that was held so far stays until the new one is.
-void Session::pin() {
+void Session::go_on_from(std::vector<int32_t> tokens) {
+  tokens_ = std::move(tokens);
   engine_->unpin(std::exchange(pinned_, engine_->pin(tokens_)));
 }
 
@@ -37,22 +34,23 @@ GenerationResult Session::generate(Request request, const GenerateOptions& optio
   if (request.n != 1) throw RequestError(c10::str("[Session] n: expected 1, got ", request.n));
   request.prompt.insert(request.prompt.begin(), tokens_.begin(), tokens_.end());
   GenerationResult result = engine_->generate({request}, options).at(0);
-  tokens_ = std::move(request.prompt);
-  tokens_.insert(tokens_.end(), result.tokens.begin(), result.tokens.end());
-  pin();
+  std::vector<int32_t> tokens = std::move(request.prompt);
+  tokens.insert(tokens.end(), result.tokens.begin(), result.tokens.end());
+  go_on_from(std::move(tokens));
   return result;
 }
 
 Session Session::fork() const {
-  return Session(*engine_, tokens_);
+  Session forked(*engine_);
+  forked.go_on_from(tokens_);
+  return forked;
 }
 
 void Session::truncate(int64_t num_tokens) {
   if (num_tokens < 0 || num_tokens > std::ssize(tokens_)) {
     throw RangeError(c10::str("[Session] truncate: expected 0..", tokens_.size(), " tokens, got ", num_tokens));
   }
-  tokens_.resize(static_cast<size_t>(num_tokens));
-  pin();
+  go_on_from({tokens_.begin(), tokens_.begin() + num_tokens});
 }
 
 void Session::save(const std::filesystem::path& path) const {
@@ -64,9 +62,11 @@ void Session::save(const std::filesystem::path& path) const {
 
 Session Session::load(Engine& engine, const std::filesystem::path& path) {
   const c10::InferenceMode inference;
+  Session loaded(engine);
   SavedSession saved = read_session(path, engine.session_specs());
   if (saved.num_kept > 0) engine.adopt(saved);
-  return Session(engine, std::move(saved.tokens));
+  loaded.go_on_from(std::move(saved.tokens));
+  return loaded;
 }
 
 }  // namespace xgdn

@@ -41,8 +41,9 @@ class Session {
 
   /// Writes tokens and state to a file, which is complete or not there. Throws CheckpointError when it cannot.
   void save(const std::filesystem::path& path) const;
-  /// A session from a file, of the same model on whatever machine or backend. Throws CheckpointError for a file that is
-  /// damaged or of another model, OutOfSlots and OutOfBlocks where its state has no room.
+  /// A session from a file, of the same model on whatever machine or backend. Throws as the constructor,
+  /// CheckpointError for a file that is damaged or of another model, OutOfSlots and OutOfBlocks where its state has no
+  /// room.
   static Session load(Engine& engine, const std::filesystem::path& path);
 
   /// So far.
@@ -51,8 +52,7 @@ class Session {
   int64_t num_kept() const { return engine_->num_pinned(pinned_); }
 
  private:
-  Session(Engine& engine, std::vector<int32_t> tokens);
-  void pin();
+  void go_on_from(std::vector<int32_t> tokens);
 
   Engine* engine_;
   std::vector<int32_t> tokens_;

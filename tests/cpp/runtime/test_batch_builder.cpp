@@ -404,6 +404,15 @@ TEST(BatchBuilderRefusals, NumAccepted) {
   }
 }
 
+TEST(BatchBuilderRefusals, VerificationsOfTwoKindsOfStates) {
+  BatchBuilder builder(kLimits, c10::kCPU);
+  SequenceStep replayed = verify({21}, 3, {10}, 1, {30});
+  replayed.write_slot = replayed.conv_write_slot = 10;
+  const SequenceStep plain = verify({23}, 0, {1}, 1, {5});
+  expect_error<RequestError>([&] { builder.build({plain, replayed}); }, {"sequence 1 write_slot", "-1", "got 10"});
+  expect_error<RequestError>([&] { builder.build({replayed, plain}); }, {"sequence 1 write_slot", "a slot", "got -1"});
+}
+
 TEST(BatchBuilderRefusals, ASlotWrittenTwice) {
   const SequenceStep one = decode(1, 0, 3, {0});
   expect_refused<RangeError>({one, decode(1, 0, 3, {1})}, {"sequence 1", "written once", "slot 3", "sequence 0"});

@@ -242,6 +242,7 @@ TEST_P(SessionTest, EveryByteThatIsWrongIsFound) {
 TEST_P(SessionTest, WhatCannotBeAskedOfIt) {
   const std::unique_ptr<Engine> without = engine(1, 16, 0);
   expect_error<RequestError>([&] { Session session(*without); }, {"prefix_cache_slots"});
+  expect_error<RequestError>([&] { Session::load(*without, file()); }, {"prefix_cache_slots"});
   Session session(*engine_);
   expect_error<RequestError>([&] { session.generate({.prompt = {1}, .n = 2}); }, {"[Session] n", "got 2"});
   expect_error<RequestError>([&] { session.generate({}); }, {"at least one token"});
