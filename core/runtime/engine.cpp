@@ -208,17 +208,7 @@ void Engine::copy_state(int64_t prefix_id, SavedSession& saved) {
     const PrefixCache::Prefix* const prefix = scheduler_.prefixes().pinned(prefix_id);
     if (prefix == nullptr) return;
     saved.num_kept = prefix->num_tokens();
-    for (const GdnState& layer : states_.layers()) {
-      std::vector<at::Tensor>& components = saved.states.emplace_back();
-      for (const auto& [kind, pool] : layer.components()) {
-        components.push_back(pool.select(0, prefix->memory.own_slot(group_of(kind)).index())
-                                 .to(at::kCPU, pool.scalar_type(), /*non_blocking=*/false, /*copy=*/true));
-      }
-    }
-    for (const KvPool& blocks : kv_.save(prefix->memory.blocks())) {
-      const auto rows = [&](const at::Tensor& pool) { return pool.flatten(0, 1).narrow(0, 0, saved.num_kept); };
-      saved.kv.push_back({rows(blocks.k), rows(blocks.v)});
-    }
+    saved.memory = prefix->memory.save();
   });
 }
 
@@ -228,14 +218,7 @@ void Engine::adopt(const SavedSession& saved) {
     PrefixCache& prefixes = scheduler_.prefixes();
     if (prefixes.holds(tokens)) return;
     SequenceMemory memory = prefixes.make_memory(saved.num_kept);
-    for (size_t i = 0; i < saved.states.size(); ++i) {
-      const std::vector<GdnState::Component>& components = states_.layers()[i].components();
-      for (size_t j = 0; j < components.size(); ++j) {
-        const auto& [kind, pool] = components[j];
-        pool.select(0, memory.own_slot(group_of(kind)).index()).copy_(saved.states[i][j]);
-      }
-    }
-    kv_.write(saved.kv, memory.blocks());
+    memory.load(saved.memory, saved.num_kept);
     prefixes.adopt(tokens, std::move(memory));
   });
 }

@@ -207,7 +207,6 @@ SequenceMemory PrefixCache::make_memory(int64_t num_tokens) {
 }
 
 void PrefixCache::adopt(std::span<const int32_t> tokens, SequenceMemory memory) {
-  memory.advance(std::ssize(tokens));
   constexpr RequestId kNoRequest = 0;
   keep(kNoRequest, tokens, std::move(memory));
 }

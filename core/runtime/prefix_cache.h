@@ -89,7 +89,7 @@ class PrefixCache {
   SequenceMemory make_memory(int64_t num_tokens);
   /// Whether the state after these tokens is held.
   bool holds(std::span<const int32_t> tokens);
-  /// Takes in a state that was written to such a memory, after as many tokens as a prefix has at least.
+  /// Takes in such a memory, which has computed the tokens, as many as a prefix has at least.
   void adopt(std::span<const int32_t> tokens, SequenceMemory memory);
 
   /// Blocks that prefixes alone hold, those of `spared` not counted.

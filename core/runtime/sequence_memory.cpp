@@ -200,6 +200,34 @@ SequenceMemory SequenceMemory::checkpoint() {
   return handed_over;
 }
 
+SavedMemory SequenceMemory::save() const {
+  SavedMemory saved;
+  for (const GdnState& layer : states_->layers()) {
+    std::vector<at::Tensor>& components = saved.states.emplace_back();
+    for (const auto& [kind, pool] : layer.components()) {
+      components.push_back(pool.select(0, own_slot(group_of(kind)).index())
+                               .to(at::kCPU, pool.scalar_type(), /*non_blocking=*/false, /*copy=*/true));
+    }
+  }
+  for (const KvPool& blocks : kv_->save(block_ids_)) {
+    const auto rows = [&](const at::Tensor& pool) { return pool.flatten(0, 1).narrow(0, 0, num_computed_); };
+    saved.kv.push_back({rows(blocks.k), rows(blocks.v)});
+  }
+  return saved;
+}
+
+void SequenceMemory::load(const SavedMemory& saved, int64_t num_tokens) {
+  for (size_t i = 0; i < saved.states.size(); ++i) {
+    const std::vector<GdnState::Component>& components = states_->layers()[i].components();
+    for (size_t j = 0; j < components.size(); ++j) {
+      const auto& [kind, pool] = components[j];
+      pool.select(0, own_slot(group_of(kind)).index()).copy_(saved.states[i][j]);
+    }
+  }
+  kv_->write(saved.kv, block_ids_);
+  advance(num_tokens);
+}
+
 void SequenceMemory::truncate(int64_t num_tokens) {
   if (num_tokens < num_computed_) {
     num_computed_ = 0;

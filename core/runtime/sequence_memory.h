@@ -44,6 +44,12 @@ class StateSlot {
   SlotHandle handle_;
 };
 
+/// A state and the keys and values of its tokens, on the host.
+struct SavedMemory {
+  std::vector<std::vector<at::Tensor>> states;  // of each GDN layer, the components of one slot
+  std::vector<KvPool> kv;                       // of each attention layer, [T, Hkv, row]
+};
+
 /// The state of a sequence after its first num_computed() tokens, and their keys and values.
 ///
 /// It is resident while its blocks are in the cache; swapped out, its keys and values lie in host memory and its state
@@ -88,6 +94,11 @@ class SequenceMemory {
   SequenceMemory checkpoint();
   /// Free blocks that this takes.
   int64_t num_missing_to_checkpoint() const;
+
+  /// A copy of the state and of the keys and values. Only while it is resident and a step has followed its last fork.
+  SavedMemory save() const;
+  /// Takes what such a copy holds, after num_tokens tokens. Only with nothing computed, and with a slot and room.
+  void load(const SavedMemory& saved, int64_t num_tokens);
 
   /// Forgets all tokens behind the first num_tokens and frees the blocks that are left over. A recurrent state cannot
   /// go back: unless it is that of at most num_tokens tokens, it is forgotten as a whole and num_computed() is 0, so

@@ -61,20 +61,21 @@ at::Tensor digests(const at::Tensor& tensor, int64_t heads_dim) {
 // Calls f(name, heads_dim, shape, dtype, tensor) for each tensor that a session with a state has.
 template <class F>
 void for_tensors(const SessionSpecs& specs, SavedSession& session, const F& f) {
-  session.states.resize(specs.states.size());
+  auto& [states, kv] = session.memory;
+  states.resize(specs.states.size());
   for (size_t i = 0; i < specs.states.size(); ++i) {
-    session.states[i].resize(specs.states[i].size());
+    states[i].resize(specs.states[i].size());
     for (size_t j = 0; j < specs.states[i].size(); ++j) {
       const StateSpec& spec = specs.states[i][j];
       const auto [name, has_heads] = name_of(spec.kind);
-      f(c10::str("layers.", i, ".", name), has_heads ? 0 : -1, spec.slot_shape, spec.dtype, session.states[i][j]);
+      f(c10::str("layers.", i, ".", name), has_heads ? 0 : -1, spec.slot_shape, spec.dtype, states[i][j]);
     }
   }
-  session.kv.resize(static_cast<size_t>(specs.num_attention_layers));
+  kv.resize(static_cast<size_t>(specs.num_attention_layers));
   const std::vector<int64_t> rows{session.num_kept, specs.num_kv_heads, specs.kv_row_size};
-  for (size_t i = 0; i < session.kv.size(); ++i) {
-    f(c10::str("attention.", i, ".k"), 1, rows, specs.kv_dtype, session.kv[i].k);
-    f(c10::str("attention.", i, ".v"), 1, rows, specs.kv_dtype, session.kv[i].v);
+  for (size_t i = 0; i < kv.size(); ++i) {
+    f(c10::str("attention.", i, ".k"), 1, rows, specs.kv_dtype, kv[i].k);
+    f(c10::str("attention.", i, ".v"), 1, rows, specs.kv_dtype, kv[i].v);
   }
 }
 

@@ -6,18 +6,16 @@
 #include <filesystem>
 #include <vector>
 
-#include "core/layers/attention_batch.h"
 #include "core/layers/gdn_state.h"
+#include "core/runtime/sequence_memory.h"
 
 namespace xgdn {
 
-/// What a file holds. Tensors are on the host.
+/// What a file holds.
 struct SavedSession {
   std::vector<int32_t> tokens;
   int64_t num_kept = 0;  // of these, the first that the state is of
-  std::vector<std::vector<at::Tensor>>
-      states;              // of each GDN layer, the components of one slot; none where num_kept is 0
-  std::vector<KvPool> kv;  // of each attention layer, [num_kept, Hkv, row]; none as above
+  SavedMemory memory;    // after them; empty where there are none
 };
 
 /// What an engine can take.
