@@ -607,7 +607,8 @@ def rms_norm_linear(
 
     With `residual` `[T, D]`, as `x`, the sum of both is normed and written to `residual_out`, which is other memory.
     With `use_silu_and_mul` the rows of `weight` and `bias` are those of gate and up, and the result is
-    `silu_and_mul(gate, up)` `[T, O/2]`. The result has the bits of these functions one after the other.
+    `silu_and_mul(gate, up)` `[T, O/2]`. The result has the bits of these functions one after the other, where the
+    product is the backend's own and not a library's.
     """
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0] // 2 if use_silu_and_mul else weight.shape[0])

@@ -45,9 +45,9 @@ void linear(const LinearParams& p);
 
 /// out = n weight^T + bias, where n = (1 + norm_weight) * (x / rms(x)) as in rms_norm; with a residual stream,
 /// residual_out = residual + x, which is what is normed. With use_silu_and_mul the weight is [gate | up], and
-/// out = silu(gate) * up. The result has the bits of the ops one after the other: residual_out, n, the outputs of the
-/// product and, with use_silu_and_mul, what is made of them are rounded to the dtype. norm_weight, weight and bias are
-/// constant, in the sense of linear.
+/// out = silu(gate) * up. The result has the bits of the ops one after the other, where the product is the backend's
+/// own and not a library's: residual_out, n, the outputs of the product and, with use_silu_and_mul, what is made of
+/// them are rounded to the dtype. norm_weight, weight and bias are constant, in the sense of linear.
 struct RmsNormLinearParams {
   at::Tensor x;                                 // [T, D]  f32 | bf16 | f16, strided
   at::Tensor norm_weight;                       // [D]     f32 | as x
