@@ -171,7 +171,7 @@ void bind_decoder(nb::module_& m) {
           "forward",
           [](const HybridDecoder& self, const StepInput& input, StatePool& states, KvCache& kv) {
             ModelState state{states.layers(), kv.layers()};
-            return self.forward(input, state);
+            return self.forward(input, state).logits;
           },
           "input"_a, "states"_a, "kv"_a, WithoutGil(), "Logits [R, vocab] f32 of one step; updates the pools in place.")
       .def("state_specs", &HybridDecoder::state_specs, "Pools of each GDN layer.")

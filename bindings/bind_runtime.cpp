@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pools, batch builder and requests.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings/bind.h"
+#include "bindings/python_grammar.h"
 #include "bindings/torch_casters.h"
 #include "core/runtime/batch_builder.h"
 #include "core/runtime/request.h"
@@ -127,17 +129,50 @@ void bind_sampling(nb::module_& m) {
   nb::class_<SamplingParams>(m, "SamplingParams", "How tokens are sampled; temperature 0 is greedy.")
       .def(
           "__init__",
-          [](SamplingParams* self, double temperature, int64_t top_k, double top_p, uint64_t seed,
-             std::optional<int64_t> logprobs) {
-            new (self) SamplingParams{
-                .temperature = temperature, .top_k = top_k, .top_p = top_p, .seed = seed, .logprobs = logprobs};
+          [](SamplingParams* self, double temperature, int64_t top_k, double top_p, double min_p, uint64_t seed,
+             std::optional<int64_t> logprobs, double presence_penalty, double frequency_penalty,
+             double repetition_penalty, int64_t min_tokens, const std::map<int32_t, float>& logit_bias,
+             std::vector<std::vector<int32_t>> bad_words) {
+            new (self) SamplingParams{.temperature = temperature,
+                                      .top_k = top_k,
+                                      .top_p = top_p,
+                                      .min_p = min_p,
+                                      .seed = seed,
+                                      .logprobs = logprobs,
+                                      .presence_penalty = presence_penalty,
+                                      .frequency_penalty = frequency_penalty,
+                                      .repetition_penalty = repetition_penalty,
+                                      .min_tokens = min_tokens,
+                                      .bad_words = std::move(bad_words)};
+            for (const auto& [token, bias] : logit_bias) self->logit_bias.push_back({token, bias});
           },
           nb::kw_only(), "temperature"_a = defaults.temperature, "top_k"_a = defaults.top_k, "top_p"_a = defaults.top_p,
-          "seed"_a = defaults.seed, "logprobs"_a = nb::none())
+          "min_p"_a = defaults.min_p, "seed"_a = defaults.seed, "logprobs"_a = nb::none(),
+          "presence_penalty"_a = defaults.presence_penalty, "frequency_penalty"_a = defaults.frequency_penalty,
+          "repetition_penalty"_a = defaults.repetition_penalty, "min_tokens"_a = defaults.min_tokens,
+          "logit_bias"_a = std::map<int32_t, float>(), "bad_words"_a = defaults.bad_words)
       .def_ro("temperature", &SamplingParams::temperature)
       .def_ro("top_k", &SamplingParams::top_k)
       .def_ro("top_p", &SamplingParams::top_p)
+      .def_ro("min_p", &SamplingParams::min_p,
+              "Least share of the likeliest token's probability; applies before top_k and top_p.")
       .def_ro("seed", &SamplingParams::seed)
+      .def_ro("presence_penalty", &SamplingParams::presence_penalty,
+              "Taken from the logits of tokens that the reply has, -2..2.")
+      .def_ro("frequency_penalty", &SamplingParams::frequency_penalty,
+              "Taken from a token's logit as often as the reply has it, -2..2.")
+      .def_ro("repetition_penalty", &SamplingParams::repetition_penalty,
+              "Divides the positive logits of tokens of prompt and reply, and multiplies the negative ones.")
+      .def_ro("min_tokens", &SamplingParams::min_tokens, "No stop token comes before as many others.")
+      .def_prop_ro(
+          "logit_bias",
+          [](const SamplingParams& self) {
+            std::map<int32_t, float> biases;
+            for (const TokenBias& it : self.logit_bias) biases[it.token] = it.bias;
+            return biases;
+          },
+          "Added to the logits of these tokens, -100..100.")
+      .def_ro("bad_words", &SamplingParams::bad_words, "Runs of tokens that the reply must not contain.")
       .def_ro("logprobs", &SamplingParams::logprobs,
               "How many of the top alternatives to report beside the chosen token, 0..20; None: no log-probabilities.");
 
@@ -165,22 +200,38 @@ void bind_requests(nb::module_& m) {
       .def(
           "__init__",
           [](Request* self, std::vector<int32_t> prompt, int64_t max_new_tokens, const SamplingParams& sampling,
-             std::vector<int32_t> stop_token_ids, bool ignore_eos, int64_t n) {
+             std::vector<int32_t> stop_token_ids, bool ignore_eos, int64_t n, nb::object grammar,
+             std::optional<int64_t> prompt_logprobs, bool wants_hidden) {
             new (self) Request{.prompt = std::move(prompt),
                                .max_new_tokens = max_new_tokens,
                                .sampling = sampling,
                                .stop_token_ids = std::move(stop_token_ids),
                                .ignore_eos = ignore_eos,
-                               .n = n};
+                               .n = n,
+                               .grammar = grammar.is_none() ? nullptr : std::make_shared<PythonGrammar>(grammar),
+                               .prompt_logprobs = prompt_logprobs,
+                               .wants_hidden = wants_hidden};
           },
           "prompt"_a, nb::kw_only(), "max_new_tokens"_a = defaults.max_new_tokens, "sampling"_a = defaults.sampling,
-          "stop_token_ids"_a = defaults.stop_token_ids, "ignore_eos"_a = defaults.ignore_eos, "n"_a = defaults.n)
+          "stop_token_ids"_a = defaults.stop_token_ids, "ignore_eos"_a = defaults.ignore_eos, "n"_a = defaults.n,
+          "grammar"_a = nb::none(), "prompt_logprobs"_a = nb::none(), "wants_hidden"_a = defaults.wants_hidden)
       .def_ro("prompt", &Request::prompt)
       .def_ro("max_new_tokens", &Request::max_new_tokens)
       .def_ro("sampling", &Request::sampling)
       .def_ro("stop_token_ids", &Request::stop_token_ids)
       .def_ro("ignore_eos", &Request::ignore_eos)
-      .def_ro("n", &Request::n, "Replies: branches that share the prompt, branch i with the seed sampling.seed + i.");
+      .def_ro("n", &Request::n, "Replies: branches that share the prompt, branch i with the seed sampling.seed + i.")
+      .def_prop_ro(
+          "grammar",
+          [](const Request& self) {
+            const auto* grammar = dynamic_cast<const PythonGrammar*>(self.grammar.get());
+            return grammar == nullptr ? nb::object(nb::none()) : grammar->object();
+          },
+          "An xgdn.engine.Grammar that every reply follows; None: any text.")
+      .def_ro("prompt_logprobs", &Request::prompt_logprobs,
+              "How many top alternatives to report for each prompt token but the first, 0..20; None: no report. The "
+              "prompt is computed from its beginning, whatever is cached of it.")
+      .def_ro("wants_hidden", &Request::wants_hidden, "Whether to report the hidden state of the prompt's last token.");
 
   nb::class_<RequestEvent>(m, "RequestEvent", "The outcome of one step for one request, or for one branch of it.")
       .def_ro("id", &RequestEvent::id)
@@ -192,7 +243,12 @@ void bind_requests(nb::module_& m) {
       .def_ro("error", &RequestEvent::error)
       .def_ro("branch", &RequestEvent::branch, "Branch of the request, 0..n-1.")
       .def_ro("logprobs", &RequestEvent::logprobs,
-              "Log-probabilities of each new token, if its sampling asks for them.");
+              "Log-probabilities of each new token, if its sampling asks for them.")
+      .def_ro("prompt_logprobs", &RequestEvent::prompt_logprobs,
+              "Log-probabilities of the prompt's tokens that follow those of earlier events, if the request asks for "
+              "them; in events of the branch that computes the prompt.")
+      .def_ro("hidden", &RequestEvent::hidden,
+              "Hidden state [hidden] of the prompt's last token, behind the last norm, if the request asks for it.");
 
   nb::class_<GenerationResult>(m, "GenerationResult", "A finished request.")
       .def_ro("id", &GenerationResult::id)
@@ -202,7 +258,11 @@ void bind_requests(nb::module_& m) {
       .def_ro("branch", &GenerationResult::branch, "Branch of the request, 0..n-1.")
       .def_ro("num_cached", &GenerationResult::num_cached, "Prompt tokens whose state the prefix cache had.")
       .def_ro("logprobs", &GenerationResult::logprobs,
-              "Log-probabilities of each token, if its sampling asks for them.");
+              "Log-probabilities of each token, if its sampling asks for them.")
+      .def_ro("prompt_logprobs", &GenerationResult::prompt_logprobs,
+              "Log-probabilities of the prompt's tokens but the first, if the request asks for them; on branch 0.")
+      .def_ro("hidden", &GenerationResult::hidden,
+              "Hidden state [hidden] of the prompt's last token, if the request asks for it; on branch 0.");
 }
 
 }  // namespace

@@ -196,13 +196,14 @@ int64_t HybridDecoder::streamed_bytes() const {
                          [](int64_t sum, const at::Tensor& t) { return sum + static_cast<int64_t>(t.nbytes()); });
 }
 
-at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) const {
+StepOutput HybridDecoder::forward(const StepInput& input, ModelState& state) const {
   if (input.token_ids.device() != device_) {
     throw DeviceError(c10::str("[HybridDecoder] input: expected a step built for ", device_.str(), ", got one on ",
                                input.token_ids.device().str()));
   }
   kernel::check_storage("HybridDecoder", "token_ids", input.token_ids);
   if (input.logit_rows.defined()) kernel::check_storage("HybridDecoder", "logit_rows", input.logit_rows);
+  if (input.hidden_rows.defined()) kernel::check_storage("HybridDecoder", "hidden_rows", input.hidden_rows);
   kernel::check_storage("HybridDecoder", "positions", input.attention.positions);
   kernel::check_storage("HybridDecoder", "embed_tokens", embedding_);
   ResidualStream stream{.residual = rows_of(embedding_, input.token_ids)};
@@ -220,12 +221,20 @@ at::Tensor HybridDecoder::forward(const StepInput& input, ModelState& state) con
     const LayerInput y(stream, layer->post_attention_norm, config_.rms_norm_eps);
     stream.branch = std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
   }
-  const auto wanted = [&](const at::Tensor& rows) {
-    return input.logit_rows.defined() ? rows_of(rows, input.logit_rows) : rows;
+  // The norm writes to the residual rows: those of the logits are copies wherever others are read after them.
+  const auto last = [&](const at::Tensor& indices) {
+    const auto wanted = [&](const at::Tensor& rows) { return indices.defined() ? rows_of(rows, indices) : rows; };
+    return add_rms_norm_zero_centred(wanted(stream.branch), wanted(stream.residual), norm_, config_.rms_norm_eps,
+                                     backend_);
   };
-  const at::Tensor last =
-      add_rms_norm_zero_centred(wanted(stream.branch), wanted(stream.residual), norm_, config_.rms_norm_eps, backend_);
-  return lm_head_.forward(last, backend_, at::kFloat);
+  StepOutput output;
+  if (input.hidden_rows.defined()) output.hidden = last(input.hidden_rows);
+  output.logits = logits(last(input.logit_rows));
+  return output;
+}
+
+at::Tensor HybridDecoder::logits(const at::Tensor& hidden) const {
+  return lm_head_.forward(hidden, backend_, at::kFloat);
 }
 
 }  // namespace xgdn

@@ -23,10 +23,17 @@ namespace xgdn {
 
 /// One step of a model. Index tensors are int32 on the model's device.
 struct StepInput {
-  at::Tensor token_ids;   // [T]
-  at::Tensor logit_rows;  // [R]  tokens whose logits are wanted; undefined: all
+  at::Tensor token_ids;    // [T]
+  at::Tensor logit_rows;   // [R]  tokens whose logits are wanted; undefined: all
+  at::Tensor hidden_rows;  // [P]  tokens whose hidden states are wanted; undefined: none
   GdnBatch gdn;
   AttentionBatch attention;
+};
+
+/// What a step gives.
+struct StepOutput {
+  at::Tensor logits;  // [R, vocab] f32
+  at::Tensor hidden;  // [P, hidden], behind the last norm; undefined where none are wanted
 };
 
 /// The pools of all layers, in layer order. Filled by the runtime.
@@ -58,8 +65,11 @@ class HybridDecoder {
   HybridDecoder& operator=(const HybridDecoder&) = delete;
   ~HybridDecoder();
 
-  /// Logits [R, vocab] in fp32; updates the state in place. Throws DeviceError for a step built for another device.
-  at::Tensor forward(const StepInput& input, ModelState& state) const;
+  /// Updates the state in place. Throws DeviceError for a step built for another device.
+  StepOutput forward(const StepInput& input, ModelState& state) const;
+
+  /// Logits [P, vocab] f32 of hidden states [P, hidden] that forward() gave.
+  at::Tensor logits(const at::Tensor& hidden) const;
 
   /// Pools of each GDN layer, in order.
   std::vector<std::vector<StateSpec>> state_specs() const;

@@ -15,6 +15,7 @@ enum Region : size_t {
   kTokenIds,
   kPositions,
   kLogitRows,
+  kHiddenRows,
   kSlotMapping,
   kCuSeqlens,
   kContextLens,
@@ -71,7 +72,9 @@ std::vector<int64_t> rooms(const BatchLimits& limits, bool wants_context_rows) {
   const int64_t sequences = unpadded + num_padded;
   const int64_t tokens = limits.max_tokens + num_padded;
   std::vector<int64_t> rooms(kNumRegions, 0);
-  for (const size_t of_tokens : {kTokenIds, kPositions, kLogitRows, kSlotMapping}) rooms[of_tokens] = tokens;
+  for (const size_t of_tokens : {kTokenIds, kPositions, kLogitRows, kHiddenRows, kSlotMapping}) {
+    rooms[of_tokens] = tokens;
+  }
   rooms[kCuSeqlens] = sequences + 1;
   rooms[kContextLens] = sequences;
   for (const SegmentKind kind : kKinds) {
@@ -213,7 +216,7 @@ bool is_padding(const SequenceStep& s) {
 
 // The rows that all sequences of a step have, as they are collected.
 struct StepRows {
-  std::vector<int32_t> tokens, positions, logit_rows, slot_mapping, context_lens, context_rows;
+  std::vector<int32_t> tokens, positions, logit_rows, hidden_rows, slot_mapping, context_lens, context_rows;
   std::vector<int32_t> cu_seqlens{0};
   std::vector<std::span<const int32_t>> block_table;  // of the sequences' own blocks
 
@@ -255,17 +258,31 @@ void append_attention(StepRows& rows, const SequenceStep& s, const BatchLimits& 
   rows.block_table.push_back(std::span(s.kv_blocks).first(static_cast<size_t>(blocks_for(limits, context))));
 }
 
-// Returns the first row of the logits, or -1.
-int64_t append_tokens(StepRows& rows, const SequenceStep& s) {
+// Where a sequence's rows of the step's output begin, -1 without.
+struct OutputRows {
+  int64_t logits = -1;
+  int64_t hidden = -1;
+};
+
+// Appends the rows from `first` on up to `end`; where they begin.
+int64_t append_rows(std::vector<int32_t>& rows, int64_t first, int64_t end) {
+  const auto begin = std::ssize(rows);
+  for (int64_t row = first; row < end; ++row) rows.push_back(static_cast<int32_t>(row));
+  return begin;
+}
+
+OutputRows append_tokens(StepRows& rows, const SequenceStep& s) {
   const int64_t begin = rows.num_tokens();
   const auto count = std::ssize(s.tokens);
   rows.tokens.insert(rows.tokens.end(), s.tokens.begin(), s.tokens.end());
   for (int64_t t = 0; t < count; ++t) rows.positions.push_back(static_cast<int32_t>(s.num_cached + t));
-  if (!s.wants_logits) return -1;
-  const auto logit_row = std::ssize(rows.logit_rows);
-  const int64_t first = s.kind == SegmentKind::kVerify ? begin : begin + count - 1;
-  for (int64_t row = first; row < begin + count; ++row) rows.logit_rows.push_back(static_cast<int32_t>(row));
-  return logit_row;
+  const int64_t end = begin + count;
+  OutputRows output;
+  if (s.wants_logits) {
+    output.logits = append_rows(rows.logit_rows, s.kind == SegmentKind::kVerify ? begin : end - 1, end);
+  }
+  if (s.num_hidden > 0) output.hidden = append_rows(rows.hidden_rows, end - s.num_hidden, end);
+  return output;
 }
 
 SegmentRows collect(const std::vector<const SequenceStep*>& sequences, int64_t columns) {
@@ -372,6 +389,7 @@ BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) {
 
   BuiltStep step;
   step.logit_rows.assign(sequences.size(), -1);
+  step.hidden_rows.assign(sequences.size(), -1);
   step.input.gdn.segments.reserve(kKinds.size());  // the buffers keep pointers into the segments
   StepRows rows;
   bool has_padding = false;
@@ -385,7 +403,9 @@ BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) {
       if (s.kind != kind) continue;
       members.push_back(&s);
       columns = std::max(columns, std::ssize(s.state_slots));
-      step.logit_rows[i] = append_tokens(rows, s);
+      const OutputRows output = append_tokens(rows, s);
+      step.logit_rows[i] = output.logits;
+      step.hidden_rows[i] = output.hidden;
     }
     if (members.empty()) continue;
     if (kind == SegmentKind::kDecode) {
@@ -404,6 +424,7 @@ BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) {
   step.input.gdn.num_tokens = rows.num_tokens();
   buffers_.put(kTokenIds, rows.tokens, &step.input.token_ids);
   buffers_.put(kLogitRows, rows.logit_rows, &step.input.logit_rows);
+  if (!rows.hidden_rows.empty()) buffers_.put(kHiddenRows, rows.hidden_rows, &step.input.hidden_rows);
   buffers_.put(kPositions, rows.positions, &step.input.attention.positions);
   if (limits_.has_attention) {
     put_attention(buffers_, step.input.attention, rows, limits_, has_padding, wants_context_rows_);

@@ -27,6 +27,7 @@ struct SequenceStep {
   bool has_initial_state = true;     // kPrefill: false for a sequence's first piece
   std::vector<int32_t> kv_blocks;    // all blocks of the sequence, enough for num_cached + tokens
   bool wants_logits = true;          // of the last token; kVerify: of every token
+  int64_t num_hidden = 0;            // last tokens of these whose hidden states are wanted
 };
 
 /// Sizes that every index is checked against, and those of the largest step.
@@ -55,7 +56,8 @@ struct BatchLimits {
 /// What a step hands to the model, and where the answers will be.
 struct BuiltStep {
   StepInput input;
-  std::vector<int64_t> logit_rows;  // per given sequence: its first row of the logits, -1 without
+  std::vector<int64_t> logit_rows;   // per given sequence: its first row of the logits, -1 without
+  std::vector<int64_t> hidden_rows;  // and of the hidden states
 };
 
 /// For one thread at a time. Checks what the sequences do in a step and packs it into buffers that it owns. A decode's

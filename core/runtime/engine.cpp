@@ -23,6 +23,16 @@ RequestEvent event_of(const Sequence& s) {
           .num_cached = s.num_cached};
 }
 
+// Last tokens of a step whose hidden states say something of the prompt.
+int64_t num_hidden(const ScheduledStep& step) {
+  const Request& request = *step.sequence->request;
+  const int64_t end = step.sequence->num_computed() + step.num_tokens;
+  const int64_t prompt_size = step.sequence->prompt_size();
+  if (end > prompt_size) return 0;
+  if (request.prompt_logprobs) return step.num_tokens;
+  return request.wants_hidden && end == prompt_size ? 1 : 0;
+}
+
 StepStats count(const std::vector<ScheduledStep>& steps) {
   StepStats stats;
   for (const ScheduledStep& step : steps) {
@@ -33,6 +43,30 @@ StepStats count(const std::vector<ScheduledStep>& steps) {
     }
   }
   return stats;
+}
+
+// What a request asks for, apart from its prompt and from what fits.
+void check_options(const Request& request, int64_t vocab) {
+  if (request.max_new_tokens < 0) {
+    throw RequestError(c10::str("[submit] max_new_tokens: expected at least 0, got ", request.max_new_tokens));
+  }
+  if (request.max_new_tokens == 0 && request.n != 1) {
+    throw RequestError(c10::str("[submit] n: expected 1 with max_new_tokens=0, got ", request.n));
+  }
+  request.sampling.check();
+  if (request.sampling.min_tokens > request.max_new_tokens) {
+    throw RequestError(c10::str("[submit] min_tokens: expected at most max_new_tokens=", request.max_new_tokens,
+                                ", got ", request.sampling.min_tokens));
+  }
+  if (request.prompt_logprobs) SamplingParams{.logprobs = request.prompt_logprobs}.check();
+  const auto check_token = [&](const char* name, int32_t token) {
+    if (token >= 0 && token < vocab) return;
+    throw RangeError(c10::str("[submit] ", name, ": expected token ids 0..", vocab - 1, ", got ", token));
+  };
+  for (const TokenBias& it : request.sampling.logit_bias) check_token("logit_bias", it.token);
+  for (const std::vector<int32_t>& word : request.sampling.bad_words) {
+    for (const int32_t token : word) check_token("bad_words", token);
+  }
 }
 
 const RunnerOptions& checked(const RunnerOptions& options) {
@@ -76,10 +110,7 @@ void Engine::check(const Request& request) const {
           c10::str("[submit] prompt: expected token ids 0..", vocab - 1, ", got ", request.prompt[i], " at index ", i));
     }
   }
-  if (request.max_new_tokens < 1) {
-    throw RequestError(c10::str("[submit] max_new_tokens: expected at least 1, got ", request.max_new_tokens));
-  }
-  request.sampling.check();
+  check_options(request, vocab);
   scheduler_.check_fits(request);
   const int64_t num_positions = model_->config().max_position_embeddings;
   const auto prompt = static_cast<int64_t>(request.prompt.size());
@@ -111,7 +142,8 @@ RequestId Engine::enqueue(Request request) {
   const RequestId id = next_id_++;
   const auto shared = std::make_shared<const Request>(std::move(request));
   for (int64_t branch = 0; branch < shared->n; ++branch) {
-    submitted_.push_back(std::make_unique<Sequence>(id, shared, branch));
+    submitted_.push_back(
+        std::make_unique<Sequence>(id, shared, branch, stop_tokens(*shared), model_->config().vocab_size));
     alive_[id].insert(branch);
   }
   return id;
@@ -173,7 +205,8 @@ SequenceStep Engine::describe(const ScheduledStep& step) const {
           .num_uncommitted = num_uncommitted,
           .has_initial_state = s.num_computed() > 0,
           .kv_blocks = memory.blocks(),
-          .wants_logits = end == s.num_tokens()};
+          .wants_logits = end == s.num_tokens() && s.request->max_new_tokens > 0,
+          .num_hidden = num_hidden(step)};
 }
 
 int64_t Engine::pin(const std::vector<int32_t>& tokens) {
@@ -223,31 +256,72 @@ void Engine::adopt(const SavedSession& saved) {
   });
 }
 
-bool Engine::is_stop_token(const Request& request, int32_t token) const {
-  const auto& own = request.stop_token_ids;
-  if (std::find(own.begin(), own.end(), token) != own.end()) return true;
+std::vector<int32_t> Engine::stop_tokens(const Request& request) const {
+  std::vector<int32_t> tokens = request.stop_token_ids;
   const auto& eos = model_->config().eos_token_ids;
-  return !request.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end();
+  if (!request.ignore_eos) tokens.insert(tokens.end(), eos.begin(), eos.end());
+  return tokens;
 }
 
-// Books what the model has computed. Adds an event of it, and one of every branch where a prompt ends; `choices` gets
-// those for which the logits of the step's sequence `index`, where it has some, choose a token.
-void Engine::advance(const ScheduledStep& step, std::optional<size_t> index, std::vector<RequestEvent>& events,
-                     std::vector<Choice>& choices) {
+// Books what the model has computed in the step's sequence `index`. Adds an event of it, and one of every branch where
+// a prompt ends; `choices` gets those for which its logits, where it has some, choose a token.
+void Engine::advance(const ScheduledStep& step, size_t index, const SequenceStep& computed,
+                     std::vector<RequestEvent>& events, std::vector<Choice>& choices) {
   Sequence& s = *step.sequence;
   scheduler_.advance(step);
   const auto add = [&](Sequence& sequence) {
-    if (index) {
+    if (computed.wants_logits) {
       choices.push_back({.sequence = &sequence,
-                         .row = {*index, &sequence.sampler, sequence.drafts},
+                         .row = {index, &sequence.sampler, sequence.drafts},
                          .event = events.size(),
                          .verifies = step.kind == SegmentKind::kVerify});
     }
     events.push_back(event_of(sequence));
   };
+  const auto first_event = std::ssize(events);
+  const auto first_choice = std::ssize(choices);
   add(s);
-  if (!index || s.request->n == 1 || s.num_computed() > s.prompt_size()) return;
-  for (Sequence* branch : scheduler_.fork(s)) add(*branch);
+  const bool is_prompt_end = s.num_computed() == s.prompt_size();
+  if (is_prompt_end && s.request->max_new_tokens == 0) events.back().finish_reason = FinishReason::kLength;
+  if (is_prompt_end && s.request->n > 1) {
+    for (Sequence* branch : scheduler_.fork(s)) add(*branch);
+  }
+  if (computed.num_hidden == 0) return;
+  try {
+    report_prompt(step, index, *(events.begin() + first_event));
+  } catch (const NumericsError& error) {
+    choices.erase(choices.begin() + first_choice, choices.end());
+    for (auto event = events.begin() + first_event; event != events.end(); ++event) {
+      event->finish_reason = FinishReason::kError;
+      event->error = error.what();
+    }
+  }
+}
+
+// What the step says of the prompt itself.
+void Engine::report_prompt(const ScheduledStep& step, size_t index, RequestEvent& event) const {
+  const Request& request = *step.sequence->request;
+  const std::span<const int32_t> prompt(request.prompt);
+  const auto end = static_cast<size_t>(step.sequence->num_computed());
+  const size_t begin = end - static_cast<size_t>(step.num_tokens);
+  if (request.prompt_logprobs) {
+    const std::span<const int32_t> next = prompt.subspan(begin + 1, std::min(end + 1, prompt.size()) - (begin + 1));
+    event.prompt_logprobs = runner_.logprobs_of(index, next, *request.prompt_logprobs);
+  }
+  if (request.wants_hidden && end == prompt.size()) {
+    event.hidden = runner_.last_hidden(index, request.prompt_logprobs ? step.num_tokens : 1);
+  }
+}
+
+// Adds a token that was chosen; the event says whether it is the last.
+void Engine::append(Sequence& s, int32_t token, RequestEvent& event) {
+  s.tokens.push_back(token);
+  event.tokens.push_back(token);
+  if (std::ranges::find(s.stop_tokens, token) != s.stop_tokens.end()) {
+    event.finish_reason = FinishReason::kStop;
+  } else if (s.num_generated() >= s.request->max_new_tokens) {
+    event.finish_reason = FinishReason::kLength;
+  }
 }
 
 void Engine::book(const Choice& choice, std::vector<SampledToken>&& sampled, RequestEvent& event) {
@@ -264,17 +338,22 @@ void Engine::book(const Choice& choice, std::vector<SampledToken>&& sampled, Req
       event.finish_reason = FinishReason::kError;
       event.error = *std::move(next.error);
     } else {
-      s.tokens.push_back(next.token);
-      event.tokens.push_back(next.token);
+      append(s, next.token, event);
       if (next.logprobs) event.logprobs.push_back(*std::move(next.logprobs));
-      if (is_stop_token(*s.request, next.token)) {
-        event.finish_reason = FinishReason::kStop;
-      } else if (s.num_generated() >= s.request->max_new_tokens) {
-        event.finish_reason = FinishReason::kLength;
-      }
     }
     if (event.finish_reason != FinishReason::kRunning) return;
   }
+  std::vector<int32_t> taken{sampled.back().token};
+  if (!s.request->sampling.logprobs) {  // the logits of tokens that are not chosen one by one are not computed
+    const std::span<const int32_t> forced = s.sampler.forced();
+    for (size_t i = 1; i < forced.size() && forced.front() == taken.front(); ++i) {
+      append(s, forced[i], event);
+      if (event.finish_reason != FinishReason::kRunning) return;
+      taken.push_back(forced[i]);
+    }
+  }
+  if (taken.size() > 1) s.prefill_end = s.num_tokens();
+  s.sampler.accept(taken);
 }
 
 // Drafts for the next step, where it has room for them: with many sequences a step is no longer bound by memory, and
@@ -285,6 +364,7 @@ void Engine::draft(const std::vector<Choice>& choices) {
   const auto of_step = kMostVerified / std::max<int64_t>(std::ssize(choices), 1) - 1;
   for (const Choice& choice : choices) {
     Sequence& s = *choice.sequence;
+    if (s.request->grammar) continue;
     const int64_t num_left = s.request->max_new_tokens - s.num_generated();
     s.drafts = look_up_drafts(s.tokens, std::min({model_->max_draft_tokens(), of_step, num_left - 1}));
   }
@@ -378,7 +458,7 @@ std::vector<RequestEvent> Engine::run_step() {
     last_step_.forward_seconds = runner_.forward_seconds();
     std::vector<Choice> choices;
     for (size_t i = 0; i < steps.size(); ++i) {
-      advance(steps[i], sequences[i].wants_logits ? std::optional(i) : std::nullopt, moved, choices);
+      advance(steps[i], i, sequences[i], moved, choices);
     }
     std::vector<SampleRow> rows;
     for (const Choice& choice : choices) rows.push_back(choice.row);
@@ -418,6 +498,10 @@ std::vector<GenerationResult> Engine::generate(const std::vector<Request>& reque
       GenerationResult& result = results[position.at({event.id, event.branch})];
       result.tokens.insert(result.tokens.end(), event.tokens.begin(), event.tokens.end());
       result.logprobs.insert(result.logprobs.end(), event.logprobs.begin(), event.logprobs.end());
+      GenerationResult& first = results[position.at({event.id, 0})];
+      first.prompt_logprobs.insert(first.prompt_logprobs.end(), event.prompt_logprobs.begin(),
+                                   event.prompt_logprobs.end());
+      if (!event.hidden.empty()) first.hidden = event.hidden;
       result.finish_reason = event.finish_reason;
       result.num_cached = event.num_cached;
       result.error = event.error;

@@ -171,12 +171,14 @@ class Engine {
     size_t event;
     bool verifies;
   };
-  void advance(const ScheduledStep& step, std::optional<size_t> index, std::vector<RequestEvent>& events,
+  void advance(const ScheduledStep& step, size_t index, const SequenceStep& computed, std::vector<RequestEvent>& events,
                std::vector<Choice>& choices);
+  void report_prompt(const ScheduledStep& step, size_t index, RequestEvent& event) const;
   void book(const Choice& choice, std::vector<SampledToken>&& sampled, RequestEvent& event);
+  static void append(Sequence& sequence, int32_t token, RequestEvent& event);
   void draft(const std::vector<Choice>& choices);
   std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);
-  bool is_stop_token(const Request& request, int32_t token) const;
+  std::vector<int32_t> stop_tokens(const Request& request) const;
 
   Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const RunnerOptions& options);
 

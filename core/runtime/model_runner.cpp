@@ -6,15 +6,19 @@
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <utility>
 
 namespace xgdn {
 namespace {
 
-// Whether the largest logit says it all.
-bool is_greedy(const SamplingParams& params) {
-  return params.temperature == 0.0 && !params.logprobs;
+// Rows of hidden states whose logits are on the host at once: a prompt's would be larger than the model.
+constexpr int64_t kLogitBlock = 64;
+
+std::span<const float> row_of(const at::Tensor& logits, int64_t row) {
+  const int64_t vocab = logits.size(1);
+  return {logits.const_data_ptr<float>() + row * vocab, static_cast<size_t>(vocab)};
 }
 
 }  // namespace
@@ -37,7 +41,8 @@ void ModelRunner::launch(const std::vector<SequenceStep>& sequences) {
 
 ModelRunner::Result ModelRunner::forward(const StepInput& input) {
   const kernel::StepMemory::Use use(memory_);
-  Result result{.logits = model_->forward(input, state_)};
+  StepOutput output = model_->forward(input, state_);
+  Result result{.logits = std::move(output.logits), .hidden = std::move(output.hidden)};
   if (finds_largest_) result.largest = kernel::largest_logits(result.logits);
   return result;
 }
@@ -74,7 +79,7 @@ void ModelRunner::wait() {
 }
 
 // The first of them.
-int64_t ModelRunner::row_of(size_t sequence) const {
+int64_t ModelRunner::first_row(size_t sequence) const {
   const int64_t row = built_.logit_rows.at(sequence);
   if (row < 0) throw std::out_of_range("[ModelRunner] sample: a sequence without logits");
   return row;
@@ -83,13 +88,13 @@ int64_t ModelRunner::row_of(size_t sequence) const {
 // The logits that are read on the host, and where among them the first of each of `rows` is; -1: it reads none.
 at::Tensor ModelRunner::logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const {
   if (!finds_largest_) {
-    for (const SampleRow& row : rows) places.push_back(row_of(row.sequence));
+    for (const SampleRow& row : rows) places.push_back(first_row(row.sequence));
     return result_.logits;
   }
   std::vector<int64_t> wanted;
   for (const SampleRow& row : rows) {
-    const int64_t first = row_of(row.sequence);
-    if (is_greedy(row.sampler->params())) {
+    const int64_t first = first_row(row.sequence);
+    if (row.sampler->is_greedy()) {
       places.push_back(-1);
       continue;
     }
@@ -109,14 +114,13 @@ SampledToken ModelRunner::choose(Sampler& sampler, int64_t row, const at::Tensor
       check_largest_logit(result_.largest.values.const_data_ptr<float>()[row], token);
       return {.token = static_cast<int32_t>(token)};
     }
-    const int64_t vocab = logits.size(1);
-    const std::span<const float> of_row{logits.const_data_ptr<float>() + place * vocab, static_cast<size_t>(vocab)};
+    const std::span<const float> of_row = row_of(logits, place);
     SampledToken sampled{.token = sampler.sample(of_row)};
     if (const auto num_top = sampler.params().logprobs) {
       sampled.logprobs = logprobs(of_row, sampled.token, *num_top);
     }
     return sampled;
-  } catch (const NumericsError& error) {
+  } catch (const Error& error) {
     return {.error = error.what()};
   }
 }
@@ -131,13 +135,39 @@ std::vector<std::vector<SampledToken>> ModelRunner::sample(const std::vector<Sam
       for (size_t draft = 0; draft <= drafts.size(); ++draft) {
         const auto offset = static_cast<int64_t>(draft);
         const int64_t place = places[i] < 0 ? -1 : places[i] + offset;
-        sampled[i].push_back(choose(*sampler, row_of(sequence) + offset, on_host, place));
+        sampled[i].push_back(choose(*sampler, first_row(sequence) + offset, on_host, place));
         const SampledToken& last = sampled[i].back();
         if (last.error || draft == drafts.size() || last.token != drafts[draft]) break;
+        sampler->accept({&last.token, 1});
       }
     }
   });
   return sampled;
+}
+
+std::vector<Logprobs> ModelRunner::logprobs_of(size_t sequence, std::span<const int32_t> tokens,
+                                               int64_t num_top) const {
+  const int64_t first = built_.hidden_rows.at(sequence);
+  std::vector<Logprobs> found;
+  for (int64_t begin = 0; begin < std::ssize(tokens); begin += kLogitBlock) {
+    const int64_t count = std::min(std::ssize(tokens) - begin, kLogitBlock);
+    const at::Tensor logits = model_->logits(result_.hidden.narrow(0, first + begin, count)).to(at::kCPU).contiguous();
+    found.resize(static_cast<size_t>(begin + count));
+    at::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        const auto token = static_cast<size_t>(begin + i);
+        found[token] = logprobs(row_of(logits, i), tokens[token], num_top);
+        if (std::isnan(found[token].chosen)) check_largest_logit(NAN, tokens[token]);
+      }
+    });
+  }
+  return found;
+}
+
+std::vector<float> ModelRunner::last_hidden(size_t sequence, int64_t num_hidden) const {
+  const at::Tensor row = result_.hidden.select(0, built_.hidden_rows.at(sequence) + num_hidden - 1);
+  const at::Tensor on_host = row.to(at::kCPU, at::kFloat).contiguous();
+  return {on_host.const_data_ptr<float>(), on_host.const_data_ptr<float>() + on_host.numel()};
 }
 
 }  // namespace xgdn

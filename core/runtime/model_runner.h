@@ -54,6 +54,14 @@ class ModelRunner {
   /// caller (std::out_of_range).
   std::vector<std::vector<SampledToken>> sample(const std::vector<SampleRow>& rows) const;
 
+  /// How likely each of `tokens` was behind the last tokens of a sequence of the last step whose hidden states it
+  /// wants, from the first of them on; with `num_top` of its rivals. Throws NumericsError for logits that are not
+  /// numbers.
+  std::vector<Logprobs> logprobs_of(size_t sequence, std::span<const int32_t> tokens, int64_t num_top) const;
+
+  /// Hidden state [hidden] of the last token of such a sequence, which has `num_hidden` of them.
+  std::vector<float> last_hidden(size_t sequence, int64_t num_hidden) const;
+
   /// Time from the packed step to the end of wait(), of the last step.
   double forward_seconds() const { return forward_seconds_; }
 
@@ -70,6 +78,7 @@ class ModelRunner {
   // What the device gives back of a step.
   struct Result {
     at::Tensor logits;
+    at::Tensor hidden;              // of the sequences that want it, on the device
     kernel::LargestLogits largest;  // where the device finds them
   };
   struct RecordedStep {
@@ -80,7 +89,7 @@ class ModelRunner {
   Result forward(const StepInput& input);
   bool can_be_recorded() const;
   Result run_recorded();
-  int64_t row_of(size_t sequence) const;
+  int64_t first_row(size_t sequence) const;
   at::Tensor logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const;
   SampledToken choose(Sampler& sampler, int64_t row, const at::Tensor& logits, int64_t place) const;
 

@@ -15,7 +15,6 @@ namespace xgdn {
 namespace {
 
 constexpr size_t kFirstSorted = 1024;
-constexpr int64_t kMostLogprobs = 20;
 
 constexpr int32_t kMagnitude = 0x7FFFFFFF;
 constexpr int32_t kInfinity = 0x7F800000;  // larger magnitudes are NaN
@@ -87,9 +86,20 @@ struct Candidates {
   std::vector<double> cumulative;
 };
 
-Candidates likeliest(std::span<const float> logits, int32_t best, const SamplingParams& params) {
+// Without those that min_p leaves out or, where there are some, rules forbid.
+std::vector<int32_t> possible(std::span<const float> logits, int32_t best, const SamplingParams& params,
+                              bool has_rules) {
   std::vector<int32_t> tokens(logits.size());
   std::iota(tokens.begin(), tokens.end(), 0);
+  if (params.min_p == 0.0 && !has_rules) return tokens;
+  const double least = logits[best] + params.temperature * std::log(params.min_p);  // -infinity: of no min_p
+  std::erase_if(tokens, [&](int32_t token) { return logits[token] < least || std::isinf(logits[token]); });
+  return tokens;
+}
+
+// `tokens`: those that are possible.
+Candidates likeliest(std::span<const float> logits, int32_t best, const SamplingParams& params,
+                     std::vector<int32_t> tokens) {
   std::vector<double> cumulative;
   double sum = 0.0;
   const auto weight = [&](int32_t token) {
@@ -135,23 +145,19 @@ void check_largest_logit(float logit, int64_t token) {
   if (!std::isfinite(logit)) throw NumericsError(c10::str("[Sampler] logits: expected a finite maximum, got ", logit));
 }
 
-void SamplingParams::check() const {
-  const auto refuse = [](const char* name, const char* expected, double got) {
-    throw RequestError(c10::str("[SamplingParams] ", name, ": expected ", expected, ", got ", got));
-  };
-  if (!(temperature >= 0.0) || std::isinf(temperature)) refuse("temperature", "a finite number >= 0", temperature);
-  if (top_k < 0) refuse("top_k", "0 for all tokens, or a count", static_cast<double>(top_k));
-  if (logprobs && (*logprobs < 0 || *logprobs > kMostLogprobs)) {
-    refuse("logprobs", "a count 0..20", static_cast<double>(*logprobs));
-  }
-  if (!(top_p > 0.0 && top_p <= 1.0)) refuse("top_p", "a share in (0, 1]", top_p);
-}
-
 int32_t Sampler::sample(std::span<const float> logits) {
   const int32_t best = argmax(logits);
+  if (rules_.is_empty()) return choose(logits, best);
+  thread_local std::vector<float> changed;  // of the size of a vocabulary: not allocated for every token
+  changed.assign(logits.begin(), logits.end());
+  rules_.apply(changed);
+  return choose(changed, argmax(changed));
+}
+
+int32_t Sampler::choose(std::span<const float> logits, int32_t best) {
   if (params_.temperature == 0.0) return best;
 
-  const Candidates candidates = likeliest(logits, best, params_);
+  const Candidates candidates = likeliest(logits, best, params_, possible(logits, best, params_, !rules_.is_empty()));
   const std::vector<double>& cumulative = candidates.cumulative;
   const double uniform = static_cast<double>(generator_() >> 11) * 0x1.0p-53;  // [0, 1)
   const auto chosen = std::upper_bound(cumulative.begin(), cumulative.end() - 1, uniform * cumulative.back());

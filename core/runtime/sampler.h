@@ -3,43 +3,47 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <random>
 #include <span>
+#include <utility>
+#include <vector>
 
 #include "core/errors.h"
+#include "core/runtime/logit_rules.h"
+#include "core/runtime/sampling_params.h"
 
 namespace xgdn {
 
 /// Throws NumericsError unless `logit`, the largest of a row or one of its NaNs, is finite.
 void check_largest_logit(float logit, int64_t token);
 
-/// How to choose tokens.
-struct SamplingParams {
-  double temperature = 0.0;  // 0: greedy
-  int64_t top_k = 0;         // 0: all tokens
-  double top_p = 1.0;        // smallest set of likeliest tokens that reaches this share, at least one
-  uint64_t seed = 0;
-  std::optional<int64_t> logprobs = {};  // report the chosen token's and those of as many likeliest tokens, 0..20
-
-  /// Throws RequestError for a value out of range.
-  void check() const;
-};
-
-/// One sequence's parameters and random numbers.
+/// One sequence's parameters, random numbers and rules.
 class Sampler {
  public:
-  explicit Sampler(const SamplingParams& params)
-      : params_(params), generator_(params.seed) {}  // checked before: SamplingParams::check
+  explicit Sampler(const SamplingParams& params, LogitRules rules = {})
+      : params_(params), rules_(std::move(rules)), generator_(params.seed) {}  // checked before: SamplingParams::check
 
-  /// Greedy takes the first of equal maxima. The same seed and logits give the same tokens, whatever else is in the
-  /// batch. Throws NumericsError when a logit is NaN or the largest is not finite.
+  /// Greedy takes the first of equal maxima. The same seed, logits and tokens so far give the same tokens, whatever
+  /// else is in the batch. Throws NumericsError when a logit is NaN or the largest is not finite, and as
+  /// LogitRules::apply.
   int32_t sample(std::span<const float> logits);
+
+  /// What must follow by the rules, beginning with the token that sample() gives; may be empty.
+  std::span<const int32_t> forced() const { return rules_.forced(); }
+
+  /// Takes the tokens that were chosen behind the last ones that it took. The sequence goes on behind them.
+  void accept(std::span<const int32_t> tokens) { rules_.accept(tokens); }
+
+  /// Whether the largest logit says it all.
+  bool is_greedy() const { return params_.temperature == 0.0 && !params_.logprobs && rules_.is_empty(); }
 
   const SamplingParams& params() const { return params_; }  // as given
 
  private:
+  int32_t choose(std::span<const float> logits, int32_t best);
+
   SamplingParams params_;
+  LogitRules rules_;
   std::mt19937_64 generator_;
 };
 

@@ -150,7 +150,7 @@ bool Scheduler::admit_first() {
   Sequence& first = **begin;
   const auto end = std::find_if(begin, waiting_.end(), [&](const auto& s) { return s->id != first.id; });
   if (end - begin > num_free_slots()) return false;
-  PrefixCache::Prefix* cached = prefixes_.find(first.tokens);
+  PrefixCache::Prefix* cached = first.request->prompt_logprobs ? nullptr : prefixes_.find(first.tokens);
   const int64_t num_shared = cached == nullptr ? 0 : cached->memory.num_full_blocks();
   if (!can_take(first.memory.num_missing(room(first)) - num_shared, cached)) return false;
   for (auto branch = begin; branch != end; ++branch) (*branch)->memory.allocate_state();

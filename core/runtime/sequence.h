@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/runtime/request.h"
+#include "core/runtime/sampler.h"
 #include "core/runtime/sequence_memory.h"
 
 namespace xgdn {
@@ -17,11 +18,14 @@ namespace xgdn {
 /// From admission to the end it owns a slot. It may lose its blocks to an older sequence, and then its state waits in
 /// its slot. The oldest branch of a request computes the prompt; the others are parked until it is done.
 struct Sequence {
-  Sequence(RequestId request_id, std::shared_ptr<const Request> r, int64_t branch_idx = 0);  // nothing computed yet
+  /// Nothing is computed yet. `vocab_size`: for a request with a grammar.
+  Sequence(RequestId request_id, std::shared_ptr<const Request> r, int64_t branch_idx = 0,
+           std::vector<int32_t> stops = {}, int64_t vocab_size = 0);
 
   RequestId id;
   std::shared_ptr<const Request> request;  // the branches share it
   int64_t branch;
+  std::vector<int32_t> stop_tokens;  // the last token, where it comes
   Sampler sampler;
   std::vector<int32_t> tokens;  // the prompt, then what was generated
   std::vector<int32_t> drafts;  // proposed to follow `tokens`: fewer than may still be generated

@@ -37,13 +37,13 @@ at::Tensor sequence_logits(const HybridDecoder& model, const std::vector<int32_t
                     .kv_blocks = {0}};
   BuiltStep built = builder.build({step});
   built.input.logit_rows = at::arange(std::ssize(prompt), built.input.logit_rows.options());
-  std::vector<at::Tensor> logits{model.forward(built.input, state)};
+  std::vector<at::Tensor> logits{model.forward(built.input, state).logits};
   for (const int32_t token : continuation) {
     step.kind = SegmentKind::kDecode;
     step.num_cached += std::ssize(step.tokens);
     step.tokens = {token};
     step.has_initial_state = true;
-    logits.push_back(model.forward(builder.build({step}).input, state));
+    logits.push_back(model.forward(builder.build({step}).input, state).logits);
   }
   return logits.size() == 1 ? logits.front() : at::cat(logits);
 }

@@ -95,7 +95,7 @@ TEST_F(EngineRequests, GreedyTokensAreThoseOfTheWholePromptAtOnce) {
                                             .has_initial_state = false,
                                             .kv_blocks = {0}}});
     ModelState state{states.layers(), kv.layers()};
-    tokens.push_back(static_cast<int32_t>(at::argmax(decoder->forward(built.input, state)).item<int64_t>()));
+    tokens.push_back(static_cast<int32_t>(at::argmax(decoder->forward(built.input, state).logits).item<int64_t>()));
   }
   EXPECT_EQ(alone(request), std::vector<int32_t>(tokens.begin() + 70, tokens.end()));
 }
@@ -538,7 +538,7 @@ TEST_F(EngineRequests, RefusesWhatCanNeverBeServed) {
   refused.operator()<RequestError>(with([](Request& r) { r.prompt = {}; }), {"prompt", "at least one"});
   refused.operator()<RangeError>(with([](Request& r) { r.prompt = {1, 64}; }), {"prompt", "0..63", "64 at index 1"});
   refused.operator()<RangeError>(with([](Request& r) { r.prompt = {-1}; }), {"prompt", "-1 at index 0"});
-  refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = 0; }), {"max_new_tokens", "got 0"});
+  refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = -1; }), {"max_new_tokens", "got -1"});
   refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = 62; }), {"64 KV cache tokens", "3 + 62"});
   refused.operator()<RequestError>(with([](Request& r) { r.max_new_tokens = std::numeric_limits<int64_t>::max(); }),
                                    {"64 KV cache tokens"});
