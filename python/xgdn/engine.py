@@ -25,6 +25,7 @@ from xgdn._C import (
 )
 from xgdn.engine_args import EngineArgs, documents_engine_args
 from xgdn.engine_loop import EngineLoop
+from xgdn.grammar import Grammar, TokenMatcher
 
 __all__ = [
     "Engine",
@@ -33,6 +34,7 @@ __all__ = [
     "EngineLoop",
     "FinishReason",
     "GenerationResult",
+    "Grammar",
     "LoadReport",
     "Logprobs",
     "Plan",
@@ -44,6 +46,7 @@ __all__ = [
     "SpeculationStats",
     "StepStats",
     "TokenLogprob",
+    "TokenMatcher",
     "plan",
 ]
 
@@ -190,13 +193,15 @@ class Engine:
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = _REQUEST.ignore_eos,
         n: int = _REQUEST.n,
+        grammar: Grammar | None = None,
         raise_on_error: bool = True,
     ) -> list[GenerationResult]:
         """Run all prompts to completion, in one batch as far as the pools allow, and return results in prompt order.
 
         Each prompt has `n` results in a row, which share its prefill; result i uses the seed `sampling.seed + i`.
-        Several threads may call this at once: their requests share the steps. An exception ends the call and cancels
-        its requests, also one that a signal handler raises between steps (Ctrl-C).
+        Every result follows `grammar`, if there is one. Several threads may call this at once: their requests share the
+        steps. An exception ends the call and cancels its requests, also one that a signal handler raises between steps
+        (Ctrl-C).
 
         Raises:
             xgdn.errors.RequestError, RangeError: a prompt or an option that can never be served; nothing has run.
@@ -212,6 +217,7 @@ class Engine:
                     stop_token_ids=list(stop_token_ids),
                     ignore_eos=ignore_eos,
                     n=n,
+                    grammar=grammar,
                 )
                 for prompt in prompts
             ],
