@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <csignal>
 #include <deque>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -101,6 +102,31 @@ json error(int status, const std::string& message) {
   return {{"error", {{"message", message}, {"type", status < 500 ? "invalid_request_error" : "server_error"}}}};
 }
 
+// Whether the client's end of a request's connection is closed. httplib shows a connection to handlers that stream alone,
+// so it is found by the client's port, once, and asked without taking anything from it.
+class Connection {
+ public:
+  explicit Connection(const httplib::Request& http) {
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+      const int fd = std::stoi(entry.path().filename());
+      sockaddr_in peer{};
+      socklen_t size = sizeof(peer);
+      if (getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) == 0 && peer.sin_family == AF_INET &&
+          ntohs(peer.sin_port) == http.remote_port)
+        fd_ = fd;
+    }
+  }
+
+  bool is_closed() const {
+    char next;
+    const ssize_t count = fd_ < 0 ? 1 : recv(fd_, &next, 1, MSG_PEEK | MSG_DONTWAIT);
+    return count == 0 || (count < 0 && errno != EAGAIN && errno != EINTR);
+  }
+
+ private:
+  int fd_ = -1;
+};
+
 const auto dump = [](const json& body) { return body.dump(-1, ' ', false, json::error_handler_t::replace); };
 
 void reply(httplib::Response& response, const json& body, int status = 200) {
@@ -129,7 +155,9 @@ void complete(EngineLoop& loop, const httplib::Request& http, httplib::Response&
   const auto next = [generation](size_t, auto& sink) { return stream(*generation, sink); };
   if (is_stream) return response.set_chunked_content_provider("text/event-stream", next);
   json choices(request.n, {{"token_ids", json::array()}});
+  const Connection connection(http);
   while (generation->num_running > 0) {
+    if (connection.is_closed()) return;  // nobody is left to answer; the generation ends with this scope
     const std::optional<RequestEvent> event = generation->next();
     if (event && !event->error.empty()) throw std::runtime_error(event->error);
     if (event) add(*event, choices[event->branch]);

@@ -316,6 +316,24 @@ def test_a_client_that_leaves_frees_its_slots(server: Server, slots: int, n: int
     assert server.free_slots() == slots
 
 
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_client_that_leaves_while_it_waits_for_a_whole_answer_frees_its_slots(
+    server: Server, slots: int, n: int
+) -> None:
+    body = json.dumps({"prompt": [1], "max_tokens": 12_000 // n, "n": n, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    address = (server.client.base_url.host, server.client.base_url.port)
+    with server.stream([2], max_tokens=1000, ignore_eos=True) as other:
+        next(other)
+        with socket.create_connection(address, timeout=TIMEOUT) as left:
+            left.sendall(head + body)
+            _wait_for_free_slots(server, slots - 1 - n)
+        for _ in other:
+            pass
+    # Both shared their steps, so the request that was left would have most of its own yet to come.
+    assert server.free_slots() == slots
+
+
 @pytest.mark.parametrize(
     "sent",
     [
