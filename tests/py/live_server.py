@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 import xgdn
+from xgdn.server.api_keys import ApiKey
 from xgdn.server.app import create_app
 from xgdn.server.settings import Settings
 
@@ -78,7 +79,8 @@ def with_template(folder: Path) -> Path:
 @contextmanager
 def live(served: Any, model_dir: Path = CHECKPOINT, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread."""
-    settings = {"max_queue": QUEUE, "max_body_bytes": BODY_BYTES, "api_key": KEY} | settings
+    keys = [ApiKey(name="tests", key=KEY)]
+    settings = {"max_queue": QUEUE, "max_body_bytes": BODY_BYTES, "api_keys": keys} | settings
     app = create_app(served, tokenizer, Settings(model_dir, "tiny", **settings))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))

@@ -230,7 +230,8 @@ def test_a_failing_step_ends_its_requests_alone(failure: BaseException) -> None:
         stepped.failures = 1
         stepped.open()
         events = stream.result().text.split("\n\n")
-        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "engine_error"
+        assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "engine_error"
+        assert events[-2:] == ["data: [DONE]", ""]
         assert metrics(url)["xgdn_errors_total engine_error"] == SLOTS + 1
         assert post(url, GOOD).status_code == 200
 
@@ -247,20 +248,23 @@ def test_a_stopped_device_is_told_everywhere(is_stream: bool) -> None:
         stepped.device_error = "npu:0 broke"
         stepped.open()
         answer = running.result()
-        error = json.loads(answer.text.split("\n\n")[-2].removeprefix("data: ")) if is_stream else answer.json()
+        error = json.loads(answer.text.split("\n\n")[-3].removeprefix("data: ")) if is_stream else answer.json()
         assert (answer.status_code, error["error"]["code"]) == (200 if is_stream else 500, "engine_error")
         assert "broke" in error["error"]["message"]
 
-        health = http_get(f"{url}/health")
+        health = http_get(f"{url}/health", headers={"Authorization": f"Bearer {KEY}"})
         assert (health.status_code, health.json()["status"]) == (503, "stopped")
         assert "broke" in health.json()["reason"]
-        assert http_get(f"{url}/stats").json()["stopped"] == health.json()["reason"]
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            outside = http_get(f"{url}/health", headers=headers)
+            assert (outside.status_code, outside.json()) == (503, {"status": "stopped"})
+        ready = http_get(f"{url}/ready")
+        assert (ready.status_code, ready.json()) == (503, {"status": "engine_stopped"})
+        assert health.json()["reason"] in http_get(f"{url}/stats").json()["stopped"]
         refused = post(url, GOOD | {"stream": is_stream})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stopped")
-        assert (refused.json()["error"]["type"], refused.json()["error"]["message"]) == (
-            "server_error",
-            health.json()["reason"],
-        )
+        assert refused.json()["error"]["type"] == "server_error"
+        assert health.json()["reason"] in refused.json()["error"]["message"]
         now = metrics(url)
         assert (now["xgdn_healthy"], now["xgdn_requests_running"], now["xgdn_requests_waiting"]) == (0, 0, 0)
         assert now["xgdn_finished_total error"] == 1

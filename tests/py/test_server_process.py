@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -76,32 +75,44 @@ def test_the_json_document_is_all_of_stdout_and_comes_when_requests_are_taken() 
 
 def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones() -> None:
     with command("--api-key", KEY, step_seconds=0.02) as (process, url), ThreadPoolExecutor(1) as clients:
-        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 120})
+        assert http_get(f"{url}/ready").json() == {"status": "ready"}
+        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 200})
         wait_until(lambda: metrics(url)["xgdn_requests_running"] == 1)
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: not is_listening(url))
+        wait_until(lambda: http_get(f"{url}/ready").status_code == 503)
+        assert http_get(f"{url}/ready").json() == {"status": "shutting_down"}
+        assert http_get(f"{url}/health").json() == {"status": "ok"}  # or a supervisor would end it
+        refused = post(url, GOOD)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert (refused.headers["Retry-After"], refused.headers["Connection"]) == ("1", "close")
         assert not running.done()
-        assert running.result().json()["usage"]["completion_tokens"] == 120
+        assert running.result().json()["usage"]["completion_tokens"] == 200
         assert process.wait(60) == 0
 
 
 def test_sigterm_ends_running_requests_at_the_limit() -> None:
     options = ("--shutdown-seconds", "1", "--api-key", KEY)
-    with command(*options, step_seconds=0.05) as (process, url), ThreadPoolExecutor(1) as clients:
-        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 8000})  # 400 seconds
-        wait_until(lambda: metrics(url)["xgdn_requests_running"] == 1)
+    body = GOOD | IGNORE_EOS | {"max_tokens": 8000}  # 400 seconds
+    with command(*options, step_seconds=0.05) as (process, url), ThreadPoolExecutor(2) as clients:
+        whole, stream = (clients.submit(post, url, body | {"stream": is_stream}) for is_stream in (False, True))
+        wait_until(lambda: metrics(url)["xgdn_requests_running"] == 2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        assert isinstance(running.exception(), httpx.HTTPError) or running.result().status_code >= 500
+        assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (500, "engine_error")
+        *_, error, done, rest = stream.result().text.split("\n\n")
+        assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server was shut down"
+        assert (done, rest) == ("data: [DONE]", "")
 
 
-def is_listening(url: str) -> bool:
-    host, port = url.removeprefix("http://").split(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=1).close()
-    except OSError:
-        return False
-    return True
+def test_a_second_signal_ends_the_wait() -> None:
+    with command("--api-key", KEY, step_seconds=0.05) as (process, url), ThreadPoolExecutor(1) as clients:
+        running = clients.submit(post, url, GOOD | IGNORE_EOS | {"max_tokens": 8000})
+        wait_until(lambda: metrics(url)["xgdn_requests_running"] == 1)
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: http_get(f"{url}/ready").status_code == 503)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        assert running.exception() is not None or running.result().status_code == 500
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 """`xgdn serve`: the HTTP server."""
 
 import json
+import logging
+import logging.config
+import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,7 +18,16 @@ from xgdn.cli.options import MAX, GenerationConfigOption, ModelArgument, with_en
 from xgdn.engine import EngineArgs
 from xgdn.server.settings import Settings
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+    from xgdn.server.api_keys import ApiKey
+    from xgdn.server.serve import Tls
+
 _PREFIX_CACHE_SLOTS = 32  # as many as sequences run at once
+_OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+_log = logging.getLogger("xgdn.serve")
 
 
 @with_engine_args(prefix_cache_slots=_PREFIX_CACHE_SLOTS)
@@ -28,7 +41,21 @@ def serve(
         str | None, typer.Option(help="Name of the model for clients (default: the directory's name).")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="XGDN_API_KEY", help="Key that clients of /v1 must send (default: none).")
+        list[str] | None,
+        typer.Option(
+            envvar="XGDN_API_KEY",
+            metavar="KEY",
+            help="Key that clients of /v1 must send; repeatable, in the variable separated by spaces (default: none).",
+        ),
+    ] = None,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help='JSON list of further keys and their limits: [{"name": ..., "key": ..., "requests_per_minute": ...}].',
+        ),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
@@ -44,8 +71,50 @@ def serve(
         int, typer.Option(min=1, max=MAX, metavar="N", help="Maximum request body, in bytes.")
     ] = Settings.max_body_bytes,
     shutdown_seconds: Annotated[
-        int, typer.Option(min=0, max=MAX, metavar="N", help="Time for running requests to finish after SIGTERM.")
+        int,
+        typer.Option(
+            min=0, max=MAX, metavar="N", help="Time for running requests to finish after SIGTERM, in seconds."
+        ),
     ] = 30,
+    keep_alive_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", help="Time without an event after which a stream gets a comment; 0: no comments."
+        ),
+    ] = Settings.keep_alive_seconds,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="Format of the log on stderr; json: an object a line.")
+    ] = "text",
+    ssl_certfile: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Certificate, in PEM: serve HTTPS."),
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, metavar="FILE", help="Key of the certificate (default: in its file)."
+        ),
+    ] = None,
+    ssl_keyfile_password: Annotated[
+        str | None, typer.Option(envvar="XGDN_SSL_KEYFILE_PASSWORD", help="Password of the key's file (default: none).")
+    ] = None,
+    ssl_ca_certs: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="Certificates of authorities, one of which must have signed each client's (default: no check).",
+        ),
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="OpenTelemetry collector to send traces to, by OTLP over HTTP: http://localhost:4318 "
+            f"(default: ${_OTLP_VARIABLES[0]}, else none).",
+        ),
+    ] = None,
     generation_config: GenerationConfigOption = "auto",
     *,
     engine_args: EngineArgs,
@@ -55,24 +124,30 @@ def serve(
 ) -> None:
     """Serve a model over HTTP with OpenAI's interface: /v1/completions, /v1/chat/completions, /v1/models.
 
-    Further paths: /health, /metrics for Prometheus, and / for a page that shows the engine and takes a prompt.
+    Further paths: /health and /ready, /metrics for Prometheus, /openapi.json, and / for a page that shows the engine.
     """
     try:
         from xgdn.server.app import create_app
+        from xgdn.server.request_log import logging_config
         from xgdn.server.serve import bind
         from xgdn.server.serve import serve as serve_app
     except ModuleNotFoundError as error:
         fail(f"`xgdn serve` needs {error.name}, which is not installed: pip install 'xgdn[serve]'")
 
+    logging.config.dictConfig(logging_config(log_format))
     tokenizer = load_tokenizer(model)
+    tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs)
+    tracing = _tracing(otlp_endpoint)
     settings = Settings(
         model_dir=model,
         model_name=model_name or model.resolve().name,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
-        api_key=api_key,
+        api_keys=_api_keys(api_key or (), api_keys_file),
+        keep_alive_seconds=keep_alive_seconds,
         allowed_origins=allow_origin or (),
         sampling_defaults=sampling_defaults(generation_config, model),
+        tracer=tracing.get_tracer("xgdn") if tracing is not None else None,
     )
     try:
         listeners = bind(host, port)  # before the model is loaded, which may take long
@@ -84,25 +159,83 @@ def serve(
         server_app = create_app(engine, tokenizer, settings)
     except ValueError as error:
         fail(error)
+    say: Callable[[str], None] = _log.info if log_format == "json" else _print
     if settings.sampling_defaults.values():
-        typer.echo(f"xgdn: requests without them get {settings.sampling_defaults} (generation_config.json)", err=True)
+        say(f"requests without them get {settings.sampling_defaults} (generation_config.json)")
     if server_app.state.problem:
-        typer.echo(f"xgdn: chat is not served: {server_app.state.problem}", err=True)
+        say(f"chat is not served: {server_app.state.problem}")
+    announce = _announcement(settings.model_name, listeners, "http" if tls is None else "https", as_json, say)
     try:
-        serve_app(server_app, listeners, shutdown_seconds, _announcement(settings.model_name, listeners, as_json))
+        serve_app(server_app, listeners, shutdown_seconds, announce, log_format=log_format, tls=tls)
     except OSError as error:
         fail(f"{host}:{port}: {error.strerror}")
+    finally:
+        if tracing is not None:
+            tracing.shutdown()  # sends what is left
 
 
-def _announcement(model_name: str, listeners: Sequence[socket.socket], as_json: bool) -> Callable[[], None]:
+def _print(message: str) -> None:
+    typer.echo(f"xgdn: {message}", err=True)
+
+
+def _api_keys(keys: Sequence[str], path: Path | None) -> "list[ApiKey]":
+    from pydantic import ValidationError
+
+    from xgdn.server.api_keys import ApiKey, check_distinct, read_api_keys
+
+    try:
+        numbered = [ApiKey(name=f"key-{i}", key=key) for i, key in enumerate(keys, 1)]
+    except ValidationError:  # whose message shows the key
+        fail("--api-key: expected keys of one or more ASCII characters, without control characters")
+    try:
+        every = [*numbered, *(read_api_keys(path) if path is not None else [])]
+        check_distinct(every)
+    except (ValueError, OSError) as error:
+        fail(error)
+    return every
+
+
+def _tls(certfile: Path | None, keyfile: Path | None, password: str | None, ca_certs: Path | None) -> "Tls | None":
+    from xgdn.server.serve import Tls
+
+    if certfile is None:
+        if keyfile is not None or ca_certs is not None:
+            fail("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+        return None
+    tls = Tls(certfile, keyfile, password, ca_certs)
+    try:
+        tls.check()  # before the model is loaded, which may take long
+    except OSError as error:
+        fail(f"the certificate {certfile} cannot be used: {error}")
+    return tls
+
+
+def _tracing(endpoint: str | None) -> "TracerProvider | None":
+    if endpoint is None and not any(os.environ.get(name) for name in _OTLP_VARIABLES):
+        return None
+    try:
+        from xgdn.server.tracing import start_tracing
+
+        return start_tracing(endpoint)
+    except ModuleNotFoundError as error:
+        fail(f"traces need {error.name}, which is not installed: pip install 'xgdn[otel]'")
+
+
+def _announcement(
+    model_name: str,
+    listeners: Sequence[socket.socket],
+    scheme: str,
+    as_json: bool,
+    say: Callable[[str], None],
+) -> Callable[[], None]:
     """What prints the addresses once they are listened on."""
     from xgdn.server.serve import address_of
 
     def announce() -> None:
-        addresses = [address_of(listener) for listener in listeners]
+        addresses = [address_of(listener, scheme) for listener in listeners]
         if as_json:
             typer.echo(json.dumps({"address": addresses[0], "addresses": addresses, "model": model_name}))
         else:
-            typer.echo(f"xgdn: serving {model_name} at {', '.join(addresses)}", err=True)
+            say(f"serving {model_name} at {', '.join(addresses)}")
 
     return announce

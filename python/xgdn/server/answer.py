@@ -13,6 +13,7 @@ from xgdn.server.api_error import ApiError
 from xgdn.server.formats import Format
 from xgdn.server.generation import Generation
 from xgdn.server.metrics import Metrics
+from xgdn.server.schemas import StreamOptions
 from xgdn.server.sequence import Delta
 
 
@@ -31,22 +32,27 @@ class Answer:
         document = {**self._head, "object": self._form.name, "choices": choices, "usage": self._generation.usage()}
         return to_json(document)
 
-    async def events(self, include_usage: bool) -> AsyncIterator[str]:
+    async def events(self, options: StreamOptions) -> AsyncIterator[str]:
         """Yield the same as server-sent events; an error after the status has been sent is an event too."""
-        usage: dict[str, Any] = {"usage": None} if include_usage else {}
+        has_usage = options.include_usage or options.continuous_usage_stats
         for content in self._form.first_deltas():
             for index in range(self._generation.num_choices):
-                yield self._event([self._choice(Delta(index, ""), content)], usage)
+                yield self._event([self._choice(Delta(index, ""), content)], self._usage_so_far(options))
         try:
             async for delta in self._generation.deltas():
-                yield self._event([self._choice(delta, self._form.delta(delta.text))], usage)
+                yield self._event([self._choice(delta, self._form.delta(delta.text))], self._usage_so_far(options))
         except ApiError as error:
             self._metrics.errors.labels(error.code).inc()
             yield f"data: {json.dumps(error.body())}\n\n"
-            return
-        if include_usage:
-            yield self._event([], {"usage": self._generation.usage()})
+        else:
+            if has_usage:
+                yield self._event([], {"usage": self._generation.usage()})
         yield "data: [DONE]\n\n"
+
+    def _usage_so_far(self, options: StreamOptions) -> dict[str, Any]:
+        if options.continuous_usage_stats:
+            return {"usage": self._generation.usage()}
+        return {"usage": None} if options.include_usage else {}
 
     def _choice(self, delta: Delta, content: dict[str, Any]) -> dict[str, Any]:
         logprobs = self._form.logprobs(delta.logprobs) if self._generation.has_logprobs else None

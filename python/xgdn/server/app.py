@@ -4,59 +4,55 @@
 import asyncio
 import gc
 import importlib.resources
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp
 from tokenizers import Tokenizer
 
 from xgdn.engine import Engine
 from xgdn.server.answer import Answer
 from xgdn.server.api_error import ApiError, bad_request
+from xgdn.server.api_keys import Client, Clients
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.engine_client import EngineClient
+from xgdn.server.event_stream import EventStream
 from xgdn.server.formats import ChatFormat, CompletionFormat, Format
 from xgdn.server.generation import Generation, ModelDefaults
 from xgdn.server.metrics import Metrics
+from xgdn.server.openapi import describe
 from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
-from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, parse
+from xgdn.server.request_log import RequestLog
+from xgdn.server.request_record import RequestRecord, record_of
+from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, StreamOptions, parse
 from xgdn.server.settings import Settings
 from xgdn.server.workers import Workers
 from xgdn.tokenizer_files import eos_token_ids
 from xgdn.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
 _MAX_TOKENS = 2**31 - 1  # of a sequence, if neither the model nor the pools have a maximum
-# The second is for nginx, which would otherwise hold events back until a buffer is full.
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _CLIENT_GONE = 499  # nobody is left to read it
+_EXPOSED_HEADERS = [
+    "X-Request-Id",
+    "Retry-After",
+    *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
+]
 _COLLECT_AFTER = 50_000  # new objects between two collections
 _REPORT_BYTES = 1024  # approximate size of a token's log-probabilities in an answer
 
 _Result = TypeVar("_Result")
-
-
-class _EventStream(StreamingResponse):
-    """An event stream that drops its generation when it ends early, whether or not a byte was sent."""
-
-    def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
-        self._generation = generation
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._generation.drop()
 
 
 class Server:
@@ -73,23 +69,27 @@ class Server:
         self._chat_template = ChatTemplate(settings.model_dir)
         self.problem = self._chat_template.problem
         self.metrics = Metrics()
-        self._engine = EngineClient(engine, self.metrics, settings.max_queue)
+        self.engine = EngineClient(engine, self.metrics, settings.max_queue)
+        self._clients = Clients(settings.api_keys)
+        self._openapi = describe(settings, engine.vocab_size)
         self._start_time = int(time.time())
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        self._engine.start()
+        self.engine.start()
         with _rare_collections():
             yield
-        await self._engine.stop()
+        await self.engine.stop()
         self._workers.stop()
 
     def check_key(self, request: Request) -> None:
-        key = self._settings.api_key
-        given = request.headers.get("Authorization", "")
-        if key is not None and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            message = "Expected the server's API key as 'Authorization: Bearer KEY'."
+        client = self._client(request)
+        if client is None:
+            message = "Expected one of the server's API keys as 'Authorization: Bearer KEY'."
             raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
+        record_of(request.scope).client = client
+        if request.method == "POST":
+            client.admit()
 
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, self._prepare_completion)
@@ -104,11 +104,20 @@ class Server:
         self._check_model(name)
         return self._model_card()
 
-    def health(self) -> Response:
-        refusal = self._engine.refusal()
-        if refusal is None:
+    def health(self, request: Request) -> Response:
+        """Tell whether this process can serve: 503 means that only a new one can. The reason is for who has a key."""
+        if not self.engine.failure:
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "stopped", "reason": refusal.message}, refusal.status)
+        reason = {"reason": self.engine.failure} if self._client(request) else {}
+        return JSONResponse({"status": "stopped", **reason}, 503)
+
+    def ready(self) -> Response:
+        """Tell whether a request would be taken now."""
+        readiness = self.engine.readiness
+        return JSONResponse({"status": readiness}, 200 if readiness == "ready" else 503)
+
+    def openapi(self) -> dict[str, Any]:
+        return self._openapi
 
     def render_metrics(self) -> Response:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
@@ -118,17 +127,21 @@ class Server:
         gauges = ("requests_waiting", "requests_running", "slots_used", "slots_total")
         pools = ("kv_blocks_used", "kv_blocks_total", "prompt_tokens_total", "generated_tokens_total")
         values = {name: int(self.metrics.value(name)) for name in (*gauges, *pools)}
-        refusal = self._engine.refusal()
+        refusal = self.engine.refusal()
         stopped = "" if refusal is None else refusal.message
         return {"model": self._settings.model_name, "time": time.monotonic(), "stopped": stopped, **values}
 
     def page(self) -> HTMLResponse:
         return HTMLResponse((importlib.resources.files("xgdn.server") / "page.html").read_text(encoding="utf-8"))
 
-    def refuse(self, error: ApiError) -> Response:
+    def refuse(self, request: Request, error: ApiError) -> Response:
         """Count an error and return its answer."""
+        record_of(request.scope).error = error.code
         self.metrics.errors.labels(error.code).inc()
         return JSONResponse(error.body(), error.status, error.headers)
+
+    def _client(self, request: Request) -> Client | None:
+        return self._clients.find(request.headers.get("Authorization", ""))
 
     def _model_card(self) -> dict[str, Any]:
         return {
@@ -146,7 +159,9 @@ class Server:
             raise ApiError(404, "model_not_found", message, param="model")
 
     async def _read(self, request: Request) -> bytes:
-        limit = self._settings.max_body_bytes
+        client = record_of(request.scope).client
+        assert client is not None, "check_key() comes first"
+        limit = min(self._settings.max_body_bytes, client.limits.max_body_bytes or self._settings.max_body_bytes)
         body = bytearray()
         async for piece in request.stream():
             body += piece
@@ -158,9 +173,9 @@ class Server:
         body = parse(CompletionBody, data)
         self._check_model(body.model)
         prompts = body.prompts()
-        if len(prompts) > self._engine.capacity:
+        if len(prompts) > self.engine.capacity:
             raise bad_request(
-                f"'prompt': expected at most {self._engine.capacity} prompts, got {len(prompts)}.", "prompt"
+                f"'prompt': expected at most {self.engine.capacity} prompts, got {len(prompts)}.", "prompt"
             )
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
@@ -198,27 +213,34 @@ class Server:
     def _order(
         self, body: GenerationBody, prompts: Sequence[Sequence[int]], max_tokens: int | None, form: Format
     ) -> "_Order":
+        is_default = max_tokens is None
         if max_tokens is None:  # the format's default, as far as the context has room
             rest = max(1, self._max_context - max(map(len, prompts), default=0))
             max_tokens = rest if form.default_max_tokens is None else min(form.default_max_tokens, rest)
         for ids in prompts:
             self._check_prompt(ids, max_tokens, form)
-        return _Order(body, prompts, max_tokens, form)
+        return _Order(body, prompts, max_tokens, form, is_default)
 
     async def _generate(self, request: Request, prepare: Callable[[bytes], "_Order"]) -> Response:
         data = await self._read(request)
         order = await self._workers.run(len(data), lambda: prepare(data))
-        generation = Generation(
-            order.body, order.prompts, order.max_tokens, self._defaults, self._vocabulary, self._engine, self.metrics
-        )
-        answer = Answer(generation, order.form, order.body.model, self.metrics)
-        if order.body.stream:
-            include_usage = bool(order.body.stream_options and order.body.stream_options.include_usage)
-            return _EventStream(answer.events(include_usage), generation)
-        try:
+        record = record_of(request.scope)
+        client = record.client
+        assert client is not None, "check_key() comes first"
+        order = _limit_tokens(order, client.limits.max_tokens)
+        record.operation = order.form.operation
+        record.parameters = {"stream": order.body.stream, "max_tokens": order.max_tokens, **order.body.parameters()}
+        with ExitStack() as held:  # until the answer has ended
+            held.enter_context(client.sequences(len(order.prompts) * (order.body.n or 1)))
+            generation = Generation(
+                order.body, order.prompts, order.max_tokens, self._defaults, self._vocabulary, self.engine, self.metrics
+            )
+            held.callback(_close, generation, record, client)
+            answer = Answer(generation, order.form, order.body.model, self.metrics)
+            if order.body.stream:
+                events = answer.events(order.body.stream_options or StreamOptions())
+                return EventStream(events, self._settings.keep_alive_seconds, on_end=held.pop_all().close)
             choices = await _while_connected(request, generation.choices())
-        finally:
-            generation.drop()
         if choices is None:
             return Response(status_code=_CLIENT_GONE)
         size = sum(len(choice.text) + len(choice.logprobs) * _REPORT_BYTES for choice in choices)
@@ -234,6 +256,24 @@ class _Order:
     prompts: Sequence[Sequence[int]]
     max_tokens: int
     form: Format
+    is_default: bool  # max_tokens: the request has none
+
+
+def _limit_tokens(order: _Order, limit: int | None) -> _Order:
+    """Apply the limit of a key; raises ApiError where the request asks for more."""
+    if limit is None or order.max_tokens <= limit:
+        return order
+    if not order.is_default:
+        message = f"'max_tokens': expected at most {limit} with this key, got {order.max_tokens}."
+        raise bad_request(message, "max_tokens")
+    return replace(order, max_tokens=limit)
+
+
+def _close(generation: Generation, record: RequestRecord, client: Client) -> None:
+    """End what still runs of a request, and take note of what it came to."""
+    generation.drop()
+    record.close(generation)
+    client.charge((record.prompt_tokens or 0) + (record.completion_tokens or 0))
 
 
 @contextmanager
@@ -266,22 +306,41 @@ async def _wait_for_disconnect(request: Request) -> None:
         pass
 
 
+class _Application(FastAPI):
+    """FastAPI with a log around all of it, so that answers to failures are in it and have an id as well."""
+
+    tracer: "Tracer | None" = None
+
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = super().build_middleware_stack()
+        if self.tracer is not None:
+            from xgdn.server.tracing import Traced  # needs an extra package
+
+            stack = Traced(stack, self.tracer)
+        return RequestLog(stack)
+
+
 def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
-    """Return the application. It steps the engine while it runs; `state.problem` is the reason why chat is not served.
+    """Return the application. It steps the engine while it runs.
+
+    `state.problem` is the reason why chat is not served, `state.engine` takes part in a graceful shutdown.
 
     Raises:
         ValueError: the files of the model directory's tokenizer cannot be read.
     """
     server = Server(engine, tokenizer, settings)
     # FastAPI's documentation pages load scripts from elsewhere, and it does not see the schemas of the bodies.
-    app = FastAPI(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = _Application(title="xgdn", lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.tracer = settings.tracer
     app.state.problem = server.problem
+    app.state.engine = server.engine
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
         )
     to_read = ["GET", "HEAD"]  # probes use HEAD
     api = APIRouter(prefix="/v1", dependencies=[Depends(server.check_key)])
@@ -291,26 +350,28 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     api.add_api_route("/models/{name:path}", server.model, methods=to_read)
     app.include_router(api)
     app.add_api_route("/health", server.health, methods=to_read, response_model=None)
+    app.add_api_route("/ready", server.ready, methods=to_read, response_model=None)
+    app.add_api_route("/openapi.json", server.openapi, methods=to_read)
     app.add_api_route("/metrics", server.render_metrics, methods=to_read, response_model=None)
     app.add_api_route("/stats", server.stats, methods=to_read)
     app.add_api_route("/", server.page, methods=to_read, response_model=None)
 
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return server.refuse(error)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return server.refuse(request, error)
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path}: {error.detail}."
-        return server.refuse(ApiError(error.status_code, code, message, headers=error.headers))
+        return server.refuse(request, ApiError(error.status_code, code, message, headers=error.headers))
 
     @app.exception_handler(ClientDisconnect)
     async def client_gone(_: Request, __: ClientDisconnect) -> Response:
         return Response(status_code=_CLIENT_GONE)
 
     @app.exception_handler(Exception)
-    async def failure(_: Request, __: Exception) -> Response:
-        return server.refuse(ApiError(500, "internal_error", "The server failed; its log says how."))
+    async def failure(request: Request, _: Exception) -> Response:
+        return server.refuse(request, ApiError(500, "internal_error", "The server failed; its log says how."))
 
     return app

@@ -15,11 +15,13 @@ from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.metrics import Metrics
 from xgdn.server.sequence import TextSequence
 
-_log = logging.getLogger("uvicorn.error")
+_log = logging.getLogger("xgdn.engine")
 
 
 def _shutting_down() -> ApiError:
-    return ApiError(503, "shutting_down", "The server is shutting down.")
+    # So that a client, or what balances the load, asks another server.
+    headers = {"Retry-After": "1", "Connection": "close"}
+    return ApiError(503, "shutting_down", "The server is shutting down.", headers=headers)
 
 
 class EngineClient:
@@ -36,7 +38,7 @@ class EngineClient:
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._events: list[RequestEvent] = []  # of the step under way; the engine loop's thread alone uses it
         self._publish(self._idle)
-        metrics.healthy.set_function(lambda: self.refusal() is None)
+        metrics.healthy.set_function(lambda: not self._failure)
 
     def start(self) -> None:
         """Begin to step, with events delivered to the running event loop."""
@@ -45,9 +47,33 @@ class EngineClient:
 
     async def stop(self) -> None:
         """Return when the step under way is done; sequences that are left end with an error."""
-        self._is_stopping = True
+        self.begin_drain()
         await asyncio.to_thread(self._loop().stop)
+        self.end_all()
+
+    def begin_drain(self) -> None:
+        """Take no more requests; those that were taken go on. A signal handler may call it."""
+        self._is_stopping = True
+
+    def end_all(self) -> None:
+        """End what still runs or waits with an error."""
         self._fail_all("the server was shut down")
+
+    @property
+    def failure(self) -> str:
+        """Why the engine has stopped; empty while it has not."""
+        return self._failure
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._requests
+
+    @property
+    def readiness(self) -> str:
+        """`ready` when a request would be taken, else why not, in a word."""
+        if refusal := self.refusal():
+            return refusal.code
+        return "ready" if len(self._sequences()) < self.capacity else "queue_full"
 
     def refusal(self) -> ApiError | None:
         """What every request is told, whatever it asks for; None while requests are served."""
@@ -114,7 +140,7 @@ class EngineClient:
                 continue
             if event.finish_reason != FinishReason.CANCELLED:  # which may have been waiting
                 for sequence in branches.values():
-                    sequence.has_begun = True
+                    sequence.begin_time = sequence.begin_time or now
             sequence = branches[event.branch]
             try:
                 sequence.apply(event, now)

@@ -13,6 +13,7 @@ class CompletionFormat:
     name = "text_completion"
     chunk_name = "text_completion"
     id_prefix = "cmpl"
+    operation = "text_completion"  # as OpenTelemetry names it
     prompt_param = "prompt"
     default_max_tokens: int | None = 16  # OpenAI's
 
@@ -35,6 +36,7 @@ class ChatFormat:
     name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl"
+    operation = "chat"
     prompt_param = "messages"
     default_max_tokens: int | None = None  # to the end of the context
 

@@ -3,6 +3,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,7 @@ class Generation:
         self._ids = engine.submit(
             [(request, self._sequences[i * n : (i + 1) * n]) for i, request in enumerate(requests)]
         )
+        self.queue_time = time.perf_counter()
         metrics.prompt_tokens.inc(self._num_prompt_tokens)
 
     @property
@@ -111,6 +113,17 @@ class Generation:
     def drop(self) -> None:
         """End what still runs; the next step frees what it held."""
         self._engine.drop(self._ids)
+
+    def finish_reasons(self) -> list[str]:
+        """Return those of the choices that have ended."""
+        return [sequence.finish_reason for sequence in self._sequences if sequence.finish_reason is not None]
+
+    def begin_time(self) -> float | None:
+        """Return when the first sequence began, as `time.perf_counter` tells; None: all wait."""
+        return min((s.begin_time for s in self._sequences if s.begin_time is not None), default=None)
+
+    def first_token_time(self) -> float | None:
+        return min((s.first_token_time for s in self._sequences if s.first_token_time is not None), default=None)
 
     def usage(self) -> dict[str, Any]:
         num_generated = sum(sequence.num_tokens for sequence in self._sequences)

@@ -9,7 +9,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.healthy = self._gauge("healthy", "1 while requests are served, as /health tells.")
+        self.healthy = self._gauge("healthy", "0 once the engine has stopped, as /health tells, else 1.")
         self.requests_waiting = self._gauge("requests_waiting", "Sequences that have not begun.")
         self.requests_running = self._gauge("requests_running", "Sequences that have begun.")
         self.slots_used = self._gauge("slots_used", "State slots held.")

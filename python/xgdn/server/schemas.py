@@ -7,7 +7,7 @@ A check ends with the first thing that is wrong, so that a long body full of mis
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from xgdn.server.api_error import ApiError, bad_request
@@ -18,7 +18,7 @@ _StopString = Annotated[str, Field(min_length=1, max_length=4096)]
 _UNKNOWN = "unknown_field"
 
 # OpenAI's fields that would change the answer and are not supported, with their neutral values.
-_NEUTRAL_VALUES: dict[str, list[object]] = {
+NEUTRAL_VALUES: dict[str, list[object]] = {
     "best_of": [None, 1],
     "echo": [None, False],
     "suffix": [None],
@@ -43,7 +43,7 @@ _NEUTRAL_VALUES: dict[str, list[object]] = {
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +56,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's extension: the usage so far in every chunk, and at the end
     include_obfuscation: bool | None = None  # without effect: nothing is padded
 
 
@@ -77,12 +78,12 @@ class GenerationBody(_Body):
     ignore_eos: bool | None = None
     # Accepted without effect.
     user: str | None = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     # Refused, except for neutral values.
     presence_penalty: Any = None
     frequency_penalty: Any = None
@@ -92,10 +93,27 @@ class GenerationBody(_Body):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    def parameters(self) -> dict[str, Any]:
+        """Return what the request says about sampling, for its trace."""
+        values = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed}
+        return {"model": self.model, "choices": self.n or 1, "stop": self.stops, **values}
+
     @property
     def num_logprobs(self) -> int | None:
         """Number of top alternatives to report for each token; None: no log-probabilities at all."""
         raise NotImplementedError
+
+
+_TOKENS_SCHEMA: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
+_PROMPT_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        _TEXT_SCHEMA,
+        {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1},
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1},
+    ]
+}
 
 
 def _check_prompt(prompt: object) -> object:
@@ -114,7 +132,7 @@ def _are_tokens(ids: object) -> bool:
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[Any, BeforeValidator(_check_prompt)]  # str, list[str], list[int] or list[list[int]]
+    prompt: Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: Any = None
     echo: Any = None
@@ -140,7 +158,7 @@ class Message(_Body):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
     # Fields of OpenAI's answers, accepted without effect.
-    annotations: Any = None
+    annotations: list[dict[str, Any]] | None = None
     # Refused, except for neutral values.
     refusal: Any = None
     audio: Any = None
@@ -161,8 +179,8 @@ class ChatBody(GenerationBody):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
     # Accepted without effect.
-    parallel_tool_calls: Any = None
-    prediction: Any = None
+    parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None
     # Refused, except for neutral values.
     tools: Any = None
     tool_choice: Any = None
@@ -206,9 +224,9 @@ def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
 
 
 def _refuse_unsupported(body: _Body, prefix: str = "") -> None:
-    for name in sorted(body.model_fields_set & _NEUTRAL_VALUES.keys()):
+    for name in sorted(body.model_fields_set & NEUTRAL_VALUES.keys()):
         value = getattr(body, name)
-        if not any(value == neutral and type(value) is type(neutral) for neutral in _NEUTRAL_VALUES[name]):
+        if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL_VALUES[name]):
             raise bad_request(f"'{prefix}{name}' is not supported.", f"{prefix}{name}", "unsupported_parameter")
 
 

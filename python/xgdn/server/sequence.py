@@ -39,8 +39,10 @@ class TextSequence:
     ) -> None:
         self.num_tokens = 0
         self.num_cached = 0  # prompt tokens that were not computed again
-        self.has_begun = False
+        self.begin_time: float | None = None  # of time.perf_counter; None: it waits in the queue
         self.is_finished = False
+        self.finish_reason: str | None = None  # stop, length, cancelled or error
+        self.first_token_time: float | None = None  # of time.perf_counter
         self._index = index
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer(vocabulary, prompt)
@@ -51,6 +53,10 @@ class TextSequence:
         self._metrics = metrics
         self._give = give
         self._last_time = time.perf_counter()
+
+    @property
+    def has_begun(self) -> bool:
+        return self.begin_time is not None
 
     def apply(self, event: RequestEvent, now: float) -> None:
         """Process the event of a step; nothing once the sequence is finished."""
@@ -109,11 +115,13 @@ class TextSequence:
         histogram = self._metrics.inter_token_time if self.num_tokens else self._metrics.time_to_first_token
         histogram.observe(now - self._last_time)
         self._last_time = now
+        self.first_token_time = self.first_token_time or now
         self.num_tokens += 1
         self._metrics.generated_tokens.inc()
 
     def _finish(self, reason: str, text: str, error: str = "") -> None:
         self.is_finished = True
+        self.finish_reason = reason
         self._metrics.finished.labels(reason).inc()
         self._give_text(text, reason, error)
 

@@ -1,29 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the application until a signal ends it."""
 
-import copy
 import errno
+import math
 import os
 import signal
 import socket
+import ssl
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from xgdn.server.engine_client import EngineClient
+from xgdn.server.request_log import logging_config
+
 _PORT_ATTEMPTS = 16
+_FLUSH_SECONDS = 1.0  # at least, for the last bytes of answers
 
 _Address = tuple[int, tuple[Any, ...]]  # family, what socket.bind takes
 
 
-class _UvicornServer(uvicorn.Server):
-    """A server that returns after a signal; uvicorn's own raises the signal again after the shutdown."""
+@dataclass(frozen=True)
+class Tls:
+    """Files of a certificate and of its key, in PEM, as uvicorn names them."""
 
-    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+    certfile: Path
+    keyfile: Path | None = None  # None: the certificate's file has both
+    keyfile_password: str | None = None
+    ca_certs: Path | None = None  # of clients, who must then have a certificate
+
+    def check(self) -> None:
+        """Raise OSError where the files cannot be read or do not fit."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # Without a password OpenSSL would ask for one at the terminal.
+        context.load_cert_chain(self.certfile, self.keyfile, lambda: self.keyfile_password or "")
+        if self.ca_certs is not None:
+            context.load_verify_locations(self.ca_certs)
+
+    def options(self) -> dict[str, Any]:
+        """Return uvicorn's."""
+        return {
+            "ssl_certfile": self.certfile,
+            "ssl_keyfile": self.keyfile,
+            "ssl_keyfile_password": self.keyfile_password,
+            "ssl_ca_certs": self.ca_certs,
+            "ssl_cert_reqs": ssl.CERT_NONE if self.ca_certs is None else ssl.CERT_REQUIRED,
+        }
+
+
+class _UvicornServer(uvicorn.Server):
+    """A server that goes on after a signal until its engine has nothing left to do, and then returns.
+
+    In the meantime it listens and refuses new requests, so that a balancer finds out. uvicorn's own closes the port
+    first, and raises the signal again at the end.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, engine: EngineClient, drain_seconds: float, on_listening: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
+        self._drain_end: float | None = None  # of time.monotonic
         self._on_listening = on_listening
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._engine.begin_drain()
+        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if not await super().on_tick(counter):
+            return False
+        now = time.monotonic()
+        if self._drain_end is None:
+            self._drain_end = now + self._drain_seconds
+        if not self._engine.is_idle and now < self._drain_end and not self.force_exit:
+            return False
+        self._engine.end_all()
+        self.config.timeout_graceful_shutdown = math.ceil(max(_FLUSH_SECONDS, self._drain_end - now))
+        return True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
@@ -101,20 +163,25 @@ def _bind_one(family: int, address: Sequence[Any], *, is_alone: bool) -> socket.
     return listener
 
 
-def address_of(listener: socket.socket) -> str:
+def address_of(listener: socket.socket, scheme: str = "http") -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def serve(
-    app: FastAPI, listeners: Sequence[socket.socket], shutdown_seconds: int, on_listening: Callable[[], None]
+    app: FastAPI,
+    listeners: Sequence[socket.socket],
+    shutdown_seconds: int,
+    on_listening: Callable[[], None],
+    *,
+    log_format: str,
+    tls: Tls | None,
 ) -> None:
     """Return after SIGTERM or SIGINT, when the running requests are finished or `shutdown_seconds` are over.
 
     Raises:
         OSError: another program has begun to listen at an address since `bind`.
     """
-    log_config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"  # stdout is for the announcement
-    config = uvicorn.Config(app, timeout_graceful_shutdown=shutdown_seconds, log_config=log_config)
-    _UvicornServer(config, on_listening).run(sockets=list(listeners))
+    options = {} if tls is None else tls.options()
+    config = uvicorn.Config(app, log_config=logging_config(log_format), access_log=False, **options)
+    _UvicornServer(config, app.state.engine, shutdown_seconds, on_listening).run(sockets=list(listeners))

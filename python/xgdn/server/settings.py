@@ -4,8 +4,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xgdn.sampling_defaults import SamplingDefaults
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
+    from xgdn.server.api_keys import ApiKey
 
 
 @dataclass(frozen=True)
@@ -14,6 +20,8 @@ class Settings:
     model_name: str
     max_queue: int = 256  # waiting sequences, in addition to the running ones
     max_body_bytes: int = 4 * 2**20
-    api_key: str | None = None
+    api_keys: "Sequence[ApiKey]" = ()  # none: everybody may ask
+    keep_alive_seconds: float = 15.0  # between comments in a stream that has no events; 0: none
     allowed_origins: Sequence[str] = ()  # of web pages that may call
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    tracer: "Tracer | None" = None  # of OpenTelemetry

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The OpenAPI description of the server, made from the models that check the bodies.
+
+FastAPI does not see them, because bodies are parsed in threads of their own.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from xgdn.server.response_schemas import (
+    ChatCompletionChunk,
+    ChatCompletionResponse,
+    CompletionResponse,
+    ErrorResponse,
+    Health,
+    ModelCard,
+    ModelList,
+    Readiness,
+)
+from xgdn.server.schemas import NEUTRAL_VALUES, ChatBody, CompletionBody
+from xgdn.server.settings import Settings
+
+_JSON = "application/json"
+_READ_ERRORS = (401,)
+_WORK_ERRORS = (400, 401, 404, 413, 429, 500, 503)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A path: `response` is its document, or the media type of one that is not JSON."""
+
+    method: str
+    path: str
+    summary: str
+    response: type[BaseModel] | str
+    body: type[BaseModel] | None = None
+    event: type[BaseModel] | None = None  # of a stream
+    errors: tuple[int, ...] = ()
+    unavailable: type[BaseModel] | None = None  # the document of a 503 that is no error
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it answers without a key."""
+        return not self.path.startswith("/v1/")
+
+
+ENDPOINTS = (
+    Endpoint(
+        "post",
+        "/v1/completions",
+        "Continues prompts.",
+        CompletionResponse,
+        body=CompletionBody,
+        event=CompletionResponse,
+        errors=_WORK_ERRORS,
+    ),
+    Endpoint(
+        "post",
+        "/v1/chat/completions",
+        "Answers a conversation.",
+        ChatCompletionResponse,
+        body=ChatBody,
+        event=ChatCompletionChunk,
+        errors=_WORK_ERRORS,
+    ),
+    Endpoint("get", "/v1/models", "Lists the model.", ModelList, errors=_READ_ERRORS),
+    Endpoint("get", "/v1/models/{name}", "Describes the model.", ModelCard, errors=(*_READ_ERRORS, 404)),
+    Endpoint("get", "/health", "Tells whether the process can serve.", Health, unavailable=Health),
+    Endpoint("get", "/ready", "Tells whether a request would be taken now.", Readiness, unavailable=Readiness),
+    Endpoint("get", "/metrics", "Metrics for Prometheus.", "text/plain"),
+    Endpoint("get", "/stats", "Figures of the page.", _JSON),
+    Endpoint("get", "/", "A page for browsers.", "text/html"),
+    Endpoint("get", "/openapi.json", "This description.", _JSON),
+)
+
+
+def describe(settings: Settings, vocab_size: int) -> dict[str, Any]:
+    """Return the document of /openapi.json, of OpenAPI 3.1."""
+    schemas = _schemas(settings.model_name, vocab_size)
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "xgdn",
+            "version": version("xgdn"),
+            "description": "OpenAI's interface for one model. Unknown fields and values that cannot be honoured are "
+            "refused.",
+        },
+        "paths": {},
+        "components": {"schemas": schemas},
+    }
+    if settings.api_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for endpoint in ENDPOINTS:
+        operation = _operation(endpoint, has_keys=bool(settings.api_keys))
+        document["paths"].setdefault(endpoint.path, {})[endpoint.method] = operation
+    return document
+
+
+def _schemas(model_name: str, vocab_size: int) -> dict[str, Any]:
+    models: list[type[BaseModel]] = [ErrorResponse]
+    for endpoint in ENDPOINTS:
+        for model in (endpoint.response, endpoint.body, endpoint.event, endpoint.unavailable):
+            if isinstance(model, type) and model not in models:
+                models.append(model)
+    _, document = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+    )
+    schemas: dict[str, Any] = document["$defs"]
+    bodies = {endpoint.body.__name__ for endpoint in ENDPOINTS if endpoint.body is not None}
+    for name in _reachable(schemas, bodies):
+        _describe_refused(schemas[name].get("properties", {}))
+    for name in bodies:
+        schemas[name]["properties"]["model"] = {"const": model_name}
+    _limit_tokens(schemas["CompletionBody"]["properties"]["prompt"], vocab_size)
+    return schemas
+
+
+def _describe_refused(properties: dict[str, Any]) -> None:
+    """Say of fields that are accepted with a neutral value alone which ones these are."""
+    for name in properties.keys() & NEUTRAL_VALUES.keys():
+        values: list[object] = []
+        for value in NEUTRAL_VALUES[name]:
+            if value not in values:  # 0 and 0.0 are one number in JSON
+                values.append(value)
+        properties[name] = {"enum": values, "description": "Not supported: other values are refused."}
+
+
+def _limit_tokens(schema: Any, vocab_size: int) -> None:
+    """Say in the schema of a prompt which token ids there are."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            schema["maximum"] = vocab_size - 1
+        for part in schema.values():
+            _limit_tokens(part, vocab_size)
+    elif isinstance(schema, list):
+        for part in schema:
+            _limit_tokens(part, vocab_size)
+
+
+def _reachable(schemas: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """Return the names and those of all schemas that they refer to."""
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += _references(schemas[name])
+    return found
+
+
+def _references(schema: Any) -> list[str]:
+    if isinstance(schema, list):
+        return [name for part in schema for name in _references(part)]
+    if not isinstance(schema, dict):
+        return []
+    own = [schema["$ref"].rsplit("/", 1)[1]] if isinstance(schema.get("$ref"), str) else []
+    return own + [name for part in schema.values() for name in _references(part)]
+
+
+def _operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
+    words = endpoint.path.replace("/v1", "").translate(str.maketrans("", "", "{}.")).split("/")
+    operation: dict[str, Any] = {
+        "operationId": "_".join([endpoint.method, *filter(None, words)]),
+        "summary": endpoint.summary,
+        "responses": _responses(endpoint),
+    }
+    if has_keys and not endpoint.is_open:
+        operation["security"] = [{"key": []}]
+    if "{name}" in endpoint.path:
+        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if endpoint.body is not None:
+        operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": _reference(endpoint.body)}}}
+    return operation
+
+
+def _responses(endpoint: Endpoint) -> dict[str, Any]:
+    if isinstance(endpoint.response, str):
+        schema = {} if endpoint.response == _JSON else {"type": "string"}
+        content: dict[str, Any] = {endpoint.response: {"schema": schema}}
+    else:
+        content = {_JSON: {"schema": _reference(endpoint.response)}}
+    if endpoint.event is not None:
+        description = f"Server-sent events: each has a {endpoint.event.__name__} or an ErrorResponse, the last [DONE]."
+        content["text/event-stream"] = {"schema": {"type": "string", "description": description}}
+    responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
+    for status in endpoint.errors:
+        responses[str(status)] = _response(status, ErrorResponse)
+    if endpoint.unavailable is not None:
+        responses["503"] = _response(503, endpoint.unavailable)
+    return responses
+
+
+def _response(status: int, model: type[BaseModel]) -> dict[str, Any]:
+    return {"description": HTTPStatus(status).phrase, "content": {_JSON: {"schema": _reference(model)}}}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
