@@ -217,7 +217,7 @@ def test_a_server_tells_that_its_device_has_stopped(tmp_path: Path) -> None:
     directory, _ = checkpoints.make(replace(DENSE, changes=HEAD_DIMS | layers), tmp_path)
     code = f"""
 import httpx, ledger, xgdn
-from live_server import live, post
+from live_server import KEY, live, post
 
 engine = xgdn.Engine("{directory}", device="npu:0", dtype=torch.bfloat16, state_dtype=torch.bfloat16,
                      runner=xgdn.RunnerOptions(max_batch_size=2, max_tokens_per_step=64))
@@ -226,7 +226,7 @@ with live(engine) as url:
     print(post(url, body).status_code, httpx.get(f"{{url}}/health").status_code)
     with ledger.switched(FAIL="{FAILS}"):
         print(post(url, body).json()["error"]["code"])
-    health = httpx.get(f"{{url}}/health")
+    health = httpx.get(f"{{url}}/health", headers={{"Authorization": f"Bearer {{KEY}}"}})
     print(health.status_code, "npu:0 that has stopped" in health.json()["reason"])
     print(post(url, body).json()["error"]["code"])
 """

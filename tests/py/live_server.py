@@ -206,10 +206,10 @@ class SteppedEngine:
 
 
 @contextmanager
-def live_stepped(**settings: Any) -> Iterator[tuple[SteppedEngine, str]]:
+def live_stepped(model_dir: Path = CHECKPOINT, **settings: Any) -> Iterator[tuple[SteppedEngine, str]]:
     """A server whose steps wait to be allowed."""
     stepped = SteppedEngine()
-    with live(stepped, **settings) as url:
+    with live(stepped, model_dir, **settings) as url:
         try:
             yield stepped, url
         finally:

@@ -114,7 +114,7 @@ def test_a_server_tells_them_at_start(
 ) -> None:
     cards = []
 
-    def read_card(app: Any, *_: Any) -> None:
+    def read_card(app: Any, *_: Any, **__: Any) -> None:
         (route,) = [route for route in app.routes if getattr(route, "path", "") == "/stats"]
         cards.append(route.endpoint.__self__.models()["data"][0])
 

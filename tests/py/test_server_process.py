@@ -8,12 +8,9 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +28,9 @@ from live_server import (
     post,
     wait_until,
 )
+from serve_process import command
 from xgdn.cli import app as cli_app
 from xgdn.server import serve
-
-# Each step takes this long, so that a request of many tokens cannot end before the server does.
-SLOW_STEPS = (
-    "import time, xgdn; step = xgdn.Engine.step; xgdn.Engine.step = lambda self: (time.sleep({}), step(self))[1]"
-)
-
-
-@contextmanager
-def command(*options: str, step_seconds: float = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its first address."""
-    program = "import sys, torch; torch.set_num_threads(1); from xgdn.cli import app; {}; app(sys.argv[1:])"
-    args = ["serve", str(CHECKPOINT), "--port", "0", "--dtype", "float32", "--model-name", "tiny", "--json", *options]
-    process = subprocess.Popen(
-        [sys.executable, "-c", program.format(SLOW_STEPS.format(step_seconds)), *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        document = json.loads(process.stdout.readline())
-        assert document["model"] == "tiny"
-        yield process, document["address"]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_the_json_document_is_all_of_stdout_and_comes_when_requests_are_taken() -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _PREFIX_CACHE_SLOTS = 32  # as many as sequences run at once
 _OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
-_log = logging.getLogger("xgdn.serve")
+_log = logging.getLogger("xgdn.server.serve")
 
 
 @with_engine_args(prefix_cache_slots=_PREFIX_CACHE_SLOTS)
@@ -134,7 +134,6 @@ def serve(
     except ModuleNotFoundError as error:
         fail(f"`xgdn serve` needs {error.name}, which is not installed: pip install 'xgdn[serve]'")
 
-    logging.config.dictConfig(logging_config(log_format))
     tokenizer = load_tokenizer(model)
     tls = _tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs)
     tracing = _tracing(otlp_endpoint)
@@ -159,7 +158,10 @@ def serve(
         server_app = create_app(engine, tokenizer, settings)
     except ValueError as error:
         fail(error)
-    say: Callable[[str], None] = _log.info if log_format == "json" else _print
+    say = _print
+    if log_format == "json":
+        logging.config.dictConfig(logging_config(log_format))
+        say = _log.info
     if settings.sampling_defaults.values():
         say(f"requests without them get {settings.sampling_defaults} (generation_config.json)")
     if server_app.state.problem:

@@ -170,7 +170,7 @@ def _too_many(message: str, wait: float) -> ApiError:
 def _duration(seconds: float) -> str:
     """Return seconds as OpenAI writes them: 12ms, 8.64s, 6m0s."""
     if seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms"
+        return f"{math.ceil(round(seconds * 1000, 3))}ms"
     if seconds < _MINUTE:
         return f"{seconds:.2f}".rstrip("0").rstrip(".") + "s"
     minutes, rest = divmod(math.ceil(seconds), 60)

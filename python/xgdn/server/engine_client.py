@@ -15,7 +15,7 @@ from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.metrics import Metrics
 from xgdn.server.sequence import TextSequence
 
-_log = logging.getLogger("xgdn.engine")
+_log = logging.getLogger("xgdn.server.engine")
 
 
 def _shutting_down() -> ApiError:

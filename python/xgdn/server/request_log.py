@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xgdn.server.request_record import RequestRecord, request_id
 
-_log = logging.getLogger("xgdn.access")
+_log = logging.getLogger("xgdn.server.access")
 _POLLED = frozenset({"/", "/health", "/ready", "/metrics"})  # too often for a log, as is all below /stats
 _ID = re.compile(r"[!-~]{1,128}")  # printable ASCII, which can do no harm in a log
 
@@ -85,7 +85,7 @@ def logging_config(log_format: str) -> dict[str, Any]:
         "filters": {"request_id": {"()": RequestIdFilter}},
         "formatters": formatters,
         "handlers": {"stderr": handler},
-        "loggers": {"uvicorn": logger, "xgdn": logger},
+        "loggers": {"uvicorn": logger, "xgdn.server": logger},
     }
 
 
