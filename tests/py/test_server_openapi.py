@@ -34,6 +34,7 @@ def references(part: Any) -> list[str]:
     return [found for value in part for found in references(value)] if isinstance(part, list) else []
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate Operation ID")  # of GET and HEAD
 def test_every_route_is_described_and_no_other() -> None:
     app = create_app(engine(), TOKENIZER, Settings(CHECKPOINT, "tiny"))
     paths = app.openapi()["paths"]  # as FastAPI sees them, without their bodies
