@@ -10,7 +10,6 @@ times.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import Tensor
 import checkpoints
 import ledger
 import xgdn
-from test_emulation import run_python
+from child_process import run_python, task_queue_environment
 from xgdn import runtime
 
 HEAD_DIMS = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
@@ -155,12 +154,6 @@ def test_a_kernel_that_fails_ends_the_requests_of_its_step(engines: Engines) -> 
     assert (again.tokens, again.error) == (want.tokens, "")
 
 
-def task_queue_environment() -> dict[str, str]:
-    """torch_npu's default mode, which the other tests are not in."""
-    in_tests_only = ("TASK_QUEUE_ENABLE", "PYTORCH_NO_NPU_MEMORY_CACHING")
-    return {name: value for name, value in os.environ.items() if name not in in_tests_only}
-
-
 @pytest.mark.parametrize(
     ("op", "steps_before"),
     [("ChunkGatedDeltaRule", 0), ("ChunkGatedDeltaRule", 1), (FAILS, 4), ("Matmul", 5)],
@@ -202,7 +195,7 @@ print(engine.device_error == later.error)
 print(later.tokens, later.finish_reason, "npu:0 that has stopped" in later.error, "aclnn{op}" in later.error)
 print(engine.num_free_slots)
 """
-    assert run_python(code, task_queue_environment()) == [
+    assert run_python(code, environment=task_queue_environment()) == [
         "True",
         "True",
         "True",
@@ -230,5 +223,5 @@ with live(engine) as url:
     print(health.status_code, "npu:0 that has stopped" in health.json()["reason"])
     print(post(url, body).json()["error"]["code"])
 """
-    answers = run_python(code, task_queue_environment())
+    answers = run_python(code, environment=task_queue_environment())
     assert answers == ["200 200", "engine_error", "503 True", "engine_stopped"]

@@ -30,7 +30,7 @@ def autoload(monkeypatch: pytest.MonkeyPatch) -> None:
 def generate(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from xgdn.cli import app; app()", "generate", str(MODEL), "--prompt", PROMPT]
     command += ["--max-new-tokens", str(NUM_TOKENS), "--json", *options]
-    return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False, timeout=90)
 
 
 def test_generate_and_serve_give_the_same_text() -> None:

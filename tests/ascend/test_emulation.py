@@ -4,10 +4,7 @@ vendor documents, and that the ledger counts."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from child_process import run_python, task_queue_environment
 from gdn_calls import Call, assert_close, assert_only_written
 from ledger import recorded, switched
 
@@ -672,21 +670,6 @@ def test_swiglu_and_the_weighted_sum_of_visits() -> None:
 # What only a process of its own can show.
 
 
-def run_python(code: str, environment: dict[str, str]) -> list[str]:
-    """The lines that the code printed, run by itself."""
-    result = subprocess.run(
-        [sys.executable, "-c", "import torch, torch_npu\nprint('imported')\n" + code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    return lines[lines.index("imported") + 1 :]
-
-
 def test_absent_ops_are_named() -> None:
     code = """
 from gdn_calls import Call
@@ -697,7 +680,7 @@ for op, arguments in (("recurrent", call.recurrent_arguments()), ("chunk", call.
     except RuntimeError as error:
         print(str(error).splitlines()[0])
 """
-    lines = run_python(code, {**os.environ, "EMULATED_CANN_ABSENT": "RecurrentGatedDeltaRule,ChunkGatedDeltaRule"})
+    lines = run_python(code, ABSENT="RecurrentGatedDeltaRule,ChunkGatedDeltaRule")
     for op, line in zip(("Recurrent", "Chunk"), lines, strict=True):
         assert re.search(f"aclnn{op}GatedDeltaRule .* not in libopapi.so", line)
 
@@ -718,8 +701,5 @@ for attempt in range(2):
 (x + 1).cpu()
 print(ledger.read().launches)
 """
-    # With the cache: without it the error is raised, and lost, where a workspace is freed.
-    in_tests_only = ("TASK_QUEUE_ENABLE", "PYTORCH_NO_NPU_MEMORY_CACHING")
-    environment = {name: value for name, value in os.environ.items() if name not in in_tests_only}
-    lines = run_python(code, {**environment, "EMULATED_CANN_FAIL": "Exp"})
+    lines = run_python(code, environment=task_queue_environment(), FAIL="Exp")
     assert lines == ["raised True", "read True", "['Exp']"]

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from child_process import run_python
 
 RECURRENT = "npu::npu_recurrent_gated_delta_rule"
 VLLM_ASCEND = "_C_ascend::npu_recurrent_gated_delta_rule"
@@ -43,18 +41,6 @@ def doctor():
     sentences = {r.why_not for r in xgdn.doctor() if r.backend == "npu" and r.op == "recurrent_gated_delta_rule"}
     print(*sentences)
 """
-
-
-def run_python(code: str, preamble: str = "import torch, torch_npu", **switches: str) -> list[str]:
-    """The lines that the code printed."""
-    environment = os.environ | {"EMULATED_CANN_" + name: value for name, value in switches.items()}
-    code = f"{preamble}\nimport xgdn\nprint('imported')\n{code}"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    return lines[lines.index("imported") + 1 :]
 
 
 def assert_words(line: str, *words: str) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from test_probe import assert_words, run_python
+from child_process import run_python
+from test_probe import assert_words
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny_model"
 

@@ -6,12 +6,14 @@
 // exports aclnnMulsGetWorkspaceSize(self, other, out, &workspace_size, &executor), which checks the arguments, and
 // aclnnMuls(workspace, workspace_size, executor, stream), which writes the ledger's line and runs the function. Tensors
 // are views of the emulated device's memory with the strides that torch_npu delivered; a view that leaves its
-// allocation is refused. The switch ABSENT hides ops from dlsym, as a CANN without them; FAIL makes their kernels fail.
+// allocation is refused. The switch ABSENT hides ops from dlsym, as a CANN without them; FAIL makes their kernels fail:
+// as on a device, after the thread that asked for them has gone on and waits.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/Scalar.h>
 #include <c10/util/Exception.h>
+#include <unistd.h>
 
 #include <functional>
 #include <memory>
@@ -38,6 +40,7 @@ struct aclOpExecutor {
   std::string name;
   std::string ledger_line;
   std::function<void()> run;
+  pid_t asked_by = gettid();  // torch_npu's task queue launches in a thread of its own
 };
 
 namespace emulated_cann {
