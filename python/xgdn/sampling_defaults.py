@@ -20,6 +20,9 @@ class SamplingDefaults:
     temperature: float | None = None
     top_k: int | None = None  # 0: all tokens
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None  # of an answer whose format has no maximum of its own
     problems: tuple[str, ...] = ()  # invalid values, which are ignored
 
     def __str__(self) -> str:
@@ -48,14 +51,21 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 # Name, expected value, check.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "temperature": ("a number of at least 0", lambda it: _is_number(it) and it >= 0),
     "top_k": (
         "an integer from -1 to 2147483647",
-        lambda it: isinstance(it, int) and not isinstance(it, bool) and -1 <= it < 2**31,
+        lambda it: _is_integer(it) and -1 <= it < 2**31,
     ),
     "top_p": ("a number above 0 and at most 1", lambda it: _is_number(it) and 0 < it <= 1),
+    "min_p": ("a number from 0 to 1", lambda it: _is_number(it) and 0 <= it <= 1),
+    "repetition_penalty": ("a number above 0", lambda it: _is_number(it) and it > 0),
+    "max_new_tokens": ("an integer from 1 to 2147483647", lambda it: _is_integer(it) and 1 <= it < 2**31),
 }
 
 

@@ -116,13 +116,16 @@ def _sampling(
 ) -> SamplingParams:
     """What was asked for, completed by the model's defaults, which are named on stderr."""
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    recommended = defaults.without(name for name, value in asked.items() if value is not None)
+    taken = [name for name, value in asked.items() if value is not None]
+    recommended = defaults.without([*taken, "max_new_tokens"])  # --max-new-tokens has a default of its own
     if recommended.values():
         typer.echo(f"xgdn: {recommended}, as the model's generation_config.json says", err=True)
     return SamplingParams(
         temperature=first_given(temperature, defaults.temperature, _SAMPLING.temperature),
         top_k=first_given(top_k, defaults.top_k, _SAMPLING.top_k),
         top_p=first_given(top_p, defaults.top_p, _SAMPLING.top_p),
+        min_p=first_given(defaults.min_p, _SAMPLING.min_p),
+        repetition_penalty=first_given(defaults.repetition_penalty, _SAMPLING.repetition_penalty),
         seed=seed,
         logprobs=logprobs,
     )

@@ -158,7 +158,7 @@ def serve(
         server_app = create_app(engine, tokenizer, settings)
     except ValueError as error:
         fail(error)
-    say = _print
+    say: Callable[[str], object] = _print
     if log_format == "json":
         logging.config.dictConfig(logging_config(log_format))
         say = _log.info

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 from tokenizers import Tokenizer
 
-from xgdn.engine import Engine
+from xgdn.engine import Engine, SamplingParams
 from xgdn.server.answer import Answer
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.api_keys import Client, Clients
@@ -216,10 +216,17 @@ class Server:
         is_default = max_tokens is None
         if max_tokens is None:  # the format's default, as far as the context has room
             rest = max(1, self._max_context - max(map(len, prompts), default=0))
-            max_tokens = rest if form.default_max_tokens is None else min(form.default_max_tokens, rest)
+            max_tokens = min(form.default_max_tokens or self._defaults.sampling.max_new_tokens or rest, rest)
         for ids in prompts:
             self._check_prompt(ids, max_tokens, form)
-        return _Order(body, prompts, max_tokens, form, is_default)
+        sampling = body.sampling_params(
+            self._defaults.sampling,
+            lambda words: self._encode(words, form, add_special_tokens=False),
+            vocab_size=self._vocab_size,
+            max_tokens=max_tokens,
+            logprobs=body.num_logprobs,
+        )
+        return _Order(body, prompts, max_tokens, sampling, form, is_default)
 
     async def _generate(self, request: Request, prepare: Callable[[bytes], "_Order"]) -> Response:
         data = await self._read(request)
@@ -233,7 +240,14 @@ class Server:
         with ExitStack() as held:  # until the answer has ended
             held.enter_context(client.sequences(len(order.prompts) * (order.body.n or 1)))
             generation = Generation(
-                order.body, order.prompts, order.max_tokens, self._defaults, self._vocabulary, self.engine, self.metrics
+                order.body,
+                order.prompts,
+                order.max_tokens,
+                order.sampling,
+                self._defaults,
+                self._vocabulary,
+                self.engine,
+                self.metrics,
             )
             held.callback(_close, generation, record, client)
             answer = Answer(generation, order.form, order.body.model, self.metrics)
@@ -255,6 +269,7 @@ class _Order:
     body: GenerationBody
     prompts: Sequence[Sequence[int]]
     max_tokens: int
+    sampling: SamplingParams
     form: Format
     is_default: bool  # max_tokens: the request has none
 

@@ -2,22 +2,19 @@
 """All sequences of one HTTP request, on the engine's side."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xgdn.engine import Request, SamplingParams
-from xgdn.sampling_defaults import SamplingDefaults, first_given
+from xgdn.sampling_defaults import SamplingDefaults
 from xgdn.server.api_error import ApiError
 from xgdn.server.engine_client import EngineClient
 from xgdn.server.metrics import Metrics
 from xgdn.server.schemas import GenerationBody
 from xgdn.server.sequence import Delta, TextSequence
 from xgdn.vocabulary import Vocabulary
-
-_UINT64 = 2**64
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Generation:
         body: GenerationBody,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
+        sampling: SamplingParams,
         defaults: ModelDefaults,
         vocabulary: Vocabulary,
         engine: EngineClient,
@@ -51,20 +49,12 @@ class Generation:
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._num_prompts = len(prompts)
         self._num_prompt_tokens = sum(map(len, prompts))
-        seed = secrets.randbits(63) if body.seed is None else body.seed
-        sampling = defaults.sampling
         eos = [] if body.ignore_eos else defaults.eos_token_ids
         requests = [
             Request(
                 list(prompt),
                 max_new_tokens=max_tokens,
-                sampling=SamplingParams(
-                    temperature=first_given(body.temperature, sampling.temperature, 1.0),
-                    top_k=max(first_given(body.top_k, sampling.top_k, 0), 0),
-                    top_p=first_given(body.top_p, sampling.top_p, 1.0),
-                    seed=seed % _UINT64,
-                    logprobs=body.num_logprobs,
-                ),
+                sampling=sampling,
                 stop_token_ids=[*(body.stop_token_ids or []), *eos],
                 ignore_eos=bool(body.ignore_eos),
                 n=n,

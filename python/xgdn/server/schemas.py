@@ -11,8 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from xgdn.server.api_error import ApiError, bad_request
+from xgdn.server.sampling_fields import SamplingFields
 
 _MAX = 2**31 - 1
+_MAX_STOPS = 16  # OpenAI takes 4; evaluation harnesses send more
 _Token = Annotated[int, Field(ge=0, le=_MAX)]
 _StopString = Annotated[str, Field(min_length=1, max_length=4096)]
 _UNKNOWN = "unknown_field"
@@ -22,9 +24,6 @@ NEUTRAL_VALUES: dict[str, list[object]] = {
     "best_of": [None, 1],
     "echo": [None, False],
     "suffix": [None],
-    "presence_penalty": [None, 0, 0.0],
-    "frequency_penalty": [None, 0, 0.0],
-    "logit_bias": [None, {}],
     "tools": [None, []],
     "tool_choice": [None, "none", "auto"],
     "response_format": [None, {"type": "text"}],
@@ -60,20 +59,16 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None  # without effect: nothing is padded
 
 
-class GenerationBody(_Body):
+class GenerationBody(SamplingFields, _Body):
     """Fields that completions and chat completions share."""
 
     model: str
     n: int | None = Field(None, ge=1, le=128)
     max_tokens: int | None = Field(None, ge=1, le=_MAX)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: _StopString | Annotated[list[_StopString], Field(max_length=4, fail_fast=True)] | None = None
+    stop: _StopString | Annotated[list[_StopString], Field(max_length=_MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Extensions of OpenAI's interface.
-    top_k: int | None = Field(None, ge=-1, le=_MAX)  # -1 and 0: all tokens
     stop_token_ids: Annotated[list[_Token], Field(max_length=4096, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     # Accepted without effect.
@@ -84,10 +79,6 @@ class GenerationBody(_Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    # Refused, except for neutral values.
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
 
     @property
     def stops(self) -> list[str]:
