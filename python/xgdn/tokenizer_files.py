@@ -25,18 +25,27 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     return tokenizer
 
 
+def read_json(path: Path) -> Any:
+    """Return what is in a JSON file; None if there is no such file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if there is no such file.
 
     Raises:
         ValueError: it is damaged, or something else than an object.
     """
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    document = {} if not path.is_file() else read_json(path)
     if not isinstance(document, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(document).__name__}")
     return document

@@ -20,20 +20,23 @@ from starlette.types import ASGIApp
 from tokenizers import Tokenizer
 
 from xgdn.engine import Engine, SamplingParams
+from xgdn.engine import Request as EngineRequest
 from xgdn.server.answer import Answer
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.api_keys import Client, Clients
 from xgdn.server.chat_template import ChatTemplate
+from xgdn.server.embedding import Pooling
 from xgdn.server.engine_client import EngineClient
 from xgdn.server.event_stream import EventStream
 from xgdn.server.formats import ChatFormat, CompletionFormat, Format
-from xgdn.server.generation import Generation, ModelDefaults
+from xgdn.server.generation import Generation
 from xgdn.server.metrics import Metrics
 from xgdn.server.openapi import describe
 from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
+from xgdn.server.prompt_field import each
 from xgdn.server.request_log import RequestLog
 from xgdn.server.request_record import RequestRecord, record_of
-from xgdn.server.schemas import ChatBody, CompletionBody, GenerationBody, StreamOptions, parse
+from xgdn.server.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, StreamOptions, parse
 from xgdn.server.settings import Settings
 from xgdn.server.workers import Workers
 from xgdn.tokenizer_files import eos_token_ids
@@ -50,6 +53,7 @@ _EXPOSED_HEADERS = [
     *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
 ]
 _COLLECT_AFTER = 50_000  # new objects between two collections
+_NUMBER_BYTES = 24  # approximate size of a number in an answer
 _REPORT_BYTES = 1024  # approximate size of a token's log-probabilities in an answer
 
 _Result = TypeVar("_Result")
@@ -65,7 +69,10 @@ class Server:
         self._settings = settings
         self._vocab_size = engine.vocab_size
         self._max_context = engine.max_context or _MAX_TOKENS
-        self._defaults = ModelDefaults(settings.sampling_defaults, eos_token_ids(settings.model_dir, tokenizer))
+        self._sampling_defaults = settings.sampling_defaults
+        # Of the tokenizer; the engine knows those of the model.
+        self._eos_token_ids = eos_token_ids(settings.model_dir, tokenizer)
+        self._pooling = Pooling(settings.model_dir)
         self._chat_template = ChatTemplate(settings.model_dir)
         self.problem = self._chat_template.problem
         self.metrics = Metrics()
@@ -96,6 +103,20 @@ class Server:
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._generate(request, self._prepare_chat)
+
+    async def embeddings(self, request: Request) -> Response:
+        data = await self._read(request)
+        body, requests = await self._workers.run(len(data), lambda: self._prepare_embedding(data))
+        record = record_of(request.scope)
+        record.operation = "embeddings"
+        record.parameters = {"model": body.model}
+        with self._running(record, requests) as generation:
+            if await _while_connected(request, generation.choices()) is None:
+                return Response(status_code=_CLIENT_GONE)
+        states, num_tokens = generation.hidden_states(), generation.usage()["prompt_tokens"]
+        size = sum(map(len, states)) * _NUMBER_BYTES
+        content = await self._workers.run(size, lambda: self._pooling.document(states, num_tokens, body))
+        return Response(content, media_type="application/json")
 
     def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model_card()]}
@@ -150,7 +171,7 @@ class Server:
             "created": self._start_time,
             "owned_by": "xgdn",
             "max_model_len": self._max_context,
-            "default_sampling_params": self._defaults.sampling.values(),
+            "default_sampling_params": self._sampling_defaults.values(),
         }
 
     def _check_model(self, name: str) -> None:
@@ -159,8 +180,7 @@ class Server:
             raise ApiError(404, "model_not_found", message, param="model")
 
     async def _read(self, request: Request) -> bytes:
-        client = record_of(request.scope).client
-        assert client is not None, "check_key() comes first"
+        client = _client_of(record_of(request.scope))
         limit = min(self._settings.max_body_bytes, client.limits.max_body_bytes or self._settings.max_body_bytes)
         body = bytearray()
         async for piece in request.stream():
@@ -172,43 +192,52 @@ class Server:
     def _prepare_completion(self, data: bytes) -> "_Order":
         body = parse(CompletionBody, data)
         self._check_model(body.model)
-        prompts = body.prompts()
-        if len(prompts) > self.engine.capacity:
-            raise bad_request(
-                f"'prompt': expected at most {self.engine.capacity} prompts, got {len(prompts)}.", "prompt"
-            )
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
         form = CompletionFormat()
-        return self._order(body, ids or self._encode(texts, form, add_special_tokens=True), body.max_tokens, form)
+        return self._order(body, self._encode_each(body.prompt, form.prompt_param), body.max_tokens, form)
 
     def _prepare_chat(self, data: bytes) -> "_Order":
         body = parse(ChatBody, data)
         self._check_model(body.model)
         text = self._chat_template.render(body.messages, body.chat_template_kwargs)
         form = ChatFormat()
-        ids = self._encode([text], form, add_special_tokens=False)
+        ids = self._encode([text], form.prompt_param, add_special_tokens=False)
         return self._order(body, ids, body.max_completion_tokens or body.max_tokens, form)
 
-    def _encode(self, texts: Sequence[str], form: Format, *, add_special_tokens: bool) -> list[list[int]]:
+    def _prepare_embedding(self, data: bytes) -> tuple[EmbeddingBody, list[EngineRequest]]:
+        body = parse(EmbeddingBody, data)
+        self._check_model(body.model)
+        self._pooling.check()
+        prompts = self._encode_each(body.input, "input")
+        for ids in prompts:
+            self._check_prompt(ids, 0, "input")
+        return body, [EngineRequest(list(ids), max_new_tokens=0, wants_hidden=True) for ids in prompts]
+
+    def _encode_each(self, value: Any, param: str) -> Sequence[Sequence[int]]:
+        """Return the token ids of each text; those that are token ids already stay."""
+        prompts = each(value)
+        if len(prompts) > self.engine.capacity:
+            raise bad_request(f"'{param}': expected at most {self.engine.capacity} texts, got {len(prompts)}.", param)
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        return [it for it in prompts if not isinstance(it, str)] or self._encode(texts, param, add_special_tokens=True)
+
+    def _encode(self, texts: Sequence[str], param: str, *, add_special_tokens: bool) -> list[list[int]]:
         try:
             return self._encoder.encode(texts, self._max_context, add_special_tokens=add_special_tokens)
         except TooManyTokens as error:
-            raise self._too_long(f"at least {error.count} of the prompt", form) from None
+            raise self._too_long(f"at least {error.count} of the prompt", param) from None
 
-    def _too_long(self, what: str, form: Format) -> ApiError:
+    def _too_long(self, what: str, param: str) -> ApiError:
         message = f"This model's maximum context length is {self._max_context} tokens, got {what}."
-        return bad_request(message, form.prompt_param, "context_length_exceeded")
+        return bad_request(message, param, "context_length_exceeded")
 
-    def _check_prompt(self, ids: Sequence[int], max_tokens: int, form: Format) -> None:
-        param = form.prompt_param
+    def _check_prompt(self, ids: Sequence[int], max_tokens: int, param: str) -> None:
         if not ids:
             raise bad_request(f"'{param}': expected at least one token, got none.", param, "empty_prompt")
         if max(ids) >= self._vocab_size:
             raise bad_request(f"'{param}': expected token ids below {self._vocab_size}, got {max(ids)}.", param)
         if len(ids) + max_tokens > self._max_context:
             total = len(ids) + max_tokens
-            raise self._too_long(f"{total}: {len(ids)} of the prompt and up to {max_tokens} to generate", form)
+            raise self._too_long(f"{total}: {len(ids)} of the prompt and up to {max_tokens} to generate", param)
 
     def _order(
         self, body: GenerationBody, prompts: Sequence[Sequence[int]], max_tokens: int | None, form: Format
@@ -216,12 +245,12 @@ class Server:
         is_default = max_tokens is None
         if max_tokens is None:  # the format's default, as far as the context has room
             rest = max(1, self._max_context - max(map(len, prompts), default=0))
-            max_tokens = min(form.default_max_tokens or self._defaults.sampling.max_new_tokens or rest, rest)
+            max_tokens = min(form.default_max_tokens or self._sampling_defaults.max_new_tokens or rest, rest)
         for ids in prompts:
-            self._check_prompt(ids, max_tokens, form)
+            self._check_prompt(ids, max_tokens, form.prompt_param)
         sampling = body.sampling_params(
-            self._defaults.sampling,
-            lambda words: self._encode(words, form, add_special_tokens=False),
+            self._sampling_defaults,
+            lambda words: self._encode(words, "bad_words", add_special_tokens=False),
             vocab_size=self._vocab_size,
             max_tokens=max_tokens,
             logprobs=body.num_logprobs,
@@ -232,24 +261,14 @@ class Server:
         data = await self._read(request)
         order = await self._workers.run(len(data), lambda: prepare(data))
         record = record_of(request.scope)
-        client = record.client
-        assert client is not None, "check_key() comes first"
+        client = _client_of(record)
         order = _limit_tokens(order, client.limits.max_tokens)
         record.operation = order.form.operation
         record.parameters = {"stream": order.body.stream, "max_tokens": order.max_tokens, **order.body.parameters()}
         with ExitStack() as held:  # until the answer has ended
-            held.enter_context(client.sequences(len(order.prompts) * (order.body.n or 1)))
-            generation = Generation(
-                order.body,
-                order.prompts,
-                order.max_tokens,
-                order.sampling,
-                self._defaults,
-                self._vocabulary,
-                self.engine,
-                self.metrics,
+            generation = held.enter_context(
+                self._running(record, order.requests(self._eos_token_ids), order.body.stops)
             )
-            held.callback(_close, generation, record, client)
             answer = Answer(generation, order.form, order.body.model, self.metrics)
             if order.body.stream:
                 events = answer.events(order.body.stream_options or StreamOptions())
@@ -260,6 +279,21 @@ class Server:
         size = sum(len(choice.text) + len(choice.logprobs) * _REPORT_BYTES for choice in choices)
         content = await self._workers.run(size, lambda: answer.document(choices))
         return Response(content, media_type="application/json")
+
+    @contextmanager
+    def _running(
+        self, record: RequestRecord, requests: Sequence[EngineRequest], stops: Sequence[str] = ()
+    ) -> Iterator[Generation]:
+        """Run requests; at the end, drop what still runs of them and take note of what they came to."""
+        client = _client_of(record)
+        with client.sequences(sum(request.n for request in requests)):
+            generation = Generation(requests, stops, self._vocabulary, self.engine, self.metrics)
+            try:
+                yield generation
+            finally:
+                generation.drop()
+                record.close(generation)
+                client.charge((record.prompt_tokens or 0) + (record.completion_tokens or 0))
 
 
 @dataclass(frozen=True)
@@ -273,6 +307,22 @@ class _Order:
     form: Format
     is_default: bool  # max_tokens: the request has none
 
+    def requests(self, eos_token_ids: Sequence[int]) -> list[EngineRequest]:
+        """Return what the engine takes, for each prompt."""
+        body = self.body
+        eos = [] if body.ignore_eos else eos_token_ids
+        return [
+            EngineRequest(
+                list(prompt),
+                max_new_tokens=self.max_tokens,
+                sampling=self.sampling,
+                stop_token_ids=[*(body.stop_token_ids or []), *eos],
+                ignore_eos=bool(body.ignore_eos),
+                n=body.n or 1,
+            )
+            for prompt in self.prompts
+        ]
+
 
 def _limit_tokens(order: _Order, limit: int | None) -> _Order:
     """Apply the limit of a key; raises ApiError where the request asks for more."""
@@ -284,11 +334,9 @@ def _limit_tokens(order: _Order, limit: int | None) -> _Order:
     return replace(order, max_tokens=limit)
 
 
-def _close(generation: Generation, record: RequestRecord, client: Client) -> None:
-    """End what still runs of a request, and take note of what it came to."""
-    generation.drop()
-    record.close(generation)
-    client.charge((record.prompt_tokens or 0) + (record.completion_tokens or 0))
+def _client_of(record: RequestRecord) -> Client:
+    assert record.client is not None, "check_key() comes first"
+    return record.client
 
 
 @contextmanager
@@ -361,6 +409,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     api = APIRouter(prefix="/v1", dependencies=[Depends(server.check_key)])
     api.add_api_route("/completions", server.completions, methods=["POST"], response_model=None)
     api.add_api_route("/chat/completions", server.chat_completions, methods=["POST"], response_model=None)
+    api.add_api_route("/embeddings", server.embeddings, methods=["POST"], response_model=None)
     api.add_api_route("/models", server.models, methods=to_read)
     api.add_api_route("/models/{name:path}", server.model, methods=to_read)
     app.include_router(api)

@@ -4,65 +4,40 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from xgdn.engine import Request, SamplingParams
-from xgdn.sampling_defaults import SamplingDefaults
+from xgdn.engine import Request
 from xgdn.server.api_error import ApiError
 from xgdn.server.engine_client import EngineClient
 from xgdn.server.metrics import Metrics
-from xgdn.server.schemas import GenerationBody
 from xgdn.server.sequence import Delta, TextSequence
 from xgdn.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
-class ModelDefaults:
-    """Defaults for every answer, from the model's files."""
-
-    sampling: SamplingDefaults
-    eos_token_ids: Sequence[int]  # of the tokenizer; the engine knows those of the model
-
-
 class Generation:
-    """The sequences of one request, queued by the constructor, which raises ApiError when they are refused.
+    """The sequences of one HTTP request, queued by the constructor, which raises ApiError when they are refused.
 
-    Choice i is answer i % n to prompt i // n.
+    Choice i is answer i % n to prompt i // n; all requests have the same n. The text ends before a stop string.
     """
 
     def __init__(
         self,
-        body: GenerationBody,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        sampling: SamplingParams,
-        defaults: ModelDefaults,
+        requests: Sequence[Request],
+        stops: Sequence[str],
         vocabulary: Vocabulary,
         engine: EngineClient,
         metrics: Metrics,
     ) -> None:
-        n = body.n or 1
+        prompts = [request.prompt for request in requests]
+        n = requests[0].n
         engine.check_room(len(prompts) * n)  # before any of them takes memory
-        self.has_logprobs = body.num_logprobs is not None
+        self.has_logprobs = requests[0].sampling.logprobs is not None
         self._engine = engine
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._num_prompts = len(prompts)
         self._num_prompt_tokens = sum(map(len, prompts))
-        eos = [] if body.ignore_eos else defaults.eos_token_ids
-        requests = [
-            Request(
-                list(prompt),
-                max_new_tokens=max_tokens,
-                sampling=sampling,
-                stop_token_ids=[*(body.stop_token_ids or []), *eos],
-                ignore_eos=bool(body.ignore_eos),
-                n=n,
-            )
-            for prompt in prompts
-        ]
         self._sequences = [
-            TextSequence(i, prompts[i // n], vocabulary, body.stops, metrics, self._deltas.put_nowait)
+            TextSequence(i, prompts[i // n], vocabulary, stops, metrics, self._deltas.put_nowait)
             for i in range(len(prompts) * n)
         ]
         self._ids = engine.submit(
@@ -99,6 +74,10 @@ class Generation:
             )
             for index, deltas in enumerate(pieces)
         ]
+
+    def hidden_states(self) -> list[list[float]]:
+        """Return that of each prompt's last token, once all are finished."""
+        return [sequence.hidden for sequence in self._sequences]
 
     def drop(self) -> None:
         """End what still runs; the next step frees what it held."""

@@ -7,10 +7,11 @@ A check ends with the first thing that is wrong, so that a long body full of mis
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from xgdn.server.api_error import ApiError, bad_request
+from xgdn.server.prompt_field import PROMPT_TYPE, Prompts
 from xgdn.server.sampling_fields import SamplingFields
 
 _MAX = 2**31 - 1
@@ -24,6 +25,7 @@ NEUTRAL_VALUES: dict[str, list[object]] = {
     "best_of": [None, 1],
     "echo": [None, False],
     "suffix": [None],
+    "dimensions": [None],
     "tools": [None, []],
     "tool_choice": [None, "none", "auto"],
     "response_format": [None, {"type": "text"}],
@@ -95,35 +97,8 @@ class GenerationBody(SamplingFields, _Body):
         raise NotImplementedError
 
 
-_TOKENS_SCHEMA: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
-_PROMPT_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        _TEXT_SCHEMA,
-        {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1},
-        _TOKENS_SCHEMA,
-        {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1},
-    ]
-}
-
-
-def _check_prompt(prompt: object) -> object:
-    """Check the elements of long lists in C, a few times as fast as pydantic's types do."""
-    if isinstance(prompt, str) or _are_tokens(prompt):
-        return prompt
-    if isinstance(prompt, list):
-        kinds = set(map(type, prompt))
-        if kinds == {str} or (kinds == {list} and all(map(_are_tokens, prompt))):
-            return prompt
-    raise PydanticCustomError("prompt_type", "no prompt")
-
-
-def _are_tokens(ids: object) -> bool:
-    return isinstance(ids, list) and set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) <= _MAX))
-
-
 class CompletionBody(GenerationBody):
-    prompt: Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+    prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: Any = None
     echo: Any = None
@@ -133,10 +108,15 @@ class CompletionBody(GenerationBody):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
-    def prompts(self) -> list[str | list[int]]:
-        """Return one entry per prompt: text or token ids."""
-        is_one = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else self.prompt
+
+class EmbeddingBody(_Body):
+    """Request of /v1/embeddings."""
+
+    model: str
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    user: str | None = None  # without effect
+    dimensions: Any = None  # refused
 
 
 class TextPart(_Body):
@@ -191,7 +171,7 @@ class ChatBody(GenerationBody):
         return self.top_logprobs or 0 if self.logprobs else None
 
 
-_AnyBody = TypeVar("_AnyBody", bound=GenerationBody)
+_AnyBody = TypeVar("_AnyBody", bound=_Body)
 
 
 def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
@@ -209,7 +189,7 @@ def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
     _refuse_unsupported(body)
     for i, message in enumerate(body.messages if isinstance(body, ChatBody) else []):
         _refuse_unsupported(message, f"messages[{i}].")
-    if body.stream_options is not None and not body.stream:
+    if isinstance(body, GenerationBody) and body.stream_options is not None and not body.stream:
         raise bad_request("'stream_options': expected 'stream' to be true with it.", "stream_options")
     return body
 
@@ -232,9 +212,9 @@ def _explain(error: ValidationError, document: dict[str, Any]) -> ApiError:
         return bad_request(f"Unrecognized request argument supplied: {path}.", path, "unknown_parameter")
     if first["type"] == "missing":
         return bad_request(f"'{path}' is required.", path, "missing_required_parameter")
-    if first["type"] == "prompt_type":
+    if first["type"] == PROMPT_TYPE:
         what = "a string, a list of strings, a list of token ids (32 bits, not negative) or a list of such lists"
-        return bad_request(f"'prompt': expected {what}.", path, "invalid_type")
+        return bad_request(f"'{path}': expected {what}.", path, "invalid_type")
     return bad_request(
         f"'{path}': {first['msg']}.", path, "invalid_type" if _is_of_wrong_type(first) else "invalid_value"
     )

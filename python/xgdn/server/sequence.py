@@ -43,6 +43,7 @@ class TextSequence:
         self.is_finished = False
         self.finish_reason: str | None = None  # stop, length, cancelled or error
         self.first_token_time: float | None = None  # of time.perf_counter
+        self.hidden: list[float] = []  # of the prompt's last token, if the request asks for it
         self._index = index
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer(vocabulary, prompt)
@@ -63,6 +64,7 @@ class TextSequence:
         if self.is_finished:
             return
         self.num_cached = event.num_cached
+        self.hidden = event.hidden or self.hidden
         if event.finish_reason == FinishReason.ERROR:
             self.fail(event.error)
             return
