@@ -171,7 +171,7 @@ def test_a_broken_template_costs_chat_alone(name: str, tmp_path: Path, monkeypat
     assert (answer.status_code, error["code"], error["type"]) == (400, code, "invalid_request_error")
     assert word in error["message"]
 
-    monkeypatch.setattr(serve, "serve", lambda *_: None)
+    monkeypatch.setattr(serve, "serve", lambda *_, **__: None)
     result = CliRunner().invoke(cli_app, ["serve", str(tmp_path), "--port", "0"])
     assert result.exit_code == 0
     assert ("chat is not served" in result.stderr) == (code == "invalid_chat_template")

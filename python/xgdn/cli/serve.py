@@ -116,6 +116,14 @@ def serve(
         ),
     ] = None,
     generation_config: GenerationConfigOption = "auto",
+    tool_call_format: Annotated[
+        Literal["auto", "hermes", "qwen-xml"],
+        typer.Option(help="Format in which the model calls tools; auto: the one that its chat template tells it."),
+    ] = "auto",
+    reasoning: Annotated[
+        Literal["auto", "off"],
+        typer.Option(help="auto: thoughts are told apart if the chat template has <think>; off: they are text."),
+    ] = "auto",
     *,
     engine_args: EngineArgs,
     as_json: Annotated[
@@ -145,6 +153,8 @@ def serve(
         api_keys=_api_keys(api_key or (), api_keys_file),
         keep_alive_seconds=keep_alive_seconds,
         allowed_origins=allow_origin or (),
+        tool_call_format=tool_call_format,
+        has_reasoning=reasoning == "auto",
         sampling_defaults=sampling_defaults(generation_config, model),
         tracer=tracing.get_tracer("xgdn") if tracing is not None else None,
     )
@@ -228,7 +238,7 @@ def _announcement(
     listeners: Sequence[socket.socket],
     scheme: str,
     as_json: bool,
-    say: Callable[[str], None],
+    say: Callable[[str], object],
 ) -> Callable[[], None]:
     """What prints the addresses once they are listened on."""
     from xgdn.server.serve import address_of

@@ -2,9 +2,10 @@
 """What an HTTP request is answered with: a JSON document or a stream of events."""
 
 import json
+import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from pydantic_core import to_json
@@ -12,7 +13,9 @@ from pydantic_core import to_json
 from xgdn.server.api_error import ApiError
 from xgdn.server.formats import Format
 from xgdn.server.generation import Generation
+from xgdn.server.logprobs import TokenReport
 from xgdn.server.metrics import Metrics
+from xgdn.server.reply_parser import Piece, ReplyParser, ToolCallBegin
 from xgdn.server.schemas import StreamOptions
 from xgdn.server.sequence import Delta
 
@@ -25,39 +28,94 @@ class Answer:
         self._form = form
         self._metrics = metrics
         self._head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._replies = [_Reply(ReplyParser(form.syntax)) for _ in range(generation.num_choices)]
 
     def document(self, whole: Sequence[Delta]) -> bytes:
         """Return the choices as a JSON document. Any thread may call it, since a long document takes a while."""
-        choices = [self._choice(choice, self._form.choice(choice.text)) for choice in whole]
-        document = {**self._head, "object": self._form.name, "choices": choices, "usage": self._generation.usage()}
-        return to_json(document)
+        choices = []
+        for choice in whole:
+            reply = self._replies[choice.index]
+            content = self._form.choice(reply.push(choice))
+            choices.append(self._choice(choice.index, content, choice.logprobs, reply.finish_reason))
+        return to_json({**self._head, "object": self._form.name, "choices": choices, "usage": self._usage()})
 
     async def events(self, options: StreamOptions) -> AsyncIterator[str]:
         """Yield the same as server-sent events; an error after the status has been sent is an event too."""
         has_usage = options.include_usage or options.continuous_usage_stats
         for content in self._form.first_deltas():
             for index in range(self._generation.num_choices):
-                yield self._event([self._choice(Delta(index, ""), content)], self._usage_so_far(options))
+                yield self._event([self._choice(index, content)], self._usage_so_far(options))
         try:
             async for delta in self._generation.deltas():
-                yield self._event([self._choice(delta, self._form.delta(delta.text))], self._usage_so_far(options))
+                for choice in self._chunks(delta):
+                    yield self._event([choice], self._usage_so_far(options))
         except ApiError as error:
             self._metrics.errors.labels(error.code).inc()
             yield f"data: {json.dumps(error.body())}\n\n"
         else:
             if has_usage:
-                yield self._event([], {"usage": self._generation.usage()})
+                yield self._event([], {"usage": self._usage()})
         yield "data: [DONE]\n\n"
 
     def _usage_so_far(self, options: StreamOptions) -> dict[str, Any]:
         if options.continuous_usage_stats:
-            return {"usage": self._generation.usage()}
+            return {"usage": self._usage()}
         return {"usage": None} if options.include_usage else {}
 
-    def _choice(self, delta: Delta, content: dict[str, Any]) -> dict[str, Any]:
-        logprobs = self._form.logprobs(delta.logprobs) if self._generation.has_logprobs else None
-        return {"index": delta.index, **content, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+    def _chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        """Yield a choice per piece; the last has the reason of the end."""
+        reply = self._replies[delta.index]
+        pieces: list[Piece | None] = [*reply.push(delta)]
+        if not pieces and reply.finish_reason is not None:
+            pieces = [None]
+        for i, piece in enumerate(pieces):
+            reason = reply.finish_reason if i + 1 == len(pieces) else None
+            yield self._choice(delta.index, self._form.delta(piece), reply.take_reports(), reason)
+
+    def _choice(
+        self, index: int, content: dict[str, Any], reports: Sequence[TokenReport] = (), reason: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = self._form.logprobs(reports) if self._generation.has_logprobs else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self._generation.usage()
+        if self._form.syntax.has_thought:
+            ends = [reply.end_of_thought for reply in self._replies]
+            usage["completion_tokens_details"] = {"reasoning_tokens": self._generation.num_tokens_before(ends)}
+        return usage
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> str:
         document = {**self._head, "object": self._form.chunk_name, "choices": choices, **usage}
         return f"data: {json.dumps(document)}\n\n"
+
+
+class _Reply:
+    """One choice while its text comes."""
+
+    def __init__(self, parser: ReplyParser) -> None:
+        self.finish_reason: str | None = None
+        self._parser = parser
+        self._has_calls = False
+        self._reports: list[TokenReport] = []
+
+    @property
+    def end_of_thought(self) -> float:
+        """Number of the text's characters up to the end of the thought."""
+        return math.inf if self._parser.end_of_thought is None else self._parser.end_of_thought
+
+    def push(self, delta: Delta) -> list[Piece]:
+        """Return what is new in the reply."""
+        self._reports += delta.logprobs
+        pieces = self._parser.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += self._parser.finish()
+        self._has_calls |= any(isinstance(piece, ToolCallBegin) for piece in pieces)
+        has_called = self._has_calls and delta.finish_reason == "stop"
+        self.finish_reason = "tool_calls" if has_called else delta.finish_reason
+        return pieces
+
+    def take_reports(self) -> list[TokenReport]:
+        """Return the log-probabilities that came since the last call."""
+        reports, self._reports = self._reports, []
+        return reports

@@ -34,10 +34,13 @@ from xgdn.server.metrics import Metrics
 from xgdn.server.openapi import describe
 from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
 from xgdn.server.prompt_field import each
+from xgdn.server.reply_parser import THOUGHT, ReplySyntax
 from xgdn.server.request_log import RequestLog
 from xgdn.server.request_record import RequestRecord, record_of
 from xgdn.server.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, StreamOptions, parse
 from xgdn.server.settings import Settings
+from xgdn.server.tool_call_formats import FORMATS
+from xgdn.server.tool_schemas import NamedToolChoice
 from xgdn.server.workers import Workers
 from xgdn.tokenizer_files import eos_token_ids
 from xgdn.vocabulary import Vocabulary
@@ -73,7 +76,7 @@ class Server:
         # Of the tokenizer; the engine knows those of the model.
         self._eos_token_ids = eos_token_ids(settings.model_dir, tokenizer)
         self._pooling = Pooling(settings.model_dir)
-        self._chat_template = ChatTemplate(settings.model_dir)
+        self._chat_template = ChatTemplate(settings.model_dir, settings.tool_call_format)
         self.problem = self._chat_template.problem
         self.metrics = Metrics()
         self.engine = EngineClient(engine, self.metrics, settings.max_queue)
@@ -198,10 +201,27 @@ class Server:
     def _prepare_chat(self, data: bytes) -> "_Order":
         body = parse(ChatBody, data)
         self._check_model(body.model)
-        text = self._chat_template.render(body.messages, body.chat_template_kwargs)
-        form = ChatFormat()
+        text = self._chat_template.render(body.messages, body.chat_template_kwargs, body.callable_tools)
+        form = ChatFormat(self._reply_syntax(body, text))
         ids = self._encode([text], form.prompt_param, add_special_tokens=False)
         return self._order(body, ids, body.max_completion_tokens or body.max_tokens, form)
+
+    def _reply_syntax(self, body: ChatBody, prompt: str) -> ReplySyntax:
+        tool_calls = None
+        if body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice):
+            raise bad_request(
+                "'tool_choice': only auto and none are supported.", "tool_choice", "unsupported_parameter"
+            )
+        if tools := body.callable_tools:
+            parameters = {tool.function.name: tool.parameters for tool in tools}
+            tool_calls = FORMATS[self._chat_template.call_format()](parameters)
+        has_thought = self._settings.has_reasoning and self._chat_template.has_thought
+        return ReplySyntax(
+            has_thought=has_thought,
+            begins_in_thought=has_thought and prompt.rstrip().endswith(THOUGHT),
+            tool_calls=tool_calls,
+            max_calls=1 if body.parallel_tool_calls is False else None,
+        )
 
     def _prepare_embedding(self, data: bytes) -> tuple[EmbeddingBody, list[EngineRequest]]:
         body = parse(EmbeddingBody, data)

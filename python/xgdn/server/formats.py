@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenAI's two wire formats of an answer."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from xgdn.server.logprobs import NamedLogprob, TokenReport
+from xgdn.server.reply_parser import Content, Piece, Reasoning, ReplySyntax, ToolCallArguments, ToolCallBegin
 
 
 class CompletionFormat:
@@ -16,15 +18,16 @@ class CompletionFormat:
     operation = "text_completion"  # as OpenTelemetry names it
     prompt_param = "prompt"
     default_max_tokens: int | None = 16  # OpenAI's
+    syntax = ReplySyntax()  # text alone
 
     def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
         return _completion_logprobs(reports)
 
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        return {"text": _text(pieces, Content)}
 
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def delta(self, piece: Piece | None) -> dict[str, Any]:
+        return self.choice([] if piece is None else [piece])
 
     def first_deltas(self) -> list[dict[str, Any]]:
         return []
@@ -40,20 +43,53 @@ class ChatFormat:
     prompt_param = "messages"
     default_max_tokens: int | None = None  # to the end of the context
 
+    def __init__(self, syntax: ReplySyntax) -> None:
+        self.syntax = syntax
+
     def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
         return _chat_logprobs(reports)
 
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        content, reasoning, calls = _text(pieces, Content), _text(pieces, Reasoning), _calls(pieces)
+        is_content_absent = not content and (reasoning or calls)
+        message = {"role": "assistant", "content": None if is_content_absent else content, "refusal": None}
+        message |= {"reasoning_content": reasoning} if reasoning else {}
+        return {"message": message | ({"tool_calls": calls} if calls else {})}
 
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+    def delta(self, piece: Piece | None) -> dict[str, Any]:
+        match piece:
+            case Content(text):
+                return {"delta": {"content": text}}
+            case Reasoning(text):
+                return {"delta": {"reasoning_content": text}}
+            case ToolCallBegin():
+                return {"delta": {"tool_calls": [{"index": piece.index, **_call(piece, "")}]}}
+            case ToolCallArguments(index, text):
+                return {"delta": {"tool_calls": [{"index": index, "function": {"arguments": text}}]}}
+            case None:
+                return {"delta": {}}
 
     def first_deltas(self) -> list[dict[str, Any]]:
         return [{"delta": {"role": "assistant", "content": ""}}]
 
 
 Format = CompletionFormat | ChatFormat
+
+
+def _text(pieces: Sequence[Piece], kind: type[Content] | type[Reasoning]) -> str:
+    return "".join(piece.text for piece in pieces if isinstance(piece, kind))
+
+
+def _calls(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    arguments: dict[int, list[str]] = defaultdict(list)
+    for piece in pieces:
+        if isinstance(piece, ToolCallArguments):
+            arguments[piece.index].append(piece.text)
+    return [_call(piece, "".join(arguments[piece.index])) for piece in pieces if isinstance(piece, ToolCallBegin)]
+
+
+def _call(begin: ToolCallBegin, arguments: str) -> dict[str, Any]:
+    return {"id": begin.id, "type": "function", "function": {"name": begin.name, "arguments": arguments}}
 
 
 def _completion_logprobs(reports: Sequence[TokenReport]) -> dict[str, Any]:

@@ -94,6 +94,12 @@ class Generation:
     def first_token_time(self) -> float | None:
         return min((s.first_token_time for s in self._sequences if s.first_token_time is not None), default=None)
 
+    def num_tokens_before(self, text_offsets: Sequence[float]) -> int:
+        """Return the number of tokens, of all choices, that begin before a character of each choice's text."""
+        return sum(
+            sequence.num_tokens_before(offset) for sequence, offset in zip(self._sequences, text_offsets, strict=True)
+        )
+
     def usage(self) -> dict[str, Any]:
         num_generated = sum(sequence.num_tokens for sequence in self._sequences)
         n = self.num_choices // self._num_prompts  # choices share what was cached of their prompt

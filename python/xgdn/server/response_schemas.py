@@ -14,14 +14,20 @@ class PromptTokensDetails(_Document):
     cached_tokens: int
 
 
+class CompletionTokensDetails(_Document):
+    reasoning_tokens: int
+
+
 class Usage(_Document):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class CompletionLogprobs(_Document):
@@ -64,17 +70,30 @@ class ChatLogprobs(_Document):
     refusal: None
 
 
+class MessageFunction(_Document):
+    name: str
+    arguments: str
+
+
+class MessageToolCall(_Document):
+    id: str
+    type: Literal["function"]
+    function: MessageFunction
+
+
 class ChatMessage(_Document):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
 
 
 class ChatChoice(_Document):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletionResponse(_Document):
@@ -86,16 +105,30 @@ class ChatCompletionResponse(_Document):
     usage: Usage
 
 
+class MessageFunctionDelta(_Document):
+    name: str | None = None
+    arguments: str
+
+
+class MessageToolCallDelta(_Document):
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: MessageFunctionDelta
+
+
 class ChatDelta(_Document):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[MessageToolCallDelta] | None = None
 
 
 class ChatChunkChoice(_Document):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionChunk(_Document):

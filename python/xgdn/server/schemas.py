@@ -7,18 +7,19 @@ A check ends with the first thing that is wrong, so that a long body full of mis
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError, from_json
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, from_json
 
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.prompt_field import PROMPT_TYPE, Prompts
 from xgdn.server.sampling_fields import SamplingFields
+from xgdn.server.strict_body import INVALID_TYPE, MISSING, OF_A_FIELD, UNKNOWN, StrictBody, refuse_field
+from xgdn.server.tool_schemas import NamedToolChoice, Tool, ToolCalls, ToolChoice, Tools
 
 _MAX = 2**31 - 1
 _MAX_STOPS = 16  # OpenAI takes 4; evaluation harnesses send more
 _Token = Annotated[int, Field(ge=0, le=_MAX)]
 _StopString = Annotated[str, Field(min_length=1, max_length=4096)]
-_UNKNOWN = "unknown_field"
 
 # OpenAI's fields that would change the answer and are not supported, with their neutral values.
 NEUTRAL_VALUES: dict[str, list[object]] = {
@@ -26,8 +27,6 @@ NEUTRAL_VALUES: dict[str, list[object]] = {
     "echo": [None, False],
     "suffix": [None],
     "dimensions": [None],
-    "tools": [None, []],
-    "tool_choice": [None, "none", "auto"],
     "response_format": [None, {"type": "text"}],
     "functions": [None, []],
     "function_call": [None, "none", "auto"],
@@ -36,32 +35,19 @@ NEUTRAL_VALUES: dict[str, list[object]] = {
     "reasoning_effort": [None],
     "verbosity": [None, "medium"],
     "web_search_options": [None],
+    "include_reasoning": [None, True],
     # Fields of messages.
     "refusal": [None],
-    "tool_calls": [None, []],
-    "tool_call_id": [None],
 }
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _know_every_field(cls, document: object) -> object:
-        if isinstance(document, dict) and not document.keys() <= cls.model_fields.keys():
-            unknown = next(key for key in document if key not in cls.model_fields)
-            raise PydanticCustomError(_UNKNOWN, "unknown field", {"field": unknown})
-        return document
-
-
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's extension: the usage so far in every chunk, and at the end
     include_obfuscation: bool | None = None  # without effect: nothing is padded
 
 
-class GenerationBody(SamplingFields, _Body):
+class GenerationBody(SamplingFields, StrictBody):
     """Fields that completions and chat completions share."""
 
     model: str
@@ -109,7 +95,7 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
-class EmbeddingBody(_Body):
+class EmbeddingBody(StrictBody):
     """Request of /v1/embeddings."""
 
     model: str
@@ -119,28 +105,46 @@ class EmbeddingBody(_Body):
     dimensions: Any = None  # refused
 
 
-class TextPart(_Body):
+class TextPart(StrictBody):
     type: Literal["text"]
     text: str
 
 
-class Message(_Body):
+class Message(StrictBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
+    tool_calls: ToolCalls | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None  # an extension
     # Fields of OpenAI's answers, accepted without effect.
     annotations: list[dict[str, Any]] | None = None
     # Refused, except for neutral values.
     refusal: Any = None
     audio: Any = None
     function_call: Any = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
+
+    @model_validator(mode="after")
+    def _suits_its_role(self) -> "Message":
+        if self.role != "assistant":
+            for name in ("tool_calls", "reasoning_content"):
+                if getattr(self, name):
+                    refuse_field(name, "expected in messages of the assistant only")
+        if self.role == "tool" and not self.tool_call_id:
+            refuse_field("tool_call_id", "required", MISSING)
+        if self.role != "tool" and self.tool_call_id is not None:
+            refuse_field("tool_call_id", "expected in messages of tools only")
+        if self.content is None and not self.tool_calls:
+            if "content" not in self.model_fields_set:
+                refuse_field("content", "required", MISSING)
+            if self.role != "assistant" or not self.reasoning_content:  # a thought alone, cut by max_tokens
+                refuse_field("content", "expected a text or a list of parts", INVALID_TYPE)
+        return self
 
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
 class ChatBody(GenerationBody):
@@ -148,13 +152,14 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
     # Accepted without effect.
-    parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
     # Refused, except for neutral values.
-    tools: Any = None
-    tool_choice: Any = None
+    include_reasoning: Any = None  # vLLM's
     response_format: Any = None
     functions: Any = None
     function_call: Any = None
@@ -170,8 +175,35 @@ class ChatBody(GenerationBody):
             raise bad_request("'top_logprobs': expected 'logprobs' to be true with it.", "top_logprobs")
         return self.top_logprobs or 0 if self.logprobs else None
 
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the reply may call, all of them if it is free to choose."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
-_AnyBody = TypeVar("_AnyBody", bound=_Body)
+    @model_validator(mode="after")
+    def _knows_its_tools(self) -> "ChatBody":
+        names = [tool.function.name for tool in self.tools or []]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                refuse_field(f"tools[{i}].function.name", f"expected different names, got {name} twice")
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            refuse_field("tool_choice", "expected 'tools' with it")
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            got = self.tool_choice.function.name
+            refuse_field("tool_choice.function.name", f"expected one of {', '.join(names)}, got {got}")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_calls(self) -> "ChatBody":
+        calls: set[str] = set()
+        for i, message in enumerate(self.messages):
+            calls.update(call.id for call in message.tool_calls or [])
+            if message.tool_call_id is not None and message.tool_call_id not in calls:
+                refuse_field(f"messages[{i}].tool_call_id", "expected the id of a call in an earlier message")
+        return self
+
+
+_AnyBody = TypeVar("_AnyBody", bound=StrictBody)
 
 
 def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
@@ -194,7 +226,7 @@ def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
     return body
 
 
-def _refuse_unsupported(body: _Body, prefix: str = "") -> None:
+def _refuse_unsupported(body: StrictBody, prefix: str = "") -> None:
     for name in sorted(body.model_fields_set & NEUTRAL_VALUES.keys()):
         value = getattr(body, name)
         if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL_VALUES[name]):
@@ -208,9 +240,9 @@ def _explain(error: ValidationError, document: dict[str, Any]) -> ApiError:
     places = [(_place(it, document), it) for it in errors if it["loc"][:1] == name]
     place, first = max(places, key=lambda entry: (len(entry[0]), not _is_of_wrong_type(entry[1])))
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
-    if first["type"] == _UNKNOWN:
+    if first["type"] == UNKNOWN:
         return bad_request(f"Unrecognized request argument supplied: {path}.", path, "unknown_parameter")
-    if first["type"] == "missing":
+    if first["type"] in ("missing", MISSING):
         return bad_request(f"'{path}' is required.", path, "missing_required_parameter")
     if first["type"] == PROMPT_TYPE:
         what = "a string, a list of strings, a list of token ids (32 bits, not negative) or a list of such lists"
@@ -228,11 +260,12 @@ def _place(error: ErrorDetails, body: dict[str, Any]) -> Sequence[int | str]:
     """Return the keys and indices that lead to the value, without the type names that pydantic puts between them."""
     place: list[int | str] = []
     document: Any = body
-    for part in error["loc"]:
+    for i, part in enumerate(error["loc"]):
+        is_missing = error["type"] == "missing" and i + 1 == len(error["loc"])
         if isinstance(document, list) and isinstance(part, int):
             document = document[part]
             place.append(part)
-        elif isinstance(document, dict) and (part in document or error["type"] == "missing"):
+        elif isinstance(document, dict) and (part in document or is_missing):
             document = document.get(part)
             place.append(part)
-    return [*place, error["ctx"]["field"]] if error["type"] == _UNKNOWN else place
+    return [*place, error["ctx"]["field"]] if error["type"] in OF_A_FIELD else place

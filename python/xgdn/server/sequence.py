@@ -3,6 +3,8 @@
 
 import math
 import time
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +52,7 @@ class TextSequence:
         self._stop_strings = StopStrings(stops, vocabulary.special_names)
         self._logprobs = LogprobQueue(vocabulary)
         self._num_decoded = 0  # characters
+        self._offsets = array("q")  # the character at which each counted token begins
         self._num_given = 0
         self._metrics = metrics
         self._give = give
@@ -98,6 +101,10 @@ class TextSequence:
         """End for a client that has disconnected."""
         self._finish("cancelled", "")
 
+    def num_tokens_before(self, text_offset: float) -> int:
+        """Return the number of tokens that begin before a character of the text."""
+        return bisect_left(self._offsets, text_offset)
+
     def _watched_name(self, token: int) -> str | None:
         name = self._vocabulary.special_tokens.get(token)
         return name if name is not None and self._stop_strings.watches(name) else None
@@ -119,6 +126,7 @@ class TextSequence:
         self._last_time = now
         self.first_token_time = self.first_token_time or now
         self.num_tokens += 1
+        self._offsets.append(self._num_decoded)
         self._metrics.generated_tokens.inc()
 
     def _finish(self, reason: str, text: str, error: str = "") -> None:

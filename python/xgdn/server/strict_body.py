@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base of what a request's body consists of: strict types, no unknown fields."""
+
+from typing import NoReturn
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+UNKNOWN = "unknown_field"
+MISSING = "missing_field"
+INVALID = "invalid_field"
+INVALID_TYPE = "invalid_field_type"
+OF_A_FIELD = frozenset([UNKNOWN, MISSING, INVALID, INVALID_TYPE])
+
+
+class StrictBody(BaseModel):
+    model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_every_field(cls, document: object) -> object:
+        if isinstance(document, dict) and not document.keys() <= cls.model_fields.keys():
+            refuse_field(next(key for key in document if key not in cls.model_fields), "unknown field", UNKNOWN)
+        return document
+
+
+def refuse_field(name: str, reason: str, kind: str = INVALID) -> NoReturn:
+    """Fail the validation of a body because of one of its fields, which may be absent."""
+    raise PydanticCustomError(kind, "{reason}", {"field": name, "reason": reason})
