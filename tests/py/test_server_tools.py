@@ -12,7 +12,6 @@ from typing import Any
 import llguidance
 import pytest
 import transformers
-from tokenizers import AddedToken, Tokenizer
 from typer.testing import CliRunner
 
 from live_server import CHAT, CHECKPOINT, TOKENIZER, openai_client, post
@@ -557,28 +556,14 @@ def test_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert CliRunner().invoke(cli_app, [*command[:-4], "--tool-call-format", "yaml"]).exit_code == 2
 
 
-TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+OF_GRAMMAR = llguidance.LLTokenizer(TOKENIZER.to_str())
 
 
-class Matcher:
-    """llguidance's, over the small model's tokenizer, with or without tokens for the tags."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self._tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-        self._tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
-        self._of_grammar = llguidance.LLTokenizer(self._tokenizer.to_str())
-
-    def accepts(self, grammar: str, text: str) -> bool:
-        matcher = llguidance.LLMatcher(self._of_grammar, llguidance.LLMatcher.grammar_from_lark(grammar))
-        assert not matcher.is_error(), matcher.get_error()
-        ids = self._tokenizer.encode(text).ids
-        return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
-
-
-@pytest.fixture(scope="module", params=[TAGS, ()], ids=["tags are tokens", "tags are letters"])
-def matcher(request: pytest.FixtureRequest) -> Matcher:
-    return Matcher(request.param)
+def is_accepted(grammar: str, text: str) -> bool:
+    matcher = llguidance.LLMatcher(OF_GRAMMAR, llguidance.LLMatcher.grammar_from_lark(grammar))
+    assert not matcher.is_error(), matcher.get_error()
+    ids = TOKENIZER.encode(text).ids
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
 
 
 GOOD_XML = xml("get_weather", city='Be"rn\nx', days="3", unit="null", tags='["a"]', zip="01234")
@@ -599,7 +584,7 @@ BAD_CALLS = {"hermes": BAD_HERMES, "qwen-xml": BAD_XML}
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_grammar_accepts_valid_calls_alone(name: str, matcher: Matcher) -> None:
+def test_the_grammar_accepts_valid_calls_alone(name: str) -> None:
     def accepts(text: str, choice: ToolChoice, *, parallel: bool = True, thought: str = "none") -> bool:
         grammar = tool_grammar(
             name,
@@ -608,9 +593,8 @@ def test_the_grammar_accepts_valid_calls_alone(name: str, matcher: Matcher) -> N
             is_parallel=parallel,
             has_thought=thought != "none",
             begins_in_thought=thought == "open",
-            token_names=matcher.names,
         )
-        accepted = matcher.accepts(grammar, text)
+        accepted = is_accepted(grammar, text)
         if accepted:  # and the parser finds the same
             of = syntax(name, has_thought=thought != "none", begins_in_thought=thought == "open")
             for called, arguments in assembled(pieces_of([text], of))[2]:

@@ -2,7 +2,7 @@
 """Grammars, in llguidance's dialect of Lark, of replies whose calls of tools are valid."""
 
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xgdn.server.reply_parser import END_OF_THOUGHT, THOUGHT
@@ -10,6 +10,7 @@ from xgdn.server.tool_call_formats import BEGIN, END
 from xgdn.server.tool_parameters import Parameters, type_of
 from xgdn.server.tool_schemas import NamedToolChoice, Tool, ToolChoice
 
+_LINE = "\n"
 _END_OF_VALUE = "\n</parameter>\n"
 
 
@@ -26,7 +27,6 @@ def tool_grammar(
     is_parallel: bool,
     has_thought: bool,
     begins_in_thought: bool,
-    token_names: Container[str],
 ) -> str:
     """Return the grammar of a reply: a thought if there may be one, then calls, or with "auto" a text or calls.
 
@@ -36,38 +36,30 @@ def tool_grammar(
         is_parallel: whether there may be several calls.
         has_thought: whether a thought may come first.
         begins_in_thought: whether it does, with its first tag in the prompt.
-        token_names: tokens which are not part of texts. A tag among them is written as this token.
     """
     if isinstance(choice, NamedToolChoice):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    tag = {name: f"{name}" if name in token_names else _quoted(name) for name in (BEGIN, END, THOUGHT, END_OF_THOUGHT)}
-    calls = f"body{f' (separator {tag[BEGIN]} body)*' if is_parallel else ''}"
-    rules = [f"reply: text | head {calls}" if choice == "auto" else f"reply: {tag[BEGIN]} {calls}"]
+    calls = f"body (separator {_quoted(BEGIN)} body)*" if is_parallel else "body"
+    rules = [f"reply: text | head {calls}" if choice == "auto" else f"reply: {_quoted(BEGIN)} {calls}"]
     if choice == "auto":
-        rules += ["text: TEXT", _through("head", BEGIN, token_names)]
+        rules += ["text: TEXT", f"head[lazy]: TEXT {_quoted(BEGIN)}"]
     if begins_in_thought:
-        rules += ["start: thought /\\s*/ reply", _through("thought", END_OF_THOUGHT, token_names)]
+        rules += ["start: thought /\\s*/ reply"]
     elif has_thought:
-        rules += [f"start: reply | {tag[THOUGHT]} thought /\\s*/ reply"]
-        rules += [_through("thought", END_OF_THOUGHT, token_names)]
+        rules += [f"start: reply | {_quoted(THOUGHT)} thought /\\s*/ reply"]
     else:
         rules += ["start: reply"]
-    rules += [f"body: {' | '.join(f'call_{i}' for i in range(len(tools)))}", f"separator: {_quoted(chr(10))}"]
+    if has_thought:
+        rules += [f"thought[lazy]: TEXT {_quoted(END_OF_THOUGHT)}"]
+    rules += [f"body: {' | '.join(f'call_{i}' for i in range(len(tools)))}", f"separator: {_quoted(_LINE)}"]
     for i, tool in enumerate(tools):
-        rules += (_hermes_call if call_format == "hermes" else _qwen_xml_call)(i, tool, tag[END])
+        rules += (_hermes_call if call_format == "hermes" else _qwen_xml_call)(i, tool)
     return "\n".join([*rules, "TEXT: /(?s:.*)/", ""])
 
 
-def _through(rule: str, tag: str, token_names: Container[str]) -> str:
-    """Return a rule for any text up to the first of these tags."""
-    if tag in token_names:
-        return f"{rule}: TEXT {tag}"
-    return f"{rule}[lazy]: TEXT {_quoted(tag)}"
-
-
-def _hermes_call(i: int, tool: Tool, end: str) -> Iterator[str]:
+def _hermes_call(i: int, tool: Tool) -> Iterator[str]:
     head = f'\n{{"name": {_quoted(tool.function.name)}, "arguments": '
-    yield f"call_{i}: {_quoted(head)} arguments_{i} {_quoted('}' + chr(10))} {end}"
+    yield f"call_{i}: {_quoted(head)} arguments_{i} {_quoted(f'}}{_LINE}{END}')}"
     yield f"arguments_{i}: %json {json.dumps(_object_schema(tool))}"
 
 
@@ -77,19 +69,19 @@ def _object_schema(tool: Tool) -> dict[str, Any]:
     return {"type": "object", **tool.function.parameters}
 
 
-def _qwen_xml_call(i: int, tool: Tool, end: str) -> Iterator[str]:
+def _qwen_xml_call(i: int, tool: Tool) -> Iterator[str]:
     parameters = tool.parameters
-    head, last = f"\n<function={tool.function.name}>\n", "</function>\n"
+    head, last = f"\n<function={tool.function.name}>\n", f"</function>\n{END}"
     names = [*parameters.properties, *sorted(parameters.required - parameters.properties.keys())]
     if names:
         used = " ".join(f"p_{i}_{k}" + ("" if name in parameters.required else "?") for k, name in enumerate(names))
     else:  # a schema without properties says nothing about them; no schema says that there are none
         used = "" if tool.function.parameters is None else f"any_{i}*"
-        yield f'any_{i}: "<parameter=" /[^>\\n]+/ {_quoted(">" + chr(10))} v_{i}'
+        yield f'any_{i}: "<parameter=" /[^>\\n]+/ {_quoted(f">{_LINE}")} v_{i}'
         yield from _text_value(f"v_{i}")
-    yield f"call_{i}: {_quoted(head)} {used} {_quoted(last)} {end}"
+    yield f"call_{i}: {_quoted(head)} {used} {_quoted(last)}"
     for k, name in enumerate(names):
-        yield f"p_{i}_{k}: {_quoted(f'<parameter={name}>{chr(10)}')} v_{i}_{k}"
+        yield f"p_{i}_{k}: {_quoted(f'<parameter={name}>{_LINE}')} v_{i}_{k}"
         yield from _value(f"v_{i}_{k}", name, parameters)
 
 
@@ -112,13 +104,19 @@ def _text_value(rule: str, schema: dict[str, Any] | None = None) -> Iterator[str
     schema = schema or {}
     limits = ""
     if schema.get("type") == "string":
-        if "minLength" in schema or "maxLength" in schema:
-            limits += f" & /(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})/"
-        if "pattern" in schema:
+        least, most = (_length(schema.get(key)) for key in ("minLength", "maxLength"))
+        if least or most:
+            limits += f" & /(?s:.{{{least or 0},{most}}})/"
+        if isinstance(schema.get("pattern"), str):
             limits += f" & /{_whole(schema['pattern'])}/"
     name = rule.upper()
     yield f"{rule}[lazy]: {name} {_quoted(_END_OF_VALUE)}"
     yield f"{name}: /(?s:.*)/ & ~/(?s:.*)<\\/parameter>(?s:.*)/{limits}"
+
+
+def _length(limit: object) -> str:
+    """Return a limit as regular expressions have it; none if it is no number."""
+    return str(limit) if type(limit) is int and limit >= 0 else ""
 
 
 def _whole(pattern: str) -> str:
