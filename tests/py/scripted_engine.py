@@ -67,6 +67,8 @@ class _Script:
                 tokens=tokens,
                 logprobs=event.logprobs[: len(tokens)],
                 num_cached=event.num_cached,
+                prompt_logprobs=event.prompt_logprobs,
+                hidden=event.hidden,
                 error=event.error,
                 finish_reason=FinishReason.STOP if has_ended else event.finish_reason,
             )

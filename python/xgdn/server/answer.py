@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an HTTP request is answered with: a JSON document or a stream of events."""
 
+import asyncio
 import json
 import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic_core import to_json
@@ -15,19 +17,27 @@ from xgdn.server.formats import Format
 from xgdn.server.generation import Generation
 from xgdn.server.logprobs import TokenReport
 from xgdn.server.metrics import Metrics
+from xgdn.server.prompt_reports import prompt_logprobs
 from xgdn.server.reply_parser import Piece, ReplyParser, ToolCallBegin
 from xgdn.server.schemas import StreamOptions
 from xgdn.server.sequence import Delta
 
 
 class Answer:
-    """The document, or the server-sent events, that answer a request in one of the wire formats."""
+    """The document, or the server-sent events, that answer a request in one of the wire formats.
 
-    def __init__(self, generation: Generation, form: Format, model: str, metrics: Metrics) -> None:
+    `reports_prompt`: the document has the log-probabilities of the prompt's tokens, in vLLM's form.
+    """
+
+    def __init__(
+        self, generation: Generation, form: Format, model: str, metrics: Metrics, *, reports_prompt: bool = False
+    ) -> None:
+        self._reports_prompt = reports_prompt
         self._generation = generation
         self._form = form
         self._metrics = metrics
         self._head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._begun: set[int] = set()  # choices whose prompt has been echoed
         self._replies = [_Reply(ReplyParser(form.syntax)) for _ in range(generation.num_choices)]
 
     def document(self, whole: Sequence[Delta]) -> bytes:
@@ -35,9 +45,11 @@ class Answer:
         choices = []
         for choice in whole:
             reply = self._replies[choice.index]
-            content = self._form.choice(reply.push(choice))
-            choices.append(self._choice(choice.index, content, choice.logprobs, reply.finish_reason))
-        return to_json({**self._head, "object": self._form.name, "choices": choices, "usage": self._usage()})
+            content = self._form.choice(reply.push(self._echoed(choice)))
+            content |= self._prompt_logprobs(choice.index) if self._form.is_for_prompts else {}
+            choices.append(self._choice(choice.index, content, reply.take_reports(), reply.finish_reason))
+        more = {} if self._form.is_for_prompts else self._prompt_logprobs(0)
+        return to_json({**self._head, "object": self._form.name, "choices": choices, "usage": self._usage(), **more})
 
     async def events(self, options: StreamOptions) -> AsyncIterator[str]:
         """Yield the same as server-sent events; an error after the status has been sent is an event too."""
@@ -46,7 +58,11 @@ class Answer:
             for index in range(self._generation.num_choices):
                 yield self._event([self._choice(index, content)], self._usage_so_far(options))
         try:
-            async for delta in self._generation.deltas():
+            async for piece in self._generation.deltas():
+                if self._form.echoes and piece.index not in self._begun:  # a prompt may be long
+                    delta = await asyncio.to_thread(self._echoed, piece)
+                else:
+                    delta = self._echoed(piece)
                 for choice in self._chunks(delta):
                     yield self._event([choice], self._usage_so_far(options))
         except ApiError as error:
@@ -56,6 +72,27 @@ class Answer:
             if has_usage:
                 yield self._event([], {"usage": self._usage()})
         yield "data: [DONE]\n\n"
+
+    def _prompt_logprobs(self, choice: int) -> dict[str, Any]:
+        generation = self._generation
+        if not self._reports_prompt:
+            return {}
+        ids = generation.prompts[generation.prompt_index(choice)]
+        return {"prompt_logprobs": prompt_logprobs(ids, generation.prompt_logprobs(choice), generation.vocabulary)}
+
+    def _echoed(self, delta: Delta) -> Delta:
+        """Put what is to be echoed in front of a choice's first piece; its text is part of that of the choice."""
+        if not self._form.echoes:
+            return delta
+        generation = self._generation
+        prompt = self._form.echoes[generation.prompt_index(delta.index)]
+        reports = [replace(it, text_offset=len(prompt.text) + it.text_offset) for it in delta.logprobs]
+        if delta.index in self._begun:
+            return replace(delta, logprobs=reports)
+        self._begun.add(delta.index)
+        if generation.has_logprobs:
+            reports = [*prompt.reports(generation.prompt_logprobs(delta.index)), *reports]
+        return replace(delta, text=prompt.text + delta.text, logprobs=reports)
 
     def _usage_so_far(self, options: StreamOptions) -> dict[str, Any]:
         if options.continuous_usage_stats:

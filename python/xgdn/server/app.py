@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -34,15 +35,17 @@ from xgdn.server.metrics import Metrics
 from xgdn.server.openapi import describe
 from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
 from xgdn.server.prompt_field import each
+from xgdn.server.prompt_reports import EchoedPrompt
 from xgdn.server.reply_parser import THOUGHT, ReplySyntax
 from xgdn.server.request_log import RequestLog
 from xgdn.server.request_record import RequestRecord, record_of
 from xgdn.server.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, StreamOptions, parse
 from xgdn.server.settings import Settings
+from xgdn.server.tokenization import Tokenization
 from xgdn.server.tool_call_formats import FORMATS
 from xgdn.server.tool_schemas import NamedToolChoice
 from xgdn.server.workers import Workers
-from xgdn.tokenizer_files import eos_token_ids
+from xgdn.tokenizer_files import eos_token_ids, read_tokenizer_config
 from xgdn.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -77,6 +80,13 @@ class Server:
         self._eos_token_ids = eos_token_ids(settings.model_dir, tokenizer)
         self._pooling = Pooling(settings.model_dir)
         self._chat_template = ChatTemplate(settings.model_dir, settings.tool_call_format)
+        self._tokenization = Tokenization(
+            tokenizer,
+            self._encoder,
+            self._chat_template,
+            read_tokenizer_config(settings.model_dir),
+            self._max_context,
+        )
         self.problem = self._chat_template.problem
         self.metrics = Metrics()
         self.engine = EngineClient(engine, self.metrics, settings.max_queue)
@@ -120,6 +130,15 @@ class Server:
         size = sum(map(len, states)) * _NUMBER_BYTES
         content = await self._workers.run(size, lambda: self._pooling.document(states, num_tokens, body))
         return Response(content, media_type="application/json")
+
+    async def tokenize(self, request: Request) -> Response:
+        return await self._compute(request, self._tokenization.tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        return await self._compute(request, self._tokenization.detokenize)
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        return self._tokenization.info()
 
     def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model_card()]}
@@ -182,6 +201,15 @@ class Server:
             message = f"The model '{name}' does not exist; this server has '{self._settings.model_name}'."
             raise ApiError(404, "model_not_found", message, param="model")
 
+    async def _compute(self, request: Request, work: Callable[[bytes], dict[str, Any]]) -> Response:
+        """Answer with what `work` makes of the body, without the engine."""
+        data = await self._read(request)
+        try:
+            content = await self._workers.run(len(data), lambda: to_json(work(data)))
+        except TooManyTokens as error:
+            raise self._too_long(f"at least {error.count}", "prompt") from None
+        return Response(content, media_type="application/json")
+
     async def _read(self, request: Request) -> bytes:
         client = _client_of(record_of(request.scope))
         limit = min(self._settings.max_body_bytes, client.limits.max_body_bytes or self._settings.max_body_bytes)
@@ -195,8 +223,10 @@ class Server:
     def _prepare_completion(self, data: bytes) -> "_Order":
         body = parse(CompletionBody, data)
         self._check_model(body.model)
-        form = CompletionFormat()
-        return self._order(body, self._encode_each(body.prompt, form.prompt_param), body.max_tokens, form)
+        ids = self._encode_each(body.prompt, CompletionFormat.prompt_param)
+        texts = [it if isinstance(it, str) else None for it in each(body.prompt)]
+        echoes = [EchoedPrompt(*it, self._vocabulary) for it in zip(ids, texts, strict=True)] if body.echo else []
+        return self._order(body, ids, body.max_tokens, CompletionFormat(echoes))
 
     def _prepare_chat(self, data: bytes) -> "_Order":
         body = parse(ChatBody, data)
@@ -286,10 +316,12 @@ class Server:
         record.operation = order.form.operation
         record.parameters = {"stream": order.body.stream, "max_tokens": order.max_tokens, **order.body.parameters()}
         with ExitStack() as held:  # until the answer has ended
+            requests = order.requests(self._eos_token_ids)
             generation = held.enter_context(
-                self._running(record, order.requests(self._eos_token_ids), order.body.stops)
+                self._running(record, requests, order.body.stops, reports_stop_token=bool(order.form.echoes))
             )
-            answer = Answer(generation, order.form, order.body.model, self.metrics)
+            reports_prompt = order.body.prompt_logprobs is not None
+            answer = Answer(generation, order.form, order.body.model, self.metrics, reports_prompt=reports_prompt)
             if order.body.stream:
                 events = answer.events(order.body.stream_options or StreamOptions())
                 return EventStream(events, self._settings.keep_alive_seconds, on_end=held.pop_all().close)
@@ -302,12 +334,19 @@ class Server:
 
     @contextmanager
     def _running(
-        self, record: RequestRecord, requests: Sequence[EngineRequest], stops: Sequence[str] = ()
+        self,
+        record: RequestRecord,
+        requests: Sequence[EngineRequest],
+        stops: Sequence[str] = (),
+        *,
+        reports_stop_token: bool = False,
     ) -> Iterator[Generation]:
         """Run requests; at the end, drop what still runs of them and take note of what they came to."""
         client = _client_of(record)
         with client.sequences(sum(request.n for request in requests)):
-            generation = Generation(requests, stops, self._vocabulary, self.engine, self.metrics)
+            generation = Generation(
+                requests, stops, self._vocabulary, self.engine, self.metrics, reports_stop_token=reports_stop_token
+            )
             try:
                 yield generation
             finally:
@@ -339,6 +378,7 @@ class _Order:
                 stop_token_ids=[*(body.stop_token_ids or []), *eos],
                 ignore_eos=bool(body.ignore_eos),
                 n=body.n or 1,
+                prompt_logprobs=body.num_prompt_logprobs,
             )
             for prompt in self.prompts
         ]
@@ -433,6 +473,11 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     api.add_api_route("/models", server.models, methods=to_read)
     api.add_api_route("/models/{name:path}", server.model, methods=to_read)
     app.include_router(api)
+    tools = APIRouter(dependencies=[Depends(server.check_key)])
+    tools.add_api_route("/tokenize", server.tokenize, methods=["POST"], response_model=None)
+    tools.add_api_route("/detokenize", server.detokenize, methods=["POST"], response_model=None)
+    tools.add_api_route("/tokenizer_info", server.tokenizer_info, methods=to_read)
+    app.include_router(tools)
     app.add_api_route("/health", server.health, methods=to_read, response_model=None)
     app.add_api_route("/ready", server.ready, methods=to_read, response_model=None)
     app.add_api_route("/openapi.json", server.openapi, methods=to_read)

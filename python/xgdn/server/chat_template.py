@@ -48,6 +48,11 @@ class ChatTemplate:
         """Return whether the template is one of a model that writes its thoughts first."""
         return any(THOUGHT in source and END_OF_THOUGHT in source for source in self._sources.values())
 
+    @property
+    def source(self) -> str | None:
+        """The text of the template for a chat without tools; None where there is none."""
+        return self._sources.get(_DEFAULT)
+
     def call_format(self) -> str:
         """Return the name of the format in which the model writes calls of tools; raises ApiError."""
         source = self._sources.get(_name(has_tools=True, names=self._sources), "")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xgdn.server.logprobs import NamedLogprob, TokenReport
+from xgdn.server.prompt_reports import EchoedPrompt
 from xgdn.server.reply_parser import Content, Piece, Reasoning, ReplySyntax, ToolCallArguments, ToolCallBegin
 
 
@@ -19,6 +20,10 @@ class CompletionFormat:
     prompt_param = "prompt"
     default_max_tokens: int | None = 16  # OpenAI's
     syntax = ReplySyntax()  # text alone
+    is_for_prompts = True  # several of them: what is said of a prompt is part of its choices
+
+    def __init__(self, echoes: Sequence[EchoedPrompt] = ()) -> None:
+        self.echoes = echoes  # for each prompt, if they are part of the answer
 
     def logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any]:
         return _completion_logprobs(reports)
@@ -42,6 +47,8 @@ class ChatFormat:
     operation = "chat"
     prompt_param = "messages"
     default_max_tokens: int | None = None  # to the end of the context
+    is_for_prompts = False
+    echoes: Sequence[EchoedPrompt] = ()
 
     def __init__(self, syntax: ReplySyntax) -> None:
         self.syntax = syntax
@@ -102,12 +109,13 @@ def _completion_logprobs(reports: Sequence[TokenReport]) -> dict[str, Any]:
     }
 
 
-def _by_text(entries: Sequence[NamedLogprob]) -> dict[str, float]:
-    """By text; of entries with the same text, the first."""
+def _by_text(entries: Sequence[NamedLogprob]) -> dict[str, float] | None:
+    """By text; of entries with the same text, the first. None where nothing comes before the token."""
     logprobs: dict[str, float] = {}
     for entry in entries:
-        logprobs.setdefault(entry.token, entry.logprob)
-    return logprobs
+        if entry.logprob is not None:
+            logprobs.setdefault(entry.token, entry.logprob)
+    return logprobs or None
 
 
 def _chat_logprobs(reports: Sequence[TokenReport]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from xgdn.engine import Request
+from xgdn.engine import Logprobs, Request
 from xgdn.server.api_error import ApiError
 from xgdn.server.engine_client import EngineClient
 from xgdn.server.metrics import Metrics
@@ -27,17 +27,29 @@ class Generation:
         vocabulary: Vocabulary,
         engine: EngineClient,
         metrics: Metrics,
+        *,
+        reports_stop_token: bool = False,
     ) -> None:
-        prompts = [request.prompt for request in requests]
+        self.prompts = prompts = [request.prompt for request in requests]
         n = requests[0].n
         engine.check_room(len(prompts) * n)  # before any of them takes memory
         self.has_logprobs = requests[0].sampling.logprobs is not None
+        self.vocabulary = vocabulary
         self._engine = engine
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
-        self._num_prompts = len(prompts)
+        self._prompt_logprobs: list[list[Logprobs]] = [[] for _ in prompts]
         self._num_prompt_tokens = sum(map(len, prompts))
         self._sequences = [
-            TextSequence(i, prompts[i // n], vocabulary, stops, metrics, self._deltas.put_nowait)
+            TextSequence(
+                i,
+                prompts[i // n],
+                vocabulary,
+                stops,
+                metrics,
+                self._deltas.put_nowait,
+                self._prompt_logprobs[i // n],
+                reports_stop_token=reports_stop_token,
+            )
             for i in range(len(prompts) * n)
         ]
         self._ids = engine.submit(
@@ -75,6 +87,14 @@ class Generation:
             for index, deltas in enumerate(pieces)
         ]
 
+    def prompt_index(self, choice: int) -> int:
+        """Return which of the prompts a choice answers."""
+        return choice // (self.num_choices // len(self.prompts))
+
+    def prompt_logprobs(self, choice: int) -> Sequence[Logprobs]:
+        """Return those of the tokens of its prompt but the first, once it has begun; empty if not asked for."""
+        return self._prompt_logprobs[self.prompt_index(choice)]
+
     def hidden_states(self) -> list[list[float]]:
         """Return that of each prompt's last token, once all are finished."""
         return [sequence.hidden for sequence in self._sequences]
@@ -102,10 +122,10 @@ class Generation:
 
     def usage(self) -> dict[str, Any]:
         num_generated = sum(sequence.num_tokens for sequence in self._sequences)
-        n = self.num_choices // self._num_prompts  # choices share what was cached of their prompt
+        n = self.num_choices // len(self.prompts)  # choices share what was cached of their prompt
         num_cached = sum(
             max(sequence.num_cached for sequence in self._sequences[i * n : (i + 1) * n])
-            for i in range(self._num_prompts)
+            for i in range(len(self.prompts))
         )
         return {
             "prompt_tokens": self._num_prompt_tokens,

@@ -14,7 +14,7 @@ _LEAST_LOGPROB = -9999.0  # OpenAI's value for an impossible token; JSON has no 
 class NamedLogprob:
     token: str
     bytes: list[int] | None
-    logprob: float
+    logprob: float | None  # None: nothing comes before the token
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class LogprobQueue:
         self._waiting: deque[TokenReport] = deque()
 
     def push(self, token: int, logprobs: Logprobs, text_offset: int) -> None:
-        top = [self._named(it.token, it.logprob) for it in logprobs.top]
-        self._waiting.append(TokenReport(self._named(token, logprobs.chosen), top, text_offset))
+        top = [named(self._vocabulary, it.token, it.logprob) for it in logprobs.top]
+        self._waiting.append(TokenReport(named(self._vocabulary, token, logprobs.chosen), top, text_offset))
 
     def pop_before(self, text_offset: float) -> list[TokenReport]:
         """Return the reports of tokens that begin before a character."""
@@ -44,7 +44,7 @@ class LogprobQueue:
             reports.append(self._waiting.popleft())
         return reports
 
-    def _named(self, token: int, logprob: float) -> NamedLogprob:
-        data = self._vocabulary.bytes(token)
-        name = self._vocabulary.name(token)
-        return NamedLogprob(name, None if data is None else list(data), max(logprob, _LEAST_LOGPROB))
+
+def named(vocabulary: Vocabulary, token: int, logprob: float) -> NamedLogprob:
+    data = vocabulary.bytes(token)
+    return NamedLogprob(vocabulary.name(token), None if data is None else list(data), max(logprob, _LEAST_LOGPROB))

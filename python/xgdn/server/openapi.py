@@ -17,17 +17,23 @@ from xgdn.server.response_schemas import (
     ChatCompletionChunk,
     ChatCompletionResponse,
     CompletionResponse,
+    DetokenizeResponse,
+    EmbeddingResponse,
     ErrorResponse,
     Health,
     ModelCard,
     ModelList,
     Readiness,
+    TokenizeResponse,
+    TokenizerInfo,
 )
-from xgdn.server.schemas import NEUTRAL_VALUES, ChatBody, CompletionBody
+from xgdn.server.schemas import NEUTRAL_VALUES, ChatBody, CompletionBody, EmbeddingBody
 from xgdn.server.settings import Settings
+from xgdn.server.tokenization import DetokenizeBody, TokenizeBody
 
 _JSON = "application/json"
 _READ_ERRORS = (401,)
+_TEXT_ERRORS = (400, 401, 413, 429)
 _WORK_ERRORS = (400, 401, 404, 413, 429, 500, 503)
 
 
@@ -47,7 +53,7 @@ class Endpoint:
     @property
     def is_open(self) -> bool:
         """Whether it answers without a key."""
-        return not self.path.startswith("/v1/")
+        return not self.path.startswith(("/v1/", "/tokenize", "/detokenize"))
 
 
 ENDPOINTS = (
@@ -69,8 +75,23 @@ ENDPOINTS = (
         event=ChatCompletionChunk,
         errors=_WORK_ERRORS,
     ),
+    Endpoint(
+        "post",
+        "/v1/embeddings",
+        "Embeds texts.",
+        EmbeddingResponse,
+        body=EmbeddingBody,
+        errors=_WORK_ERRORS,
+    ),
     Endpoint("get", "/v1/models", "Lists the model.", ModelList, errors=_READ_ERRORS),
     Endpoint("get", "/v1/models/{name}", "Describes the model.", ModelCard, errors=(*_READ_ERRORS, 404)),
+    Endpoint(
+        "post", "/tokenize", "Turns a text into tokens.", TokenizeResponse, body=TokenizeBody, errors=_TEXT_ERRORS
+    ),
+    Endpoint(
+        "post", "/detokenize", "Turns tokens into text.", DetokenizeResponse, body=DetokenizeBody, errors=_TEXT_ERRORS
+    ),
+    Endpoint("get", "/tokenizer_info", "Tells the tokenizer's special tokens.", TokenizerInfo, errors=_READ_ERRORS),
     Endpoint("get", "/health", "Tells whether the process can serve.", Health, unavailable=Health),
     Endpoint("get", "/ready", "Tells whether a request would be taken now.", Readiness, unavailable=Readiness),
     Endpoint("get", "/metrics", "Metrics for Prometheus.", "text/plain"),

@@ -32,9 +32,18 @@ ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 class CompletionLogprobs(_Document):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # null for the first token of an echoed prompt
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(_Document):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id
 
 
 class CompletionChoice(_Document):
@@ -42,6 +51,7 @@ class CompletionChoice(_Document):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionResponse(_Document):
@@ -102,6 +112,7 @@ class ChatCompletionResponse(_Document):
     created: int
     model: str
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobs | None = None
     usage: Usage
 
 
@@ -174,3 +185,42 @@ class Health(_Document):
 
 class Readiness(_Document):
     status: Literal["ready", "queue_full", "shutting_down", "engine_stopped"]
+
+
+class Embedding(_Document):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str  # base64 of little-endian float32
+
+
+class EmbeddingUsage(_Document):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(_Document):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class TokenizeResponse(_Document):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(_Document):
+    prompt: str
+
+
+class TokenizerInfo(_Document):
+    tokenizer_class: str | None
+    eos_token: str | None
+    bos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+    model_max_length: int

@@ -24,7 +24,6 @@ _StopString = Annotated[str, Field(min_length=1, max_length=4096)]
 # OpenAI's fields that would change the answer and are not supported, with their neutral values.
 NEUTRAL_VALUES: dict[str, list[object]] = {
     "best_of": [None, 1],
-    "echo": [None, False],
     "suffix": [None],
     "dimensions": [None],
     "response_format": [None, {"type": "text"}],
@@ -59,6 +58,7 @@ class GenerationBody(SamplingFields, StrictBody):
     # Extensions of OpenAI's interface.
     stop_token_ids: Annotated[list[_Token], Field(max_length=4096, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
     # Accepted without effect.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -72,6 +72,11 @@ class GenerationBody(SamplingFields, StrictBody):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Number of top alternatives to report for each token of the prompt; None: no report."""
+        return self.prompt_logprobs
+
     def parameters(self) -> dict[str, Any]:
         """Return what the request says about sampling, for its trace."""
         values = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed}
@@ -84,15 +89,21 @@ class GenerationBody(SamplingFields, StrictBody):
 
 
 class CompletionBody(GenerationBody):
+    max_tokens: int | None = Field(None, ge=0, le=_MAX)
     prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool | None = None
     best_of: Any = None
-    echo: Any = None
     suffix: Any = None
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        of_echo = self.logprobs if self.echo else None
+        return max((it for it in (self.prompt_logprobs, of_echo) if it is not None), default=None)
 
 
 class EmbeddingBody(StrictBody):
@@ -223,6 +234,8 @@ def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
         _refuse_unsupported(message, f"messages[{i}].")
     if isinstance(body, GenerationBody) and body.stream_options is not None and not body.stream:
         raise bad_request("'stream_options': expected 'stream' to be true with it.", "stream_options")
+    if isinstance(body, GenerationBody) and body.prompt_logprobs is not None and body.stream:
+        raise bad_request("'prompt_logprobs': expected 'stream' to be false with it.", "prompt_logprobs")
     return body
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xgdn.detokenize import Detokenizer
-from xgdn.engine import FinishReason, RequestEvent
+from xgdn.engine import FinishReason, Logprobs, RequestEvent
 from xgdn.server.logprobs import LogprobQueue, TokenReport
 from xgdn.server.metrics import Metrics
 from xgdn.server.stop_strings import StopStrings
@@ -28,7 +28,10 @@ class Delta:
 
 
 class TextSequence:
-    """A sequence in the event loop's thread. `give` is called with every piece of text, and once with the end."""
+    """A sequence in the event loop's thread.
+
+    `give` is called with every piece of text, and once with the end; `prompt_logprobs` gets what events have of them.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,9 @@ class TextSequence:
         stops: Sequence[str],
         metrics: Metrics,
         give: Callable[[Delta], None],
+        prompt_logprobs: list[Logprobs],
+        *,
+        reports_stop_token: bool = False,
     ) -> None:
         self.num_tokens = 0
         self.num_cached = 0  # prompt tokens that were not computed again
@@ -46,6 +52,8 @@ class TextSequence:
         self.finish_reason: str | None = None  # stop, length, cancelled or error
         self.first_token_time: float | None = None  # of time.perf_counter
         self.hidden: list[float] = []  # of the prompt's last token, if the request asks for it
+        self._prompt_logprobs = prompt_logprobs  # of the choices that share the prompt
+        self._reports_stop_token = reports_stop_token
         self._index = index
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer(vocabulary, prompt)
@@ -68,6 +76,7 @@ class TextSequence:
             return
         self.num_cached = event.num_cached
         self.hidden = event.hidden or self.hidden
+        self._prompt_logprobs += event.prompt_logprobs
         if event.finish_reason == FinishReason.ERROR:
             self.fail(event.error)
             return
@@ -77,7 +86,7 @@ class TextSequence:
                 break
             self._count_token(now)
             is_stop = event.finish_reason == FinishReason.STOP and i + 1 == len(event.tokens)
-            if not is_stop and event.logprobs:
+            if event.logprobs and (not is_stop or self._reports_stop_token):
                 self._logprobs.push(token, event.logprobs[i], self._num_decoded)
             # A token that ends the sequence has no text, but it may complete a stop string that contains its name.
             if not is_stop or self._watched_name(token) is not None:
