@@ -185,10 +185,18 @@ def deltas(tokens: Sequence[int], stops: Sequence[str]) -> tuple[str, str | None
     """Text, finish_reason and number of tokens of what a sequence of bytes and special tokens gives."""
     got: list[Delta] = []
     vocabulary = Vocabulary(byte_tokenizer(["<|end|>", "<|start|>"]))
-    sequence = TextSequence(0, [], vocabulary, stops, Metrics(), got.append)
+    sequence = TextSequence(0, [], vocabulary, stops, Metrics(), got.append, [])
     for i, token in enumerate(tokens):
         reason = xgdn.FinishReason.LENGTH if i == len(tokens) - 1 else xgdn.FinishReason.RUNNING
-        event: Any = SimpleNamespace(tokens=[token], logprobs=[], finish_reason=reason, error="", num_cached=0)
+        event: Any = SimpleNamespace(
+            tokens=[token],
+            logprobs=[],
+            finish_reason=reason,
+            error="",
+            num_cached=0,
+            prompt_logprobs=[],
+            hidden=[],
+        )
         sequence.apply(event, 0.0)
     return "".join(delta.text for delta in got), got[-1].finish_reason, sequence.num_tokens
 

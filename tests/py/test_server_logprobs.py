@@ -174,16 +174,19 @@ def test_nothing_is_told_unasked(client: openai.OpenAI, url: str) -> None:
     assert {choice["logprobs"] for choice in choices} == {None}
 
 
+NOTHING_ELSE: dict[str, Any] = {"error": "", "num_cached": 0, "prompt_logprobs": [], "hidden": []}  # in an event
+
+
 def deltas(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str] = (), per_event: int = 1) -> list[Delta]:
     """What a sequence gives for these tokens; the logprob of token i is -i."""
     got: list[Delta] = []
-    sequence = TextSequence(0, [], Vocabulary(tokenizer), stops, Metrics(), got.append)
+    sequence = TextSequence(0, [], Vocabulary(tokenizer), stops, Metrics(), got.append, [])
     for begin in range(0, len(tokens), per_event):
         part = tokens[begin : begin + per_event]
         is_last = begin + per_event >= len(tokens)
         reason = xgdn.FinishReason.LENGTH if is_last else xgdn.FinishReason.RUNNING
         logprobs = [SimpleNamespace(chosen=-float(begin + i), top=[]) for i in range(len(part))]
-        event: Any = SimpleNamespace(tokens=part, logprobs=logprobs, finish_reason=reason, error="", num_cached=0)
+        event: Any = SimpleNamespace(tokens=part, logprobs=logprobs, finish_reason=reason, **NOTHING_ELSE)
         sequence.apply(event, 0.0)
     return got
 
