@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xgdn.server.serve import Tls
 
 _PREFIX_CACHE_SLOTS = 32  # as many as sequences run at once
+_KEY_VARIABLE = "XGDN_API_KEY"
 _OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 _log = logging.getLogger("xgdn.server.serve")
@@ -43,9 +44,8 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="XGDN_API_KEY",
             metavar="KEY",
-            help="Key that clients of /v1 must send; repeatable, in the variable separated by spaces (default: none).",
+            help=f"Key that clients of /v1 must send; repeatable (default: ${_KEY_VARIABLE}, else none).",
         ),
     ] = None,
     api_keys_file: Annotated[
@@ -150,7 +150,7 @@ def serve(
         model_name=model_name or model.resolve().name,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
-        api_keys=_api_keys(api_key or (), api_keys_file),
+        api_keys=_api_keys(api_key or [], api_keys_file),
         keep_alive_seconds=keep_alive_seconds,
         allowed_origins=allow_origin or (),
         tool_call_format=tool_call_format,
@@ -195,6 +195,8 @@ def _api_keys(keys: Sequence[str], path: Path | None) -> "list[ApiKey]":
 
     from xgdn.server.api_keys import ApiKey, check_distinct, read_api_keys
 
+    if not keys and (only := os.environ.get(_KEY_VARIABLE)):
+        keys = [only]
     try:
         numbered = [ApiKey(name=f"key-{i}", key=key) for i, key in enumerate(keys, 1)]
     except ValidationError:  # whose message shows the key
