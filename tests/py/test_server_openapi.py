@@ -4,12 +4,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from live_server import CHAT, CHECKPOINT, GOOD, IGNORE_EOS, KEY, TOKENIZER, engine, http_get, post
+from live_server import (
+    CHAT,
+    CHECKPOINT,
+    GOOD,
+    IGNORE_EOS,
+    KEY,
+    TOKENIZER,
+    engine,
+    http_get,
+    live,
+    post,
+    with_template,
+)
 from xgdn.server import response_schemas
 from xgdn.server.api_keys import ApiKey
 from xgdn.server.app import create_app
@@ -69,7 +82,7 @@ def test_bodies_are_described_as_they_are_checked(document: dict[str, Any]) -> N
     assert ids["items"] == {"type": "integer", "minimum": 0, "maximum": engine().vocab_size - 1}
     assert body["properties"]["suffix"]["enum"] == [None]
     assert set(schemas["ChatBody"]["required"]) == {"model", "messages"}
-    for name in ("CompletionBody", "ChatBody"):
+    for name in ("CompletionBody", "ChatBody", "EmbeddingBody"):
         untyped = [field for field, schema in schemas[name]["properties"].items() if not schema.keys() - {"title"}]
         assert untyped == []
 
@@ -99,6 +112,19 @@ def test_answers_are_as_described(url: str, body: dict[str, Any]) -> None:
     assert len(events) > 3
     for event in events:
         hold(endpoint.event, event.removeprefix("data: "))
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_embeddings_are_as_described(encoding: str, tmp_path: Path) -> None:
+    with_template(tmp_path)
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in ("Transformer", "Pooling")]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "Pooling").mkdir()
+    (tmp_path / "Pooling/config.json").write_text('{"pooling_mode_lasttoken": true}')
+    with live(engine(tmp_path), tmp_path) as url:
+        answer = post(url, {"model": "tiny", "input": ["a", "b"], "encoding_format": encoding}, "/v1/embeddings")
+    assert answer.status_code == 200
+    hold(response_schemas.EmbeddingResponse, answer.content)
 
 
 def model_of(endpoint: Endpoint) -> type[BaseModel]:

@@ -159,7 +159,9 @@ def test_a_client_that_leaves_is_in_the_log(caplog: pytest.LogCaptureFixture) ->
     caplog.set_level(logging.INFO, "xgdn.server.access")
     body = GOOD | IGNORE_EOS | {"max_tokens": 100, "stream": True}
     with live_stepped() as (stepped, url):
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=HEADERS, verify=False) as answer:
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=body, headers=HEADERS, timeout=60, verify=False
+        ) as answer:
             stepped.allow(1)
             next(answer.iter_raw())
         wait_until(lambda: len(lines(caplog)) == 1)

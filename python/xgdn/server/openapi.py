@@ -138,7 +138,8 @@ def _schemas(model_name: str, vocab_size: int) -> dict[str, Any]:
         _describe_refused(schemas[name].get("properties", {}))
     for name in bodies:
         schemas[name]["properties"]["model"] = {"const": model_name}
-    _limit_tokens(schemas["CompletionBody"]["properties"]["prompt"], vocab_size)
+    for name, field in (("CompletionBody", "prompt"), ("EmbeddingBody", "input")):
+        _limit_tokens(schemas[name]["properties"][field], vocab_size)
     return schemas
 
 
