@@ -96,7 +96,8 @@ python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$work/dist" -
 python -m zipfile -e "$work"/dist/xgdn-*.whl "$work/site"
 ln -s "$torch_dir" "$work/site/torch"
 wheel="$work/site/xgdn"
-for file in py.typed __init__.py _C.pyi server/page.html lib/libxgdn.so include/xgdn/core/kernels/ops_api.h \
+page=$(cd python/xgdn && ls server/page/*)
+for file in py.typed __init__.py _C.pyi $page lib/libxgdn.so include/xgdn/core/kernels/ops_api.h \
   lib/cmake/xgdn/xgdnConfig.cmake lib/cmake/xgdn/xgdnTargets.cmake; do
   [[ -f "$wheel/$file" ]] || fail "wheel: $file is missing"
 done

@@ -107,6 +107,11 @@ def metrics(url: str) -> dict[str, float]:
     return {" ".join([s.name, *s.labels.values()]): s.value for family in families for s in family.samples}
 
 
+def stats(url: str, path: str = "/stats", key: str = KEY) -> Any:
+    """The JSON document with the page's figures, or of the error."""
+    return http_get(url + path, headers={"Authorization": f"Bearer {key}"}).json()
+
+
 def is_at_rest(url: str) -> bool:
     now = metrics(url)
     gauges = ("slots_used", "kv_blocks_used", "requests_running", "requests_waiting")

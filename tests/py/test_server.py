@@ -39,6 +39,7 @@ from live_server import (
     openai_client,
     post,
     single,
+    stats,
     tokens_of,
     wait_until,
     want,
@@ -156,14 +157,35 @@ def test_models_and_health(client: openai.OpenAI, url: str) -> None:
     assert client.models.retrieve("tiny").id == "tiny"
     assert client.models.retrieve("tiny").model_dump()["max_model_len"] == TOKENS
     assert http_get(f"{url}/health").json() == {"status": "ok"}
-    assert http_get(f"{url}/stats").json()["slots_total"] == SLOTS
+    assert stats(url)["slots_total"] == SLOTS
 
 
 def test_the_page_is_complete_in_itself(url: str) -> None:
     page = http_get(url)
+    files = {"": page}
+    kinds = {"css": "text/css", "js": "javascript", "svg": "image/svg+xml"}
+    waiting = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    while waiting:
+        path = waiting.pop()
+        files[path] = http_get(f"{url}/{path}")
+        assert kinds[path.rpartition(".")[2]] in files[path].headers["content-type"]
+        imports = re.findall(r'from "\./([^"]*)"', files[path].text)
+        waiting += [f"page/{name}" for name in imports if f"page/{name}" not in files]
+    assert {"page/app.js", "page/chart.js", "page/style.css"} <= files.keys()
     assert page.headers["content-type"].startswith("text/html")
-    assert "xgdn" in page.text
-    assert not re.search(r"(src|href)=\"(?!data:)|https?://", page.text)
+    for path, answer in files.items():
+        assert answer.status_code == 200, path
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", answer.text), path
+        known = {"If-None-Match": answer.headers["etag"]}
+        assert http_get(f"{url}/{path}", headers=known).status_code == 304
+        assert http_get(f"{url}/{path}", headers={"If-None-Match": '"other"'}).content == answer.content
+
+
+@pytest.mark.parametrize("path", ["page/none.js", "page/", "page/..%2f__init__.py", "page/%2e%2e/app.py", "page/%00"])
+def test_the_page_has_no_other_files(url: str, path: str) -> None:
+    answer = http_get(f"{url}/{path}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
 CALL: dict[str, Any] = {

@@ -28,6 +28,7 @@ from live_server import (
     metrics,
     post,
     single,
+    stats,
     tokens_of,
     wait_until,
     want,
@@ -244,7 +245,7 @@ def test_a_stopped_device_is_told_everywhere(is_stream: bool) -> None:
         wait_until(lambda: metrics(url)["xgdn_generated_tokens_total"] == 2)
         assert http_get(f"{url}/health").status_code == 200
         assert metrics(url)["xgdn_healthy"] == 1
-        assert http_get(f"{url}/stats").json()["stopped"] == ""
+        assert stats(url)["stopped"] == ""
         stepped.device_error = "npu:0 broke"
         stepped.open()
         answer = running.result()
@@ -260,7 +261,7 @@ def test_a_stopped_device_is_told_everywhere(is_stream: bool) -> None:
             assert (outside.status_code, outside.json()) == (503, {"status": "stopped"})
         ready = http_get(f"{url}/ready")
         assert (ready.status_code, ready.json()) == (503, {"status": "engine_stopped"})
-        assert health.json()["reason"] in http_get(f"{url}/stats").json()["stopped"]
+        assert health.json()["reason"] in stats(url)["stopped"]
         refused = post(url, GOOD | {"stream": is_stream})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stopped")
         assert refused.json()["error"]["type"] == "server_error"

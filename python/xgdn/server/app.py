@@ -3,7 +3,7 @@
 
 import asyncio
 import gc
-import importlib.resources
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -33,6 +33,7 @@ from xgdn.server.formats import ChatFormat, CompletionFormat, Format
 from xgdn.server.generation import Generation
 from xgdn.server.metrics import Metrics
 from xgdn.server.openapi import describe
+from xgdn.server.page_files import PageFiles
 from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
 from xgdn.server.prompt_field import each
 from xgdn.server.prompt_reports import EchoedPrompt
@@ -61,6 +62,7 @@ _EXPOSED_HEADERS = [
 _COLLECT_AFTER = 50_000  # new objects between two collections
 _NUMBER_BYTES = 24  # approximate size of a number in an answer
 _REPORT_BYTES = 1024  # approximate size of a token's log-probabilities in an answer
+_MAX_SHOWN = 64  # requests under way in /stats
 
 _Result = TypeVar("_Result")
 
@@ -165,17 +167,35 @@ class Server:
     def render_metrics(self) -> Response:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    def stats(self) -> dict[str, Any]:
-        """Return the figures that the page shows."""
+    async def stats(self) -> dict[str, Any]:
+        """Return the figures of this moment that the page shows."""
         gauges = ("requests_waiting", "requests_running", "slots_used", "slots_total")
         pools = ("kv_blocks_used", "kv_blocks_total", "prompt_tokens_total", "generated_tokens_total")
         values = {name: int(self.metrics.value(name)) for name in (*gauges, *pools)}
         refusal = self.engine.refusal()
-        stopped = "" if refusal is None else refusal.message
-        return {"model": self._settings.model_name, "time": time.monotonic(), "stopped": stopped, **values}
+        return {
+            "model": self._settings.model_name,
+            "time": time.perf_counter(),
+            "stopped": "" if refusal is None else refusal.message,
+            "has_chat_template": self._chat_template.is_usable,
+            **values,
+            "num_requests": self.engine.num_requests,
+            "requests": self.engine.under_way(_MAX_SHOWN),
+        }
 
-    def page(self) -> HTMLResponse:
-        return HTMLResponse((importlib.resources.files("xgdn.server") / "page.html").read_text(encoding="utf-8"))
+    async def stats_history(self, since: str = "0") -> Response:
+        """Return the samples of the last ten minutes that ended after `since`, a `time` of /stats."""
+        try:
+            begin = float(since)
+        except ValueError:
+            begin = math.nan
+        if not math.isfinite(begin):
+            raise bad_request(f"'since': expected a finite number of seconds, got '{since}'.", "since")
+        now, history = time.perf_counter(), self.metrics.history
+        history.advance(now)
+        samples = [sample.document() for sample in history.since(begin)]
+        document = {"time": now, "seconds": history.seconds, "max_samples": history.max_samples, "samples": samples}
+        return Response(to_json(document), media_type="application/json")
 
     def refuse(self, request: Request, error: ApiError) -> Response:
         """Count an error and return its answer."""
@@ -482,8 +502,11 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     app.add_api_route("/ready", server.ready, methods=to_read, response_model=None)
     app.add_api_route("/openapi.json", server.openapi, methods=to_read)
     app.add_api_route("/metrics", server.render_metrics, methods=to_read, response_model=None)
-    app.add_api_route("/stats", server.stats, methods=to_read)
-    app.add_api_route("/", server.page, methods=to_read, response_model=None)
+    for path, figures in (("/stats", server.stats), ("/stats/history", server.stats_history)):
+        app.add_api_route(path, figures, methods=to_read, response_model=None, dependencies=[Depends(server.check_key)])
+    page = PageFiles()
+    app.add_api_route("/", page.index, methods=to_read, response_model=None)
+    app.mount("/page", page)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:

@@ -44,6 +44,11 @@ class ChatTemplate:
             self.problem = f"{model_dir}: the chat template cannot be used: {_in_one_line(error)}"
 
     @property
+    def is_usable(self) -> bool:
+        """Return whether there is a template, and all could be compiled."""
+        return bool(self._templates)
+
+    @property
     def has_thought(self) -> bool:
         """Return whether the template is one of a model that writes its thoughts first."""
         return any(THOUGHT in source and END_OF_THOUGHT in source for source in self._sources.values())

@@ -8,10 +8,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from xgdn.engine import Engine, EngineCounters, EngineLoop, FinishReason, Request, RequestEvent
 from xgdn.errors import Error, StoppedError
 from xgdn.server.api_error import ApiError, bad_request
+from xgdn.server.history import Levels
 from xgdn.server.metrics import Metrics
 from xgdn.server.sequence import TextSequence
 
@@ -24,14 +28,48 @@ def _shutting_down() -> ApiError:
     return ApiError(503, "shutting_down", "The server is shutting down.", headers=headers)
 
 
+@dataclass
+class _UnderWay:
+    """A request that waits or runs."""
+
+    choices: Sequence[TextSequence]
+    branches: dict[int, TextSequence]  # choices by branch, each until its last event, also when dropped before
+    accepted: float  # time.perf_counter()
+    num_prefilled: int = 0
+
+    def advance(self, event: RequestEvent) -> int:
+        """Note how far the prompt is; return how many of its tokens were computed."""
+        num_computed = max(event.num_prefilled - max(self.num_prefilled, event.num_cached), 0)
+        self.num_prefilled = event.num_prefilled
+        return num_computed
+
+    def description(self) -> dict[str, Any]:
+        """Return its state without its text."""
+        return {
+            "state": self._state(),
+            "prompt_tokens": self.choices[0].num_prompt_tokens,
+            "prefilled_tokens": self.num_prefilled,
+            "cached_tokens": max(sequence.num_cached for sequence in self.choices),
+            "generated_tokens": sum(sequence.num_tokens for sequence in self.choices),
+            "choices": len(self.choices),
+            "seconds": time.perf_counter() - self.accepted,
+        }
+
+    def _state(self) -> str:
+        if all(sequence.is_finished for sequence in self.choices):  # for its client; the next step frees what it holds
+            return "ending"
+        if not any(sequence.has_begun for sequence in self.choices):
+            return "waiting"
+        return "prefill" if self.num_prefilled < self.choices[0].num_prompt_tokens else "decoding"
+
+
 class EngineClient:
     def __init__(self, engine: Engine, metrics: Metrics, max_queue: int) -> None:
         self._engine = engine
         self._metrics = metrics
         self._idle = self._last = engine.counters
         self.capacity = self._idle.num_free_slots + max_queue  # sequences that run or wait
-        # Branches by request, each until the engine's last event of it, also when dropped before.
-        self._requests: dict[int, dict[int, TextSequence]] = {}
+        self._requests: dict[int, _UnderWay] = {}
         self._is_stopping = False
         self._failure = ""  # why it steps in vain
         self._engine_loop: EngineLoop | None = None
@@ -107,18 +145,30 @@ class EngineClient:
             for request_id in ids:
                 self._loop().cancel(request_id)
             raise (_shutting_down() if isinstance(error, StoppedError) else bad_request(str(error))) from None
+        now = time.perf_counter()
         for request_id, (_, sequences) in zip(ids, requests, strict=True):
-            self._requests[request_id] = dict(enumerate(sequences))
+            self._requests[request_id] = _UnderWay(sequences, dict(enumerate(sequences)), now)
         self._publish_requests()
         return ids
 
     def drop(self, request_ids: Sequence[int]) -> None:
         """End what is unfinished of these requests, for a client that is gone."""
         for request_id in request_ids:
-            for branch, sequence in self._requests.get(request_id, {}).items():
+            request = self._requests.get(request_id)
+            for branch, sequence in request.branches.items() if request is not None else ():
                 if not sequence.is_finished:
                     sequence.drop()
                     self._loop().cancel(request_id, branch)
+
+    def under_way(self, limit: int) -> list[dict[str, Any]]:
+        """Describe the oldest requests that wait or run, at most `limit` of them."""
+        oldest = islice(self._requests.items(), limit)
+        return [{"id": request_id, **request.description()} for request_id, request in oldest]
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that wait or run."""
+        return len(self._requests)
 
     def _loop(self) -> EngineLoop:
         assert self._engine_loop is not None, "start() comes first"
@@ -134,10 +184,13 @@ class EngineClient:
 
     def _deliver(self, events: Sequence[RequestEvent], counters: EngineCounters, now: float) -> None:
         self._metrics.steps.inc()
+        self._metrics.history.advance(now)
         for event in events:
-            branches = self._requests.get(event.id)
-            if branches is None:
+            request = self._requests.get(event.id)
+            if request is None:
                 continue
+            branches = request.branches
+            self._metrics.history.count_prompt_tokens(computed=request.advance(event))
             if event.finish_reason != FinishReason.CANCELLED:  # which may have been waiting
                 for sequence in branches.values():
                     sequence.begin_time = sequence.begin_time or now
@@ -160,8 +213,8 @@ class EngineClient:
             self._fail_all(self._failure)
 
     def _fail_all(self, message: str) -> None:
-        for request_id, branches in self._requests.items():
-            for sequence in branches.values():
+        for request_id, request in self._requests.items():
+            for sequence in request.branches.values():
                 if not sequence.is_finished:
                     sequence.fail(message)
             self._loop().cancel(request_id)
@@ -169,7 +222,7 @@ class EngineClient:
         self._publish_requests()
 
     def _sequences(self) -> list[TextSequence]:
-        return [sequence for branches in self._requests.values() for sequence in branches.values()]
+        return [sequence for request in self._requests.values() for sequence in request.branches.values()]
 
     def _publish(self, now: EngineCounters) -> None:
         self._metrics.slots_total.set(self._idle.num_free_slots)
@@ -180,8 +233,10 @@ class EngineClient:
         prefixes, before = now.prefix_cache, self._last.prefix_cache
         self._metrics.prefixes.set(prefixes.num_prefixes)
         self._metrics.prefix_bytes.set(prefixes.bytes)
-        self._metrics.prefix_queries.inc(prefixes.num_looked_up - before.num_looked_up)
-        self._metrics.prefix_hits.inc(prefixes.num_found - before.num_found)
+        num_looked_up, num_found = prefixes.num_looked_up - before.num_looked_up, prefixes.num_found - before.num_found
+        self._metrics.prefix_queries.inc(num_looked_up)
+        self._metrics.prefix_hits.inc(num_found)
+        self._metrics.history.count_prompt_tokens(looked_up=num_looked_up, found=num_found)
         self._metrics.prefix_evictions.inc(prefixes.num_evictions - before.num_evictions)
         self._metrics.drafted.inc(now.speculation.num_drafted - self._last.speculation.num_drafted)
         self._metrics.accepted.inc(now.speculation.num_right - self._last.speculation.num_right)
@@ -193,3 +248,11 @@ class EngineClient:
         num_running = sum(sequence.has_begun for sequence in sequences)
         self._metrics.requests_running.set(num_running)
         self._metrics.requests_waiting.set(len(sequences) - num_running)
+        self._metrics.history.set_levels(
+            Levels(
+                requests_running=num_running,
+                requests_waiting=len(sequences) - num_running,
+                slots_used=self._idle.num_free_slots - self._last.num_free_slots,
+                kv_blocks_used=self._idle.num_free_kv_blocks - self._last.num_free_kv_blocks,
+            )
+        )

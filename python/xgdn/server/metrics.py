@@ -1,14 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters, gauges and histograms of /metrics, in a registry of their own."""
+"""Counters, gauges and histograms of /metrics, in a registry of their own, and the history that the page draws."""
+
+import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from xgdn.server.history import History, LogHistogram
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class _Durations:
+    """Durations for Prometheus, in its few buckets, and for the history, in fine ones."""
+
+    def __init__(self, histogram: Histogram, recent: LogHistogram) -> None:
+        self._histogram = histogram
+        self._recent = recent
+
+    def observe(self, seconds: float) -> None:
+        self._histogram.observe(seconds)
+        self._recent.observe(seconds)
 
 
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.history = History(time.perf_counter())
         self.healthy = self._gauge("healthy", "0 once the engine has stopped, as /health tells, else 1.")
         self.requests_waiting = self._gauge("requests_waiting", "Sequences that have not begun.")
         self.requests_running = self._gauge("requests_running", "Sequences that have begun.")
@@ -29,8 +46,13 @@ class Metrics:
         self.accepted = self._counter("accepted_draft_tokens", "Drafted tokens that were right.")
         self.errors = self._counter("errors", "Errors that clients were told, by code.", "type")
         self.finished = self._counter("finished", "Sequences that ended, by reason.", "reason")
-        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "From acceptance to the first token.")
-        self.inter_token_time = self._histogram("inter_token_seconds", "Between two tokens of a sequence.")
+        self.time_to_first_token = _Durations(
+            self._histogram("time_to_first_token_seconds", "From acceptance to the first token."),
+            self.history.time_to_first_token,
+        )
+        self.inter_token_time = _Durations(
+            self._histogram("inter_token_seconds", "Between two tokens of a sequence."), self.history.inter_token
+        )
 
     def render(self) -> bytes:
         """Return all of them in the text format of Prometheus."""

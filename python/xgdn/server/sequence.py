@@ -45,6 +45,7 @@ class TextSequence:
         *,
         reports_stop_token: bool = False,
     ) -> None:
+        self.num_prompt_tokens = len(prompt)
         self.num_tokens = 0
         self.num_cached = 0  # prompt tokens that were not computed again
         self.begin_time: float | None = None  # of time.perf_counter; None: it waits in the queue
