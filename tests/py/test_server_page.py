@@ -48,7 +48,7 @@ MAX_TOKENS = 24
 PREPARE = """
 addEventListener('securitypolicyviolation', (it) => console.error('CSP: ' + it.effectiveDirective), true);
 const later = window.setTimeout;
-window.setTimeout = (work, milliseconds) => later(work, milliseconds / 10);
+window.setTimeout = (work, milliseconds) => later(work, milliseconds / 5);
 """
 
 
@@ -313,6 +313,11 @@ def test_requests_of_others_are_shown_without_their_text(browser: sync_api.Brows
         expect(page.locator("#requests tbody")).to_have_text("none")
 
 
+def test_a_long_queue_is_cut(page: Page) -> None:
+    page.route("**/stats", lambda route: route.fulfill(json={**route.fetch().json(), "num_requests": 1070}))
+    expect(page.locator("#more_requests")).to_have_text("1,070 younger ones are not shown.")
+
+
 def shown(page: Page) -> dict[str, dict[str, Any]]:
     """By chart: the time at its cursor and the values there, as numbers and as text."""
     figures: dict[str, dict[str, Any]] = page.evaluate(
@@ -367,6 +372,8 @@ def test_the_charts_show_the_history(page: Page, chat_url: str) -> None:
 
     page.keyboard.press("Home")
     assert shown(page)["slots_used"]["time"] == samples[0]["time"]
+    page.keyboard.press("ArrowRight")
+    assert shown(page)["slots_used"]["time"] == samples[1]["time"]
     page.keyboard.press("Escape")
     assert all(figure["time"] > begin for figure in shown(page).values())
     box = charts.nth(4).bounding_box()
@@ -417,9 +424,8 @@ CONTRASTS = """() => {
 }"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
-def test_it_fits_a_phone_and_the_dark(browser: sync_api.Browser, chat_url: str, scheme: Any, width: int) -> None:
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])
+def test_it_fits_a_phone_and_the_dark(browser: sync_api.Browser, chat_url: str, width: int, scheme: Any) -> None:
     options = {"color_scheme": scheme, "viewport": {"width": width, "height": 740}}
     with opened(browser, chat_url, **options) as page:
         expect(page.locator("#model")).to_have_text("tiny")
@@ -434,6 +440,7 @@ def test_it_fits_a_phone_and_the_dark(browser: sync_api.Browser, chat_url: str, 
             .map((it) => it.outerHTML)"""
         assert page.evaluate(wide) == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("#messages").evaluate("it => it.scrollWidth - it.clientWidth") == 0
         contrasts = page.evaluate(CONTRASTS)
         assert (contrasts["ground"] < 0.05) == (scheme == "dark")
         assert contrasts["lowest"] >= 4.5

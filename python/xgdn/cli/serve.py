@@ -45,7 +45,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="KEY",
-            help=f"Key that clients of /v1 must send; repeatable (default: ${_KEY_VARIABLE}, else none).",
+            help=f"Key that clients of /v1 and /stats must send; repeatable (default: ${_KEY_VARIABLE}, else none).",
         ),
     ] = None,
     api_keys_file: Annotated[

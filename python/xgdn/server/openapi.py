@@ -5,7 +5,7 @@ FastAPI does not see them, because bodies are parsed in threads of their own.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
@@ -47,13 +47,14 @@ class Endpoint:
     response: type[BaseModel] | str
     body: type[BaseModel] | None = None
     event: type[BaseModel] | None = None  # of a stream
+    query: Mapping[str, Any] = field(default_factory=dict)  # schemas of parameters, none of which is required
     errors: tuple[int, ...] = ()
     unavailable: type[BaseModel] | None = None  # the document of a 503 that is no error
 
     @property
     def is_open(self) -> bool:
         """Whether it answers without a key."""
-        return not self.path.startswith(("/v1/", "/tokenize", "/detokenize"))
+        return not self.path.startswith(("/v1/", "/stats", "/tokenize", "/detokenize"))
 
 
 ENDPOINTS = (
@@ -95,7 +96,15 @@ ENDPOINTS = (
     Endpoint("get", "/health", "Tells whether the process can serve.", Health, unavailable=Health),
     Endpoint("get", "/ready", "Tells whether a request would be taken now.", Readiness, unavailable=Readiness),
     Endpoint("get", "/metrics", "Metrics for Prometheus.", "text/plain"),
-    Endpoint("get", "/stats", "Figures of the page.", _JSON),
+    Endpoint("get", "/stats", "Figures of this moment.", _JSON, errors=_READ_ERRORS),
+    Endpoint(
+        "get",
+        "/stats/history",
+        "Samples of the last ten minutes.",
+        _JSON,
+        query={"since": {"type": "number"}},
+        errors=(400, *_READ_ERRORS),
+    ),
     Endpoint("get", "/", "A page for browsers.", "text/html"),
     Endpoint("get", "/openapi.json", "This description.", _JSON),
 )
@@ -197,6 +206,8 @@ def _operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
         operation["security"] = [{"key": []}]
     if "{name}" in endpoint.path:
         operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if endpoint.query:
+        operation["parameters"] = [{"name": name, "in": "query", "schema": it} for name, it in endpoint.query.items()]
     if endpoint.body is not None:
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": _reference(endpoint.body)}}}
     return operation

@@ -110,7 +110,7 @@ export class Chart {
     this._svg.setAttribute("viewBox", `0 0 ${this._width} ${this._height}`);
     this._svg.replaceChildren();
     this._drawAxes();
-    for (const [i, { name }] of this._kind.series.entries()) {
+    for (const [i, { name }] of [...this._kind.series.entries()].reverse()) { // the first one on top
       const group = draw("g", { class: i === 0 ? "first" : "second" }, this._svg);
       for (const run of this._runs(name)) this._drawRun(run, group);
     }
