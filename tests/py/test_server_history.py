@@ -183,7 +183,7 @@ def test_figures_need_the_key(url: str) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         assert stats(url, path, "wrong")["error"]["code"] == "invalid_api_key"
         assert "error" not in stats(url, path)
-    with live(engine(), api_key=None) as open_url:
+    with live(engine(), api_keys=[]) as open_url:
         assert http_get(f"{open_url}/stats").json()["requests"] == []
 
 

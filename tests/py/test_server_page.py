@@ -150,7 +150,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(browser: sync_api.Browser, cha
 
 
 def test_a_server_without_a_key_asks_for_none(browser: sync_api.Browser) -> None:
-    with live(engine(), api_key=None) as url, opened(browser, url, key=None) as page:
+    with live(engine(), api_keys=[]) as url, opened(browser, url, key=None) as page:
         expect(page.locator("#state")).to_have_text("serving")
         expect(page.locator("#key_form")).to_be_hidden()
         expect(page.locator("#change_key")).to_be_hidden()
