@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured output: engines for grammars, answers of a model to random schemas, and the time that grammars add.
+
+    python benchmarks/structured_output.py vocabulary FILE
+    python benchmarks/structured_output.py engines FILE [--schemas 300] [--tokens 64]
+
+`engines` compares llguidance and xgrammar, as far as they are installed: what each does with every keyword of JSON
+Schema, the times to compile, to compute a mask and to accept a token. `vocabulary` makes the tokenizer for it, of the
+size that Qwen3.5's has, from the text files that are installed beside this Python (a minute and a half).
+"""
+
+import importlib.metadata
+import json
+import random
+import statistics
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import typer
+from json_schemas import KEYWORDS, KeywordCase, random_schemas
+from markdown_table import markdown
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from xgdn.bench.report import machine
+from xgdn.vocabulary import Vocabulary
+
+VOCAB_SIZE = 248_320  # of Qwen3.5, with its padding
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+STOP = 0  # <|endoftext|>
+# As Qwen's: words with the character before them, single digits, runs of other characters.
+WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt", ".json", ".h", ".c", ".html", ".js"}
+MAX_FILE = 300_000  # bytes
+
+app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def vocabulary(file: Path, size: int = VOCAB_SIZE - 300) -> None:
+    """Write a byte-level BPE tokenizer that is trained on the text files of this Python's installation."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.save(str(file))
+    print(f"{file}: {tokenizer.get_vocab_size()} tokens")
+
+
+def _texts() -> Iterator[str]:
+    roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")}
+    for root in sorted(roots):
+        for file in sorted(root.rglob("*")):
+            if file.suffix in SUFFIXES and file.is_file() and file.stat().st_size < MAX_FILE:
+                yield file.read_text(encoding="utf-8", errors="replace")
+
+
+class Matcher(Protocol):
+    def fill(self, mask: torch.Tensor) -> None: ...
+
+    def accept(self, token: int) -> bool: ...
+
+
+class Engine(Protocol):
+    """A library; its matchers begin with every compiled schema. `compile` raises ValueError."""
+
+    name: str
+
+    def compile(self, schema: str) -> Callable[[], Matcher]: ...
+
+
+class Llguidance:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        import llguidance
+
+        self.name = f"llguidance {importlib.metadata.version('llguidance')}"
+        self._library = llguidance
+        known = Vocabulary(tokenizer)
+        names = [known.bytes(token) for token in range(vocab_size)]
+
+        class Tokens:
+            eos_token_id = STOP
+            bos_token_id = None
+            special_token_ids = [token for token, name in enumerate(names) if name is None]  # noqa: RUF012
+            tokens = [b"\xff<%d>" % token if name is None else name for token, name in enumerate(names)]  # noqa: RUF012
+
+            def __call__(self, text: str) -> list[int]:
+                return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Tokens()))
+
+    def compile(self, schema: str) -> Callable[[], Matcher]:
+        source = self._library.LLMatcher.grammar_from_json_schema(schema)
+        matcher = self._library.LLMatcher(self._tokenizer, source, log_level=0)
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        return lambda: _LlguidanceMatcher(matcher.deep_copy())
+
+
+class _LlguidanceMatcher:
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def fill(self, mask: torch.Tensor) -> None:
+        self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
+
+    def accept(self, token: int) -> bool:
+        return bool(self._matcher.consume_token(token))
+
+
+class Xgrammar:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        import xgrammar
+
+        self.name = f"xgrammar {importlib.metadata.version('xgrammar')}"
+        self._library = xgrammar
+        words = [tokenizer.id_to_token(token) or "" for token in range(tokenizer.get_vocab_size())]
+        kind = xgrammar.VocabType.BYTE_LEVEL
+        tokens = xgrammar.TokenizerInfo(words, kind, vocab_size=vocab_size, stop_token_ids=[STOP])
+        self._compiler = xgrammar.GrammarCompiler(tokens, max_threads=1, cache_enabled=False)
+
+    def compile(self, schema: str) -> Callable[[], Matcher]:
+        try:
+            grammar = self._compiler.compile_json_schema(schema, strict_mode=False)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+        return lambda: _XgrammarMatcher(self._library.GrammarMatcher(grammar))
+
+
+class _XgrammarMatcher:
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def fill(self, mask: torch.Tensor) -> None:
+        self._matcher.fill_next_token_bitmask(mask.unsqueeze(0))
+
+    def accept(self, token: int) -> bool:
+        return bool(self._matcher.accept_token(token))
+
+
+@app.command()
+def engines(file: Path, schemas: int = 300, tokens: int = 64, vocab_size: int = VOCAB_SIZE) -> None:
+    """Compare the installed engines over a tokenizer."""
+    tokenizer = Tokenizer.from_file(str(file))
+    found: list[Engine] = []
+    for kind in (Llguidance, Xgrammar):
+        begin = time.perf_counter()
+        try:
+            found.append(kind(tokenizer, vocab_size))
+        except ImportError as error:
+            print(f"{kind.__name__}: {error}")
+            continue
+        print(f"{found[-1].name}: vocabulary prepared in {time.perf_counter() - begin:.2f} s")
+    print(machine())
+    cases = [[case.name, *(_verdict(engine, tokenizer, case, vocab_size) for engine in found)] for case in KEYWORDS]
+    print(markdown(["keyword", *(engine.name for engine in found)], cases))
+    lines = [_times(engine, random_schemas(schemas), tokens, vocab_size) for engine in found]
+    headings = ["refused", "compile ms: median", "p99", "max", "first mask ms: median", "max"]
+    headings += ["mask us: median", "p99", "max", "accept us: median", "p99", "Python's share beside it"]
+    rows = [[heading, *(line[i] for line in lines)] for i, heading in enumerate(headings)]
+    print(markdown(["", *(engine.name for engine in found)], rows))
+
+
+def _verdict(engine: Engine, tokenizer: Tokenizer, case: KeywordCase, vocab_size: int) -> str:
+    """Return what becomes of a keyword: enforced, refused, ignored, or too strict."""
+    try:
+        begin = engine.compile(json.dumps(case.schema))
+    except ValueError:
+        return "refused"
+    if _admits(begin(), tokenizer, case.bad, vocab_size):
+        return "**ignored**"
+    return "enforced" if _admits(begin(), tokenizer, case.good, vocab_size) else "too strict"
+
+
+def _admits(matcher: Matcher, tokenizer: Tokenizer, text: str, vocab_size: int) -> bool:
+    if not all(matcher.accept(token) for token in tokenizer.encode(text, add_special_tokens=False).ids):
+        return False
+    mask = _new_mask(vocab_size)
+    matcher.fill(mask)
+    return bool(mask[STOP // 32] >> STOP % 32 & 1)
+
+
+def _new_mask(vocab_size: int) -> torch.Tensor:
+    return torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
+
+
+def _allowed(mask: torch.Tensor) -> np.ndarray[Any, np.dtype[np.intp]]:
+    return np.flatnonzero(np.unpackbits(mask.numpy().view(np.uint8), bitorder="little"))
+
+
+def _times(engine: Engine, schemas: Sequence[dict[str, Any]], num_tokens: int, vocab_size: int) -> list[str]:
+    """Walk through every schema by tokens that are drawn from those it allows; measure the processor's time of each step."""
+    compiles, firsts, fills, accepts = [], [], [], []
+    num_refused = 0
+    mask = _new_mask(vocab_size)
+    last: Callable[[], Matcher] | None = None
+    for i, schema in enumerate(schemas):
+        chance = random.Random(i)
+        source = json.dumps(schema)
+        begin = time.process_time()
+        try:
+            last = engine.compile(source)
+        except ValueError:
+            num_refused += 1
+            continue
+        compiles.append(time.process_time() - begin)
+        matcher = last()
+        for step in range(num_tokens):
+            begin = time.process_time()
+            matcher.fill(mask)
+            (fills if step else firsts).append(time.process_time() - begin)
+            token = int(chance.choice(_allowed(mask)))
+            if token == STOP:
+                break
+            begin = time.process_time()
+            matcher.accept(token)
+            accepts.append(time.process_time() - begin)
+    assert last is not None
+    ms = [f"{1e3 * value:.2f}" for value in (*_summary(compiles), statistics.median(firsts), max(firsts))]
+    us = [f"{1e6 * value:.0f}" for value in (*_summary(fills), *_summary(accepts)[:2])]
+    return [str(num_refused), *ms, *us, f"{_share_beside(last(), mask):.2f}"]
+
+
+def _summary(values: Sequence[float]) -> tuple[float, float, float]:
+    return statistics.median(values), float(np.quantile(values, 0.99)), max(values)
+
+
+def _share_beside(matcher: Matcher, mask: torch.Tensor, seconds: float = 1.0) -> float:
+    """Return how much of its speed Python code keeps while another thread computes masks; 0.5 where they take turns."""
+
+    def count() -> int:
+        number, end = 0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            number += 1
+        return number
+
+    alone = count()
+    is_over = threading.Event()
+
+    def compute() -> None:
+        while not is_over.is_set():
+            matcher.fill(mask)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    beside = count()
+    is_over.set()
+    thread.join()
+    return beside / alone
+
+
+if __name__ == "__main__":
+    app()

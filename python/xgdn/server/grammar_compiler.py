@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grammars that restrict a reply, compiled by llguidance for the model's vocabulary."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import any_to_lark
+
+from xgdn.server.api_error import ApiError, bad_request
+from xgdn.server.json_schema import check_keywords, engine_schema, path, subschemas
+from xgdn.vocabulary import Vocabulary
+
+_MAX_SOURCE = 64 * 2**10  # characters of a grammar
+_MAX_COMPILED, _MAX_COMPILED_SOURCES = 64, 2**20  # kept; characters of all
+_COMPILE_THREADS = 2
+_COMPILE_SECONDS, _WAIT_SECONDS = 10.0, 1.0  # for a grammar, and for a thread that is free
+# The engine recurses along chains of rules and references, which are as long as the source allows. Only what is used
+# of a stack takes memory.
+_STACK_BYTES = 512 * 2**20
+_MAX_LOCATED = 200  # parts of a schema that are compiled to find the one that is wrong
+
+# What one grammar may take: states of a lexer have 1 to 2 kB, and fuel is spent at some 20,000 units per millisecond.
+_LIMITS = LLParserLimits(
+    max_items_in_row=2000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=20_000,
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
+
+_Source = dict[str, Any]  # a grammar as llguidance takes it: json_schema or lark_grammar
+
+
+class GrammarError(RuntimeError):
+    """A reply cannot go on: it met a limit of the engine, or a token that the grammar forbids."""
+
+
+class GrammarMatcher:
+    """The state of one reply in its grammar. One thread at a time may use it."""
+
+    def __init__(self, matcher: LLMatcher, known: torch.Tensor, fail: Callable[[], None]) -> None:
+        self._matcher = matcher
+        self._known = known
+        self._fail = fail
+
+    def write_mask(self, mask: torch.Tensor) -> None:
+        """Set bit i % 32 of word i // 32 of `mask`, int32 [ceil(vocab_size / 32)], where token i may come next.
+
+        Raises GrammarError.
+        """
+        self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
+        self._check()
+        torch.bitwise_and(mask, self._known, out=mask)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Go on behind the tokens of the reply, which the mask allowed one after the other. Raises GrammarError."""
+        if not self._matcher.consume_tokens(list(tokens)):
+            self._check()
+
+    def forced(self) -> list[int]:
+        """Return the tokens that must follow; empty where there is a choice. Raises GrammarError."""
+        tokens = self._matcher.compute_ff_tokens()
+        self._check()
+        return tokens
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            self._fail()
+            raise GrammarError(f"The grammar of the reply cannot go on: {_reason(self._matcher)}.")
+
+
+class Grammar:
+    """A compiled grammar."""
+
+    def __init__(self, matcher: LLMatcher, known: torch.Tensor, forget: Callable[[], None]) -> None:
+        self._matcher = matcher
+        self._known = known
+        self._forget = forget
+
+    def matcher(self) -> GrammarMatcher:
+        """Return a matcher at the beginning of a reply."""
+        return GrammarMatcher(self._matcher.deep_copy(), self._known, self._forget)
+
+
+class GrammarCompiler:
+    """Compiles grammars for a vocabulary and keeps those that were used last. Any thread may call it.
+
+    Each method takes the name of the request's field that the grammar comes from, for errors, and `after`: a text that
+    ends a free part in front of the grammar, such as `</think>`. All raise ApiError: a grammar that is wrong, too large,
+    or takes too long.
+
+    Args:
+        vocab_size: of the model, which may be larger than the tokenizer's.
+        stop_token_ids: tokens that end a reply, which they may where the grammar may end.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
+        self._tokens = _Tokens(vocabulary, vocab_size, stop_token_ids)
+        stops = [token for token in dict.fromkeys(stop_token_ids) if token < vocab_size]
+        self._tokenizer = LLTokenizer(TokenizerWrapper(self._tokens), eos_token=stops) if stops else None
+        self._tokens.greedy = None if self._tokenizer is None else self._tokenizer.greedy_tokenize
+        self._known = _bits([token in self._tokens.known for token in range(vocab_size)])
+        self._compiled: OrderedDict[str, Grammar] = OrderedDict()
+        self._lock = threading.Lock()
+        self._permits = threading.BoundedSemaphore(_COMPILE_THREADS)
+
+    def json_object(self, param: str, *, after: str | None = None) -> Grammar:
+        return self.json_schema({"type": "object"}, param, after=after)
+
+    def json_schema(
+        self,
+        schema: object,
+        param: str,
+        *,
+        after: str | None = None,
+        whitespace_pattern: str | None = None,
+        is_compact: bool = False,
+    ) -> Grammar:
+        """Compile a JSON schema: an object, true or false. Whitespace between tokens is free unless said otherwise."""
+        check_keywords(schema, param)
+
+        def source(part: object) -> _Source:
+            return {"json_schema": engine_schema(part, whitespace_pattern=whitespace_pattern, is_compact=is_compact)}
+
+        try:
+            return self._compile(source(schema), param, after)
+        except ApiError as error:
+            if error.code != "invalid_grammar":
+                raise
+            raise self._locate(schema, source, param, error) from None
+
+    def regex(self, pattern: str, param: str, *, after: str | None = None) -> Grammar:
+        """Compile a regular expression, which the whole reply matches."""
+        (source,) = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"]
+        return self._compile({"lark_grammar": source["lark_grammar"]}, param, after)
+
+    def choice(self, choices: Sequence[str], param: str, *, after: str | None = None) -> Grammar:
+        """Compile the choice of one of several texts."""
+        return self.regex("|".join(map(_literal, choices)), param, after=after)
+
+    def grammar(self, text: str, param: str, *, after: str | None = None) -> Grammar:
+        """Compile a grammar in llguidance's dialect of Lark, or in the EBNF of llama.cpp (GBNF)."""
+        try:
+            lark = any_to_lark(text)
+        except Exception as error:  # the converter raises what Python's operations raise
+            raise bad_request(f"'{param}': expected a grammar in Lark or GBNF. {error}.", param) from None
+        return self._compile({"lark_grammar": lark}, param, after)
+
+    def _compile(self, source: _Source, param: str, after: str | None) -> Grammar:
+        grammars = [source]
+        if after is not None:
+            free = f"start: free @answer\nfree[lazy]: /(?s:.*){_literal(after)}/"
+            grammars = [{"lark_grammar": free}, {"name": "answer", **source}]
+        text = json.dumps({"grammars": grammars})
+        with self._lock:
+            if text in self._compiled:
+                self._compiled.move_to_end(text)
+                return self._compiled[text]
+        if len(text) > _MAX_SOURCE:
+            message = f"'{param}': expected a grammar of at most {_MAX_SOURCE} characters, got {len(text)}."
+            raise bad_request(message, param)
+        if not self._permits.acquire(timeout=_WAIT_SECONDS):
+            message = "The server is busy with the grammars of other requests."
+            raise ApiError(429, "queue_full", message, headers={"Retry-After": "1"})
+        matcher: Future[LLMatcher] = _on_deep_stack(lambda: self._matcher(text), self._permits.release)
+        try:
+            grammar = Grammar(matcher.result(_COMPILE_SECONDS), self._known, lambda: self._forget(text))
+        except FutureTimeoutError:
+            message = f"'{param}': expected a grammar that compiles within {_COMPILE_SECONDS:g} s."
+            raise bad_request(message, param) from None
+        except GrammarError as error:
+            raise bad_request(f"'{param}': {error}.", param, "invalid_grammar") from None
+        self._keep(text, grammar)
+        return grammar
+
+    def _matcher(self, text: str) -> LLMatcher:
+        """Raises GrammarError for a grammar that is wrong, or that allows no token at the start."""
+        if self._tokenizer is None:
+            raise GrammarError("no grammar is possible, since no token of the model ends a reply")
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_LIMITS)
+        first = matcher.deep_copy()
+        if not first.is_error():
+            mask = torch.empty_like(self._known)
+            first.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
+        if first.stop_reason().startswith("NoExtension"):
+            raise GrammarError("no text matches")
+        if first.is_error():
+            raise GrammarError(_reason(first))
+        return matcher
+
+    def _keep(self, text: str, grammar: Grammar) -> None:
+        with self._lock:
+            self._compiled[text] = grammar
+            size = sum(map(len, self._compiled))
+            while len(self._compiled) > _MAX_COMPILED or size > _MAX_COMPILED_SOURCES:
+                size -= len(self._compiled.popitem(last=False)[0])
+
+    def _forget(self, text: str) -> None:
+        """Compile a grammar anew for later requests: what a matcher has met may be the end of all that share it."""
+        with self._lock:
+            self._compiled.pop(text, None)
+
+    def _locate(self, schema: object, source: Callable[[object], _Source], param: str, error: ApiError) -> ApiError:
+        """Return the error with the innermost part of the schema that is wrong by itself."""
+        parts = [(place, part) for place, part in subschemas(schema) if place and "$ref" not in json.dumps(part)]
+        for place, part in sorted(parts[:_MAX_LOCATED], key=lambda entry: -len(entry[0])):
+            try:
+                self._compile(source(part), path(param, place), None)
+            except ApiError as found:
+                if found.code == error.code:
+                    return found
+        return error
+
+
+class _Tokens:
+    """The vocabulary as llguidance takes it: bytes of every token, which no text has if they begin with 0xff."""
+
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
+        self._tokenizer = vocabulary.tokenizer
+        self.eos_token_id = next(iter(stop_token_ids), 0)
+        texts = [vocabulary.bytes(token) for token in range(vocab_size)]
+        for token in stop_token_ids:  # they end the reply wherever they stand, so no text may need them
+            if token < vocab_size:
+                texts[token] = None
+        self.known = {
+            token
+            for token, text in enumerate(texts)
+            if text or token in vocabulary.special_tokens or token in stop_token_ids
+        }
+        names = vocabulary.special_tokens
+        self.tokens = [
+            text or b"\xff" + names.get(token, f"<[{token}]>").encode() for token, text in enumerate(texts)
+        ]
+        self.special_token_ids = [token for token, text in enumerate(texts) if not text]
+        self.greedy: Callable[[str], list[int]] | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the tokens of a text that is forced, as the model would write it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # A tokenizer may normalize a text, put a blank before it or find a special token in it.
+        if self.greedy is None or b"".join(self.tokens[token] for token in ids) == text.encode():
+            return ids
+        return self.greedy(text)
+
+
+def _literal(text: str) -> str:
+    """Return a regular expression for exactly this text."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _bits(flags: Sequence[bool]) -> torch.Tensor:
+    """Return the flags as int32 words, the first in the lowest bit."""
+    words = torch.zeros(-(-len(flags) // 32) * 32, dtype=torch.int64)
+    words[: len(flags)] = torch.tensor(flags, dtype=torch.int64)
+    return (words.view(-1, 32) << torch.arange(32)).sum(1).to(torch.int32)
+
+
+def _on_deep_stack(work: Callable[[], Any], done: Callable[[], None]) -> Future[Any]:
+    """Return the result of work in a thread of its own, which goes on even if nobody waits for it."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            done()
+
+    with _STACK_SIZE_LOCK:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="xgdn-grammar", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return future
+
+
+_STACK_SIZE_LOCK = threading.Lock()
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Return the engine's message in one line, without the mark of what it leaves out."""
+    return " ".join(matcher.get_error().replace("<non-verbose/>", "").split()).rstrip(".")
