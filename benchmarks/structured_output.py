@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import typer
-from json_schemas import KEYWORDS, KeywordCase, random_schemas
-from markdown_table import markdown
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from json_schemas import KEYWORDS, KeywordCase, random_schemas
+from markdown_table import markdown
 from xgdn.bench.report import machine
 from xgdn.vocabulary import Vocabulary
 
@@ -204,7 +204,7 @@ def _allowed(mask: torch.Tensor) -> np.ndarray[Any, np.dtype[np.intp]]:
 
 
 def _times(engine: Engine, schemas: Sequence[dict[str, Any]], num_tokens: int, vocab_size: int) -> list[str]:
-    """Walk through every schema by tokens that are drawn from those it allows; measure the processor's time of each step."""
+    """Walk through every schema by tokens that are drawn from those it allows; measure the processor's time."""
     compiles, firsts, fills, accepts = [], [], [], []
     num_refused = 0
     mask = _new_mask(vocab_size)

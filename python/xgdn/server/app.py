@@ -31,6 +31,8 @@ from xgdn.server.engine_client import EngineClient
 from xgdn.server.event_stream import EventStream
 from xgdn.server.formats import ChatFormat, CompletionFormat, Format
 from xgdn.server.generation import Generation
+from xgdn.server.grammar_compiler import CompiledGrammar, GrammarCompiler
+from xgdn.server.json_schema import check_keywords
 from xgdn.server.metrics import Metrics
 from xgdn.server.openapi import describe
 from xgdn.server.page_files import PageFiles
@@ -42,9 +44,10 @@ from xgdn.server.request_log import RequestLog
 from xgdn.server.request_record import RequestRecord, record_of
 from xgdn.server.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, StreamOptions, parse
 from xgdn.server.settings import Settings
+from xgdn.server.structured_output import structured_output
 from xgdn.server.tokenization import Tokenization
 from xgdn.server.tool_call_formats import FORMATS
-from xgdn.server.tool_schemas import NamedToolChoice
+from xgdn.server.tool_grammar import needs_grammar, tool_grammar
 from xgdn.server.workers import Workers
 from xgdn.tokenizer_files import eos_token_ids, read_tokenizer_config
 from xgdn.vocabulary import Vocabulary
@@ -80,6 +83,8 @@ class Server:
         self._sampling_defaults = settings.sampling_defaults
         # Of the tokenizer; the engine knows those of the model.
         self._eos_token_ids = eos_token_ids(settings.model_dir, tokenizer)
+        stops = [*engine.eos_token_ids, *self._eos_token_ids]
+        self._grammars = GrammarCompiler(self._vocabulary, engine.vocab_size, stops)
         self._pooling = Pooling(settings.model_dir)
         self._chat_template = ChatTemplate(settings.model_dir, settings.tool_call_format)
         self._tokenization = Tokenization(
@@ -246,22 +251,21 @@ class Server:
         ids = self._encode_each(body.prompt, CompletionFormat.prompt_param)
         texts = [it if isinstance(it, str) else None for it in each(body.prompt)]
         echoes = [EchoedPrompt(*it, self._vocabulary) for it in zip(ids, texts, strict=True)] if body.echo else []
-        return self._order(body, ids, body.max_tokens, CompletionFormat(echoes))
+        grammar = self._grammar(body, ReplySyntax())
+        return self._order(body, ids, body.max_tokens, CompletionFormat(echoes), grammar)
 
     def _prepare_chat(self, data: bytes) -> "_Order":
         body = parse(ChatBody, data)
         self._check_model(body.model)
         text = self._chat_template.render(body.messages, body.chat_template_kwargs, body.callable_tools)
-        form = ChatFormat(self._reply_syntax(body, text))
+        syntax = self._reply_syntax(body, text)
+        form = ChatFormat(syntax)
         ids = self._encode([text], form.prompt_param, add_special_tokens=False)
-        return self._order(body, ids, body.max_completion_tokens or body.max_tokens, form)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        return self._order(body, ids, max_tokens, form, self._chat_grammar(body, syntax))
 
     def _reply_syntax(self, body: ChatBody, prompt: str) -> ReplySyntax:
         tool_calls = None
-        if body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice):
-            raise bad_request(
-                "'tool_choice': only auto and none are supported.", "tool_choice", "unsupported_parameter"
-            )
         if tools := body.callable_tools:
             parameters = {tool.function.name: tool.parameters for tool in tools}
             tool_calls = FORMATS[self._chat_template.call_format()](parameters)
@@ -272,6 +276,35 @@ class Server:
             tool_calls=tool_calls,
             max_calls=1 if body.parallel_tool_calls is False else None,
         )
+
+    def _grammar(self, body: GenerationBody, syntax: ReplySyntax) -> CompiledGrammar | None:
+        grammar = structured_output(body, self._grammars, syntax)
+        if grammar is not None and body.ignore_eos:
+            raise bad_request("'ignore_eos': expected no grammar of the replies with it.", "ignore_eos")
+        return grammar
+
+    def _chat_grammar(self, body: ChatBody, syntax: ReplySyntax) -> CompiledGrammar | None:
+        grammar = self._grammar(body, syntax)
+        tools, choice = body.callable_tools, body.tool_choice or "auto"
+        if grammar is not None and tools:
+            message = "'tools': expected 'tool_choice' to be none where a grammar restricts the replies."
+            raise bad_request(message, "tools")
+        is_parallel = body.parallel_tool_calls is not False
+        if not needs_grammar(tools, choice, is_parallel=is_parallel):
+            return grammar
+        if body.ignore_eos:
+            raise bad_request("'ignore_eos': expected tools that the reply is free to call with it.", "ignore_eos")
+        for i, tool in enumerate(tools):
+            check_keywords(tool.function.parameters, f"tools[{i}].function.parameters")
+        text = tool_grammar(
+            self._chat_template.call_format(),
+            tools,
+            choice,
+            is_parallel=is_parallel,
+            has_thought=syntax.has_thought,
+            begins_in_thought=syntax.begins_in_thought,
+        )
+        return self._grammars.grammar(text, "tools")
 
     def _prepare_embedding(self, data: bytes) -> tuple[EmbeddingBody, list[EngineRequest]]:
         body = parse(EmbeddingBody, data)
@@ -310,7 +343,12 @@ class Server:
             raise self._too_long(f"{total}: {len(ids)} of the prompt and up to {max_tokens} to generate", param)
 
     def _order(
-        self, body: GenerationBody, prompts: Sequence[Sequence[int]], max_tokens: int | None, form: Format
+        self,
+        body: GenerationBody,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int | None,
+        form: Format,
+        grammar: CompiledGrammar | None,
     ) -> "_Order":
         is_default = max_tokens is None
         if max_tokens is None:  # the format's default, as far as the context has room
@@ -325,7 +363,7 @@ class Server:
             max_tokens=max_tokens,
             logprobs=body.num_logprobs,
         )
-        return _Order(body, prompts, max_tokens, sampling, form, is_default)
+        return _Order(body, prompts, max_tokens, sampling, form, grammar, is_default)
 
     async def _generate(self, request: Request, prepare: Callable[[bytes], "_Order"]) -> Response:
         data = await self._read(request)
@@ -384,6 +422,7 @@ class _Order:
     max_tokens: int
     sampling: SamplingParams
     form: Format
+    grammar: CompiledGrammar | None
     is_default: bool  # max_tokens: the request has none
 
     def requests(self, eos_token_ids: Sequence[int]) -> list[EngineRequest]:
@@ -399,6 +438,7 @@ class _Order:
                 ignore_eos=bool(body.ignore_eos),
                 n=body.n or 1,
                 prompt_logprobs=body.num_prompt_logprobs,
+                grammar=self.grammar,
             )
             for prompt in self.prompts
         ]

@@ -15,6 +15,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.json_schema import check_keywords, engine_schema, path, subschemas
+from xgdn.server.reply_parser import END_OF_THOUGHT, THOUGHT, ReplySyntax
 from xgdn.vocabulary import Vocabulary
 
 _MAX_SOURCE = 64 * 2**10  # characters of a grammar
@@ -36,6 +37,8 @@ _LIMITS = LLParserLimits(
     max_grammar_size=500_000,
     verbose_errors=False,
 )
+
+_ANY = ReplySyntax()
 
 _Source = dict[str, Any]  # a grammar as llguidance takes it: json_schema or lark_grammar
 
@@ -78,8 +81,8 @@ class GrammarMatcher:
             raise GrammarError(f"The grammar of the reply cannot go on: {_reason(self._matcher)}.")
 
 
-class Grammar:
-    """A compiled grammar."""
+class CompiledGrammar:
+    """A grammar that the engine can follow, see `xgdn.grammar`."""
 
     def __init__(self, matcher: LLMatcher, known: torch.Tensor, forget: Callable[[], None]) -> None:
         self._matcher = matcher
@@ -94,9 +97,8 @@ class Grammar:
 class GrammarCompiler:
     """Compiles grammars for a vocabulary and keeps those that were used last. Any thread may call it.
 
-    Each method takes the name of the request's field that the grammar comes from, for errors, and `after`: a text that
-    ends a free part in front of the grammar, such as `</think>`. All raise ApiError: a grammar that is wrong, too large,
-    or takes too long.
+    Each method takes the name of the request's field that the grammar comes from, for errors, and the syntax of the
+    reply: the grammar begins behind a thought. All raise ApiError: the grammar is wrong, too large, or takes too long.
 
     Args:
         vocab_size: of the model, which may be larger than the tokenizer's.
@@ -109,22 +111,22 @@ class GrammarCompiler:
         self._tokenizer = LLTokenizer(TokenizerWrapper(self._tokens), eos_token=stops) if stops else None
         self._tokens.greedy = None if self._tokenizer is None else self._tokenizer.greedy_tokenize
         self._known = _bits([token in self._tokens.known for token in range(vocab_size)])
-        self._compiled: OrderedDict[str, Grammar] = OrderedDict()
+        self._compiled: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
         self._permits = threading.BoundedSemaphore(_COMPILE_THREADS)
 
-    def json_object(self, param: str, *, after: str | None = None) -> Grammar:
-        return self.json_schema({"type": "object"}, param, after=after)
+    def json_object(self, param: str, *, syntax: ReplySyntax = _ANY) -> CompiledGrammar:
+        return self.json_schema({"type": "object"}, param, syntax=syntax)
 
     def json_schema(
         self,
         schema: object,
         param: str,
         *,
-        after: str | None = None,
+        syntax: ReplySyntax = _ANY,
         whitespace_pattern: str | None = None,
         is_compact: bool = False,
-    ) -> Grammar:
+    ) -> CompiledGrammar:
         """Compile a JSON schema: an object, true or false. Whitespace between tokens is free unless said otherwise."""
         check_keywords(schema, param)
 
@@ -132,35 +134,31 @@ class GrammarCompiler:
             return {"json_schema": engine_schema(part, whitespace_pattern=whitespace_pattern, is_compact=is_compact)}
 
         try:
-            return self._compile(source(schema), param, after)
+            return self._compile(source(schema), param, syntax)
         except ApiError as error:
             if error.code != "invalid_grammar":
                 raise
             raise self._locate(schema, source, param, error) from None
 
-    def regex(self, pattern: str, param: str, *, after: str | None = None) -> Grammar:
+    def regex(self, pattern: str, param: str, *, syntax: ReplySyntax = _ANY) -> CompiledGrammar:
         """Compile a regular expression, which the whole reply matches."""
         (source,) = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"]
-        return self._compile({"lark_grammar": source["lark_grammar"]}, param, after)
+        return self._compile({"lark_grammar": source["lark_grammar"]}, param, syntax)
 
-    def choice(self, choices: Sequence[str], param: str, *, after: str | None = None) -> Grammar:
+    def choice(self, choices: Sequence[str], param: str, *, syntax: ReplySyntax = _ANY) -> CompiledGrammar:
         """Compile the choice of one of several texts."""
-        return self.regex("|".join(map(_literal, choices)), param, after=after)
+        return self.regex("|".join(map(_literal, choices)), param, syntax=syntax)
 
-    def grammar(self, text: str, param: str, *, after: str | None = None) -> Grammar:
+    def grammar(self, text: str, param: str, *, syntax: ReplySyntax = _ANY) -> CompiledGrammar:
         """Compile a grammar in llguidance's dialect of Lark, or in the EBNF of llama.cpp (GBNF)."""
         try:
             lark = any_to_lark(text)
         except Exception as error:  # the converter raises what Python's operations raise
             raise bad_request(f"'{param}': expected a grammar in Lark or GBNF. {error}.", param) from None
-        return self._compile({"lark_grammar": lark}, param, after)
+        return self._compile({"lark_grammar": lark}, param, syntax)
 
-    def _compile(self, source: _Source, param: str, after: str | None) -> Grammar:
-        grammars = [source]
-        if after is not None:
-            free = f"start: free @answer\nfree[lazy]: /(?s:.*){_literal(after)}/"
-            grammars = [{"lark_grammar": free}, {"name": "answer", **source}]
-        text = json.dumps({"grammars": grammars})
+    def _compile(self, source: _Source, param: str, syntax: ReplySyntax) -> CompiledGrammar:
+        text = json.dumps({"grammars": [*_grammars_before(syntax), {"name": "answer", **source}]})
         with self._lock:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
@@ -173,7 +171,7 @@ class GrammarCompiler:
             raise ApiError(429, "queue_full", message, headers={"Retry-After": "1"})
         matcher: Future[LLMatcher] = _on_deep_stack(lambda: self._matcher(text), self._permits.release)
         try:
-            grammar = Grammar(matcher.result(_COMPILE_SECONDS), self._known, lambda: self._forget(text))
+            grammar = CompiledGrammar(matcher.result(_COMPILE_SECONDS), self._known, lambda: self._forget(text))
         except FutureTimeoutError:
             message = f"'{param}': expected a grammar that compiles within {_COMPILE_SECONDS:g} s."
             raise bad_request(message, param) from None
@@ -191,13 +189,11 @@ class GrammarCompiler:
         if not first.is_error():
             mask = torch.empty_like(self._known)
             first.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
-        if first.stop_reason().startswith("NoExtension"):
-            raise GrammarError("no text matches")
         if first.is_error():
             raise GrammarError(_reason(first))
         return matcher
 
-    def _keep(self, text: str, grammar: Grammar) -> None:
+    def _keep(self, text: str, grammar: CompiledGrammar) -> None:
         with self._lock:
             self._compiled[text] = grammar
             size = sum(map(len, self._compiled))
@@ -214,7 +210,7 @@ class GrammarCompiler:
         parts = [(place, part) for place, part in subschemas(schema) if place and "$ref" not in json.dumps(part)]
         for place, part in sorted(parts[:_MAX_LOCATED], key=lambda entry: -len(entry[0])):
             try:
-                self._compile(source(part), path(param, place), None)
+                self._compile(source(part), path(param, place), _ANY)
             except ApiError as found:
                 if found.code == error.code:
                     return found
@@ -239,9 +235,7 @@ class _Tokens:
             if text or token in vocabulary.special_tokens or token in stop_token_ids
         }
         names = vocabulary.special_tokens
-        self.tokens = [
-            text or b"\xff" + names.get(token, f"<[{token}]>").encode() for token, text in enumerate(texts)
-        ]
+        self.tokens = [text or b"\xff" + names.get(token, f"<[{token}]>").encode() for token, text in enumerate(texts)]
         self.special_token_ids = [token for token, text in enumerate(texts) if not text]
         self.greedy: Callable[[str], list[int]] | None = None
 
@@ -252,6 +246,16 @@ class _Tokens:
         if self.greedy is None or b"".join(self.tokens[token] for token in ids) == text.encode():
             return ids
         return self.greedy(text)
+
+
+def _grammars_before(syntax: ReplySyntax) -> list[_Source]:
+    """Return the grammars that the one of the answer is part of."""
+    if not syntax.has_thought:
+        return []
+    begun = "thought BLANKS @answer"
+    start = begun if syntax.begins_in_thought else f"/{_literal(THOUGHT)}/ {begun} | @answer"
+    rules = [f"start: {start}", f"thought[lazy]: /(?s:.*){_literal(END_OF_THOUGHT)}/", "BLANKS: /[ \\n]{0,8}/"]
+    return [{"lark_grammar": "\n".join(rules)}]
 
 
 def _literal(text: str) -> str:
@@ -291,5 +295,12 @@ _STACK_SIZE_LOCK = threading.Lock()
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """Return the engine's message in one line, without the mark of what it leaves out."""
-    return " ".join(matcher.get_error().replace("<non-verbose/>", "").split()).rstrip(".")
+    """Return the engine's message in one line, in words for clients."""
+    message = " ".join(matcher.get_error().replace("<non-verbose/>", "").split()).rstrip(".")
+    return next((words for start, words in _REASONS.items() if message.startswith(start)), message)
+
+
+_REASONS = {
+    "NoExtension": "no text matches",
+    "oneOf constraints are not supported": "oneOf is not supported where several of its schemas may hold at once",
+}

@@ -2,26 +2,36 @@
 """JSON schemas of clients: which keywords are enforced, and what a schema is to the grammar engine."""
 
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
-from xgdn.server.api_error import bad_request
+from xgdn.server.api_error import ApiError, bad_request
 
 JsonSchema = Mapping[str, Any]
 Place = tuple[str | int, ...]
 
-ENFORCED = frozenset(
-    "type const enum anyOf oneOf allOf $ref properties required additionalProperties patternProperties minProperties "
-    "maxProperties items prefixItems additionalItems minItems maxItems minLength maxLength pattern format minimum "
-    "maximum exclusiveMinimum exclusiveMaximum multipleOf".split()
-)
-# They say something about values and allow all; so do those that begin with x-.
-ANNOTATIONS = frozenset(
-    "$schema $id id $anchor $defs definitions $comment title description default example examples deprecated readOnly "
-    "writeOnly contentEncoding contentMediaType contentSchema discriminator externalDocs".split()
-)
 _ONE = ("items", "additionalItems", "additionalProperties")
 _LIST = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_ENFORCED = frozenset(
+    [
+        *("type", "const", "enum", "anyOf", "oneOf", "allOf", "$ref"),
+        *("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"),
+        *("items", "prefixItems", "additionalItems", "minItems", "maxItems"),
+        *("minLength", "maxLength", "pattern", "format"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    ]
+)
+# They say something about values and allow all; so do those that begin with x-.
+_ANNOTATIONS = frozenset(
+    [
+        *("$schema", "$id", "id", "$anchor", "$defs", "definitions", "$comment", "title", "description", "default"),
+        *("example", "examples", "deprecated", "readOnly", "writeOnly", "externalDocs", "discriminator"),
+        *("contentEncoding", "contentMediaType", "contentSchema"),
+    ]
+)
+# Each pattern is compared with all others of the schema, and a multiple of n takes n states.
+_MAX_PATTERNS, _MAX_MULTIPLE = 64, 1000
 _OPTIONS = "x-guidance"  # the engine's own key
 
 # Whitespace is bounded, so that no text consists of blanks to its end.
@@ -41,33 +51,51 @@ def subschemas(schema: object, place: Place = ()) -> Iterator[tuple[Place, JsonS
         return
     yield place, schema
     for keyword, value in schema.items():
+        parts: list[tuple[Place, object]] = []
         if keyword in _BY_NAME and isinstance(value, Mapping):
             parts = [((keyword, name), part) for name, part in value.items()]
         elif keyword in _LIST and isinstance(value, list):
             parts = [((keyword, i), part) for i, part in enumerate(value)]
-        else:
-            parts = [((keyword,), value)] if keyword in _ONE else []
+        elif keyword in _ONE:
+            parts = [((keyword,), value)]
         for more, part in parts:
             yield from subschemas(part, (*place, *more))
 
 
 def check_keywords(schema: object, param: str) -> None:
-    """Raise ApiError for a keyword that would not be enforced, anywhere in the schema."""
+    """Raise ApiError for a keyword that would not be enforced, anywhere in the schema, or that would cost too much."""
+    num_patterns = 0
     for place, part in subschemas(schema):
-        for keyword in part:
-            is_known = keyword in ENFORCED or keyword in ANNOTATIONS or keyword.startswith("x-")
+        for keyword, value in part.items():
+            where = path(param, (*place, keyword))
+            is_known = keyword in _ENFORCED or keyword in _ANNOTATIONS or keyword.startswith("x-")
             if not is_known or keyword == _OPTIONS:
-                where = path(param, (*place, keyword))
                 message = f"'{where}': the keyword '{keyword}' of JSON Schema is not supported."
                 raise bad_request(message, where, "unsupported_parameter")
-        least = part.get("minProperties")
-        required = part.get("required")
-        num_required = len(required) if isinstance(required, list) else 0
-        # The engine counts properties by text, in which a name that is not in 'properties' may occur twice.
-        if isinstance(least, int) and least > num_required + 1:
-            where = path(param, (*place, "minProperties"))
-            message = f"'{where}': expected at most one more than 'required' has, {num_required + 1}, got {least}."
-            raise bad_request(message, where, "unsupported_parameter")
+            if keyword == "patternProperties" and isinstance(value, Mapping):
+                num_patterns += len(value)
+                if num_patterns > _MAX_PATTERNS:
+                    raise _unsupported(where, f"at most {_MAX_PATTERNS} patterns in the schema, got {num_patterns}")
+            if keyword == "multipleOf" and _numerator(value) > _MAX_MULTIPLE:
+                raise _unsupported(where, f"a number whose digits are at most {_MAX_MULTIPLE}, got {value}")
+            # The engine counts properties by text, in which a name that is not in 'properties' may occur twice.
+            if keyword == "minProperties" and isinstance(value, int):
+                required = part.get("required")
+                most = 1 + (len(required) if isinstance(required, list) else 0)
+                if value > most:
+                    raise _unsupported(where, f"at most one more than 'required' has, {most}, got {value}")
+
+
+def _unsupported(where: str, expected: str) -> ApiError:
+    return bad_request(f"'{where}': expected {expected}.", where, "unsupported_parameter")
+
+
+def _numerator(value: object) -> int:
+    """Return the digits of a number, without the point: 25 of 0.25."""
+    if not isinstance(value, int | float):
+        return 0
+    digits = Decimal(repr(value)).as_tuple().digits
+    return int("".join(map(str, digits)) or "0")
 
 
 def engine_schema(schema: object, *, whitespace_pattern: str | None = None, is_compact: bool = False) -> JsonSchema:

@@ -14,6 +14,7 @@ from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.prompt_field import PROMPT_TYPE, Prompts
 from xgdn.server.sampling_fields import SamplingFields
 from xgdn.server.strict_body import INVALID_TYPE, MISSING, OF_A_FIELD, UNKNOWN, StrictBody, refuse_field
+from xgdn.server.structured_output import StructuredOutputFields
 from xgdn.server.tool_schemas import NamedToolChoice, Tool, ToolCalls, ToolChoice, Tools
 
 _MAX = 2**31 - 1
@@ -26,7 +27,6 @@ NEUTRAL_VALUES: dict[str, list[object]] = {
     "best_of": [None, 1],
     "suffix": [None],
     "dimensions": [None],
-    "response_format": [None, {"type": "text"}],
     "functions": [None, []],
     "function_call": [None, "none", "auto"],
     "modalities": [None, ["text"]],
@@ -46,7 +46,7 @@ class StreamOptions(StrictBody):
     include_obfuscation: bool | None = None  # without effect: nothing is padded
 
 
-class GenerationBody(SamplingFields, StrictBody):
+class GenerationBody(SamplingFields, StructuredOutputFields, StrictBody):
     """Fields that completions and chat completions share."""
 
     model: str
@@ -171,7 +171,6 @@ class ChatBody(GenerationBody):
     prediction: dict[str, Any] | None = None
     # Refused, except for neutral values.
     include_reasoning: Any = None  # vLLM's
-    response_format: Any = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None

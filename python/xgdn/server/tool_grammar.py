@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from xgdn.server.json_schema import engine_schema
 from xgdn.server.reply_parser import END_OF_THOUGHT, THOUGHT
 from xgdn.server.tool_call_formats import BEGIN, END
 from xgdn.server.tool_parameters import Parameters, type_of
@@ -60,7 +61,7 @@ def tool_grammar(
 def _hermes_call(i: int, tool: Tool) -> Iterator[str]:
     head = f'\n{{"name": {_quoted(tool.function.name)}, "arguments": '
     yield f"call_{i}: {_quoted(head)} arguments_{i} {_quoted(f'}}{_LINE}{END}')}"
-    yield f"arguments_{i}: %json {json.dumps(_object_schema(tool))}"
+    yield f"arguments_{i}: %json {json.dumps(engine_schema(_object_schema(tool)))}"
 
 
 def _object_schema(tool: Tool) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _value(rule: str, name: str, parameters: Parameters) -> Iterator[str]:
     elif "string" in parameters.types(name):
         yield from _text_value(rule, schema)
     else:
-        yield f"{rule}: %json {json.dumps(schema | parameters.definitions)} {_quoted(_END_OF_VALUE)}"
+        yield f"{rule}: %json {json.dumps(engine_schema(schema | parameters.definitions))} {_quoted(_END_OF_VALUE)}"
 
 
 def _text_value(rule: str, schema: dict[str, Any] | None = None) -> Iterator[str]:
