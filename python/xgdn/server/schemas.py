@@ -31,6 +31,7 @@ NEUTRAL_VALUES: dict[str, list[object]] = {
     "function_call": [None, "none", "auto"],
     "modalities": [None, ["text"]],
     "audio": [None],
+    "moderation": [None],
     "reasoning_effort": [None],
     "verbosity": [None, "medium"],
     "web_search_options": [None],
@@ -169,12 +170,14 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = None  # an extension
     # Accepted without effect.
     prediction: dict[str, Any] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     # Refused, except for neutral values.
     include_reasoning: Any = None  # vLLM's
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
     audio: Any = None
+    moderation: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None

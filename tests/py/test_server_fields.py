@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every field of OpenAI's requests, sent to a live server: docs/serving_fields.md says what it must do.
+
+The tables of that page are compared with the parameter types of OpenAI's client and with the server's schemas, so that
+a field of either is in them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import httpx
+import pytest
+from openai.types import completion_create_params as completions
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionStreamOptionsParam
+from openai.types.chat import completion_create_params as chat_completions
+from pydantic import BaseModel
+
+from live_server import CHAT, GOOD, PROMPT, post, want
+from xgdn.server.schemas import ChatBody, CompletionBody, Message, StreamOptions
+
+PAGE = Path(__file__).parents[2] / "docs/serving_fields.md"
+MESSAGE = {"role": "user", "content": "a"}
+GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+COMPLETION = GOOD | GREEDY
+CHAT_COMPLETION = CHAT | GREEDY
+STREAM = {"stream": True, "stream_options": {}}
+LAST_WORDS = "if __name__ == '__main__':\n    main()\n"
+SAMPLED = {"temperature": 1.9, "seed": 1}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the page, and all that must be in it."""
+
+    heading: str
+    body: dict[str, Any]  # a request; its fields are replaced one by one
+    types: tuple[Any, ...]  # of OpenAI's client
+    schema: type[BaseModel]
+    place: tuple[str | int, ...] = ()  # of the fields in the body
+    last_words: dict[str, Any] = field(default_factory=dict)  # fields of a prompt after which the model ends its text
+
+    def fields(self) -> set[str]:
+        return {name for it in self.types for name in get_type_hints(it)} | self.schema.model_fields.keys()
+
+    def required(self) -> set[str]:
+        return {name for name, field in self.schema.model_fields.items() if field.is_required()}
+
+    def request(self, fields: dict[str, Any]) -> dict[str, Any]:
+        body = copy.deepcopy(self.body)
+        reduce(lambda document, key: document[key], self.place, body).update(fields)
+        return body
+
+    def param(self, name: str) -> str:
+        """The name of the field in an error."""
+        path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in (*self.place, name))
+        return path.removeprefix(".")
+
+
+SECTIONS = {
+    section.heading: section
+    for section in (
+        Section(
+            "Completions",
+            COMPLETION,
+            (completions.CompletionCreateParamsNonStreaming, completions.CompletionCreateParamsStreaming),
+            CompletionBody,
+            last_words={"prompt": LAST_WORDS},
+        ),
+        Section(
+            "Chat completions",
+            CHAT_COMPLETION,
+            (chat_completions.CompletionCreateParamsNonStreaming, chat_completions.CompletionCreateParamsStreaming),
+            ChatBody,
+            last_words={"chat_template_kwargs": {"thought": f"\n{LAST_WORDS}"}},
+        ),
+        Section("Messages", CHAT_COMPLETION, get_args(ChatCompletionMessageParam), Message, ("messages", 0)),
+        Section(
+            "Stream options",
+            COMPLETION | STREAM,
+            (ChatCompletionStreamOptionsParam,),
+            StreamOptions,
+            ("stream_options",),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    section: Section
+    field: str
+    status: str
+    remark: str
+
+    def __str__(self) -> str:
+        return f"{self.section.heading}-{self.field}"
+
+    @property
+    def neutral_values(self) -> list[Any]:
+        """What the remark calls neutral, and null."""
+        listed = re.search(r"neutral: (.*)", self.remark)
+        return [None, *(json.loads(it.strip("`")) for it in listed[1].split(", "))] if listed else [None]
+
+
+def rows() -> Iterator[Row]:
+    section = None
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("## "):
+            section = SECTIONS[line.removeprefix("## ")]
+        elif section is not None and line.startswith("| `"):
+            name, status, remark = (cell.strip() for cell in line.strip("|").split("|", 2))
+            yield Row(section, name.strip("`"), status, remark)
+
+
+ROWS = list(rows())
+
+
+def with_status(status: str) -> Any:
+    return pytest.mark.parametrize("row", [row for row in ROWS if row.status == status], ids=str)
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=lambda section: section.heading)
+def test_the_page_has_every_field_of_openai_and_of_the_server_once(section: Section) -> None:
+    listed = [row.field for row in ROWS if row.section is section]
+    assert sorted(listed) == sorted(section.fields())
+    assert {row.status for row in ROWS} == {"honoured", "refused", "ignored"}
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Sends a section's request with fields replaced."""
+
+    url: str
+    section: Section
+
+    def response(self, **fields: Any) -> httpx.Response:
+        body = self.section.request(fields)
+        return post(self.url, body, "/v1/chat/completions" if "messages" in body else "/v1/completions")
+
+    def __call__(self, **fields: Any) -> Any:
+        """The document; of a stream, the list of its documents."""
+        answer = self.response(**fields)
+        assert answer.status_code == 200, answer.text
+        if not answer.headers["content-type"].startswith("text/event-stream"):
+            return answer.json()
+        return [json.loads(line[6:]) for line in answer.text.split("\n\n") if line and line != "data: [DONE]"]
+
+    def texts(self, **fields: Any) -> list[str]:
+        answer = self(**fields)
+        documents = answer if isinstance(answer, list) else [answer]
+        return [text_of(choice) for document in documents for choice in document["choices"]]
+
+    def choice(self, **fields: Any) -> Any:
+        return self(**fields)["choices"][0]
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    content = choice.get("message") or choice.get("delta")
+    return str(content.get("content", "") if content else choice.get("text", ""))
+
+
+# What shows that a field is honoured; those of one name in several sections do the same there.
+EFFECTS: dict[str, Callable[[Asker], bool]] = {
+    "model": lambda ask: ask.response(model="other").status_code == 404,
+    "prompt": lambda ask: ask.texts(prompt=PROMPT) == [want(PROMPT, 8)] != [want("a", 8)],
+    "messages": lambda ask: ask.texts(messages=[MESSAGE, MESSAGE]) == [want(f"{TURN}{TURN}{ANSWER}", 8)],
+    "role": lambda ask: ask.texts(role="assistant") == [want(f"# assistant: a\n{ANSWER}", 8)],
+    "content": lambda ask: ask.texts(content="b") == [want(f"# user: b\n{ANSWER}", 8)],
+    "chat_template_kwargs": lambda ask: (
+        ask.texts(chat_template_kwargs={"thought": " b"}) == [want(f"{TURN}{ANSWER} b", 8)]
+    ),
+    "max_tokens": lambda ask: ask(max_tokens=3)["usage"]["completion_tokens"] == 3,
+    "max_completion_tokens": lambda ask: ask(max_completion_tokens=3)["usage"]["completion_tokens"] == 3,
+    "n": lambda ask: len(ask(n=3)["choices"]) == 3,
+    "temperature": lambda ask: ask.texts(**SAMPLED) != ask.texts(),
+    "seed": lambda ask: (
+        ask.texts(temperature=1, seed=1) == ask.texts(temperature=1, seed=1) != ask.texts(temperature=1, seed=2)
+    ),
+    "top_p": lambda ask: ask.texts(**SAMPLED, top_p=1e-6) == ask.texts(),
+    "top_k": lambda ask: ask.texts(**SAMPLED, top_k=1) == ask.texts(),
+    "stop": lambda ask: ask.texts(stop=ask.texts()[0][4:]) == [ask.texts()[0][:4]],
+    "stop_token_ids": lambda ask: ask(stop_token_ids=[*range(2048)])["usage"]["completion_tokens"] == 1,
+    "ignore_eos": lambda ask: (
+        [ask.choice(ignore_eos=it, **ask.section.last_words)["finish_reason"] for it in (True, False)]
+        == ["length", "stop"]
+    ),
+    "logprobs": lambda ask: ask.choice(logprobs="messages" in ask.section.body or 1)["logprobs"] is not None,
+    "top_logprobs": lambda ask: (
+        len(ask.choice(logprobs=True, top_logprobs=3)["logprobs"]["content"][0]["top_logprobs"]) == 3
+    ),
+    "stream": lambda ask: len(ask(stream=True)) > 1 and "".join(ask.texts(stream=True)) == ask.texts()[0],
+    "stream_options": lambda ask: ask(stream=True, stream_options={"include_usage": True})[-1]["choices"] == [],
+    "include_usage": lambda ask: ask(include_usage=True)[-1]["usage"]["completion_tokens"] == 8,
+}
+TURN, ANSWER = "# user: a\n", "# assistant:"
+# A value that a field cannot have.
+WRONG_VALUES: dict[str, Any] = {"chat_template_kwargs": 1}
+WRONG = {"wrong": 1}
+
+
+@with_status("honoured")
+def test_an_honoured_field_decides_about_the_answer(url: str, row: Row) -> None:
+    ask = Asker(url, row.section)
+    assert EFFECTS[row.field](ask)
+    answer = ask.response(**{row.field: WRONG_VALUES.get(row.field, WRONG)})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith(row.section.param(row.field))
+
+
+REFUSED: dict[str, Any] = {
+    "best_of": 2,
+    "echo": True,
+    "frequency_penalty": 0.5,
+    "presence_penalty": -0.5,
+    "logit_bias": {"5": 1},
+    "suffix": "b",
+    "audio": {"format": "mp3", "voice": "alloy"},
+    "function_call": {"name": "add"},
+    "functions": [{"name": "add"}],
+    "modalities": ["text", "audio"],
+    "moderation": {"model": "omni-moderation-latest"},
+    "reasoning_effort": "low",
+    "response_format": {"type": "json_object"},
+    "tool_choice": "required",
+    "tools": [{"type": "function", "function": {"name": "add"}}],
+    "verbosity": "low",
+    "web_search_options": {"search_context_size": "low"},
+    "refusal": "no",
+    "tool_call_id": "call_1",
+    "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}],
+}
+
+
+@with_status("refused")
+def test_a_refused_field_is_named(url: str, row: Row) -> None:
+    ask = Asker(url, row.section)
+    answer = ask.response(**{row.field: REFUSED[row.field]})
+    error = answer.json()["error"]
+    param = row.section.param(row.field)
+    assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", param)
+    assert f"'{param}'" in error["message"]
+    for neutral in row.neutral_values:
+        assert ask.texts(**{row.field: neutral}) == ask.texts()
+
+
+IGNORED: dict[str, Any] = {
+    "user": "somebody",
+    "name": "somebody",
+    "metadata": {"a": "b"},
+    "parallel_tool_calls": False,
+    "prediction": {"type": "content", "content": "b"},
+    "prompt_cache_key": "b",
+    "prompt_cache_options": {"mode": "explicit"},
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "b",
+    "service_tier": "flex",
+    "store": True,
+    "annotations": [],
+    "include_obfuscation": True,
+}
+
+
+@with_status("ignored")
+def test_an_ignored_field_has_no_effect(url: str, row: Row) -> None:
+    ask = Asker(url, row.section)
+    assert ask.texts(**{row.field: IGNORED[row.field]}) == ask.texts()
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=lambda section: section.heading)
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
+def test_null_is_as_good_as_absent(url: str, section: Section, limit: str) -> None:
+    nulls = dict.fromkeys(section.fields() - section.required())
+    if limit in nulls:
+        nulls[limit] = 8  # a chat without any limit would take the rest of the context
+    assert Asker(url, section).response(**nulls).status_code == 200
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=lambda section: section.heading)
+def test_a_field_of_no_table_is_refused(url: str, section: Section) -> None:
+    answer = Asker(url, section).response(colour=1)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "unknown_parameter")
+    assert error["param"] == section.param("colour")
