@@ -198,6 +198,7 @@ EFFECTS: dict[str, Callable[[Asker], bool]] = {
     ),
     "stream": lambda ask: len(ask(stream=True)) > 1 and "".join(ask.texts(stream=True)) == ask.texts()[0],
     "stream_options": lambda ask: ask(stream=True, stream_options={"include_usage": True})[-1]["choices"] == [],
+    "continuous_usage_stats": lambda ask: all(it["usage"] for it in ask(continuous_usage_stats=True)),
     "include_usage": lambda ask: ask(include_usage=True)[-1]["usage"]["completion_tokens"] == 8,
 }
 TURN, ANSWER = "# user: a\n", "# assistant:"
