@@ -220,14 +220,25 @@ def _responses(endpoint: Endpoint) -> dict[str, Any]:
     else:
         content = {_JSON: {"schema": _reference(endpoint.response)}}
     if endpoint.event is not None:
-        description = f"Server-sent events: each has a {endpoint.event.__name__} or an ErrorResponse, the last [DONE]."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": description}}
+        content["text/event-stream"] = {"schema": _event(endpoint.event)}
     responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
     for status in endpoint.errors:
         responses[str(status)] = _response(status, ErrorResponse)
     if endpoint.unavailable is not None:
         responses["503"] = _response(503, endpoint.unavailable)
     return responses
+
+
+def _event(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of one server-sent event, which stands for the stream: OpenAPI 3.1 knows no other."""
+    document = {"anyOf": [_reference(model), _reference(ErrorResponse)]}
+    data = {"anyOf": [{"const": "[DONE]"}, {"contentMediaType": _JSON, "contentSchema": document}]}
+    return {
+        "type": "object",
+        "description": f"A server-sent event: a {model.__name__} or an ErrorResponse. The last is [DONE].",
+        "properties": {"data": {"type": "string", **data}},
+        "required": ["data"],
+    }
 
 
 def _response(status: int, model: type[BaseModel]) -> dict[str, Any]:
