@@ -11,8 +11,8 @@ import pytest
 from served import KEY, Reference, serve
 
 SEEDS = (1, 2)
-# What fits the schema may be refused all the same: messages that the template cannot render, a field without another that
-# it needs. A further check says that the refusal has the form of an error.
+# What fits the schema may be refused all the same: messages that the template cannot render, a field without one
+# that it needs. A further check says that the refusal has the form of an error.
 EXCLUDED = "positive_data_acceptance"
 
 

@@ -23,7 +23,7 @@ from openai.types.chat import ChatCompletionMessageParam, ChatCompletionStreamOp
 from openai.types.chat import completion_create_params as chat_completions
 from pydantic import BaseModel
 
-from live_server import CHAT, GOOD, PROMPT, post, want
+from live_server import CHAT, GOOD, PROMPT, TOKENIZER, post, want
 from xgdn.server.schemas import ChatBody, CompletionBody, Message, StreamOptions
 
 PAGE = Path(__file__).parents[2] / "docs/serving_fields.md"
@@ -186,6 +186,17 @@ EFFECTS: dict[str, Callable[[Asker], bool]] = {
     ),
     "top_p": lambda ask: ask.texts(**SAMPLED, top_p=1e-6) == ask.texts(),
     "top_k": lambda ask: ask.texts(**SAMPLED, top_k=1) == ask.texts(),
+    "min_p": lambda ask: ask.texts(**SAMPLED, min_p=1) == ask.texts(),
+    "presence_penalty": lambda ask: ask.texts(max_tokens=48, presence_penalty=2) != ask.texts(max_tokens=48),
+    "frequency_penalty": lambda ask: ask.texts(max_tokens=48, frequency_penalty=2) != ask.texts(max_tokens=48),
+    "repetition_penalty": lambda ask: ask.texts(max_tokens=48, repetition_penalty=2) != ask.texts(max_tokens=48),
+    "logit_bias": lambda ask: ask.texts(logit_bias={"65": 100}) == [TOKENIZER.decode([65] * 8)],
+    "bad_words": lambda ask: (
+        not ask.texts(bad_words=[ask.texts(max_tokens=1)[0]])[0].startswith(ask.texts(max_tokens=1)[0])
+    ),
+    "min_tokens": lambda ask: (
+        ask(min_tokens=4, ignore_eos=False, **ask.section.last_words)["usage"]["completion_tokens"] > 4
+    ),
     "stop": lambda ask: ask.texts(stop=ask.texts()[0][4:]) == [ask.texts()[0][:4]],
     "stop_token_ids": lambda ask: ask(stop_token_ids=[*range(2048)])["usage"]["completion_tokens"] == 1,
     "ignore_eos": lambda ask: (
@@ -219,9 +230,6 @@ def test_an_honoured_field_decides_about_the_answer(url: str, row: Row) -> None:
 REFUSED: dict[str, Any] = {
     "best_of": 2,
     "echo": True,
-    "frequency_penalty": 0.5,
-    "presence_penalty": -0.5,
-    "logit_bias": {"5": 1},
     "suffix": "b",
     "audio": {"format": "mp3", "voice": "alloy"},
     "function_call": {"name": "add"},
