@@ -261,3 +261,4 @@ def test_bad_texts_and_tokens_are_refused(url: str, path: str, body: Any, code: 
     answer = post(url, body, path)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
     assert post(url, {"prompt": "a"}, "/tokenize", key="wrong").status_code == 401
+    assert post(url, {"prompt": "a", "model": "other"}, "/tokenize").json()["error"]["code"] == "model_not_found"

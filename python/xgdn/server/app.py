@@ -93,6 +93,7 @@ class Server:
             self._chat_template,
             read_tokenizer_config(settings.model_dir),
             self._max_context,
+            self._check_model,
         )
         self.problem = self._chat_template.problem
         self.metrics = Metrics()

@@ -147,8 +147,8 @@ def _schemas(model_name: str, vocab_size: int) -> dict[str, Any]:
         _describe_refused(schemas[name].get("properties", {}))
     for name in bodies:
         schemas[name]["properties"]["model"] = {"const": model_name}
-    for name, field in (("CompletionBody", "prompt"), ("EmbeddingBody", "input")):
-        _limit_tokens(schemas[name]["properties"][field], vocab_size)
+    for name, prompts in (("CompletionBody", "prompt"), ("EmbeddingBody", "input")):
+        _limit_tokens(schemas[name]["properties"][prompts], vocab_size)
     return schemas
 
 

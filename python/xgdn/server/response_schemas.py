@@ -205,24 +205,6 @@ class Readiness(_Document):
     status: Literal["ready", "queue_full", "shutting_down", "engine_stopped"]
 
 
-class Embedding(_Document):
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str  # base64 of little-endian float32
-
-
-class EmbeddingUsage(_Document):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingResponse(_Document):
-    object: Literal["list"]
-    data: list[Embedding]
-    model: str
-    usage: EmbeddingUsage
-
-
 class TokenizeResponse(_Document):
     count: int
     max_model_len: int

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer over HTTP, with the paths and fields of vLLM: /tokenize, /detokenize, /tokenizer_info."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -57,16 +57,19 @@ class Tokenization:
         chat_template: ChatTemplate,
         tokenizer_config: Mapping[str, Any],
         max_context: int,
+        check_model: Callable[[str], None],
     ) -> None:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._chat_template = chat_template
         self._config = tokenizer_config
         self._max_context = max_context
+        self._check_model = check_model  # raises ApiError for another one than there is
 
     def tokenize(self, data: bytes) -> dict[str, Any]:
         """Return the answer to a body; raises ApiError, and TooManyTokens for a text that no request could have."""
         body = parse(TokenizeBody, data)
+        self._check_model_of(body)
         if body.messages is None:
             text, is_special = body.prompt or "", body.add_special_tokens is not False
         else:
@@ -79,7 +82,12 @@ class Tokenization:
     def detokenize(self, data: bytes) -> dict[str, Any]:
         """Return the answer to a body, with special tokens by their names; raises ApiError."""
         body = parse(DetokenizeBody, data)
+        self._check_model_of(body)
         return {"prompt": self._tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+    def _check_model_of(self, body: TokenizeBody | DetokenizeBody) -> None:
+        if body.model is not None:
+            self._check_model(body.model)
 
     def info(self) -> dict[str, Any]:
         """Return the special tokens by their roles, null for one that there is not, and the chat template's source."""
