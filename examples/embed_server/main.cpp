@@ -102,8 +102,8 @@ json error(int status, const std::string& message) {
   return {{"error", {{"message", message}, {"type", status < 500 ? "invalid_request_error" : "server_error"}}}};
 }
 
-// Whether the client's end of a request's connection is closed. httplib shows a connection to handlers that stream alone,
-// so it is found by the client's port, once, and asked without taking anything from it.
+// Tells whether a client has closed its end of a request's connection. httplib shows a connection only to handlers that
+// stream, so it is found by the client's port, once, and asked without taking anything from it.
 class Connection {
  public:
   explicit Connection(const httplib::Request& http) {

@@ -194,6 +194,14 @@ def test_stop_tokens_end_a_reply(server: Server) -> None:
     assert choice == {"index": 0, "token_ids": tokens[: tokens.index(stop) + 1], "finish_reason": "stop"}
 
 
+def test_a_reply_of_no_tokens(server: Server, slots: int) -> None:
+    answer = server.post(prompt=[5, 6, 7], max_tokens=0).json()
+    assert answer["choices"] == [{"index": 0, "token_ids": [], "finish_reason": "length"}]
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    with server.stream([5, 6, 7], max_tokens=0) as events:
+        assert [event["choices"] for event in events] == [answer["choices"]]
+
+
 def test_without_a_seed_replies_differ(server: Server) -> None:
     replies = [server.complete([5], max_tokens=40, temperature=5.0, ignore_eos=True)[0] for _ in range(2)]
     assert replies[0] != replies[1]
@@ -218,7 +226,7 @@ REFUSED = {
     "unknown token": (b'{"prompt": [1, 128]}', "expected token ids 0..127, got 128 at index 1"),
     "negative token": (b'{"prompt": [-1]}', "expected token ids 0..127, got -1 at index 0"),
     "too many tokens": (b'{"prompt": [1], "max_tokens": 1000000}', "KV cache tokens, got 1 + 1000000"),
-    "no tokens": (b'{"prompt": [1], "max_tokens": 0}', "max_new_tokens: expected at least 1, got 0"),
+    "max_tokens negative": (b'{"prompt": [1], "max_tokens": -1}', "max_new_tokens: expected at least 0, got -1"),
     "max_tokens text": (b'{"prompt": [1], "max_tokens": "many"}', "max_tokens"),
     "max_tokens fraction": (b'{"prompt": [1], "max_tokens": 2.5}', "max_tokens"),
     "max_tokens flag": (b'{"prompt": [1], "max_tokens": true}', "max_tokens"),
