@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,19 @@ from live_server import (
 from serve_process import command
 from xgdn.cli import app as cli_app
 from xgdn.server import serve
+from xgdn.server.request_log import logging_config
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before() -> Iterator[None]:
+    """Take back what a command that serves in this process sets: handlers that write to its stderr."""
+    loggers = [logging.getLogger(name) for name in logging_config("text")["loggers"]]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
+        logger.setLevel(level)
 
 
 def test_the_json_document_is_all_of_stdout_and_comes_when_requests_are_taken() -> None:
