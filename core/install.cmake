@@ -55,14 +55,18 @@ set(xgdn_public_headers
   runtime/batch_builder.h
   runtime/engine.h
   runtime/engine_loop.h
+  runtime/grammar.h
+  runtime/grammar_masks.h
   runtime/kv_cache.h
   runtime/load_decoder.h
+  runtime/logit_rules.h
   runtime/logprobs.h
   runtime/model_runner.h
   runtime/plan.h
   runtime/prefix_cache.h
   runtime/request.h
   runtime/sampler.h
+  runtime/sampling_params.h
   runtime/scheduler.h
   runtime/sequence.h
   runtime/sequence_memory.h
