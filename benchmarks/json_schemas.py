@@ -24,7 +24,8 @@ class KeywordCase:
 
 
 def _case(name: str, schema: Schema, good: object, bad: object) -> KeywordCase:
-    return KeywordCase(name, schema, json.dumps(good), json.dumps(bad))
+    compact = [json.dumps(document, separators=(",", ":"), ensure_ascii=False) for document in (good, bad)]
+    return KeywordCase(name, schema, *compact)
 
 
 def _format_case(name: str, good: str, bad: str) -> KeywordCase:
@@ -172,7 +173,7 @@ class _Maker:
         return {"type": "number", **bounds, **self._chance.choice([{}, {"multipleOf": 0.25}, {"multipleOf": 0.1}])}
 
     def _choice(self) -> Schema:
-        values: list[Any] = ["red", 'a "b"', "größe", "\u0001", 7, -0.5, True, None, [1, "x"], {"k": [None]}, []]
+        values: list[Any] = ["red", 'a "b"', "größe", "a\tb", 7, -0.5, True, None, [1, "x"], {"k": [None]}, []]
         if self._chance.random() < 0.3:
             return {"const": self._chance.choice(values)}
         return {"enum": self._chance.sample(values, self._chance.randint(1, 5))}

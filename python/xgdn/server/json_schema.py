@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON schemas of clients: which keywords are enforced, and what a schema is to the grammar engine."""
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
@@ -13,7 +15,7 @@ Place = tuple[str | int, ...]
 _ONE = ("items", "additionalItems", "additionalProperties")
 _LIST = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
-_ENFORCED = frozenset(
+ENFORCED = frozenset(
     [
         *("type", "const", "enum", "anyOf", "oneOf", "allOf", "$ref"),
         *("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"),
@@ -38,6 +40,7 @@ _OPTIONS = "x-guidance"  # the engine's own key
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 # Without \uXXXX, which would be a second way to write the name of a property that the schema restricts.
 _ESCAPES = 'nrbtf\\"'
+_NEEDS_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u")  # in JSON without escapes of what can do without
 
 
 def path(param: str, place: Place) -> str:
@@ -68,7 +71,7 @@ def check_keywords(schema: object, param: str) -> None:
     for place, part in subschemas(schema):
         for keyword, value in part.items():
             where = path(param, (*place, keyword))
-            is_known = keyword in _ENFORCED or keyword in _ANNOTATIONS or keyword.startswith("x-")
+            is_known = keyword in ENFORCED or keyword in _ANNOTATIONS or keyword.startswith("x-")
             if not is_known or keyword == _OPTIONS:
                 message = f"'{where}': the keyword '{keyword}' of JSON Schema is not supported."
                 raise bad_request(message, where, "unsupported_parameter")
@@ -78,6 +81,8 @@ def check_keywords(schema: object, param: str) -> None:
                     raise _unsupported(where, f"at most {_MAX_PATTERNS} patterns in the schema, got {num_patterns}")
             if keyword == "multipleOf" and _numerator(value) > _MAX_MULTIPLE:
                 raise _unsupported(where, f"a number whose digits are at most {_MAX_MULTIPLE}, got {value}")
+            if keyword in ("const", "enum") and _NEEDS_ESCAPE.search(json.dumps(value, ensure_ascii=False)):
+                raise _unsupported(where, r"no control characters but \b, \f, \n, \r and \t")
             # The engine counts properties by text, in which a name that is not in 'properties' may occur twice.
             if keyword == "minProperties" and isinstance(value, int):
                 required = part.get("required")
