@@ -16,7 +16,20 @@ from jsonschema import Draft202012Validator
 from jsonschema.validators import validator_for
 
 from json_schemas import random_schemas
-from live_server import CHAT, GOOD, PROMPT, SLOTS, engine, is_at_rest, live, post, wait_until, want, with_template
+from live_server import (
+    CHAT,
+    GOOD,
+    PROMPT,
+    SLOTS,
+    TOKENIZER,
+    engine,
+    is_at_rest,
+    live,
+    post,
+    wait_until,
+    want,
+    with_template,
+)
 from xgdn.server.structured_output import StructuredOutputFields
 
 COLOURS = {
@@ -58,7 +71,7 @@ def test_json_objects(client: openai.OpenAI) -> None:
         model="tiny",
         messages=[{"role": "user", "content": "a"}],
         temperature=0,
-        logit_bias={str(token): 5 for token in (93,)},  # }
+        logit_bias={str(TOKENIZER.token_to_id("}")): 5},
         max_tokens=200,
         response_format={"type": "json_object"},
     )
@@ -207,7 +220,20 @@ REASONING = """
 {%- for message in messages %}{{ message.content }}{% endfor %}
 {%- if enable_thinking is defined and not enable_thinking %}{{ "<think></think>" }}{% else %}{{ "<think>" }}{% endif %}
 """
+HERMES = """
+{%- for tool in tools or [] %}<tool_call>{{ tool.function.name }}{"name": "arguments"}</tool_call>{% endfor %}
+{%- for message in messages %}{{ message.content }}{% endfor %}
+"""
 TOOLS = [{"type": "function", "function": {"name": "paint", "parameters": COLOURS}}]
+
+
+@pytest.fixture(scope="module")
+def tools_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of a model that calls tools."""
+    folder = with_template(tmp_path_factory.mktemp("tools"))
+    (folder / "chat_template.jinja").write_text(HERMES)
+    with live(engine(), folder) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -220,11 +246,37 @@ def reasoning_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_a_grammar_begins_behind_the_thought(reasoning_url: str) -> None:
-    hurry = {"logit_bias": {str(token): 12 for token in (29, 31)}}  # of < and >
-    body = CHAT | COMPACT | {"max_tokens": 100, "temperature": 0} | hurry
-    thoughtful = post(reasoning_url, body, CHAT_PATH).json()["choices"][0]
-    plain = post(reasoning_url, body | {"chat_template_kwargs": {"enable_thinking": False}}, CHAT_PATH).json()[
-        "choices"
-    ][0]
-    print(thoughtful, plain)
-    check(COLOURS, plain["message"]["content"])
+    body = CHAT | COMPACT | {"max_tokens": 60, "temperature": 0}
+    free = CHAT | {"max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    thought, same = (post(reasoning_url, it, CHAT_PATH).json()["choices"][0]["message"] for it in (body, free))
+    assert thought["content"] is None
+    assert thought["reasoning_content"] == same["reasoning_content"]
+    without = {"chat_template_kwargs": {"enable_thinking": False}, "logit_bias": {str(TOKENIZER.token_to_id("{")): 50}}
+    (text,) = texts_of(post(reasoning_url, body | without, CHAT_PATH))
+    check(COLOURS, text)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "paint"}}])
+def test_tools_that_must_be_called_are(tools_url: str, choice: Any) -> None:
+    body = CHAT | {"tools": TOOLS, "tool_choice": choice, "max_tokens": 200, "temperature": 1.5, "n": 3, "seed": 1}
+    answer = post(tools_url, body | {"parallel_tool_calls": False}, CHAT_PATH)
+    assert answer.status_code == 200, answer.text
+    for one in answer.json()["choices"]:
+        assert one["finish_reason"] == "tool_calls"
+        (call,) = one["message"]["tool_calls"]
+        assert call["function"]["name"] == "paint"
+        check(COLOURS, call["function"]["arguments"])
+
+
+def test_grammars_of_tools_and_of_the_text_do_not_mix(tools_url: str) -> None:
+    unknown = [{"type": "function", "function": {"name": "paint", "parameters": {"not": {}}}}]
+    for fields, param in (
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "tools"),
+        ({"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        ({"tools": unknown, "tool_choice": "required"}, "tools[0].function.parameters.not"),
+    ):
+        answer = post(tools_url, CHAT | fields, CHAT_PATH)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    none = {"tools": TOOLS, "tool_choice": "none", "response_format": STRICT}
+    (text,) = texts_of(post(tools_url, CHAT | none | {"max_tokens": 300}, CHAT_PATH))
+    check(COLOURS, text)

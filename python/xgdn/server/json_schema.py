@@ -36,8 +36,8 @@ _ANNOTATIONS = frozenset(
 _MAX_PATTERNS, _MAX_MULTIPLE = 64, 1000
 _OPTIONS = "x-guidance"  # the engine's own key
 
-# Whitespace is bounded, so that no text consists of blanks to its end.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# What those who print JSON put between two tokens: no text consists of blanks to its end.
+_WHITESPACE = r"[ \t]{1,2}|[ \t]?\r?\n[ \t]{0,64}"
 # Without \uXXXX, which would be a second way to write the name of a property that the schema restricts.
 _ESCAPES = 'nrbtf\\"'
 _NEEDS_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u")  # in JSON without escapes of what can do without
