@@ -207,11 +207,21 @@ EFFECTS: dict[str, Callable[[Asker], bool]] = {
     "top_logprobs": lambda ask: (
         len(ask.choice(logprobs=True, top_logprobs=3)["logprobs"]["content"][0]["top_logprobs"]) == 3
     ),
+    "response_format": lambda ask: ask.texts(response_format=ONE, ignore_eos=False) == ["1"],
+    "structured_outputs": lambda ask: ask.texts(structured_outputs={"regex": "ab"}, ignore_eos=False) == ["ab"],
+    "guided_json": lambda ask: ask.texts(guided_json={"const": 1}, ignore_eos=False) == ["1"],
+    "guided_regex": lambda ask: ask.texts(guided_regex="ab", ignore_eos=False) == ["ab"],
+    "guided_choice": lambda ask: ask.texts(guided_choice=["ab"], ignore_eos=False) == ["ab"],
+    "guided_grammar": lambda ask: ask.texts(guided_grammar='start: "ab"', ignore_eos=False) == ["ab"],
+    "guided_whitespace_pattern": lambda ask: (
+        ask.texts(guided_json={"const": [1]}, guided_whitespace_pattern="y{0}", ignore_eos=False) == ["[1]"]
+    ),
     "stream": lambda ask: len(ask(stream=True)) > 1 and "".join(ask.texts(stream=True)) == ask.texts()[0],
     "stream_options": lambda ask: ask(stream=True, stream_options={"include_usage": True})[-1]["choices"] == [],
     "continuous_usage_stats": lambda ask: all(it["usage"] for it in ask(continuous_usage_stats=True)),
     "include_usage": lambda ask: ask(include_usage=True)[-1]["usage"]["completion_tokens"] == 8,
 }
+ONE = {"type": "json_schema", "json_schema": {"name": "one", "schema": {"const": 1}}}
 TURN, ANSWER = "# user: a\n", "# assistant:"
 # A value that a field cannot have.
 WRONG_VALUES: dict[str, Any] = {"chat_template_kwargs": 1}
@@ -237,7 +247,6 @@ REFUSED: dict[str, Any] = {
     "modalities": ["text", "audio"],
     "moderation": {"model": "omni-moderation-latest"},
     "reasoning_effort": "low",
-    "response_format": {"type": "json_object"},
     "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "add"}}],
     "verbosity": "low",
