@@ -3,10 +3,15 @@
 
 import json
 import random
+import re
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
+
+from jsonschema import Draft202012Validator, FormatChecker, ValidationError
+from jsonschema.validators import validator_for
 
 Schema = dict[str, Any]
 
@@ -261,3 +266,33 @@ def keywords_of(schema: object) -> Iterator[str]:
                     yield from keywords_of(part)
             elif keyword not in ("const", "enum"):
                 yield from keywords_of(value)
+
+
+def invalid(schema: Schema, text: str) -> str:
+    """Return why a text is no document of the schema, by another library than the one that made it; empty if it is one.
+
+    Numbers are taken as they are written, and the formats that jsonschema does not check by itself are checked here.
+    """
+    exact = json.loads(json.dumps(schema), parse_float=Decimal)
+    validator = validator_for(exact, Draft202012Validator)
+    try:
+        validator(exact, format_checker=_FORMAT_CHECKER).validate(json.loads(text, parse_float=Decimal))
+    except (ValueError, ValidationError) as error:
+        return str(error)
+    return ""
+
+
+_TIME = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
+_LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+_FORMAT_PATTERNS = {
+    "time": f"(?i:{_TIME})",
+    "date-time": rf"(?i:\d{{4}}-\d\d-\d\dT{_TIME})",
+    "duration": r"P(?=.)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=.)(\d+H)?(\d+M)?(\d+S)?)?)",
+    "hostname": rf"{_LABEL}(\.{_LABEL})*",
+    "uri": r"[a-zA-Z][a-zA-Z0-9+.-]*:[\x21-\x7e]*",
+}
+_FORMAT_CHECKER = FormatChecker()
+for _name, _pattern in _FORMAT_PATTERNS.items():
+    _FORMAT_CHECKER.checks(_name)(
+        lambda value, pattern=_pattern: not isinstance(value, str) or re.fullmatch(pattern, value, re.ASCII) is not None
+    )

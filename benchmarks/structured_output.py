@@ -3,10 +3,16 @@
 
     python benchmarks/structured_output.py vocabulary FILE
     python benchmarks/structured_output.py engines FILE [--schemas 300] [--tokens 64]
+    python benchmarks/structured_output.py answers [MODEL] [--schemas 300] [--tokens 512]
+    python benchmarks/structured_output.py overhead MODEL FILE [--batch 32] [--steps 60] [--rounds 4]
 
 `engines` compares llguidance and xgrammar, as far as they are installed: what each does with every keyword of JSON
 Schema, the times to compile, to compute a mask and to accept a token. `vocabulary` makes the tokenizer for it, of the
 size that Qwen3.5's has, from the text files that are installed beside this Python (a minute and a half).
+
+`answers` asks a model for an answer to each of some random schemas and validates those that have ended by jsonschema,
+another library. `overhead` measures steps of a batch in which every sequence has a grammar, and of one without, in
+turns; the grammars are of FILE's vocabulary, whatever the model's own.
 """
 
 import importlib.metadata
@@ -25,10 +31,16 @@ import torch
 import typer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from json_schemas import KEYWORDS, KeywordCase, random_schemas
+import xgdn
+from json_schemas import KEYWORDS, KeywordCase, invalid, random_schemas
 from markdown_table import markdown
 from xgdn.bench.report import machine
+from xgdn.engine import FinishReason
+from xgdn.server.grammar_compiler import CompiledGrammar, GrammarCompiler
+from xgdn.tokenizer_files import load_tokenizer
 from xgdn.vocabulary import Vocabulary
+
+SMALL = Path(__file__).parents[1] / "examples" / "tiny_model" / "checkpoint"
 
 VOCAB_SIZE = 248_320  # of Qwen3.5, with its padding
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -262,6 +274,87 @@ def _share_beside(matcher: Matcher, mask: torch.Tensor, seconds: float = 1.0) ->
     is_over.set()
     thread.join()
     return beside / alone
+
+
+@app.command()
+def answers(model: Path = SMALL, schemas: int = 300, tokens: int = 512, seed: int = 0, compact: bool = False) -> None:
+    """Validate the answers of a model to random schemas."""
+    tokenizer = load_tokenizer(model)
+    engine = xgdn.Engine(model, runner=xgdn.RunnerOptions(max_batch_size=32, max_cached_tokens=32 * (tokens + 64)))
+    compiler = GrammarCompiler(Vocabulary(tokenizer), engine.vocab_size, engine.eos_token_ids)
+    prompt = tokenizer.encode("The answer as JSON: ").ids
+    asked = random_schemas(schemas, seed)
+    requests = [
+        xgdn.Request(
+            prompt,
+            max_new_tokens=tokens,
+            grammar=compiler.json_schema(schema, "schema", is_compact=compact),
+            sampling=xgdn.SamplingParams(temperature=1.0, seed=i),
+        )
+        for i, schema in enumerate(asked)
+    ]
+    begin = time.perf_counter()
+    ids = [engine.submit(request) for request in requests]
+    replies: dict[int, list[int]] = {request: [] for request in ids}
+    reasons: dict[int, FinishReason] = {}
+    while not engine.is_idle():
+        for event in engine.step():
+            replies[event.id] += event.tokens
+            reasons[event.id] = event.finish_reason
+            if event.finish_reason == FinishReason.ERROR:
+                print(f"schema {ids.index(event.id)}: {event.error}")
+    seconds = time.perf_counter() - begin
+    num_wrong = 0
+    for request, schema in zip(ids, asked, strict=True):
+        if reasons[request] == FinishReason.STOP:
+            text = tokenizer.decode(replies[request])
+            problem = invalid(schema, text)
+            num_wrong += bool(problem)
+            if problem:
+                print(f"{json.dumps(schema)}\n{text!r}: {problem}")
+    counts = {reason.name.lower(): list(reasons.values()).count(reason) for reason in set(reasons.values())}
+    print(machine())
+    print(
+        f"{schemas} schemas: {counts}, {num_wrong} invalid, {sum(map(len, replies.values()))} tokens, {seconds:.0f} s"
+    )
+    if num_wrong or FinishReason.ERROR in reasons.values():
+        raise typer.Exit(1)
+
+
+@app.command()
+def overhead(model: Path, file: Path, batch: int = 32, steps: int = 60, rounds: int = 4) -> None:
+    """Compare the steps of a batch with grammars and without."""
+    runner = xgdn.RunnerOptions(max_batch_size=batch, max_cached_tokens=batch * (steps + 64))
+    engine = xgdn.Engine(model, runner=runner)
+    compiler = GrammarCompiler(Vocabulary(Tokenizer.from_file(str(file))), engine.vocab_size, [STOP])
+    # Documents without an end, of the kinds of text that grammars have.
+    value = {"anyOf": [{"type": kind} for kind in ("string", "number", "boolean", "null")]}
+    record = {"properties": {"name": {"type": "string"}, "value": value}, "required": ["name", "value"]}
+    schema = {"type": "array", "items": {"type": "object", **record, "additionalProperties": False}, "minItems": 1000}
+    grammar = compiler.json_schema(schema, "schema")
+    times: dict[str, list[float]] = {"without": [], "with": []}
+    for _ in range(rounds):
+        for name in times:
+            times[name].append(statistics.median(_steps(engine, batch, steps, grammar if name == "with" else None)))
+    added = [100 * (bound / free - 1) for free, bound in zip(times["without"], times["with"], strict=True)]
+    rows = [[str(i + 1), *(f"{1e3 * times[name][i]:.1f}" for name in times), f"{added[i]:+.1f}"] for i in range(rounds)]
+    print(machine())
+    print(markdown(["round", "ms per step without", "with", "%"], rows))
+    print(f"median {statistics.median(added):+.1f} % of a step at batch {batch}")
+
+
+def _steps(engine: xgdn.Engine, batch: int, steps: int, grammar: CompiledGrammar | None) -> list[float]:
+    """Return the time of each decode step, all sequences sampled."""
+    for i in range(batch):
+        sampling = xgdn.SamplingParams(temperature=1.0, seed=i)
+        engine.submit(xgdn.Request([i + 1] * 8, max_new_tokens=steps, sampling=sampling, grammar=grammar))
+    times = []
+    while not engine.is_idle():
+        begin = time.perf_counter()
+        events = engine.step()
+        if len(events) == batch and all(event.finish_reason == FinishReason.RUNNING for event in events):
+            times.append(time.perf_counter() - begin)
+    return times
 
 
 if __name__ == "__main__":
