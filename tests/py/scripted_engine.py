@@ -60,19 +60,10 @@ class _Script:
         tokens = reply[begin : begin + len(event.tokens)]
         self._num_told[event.branch] += len(tokens)
         has_ended = self._num_told[event.branch] == len(reply)
-        self._give(
-            SimpleNamespace(
-                id=event.id,
-                branch=event.branch,
-                tokens=tokens,
-                logprobs=event.logprobs[: len(tokens)],
-                num_cached=event.num_cached,
-                prompt_logprobs=event.prompt_logprobs,
-                hidden=event.hidden,
-                error=event.error,
-                finish_reason=FinishReason.STOP if has_ended else event.finish_reason,
-            )
-        )
+        told = {name: getattr(event, name) for name in dir(event) if not name.startswith("_")}
+        told |= {"tokens": tokens, "logprobs": event.logprobs[: len(tokens)]}
+        told |= {"finish_reason": FinishReason.STOP} if has_ended else {}
+        self._give(SimpleNamespace(**told))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ THINK: dict[str, Any] = {"extra_body": {"chat_template_kwargs": {"enable_thinkin
 def told(text: str, *, is_open: bool) -> tuple[str, str]:
     """Reasoning and content."""
     parser = ReplyParser(ReplySyntax(has_thought=True, begins_in_thought=is_open))
-    pieces = [*parser.push(text), *parser.finish()]
+    pieces = [piece for piece, _ in (*parser.push(text), *parser.finish())]
     thought = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
     return thought, "".join(piece.text for piece in pieces if isinstance(piece, Content))
 

@@ -63,8 +63,10 @@ def syntax(name: str | None, **options: Any) -> ReplySyntax:
 
 def pieces_of(parts: Iterable[str], of: ReplySyntax) -> list[Piece]:
     parser = ReplyParser(of)
-    pieces = [piece for part in parts for piece in parser.push(part)]
-    return pieces + parser.finish()
+    located = [it for part in parts for it in parser.push(part)] + parser.finish()
+    ends = [end for _, end in located]
+    assert ends == sorted(ends)
+    return [piece for piece, _ in located]
 
 
 def assembled(pieces: Sequence[Piece]) -> tuple[str, str, list[tuple[str, str]]]:
@@ -224,7 +226,7 @@ def test_only_what_may_become_a_tag_is_held_back(name: str) -> None:
     text, given = f"Well, {value}.\n{call}", ""
     tag = len("\n</parameter>")
     for i, letter in enumerate(text):
-        given += "".join(getattr(piece, "text", "") for piece in parser.push(letter))
+        given += "".join(getattr(piece, "text", "") for piece, _ in parser.push(letter))
         if i < len(text) - len(call):
             assert len(given) >= len(text[: i + 1].rstrip()) - tag
         elif value in text[i:]:

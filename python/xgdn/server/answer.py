@@ -3,7 +3,6 @@
 
 import asyncio
 import json
-import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -18,7 +17,7 @@ from xgdn.server.generation import Generation
 from xgdn.server.logprobs import TokenReport
 from xgdn.server.metrics import Metrics
 from xgdn.server.prompt_reports import prompt_logprobs
-from xgdn.server.reply_parser import Piece, ReplyParser, ToolCallBegin
+from xgdn.server.reply import Reply
 from xgdn.server.schemas import StreamOptions
 from xgdn.server.sequence import Delta
 
@@ -38,16 +37,17 @@ class Answer:
         self._metrics = metrics
         self._head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._begun: set[int] = set()  # choices whose prompt has been echoed
-        self._replies = [_Reply(ReplyParser(form.syntax)) for _ in range(generation.num_choices)]
+        self._replies = [Reply(form.syntax) for _ in range(generation.num_choices)]
 
     def document(self, whole: Sequence[Delta]) -> bytes:
         """Return the choices as a JSON document. Any thread may call it, since a long document takes a while."""
         choices = []
         for choice in whole:
             reply = self._replies[choice.index]
-            content = self._form.choice(reply.push(self._echoed(choice)))
+            delta = self._echoed(choice)
+            content = self._form.choice([piece for piece, _ in reply.push(delta) if piece is not None])
             content |= self._prompt_logprobs(choice.index) if self._form.is_for_prompts else {}
-            choices.append(self._choice(choice.index, content, reply.take_reports(), reply.finish_reason))
+            choices.append(self._choice(choice.index, content, delta.logprobs, reply.finish_reason))
         more = {} if self._form.is_for_prompts else self._prompt_logprobs(0)
         return to_json({**self._head, "object": self._form.name, "choices": choices, "usage": self._usage(), **more})
 
@@ -102,12 +102,10 @@ class Answer:
     def _chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
         """Yield a choice per piece; the last has the reason of the end."""
         reply = self._replies[delta.index]
-        pieces: list[Piece | None] = [*reply.push(delta)]
-        if not pieces and reply.finish_reason is not None:
-            pieces = [None]
-        for i, piece in enumerate(pieces):
-            reason = reply.finish_reason if i + 1 == len(pieces) else None
-            yield self._choice(delta.index, self._form.delta(piece), reply.take_reports(), reason)
+        parts = reply.push(delta)
+        for i, (piece, reports) in enumerate(parts):
+            reason = reply.finish_reason if i + 1 == len(parts) else None
+            yield self._choice(delta.index, self._form.delta(piece), reports, reason)
 
     def _choice(
         self, index: int, content: dict[str, Any], reports: Sequence[TokenReport] = (), reason: str | None = None
@@ -125,34 +123,3 @@ class Answer:
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> str:
         document = {**self._head, "object": self._form.chunk_name, "choices": choices, **usage}
         return f"data: {json.dumps(document)}\n\n"
-
-
-class _Reply:
-    """One choice while its text comes."""
-
-    def __init__(self, parser: ReplyParser) -> None:
-        self.finish_reason: str | None = None
-        self._parser = parser
-        self._has_calls = False
-        self._reports: list[TokenReport] = []
-
-    @property
-    def end_of_thought(self) -> float:
-        """Number of the text's characters up to the end of the thought."""
-        return math.inf if self._parser.end_of_thought is None else self._parser.end_of_thought
-
-    def push(self, delta: Delta) -> list[Piece]:
-        """Return what is new in the reply."""
-        self._reports += delta.logprobs
-        pieces = self._parser.push(delta.text)
-        if delta.finish_reason is not None:
-            pieces += self._parser.finish()
-        self._has_calls |= any(isinstance(piece, ToolCallBegin) for piece in pieces)
-        has_called = self._has_calls and delta.finish_reason == "stop"
-        self.finish_reason = "tool_calls" if has_called else delta.finish_reason
-        return pieces
-
-    def take_reports(self) -> list[TokenReport]:
-        """Return the log-probabilities that came since the last call."""
-        reports, self._reports = self._reports, []
-        return reports

@@ -4,7 +4,6 @@
 import secrets
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 
 from xgdn.server.text_reader import TextReader
 from xgdn.server.tool_call_formats import CallStart, ToolCallFormat
@@ -66,18 +65,23 @@ class ReplyParser:
         self._blanks = _HeldBlanks()
         self._pieces = self._reply()
 
-    def push(self, text: str) -> list[Piece]:
-        """Return the pieces that are final after `text`."""
+    def push(self, text: str) -> list[tuple[Piece, int]]:
+        """Return the pieces that are final after `text`, each with the length of the text up to its end."""
         self._reader.push(text)
         return self._next_pieces()
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[tuple[Piece, int]]:
         """Return the rest, once the text is complete."""
         self._reader.finish()
         return self._next_pieces()
 
-    def _next_pieces(self) -> list[Piece]:
-        return [piece for piece in takewhile(lambda piece: piece is not None, self._pieces) if piece is not None]
+    def _next_pieces(self) -> list[tuple[Piece, int]]:
+        pieces: list[tuple[Piece, int]] = []
+        for piece in self._pieces:
+            if piece is None:
+                break
+            pieces.append((piece, self._reader.offset))
+        return pieces
 
     def _reply(self) -> _Pieces:
         if self._syntax.has_thought:
