@@ -134,7 +134,7 @@ def model_of(endpoint: Endpoint) -> type[BaseModel]:
 
 def test_other_documents_are_as_described(url: str) -> None:
     for endpoint in ENDPOINTS:
-        if endpoint.method == "get":
+        if endpoint.method == "get" and "{response_id}" not in endpoint.path:
             answer = http_get(url + endpoint.path.replace("{name}", "tiny"), headers=HEADERS)
             assert answer.status_code == 200
             if isinstance(endpoint.response, str):

@@ -116,6 +116,12 @@ def serve(
         ),
     ] = None,
     generation_config: GenerationConfigOption = "auto",
+    max_stored_responses: Annotated[
+        int,
+        typer.Option(
+            min=0, max=MAX, metavar="N", help="Maximum number of responses of /v1/responses that are kept in memory."
+        ),
+    ] = Settings.max_stored_responses,
     tool_call_format: Annotated[
         Literal["auto", "hermes", "qwen-xml"],
         typer.Option(help="Format in which the model calls tools; auto: the one that its chat template tells it."),
@@ -130,7 +136,7 @@ def serve(
         bool, typer.Option("--json", help="Print one JSON document with the address, once the server accepts requests.")
     ] = False,
 ) -> None:
-    """Serve a model over HTTP with OpenAI's interface: /v1/completions, /v1/chat/completions, /v1/models.
+    """Serve a model over HTTP with OpenAI's interface: /v1/completions, /v1/chat/completions, /v1/responses.
 
     Further paths: /health and /ready, /metrics for Prometheus, /openapi.json, and / for a page that shows the engine.
     """
@@ -153,6 +159,7 @@ def serve(
         api_keys=_api_keys(api_key or [], api_keys_file),
         keep_alive_seconds=keep_alive_seconds,
         allowed_origins=allow_origin or (),
+        max_stored_responses=max_stored_responses,
         tool_call_format=tool_call_format,
         has_reasoning=reasoning == "auto",
         sampling_defaults=sampling_defaults(generation_config, model),

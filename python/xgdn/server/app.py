@@ -5,7 +5,7 @@ import asyncio
 import gc
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,7 +42,10 @@ from xgdn.server.prompt_reports import EchoedPrompt
 from xgdn.server.reply_parser import THOUGHT, ReplySyntax
 from xgdn.server.request_log import RequestLog
 from xgdn.server.request_record import RequestRecord, record_of
-from xgdn.server.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, StreamOptions, parse
+from xgdn.server.response_store import ResponseStore, StoredResponse
+from xgdn.server.responses import ResponseAnswer, ResponsesFormat
+from xgdn.server.responses_schemas import ResponseBody, as_asked, messages_of_output
+from xgdn.server.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, StreamOptions, check, parse
 from xgdn.server.settings import Settings
 from xgdn.server.structured_output import structured_output
 from xgdn.server.tokenization import Tokenization
@@ -100,6 +103,7 @@ class Server:
         self.engine = EngineClient(engine, self.metrics, settings.max_queue)
         self._clients = Clients(settings.api_keys)
         self._openapi = describe(settings, engine.vocab_size)
+        self._responses = ResponseStore(settings.max_stored_responses)
         self._start_time = int(time.time())
 
     @asynccontextmanager
@@ -124,6 +128,20 @@ class Server:
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._generate(request, self._prepare_chat)
+
+    async def responses(self, request: Request) -> Response:
+        client = _client_of(record_of(request.scope)).name
+        return await self._generate(request, lambda data: self._prepare_response(data, client))
+
+    def response(self, request: Request, response_id: str) -> Mapping[str, Any]:
+        for name in request.query_params:
+            raise bad_request(f"'{name}' is not supported.", name, "unsupported_parameter")
+        client = _client_of(record_of(request.scope)).name
+        return self._responses.find(client, response_id).document
+
+    def delete_response(self, request: Request, response_id: str) -> dict[str, Any]:
+        self._responses.delete(_client_of(record_of(request.scope)).name, response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
 
     async def embeddings(self, request: Request) -> Response:
         data = await self._read(request)
@@ -258,12 +276,41 @@ class Server:
     def _prepare_chat(self, data: bytes) -> "_Order":
         body = parse(ChatBody, data)
         self._check_model(body.model)
+        return self._order_chat(body, ChatFormat)
+
+    def _order_chat(self, body: ChatBody, form_of: Callable[[ReplySyntax], ChatFormat]) -> "_Order":
         text = self._chat_template.render(body.messages, body.chat_template_kwargs, body.callable_tools)
         syntax = self._reply_syntax(body, text)
-        form = ChatFormat(syntax)
+        form = form_of(syntax)
         ids = self._encode([text], form.prompt_param, add_special_tokens=False)
         max_tokens = body.max_completion_tokens or body.max_tokens
         return self._order(body, ids, max_tokens, form, self._chat_grammar(body, syntax))
+
+    def _prepare_response(self, data: bytes, client: str | None) -> "_Order":
+        body = parse(ResponseBody, data)
+        self._check_model(body.model)
+        messages: list[Mapping[str, Any]] = []
+        if body.previous_response_id is not None:
+            previous = self._responses.get(client, body.previous_response_id)
+            if previous is None:
+                name = "previous_response_id"
+                message = f"'{name}': there is no response '{body.previous_response_id}', or no longer."
+                raise bad_request(message, name, "previous_response_not_found")
+            messages += previous.messages
+        messages += body.messages()
+        try:
+            order = self._order_chat(check(ChatBody, body.chat(messages)), ResponsesFormat)
+        except ApiError as error:
+            raise as_asked(error) from None
+
+        size = len(data) + sum(len(message["content"] or "") for message in messages)
+
+        def keep(document: Mapping[str, Any]) -> None:
+            whole = [*messages, *messages_of_output(document["output"])]
+            self._responses.put(client, StoredResponse(document, whole, size))
+
+        syntax, defaults = order.form.syntax, self._sampling_defaults
+        return replace(order, respond=lambda it: ResponseAnswer(it, body, syntax, defaults, self.metrics, keep))
 
     def _reply_syntax(self, body: ChatBody, prompt: str) -> ReplySyntax:
         tool_calls = None
@@ -364,7 +411,12 @@ class Server:
             max_tokens=max_tokens,
             logprobs=body.num_logprobs,
         )
-        return _Order(body, prompts, max_tokens, sampling, form, grammar, is_default)
+        reports_prompt = body.prompt_logprobs is not None
+
+        def respond(generation: Generation) -> Answer:
+            return Answer(generation, form, body.model, self.metrics, reports_prompt=reports_prompt)
+
+        return _Order(body, prompts, max_tokens, sampling, form, grammar, is_default, respond)
 
     async def _generate(self, request: Request, prepare: Callable[[bytes], "_Order"]) -> Response:
         data = await self._read(request)
@@ -379,8 +431,7 @@ class Server:
             generation = held.enter_context(
                 self._running(record, requests, order.body.stops, reports_stop_token=bool(order.form.echoes))
             )
-            reports_prompt = order.body.prompt_logprobs is not None
-            answer = Answer(generation, order.form, order.body.model, self.metrics, reports_prompt=reports_prompt)
+            answer = order.respond(generation)
             if order.body.stream:
                 events = answer.events(order.body.stream_options or StreamOptions())
                 return EventStream(events, self._settings.keep_alive_seconds, on_end=held.pop_all().close)
@@ -425,6 +476,7 @@ class _Order:
     form: Format
     grammar: CompiledGrammar | None
     is_default: bool  # max_tokens: the request has none
+    respond: Callable[[Generation], Answer | ResponseAnswer]
 
     def requests(self, eos_token_ids: Sequence[int]) -> list[EngineRequest]:
         """Return what the engine takes, for each prompt."""
@@ -522,7 +574,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=_EXPOSED_HEADERS,
         )
@@ -531,6 +583,9 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     api.add_api_route("/completions", server.completions, methods=["POST"], response_model=None)
     api.add_api_route("/chat/completions", server.chat_completions, methods=["POST"], response_model=None)
     api.add_api_route("/embeddings", server.embeddings, methods=["POST"], response_model=None)
+    api.add_api_route("/responses", server.responses, methods=["POST"], response_model=None)
+    api.add_api_route("/responses/{response_id}", server.response, methods=to_read, response_model=None)
+    api.add_api_route("/responses/{response_id}", server.delete_response, methods=["DELETE"])
     api.add_api_route("/models", server.models, methods=to_read)
     api.add_api_route("/models/{name:path}", server.model, methods=to_read)
     app.include_router(api)

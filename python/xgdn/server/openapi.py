@@ -4,6 +4,7 @@
 FastAPI does not see them, because bodies are parsed in threads of their own.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -17,6 +18,7 @@ from xgdn.server.response_schemas import (
     ChatCompletionChunk,
     ChatCompletionResponse,
     CompletionResponse,
+    DeletedResponse,
     DetokenizeResponse,
     EmbeddingResponse,
     ErrorResponse,
@@ -24,9 +26,12 @@ from xgdn.server.response_schemas import (
     ModelCard,
     ModelList,
     Readiness,
+    ResponseDocument,
+    ResponseEvent,
     TokenizeResponse,
     TokenizerInfo,
 )
+from xgdn.server.responses_schemas import ResponseBody
 from xgdn.server.schemas import NEUTRAL_VALUES, ChatBody, CompletionBody, EmbeddingBody
 from xgdn.server.settings import Settings
 from xgdn.server.tokenization import DetokenizeBody, TokenizeBody
@@ -48,6 +53,7 @@ class Endpoint:
     body: type[BaseModel] | None = None
     event: type[BaseModel] | None = None  # of a stream
     query: Mapping[str, Any] = field(default_factory=dict)  # schemas of parameters, none of which is required
+    has_done: bool = True  # the last event is [DONE]
     errors: tuple[int, ...] = ()
     unavailable: type[BaseModel] | None = None  # the document of a 503 that is no error
 
@@ -84,6 +90,18 @@ ENDPOINTS = (
         body=EmbeddingBody,
         errors=_WORK_ERRORS,
     ),
+    Endpoint(
+        "post",
+        "/v1/responses",
+        "Answers a conversation, which may go on by the answer's id.",
+        ResponseDocument,
+        body=ResponseBody,
+        event=ResponseEvent,
+        has_done=False,
+        errors=_WORK_ERRORS,
+    ),
+    Endpoint("get", "/v1/responses/{response_id}", "Returns an answer.", ResponseDocument, errors=(400, 401, 404)),
+    Endpoint("delete", "/v1/responses/{response_id}", "Forgets an answer.", DeletedResponse, errors=(401, 404)),
     Endpoint("get", "/v1/models", "Lists the model.", ModelList, errors=_READ_ERRORS),
     Endpoint("get", "/v1/models/{name}", "Describes the model.", ModelCard, errors=(*_READ_ERRORS, 404)),
     Endpoint(
@@ -204,8 +222,10 @@ def _operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
     }
     if has_keys and not endpoint.is_open:
         operation["security"] = [{"key": []}]
-    if "{name}" in endpoint.path:
-        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if names := re.findall(r"\{(\w+)\}", endpoint.path):
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     if endpoint.query:
         operation["parameters"] = [{"name": name, "in": "query", "schema": it} for name, it in endpoint.query.items()]
     if endpoint.body is not None:
@@ -220,7 +240,7 @@ def _responses(endpoint: Endpoint) -> dict[str, Any]:
     else:
         content = {_JSON: {"schema": _reference(endpoint.response)}}
     if endpoint.event is not None:
-        content["text/event-stream"] = {"schema": _event(endpoint.event)}
+        content["text/event-stream"] = {"schema": _event(endpoint.event, has_done=endpoint.has_done)}
     responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
     for status in endpoint.errors:
         responses[str(status)] = _response(status, ErrorResponse)
@@ -229,13 +249,17 @@ def _responses(endpoint: Endpoint) -> dict[str, Any]:
     return responses
 
 
-def _event(model: type[BaseModel]) -> dict[str, Any]:
+def _event(model: type[BaseModel], *, has_done: bool) -> dict[str, Any]:
     """Return the schema of one server-sent event, which stands for the stream: OpenAPI 3.1 knows no other."""
     document = {"anyOf": [_reference(model), _reference(ErrorResponse)]}
-    data = {"anyOf": [{"const": "[DONE]"}, {"contentMediaType": _JSON, "contentSchema": document}]}
+    data: dict[str, Any] = {"contentMediaType": _JSON, "contentSchema": document}
+    description = f"A server-sent event: a {model.__name__} or an ErrorResponse."
+    if has_done:
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
+        description += " The last is [DONE]."
     return {
         "type": "object",
-        "description": f"A server-sent event: a {model.__name__} or an ErrorResponse. The last is [DONE].",
+        "description": description,
         "properties": {"data": {"type": "string", **data}},
         "required": ["data"],
     }

@@ -153,22 +153,114 @@ class ChatCompletionChunk(_Document):
     usage: Usage | None = None
 
 
-class Embedding(_Document):
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str  # as text: float32, little-endian, in base64
+class OutputLogprob(_Document):
+    token: str
+    bytes: list[int]
+    logprob: float
 
 
-class EmbeddingUsage(_Document):
-    prompt_tokens: int
+class OutputLogprobs(OutputLogprob):
+    top_logprobs: list[OutputLogprob]
+
+
+class OutputText(_Document):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[OutputLogprobs]
+
+
+class ThoughtText(_Document):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+OutputStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputMessage(_Document):
+    id: str
+    type: Literal["message"]
+    status: OutputStatus
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class OutputReasoning(_Document):
+    id: str
+    type: Literal["reasoning"]
+    status: OutputStatus
+    summary: list[Any]
+    content: list[ThoughtText]
+
+
+class OutputFunctionCall(_Document):
+    id: str
+    type: Literal["function_call"]
+    status: OutputStatus
+    call_id: str
+    name: str
+    arguments: str
+
+
+class IncompleteDetails(_Document):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseFailure(_Document):
+    code: Literal["server_error"]
+    message: str
+
+
+class ResponseUsage(_Document):
+    input_tokens: int
+    input_tokens_details: PromptTokensDetails
+    output_tokens: int
+    output_tokens_details: CompletionTokensDetails
     total_tokens: int
 
 
-class EmbeddingResponse(_Document):
-    object: Literal["list"]
-    data: list[Embedding]
+class ResponseDocument(_Document):
+    """A response; it repeats what the request says, with defaults."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
     model: str
-    usage: EmbeddingUsage
+    output: list[OutputMessage | OutputReasoning | OutputFunctionCall]
+    error: ResponseFailure | None
+    incomplete_details: IncompleteDetails | None
+    usage: ResponseUsage | None
+    instructions: str | None
+    previous_response_id: str | None
+    max_output_tokens: int | None
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    text: dict[str, Any]
+    reasoning: dict[str, Any] | None
+    temperature: float
+    top_p: float
+    top_logprobs: int
+    truncation: Literal["disabled"]
+    background: Literal[False]
+    metadata: dict[str, str]
+    store: bool
+    user: str | None
+
+
+class ResponseEvent(BaseModel):
+    """An event of a stream, with further fields by its type, as OpenAI has them."""
+
+    type: str
+    sequence_number: int
+
+
+class DeletedResponse(_Document):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
 
 
 class ModelCard(_Document):

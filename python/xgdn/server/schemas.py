@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails, from_json
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.prompt_field import PROMPT_TYPE, Prompts
 from xgdn.server.sampling_fields import SamplingFields
-from xgdn.server.strict_body import INVALID_TYPE, MISSING, OF_A_FIELD, UNKNOWN, StrictBody, refuse_field
+from xgdn.server.strict_body import INVALID_TYPE, MISSING, OF_A_FIELD, UNKNOWN, UNSUPPORTED, StrictBody, refuse_field
 from xgdn.server.structured_output import StructuredOutputFields
 from xgdn.server.tool_schemas import NamedToolChoice, Tool, ToolCalls, ToolChoice, Tools
 
@@ -227,6 +227,11 @@ def parse(schema: type[_AnyBody], data: bytes) -> _AnyBody:
         raise bad_request(f"The body is no JSON document. {error}.", code="invalid_json") from None
     if not isinstance(document, dict):
         raise bad_request("The body is no JSON object.", code="invalid_json")
+    return check(schema, document)
+
+
+def check(schema: type[_AnyBody], document: dict[str, Any]) -> _AnyBody:
+    """Return a document as a request; raises ApiError for its first error."""
     try:
         body = schema.model_validate(document)
     except ValidationError as error:
@@ -257,6 +262,8 @@ def _explain(error: ValidationError, document: dict[str, Any]) -> ApiError:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     if first["type"] == UNKNOWN:
         return bad_request(f"Unrecognized request argument supplied: {path}.", path, "unknown_parameter")
+    if first["type"] == UNSUPPORTED:
+        return bad_request(f"'{path}' is not supported.", path, "unsupported_parameter")
     if first["type"] in ("missing", MISSING):
         return bad_request(f"'{path}' is required.", path, "missing_required_parameter")
     if first["type"] == PROMPT_TYPE:
@@ -283,4 +290,6 @@ def _place(error: ErrorDetails, body: dict[str, Any]) -> Sequence[int | str]:
         elif isinstance(document, dict) and (part in document or is_missing):
             document = document.get(part)
             place.append(part)
+    if error["type"] == "union_tag_invalid":
+        return [*place, error["ctx"]["discriminator"].strip("'")]
     return [*place, error["ctx"]["field"]] if error["type"] in OF_A_FIELD else place

@@ -23,6 +23,7 @@ class Settings:
     api_keys: "Sequence[ApiKey]" = ()  # none: everybody may ask
     keep_alive_seconds: float = 15.0  # between comments in a stream that has no events; 0: none
     allowed_origins: Sequence[str] = ()  # of web pages that may call
+    max_stored_responses: int = 1024  # of /v1/responses
     tool_call_format: str = "auto"  # or a name of tool_call_formats.FORMATS
     has_reasoning: bool = True  # thoughts are told apart, if the template knows any
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)

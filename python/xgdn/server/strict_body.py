@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of what a request's body consists of: strict types, no unknown fields."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 UNKNOWN = "unknown_field"
 MISSING = "missing_field"
 INVALID = "invalid_field"
 INVALID_TYPE = "invalid_field_type"
+UNSUPPORTED = "unsupported_field"
 OF_A_FIELD = frozenset([UNKNOWN, MISSING, INVALID, INVALID_TYPE])
 
 
@@ -27,3 +28,21 @@ class StrictBody(BaseModel):
 def refuse_field(name: str, reason: str, kind: str = INVALID) -> NoReturn:
     """Fail the validation of a body because of one of its fields, which may be absent."""
     raise PydanticCustomError(kind, "{reason}", {"field": name, "reason": reason})
+
+
+class Neutral:
+    """Marks a field that is refused except for some values, which ask for what is done anyway."""
+
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+    def __get_pydantic_core_schema__(self, _: Any, __: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, _: Any, __: Any) -> dict[str, Any]:
+        return {"enum": [*self.values], "description": "Not supported: other values are refused."}
+
+    def _check(self, value: object) -> object:
+        if not any(value == neutral and type(value) is type(neutral) for neutral in self.values):
+            raise PydanticCustomError(UNSUPPORTED, "not supported")
+        return value
