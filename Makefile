@@ -26,7 +26,7 @@ QUICK_TESTS := test_ops_backends test_ops_recurrent test_ops_decode_step test_ba
 	test_server_engine
 
 .PHONY: help demo test test-quick check fmt bench clean docs package package-with-tests cpp-test py-test ascend-test \
-	cuda cuda-test install-test arm-test sanitize environments
+	cuda cuda-test install-test arm-test sanitize environments clients-test
 help:
 	@echo "make demo   a small trained Qwen3.5 generates in xgdn and in transformers, side by side"
 	@echo "make test   C++ tests, Python tests, those of a GPU where there is one, the Ascend route, installation tests"
@@ -35,6 +35,7 @@ help:
 	@echo "make sanitize  C++ tests, kernels and a call of every op under ASan with UBSan, and under TSan"
 	@echo "make cuda   compiles the CUDA kernels, where there is nvcc"
 	@echo "make arm-test  the CPU kernels on Arm, cross-compiled and emulated"
+	@echo "make clients-test  client libraries, evaluation harness and others against a live server (docs/serving.md, Clients)"
 	@echo "make check  format, lint, types, layering, C++ pages, then make test: the gate of every change"
 	@echo "make docs   the pages of the C++ headers, by Doxygen"
 	@echo "make fmt    format C++ and Python"
@@ -133,3 +134,7 @@ arm-test:
 
 install-test:
 	tests/install/run.sh $(BUILD)
+
+# Programs of others against a live server; large packages, so no part of `make test`.
+clients-test: package
+	tests/clients/run.sh

@@ -165,6 +165,7 @@ def judge() -> Transformers:
     return Transformers()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", MODES)
 def test_log_likelihoods_are_those_of_transformers(
     evaluate: Evaluate, data: dict[str, list[dict[str, Any]]], judge: Transformers, mode: str

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from served import KEY, PAUSE, Reference, Server
+from served import KEY, PAUSE, Reference, Server, serve
 
 PROMPT = "def __init__(self"
 MESSAGES: Any = [{"role": "user", "content": "a"}]
@@ -149,3 +149,16 @@ def test_many_at_once(server: Server, reference: Reference) -> None:
             return [answer.choices[0].text for answer in answers]
 
     assert asyncio.run(ask()) == [reference.want(prompt) for prompt in prompts]
+
+
+def test_a_stream_that_the_server_ends_is_an_error(reference: Reference) -> None:
+    with (
+        serve(reference.model_dir, "--shutdown-seconds", "1") as (process, server),
+        openai.OpenAI(base_url=server.url, api_key=KEY, max_retries=0) as client,
+    ):
+        chunks = client.completions.create(prompt="a", stream=True, **LONG)
+        next(iter(chunks))
+        process.terminate()
+        with pytest.raises(openai.APIError) as info:
+            list(chunks)
+        assert info.value.code == "engine_error"

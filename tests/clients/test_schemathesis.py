@@ -16,6 +16,7 @@ SEEDS = (1, 2)
 EXCLUDED = "positive_data_acceptance"
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_server_is_as_its_description_says(
     environments: Path, reference: Reference, tmp_path: Path, seed: int
