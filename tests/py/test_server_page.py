@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ from live_server import (
     wait_until,
     with_template,
 )
+from scripted_engine import live_scripted
+from tool_templates import HERMES
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -269,6 +272,18 @@ def test_reasoning_and_calls_are_shown_as_text(page: Page) -> None:
     assert page.locator("#messages img, #messages script, #messages b").count() == 0
 
 
+def test_a_thought_of_the_model_is_folded(browser: sync_api.Browser, tmp_path: Path) -> None:
+    with live_scripted(tmp_path, HERMES) as (scripted, url), opened(browser, url) as page:
+        expect(page.locator("#model")).to_have_text("tiny")
+        page.locator("#settings > summary").click()
+        page.select_option("#thinking", "true")
+        scripted.replies = ["Hm.\n</think>\n\nHello"]
+        assert answer(page, PROMPT) == "Hello"
+        assert scripted.prompts[-1].endswith("<think>\n")
+        assert page.locator(".reasoning div").text_content() == "Hm."
+        expect(page.locator(".reasoning div")).to_be_hidden()
+
+
 def test_a_stream_that_breaks_off_is_no_answer(page: Page) -> None:
     give(page, events({"content": "half"}, end=""))
     say(page, PROMPT)
@@ -288,7 +303,6 @@ def test_a_stopped_engine_is_shown(browser: sync_api.Browser) -> None:
 
 def test_requests_of_others_are_shown_without_their_text(browser: sync_api.Browser) -> None:
     prompt = tokens_of("def secret(self):\n" * 12)
-    cells: Callable[[Page], list[str]] = lambda page: page.locator("#requests tbody td").all_inner_texts()  # noqa: E731
     with (
         ThreadPoolExecutor(1) as clients,
         live_stepped() as (stepped, url),
@@ -303,7 +317,7 @@ def test_requests_of_others_are_shown_without_their_text(browser: sync_api.Brows
         assert row.locator("progress").evaluate("it => it.value / it.max") == 64 / len(prompt)
         stepped.allow(1 + len(prompt) // 64)
         expect(row).to_contain_text("decoding")
-        request_id, state, num_prompt, num_tokens, choices, _ = cells(page)
+        request_id, state, num_prompt, num_tokens, choices, _ = row.locator("td").all_inner_texts()
         assert (state, num_prompt, choices) == ("decoding", str(len(prompt)), "2")
         assert int(request_id) == stats(url)["requests"][0]["id"]
         assert int(num_tokens) == stats(url)["requests"][0]["generated_tokens"] > 0
