@@ -263,6 +263,24 @@ class DeletedResponse(_Document):
     deleted: Literal[True]
 
 
+class Embedding(_Document):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str  # as text: float32, little-endian, in base64
+
+
+class EmbeddingUsage(_Document):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(_Document):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class ModelCard(_Document):
     id: str
     object: Literal["model"]
