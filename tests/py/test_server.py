@@ -224,7 +224,7 @@ RESULT: dict[str, Any] = {"role": "tool", "tool_call_id": "call_1", "content": "
         (GOOD | {"prompt": [1] * (TOKENS + 1)}, 400, "context_length_exceeded", str(TOKENS)),
         (GOOD | {"max_tokens": TOKENS}, 400, "context_length_exceeded", str(TOKENS)),
         (GOOD | {"prompt": "a" * BODY_BYTES}, 413, "body_too_large", str(BODY_BYTES)),
-        (GOOD | {"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
+        (GOOD | {"max_tokens": -1}, 400, "invalid_value", "max_tokens"),
         (GOOD | {"max_tokens": 2**40}, 400, "invalid_value", "max_tokens"),
         (GOOD | {"max_tokens": "3"}, 400, "invalid_type", "max_tokens"),
         (GOOD | {"max_tokens": 2.5}, 400, "invalid_type", "max_tokens"),
