@@ -12,9 +12,9 @@ import openai
 import pytest
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
 
-from live_server import KEY, TOKENIZER, http_client, http_get, metrics, openai_client, post
+from live_server import KEY, TOKENIZER, engine, http_client, http_get, live, metrics, openai_client, post, with_template
 from scripted_engine import ScriptedEngine, live_scripted
-from tool_templates import HERMES
+from tool_templates import HERMES, TEMPLATES
 from xgdn.server.api_keys import ApiKey
 from xgdn.server.response_schemas import ResponseDocument
 from xgdn.server.response_store import ResponseStore, StoredResponse
@@ -33,8 +33,8 @@ THINKING = {"chat_template_kwargs": {"enable_thinking": True}}
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScriptedEngine, str]]:
-    with live_scripted(tmp_path_factory.mktemp("responses"), HERMES, max_stored_responses=4) as (engine, url):
-        yield engine, url
+    with live_scripted(tmp_path_factory.mktemp("responses"), HERMES, max_stored_responses=4) as scripted:
+        yield scripted
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def client(scripted: tuple[ScriptedEngine, str]) -> Iterator[openai.OpenAI]:
 
 
 def test_a_text_is_answered(scripted: tuple[ScriptedEngine, str], client: openai.OpenAI) -> None:
-    engine, _ = scripted
-    engine.replies = ["Hello!"]
+    scripted_engine, _ = scripted
+    scripted_engine.replies = ["Hello!"]
     answer = client.responses.create(**ASK, instructions="Be brief.", temperature=0.5, metadata={"a": "b"})
     assert (answer.output_text, answer.status, answer.error) == ("Hello!", "completed", None)
     assert [item.type for item in answer.output] == ["message"]
@@ -55,10 +55,10 @@ def test_a_text_is_answered(scripted: tuple[ScriptedEngine, str], client: openai
         1.0,
         {"a": "b"},
     )
-    assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>" in engine.prompts[-1]
+    assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>" in scripted_engine.prompts[-1]
     usage = answer.usage
     assert usage is not None
-    assert usage.input_tokens == len(TOKENIZER.encode(engine.prompts[-1]).ids)
+    assert usage.input_tokens == len(TOKENIZER.encode(scripted_engine.prompts[-1]).ids)
     assert usage.output_tokens == len(TOKENIZER.encode("Hello!").ids) + 1
     assert usage.total_tokens == usage.input_tokens + usage.output_tokens
     assert usage.output_tokens_details.reasoning_tokens == 0
@@ -79,8 +79,8 @@ def test_a_limit_makes_a_response_incomplete(scripted: tuple[ScriptedEngine, str
 def test_thought_text_and_calls_are_items_that_go_back(
     scripted: tuple[ScriptedEngine, str], client: openai.OpenAI
 ) -> None:
-    engine, _ = scripted
-    engine.replies = [f"Hm.\n</think>\n\nLet me see.\n{CALL}"]
+    scripted_engine, _ = scripted
+    scripted_engine.replies = [f"Hm.\n</think>\n\nLet me see.\n{CALL}"]
     first = client.responses.create(**ASK, tools=[TOOL], extra_body=THINKING)
     thought, _, call = first.output
     assert [item.type for item in first.output] == ["reasoning", "message", "function_call"]
@@ -90,27 +90,27 @@ def test_thought_text_and_calls_are_items_that_go_back(
     assert first.usage is not None
     assert 0 < first.usage.output_tokens_details.reasoning_tokens < first.usage.output_tokens
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "5 degrees"}  # type: ignore[union-attr]
-    engine.replies = ["5 degrees."]
+    scripted_engine.replies = ["5 degrees."]
     said = {"role": "user", "content": "Hi"}
     # Stateless, as objects and as documents, and by id.
     documents = [item.model_dump(exclude_none=True) for item in first.output]
     for output in (first.output, documents):
         sent: Any = [said, *output, result]
         stateless = client.responses.create(model="tiny", input=sent, tools=[TOOL], extra_body=THINKING)
-        prompt = engine.prompts[-1]
+        prompt = scripted_engine.prompts[-1]
         assert stateless.output[0].content[0].text == "5 degrees."  # type: ignore[union-attr]
         assert "<think>\nHm.\n</think>\n\nLet me see.\n<tool_call>" in prompt
         assert "<tool_response>\n5 degrees\n</tool_response>" in prompt
     by_id = client.responses.create(
         model="tiny", input=[result], previous_response_id=first.id, tools=[TOOL], extra_body=THINKING
     )
-    assert engine.prompts[-1] == prompt
+    assert scripted_engine.prompts[-1] == prompt
     assert by_id.previous_response_id == first.id
 
 
 def test_a_stream_has_the_events_of_openai_s(scripted: tuple[ScriptedEngine, str], client: openai.OpenAI) -> None:
-    engine, _ = scripted
-    engine.replies = [f"Hm, hm.\n</think>\n\nLet me see.\n{CALL}\n{CALL}"]
+    scripted_engine, _ = scripted
+    scripted_engine.replies = [f"Hm, hm.\n</think>\n\nLet me see.\n{CALL}\n{CALL}"]
     events = list(client.responses.create(**ASK, tools=[TOOL], extra_body=THINKING, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type.removeprefix("response.") for event in events]
@@ -149,15 +149,17 @@ def test_a_stream_has_the_events_of_openai_s(scripted: tuple[ScriptedEngine, str
 def test_a_conversation_goes_on_by_id_until_it_is_deleted(
     scripted: tuple[ScriptedEngine, str], client: openai.OpenAI
 ) -> None:
-    engine, url = scripted
-    engine.replies = ["Hello!"]
+    scripted_engine, url = scripted
+    scripted_engine.replies = ["Hello!"]
     first = client.responses.create(**ASK, instructions="Be brief.")
     second = client.responses.create(model="tiny", input="Who?", previous_response_id=first.id, stream=True)
     *_, last = second
-    assert engine.prompts[-1].startswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>")
+    assert scripted_engine.prompts[-1].startswith(
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>"
+    )
     third = client.responses.create(model="tiny", input="Why?", previous_response_id=last.response.id)  # type: ignore[union-attr]
-    assert engine.prompts[-1].count("Hello!") == 2
-    assert "Be brief." not in engine.prompts[-1]
+    assert scripted_engine.prompts[-1].count("Hello!") == 2
+    assert "Be brief." not in scripted_engine.prompts[-1]
     assert client.responses.retrieve(third.id) == third
     client.responses.delete(third.id)
     for ask in (client.responses.retrieve, client.responses.delete):
@@ -185,8 +187,8 @@ def test_a_conversation_goes_on_by_id_until_it_is_deleted(
 
 def test_a_response_is_for_the_key_that_asked(tmp_path: Path) -> None:
     keys = [ApiKey(name=name, key=name) for name in ("anna", "ben")]
-    with live_scripted(tmp_path, HERMES, api_keys=keys) as (engine, url):
-        engine.replies = ["Hello!"]
+    with live_scripted(tmp_path, HERMES, api_keys=keys) as (scripted_engine, url):
+        scripted_engine.replies = ["Hello!"]
         with http_client(timeout=60) as http:
             anna, ben = (
                 openai.OpenAI(base_url=f"{url}/v1", api_key=name, max_retries=0, http_client=http)
@@ -212,13 +214,13 @@ def test_the_store_is_bounded_in_size() -> None:
 
 
 def test_logprobs_of_the_text(scripted: tuple[ScriptedEngine, str], client: openai.OpenAI) -> None:
-    engine, _ = scripted
-    engine.replies = ["Hm.\n</think>\n\nHello there."]
+    scripted_engine, _ = scripted
+    scripted_engine.replies = ["Hm.\n</think>\n\nHello there."]
     options: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "extra_body": THINKING}
     answer = client.responses.create(**ASK, temperature=0, **options)
     told = answer.output[-1].content[0].logprobs  # type: ignore[union-attr]
     assert all(len(entry.top_logprobs) == 2 for entry in told)
-    num_tokens = sum(begin >= len("Hm.\n</think>") for begin, _ in TOKENIZER.encode(engine.replies[0]).offsets)
+    num_tokens = sum(begin >= len("Hm.\n</think>") for begin, _ in TOKENIZER.encode(scripted_engine.replies[0]).offsets)
     assert len(told) == num_tokens
     events = list(client.responses.create(**ASK, temperature=0, stream=True, **options))
     deltas = [event.logprobs for event in events if event.type == "response.output_text.delta"]
@@ -227,8 +229,8 @@ def test_logprobs_of_the_text(scripted: tuple[ScriptedEngine, str], client: open
 
 
 def test_documents_are_as_described(scripted: tuple[ScriptedEngine, str]) -> None:
-    engine, url = scripted
-    engine.replies = [f"<think>Hm.</think>Well. {CALL}"]
+    scripted_engine, url = scripted
+    scripted_engine.replies = [f"<think>Hm.</think>Well. {CALL}"]
     logprobs = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
     answer = post(url, ASK | {"tools": [TOOL], **logprobs}, "/v1/responses")
     ResponseDocument.model_validate_json(answer.content, strict=True)
@@ -245,8 +247,8 @@ def test_documents_are_as_described(scripted: tuple[ScriptedEngine, str]) -> Non
 def test_a_failure_is_an_event(scripted: tuple[ScriptedEngine, str], monkeypatch: pytest.MonkeyPatch) -> None:
     from xgdn.detokenize import Detokenizer
 
-    engine, url = scripted
-    engine.replies = ["Hello!"]
+    scripted_engine, url = scripted
+    scripted_engine.replies = ["Hello!"]
     before = metrics(url).get("xgdn_errors_total engine_error", 0)
 
     def fail(_: Detokenizer, __: int) -> str:
@@ -260,6 +262,40 @@ def test_a_failure_is_an_event(scripted: tuple[ScriptedEngine, str], monkeypatch
         with pytest.raises(openai.InternalServerError):
             client.responses.create(**ASK)
     assert metrics(url)["xgdn_errors_total engine_error"] == before + 2
+
+
+FLAG = {
+    "type": "object",
+    "properties": {"a": {"type": "boolean"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_grammar_makes_the_small_model_keep_to_a_format(template: str, tmp_path: Path) -> None:
+    folder = with_template(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").write_text(template)
+    tool = TOOL | {"parameters": FLAG}
+    ask: dict[str, Any] = {"model": "tiny", "input": "Hi", "temperature": 0}
+    with live(engine(folder), folder, has_reasoning=False) as url, openai_client(url) as client:
+        form: Any = {"format": {"type": "json_schema", "name": "flag", "schema": FLAG}}
+        answer = client.responses.create(**ask, text=form)
+        assert json.loads(answer.output_text)["a"] in (True, False)
+        assert answer.status == "completed"
+        for choice in ("required", {"type": "function", "name": "get_weather"}):
+            answer = client.responses.create(**ask, tools=[tool], tool_choice=choice, parallel_tool_calls=False)
+            (call,) = answer.output
+            assert call.name == "get_weather"  # type: ignore[union-attr]
+            assert json.loads(call.arguments)["a"] in (True, False)  # type: ignore[union-attr]
+        bad = FLAG | {"properties": {"a": {"not": {}}}}
+        bad_text = {"text": {"format": {"type": "json_schema", "name": "flag", "schema": bad}}}
+        bad_tool = {"tools": [tool | {"parameters": bad}], "tool_choice": "required"}
+        answers = [post(url, ask | it, "/v1/responses") for it in (bad_text, bad_tool)]
+    params = [answer.json()["error"]["param"] for answer in answers]
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert params == [f"{place}.properties.a.not" for place in ("text.format.schema", "tools[0].parameters")]
 
 
 @pytest.mark.parametrize(
@@ -313,8 +349,8 @@ def test_the_place_of_what_is_wrong_is_told(
 
 
 def test_neutral_values_and_nulls_are_accepted(scripted: tuple[ScriptedEngine, str]) -> None:
-    engine, url = scripted
-    engine.replies = ["Hello!"]
+    scripted_engine, url = scripted
+    scripted_engine.replies = ["Hello!"]
     nulls = dict.fromkeys(ResponseBody.model_fields.keys() - {"model", "input"})
     neutral = {"background": False, "truncation": "disabled", "text": {"format": {"type": "text"}}, "store": True}
     free = {"service_tier": "auto", "user": "me", "max_tool_calls": 3, "include": ["reasoning.encrypted_content"]}

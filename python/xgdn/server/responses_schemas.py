@@ -120,7 +120,7 @@ class JsonSchemaFormat(StrictBody):
 
 
 class TextConfig(StrictBody):
-    format: TextFormat | JsonSchemaFormat | None = None
+    format: Annotated[TextFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Annotated[Any, Neutral(None, "medium")] = None
 
 

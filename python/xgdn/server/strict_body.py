@@ -21,7 +21,10 @@ class StrictBody(BaseModel):
     @classmethod
     def _know_every_field(cls, document: object) -> object:
         if isinstance(document, dict) and not document.keys() <= cls.model_fields.keys():
-            refuse_field(next(key for key in document if key not in cls.model_fields), "unknown field", UNKNOWN)
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            for key in document:
+                if key not in known:
+                    refuse_field(key, "unknown field", UNKNOWN)
         return document
 
 
