@@ -249,7 +249,6 @@ RESULT: dict[str, Any] = {"role": "tool", "tool_call_id": "call_1", "content": "
         (CHAT | {"top_logprobs": 2}, 400, "invalid_value", "'logprobs' to be true"),
         (CHAT | {"messages": "a"}, 400, "invalid_type", "messages"),
         (CHAT | {"messages": [{"role": "user", "content": 1}]}, 400, "invalid_type", "messages"),
-        (GOOD | {"echo": True}, 400, "unsupported_parameter", "not supported"),
         (GOOD | {"presence_penalty": 2.5}, 400, "invalid_value", "presence_penalty"),
         (CHAT | {"messages": []}, 400, "invalid_value", "messages"),
         (CHAT | {"messages": [{"role": "king", "content": "a"}]}, 400, "invalid_value", "messages"),

@@ -99,7 +99,7 @@ def test_every_answer_has_an_id(url: str, monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*_: object) -> None:
         raise RuntimeError("no text")
 
-    monkeypatch.setattr("xgdn.server.app.Generation", fail)
+    monkeypatch.setattr("xgdn.server.handlers.Generation", fail)
     asked.append(post(url, GOOD))
     assert asked[-1].status_code == 500
     ids = {answer.headers["X-Request-Id"] for answer in asked}

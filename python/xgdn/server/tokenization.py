@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from xgdn.server.chat_template import ChatTemplate
-from xgdn.server.prompt_encoder import PromptEncoder
 from xgdn.server.schemas import Message, parse
 from xgdn.server.strict_body import MISSING, StrictBody, refuse_field
 from xgdn.server.tool_schemas import Tools
@@ -53,21 +52,21 @@ class Tokenization:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        encoder: PromptEncoder,
+        encode: Callable[..., list[list[int]]],
         chat_template: ChatTemplate,
         tokenizer_config: Mapping[str, Any],
         max_context: int,
         check_model: Callable[[str], None],
     ) -> None:
         self._tokenizer = tokenizer
-        self._encoder = encoder
+        self._encode = encode  # raises ApiError for a text that no request could have
         self._chat_template = chat_template
         self._config = tokenizer_config
         self._max_context = max_context
         self._check_model = check_model  # raises ApiError for another one than there is
 
     def tokenize(self, data: bytes) -> dict[str, Any]:
-        """Return the answer to a body; raises ApiError, and TooManyTokens for a text that no request could have."""
+        """Return the answer to a body; raises ApiError."""
         body = parse(TokenizeBody, data)
         self._check_model_of(body)
         if body.messages is None:
@@ -75,7 +74,7 @@ class Tokenization:
         else:
             text = self._chat_template.render(body.messages, body.chat_template_kwargs, body.tools or [])
             is_special = bool(body.add_special_tokens)
-        (ids,) = self._encoder.encode([text], self._max_context, add_special_tokens=is_special)
+        (ids,) = self._encode([text], "prompt", add_special_tokens=is_special)
         names = [self._tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": self._max_context, "tokens": ids, "token_strs": names}
 
