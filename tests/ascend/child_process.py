@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import pytest
 
 # Less than pytest's own timeout: a child that does not come back ends with the stacks of its threads.
-SECONDS = 90
+SECONDS = 105
 
 
 def task_queue_environment() -> dict[str, str]:
@@ -39,7 +39,7 @@ def run_python(
             capture_output=True,
             text=True,
             check=False,
-            timeout=SECONDS + 15,  # it has then ended without its stacks
+            timeout=SECONDS + 8,  # it has then ended without its stacks
         )
     except subprocess.TimeoutExpired as expired:
         pytest.fail(f"{expired}; it printed {expired.stdout!r} and {expired.stderr!r}")
