@@ -285,7 +285,7 @@ def _on_deep_stack(work: Callable[[], Any], done: Callable[[], None]) -> Future[
     with _STACK_SIZE_LOCK:
         before = threading.stack_size(_STACK_BYTES)
         try:
-            threading.Thread(target=run, name="xgdn-grammar", daemon=True).start()
+            threading.Thread(target=run, name="xgdn-grammar").start()
         finally:
             threading.stack_size(before)
     return future
