@@ -114,6 +114,7 @@ READ_HERMES = {
     "cut in the last tag": (hermes("f", "{}")[:-3], "", [("f", "{}")]),
     "no last tag": (hermes("f", "{}")[:-12] + hermes("g", "{}"), "", [("f", "{}"), ("g", "{}")]),
     "two first tags": ("<tool_call>" + hermes("f", "{}"), "<tool_call>", [("f", "{}")]),
+    "a brace between quotes": (hermes("f", r'{"a": "\"}\" \\"}'), "", [("f", r'{"a": "\"}\" \\"}')]),
     "a tag in a string": (hermes("f", '{"a": "</tool_call>"}'), "", [("f", '{"a": "</tool_call>"}')]),
     # What is no call is text.
     "no JSON": ("<tool_call>\nget_weather()\n</tool_call>", "<tool_call>\nget_weather()\n</tool_call>", []),
@@ -572,6 +573,7 @@ GOOD_XML = xml("get_weather", city='Be"rn\nx', days="3", unit="null", tags='["a"
 GOOD_HERMES = hermes("get_weather", '{"city": "Bern", "days": 3, "tags": ["a"]}')
 BAD_XML = [
     xml("get_weather", city="B"),
+    xml("get_weather", city="Bern</parameter>, the capital"),
     xml("get_weather", days="3"),
     xml("get_weather", city="Bern", days="many"),
     xml("get_weather", city="Bern", unit="K"),
