@@ -21,9 +21,11 @@ import pytest
 from openai.types import completion_create_params as completions
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionStreamOptionsParam
 from openai.types.chat import completion_create_params as chat_completions
+from openai.types.responses import response_create_params as responses
 from pydantic import BaseModel
 
-from live_server import CHAT, GOOD, PROMPT, TOKENIZER, post, want
+from live_server import CHAT, GOOD, KEY, PROMPT, TEMPLATE, TOKENIZER, engine, http_get, live, post, want, with_template
+from xgdn.server.responses_schemas import ResponseBody
 from xgdn.server.schemas import ChatBody, CompletionBody, Message, StreamOptions
 
 PAGE = Path(__file__).parents[2] / "docs/serving_fields.md"
@@ -31,9 +33,24 @@ MESSAGE = {"role": "user", "content": "a"}
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 COMPLETION = GOOD | GREEDY
 CHAT_COMPLETION = CHAT | GREEDY
+RESPONSE = {"model": "tiny", "input": "a", "temperature": 0, "max_output_tokens": 8}
 STREAM = {"stream": True, "stream_options": {}}
 LAST_WORDS = "if __name__ == '__main__':\n    main()\n"
 SAMPLED = {"temperature": 1.9, "seed": 1}
+
+
+# As live_server's, and it takes tools, calls and thoughts.
+TOOL_TEMPLATE = """{%- if tools %}{{ "<tool_call>" + tools|tojson }}{% endif %}""" + TEMPLATE.replace(
+    """{{ raise_exception("no tools here") }}""", ""
+).replace("message.content +", """(message.reasoning_content or "") + message.content + message.tool_calls|string +""")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = with_template(tmp_path_factory.mktemp("fields"))
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    with live(engine(), folder) as address:
+        yield address
 
 
 @dataclass(frozen=True)
@@ -41,17 +58,20 @@ class Section:
     """A table of the page, and all that must be in it."""
 
     heading: str
+    path: str
     body: dict[str, Any]  # a request; its fields are replaced one by one
     types: tuple[Any, ...]  # of OpenAI's client
     schema: type[BaseModel]
     place: tuple[str | int, ...] = ()  # of the fields in the body
     last_words: dict[str, Any] = field(default_factory=dict)  # fields of a prompt after which the model ends its text
+    limit: str = "max_tokens"
+    needed: frozenset[str] = frozenset()  # fields that are required unless others are there
 
     def fields(self) -> set[str]:
         return {name for it in self.types for name in get_type_hints(it)} | self.schema.model_fields.keys()
 
     def required(self) -> set[str]:
-        return {name for name, field in self.schema.model_fields.items() if field.is_required()}
+        return {name for name, field in self.schema.model_fields.items() if field.is_required()} | self.needed
 
     def request(self, fields: dict[str, Any]) -> dict[str, Any]:
         body = copy.deepcopy(self.body)
@@ -69,6 +89,7 @@ SECTIONS = {
     for section in (
         Section(
             "Completions",
+            "/v1/completions",
             COMPLETION,
             (completions.CompletionCreateParamsNonStreaming, completions.CompletionCreateParamsStreaming),
             CompletionBody,
@@ -76,18 +97,38 @@ SECTIONS = {
         ),
         Section(
             "Chat completions",
+            "/v1/chat/completions",
             CHAT_COMPLETION,
             (chat_completions.CompletionCreateParamsNonStreaming, chat_completions.CompletionCreateParamsStreaming),
             ChatBody,
             last_words={"chat_template_kwargs": {"thought": f"\n{LAST_WORDS}"}},
         ),
-        Section("Messages", CHAT_COMPLETION, get_args(ChatCompletionMessageParam), Message, ("messages", 0)),
+        Section(
+            "Messages",
+            "/v1/chat/completions",
+            CHAT_COMPLETION,
+            get_args(ChatCompletionMessageParam),
+            Message,
+            ("messages", 0),
+            needed=frozenset({"content"}),
+        ),
         Section(
             "Stream options",
+            "/v1/completions",
             COMPLETION | STREAM,
             (ChatCompletionStreamOptionsParam,),
             StreamOptions,
             ("stream_options",),
+        ),
+        Section(
+            "Responses",
+            "/v1/responses",
+            RESPONSE,
+            (responses.ResponseCreateParamsNonStreaming, responses.ResponseCreateParamsStreaming),
+            ResponseBody,
+            last_words={"chat_template_kwargs": {"thought": f"\n{LAST_WORDS}"}},
+            limit="max_output_tokens",
+            needed=frozenset({"input"}),
         ),
     )
 }
@@ -142,8 +183,7 @@ class Asker:
     section: Section
 
     def response(self, **fields: Any) -> httpx.Response:
-        body = self.section.request(fields)
-        return post(self.url, body, "/v1/chat/completions" if "messages" in body else "/v1/completions")
+        return post(self.url, self.section.request(fields), self.section.path)
 
     def __call__(self, **fields: Any) -> Any:
         """The document; of a stream, the list of its documents."""
@@ -151,20 +191,48 @@ class Asker:
         assert answer.status_code == 200, answer.text
         if not answer.headers["content-type"].startswith("text/event-stream"):
             return answer.json()
-        return [json.loads(line[6:]) for line in answer.text.split("\n\n") if line and line != "data: [DONE]"]
+        found = re.findall("^data: ({.*)$", answer.text, re.MULTILINE)
+        return [json.loads(document) for document in found]
 
     def texts(self, **fields: Any) -> list[str]:
         answer = self(**fields)
-        documents = answer if isinstance(answer, list) else [answer]
-        return [text_of(choice) for document in documents for choice in document["choices"]]
+        return [text for document in (answer if isinstance(answer, list) else [answer]) for text in texts_of(document)]
+
+    def long_texts(self, **fields: Any) -> list[str]:
+        return self.texts(**{self.section.limit: 48}, **fields)
 
     def choice(self, **fields: Any) -> Any:
         return self(**fields)["choices"][0]
 
+    def usage(self, **fields: Any) -> tuple[int, int]:
+        """Tokens of the prompt and of the answer."""
+        usage = self(**fields)["usage"]
+        names = ("input_tokens", "output_tokens") if "input_tokens" in usage else ("prompt_tokens", "completion_tokens")
+        return usage[names[0]], usage[names[1]]
 
-def text_of(choice: dict[str, Any]) -> str:
-    content = choice.get("message") or choice.get("delta")
-    return str(content.get("content", "") if content else choice.get("text", ""))
+    def calls(self, **fields: Any) -> list[str]:
+        """The names of the functions that are called, in an answer that has room for two calls."""
+        answer = self(**{"temperature": 0, "tools": self.tools, self.section.limit: 100} | fields)
+        if "output" in answer:
+            return [item["name"] for item in answer["output"] if item["type"] == "function_call"]
+        return [call["function"]["name"] for call in answer["choices"][0]["message"].get("tool_calls") or []]
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        function = {"name": "now", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
+        if self.section.path == "/v1/responses":
+            return [{"type": "function", **function}]
+        return [{"type": "function", "function": function}]
+
+
+def texts_of(document: dict[str, Any]) -> list[str]:
+    """The texts in an answer, or in an event of a stream."""
+    if document.get("type") == "response.output_text.delta":
+        return [document["delta"]]
+    if "output" in document:
+        return [part["text"] for item in document["output"] for part in item.get("content", [])]
+    messages = [choice.get("message") or choice.get("delta") or choice for choice in document.get("choices", [])]
+    return [message.get("content") or message.get("text") or "" for message in messages]
 
 
 # What shows that a field is honoured; those of one name in several sections do the same there.
@@ -177,8 +245,9 @@ EFFECTS: dict[str, Callable[[Asker], bool]] = {
     "chat_template_kwargs": lambda ask: (
         ask.texts(chat_template_kwargs={"thought": " b"}) == [want(f"{TURN}{ANSWER} b", 8)]
     ),
-    "max_tokens": lambda ask: ask(max_tokens=3)["usage"]["completion_tokens"] == 3,
-    "max_completion_tokens": lambda ask: ask(max_completion_tokens=3)["usage"]["completion_tokens"] == 3,
+    "max_tokens": lambda ask: ask.usage(max_tokens=3)[1] == 3,
+    "max_completion_tokens": lambda ask: ask.usage(max_completion_tokens=3)[1] == 3,
+    "max_output_tokens": lambda ask: ask.usage(max_output_tokens=3)[1] == 3,
     "n": lambda ask: len(ask(n=3)["choices"]) == 3,
     "temperature": lambda ask: ask.texts(**SAMPLED) != ask.texts(),
     "seed": lambda ask: (
@@ -187,18 +256,18 @@ EFFECTS: dict[str, Callable[[Asker], bool]] = {
     "top_p": lambda ask: ask.texts(**SAMPLED, top_p=1e-6) == ask.texts(),
     "top_k": lambda ask: ask.texts(**SAMPLED, top_k=1) == ask.texts(),
     "min_p": lambda ask: ask.texts(**SAMPLED, min_p=1) == ask.texts(),
-    "presence_penalty": lambda ask: ask.texts(max_tokens=48, presence_penalty=2) != ask.texts(max_tokens=48),
-    "frequency_penalty": lambda ask: ask.texts(max_tokens=48, frequency_penalty=2) != ask.texts(max_tokens=48),
-    "repetition_penalty": lambda ask: ask.texts(max_tokens=48, repetition_penalty=2) != ask.texts(max_tokens=48),
+    "presence_penalty": lambda ask: ask.long_texts(presence_penalty=2) != ask.long_texts(),
+    "frequency_penalty": lambda ask: ask.long_texts(frequency_penalty=2) != ask.long_texts(),
+    "repetition_penalty": lambda ask: ask.long_texts(repetition_penalty=2) != ask.long_texts(),
     "logit_bias": lambda ask: ask.texts(logit_bias={"65": 100}) == [TOKENIZER.decode([65] * 8)],
     "bad_words": lambda ask: (
-        not ask.texts(bad_words=[ask.texts(max_tokens=1)[0]])[0].startswith(ask.texts(max_tokens=1)[0])
+        not ask.texts(bad_words=[ask.texts(**{ask.section.limit: 1})[0]])[0].startswith(
+            ask.texts(**{ask.section.limit: 1})[0]
+        )
     ),
-    "min_tokens": lambda ask: (
-        ask(min_tokens=4, ignore_eos=False, **ask.section.last_words)["usage"]["completion_tokens"] > 4
-    ),
+    "min_tokens": lambda ask: ask.usage(min_tokens=4, **may_end(ask), **ask.section.last_words)[1] > 4,
     "stop": lambda ask: ask.texts(stop=ask.texts()[0][4:]) == [ask.texts()[0][:4]],
-    "stop_token_ids": lambda ask: ask(stop_token_ids=[*range(2048)])["usage"]["completion_tokens"] == 1,
+    "stop_token_ids": lambda ask: ask.usage(stop_token_ids=[*range(2048)])[1] == 1,
     "ignore_eos": lambda ask: (
         [ask.choice(ignore_eos=it, **ask.section.last_words)["finish_reason"] for it in (True, False)]
         == ["length", "stop"]
@@ -220,7 +289,49 @@ EFFECTS: dict[str, Callable[[Asker], bool]] = {
     "stream_options": lambda ask: ask(stream=True, stream_options={"include_usage": True})[-1]["choices"] == [],
     "continuous_usage_stats": lambda ask: all(it["usage"] for it in ask(continuous_usage_stats=True)),
     "include_usage": lambda ask: ask(include_usage=True)[-1]["usage"]["completion_tokens"] == 8,
+    "echo": lambda ask: ask.texts(echo=True) == [f"a{ask.texts()[0]}"],
+    "prompt_logprobs": lambda ask: "prompt_logprobs" in json.dumps(ask(prompt_logprobs=1)),
+    "tools": lambda ask: ask.usage(tools=ask.tools)[0] > ask.usage()[0],
+    "tool_choice": lambda ask: ask.calls(tool_choice="required", **may_end(ask))[:1] == ["now"],
+    "parallel_tool_calls": lambda ask: (
+        [len(ask.calls(tool_choice="required", parallel_tool_calls=it, **may_end(ask))) > 1 for it in (True, False)]
+        == [True, False]
+    ),
+    "tool_calls": lambda ask: ask.texts(role="assistant", tool_calls=CALLS) != ask.texts(role="assistant"),
+    "tool_call_id": lambda ask: ask.response(role="tool", tool_call_id="call_2").status_code == 400,
+    "reasoning_content": lambda ask: (
+        ask.texts(role="assistant", reasoning_content="b") == [want(f"# assistant: ba\n{ANSWER}", 8)]
+    ),
+    "input": lambda ask: ask.texts(input=[MESSAGE, MESSAGE]) == [want(f"{TURN}{TURN}{ANSWER}", 8)],
+    "instructions": lambda ask: ask.texts(instructions="b") == [want(f"# system: b\n{TURN}{ANSWER}", 8)],
+    "text": lambda ask: (
+        ask.texts(text={"format": {"type": "json_schema", "name": "one", "schema": {"const": 1}}}) == ["1"]
+    ),
+    "include": lambda ask: len(ask(include=LOGPROBS)["output"][0]["content"][0]["logprobs"]) == 8,
+    "Responses-top_logprobs": lambda ask: (
+        len(ask(include=LOGPROBS, top_logprobs=3)["output"][0]["content"][0]["logprobs"][0]["top_logprobs"]) == 3
+    ),
+    "metadata": lambda ask: ask(metadata={"a": "b"})["metadata"] == {"a": "b"},
+    "store": lambda ask: [is_kept(ask, store=it) for it in (True, False)] == [True, False],
+    "previous_response_id": lambda ask: (
+        ask.texts(input="b", previous_response_id=(first := ask())["id"])
+        == [want(f"{TURN}# assistant: {texts_of(first)[0]}\n# user: b\n{ANSWER}", 8)]
+    ),
 }
+
+
+def may_end(ask: Asker) -> dict[str, Any]:
+    """The fields that let a reply end by itself."""
+    return {"ignore_eos": False} if "ignore_eos" in ask.section.body else {}
+
+
+def is_kept(ask: Asker, **fields: Any) -> bool:
+    name = ask(**fields)["id"]
+    return http_get(f"{ask.url}/v1/responses/{name}", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+
+
+CALLS = [{"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]
+LOGPROBS = ["message.output_text.logprobs"]
 ONE = {"type": "json_schema", "json_schema": {"name": "one", "schema": {"const": 1}}}
 TURN, ANSWER = "# user: a\n", "# assistant:"
 # A value that a field cannot have.
@@ -231,7 +342,7 @@ WRONG = {"wrong": 1}
 @with_status("honoured")
 def test_an_honoured_field_decides_about_the_answer(url: str, row: Row) -> None:
     ask = Asker(url, row.section)
-    assert EFFECTS[row.field](ask)
+    assert (EFFECTS.get(str(row)) or EFFECTS[row.field])(ask)
     answer = ask.response(**{row.field: WRONG_VALUES.get(row.field, WRONG)})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith(row.section.param(row.field))
@@ -239,7 +350,6 @@ def test_an_honoured_field_decides_about_the_answer(url: str, row: Row) -> None:
 
 REFUSED: dict[str, Any] = {
     "best_of": 2,
-    "echo": True,
     "suffix": "b",
     "audio": {"format": "mp3", "voice": "alloy"},
     "function_call": {"name": "add"},
@@ -247,13 +357,19 @@ REFUSED: dict[str, Any] = {
     "modalities": ["text", "audio"],
     "moderation": {"model": "omni-moderation-latest"},
     "reasoning_effort": "low",
-    "tool_choice": "required",
-    "tools": [{"type": "function", "function": {"name": "add"}}],
     "verbosity": "low",
     "web_search_options": {"search_context_size": "low"},
+    "include_reasoning": False,
     "refusal": "no",
-    "tool_call_id": "call_1",
-    "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}],
+    "access_programs": {"cyber": True},
+    "background": True,
+    "context_management": [{"type": "compaction"}],
+    "conversation": "conv_1",
+    "image": {"enabled": True},
+    "prompt": {"id": "pmpt_1"},
+    "prompt_cache_options": {"mode": "explicit"},
+    "reasoning": {"effort": "low"},
+    "truncation": "auto",
 }
 
 
@@ -263,8 +379,9 @@ def test_a_refused_field_is_named(url: str, row: Row) -> None:
     answer = ask.response(**{row.field: REFUSED[row.field]})
     error = answer.json()["error"]
     param = row.section.param(row.field)
-    assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", param)
-    assert f"'{param}'" in error["message"]
+    assert (answer.status_code, error["code"]) == (400, "unsupported_parameter")
+    assert error["param"].split(".")[: param.count(".") + 1] == param.split(".")  # or a field of it
+    assert f"'{error['param']}'" in error["message"]
     for neutral in row.neutral_values:
         assert ask.texts(**{row.field: neutral}) == ask.texts()
 
@@ -273,7 +390,6 @@ IGNORED: dict[str, Any] = {
     "user": "somebody",
     "name": "somebody",
     "metadata": {"a": "b"},
-    "parallel_tool_calls": False,
     "prediction": {"type": "content", "content": "b"},
     "prompt_cache_key": "b",
     "prompt_cache_options": {"mode": "explicit"},
@@ -283,6 +399,8 @@ IGNORED: dict[str, Any] = {
     "store": True,
     "annotations": [],
     "include_obfuscation": True,
+    "stream_options": {"include_obfuscation": True},
+    "max_tool_calls": 1,
 }
 
 
@@ -293,11 +411,13 @@ def test_an_ignored_field_has_no_effect(url: str, row: Row) -> None:
 
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=lambda section: section.heading)
-@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
 def test_null_is_as_good_as_absent(url: str, section: Section, limit: str) -> None:
     nulls = dict.fromkeys(section.fields() - section.required())
-    if limit in nulls:
-        nulls[limit] = 8  # a chat without any limit would take the rest of the context
+    # A chat without any limit would take the rest of the context.
+    limits = {"max_tokens", "max_completion_tokens", "max_output_tokens"} & nulls.keys()
+    if limits:
+        nulls[limit if limit in limits else section.limit] = 8
     assert Asker(url, section).response(**nulls).status_code == 200
 
 
