@@ -15,7 +15,7 @@ void check_at_least(const char* name, int64_t least, int64_t got) {
   if (got < least) throw RequestError(c10::str("[KvCache] ", name, ": expected at least ", least, ", got ", got));
 }
 
-size_t checked_count(int64_t num_blocks) {
+size_t checked_num_blocks(int64_t num_blocks) {
   check_at_least("num_blocks", 0, num_blocks);
   if (num_blocks > kernel::kMaxIndex) {
     throw RequestError(c10::str("[KvCache] num_blocks: expected at most ", kernel::kMaxIndex, ", got ", num_blocks));
@@ -31,7 +31,7 @@ int64_t KvCacheSpec::block_bytes() const {
 }
 
 KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device)
-    : spec_(spec), device_(device), ref_counts_(checked_count(num_blocks), 0), num_idle_(ref_counts_.size(), 0) {
+    : spec_(spec), device_(device), ref_counts_(checked_num_blocks(num_blocks), 0), num_idle_(ref_counts_.size(), 0) {
   check_at_least("block_size", 1, spec.block_size);
   if (num_blocks > 0 && spec.block_size > kernel::kMaxIndex / num_blocks) {
     throw RequestError(c10::str("[KvCache] num_blocks: expected at most ", kernel::kMaxIndex / spec.block_size,

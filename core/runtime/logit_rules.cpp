@@ -12,14 +12,14 @@ namespace xgdn {
 namespace {
 
 constexpr float kForbidden = -std::numeric_limits<float>::infinity();
-constexpr size_t kWordBits = 32;
+constexpr size_t kMaskWordBits = 32;
 
 void forbid_outside(std::span<const uint32_t> mask, std::span<float> logits) {
   for (size_t word = 0; word < mask.size(); ++word) {
     if (mask[word] == ~uint32_t{0}) continue;
-    const size_t end = std::min(logits.size(), (word + 1) * kWordBits);
-    for (size_t token = word * kWordBits; token < end; ++token) {
-      if ((mask[word] >> token % kWordBits & 1) == 0) logits[token] = kForbidden;
+    const size_t end = std::min(logits.size(), (word + 1) * kMaskWordBits);
+    for (size_t token = word * kMaskWordBits; token < end; ++token) {
+      if ((mask[word] >> token % kMaskWordBits & 1) == 0) logits[token] = kForbidden;
     }
   }
 }

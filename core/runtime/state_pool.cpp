@@ -15,7 +15,7 @@
 namespace xgdn {
 namespace {
 
-size_t checked_count(int64_t num_slots) {
+size_t checked_num_slots(int64_t num_slots) {
   if (num_slots < 0) throw RequestError(c10::str("[StatePool] num_slots: expected at least 0, got ", num_slots));
   if (num_slots > kernel::kMaxIndex) {
     throw RequestError(c10::str("[StatePool] num_slots: expected at most ", kernel::kMaxIndex, ", got ", num_slots));
@@ -43,7 +43,7 @@ StatePool::StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t 
                      bool poison_freed)
     : bytes_(num_slots * slot_bytes(layers)), poison_freed_(poison_freed) {
   for (Table& table : tables_) {
-    table.slots.resize(checked_count(num_slots));
+    table.slots.resize(checked_num_slots(num_slots));
     for (int64_t slot = num_slots; slot-- > 0;) table.free.push_back(static_cast<int32_t>(slot));
   }
   for (const auto& specs : layers) layers_.push_back(GdnState::allocate(specs, num_slots, device));

@@ -14,7 +14,7 @@
 namespace xgdn::kernel::npu {
 namespace {
 
-constexpr int64_t kMaxHeads = 64;
+constexpr int64_t kChunkMaxHeads = 64;
 constexpr int64_t kHeadDim = 128;
 
 }  // namespace
@@ -23,8 +23,8 @@ Sentence why_not_chunk(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
   const Capabilities& c = capabilities();
   if (Sentence sentence = why_not_dtype(p.q, p.state, c.why_not_chunk_f32_state)) return sentence;
   if (!c.why_not_chunk.empty()) return c.why_not_chunk;
-  if (s.H > kMaxHeads || s.HV > kMaxHeads) {
-    return c10::str("the chunk op takes at most ", kMaxHeads, " heads, got H=", s.H, " HV=", s.HV);
+  if (s.H > kChunkMaxHeads || s.HV > kChunkMaxHeads) {
+    return c10::str("the chunk op takes at most ", kChunkMaxHeads, " heads, got H=", s.H, " HV=", s.HV);
   }
   const bool is_usual = s.K == kHeadDim && s.V == kHeadDim;
   if (!is_usual && (s.K != s.V || s.K > kHeadDim || !c.why_not_chunk_head_dims.empty())) {

@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kMaskSize = 2048;
 constexpr int64_t kMaxRows = 1 << 20;   // tokens, and rows of contexts, in one call
 constexpr size_t kMaxSequences = 1024;  // in one call
-constexpr int64_t kMaxHeads = 256;
-constexpr int64_t kMaxHeadDim = 768;
+constexpr int64_t kAttentionMaxHeads = 256;
+constexpr int64_t kAttentionMaxHeadDim = 768;
 
 // Of a sequence.
 struct SequenceLengths {
@@ -94,9 +94,9 @@ std::optional<std::string> why_not_cache(at::ScalarType tokens, at::ScalarType c
 std::optional<std::string> why_not_attention(const PagedAttentionParams& p, const AttentionShape& s) {
   if (const std::string& sentence = capabilities().why_not_attention; !sentence.empty()) return sentence;
   if (auto sentence = why_not_cache(p.q.scalar_type(), p.k.scalar_type())) return sentence;
-  if (s.HQ > kMaxHeads || s.D > kMaxHeadDim) {
-    return c10::str("the attention op takes at most ", kMaxHeads, " query heads of at most ", kMaxHeadDim,
-                    ", got HQ=", s.HQ, " D=", s.D);
+  if (s.HQ > kAttentionMaxHeads || s.D > kAttentionMaxHeadDim) {
+    return c10::str("the attention op takes at most ", kAttentionMaxHeads, " query heads of at most ",
+                    kAttentionMaxHeadDim, ", got HQ=", s.HQ, " D=", s.D);
   }
   if (!p.context_rows) return "it reads all sequences at once, so it needs their rows in the cache: pass context_rows";
   if (!p.host.cu_seqlens || !p.host.context_lens) {

@@ -17,8 +17,8 @@
 namespace xgdn::kernel::npu {
 namespace {
 
-constexpr int64_t kMaxHeads = 256;
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kRecurrentMaxHeads = 256;
+constexpr int64_t kRecurrentMaxHeadDim = 256;
 
 int64_t longest(const std::vector<int64_t>& lengths) {
   return lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
@@ -146,9 +146,10 @@ Sentence why_not_recurrent(const at::Tensor& in, const at::Tensor& state, const 
   const Capabilities& c = capabilities();
   if (c.recurrent_op == nullptr) return c.why_not_recurrent;
   if (Sentence sentence = why_not_dtype(in, state, c.why_not_f32_state)) return sentence;
-  if (s.H > kMaxHeads || s.HV > kMaxHeads || s.K > kMaxHeadDim || s.V > kMaxHeadDim) {
-    return c10::str("the recurrent op takes at most ", kMaxHeads, " heads of at most ", kMaxHeadDim, ", got H=", s.H,
-                    " HV=", s.HV, " K=", s.K, " V=", s.V);
+  if (s.H > kRecurrentMaxHeads || s.HV > kRecurrentMaxHeads || s.K > kRecurrentMaxHeadDim ||
+      s.V > kRecurrentMaxHeadDim) {
+    return c10::str("the recurrent op takes at most ", kRecurrentMaxHeads, " heads of at most ", kRecurrentMaxHeadDim,
+                    ", got H=", s.H, " HV=", s.HV, " K=", s.K, " V=", s.V);
   }
   if (s.T > s.S) return c10::str("the recurrent op takes at most as many tokens as slots, got T=", s.T, " S=", s.S);
   return std::nullopt;

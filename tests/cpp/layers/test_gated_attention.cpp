@@ -27,7 +27,7 @@
 namespace xgdn::testing {
 namespace {
 
-constexpr double kBound = 1e-5;  // f32, sums of up to 100 terms
+constexpr double kAttentionBound = 1e-5;  // f32, sums of up to 100 terms
 constexpr double kPartialRotary = 0.25;
 constexpr double kTheta = 10000.0;
 constexpr int64_t kBlockSize = 8;
@@ -149,16 +149,16 @@ TEST_F(GatedAttentionTest, PiecesOfSeveralSequencesAreTheFormula) {
   const at::Tensor want[] = {truth(weights_, x[0]), truth(weights_, x[1]), truth(weights_, x[2])};
 
   const at::Tensor whole = forward(x, {{0, 30, first}, {0, 19, second}, {0, 1, third}});
-  EXPECT_LE(relative_error(whole.narrow(0, 0, 30), want[0].narrow(0, 0, 30)), kBound);
-  EXPECT_LE(relative_error(whole.narrow(0, 30, 19), want[1].narrow(0, 0, 19)), kBound);
-  EXPECT_LE(relative_error(whole.narrow(0, 49, 1), want[2]), kBound);
+  EXPECT_LE(relative_error(whole.narrow(0, 0, 30), want[0].narrow(0, 0, 30)), kAttentionBound);
+  EXPECT_LE(relative_error(whole.narrow(0, 30, 19), want[1].narrow(0, 0, 19)), kAttentionBound);
+  EXPECT_LE(relative_error(whole.narrow(0, 49, 1), want[2]), kAttentionBound);
   expect_other_rows_nan();
 
   const at::Tensor next = forward({x[1], x[0]}, {{19, 1, second}, {30, 14, first}});
-  EXPECT_LE(relative_error(next.narrow(0, 0, 1), want[1].narrow(0, 19, 1)), kBound);
-  EXPECT_LE(relative_error(next.narrow(0, 1, 14), want[0].narrow(0, 30, 14)), kBound);
+  EXPECT_LE(relative_error(next.narrow(0, 0, 1), want[1].narrow(0, 19, 1)), kAttentionBound);
+  EXPECT_LE(relative_error(next.narrow(0, 1, 14), want[0].narrow(0, 30, 14)), kAttentionBound);
   const at::Tensor last = forward({x[0]}, {{44, 1, first}});
-  EXPECT_LE(relative_error(last, want[0].narrow(0, 44, 1)), kBound);
+  EXPECT_LE(relative_error(last, want[0].narrow(0, 44, 1)), kAttentionBound);
   expect_other_rows_nan();
 }
 
@@ -171,7 +171,7 @@ TEST_F(GatedAttentionTest, NaNStaysInItsSequence) {
   const at::Tensor broken = other.clone();
   broken[3].fill_(kNaN);
   const at::Tensor got = forward({sound, broken}, {{0, 20, first}, {0, 20, second}});
-  EXPECT_LE(relative_error(got.narrow(0, 0, 20), want.narrow(0, 0, 20)), kBound);
+  EXPECT_LE(relative_error(got.narrow(0, 0, 20), want.narrow(0, 0, 20)), kAttentionBound);
   EXPECT_FALSE(at::isfinite(got.narrow(0, 23, 17)).any().item<bool>());
 }
 

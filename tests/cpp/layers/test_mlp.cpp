@@ -24,7 +24,7 @@
 namespace xgdn::testing {
 namespace {
 
-constexpr double kBound = 1e-5;  // f32, sums of up to 48 terms
+constexpr double kMlpBound = 1e-5;  // f32, sums of up to 48 terms
 
 void put_mlp(Weights& weights, const std::string& prefix, int64_t hidden, int64_t intermediate, RandomTensors& random) {
   weights[prefix + "gate_proj.weight"] = random.projection(intermediate, hidden);
@@ -44,7 +44,7 @@ TEST(Mlp, IsTheFormula) {
   put_mlp(weights, "mlp.", 32, 48, random);
   const at::Tensor x = random.normal({5, 32});
   const Mlp mlp(TensorMap(weights), "mlp.", 32, 48, at::kFloat);
-  EXPECT_LE(relative_error(mlp.forward(x), mlp_truth(weights, "mlp.", x.to(at::kDouble))), kBound);
+  EXPECT_LE(relative_error(mlp.forward(x), mlp_truth(weights, "mlp.", x.to(at::kDouble))), kMlpBound);
 }
 
 class SparseMoeTest : public ::testing::TestWithParam<bool> {
@@ -92,7 +92,7 @@ class SparseMoeTest : public ::testing::TestWithParam<bool> {
 INSTANTIATE_TEST_SUITE_P(SparseMoe, SparseMoeTest, ::testing::Bool());
 
 TEST_P(SparseMoeTest, IsTheFormula) {
-  EXPECT_LE(relative_error(moe(weights_).forward(x_), truth()), kBound);
+  EXPECT_LE(relative_error(moe(weights_).forward(x_), truth()), kMlpBound);
 }
 
 TEST_P(SparseMoeTest, ExpertsMayBeOneTensor) {
@@ -106,7 +106,7 @@ TEST_P(SparseMoeTest, ExpertsMayBeOneTensor) {
   }
   fused["moe.experts.gate_up_proj"] = at::stack(gate_up);
   fused["moe.experts.down_proj"] = at::stack(down);
-  EXPECT_LE(relative_error(moe(fused).forward(x_), moe(weights_).forward(x_)), kBound);
+  EXPECT_LE(relative_error(moe(fused).forward(x_), moe(weights_).forward(x_)), kMlpBound);
   fused.erase("moe.experts.down_proj");
   expect_error<CheckpointError>([&] { moe(fused); }, {"moe.experts.down_proj"});
 }

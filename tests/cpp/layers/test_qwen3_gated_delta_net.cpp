@@ -34,7 +34,7 @@ namespace xgdn::testing {
 namespace {
 
 const std::string kPrefix = "layer.";
-constexpr double kBound = 1e-5;         // f32: sums of up to 128 terms through four stages
+constexpr double kDeltaNetBound = 1e-5;  // f32: sums of up to 128 terms through four stages
 constexpr double kRoundedBound = 1e-4;  // beside weights in few bits x has 16: what differs in f32 may be rounded apart
 
 GdnConfig small() {
@@ -221,8 +221,8 @@ class LayerTest : public ::testing::TestWithParam<LayerCase> {
   void expect_state(const GdnState& state, int64_t conv_slot, int64_t delta_slot, const Truth& t, int64_t num_tokens) {
     const int64_t history = config_.conv_kernel_dim - 1;
     EXPECT_LE(relative_error(slot(state, StateKind::kConv, conv_slot).narrow(0, 0, history), t.conv[num_tokens - 1]),
-              kBound);
-    EXPECT_LE(relative_error(slot(state, StateKind::kDelta, delta_slot), t.states[num_tokens - 1]), kBound);
+              kDeltaNetBound);
+    EXPECT_LE(relative_error(slot(state, StateKind::kDelta, delta_slot), t.states[num_tokens - 1]), kDeltaNetBound);
   }
 
   GdnConfig config_;
@@ -247,9 +247,9 @@ TEST_P(LayerTest, EverySegmentOfAStepIsTheRecurrence) {
   // Slots 1, 2, 3 of sequences 0, 1, 2.
   const at::Tensor start = gdn.forward(at::cat({x[0].narrow(0, 0, 29), x[1].narrow(0, 0, 20), x[2].narrow(0, 0, 64)}),
                                        batch_of({prefill(0, {29, 20, 64}, {1, 2, 3}, {false, false, false})}), state);
-  EXPECT_LE(relative_error(start.narrow(0, 0, 29), want[0].out.narrow(0, 0, 29)), kBound);
-  EXPECT_LE(relative_error(start.narrow(0, 29, 20), want[1].out.narrow(0, 0, 20)), kBound);
-  EXPECT_LE(relative_error(start.narrow(0, 49, 64), want[2].out.narrow(0, 0, 64)), kBound);
+  EXPECT_LE(relative_error(start.narrow(0, 0, 29), want[0].out.narrow(0, 0, 29)), kDeltaNetBound);
+  EXPECT_LE(relative_error(start.narrow(0, 29, 20), want[1].out.narrow(0, 0, 20)), kDeltaNetBound);
+  EXPECT_LE(relative_error(start.narrow(0, 49, 64), want[2].out.narrow(0, 0, 64)), kDeltaNetBound);
   expect_state(state, 1, 1, want[0], 29);
   expect_state(state, 2, 2, want[1], 20);
   expect_state(state, 3, 3, want[2], 64);
@@ -259,16 +259,16 @@ TEST_P(LayerTest, EverySegmentOfAStepIsTheRecurrence) {
   const at::Tensor out = gdn.forward(
       at::cat({x[0].narrow(0, 29, 1), x[1].narrow(0, 20, 3), x[2].narrow(0, 64, 70), x[3]}),
       batch_of({decode(0, {1}), verify(1, 3, {2, 5, 6, 7}, 1), prefill(4, {70, 5}, {3, 4}, {true, false})}), state);
-  EXPECT_LE(relative_error(out.narrow(0, 0, 1), want[0].out.narrow(0, 29, 1)), kBound);
-  EXPECT_LE(relative_error(out.narrow(0, 1, 3), want[1].out.narrow(0, 20, 3)), kBound);
-  EXPECT_LE(relative_error(out.narrow(0, 4, 70), want[2].out.narrow(0, 64, 70)), kBound);
-  EXPECT_LE(relative_error(out.narrow(0, 74, 5), want[3].out), kBound);
+  EXPECT_LE(relative_error(out.narrow(0, 0, 1), want[0].out.narrow(0, 29, 1)), kDeltaNetBound);
+  EXPECT_LE(relative_error(out.narrow(0, 1, 3), want[1].out.narrow(0, 20, 3)), kDeltaNetBound);
+  EXPECT_LE(relative_error(out.narrow(0, 4, 70), want[2].out.narrow(0, 64, 70)), kDeltaNetBound);
+  EXPECT_LE(relative_error(out.narrow(0, 74, 5), want[3].out), kDeltaNetBound);
   expect_state(state, 1, 1, want[0], 30);
   expect_state(state, 3, 3, want[2], 134);
   expect_state(state, 4, 4, want[3], 5);
   const int32_t table[] = {2, 5, 6};
   for (int64_t t = 0; t < 3; ++t) {
-    EXPECT_LE(relative_error(slot(state, StateKind::kDelta, table[t]), want[1].states[20 + t]), kBound)
+    EXPECT_LE(relative_error(slot(state, StateKind::kDelta, table[t]), want[1].states[20 + t]), kDeltaNetBound)
         << "draft " << t;
   }
   // Nobody named slots 0, 8 and 9; the verifier's last column and the conv pool's draft slots were not written.
@@ -283,8 +283,8 @@ TEST_P(LayerTest, EverySegmentOfAStepIsTheRecurrence) {
   const at::Tensor other = at::cat({x[1].narrow(0, 0, 22), hidden(14, 4)});
   const Truth other_want = truth(config_, weights_, other);
   const at::Tensor next = gdn.forward(other.narrow(0, 22, 4), batch_of({verify(0, 4, {2, 5, 6, 7}, 2)}), state);
-  EXPECT_LE(relative_error(next, other_want.out.narrow(0, 22, 4)), kBound);
-  EXPECT_LE(relative_error(slot(state, StateKind::kDelta, 7), other_want.states[25]), kBound);
+  EXPECT_LE(relative_error(next, other_want.out.narrow(0, 22, 4)), kDeltaNetBound);
+  EXPECT_LE(relative_error(slot(state, StateKind::kDelta, 7), other_want.states[25]), kDeltaNetBound);
 }
 
 TEST_P(LayerTest, WholePiecesAndSingleTokensAgree) {
@@ -303,7 +303,7 @@ TEST_P(LayerTest, WholePiecesAndSingleTokensAgree) {
       outs.push_back(gdn.forward(x.narrow(0, begin, count), batch_of({segment}), state));
       begin += count;
     }
-    EXPECT_LE(relative_error(at::cat(outs), want.out), kBound) << pieces.size() << " pieces";
+    EXPECT_LE(relative_error(at::cat(outs), want.out), kDeltaNetBound) << pieces.size() << " pieces";
     expect_state(state, 1, 1, want, 150);
   }
 }
@@ -321,7 +321,7 @@ TEST_P(LayerTest, DecodeWritesWhereItIsTold) {
   forked.conv_slots.write = i32({3, 2});
   const at::Tensor last = x.narrow(0, 10, 1);
   const at::Tensor out = gdn.forward(at::cat({last, last * 2}), batch_of({forked}), state);
-  EXPECT_LE(relative_error(out.narrow(0, 0, 1), want.out.narrow(0, 10, 1)), kBound);
+  EXPECT_LE(relative_error(out.narrow(0, 0, 1), want.out.narrow(0, 10, 1)), kDeltaNetBound);
   expect_state(state, 3, 2, want, 11);
   EXPECT_TRUE(same_bits(slot(state, StateKind::kConv, 1), conv)) << "the fork's origin changed";
   EXPECT_TRUE(same_bits(slot(state, StateKind::kDelta, 1), delta)) << "the fork's origin changed";
@@ -336,11 +336,11 @@ TEST_P(LayerTest, BothCheckpointLayoutsAreTheSameLayer) {
     const Qwen3GatedDeltaNet b(config_, TensorMap(fused), kPrefix, at::kFloat, shard);
     GdnState state_a = make_state(a, 1), state_b = make_state(b, 1);
     const GdnBatch batch = batch_of({prefill(0, {70}, {0}, {false})});
-    EXPECT_LE(relative_error(a.forward(x, batch, state_a), b.forward(x, batch, state_b)), kBound);
+    EXPECT_LE(relative_error(a.forward(x, batch, state_a), b.forward(x, batch, state_b)), kDeltaNetBound);
     for (StateKind kind : {StateKind::kConv, StateKind::kDelta}) {
       const at::Tensor got = state_a.pool(kind), want = state_b.pool(kind);
       EXPECT_TRUE(at::equal(got.isnan(), want.isnan()));  // rows that nobody wrote
-      EXPECT_LE(relative_error(got.nan_to_num(), want.nan_to_num()), kBound);
+      EXPECT_LE(relative_error(got.nan_to_num(), want.nan_to_num()), kDeltaNetBound);
     }
   }
 }
@@ -395,17 +395,17 @@ TEST_P(ShardTest, PartialSumsAndSlicesOfTheStateMakeTheWhole) {
     const int64_t value_begin = r * local.num_v_heads;
     const int64_t key_begin = value_begin / 4;  // four value heads read one key head
     const at::Tensor delta = state_->pool(StateKind::kDelta).narrow(1, value_begin, local.num_v_heads);
-    EXPECT_LE(relative_error(state.pool(StateKind::kDelta), delta), kBound) << "rank " << r;
+    EXPECT_LE(relative_error(state.pool(StateKind::kDelta), delta), kDeltaNetBound) << "rank " << r;
     const at::Tensor conv = state_->pool(StateKind::kConv);
     const int64_t keys = local.num_k_heads * 16;
     const at::Tensor channels =
         at::cat({conv.narrow(2, key_begin * 16, keys), conv.narrow(2, 32 + key_begin * 16, keys),
                  conv.narrow(2, 64 + value_begin * 32, local.num_v_heads * 32)},
                 2);
-    EXPECT_LE(relative_error(state.pool(StateKind::kConv), channels), kBound) << "rank " << r;
+    EXPECT_LE(relative_error(state.pool(StateKind::kConv), channels), kDeltaNetBound) << "rank " << r;
   }
-  EXPECT_LE(relative_error(first, out_.first), kBound);
-  EXPECT_LE(relative_error(second, out_.second), kBound);
+  EXPECT_LE(relative_error(first, out_.first), kDeltaNetBound);
+  EXPECT_LE(relative_error(second, out_.second), kDeltaNetBound);
 }
 
 /// The ranks are threads; each adds its tensor, all wait, each takes the sum.
@@ -453,8 +453,8 @@ TEST_P(ShardTest, TheGroupIsAskedOnceAForward) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(group->num_calls(), 2 * world);
   for (const TwoSteps& out : outs) {
-    EXPECT_LE(relative_error(out.first, out_.first), kBound);
-    EXPECT_LE(relative_error(out.second, out_.second), kBound);
+    EXPECT_LE(relative_error(out.first, out_.first), kDeltaNetBound);
+    EXPECT_LE(relative_error(out.second, out_.second), kDeltaNetBound);
     EXPECT_TRUE(same_bits(out.first, outs[0].first)) << "the ranks disagree";
   }
 }

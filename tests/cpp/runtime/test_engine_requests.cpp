@@ -26,8 +26,6 @@
 namespace xgdn::testing {
 namespace {
 
-constexpr int32_t kNaNToken = 63;
-
 std::vector<Request> twelve_requests() {
   const std::vector<int64_t> sizes{1, 2, 3, 5, 63, 64, 65, 100, 128, 129, 200, 300};
   std::vector<Request> requests;

@@ -17,8 +17,6 @@
 namespace xgdn::testing {
 namespace {
 
-constexpr int32_t kNaNToken = 63;
-
 std::vector<int32_t> joined(std::vector<int32_t> first, const std::vector<int32_t>& second) {
   first.insert(first.end(), second.begin(), second.end());
   return first;

@@ -18,8 +18,6 @@
 namespace xgdn::testing {
 namespace {
 
-constexpr int32_t kNaNToken = 63;
-
 class PromptReports : public ::testing::Test {
  protected:
   PromptReports() {

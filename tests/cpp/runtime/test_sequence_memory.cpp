@@ -17,8 +17,6 @@
 namespace xgdn::testing {
 namespace {
 
-constexpr SlotGroup kGroup = SlotGroup::kCheckpoint;
-
 float state_after(const std::vector<float>& tokens) {
   int64_t state = 1;
   for (const float token : tokens) state = (state * 31 + static_cast<int64_t>(token)) % 65521;
@@ -87,7 +85,7 @@ class SequenceMemoryTest : public ::testing::Test {
 };
 
 TEST_F(SequenceMemoryTest, AStateSlotIsFreedByItsLastHolder) {
-  StateSlot slot(states_, kGroup);
+  StateSlot slot(states_, SlotGroup::kCheckpoint);
   EXPECT_EQ(states_.num_free(), 5);
   EXPECT_EQ(states_.num_free(SlotGroup::kRecent), 6);
   {
@@ -137,8 +135,10 @@ TEST_F(SequenceMemoryTest, AForkSharesFullBlocksAndCopiesTheLast) {
       EXPECT_EQ(fork.memory.blocks()[i] == blocks[i], i < num_shared);
       EXPECT_EQ(kv_.ref_count(blocks[i]), i < num_shared ? 2 : 1);
     }
-    EXPECT_EQ(fork.memory.read_slot(kGroup).index(), told.memory.own_slot(kGroup).index());
-    EXPECT_NE(fork.memory.own_slot(kGroup).index(), told.memory.own_slot(kGroup).index());
+    EXPECT_EQ(fork.memory.read_slot(SlotGroup::kCheckpoint).index(),
+              told.memory.own_slot(SlotGroup::kCheckpoint).index());
+    EXPECT_NE(fork.memory.own_slot(SlotGroup::kCheckpoint).index(),
+              told.memory.own_slot(SlotGroup::kCheckpoint).index());
     EXPECT_TRUE(told.memory.is_read_by_forks());
     fork.memory.grow(num_tokens + 2);
     compute(fork, 2);
@@ -226,7 +226,7 @@ TEST_F(SequenceMemoryTest, SwappedOutBlocksComeBackOnceForAll) {
   EXPECT_EQ(kv_.num_free(), 12 - 3) << "the fork holds all of its blocks";
   fork.memory.swap_out();
   EXPECT_EQ(kv_.num_free(), 12);
-  EXPECT_EQ(fork.memory.read_slot(kGroup).index(), fork.memory.own_slot(kGroup).index())
+  EXPECT_EQ(fork.memory.read_slot(SlotGroup::kCheckpoint).index(), fork.memory.own_slot(SlotGroup::kCheckpoint).index())
       << "its owner need not wait for it";
   kv_.layers()[0].k.fill_(-1);
   EXPECT_EQ(told.memory.num_missing(8), 2);
