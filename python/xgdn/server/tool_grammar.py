@@ -45,13 +45,13 @@ def tool_grammar(
     if choice == "auto":
         rules += ["text: TEXT", f"head[lazy]: TEXT {_quoted(BEGIN)}"]
     if begins_in_thought:
-        rules += ["start: thought /\\s*/ reply"]
+        rules += ["start: thought BLANKS reply"]
     elif has_thought:
-        rules += [f"start: reply | {_quoted(THOUGHT)} thought /\\s*/ reply"]
+        rules += [f"start: reply | {_quoted(THOUGHT)} thought BLANKS reply"]
     else:
         rules += ["start: reply"]
     if has_thought:
-        rules += [f"thought[lazy]: TEXT {_quoted(END_OF_THOUGHT)}"]
+        rules += [f"thought[lazy]: TEXT {_quoted(END_OF_THOUGHT)}", "BLANKS: /\\s{0,8}/"]
     rules += [f"body: {' | '.join(f'call_{i}' for i in range(len(tools)))}", f"separator: {_quoted(_LINE)}"]
     for i, tool in enumerate(tools):
         rules += (_hermes_call if call_format == "hermes" else _qwen_xml_call)(i, tool)
