@@ -47,7 +47,7 @@ def request(prompt: list[int], **options: object) -> xgdn.Request:
         (request([]), errors.RequestError, ["prompt", "at least one token"]),
         (request([3, 128]), errors.RangeError, ["prompt", "0..127", "128", "index 1"]),
         (request([-1]), errors.RangeError, ["0..127", "-1"]),
-        (request([1], max_new_tokens=0), errors.RequestError, ["max_new_tokens", "0"]),
+        (request([1], max_new_tokens=-1), errors.RequestError, ["max_new_tokens", "-1"]),
         (request([1] * 1020, max_new_tokens=8), errors.RequestError, ["1024", "1020", "8"]),
         (request([1], sampling=xgdn.SamplingParams(temperature=-1.0)), errors.RequestError, ["temperature", "-1"]),
         (request([1], sampling=xgdn.SamplingParams(temperature=float("nan"))), errors.RequestError, ["temperature"]),

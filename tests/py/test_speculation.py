@@ -67,6 +67,22 @@ def test_answers_are_those_without_drafts(
     assert plain.speculation_stats.num_drafted == 0
 
 
+def test_penalties_and_bad_words_count_drafts_that_were_right() -> None:
+    drafting, plain = engine(CHECKPOINT, 5), engine(CHECKPOINT, 0)
+    texts = [it.tokens for it in plain.generate(prompts(), max_new_tokens=40, ignore_eos=True)]
+    for rules in (
+        {"frequency_penalty": 0.05},
+        {"presence_penalty": 0.3, "repetition_penalty": 1.02},
+        {"bad_words": [texts[0][20:23], texts[1][15:17]]},
+    ):
+        sampling = xgdn.SamplingParams(temperature=0.0, **rules)
+        options = {"max_new_tokens": 60, "sampling": sampling, "ignore_eos": True}
+        want, got = ([it.tokens for it in served.generate(prompts(), **options)] for served in (plain, drafting))
+        assert got == want
+        assert want != [it.tokens for it in plain.generate(prompts(), max_new_tokens=60, ignore_eos=True)]
+    assert drafting.speculation_stats.num_right > 50
+
+
 def test_an_answer_that_repeats_itself_takes_fewer_steps() -> None:
     drafting = engine(CHECKPOINT, 7)
     request = xgdn.Request(prompts()[0] * 4, max_new_tokens=200, ignore_eos=True)
