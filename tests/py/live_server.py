@@ -187,7 +187,14 @@ class SteppedEngine:
 
     def loop(self, *, after_step: Callable[[Any], None], **hooks: Any) -> Any:
         def report(counters: xgdn.engine.EngineCounters) -> None:
-            names = ("num_free_slots", "num_free_kv_blocks", "num_preemptions", "prefix_cache", "speculation")
+            names = (
+                "num_free_slots",
+                "num_free_kv_blocks",
+                "num_preemptions",
+                "prefix_cache",
+                "speculation",
+                "last_step",
+            )
             values = {name: getattr(counters, name) for name in names}
             after_step(SimpleNamespace(device_error=self.device_error or counters.device_error, **values))
 

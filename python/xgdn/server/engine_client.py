@@ -184,6 +184,8 @@ class EngineClient:
 
     def _deliver(self, events: Sequence[RequestEvent], counters: EngineCounters, now: float) -> None:
         self._metrics.steps.inc()
+        self._metrics.step_seconds.inc(counters.last_step.seconds)
+        self._metrics.forward_seconds.inc(counters.last_step.forward_seconds)
         self._metrics.history.advance(now)
         for event in events:
             request = self._requests.get(event.id)

@@ -36,6 +36,8 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of accepted prompts, once whatever n.")
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated for clients.")
         self.steps = self._counter("steps", "Steps of the engine.")
+        self.step_seconds = self._counter("step_seconds", "Time in steps of the engine.")
+        self.forward_seconds = self._counter("forward_seconds", "Time in the model's forward, within the steps.")
         self.preemptions = self._counter("preemptions", "How often a sequence gave its KV blocks to an older one.")
         self.prefixes = self._gauge("prefix_cache_prefixes", "Cached prefixes, each in a state slot of its own.")
         self.prefix_bytes = self._gauge("prefix_cache_bytes", "States of cached prefixes, and KV that they alone hold.")
