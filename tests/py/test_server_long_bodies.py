@@ -29,7 +29,7 @@ from live_server import (
     with_template,
 )
 from tiny_tokenizers import byte_tokenizer
-from xgdn.server import app
+from xgdn.server import preparation
 from xgdn.server.answer import Answer
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.prompt_encoder import PromptEncoder, TooManyTokens
@@ -38,7 +38,8 @@ from xgdn.server.workers import Workers
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(app, "parse"), (ChatTemplate, "render"), (PromptEncoder, "encode"), (Answer, "document")]
+    ("owner", "name"),
+    [(preparation, "parse"), (ChatTemplate, "render"), (PromptEncoder, "encode"), (Answer, "document")],
 )
 def test_others_are_served_while_a_body_is_worked_on(
     owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
