@@ -188,6 +188,7 @@ void bind_sampling(nb::module_& m) {
 }
 
 void bind_requests(nb::module_& m) {
+  end_grammars_at_exit();
   const Request defaults;
   nb::enum_<FinishReason>(m, "FinishReason", "Why generation ended.")
       .value("RUNNING", FinishReason::kRunning)

@@ -6,6 +6,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <condition_variable>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -17,11 +19,65 @@ namespace nb = nanobind;
 namespace xgdn {
 namespace {
 
+// The interpreter, for threads that are not its own: one that waits for the GIL when the interpreter is finalized would
+// be ended in the middle of C++, and the process with it.
+class Interpreter {
+ public:
+  // False once it ends. Whoever gets true takes the GIL, and calls leave() without it.
+  bool enter() {
+    const std::lock_guard lock(mutex_);
+    if (has_ended_) return false;
+    ++num_inside_;
+    return true;
+  }
+  void leave() {
+    {
+      const std::lock_guard lock(mutex_);
+      --num_inside_;
+    }
+    left_.notify_all();
+  }
+  // Lets nobody in any more, and waits for those inside. Without the GIL.
+  void end() {
+    std::unique_lock lock(mutex_);
+    has_ended_ = true;
+    left_.wait(lock, [&] { return num_inside_ == 0; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable left_;
+  int num_inside_ = 0;
+  bool has_ended_ = false;
+};
+
+Interpreter& interpreter() {
+  static auto* const interpreter = new Interpreter;  // inter-op threads outlive what is static
+  return *interpreter;
+}
+
+// Keeps the interpreter from ending, unless it has begun to: then false. Outlives the GIL that is taken inside.
+class Inside {
+ public:
+  Inside() : is_inside_(interpreter().enter()) {}
+  ~Inside() {
+    if (is_inside_) interpreter().leave();
+  }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+
+  explicit operator bool() const { return is_inside_; }
+
+ private:
+  const bool is_inside_;
+};
+
 // Runs f with the GIL; what Python raises becomes an error with its message.
 template <class F>
 auto with_gil(const F& f) {
+  const Inside inside;
+  if (!inside) throw GenerationError("the interpreter has ended");
   const nb::gil_scoped_acquire gil;
-  if (!gil.is_valid()) throw GenerationError("the interpreter has ended");
   try {
     return f();
   } catch (nb::python_error& error) {
@@ -34,8 +90,10 @@ auto with_gil(const F& f) {
 std::shared_ptr<nb::object> shared(nb::object object) {
   return {new nb::object(std::move(object)), [](nb::object* owned) {
             at::launch([owned] {
+              const Inside inside;
+              if (!inside) return;
               const nb::gil_scoped_acquire gil;
-              if (gil.is_valid()) delete owned;
+              delete owned;
             });
           }};
 }
@@ -59,6 +117,14 @@ class PythonMatcher : public TokenMatcher {
 };
 
 }  // namespace
+
+void end_grammars_at_exit() {
+  const auto end = [] {
+    const nb::gil_scoped_release release;
+    interpreter().end();
+  };
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(end));
+}
 
 PythonGrammar::PythonGrammar(nb::object grammar) : grammar_(shared(std::move(grammar))) {}
 

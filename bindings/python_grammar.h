@@ -12,6 +12,9 @@
 
 namespace xgdn {
 
+/// Lets no matcher take the GIL once the interpreter ends: called as the module is loaded.
+void end_grammars_at_exit();
+
 /// An object with `matcher()`, whose result has `write_mask(mask)`, `accept(tokens)` and `forced()`, as TokenMatcher:
 /// `mask` is an int32 tensor [ceil(vocab / 32)]. What they raise ends the sequence with their message.
 class PythonGrammar : public Grammar {

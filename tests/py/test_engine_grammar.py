@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +121,37 @@ def test_matchers_go_with_their_sequences(served: xgdn.Engine) -> None:
         assert time.monotonic() < deadline
         gc.collect()
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", ["step", "loop"])
+def test_a_process_may_end_while_masks_are_computed(how: str) -> None:
+    """A thread that waits for the interpreter's lock as the interpreter ends would end the process with it."""
+    code = f"""
+import test_engine_grammar as grammars, xgdn
+from live_server import engine
+
+served = engine()
+choice = grammars.Choice([900, 901, 902, 903], [900, 17, 18], [40])
+choice.stop_tokens = served.eos_token_ids[:1]
+requests = [xgdn.Request(grammars.PROMPT, max_new_tokens=12, grammar=choice) for _ in range(30)]
+if "{how}" == "step":
+    for request in requests:
+        served.submit(request)
+    served.step()
+else:
+    loop = served.loop()
+    for request in requests:
+        loop.submit(request, lambda event: None)
+"""
+    folder = str(Path(__file__).parent)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([folder, *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_rules_hold_in_a_reply(served: xgdn.Engine) -> None:
