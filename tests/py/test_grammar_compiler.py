@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from collections.abc import Callable
@@ -13,10 +14,9 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer
 
-import forked
 from json_schemas import KEYWORDS, KeywordCase, keywords_of, random_schemas
 from live_server import TOKENIZER
-from xgdn.server import grammar_compiler, json_schema
+from xgdn.server import grammar_compiler, grammar_guard, json_schema
 from xgdn.server.api_error import ApiError
 from xgdn.server.grammar_compiler import CompiledGrammar, GrammarCompiler, GrammarError
 from xgdn.server.reply_parser import ReplySyntax
@@ -98,8 +98,6 @@ def test_random_schemas_have_every_enforced_keyword_and_compile() -> None:
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "", "several of its schemas may hold"),
         (False, "", "schema is false"),
         ({"minProperties": 2}, ".minProperties", "at most one more than 'required' has, 1, got 2"),
-        ({"multipleOf": 1000.1}, ".multipleOf", "at most 1000, got 1000.1"),
-        ({"patternProperties": {f"^{i}$": {} for i in range(65)}}, ".patternProperties", "at most 64 patterns"),
         ({"enum": ["\\u0001", ["\u0001"]]}, ".enum", "no control characters"),
     ],
 )
@@ -250,42 +248,56 @@ def test_compiled_grammars_are_kept_until_they_are_too_many_or_fail(monkeypatch:
     with pytest.raises(GrammarError):
         first.matcher().accept(TOKENIZER.encode("b").ids)
     assert keeping.regex("a", "r") is not first
-    monkeypatch.setattr(grammar_compiler, "_MAX_COMPILED_SOURCES", 10)
-    assert keeping.regex("d", "r") is not keeping.regex("d", "r")
+    monkeypatch.setattr(grammar_compiler, "_MAX_COMPILED_BYTES", 10 * 2**20)
+    large = [keeping.json_schema({"type": "integer", "multipleOf": 30_011 + 2 * i}, "s") for i in range(2)]
+    assert all(4 * 2**20 < grammar.num_bytes < 2**24 for grammar in large)
+    assert keeping.json_schema({"type": "integer", "multipleOf": 30_013}, "s") is large[1]
+    assert keeping.json_schema({"type": "integer", "multipleOf": 30_011}, "s") is not large[0]
 
 
 def test_a_grammar_that_is_too_large_or_too_slow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     error = refusal(lambda: compiler().regex("a" * 70_000, "r"))
     assert "at most 65536 characters" in error.message
     assert error.param == "r"
-    monkeypatch.setattr(grammar_compiler, "_COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(grammar_guard, "SECONDS", 0.0)
+    assert "within 0 s and 512 MiB" in refusal(lambda: compiler().regex("[0-9]slow", "r")).message
+    monkeypatch.setattr(grammar_guard, "SECONDS", 20.0)
+    assert admits(compiler().regex("[0-9]slow", "r"), "1slow")  # the next process has time
+
+
+def test_a_grammar_that_would_end_the_process_is_refused() -> None:
+    schemas = {f"{i:x}": {"$ref": f"#/$defs/{i + 1:x}"} for i in range(1900)}
+    chain = {"$ref": "#/$defs/0", "$defs": {**schemas, "76c": {"type": "integer"}}}
+    both = {"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b"} for i in range(64)]}
+    rules = "".join(f"r{i:x}: r{i + 1:x}\n" for i in range(4700))
+    for work in (
+        lambda: compiler().json_schema(chain, "s"),
+        lambda: compiler().json_schema(both, "s"),
+        lambda: compiler().grammar(f'start: r0\n{rules}r125c: "a"', "s"),
+    ):
+        error = refusal(work)
+        assert (error.param, error.code) == ("s", "invalid_value")
+        assert "compiles within" in error.message
+    assert admits(compiler().regex("[0-9]quick", "r"), "1quick")
+
+
+def test_who_waits_too_long_for_others_grammars_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_compiler, "_WAIT_SECONDS", 0.0)
-    slow = GrammarCompiler(Vocabulary(TOKENIZER), VOCAB_SIZE, [STOP])
-    many = {"properties": {f"p{i}": {} for i in range(1500)}}
-    errors = []
-    for i in range(3):  # two at a time
-        with pytest.raises(ApiError) as caught:
-            slow.json_schema({**many, "title": str(i)}, "s")
-        errors.append(caught.value)
-    assert [error.status for error in errors] == [400, 400, 429]
-    assert "within 0 s" in errors[0].message
-    assert errors[2].headers == {"Retry-After": "1"}
+    monkeypatch.setattr(grammar_compiler, "_NUM_GUARDS", 0)
+    with pytest.raises(ApiError) as caught:
+        GrammarCompiler(Vocabulary(TOKENIZER), VOCAB_SIZE, [STOP]).regex("a", "r")
+    assert (caught.value.status, caught.value.code) == (429, "queue_full")
+    assert caught.value.headers == {"Retry-After": "1"}
 
 
-CHAIN = """
-import sys
-sys.path[:0] = ["tests/py", "benchmarks"]
-from test_grammar_compiler import compiler
-schemas = {f"{i:x}": {"$ref": f"#/$defs/{i + 1:x}"} for i in range(1900)}
-compiler().json_schema({"$ref": "#/$defs/0", "$defs": {**schemas, "76c": {"type": "integer"}}}, "s")
-compiler().grammar("start: r0\\n" + "".join(f"r{i:x}: r{i + 1:x}\\n" for i in range(4700)) + 'r125c: "a"', "g")
-print("alive")
-"""
-
-
-def test_long_chains_of_references_do_not_end_the_process() -> None:
-    (ended,) = forked.run([(CHAIN, {})])
-    assert (ended.status, ended.stdout) == (0, "alive\n"), ended.stderr
+def test_a_guard_ends_with_its_compiler() -> None:
+    compiling = GrammarCompiler(Vocabulary(TOKENIZER), VOCAB_SIZE, [STOP])
+    compiling.regex("a", "r")
+    (process,) = [it for it in map(lambda guard: guard._process, compiling._free_guards.queue) if it is not None]
+    assert process.poll() is None
+    del compiling
+    gc.collect()
+    assert process.returncode is not None
 
 
 def test_random_walks_end_in_valid_documents() -> None:

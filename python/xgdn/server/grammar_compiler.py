@@ -2,41 +2,29 @@
 """Grammars that restrict a reply, compiled by llguidance for the model's vocabulary."""
 
 import json
+import queue
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 
+from xgdn.server import grammar_guard
 from xgdn.server.api_error import ApiError, bad_request
+from xgdn.server.grammar_guard import LIMITS, GrammarGuard
 from xgdn.server.json_schema import check_keywords, engine_schema, path, subschemas
 from xgdn.server.reply_parser import END_OF_THOUGHT, THOUGHT, ReplySyntax
 from xgdn.vocabulary import Vocabulary
 
 _MAX_SOURCE = 64 * 2**10  # characters of a grammar
-_MAX_COMPILED, _MAX_COMPILED_SOURCES = 64, 2**20  # kept; characters of all
-_COMPILE_THREADS = 2
-_COMPILE_SECONDS, _WAIT_SECONDS = 10.0, 1.0  # for a grammar, and for a thread that is free
-# The engine recurses along chains of rules and references, which are as long as the source allows. Only what is used
-# of a stack takes memory.
-_STACK_BYTES = 512 * 2**20
+_MAX_COMPILED, _MAX_COMPILED_BYTES = 64, 2**30  # kept; what they hold
+_NUM_GUARDS = 4
+_WAIT_SECONDS = 2.0  # for a guard that is free
 _MAX_LOCATED = 200  # parts of a schema that are compiled to find the one that is wrong
-
-# What one grammar may take: states of a lexer have 1 to 2 kB, and fuel is spent at some 20,000 units per millisecond.
-_LIMITS = LLParserLimits(
-    max_items_in_row=2000,
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
-    max_lexer_states=20_000,
-    max_grammar_size=500_000,
-    verbose_errors=False,
-)
 
 _ANY = ReplySyntax()
 
@@ -78,13 +66,14 @@ class GrammarMatcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             self._fail()
-            raise GrammarError(f"The grammar of the reply cannot go on: {_reason(self._matcher)}.")
+            raise GrammarError(f"The grammar of the reply cannot go on: {_reason(self._matcher.get_error())}.")
 
 
 class CompiledGrammar:
     """A grammar that the engine can follow, see `xgdn.grammar`."""
 
-    def __init__(self, matcher: LLMatcher, known: torch.Tensor, forget: Callable[[], None]) -> None:
+    def __init__(self, matcher: LLMatcher, num_bytes: int, known: torch.Tensor, forget: Callable[[], None]) -> None:
+        self.num_bytes = num_bytes
         self._matcher = matcher
         self._known = known
         self._forget = forget
@@ -113,7 +102,11 @@ class GrammarCompiler:
         self._known = _bits([token in self._tokens.known for token in range(vocab_size)])
         self._compiled: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
-        self._permits = threading.BoundedSemaphore(_COMPILE_THREADS)
+        self._free_guards: queue.LifoQueue[GrammarGuard] = queue.LifoQueue()  # so that no more start than are needed
+        for _ in range(_NUM_GUARDS):
+            guard = GrammarGuard(vocab_size, vocabulary.special_tokens)
+            weakref.finalize(self, guard.stop)
+            self._free_guards.put(guard)
 
     def json_object(self, param: str, *, syntax: ReplySyntax = _ANY) -> CompiledGrammar:
         return self.json_schema({"type": "object"}, param, syntax=syntax)
@@ -158,47 +151,52 @@ class GrammarCompiler:
         return self._compile({"lark_grammar": lark}, param, syntax)
 
     def _compile(self, source: _Source, param: str, syntax: ReplySyntax) -> CompiledGrammar:
-        text = json.dumps({"grammars": [*_grammars_before(syntax), {"name": "answer", **source}]})
+        text = _text(source, syntax)
         with self._lock:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
                 return self._compiled[text]
-        if len(text) > _MAX_SOURCE:
-            message = f"'{param}': expected a grammar of at most {_MAX_SOURCE} characters, got {len(text)}."
-            raise bad_request(message, param)
-        if not self._permits.acquire(timeout=_WAIT_SECONDS):
-            message = "The server is busy with the grammars of other requests."
-            raise ApiError(429, "queue_full", message, headers={"Retry-After": "1"})
-        matcher: Future[LLMatcher] = _on_deep_stack(lambda: self._matcher(text), self._permits.release)
-        try:
-            grammar = CompiledGrammar(matcher.result(_COMPILE_SECONDS), self._known, lambda: self._forget(text))
-        except FutureTimeoutError:
-            message = f"'{param}': expected a grammar that compiles within {_COMPILE_SECONDS:g} s."
-            raise bad_request(message, param) from None
-        except GrammarError as error:
-            raise bad_request(f"'{param}': {error}.", param, "invalid_grammar") from None
-        self._keep(text, grammar)
-        return grammar
-
-    def _matcher(self, text: str) -> LLMatcher:
-        """Raises GrammarError for a grammar that is wrong, or that allows no token at the start."""
         if self._tokenizer is None:
-            raise GrammarError("no grammar is possible, since no token of the model ends a reply")
-        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_LIMITS)
+            raise bad_request(f"'{param}' is not supported: no token of the model ends a reply.", param)
+        num_bytes = self._try(text, param)
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LIMITS)
         first = matcher.deep_copy()
         if not first.is_error():
             mask = torch.empty_like(self._known)
             first.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
         if first.is_error():
-            raise GrammarError(_reason(first))
-        return matcher
+            raise _invalid_grammar(first.get_error(), param)
+        grammar = CompiledGrammar(matcher, num_bytes, self._known, lambda: self._forget(text))
+        self._keep(text, grammar)
+        return grammar
+
+    def _try(self, text: str, param: str) -> int:
+        """Return how many bytes a grammar takes that can be compiled; raises ApiError."""
+        if len(text) > _MAX_SOURCE:
+            message = f"'{param}': expected a grammar of at most {_MAX_SOURCE} characters, got {len(text)}."
+            raise bad_request(message, param)
+        try:
+            guard = self._free_guards.get(timeout=_WAIT_SECONDS)
+        except queue.Empty:
+            message = "The server is busy with the grammars of other requests."
+            raise ApiError(429, "queue_full", message, headers={"Retry-After": "1"}) from None
+        try:
+            trial = guard.compile(text)
+        finally:
+            self._free_guards.put(guard)
+        if trial is None:
+            most = f"{grammar_guard.SECONDS:g} s and {grammar_guard.MAX_BYTES // 2**20} MiB"
+            raise bad_request(f"'{param}': expected a grammar that compiles within {most}.", param)
+        if trial.error:
+            raise _invalid_grammar(trial.error, param)
+        return trial.num_bytes
 
     def _keep(self, text: str, grammar: CompiledGrammar) -> None:
         with self._lock:
             self._compiled[text] = grammar
-            size = sum(map(len, self._compiled))
-            while len(self._compiled) > _MAX_COMPILED or size > _MAX_COMPILED_SOURCES:
-                size -= len(self._compiled.popitem(last=False)[0])
+            num_bytes = sum(it.num_bytes for it in self._compiled.values())
+            while len(self._compiled) > _MAX_COMPILED or num_bytes > _MAX_COMPILED_BYTES:
+                num_bytes -= self._compiled.popitem(last=False)[1].num_bytes
 
     def _forget(self, text: str) -> None:
         """Compile a grammar anew for later requests: what a matcher has met may be the end of all that share it."""
@@ -210,7 +208,7 @@ class GrammarCompiler:
         parts = [(place, part) for place, part in subschemas(schema) if place and "$ref" not in json.dumps(part)]
         for place, part in sorted(parts[:_MAX_LOCATED], key=lambda entry: -len(entry[0])):
             try:
-                self._compile(source(part), path(param, place), _ANY)
+                self._try(_text(source(part), _ANY), path(param, place))
             except ApiError as found:
                 if found.code == error.code:
                     return found
@@ -248,6 +246,11 @@ class _Tokens:
         return self.greedy(text)
 
 
+def _text(source: _Source, syntax: ReplySyntax) -> str:
+    """Return the grammar of a reply as llguidance takes it."""
+    return json.dumps({"grammars": [*_grammars_before(syntax), {"name": "answer", **source}]})
+
+
 def _grammars_before(syntax: ReplySyntax) -> list[_Source]:
     """Return the grammars that the one of the answer is part of."""
     if not syntax.has_thought:
@@ -270,34 +273,14 @@ def _bits(flags: Sequence[bool]) -> torch.Tensor:
     return (words.view(-1, 32) << torch.arange(32)).sum(1).to(torch.int32)
 
 
-def _on_deep_stack(work: Callable[[], Any], done: Callable[[], None]) -> Future[Any]:
-    """Return the result of work in a thread of its own, which goes on even if nobody waits for it."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-        finally:
-            done()
-
-    with _STACK_SIZE_LOCK:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            threading.Thread(target=run, name="xgdn-grammar").start()
-        finally:
-            threading.stack_size(before)
-    return future
+def _invalid_grammar(message: str, param: str) -> ApiError:
+    return bad_request(f"'{param}': {_reason(message)}.", param, "invalid_grammar")
 
 
-_STACK_SIZE_LOCK = threading.Lock()
-
-
-def _reason(matcher: LLMatcher) -> str:
+def _reason(message: str) -> str:
     """Return the engine's message in one line, in words for clients."""
-    message = " ".join(matcher.get_error().replace("<non-verbose/>", "").split()).rstrip(".")
-    return next((words for start, words in _REASONS.items() if message.startswith(start)), message)
+    line = " ".join(message.replace("<non-verbose/>", "").split()).rstrip(".")
+    return next((words for start, words in _REASONS.items() if line.startswith(start)), line)
 
 
 _REASONS = {

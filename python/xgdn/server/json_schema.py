@@ -4,7 +4,6 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from decimal import Decimal
 from typing import Any
 
 from xgdn.server.api_error import ApiError, bad_request
@@ -32,8 +31,6 @@ _ANNOTATIONS = frozenset(
         *("contentEncoding", "contentMediaType", "contentSchema"),
     ]
 )
-# Each pattern is compared with all others of the schema, and a multiple of n takes n states.
-_MAX_PATTERNS, _MAX_MULTIPLE = 64, 1000
 _OPTIONS = "x-guidance"  # the engine's own key
 
 # What those who print JSON put between two tokens: no text consists of blanks to its end.
@@ -66,8 +63,7 @@ def subschemas(schema: object, place: Place = ()) -> Iterator[tuple[Place, JsonS
 
 
 def check_keywords(schema: object, param: str) -> None:
-    """Raise ApiError for a keyword that would not be enforced, anywhere in the schema, or that would cost too much."""
-    num_patterns = 0
+    """Raise ApiError for a keyword that would not be enforced, anywhere in the schema."""
     for place, part in subschemas(schema):
         for keyword, value in part.items():
             where = path(param, (*place, keyword))
@@ -75,12 +71,6 @@ def check_keywords(schema: object, param: str) -> None:
             if not is_known or keyword == _OPTIONS:
                 message = f"'{where}': the keyword '{keyword}' of JSON Schema is not supported."
                 raise bad_request(message, where, "unsupported_parameter")
-            if keyword == "patternProperties" and isinstance(value, Mapping):
-                num_patterns += len(value)
-                if num_patterns > _MAX_PATTERNS:
-                    raise _unsupported(where, f"at most {_MAX_PATTERNS} patterns in the schema, got {num_patterns}")
-            if keyword == "multipleOf" and _numerator(value) > _MAX_MULTIPLE:
-                raise _unsupported(where, f"a number whose digits are at most {_MAX_MULTIPLE}, got {value}")
             if keyword in ("const", "enum") and _NEEDS_ESCAPE.search(json.dumps(value, ensure_ascii=False)):
                 raise _unsupported(where, r"no control characters but \b, \f, \n, \r and \t")
             # The engine counts properties by text, in which a name that is not in 'properties' may occur twice.
@@ -93,14 +83,6 @@ def check_keywords(schema: object, param: str) -> None:
 
 def _unsupported(where: str, expected: str) -> ApiError:
     return bad_request(f"'{where}': expected {expected}.", where, "unsupported_parameter")
-
-
-def _numerator(value: object) -> int:
-    """Return the digits of a number, without the point: 25 of 0.25."""
-    if not isinstance(value, int | float):
-        return 0
-    digits = Decimal(repr(value)).as_tuple().digits
-    return int("".join(map(str, digits)) or "0")
 
 
 def engine_schema(schema: object, *, whitespace_pattern: str | None = None, is_compact: bool = False) -> JsonSchema:
