@@ -334,29 +334,35 @@ def overhead(model: Path, file: Path, batch: int = 32, steps: int = 60, rounds: 
     record = {"properties": {"name": {"type": "string"}, "value": value}, "required": ["name", "value"]}
     schema = {"type": "array", "items": {"type": "object", **record, "additionalProperties": False}, "minItems": 1000}
     grammar = compiler.json_schema(schema, "schema")
-    times: dict[str, list[float]] = {"without": [], "with": []}
+    times: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
     for _ in range(rounds):
         for name in times:
-            times[name].append(statistics.median(_steps(engine, batch, steps, grammar if name == "with" else None)))
-    added = [100 * (bound / free - 1) for free, bound in zip(times["without"], times["with"], strict=True)]
-    rows = [[str(i + 1), *(f"{1e3 * times[name][i]:.1f}" for name in times), f"{added[i]:+.1f}"] for i in range(rounds)]
+            times[name].append(_step_times(engine, batch, steps, grammar if name == "with" else None))
+    rows, added = [], []
+    for i, (free, bound) in enumerate(zip(times["without"], times["with"], strict=True)):
+        added.append([100 * (b / f - 1) for f, b in zip(free, bound, strict=True)])
+        figures = [(f"{1e3 * f:.1f}", f"{1e3 * b:.1f}") for f, b in zip(free, bound, strict=True)]
+        rows.append([str(i + 1), *figures[0], f"{added[-1][0]:+.1f}", *figures[1], f"{added[-1][1]:+.1f}"])
     print(machine())
-    print(markdown(["round", "ms per step without", "with", "%"], rows))
-    print(f"median {statistics.median(added):+.1f} % of a step at batch {batch}")
+    headings = ["round", "ms per step without", "with", "%", "processor ms without", "with", "%"]
+    print(markdown(headings, rows))
+    wall, processor = (statistics.median(column) for column in zip(*added, strict=True))
+    print(f"batch {batch}, median: {wall:+.1f} % of a step, {processor:+.1f} % of its processor time")
 
 
-def _steps(engine: xgdn.Engine, batch: int, steps: int, grammar: CompiledGrammar | None) -> list[float]:
-    """Return the time of each decode step, all sequences sampled."""
+def _step_times(engine: xgdn.Engine, batch: int, steps: int, grammar: CompiledGrammar | None) -> tuple[float, float]:
+    """Return the medians of a decode step's time and of the process's time on processors, all sequences sampled."""
     for i in range(batch):
         sampling = xgdn.SamplingParams(temperature=1.0, seed=i)
         engine.submit(xgdn.Request([i + 1] * 8, max_new_tokens=steps, sampling=sampling, grammar=grammar))
     times = []
     while not engine.is_idle():
-        begin = time.perf_counter()
+        begin, processor = time.perf_counter(), time.process_time()
         events = engine.step()
         if len(events) == batch and all(event.finish_reason == FinishReason.RUNNING for event in events):
-            times.append(time.perf_counter() - begin)
-    return times
+            times.append((time.perf_counter() - begin, time.process_time() - processor))
+    wall, processor_times = zip(*times, strict=True)
+    return statistics.median(wall), statistics.median(processor_times)
 
 
 if __name__ == "__main__":
