@@ -19,12 +19,12 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-# What one grammar may take: states of a lexer have 1 to 2 kB, and fuel is spent at some 20,000 units per millisecond.
+# What one grammar may take: states of a lexer have 1 to 2 kB, and some 20,000 units of fuel, or items, a millisecond.
 LIMITS = LLParserLimits(
-    max_items_in_row=2000,
+    max_items_in_row=20_000,
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
-    step_max_items=50_000,
+    step_max_items=100_000,
     max_lexer_states=20_000,
     max_grammar_size=500_000,
     verbose_errors=False,
