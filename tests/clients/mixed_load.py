@@ -570,6 +570,8 @@ def main(
     jobs = Draw(seed, lambda text: tokenizer.encode(text).ids).jobs(requests)
     features = Counter(feature for job in jobs for feature in job.features)
     print(", ".join(f"{name} {count}" for name, count in sorted(features.items())))
+    # With an arena for each thread, glibc's memory grows by fragments for as long as threads come and go.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     fixed = ["--model-name", NAME, "--dtype", dtype, "--max-batch-size", str(SLOTS), "--max-queue", str(QUEUE)]
     fixed += ["--max-cached-tokens", str(SLOTS * 1024), "--max-stored-responses", "16"]
     with (
