@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from live_server import tokens_of, want, with_template
+from live_server import TOOL_TEMPLATE, tokens_of, want, with_template
 
 FUNCTIONS = {"want": want, "tokens_of": tokens_of}
 
@@ -19,7 +19,7 @@ FUNCTIONS = {"want": want, "tokens_of": tokens_of}
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir()
-    with_template(folder)
+    with_template(folder, TOOL_TEMPLATE)
     for line in sys.stdin:
         name, arguments, options = json.loads(line)
         print(json.dumps(FUNCTIONS[name](*arguments, **options)), flush=True)

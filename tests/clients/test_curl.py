@@ -37,6 +37,21 @@ def test_a_stream(server: Server, reference: Reference) -> None:
     assert "".join(delta.get("content", "") for delta in deltas) == reference.chat("a")
 
 
+def test_tokens(server: Server, reference: Reference) -> None:
+    ids = json.loads(curl(f"{server.address}/tokenize", {"prompt": "import os"}).stdout)["tokens"]
+    assert ids == reference.tokens_of("import os")
+    assert json.loads(curl(f"{server.address}/detokenize", {"tokens": ids}).stdout) == {"prompt": "import os"}
+
+
+def test_a_response_streams(server: Server, reference: Reference) -> None:
+    body = {"model": "tiny", "input": "a", "temperature": 0, "max_output_tokens": 16, "stream": True}
+    events = [event.split("\n") for event in curl(f"{server.url}/responses", body).stdout.split("\n\n") if event]
+    documents = [json.loads(data.removeprefix("data: ")) for _, data in events]
+    assert [kind.removeprefix("event: ") for kind, _ in events] == [document["type"] for document in documents]
+    deltas = [document["delta"] for document in documents if document["type"] == "response.output_text.delta"]
+    assert "".join(deltas) == reference.chat("a")
+
+
 def test_an_error_has_a_status_and_a_body(server: Server) -> None:
     done = curl(f"{server.url}/completions", BODY | {"n": 0}, "--write-out", "%{stderr}%{http_code}")
     assert done.stderr == "400"

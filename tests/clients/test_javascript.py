@@ -62,6 +62,32 @@ def test_logprobs(call: Call, server: Server) -> None:
     assert all(sum(math.exp(it["logprob"]) for it in token["top_logprobs"]) <= 1 + 1e-6 for token in tokens)
 
 
+def is_paint(document: Any) -> bool:
+    return document["colour"] in ("red", "green") and document["is_new"] in (True, False) and len(document) == 2
+
+
+def test_structured_output(call: Call, server: Server) -> None:
+    whole, stream = call("structured", server)
+    assert is_paint(whole)
+    assert stream == whole
+
+
+def test_tools_run(call: Call, server: Server) -> None:
+    result = call("tools", server)
+    assert is_paint(result["given"][0])
+    assert result["roles"][:3] == ["user", "assistant", "tool"]
+
+
+def test_responses(call: Call, server: Server, reference: Reference) -> None:
+    answers = call("responses", server)
+    whole, final, following = answers["texts"]
+    assert whole == final == reference.chat("a")
+    assert following == reference.want(f"# user: a\n# assistant: {whole}\n# user: b\n# assistant:")
+    assert answers["events"][0] == "response.created"
+    assert answers["events"][-1] == "response.incomplete"
+    assert answers["events"].count("response.output_text.delta") > 5
+
+
 def test_models(call: Call, server: Server) -> None:
     assert [model["id"] for model in call("models", server)] == ["tiny"]
 

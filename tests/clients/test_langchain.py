@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 from served import KEY, PAUSE, Reference, Server
 
@@ -78,6 +79,45 @@ def test_logprobs_and_seeds(server: Server, reference: Reference) -> None:
     tokens = answer.response_metadata["logprobs"]["content"]
     assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == answer.content
     assert all(len(token["top_logprobs"]) == 2 for token in tokens)
+
+
+class Paint(BaseModel):
+    """Paints it."""
+
+    colour: Literal["red", "green"]
+    is_new: bool
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output(server: Server, method: Any) -> None:
+    model = chat_model(server, max_tokens=100, extra_body={})
+    assert isinstance(model.with_structured_output(Paint, method=method).invoke("a"), Paint)
+
+
+def test_tools(server: Server) -> None:
+    model = chat_model(server, max_tokens=100, extra_body={})
+    answer = model.bind_tools([Paint], tool_choice="any", parallel_tool_calls=False).invoke("a")
+    (call,) = answer.tool_calls
+    assert call["name"] == "Paint"
+    assert Paint.model_validate(call["args"])
+    chunks = list(model.bind_tools([Paint], tool_choice="Paint", parallel_tool_calls=False).stream("a"))
+    assert [it["args"] for it in sum(chunks[1:], chunks[0]).tool_calls] == [call["args"]]
+    conversation = [HumanMessage("a"), answer, ToolMessage("done", tool_call_id=call["id"])]
+    after = chat_model(server).bind_tools([Paint]).invoke(conversation)
+    before = chat_model(server).bind_tools([Paint]).invoke("a")
+    assert after.usage_metadata is not None
+    assert before.usage_metadata is not None
+    assert after.usage_metadata["input_tokens"] > before.usage_metadata["input_tokens"]
+
+
+def test_responses(server: Server, reference: Reference) -> None:
+    model = chat_model(server, use_responses_api=True, extra_body={})
+    assert model.invoke("a").text == reference.chat("a")
+    chunks = list(model.stream("a"))
+    assert sum(chunks[1:], chunks[0]).text == reference.chat("a")
+    caller = chat_model(server, use_responses_api=True, extra_body={}, max_tokens=100)
+    (call,) = caller.bind_tools([Paint], tool_choice="any", parallel_tool_calls=False).invoke("a").tool_calls
+    assert Paint.model_validate(call["args"])
 
 
 def test_errors(server: Server) -> None:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network for prices
@@ -57,6 +58,48 @@ def test_choices_seeds_and_logprobs(server: Server, reference: Reference, provid
     assert [choice.message.content for choice in answer.choices] == wanted
     tokens = answer.choices[0].logprobs.content
     assert b"".join(bytes(token.bytes) for token in tokens).decode() == wanted[0]
+
+
+class Paint(pydantic.BaseModel):
+    colour: Literal["red", "green"]
+    is_new: bool
+
+
+TOOL = {"type": "function", "function": {"name": "paint", "parameters": Paint.model_json_schema()}}
+ENDS = {"extra_body": {}, "max_tokens": 100}
+
+
+@PROVIDERS
+def test_structured_output(server: Server, provider: str) -> None:
+    answer = chat(server, provider, response_format=Paint, **ENDS)
+    assert Paint.model_validate_json(answer.choices[0].message.content)
+    answer = chat(server, provider, response_format={"type": "json_object"}, n=2, **ENDS | {"max_tokens": 16})
+    assert all(choice.message.content.lstrip().startswith("{") for choice in answer.choices)
+
+
+@PROVIDERS
+def test_tools(server: Server, provider: str) -> None:
+    options = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, **ENDS}
+    message = chat(server, provider, **options).choices[0].message
+    (call,) = message.tool_calls
+    assert call.function.name == "paint"
+    assert Paint.model_validate_json(call.function.arguments)
+    chunks = list(chat(server, provider, stream=True, **options))
+    (streamed,) = litellm.stream_chunk_builder(chunks, messages=MESSAGES).choices[0].message.tool_calls
+    assert streamed.function.arguments == call.function.arguments
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    after = chat(server, provider, messages=[*MESSAGES, message, result], tools=[TOOL])
+    assert after.usage.prompt_tokens > chat(server, provider, tools=[TOOL]).usage.prompt_tokens
+
+
+@PROVIDERS
+def test_responses(server: Server, reference: Reference, provider: str) -> None:
+    settings = {"model": f"{provider}/tiny", "api_base": server.url, "api_key": KEY, "input": "a"}
+    settings |= {"temperature": 0, "max_output_tokens": 16}
+    answer = litellm.responses(**settings)
+    assert answer.output[0].content[0].text == reference.chat("a")
+    events = litellm.responses(stream=True, **settings)
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == reference.chat("a")
 
 
 @PROVIDERS

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from served import KEY, PAUSE, Reference, Server, serve
@@ -162,3 +164,96 @@ def test_a_stream_that_the_server_ends_is_an_error(reference: Reference) -> None
         with pytest.raises(openai.APIError) as info:
             list(chunks)
         assert info.value.code == "engine_error"
+
+
+class Paint(pydantic.BaseModel):
+    colour: Literal["red", "green"]
+    is_new: bool
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    options: Any = {"model": "tiny", "temperature": 0}
+    parsed = (
+        client.chat.completions.parse(messages=MESSAGES, response_format=Paint, **options).choices[0].message.parsed
+    )
+    assert isinstance(parsed, Paint)
+    with client.chat.completions.stream(messages=MESSAGES, response_format=Paint, **options) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
+    response = client.responses.parse(input="a", text_format=Paint, **options)
+    assert response.output_parsed == parsed
+    text = client.completions.create(prompt="a", extra_body={"guided_regex": "[a-c]{3}d"}, **options).choices[0].text
+    assert re.fullmatch("[a-c]{3}d", text)
+    with pytest.raises(openai.BadRequestError) as info:
+        client.completions.create(prompt="a", extra_body={"guided_json": {"type": "colour"}}, **options)
+    assert (info.value.param or "").startswith("guided_json")
+
+
+TOOL = openai.pydantic_function_tool(Paint, name="paint")
+
+
+def test_tools(client: openai.OpenAI) -> None:
+    options: Any = {"model": "tiny", "temperature": 0, "tools": [TOOL], "parallel_tool_calls": False}
+    answer = client.chat.completions.create(messages=MESSAGES, tool_choice="required", **options).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    (call,) = answer.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "paint"
+    assert Paint.model_validate_json(call.function.arguments)
+    named: Any = {"type": "function", "function": {"name": "paint"}}
+    with client.chat.completions.stream(messages=MESSAGES, tool_choice=named, **options) as stream:
+        events = list(stream)
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert streamed.function.arguments == call.function.arguments
+    assert isinstance(streamed.function.parsed_arguments, Paint)
+    deltas = [event.arguments_delta for event in events if event.type == "tool_calls.function.arguments.delta"]
+    assert "".join(deltas) == call.function.arguments
+    # The conversation goes on with the call and its result.
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    after = client.chat.completions.create(messages=[*MESSAGES, answer.message, result], max_tokens=1, **options)
+    without = client.chat.completions.create(messages=MESSAGES, max_tokens=1, **options)
+    assert after.usage is not None
+    assert without.usage is not None
+    assert after.usage.prompt_tokens > without.usage.prompt_tokens + len(call.function.arguments) / 10
+
+
+def test_responses(client: openai.OpenAI, reference: Reference) -> None:
+    options: Any = {"model": "tiny", "temperature": 0, "max_output_tokens": 16}
+    answer = client.responses.create(input="a", **options)
+    assert answer.output_text == reference.chat("a")
+    assert (answer.status, answer.usage and answer.usage.output_tokens) == ("incomplete", 16)
+    with client.responses.stream(input="a", **options) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == answer.output_text
+    assert len(deltas) > 5
+    following = client.responses.create(input="b", previous_response_id=answer.id, **options)
+    assert following.output_text == reference.want(
+        f"# user: a\n# assistant: {answer.output_text}\n# user: b\n# assistant:"
+    )
+    assert client.responses.retrieve(answer.id).output_text == answer.output_text
+    client.responses.delete(answer.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(answer.id)
+
+
+def test_a_tool_of_responses(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", **TOOL["function"]}]
+    options: Any = {"model": "tiny", "temperature": 0, "tools": tools, "parallel_tool_calls": False}
+    answer = client.responses.create(input="a", tool_choice="required", **options)
+    (call,) = answer.output
+    assert call.type == "function_call"
+    assert Paint.model_validate_json(call.arguments)
+    items: Any = [
+        {"role": "user", "content": "a"},
+        call,
+        {"type": "function_call_output", "call_id": call.call_id, "output": "done"},
+    ]
+    assert (
+        client.responses.create(input=items, max_output_tokens=4, **options).usage.input_tokens
+        > answer.usage.input_tokens
+    )
+
+
+def test_embeddings_of_a_model_without_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as info:
+        client.embeddings.create(model="tiny", input="a")
+    assert info.value.code == "no_embeddings"

@@ -38,6 +38,10 @@ TEMPLATE = """
 {%- if add_generation_prompt %}{{ "# assistant:" }}{% endif %}
 {%- if thought %}{{ thought }}{% endif %}
 """
+# The same for tools, calls and thoughts.
+TOOL_TEMPLATE = """{%- if tools %}{{ "<tool_call>" + tools|tojson }}{% endif %}""" + TEMPLATE.replace(
+    """{{ raise_exception("no tools here") }}""", ""
+).replace("message.content +", """(message.reasoning_content or "") + message.content + message.tool_calls|string +""")
 PROMPT = "def __init__(self"
 KEY = "the key"
 SLOTS, TOKENS, QUEUE, BODY_BYTES = 8, 1024, 56, 20_000
@@ -68,11 +72,11 @@ def single() -> xgdn.Engine:
     return engine()
 
 
-def with_template(folder: Path) -> Path:
+def with_template(folder: Path, template: str = TEMPLATE) -> Path:
     """The checkpoint with a chat template, in an empty folder."""
     for file in CHECKPOINT.iterdir():
         (folder / file.name).symlink_to(file)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(template)
     return folder
 
 

@@ -24,7 +24,20 @@ from openai.types.chat import completion_create_params as chat_completions
 from openai.types.responses import response_create_params as responses
 from pydantic import BaseModel
 
-from live_server import CHAT, GOOD, KEY, PROMPT, TEMPLATE, TOKENIZER, engine, http_get, live, post, want, with_template
+from live_server import (
+    CHAT,
+    GOOD,
+    KEY,
+    PROMPT,
+    TOKENIZER,
+    TOOL_TEMPLATE,
+    engine,
+    http_get,
+    live,
+    post,
+    want,
+    with_template,
+)
 from xgdn.server.responses_schemas import ResponseBody
 from xgdn.server.schemas import ChatBody, CompletionBody, Message, StreamOptions
 
@@ -39,17 +52,9 @@ LAST_WORDS = "if __name__ == '__main__':\n    main()\n"
 SAMPLED = {"temperature": 1.9, "seed": 1}
 
 
-# As live_server's, and it takes tools, calls and thoughts.
-TOOL_TEMPLATE = """{%- if tools %}{{ "<tool_call>" + tools|tojson }}{% endif %}""" + TEMPLATE.replace(
-    """{{ raise_exception("no tools here") }}""", ""
-).replace("message.content +", """(message.reasoning_content or "") + message.content + message.tool_calls|string +""")
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = with_template(tmp_path_factory.mktemp("fields"))
-    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    with live(engine(), folder) as address:
+    with live(engine(), with_template(tmp_path_factory.mktemp("fields"), TOOL_TEMPLATE)) as address:
         yield address
 
 
