@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Tests that programs of others work with `xgdn serve`: the client libraries of OpenAI for Python and JavaScript, curl,
-# LangChain, LiteLLM, lm-evaluation-harness and schemathesis. Each that is no part of the project's own environment gets
-# one under build/clients, by the pins in requirements/ and javascript/. One that the machine cannot run is skipped with
-# the reason.
+# LangChain, LiteLLM, lm-evaluation-harness and schemathesis; and a load of every feature mixed (mixed_load.py). Each that
+# is no part of the project's own environment gets one under build/clients, by the pins in requirements/ and javascript/.
+# One that the machine cannot run is skipped with the reason.
 # Usage: tests/clients/run.sh [CLIENT...] [-- arguments of pytest]; without a CLIENT all of them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -15,7 +15,7 @@ export XGDN_PYTHON
 clients=()
 while [[ $# -gt 0 && "$1" != -- ]]; do clients+=("$1"); shift; done
 [[ $# -eq 0 ]] || shift
-[[ ${#clients[@]} -gt 0 ]] || clients=(openai curl javascript langchain litellm lm_eval schemathesis)
+[[ ${#clients[@]} -gt 0 ]] || clients=(openai curl javascript langchain litellm lm_eval schemathesis mixed_load)
 
 # prepare NAME FILE COMMAND...: makes the environment NAME by the command, once for each content of the file.
 prepare() {
@@ -60,6 +60,10 @@ for client in "${clients[@]}"; do
       ;;
   esac
   echo "tests/clients: $client"
+  if [[ "$client" == mixed_load ]]; then
+    PYTHONPATH="tests/py:benchmarks${PYTHONPATH:+:$PYTHONPATH}" python $here/mixed_load.py || failed+=("$client")
+    continue
+  fi
   "$interpreter" -m pytest -q --disable-warnings "$here/test_$client.py" --environments "$work" "$@" || failed+=("$client")
 done
 

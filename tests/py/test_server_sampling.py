@@ -92,6 +92,7 @@ def test_a_bad_word_does_not_come(url: str) -> None:
         ({"presence_penalty": 2.1}, "invalid_value", "'presence_penalty'"),
         ({"frequency_penalty": "1"}, "invalid_type", "'frequency_penalty'"),
         ({"repetition_penalty": 0}, "invalid_value", "'repetition_penalty'"),
+        ({"repetition_penalty": 1e-30}, "invalid_value", "'repetition_penalty'"),
         ({"min_p": 1.01}, "invalid_value", "'min_p'"),
         ({"min_tokens": 25}, "invalid_value", "'min_tokens': expected at most 24"),
         ({"logit_bias": {"x": 1}}, "invalid_value", "expected token ids as keys, got 'x'"),

@@ -69,8 +69,10 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     api.add_api_route("/chat/completions", handlers.chat_completions, methods=["POST"], response_model=None)
     api.add_api_route("/embeddings", handlers.embeddings, methods=["POST"], response_model=None)
     api.add_api_route("/responses", handlers.responses, methods=["POST"], response_model=None)
-    api.add_api_route("/responses/{response_id}", handlers.response, methods=to_read, response_model=None)
-    api.add_api_route("/responses/{response_id}", handlers.delete_response, methods=["DELETE"])
+    # One route for both, so that the answer to a further method names all that there are.
+    api.add_api_route(
+        "/responses/{response_id}", handlers.stored_response, methods=[*to_read, "DELETE"], response_model=None
+    )
     api.add_api_route("/models", handlers.models, methods=to_read)
     api.add_api_route("/models/{name:path}", handlers.model, methods=to_read)
     app.include_router(api)

@@ -85,14 +85,14 @@ class Handlers:
         client = _client_of(record_of(request.scope)).name
         return await self._generate(request, lambda data: self._preparation.response(data, client))
 
-    def response(self, request: Request, response_id: str) -> Mapping[str, Any]:
+    def stored_response(self, request: Request, response_id: str) -> Mapping[str, Any]:
+        """Return a response that is kept, or forget it."""
         for name in request.query_params:
             raise bad_request(f"'{name}' is not supported.", name, "unsupported_parameter")
         client = _client_of(record_of(request.scope)).name
-        return self._responses.find(client, response_id).document
-
-    def delete_response(self, request: Request, response_id: str) -> dict[str, Any]:
-        self._responses.delete(_client_of(record_of(request.scope)).name, response_id)
+        if request.method != "DELETE":
+            return self._responses.find(client, response_id).document
+        self._responses.delete(client, response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     async def embeddings(self, request: Request) -> Response:

@@ -38,7 +38,7 @@ from xgdn.server.tokenization import DetokenizeBody, TokenizeBody
 
 _JSON = "application/json"
 _READ_ERRORS = (401,)
-_TEXT_ERRORS = (400, 401, 413, 429)
+_TEXT_ERRORS = (400, 401, 404, 413, 429)
 _WORK_ERRORS = (400, 401, 404, 413, 429, 500, 503)
 
 
@@ -101,7 +101,7 @@ ENDPOINTS = (
         errors=_WORK_ERRORS,
     ),
     Endpoint("get", "/v1/responses/{response_id}", "Returns an answer.", ResponseDocument, errors=(400, 401, 404)),
-    Endpoint("delete", "/v1/responses/{response_id}", "Forgets an answer.", DeletedResponse, errors=(401, 404)),
+    Endpoint("delete", "/v1/responses/{response_id}", "Forgets an answer.", DeletedResponse, errors=(400, 401, 404)),
     Endpoint("get", "/v1/models", "Lists the model.", ModelList, errors=_READ_ERRORS),
     Endpoint("get", "/v1/models/{name}", "Describes the model.", ModelCard, errors=(*_READ_ERRORS, 404)),
     Endpoint(
@@ -164,7 +164,8 @@ def _schemas(model_name: str, vocab_size: int) -> dict[str, Any]:
     for name in _reachable(schemas, bodies):
         _describe_refused(schemas[name].get("properties", {}))
     for name in bodies:
-        schemas[name]["properties"]["model"] = {"const": model_name}
+        is_required = "model" in schemas[name].get("required", [])
+        schemas[name]["properties"]["model"] = {"const": model_name} if is_required else {"enum": [model_name, None]}
     for name, prompts in (("CompletionBody", "prompt"), ("EmbeddingBody", "input")):
         _limit_tokens(schemas[name]["properties"][prompts], vocab_size)
     return schemas

@@ -31,7 +31,7 @@ _Parts = Annotated[list[InputText], Field(fail_fast=True)]
 
 
 class MessageItem(StrictBody):
-    type: Literal["message"]
+    type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | _Parts
     # Without effect.

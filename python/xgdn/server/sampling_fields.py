@@ -14,6 +14,7 @@ from xgdn.server.api_error import bad_request
 
 _MAX = 2**31 - 1
 _UINT64 = 2**64
+_LEAST_REPETITION_PENALTY = 0.01
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -40,7 +41,8 @@ class SamplingFields(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    # Divided by less than that, a logit might become infinite.
+    repetition_penalty: float | None = Field(None, ge=_LEAST_REPETITION_PENALTY, le=10, allow_inf_nan=False)
     min_tokens: int | None = Field(None, ge=0, le=_MAX)
     logit_bias: Annotated[dict[str, _Bias], Field(max_length=4096), BeforeValidator(_check_ids)] | None = None
     bad_words: Annotated[list[_BadWord], Field(max_length=128, fail_fast=True)] | None = None
