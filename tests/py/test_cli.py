@@ -155,7 +155,6 @@ def test_backends_are_chosen_per_phase(model: Path) -> None:
         (["--prompt-ids", "-1"], ["0..259", "-1"]),
         (["--prompt", "hi"], ["tokenizer.json is missing", "--prompt-ids"]),
         (["--prompt-ids", "1", "--temperature", "-1"], ["temperature", "-1"]),
-        (["--prompt-ids", "1", "--max-new-tokens", "-1"], ["max_new_tokens", "-1"]),
         (["--prompt-ids", "1", "--max-cached-tokens", "16"], ["16", "64"]),
         (["--prompt-ids", "1", "--max-batch-size", "0"], ["max_batch_size", "0"]),
         (["--prompt-ids", "1", "--max-batch-size", "2", "-n", "3"], ["n:", "at most 2 branches", "got 3"]),
