@@ -94,7 +94,8 @@ class GrammarTest : public ::testing::TestWithParam<bool> {
  protected:
   GrammarTest() {
     config_.eos_token_ids = {kEnd};
-    model_ = tiny_model(config_, tiny_weights(config_), {.has_replay_states = GetParam()});
+    model_ = tiny_model(config_, tiny_weights(config_),
+                        {.has_replay_states = GetParam(), .max_draft_tokens = GetParam() ? 4 : 0});
   }
 
   static Request request(std::shared_ptr<const Grammar> grammar, uint64_t seed = 1) {
