@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/logprobs.h"
 
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/sub.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -9,10 +12,10 @@ namespace xgdn {
 namespace {
 
 double log_sum_exp(std::span<const float> logits) {
-  const double largest = *std::max_element(logits.begin(), logits.end());
-  double sum = 0.0;
-  for (const float logit : logits) sum += std::exp(logit - largest);
-  return largest + std::log(sum);
+  const at::Tensor row = at::from_blob(const_cast<float*>(logits.data()), {std::ssize(logits)}, at::kFloat);
+  const at::Tensor in_double = row.to(at::kDouble);
+  const auto largest = in_double.max().item<double>();
+  return largest + std::log(in_double.sub(largest).exp_().sum().item<double>());
 }
 
 }  // namespace

@@ -2,9 +2,12 @@
 #include "core/runtime/sampler.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/sub.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -13,8 +16,6 @@
 
 namespace xgdn {
 namespace {
-
-constexpr size_t kFirstSorted = 1024;
 
 constexpr int32_t kMagnitude = 0x7FFFFFFF;
 constexpr int32_t kInfinity = 0x7F800000;  // larger magnitudes are NaN
@@ -34,13 +35,13 @@ struct Peak {
 
 // As integers, whose order compilers turn into vectors.
 Peak find_peak(std::span<const float> logits, size_t first, size_t last) {
-  constexpr size_t kBlock = 1024;
+  constexpr size_t kPrefetched = 1024;
   constexpr size_t kCacheLine = 16;  // logits
   Peak peak{.block = first};
-  for (size_t begin = first; begin < last; begin += kBlock) {
-    const size_t end = std::min(begin + kBlock, last);
+  for (size_t begin = first; begin < last; begin += kPrefetched) {
+    const size_t end = std::min(begin + kPrefetched, last);
     // Another core wrote them: without this the loop below waits for memory.
-    for (size_t i = end; i < std::min(end + kBlock, last); i += kCacheLine) __builtin_prefetch(&logits[i]);
+    for (size_t i = end; i < std::min(end + kPrefetched, last); i += kCacheLine) __builtin_prefetch(&logits[i]);
     int32_t largest = std::numeric_limits<int32_t>::min();
     for (size_t i = begin; i < end; ++i) {
       largest = std::max(largest, ordered(logits[i]));
@@ -80,62 +81,112 @@ int32_t argmax(std::span<const float> logits) {
   return static_cast<int32_t>(found - logits.begin());
 }
 
-// The tokens to draw from, and the running sum of their weights.
-struct Candidates {
-  std::vector<int32_t> tokens;
-  std::vector<double> cumulative;
-};
-
-// Without those that min_p leaves out or, where there are some, rules forbid.
-std::vector<int32_t> possible(std::span<const float> logits, int32_t best, const SamplingParams& params,
-                              bool has_rules) {
-  std::vector<int32_t> tokens(logits.size());
-  std::iota(tokens.begin(), tokens.end(), 0);
-  if (params.min_p == 0.0 && !has_rules) return tokens;
-  const double least = logits[best] + params.temperature * std::log(params.min_p);  // -infinity: of no min_p
-  std::erase_if(tokens, [&](int32_t token) { return logits[token] < least || std::isinf(logits[token]); });
-  return tokens;
+// The first of `tokens` behind which the sum of their weights exceeds `target`; else the last that has a weight.
+template <class Weight>
+int32_t first_beyond(double target, std::span<const int32_t> tokens, const Weight& weight) {
+  double sum = 0.0;
+  int32_t last = tokens.front();
+  for (const int32_t token : tokens) {
+    const double of_token = weight(token);
+    if (of_token > 0.0) last = token;
+    if ((sum += of_token) > target) return token;
+  }
+  return last;
 }
 
-// `tokens`: those that are possible.
-Candidates likeliest(std::span<const float> logits, int32_t best, const SamplingParams& params,
-                     std::vector<int32_t> tokens) {
-  std::vector<double> cumulative;
-  double sum = 0.0;
-  const auto weight = [&](int32_t token) {
-    return std::exp((static_cast<double>(logits[token]) - logits[best]) / params.temperature);
-  };
-  const auto add_up_to = [&](size_t end) {
-    while (cumulative.size() < end) cumulative.push_back(sum += weight(tokens[cumulative.size()]));
-  };
-  // Equal logits by token id, so that the order does not depend on the sorting algorithm.
-  const auto likelier = [&](int32_t x, int32_t y) { return logits[x] != logits[y] ? logits[x] > logits[y] : x < y; };
-  const auto sort_up_to = [&](size_t end) {
-    const auto sorted = tokens.begin() + static_cast<int64_t>(cumulative.size());
-    std::partial_sort(sorted, tokens.begin() + static_cast<int64_t>(end), tokens.end(), likelier);
-    add_up_to(end);
-  };
+// Equal logits by token id, so that the order does not depend on the sorting algorithm.
+auto likelier_by(std::span<const float> logits) {
+  return [=](int32_t x, int32_t y) { return logits[x] != logits[y] ? logits[x] > logits[y] : x < y; };
+}
 
-  const size_t all = tokens.size();
+// Draws from the top_k likeliest tokens. `uniform`: [0, 1).
+int32_t draw_of_top_k(std::span<const float> logits, int32_t best, const SamplingParams& params, double uniform) {
+  std::vector<int32_t> tokens(logits.size());
+  std::iota(tokens.begin(), tokens.end(), 0);
+  const auto end = tokens.begin() + params.top_k;
+  std::partial_sort(tokens.begin(), end, tokens.end(), likelier_by(logits));
+  tokens.erase(end, tokens.end());
+  const auto weight = [&](int32_t token) {
+    const double share = std::exp((static_cast<double>(logits[token]) - logits[best]) / params.temperature);
+    return share < params.min_p ? 0.0 : share;
+  };
   double total = 0.0;
-  if (params.top_k > 0 && static_cast<size_t>(params.top_k) < all) {
-    sort_up_to(static_cast<size_t>(params.top_k));
-    total = sum;
-  } else if (params.top_p == 1.0) {
-    add_up_to(all);
-    return {std::move(tokens), std::move(cumulative)};
-  } else {
-    for (int32_t token : tokens) total += weight(token);
-    // A nucleus is far smaller than a vocabulary: sorting all of it took 20 times as long.
-    for (size_t end = kFirstSorted; sum < params.top_p * total && cumulative.size() < all; end *= 4) {
-      sort_up_to(std::min(end, all));
-    }
+  for (const int32_t token : tokens) total += weight(token);
+  double kept = 0.0;
+  size_t count = 0;
+  while (count < tokens.size() && (count == 0 || kept < params.top_p * total)) kept += weight(tokens[count++]);
+  return first_beyond(uniform * kept, std::span(tokens).first(count), weight);
+}
+
+constexpr size_t kBlock = 1024;  // tokens whose weights are summed at once
+
+// Several sums, whose additions do not wait for each other.
+double sum_of(std::span<const float> weights) {
+  constexpr size_t kLanes = 16;
+  std::array<double, kLanes> sums{};
+  const size_t whole = weights.size() / kLanes * kLanes;
+  for (size_t i = 0; i < whole; i += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) sums[lane] += weights[i + lane];
   }
-  const auto nucleus = std::lower_bound(cumulative.begin(), cumulative.end(), params.top_p * total);
-  const size_t kept = std::min(cumulative.size(), static_cast<size_t>(nucleus - cumulative.begin()) + 1);
-  tokens.resize(kept);
-  cumulative.resize(kept);
-  return {std::move(tokens), std::move(cumulative)};
+  for (size_t i = whole; i < weights.size(); ++i) sums[i - whole] += weights[i];
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+// exp((logit - best) / temperature) of every token; 0 for those that min_p leaves out.
+void compute_weights(std::span<const float> logits, int32_t best, const SamplingParams& params,
+                     std::vector<float>& weights) {
+  weights.resize(logits.size());
+  const auto size = std::ssize(logits);
+  const at::Tensor row = at::from_blob(const_cast<float*>(logits.data()), {size}, at::kFloat);
+  at::Tensor out = at::from_blob(weights.data(), {size}, at::kFloat);
+  at::sub_out(out, row, logits[best]);
+  out.div_(std::max(params.temperature, double{std::numeric_limits<float>::min()})).exp_();
+  const auto least = static_cast<float>(params.min_p);
+  for (float& weight : weights) weight = weight < least ? 0.0f : weight;
+}
+
+// Sets the weights outside the nucleus to 0: the likeliest tokens that together reach top_p. A nucleus may have most of
+// a vocabulary, so tokens are counted by their weights' leading bits, and only those where it ends are sorted.
+void leave_nucleus(std::span<const float> logits, double top_p, std::vector<float>& weights) {
+  constexpr int kShift = 16;
+  const auto bucket_of = [](float weight) { return std::bit_cast<uint32_t>(weight) >> kShift; };
+  thread_local std::vector<double> sums;
+  sums.assign(bucket_of(1.0f) + 1, 0.0);
+  for (const float weight : weights) sums[bucket_of(weight)] += weight;
+  const double wanted = top_p * std::accumulate(sums.begin(), sums.end(), 0.0);
+  double sum = 0.0;
+  size_t last = sums.size() - 1;  // the bucket where the nucleus ends
+  while (last > 0 && sum + sums[last] < wanted) sum += sums[last--];
+  const auto least = std::bit_cast<float>(static_cast<uint32_t>(last) << kShift);
+  std::vector<int32_t> border;
+  for (size_t token = 0; token < weights.size(); ++token) {
+    if (bucket_of(weights[token]) == last) border.push_back(static_cast<int32_t>(token));
+    if (weights[token] < least) weights[token] = 0.0f;
+  }
+  std::sort(border.begin(), border.end(), likelier_by(logits));
+  for (const int32_t token : border) {
+    const bool is_beyond = sum >= wanted && sum > 0.0;
+    sum += weights[token];
+    if (is_beyond) weights[token] = 0.0f;
+  }
+}
+
+// Draws from all tokens, as far as min_p and top_p leave them. `uniform`: [0, 1).
+int32_t draw_of_all(std::span<const float> logits, int32_t best, const SamplingParams& params, double uniform) {
+  thread_local std::vector<float> weights;  // of the size of a vocabulary: not allocated for every token
+  compute_weights(logits, best, params, weights);
+  if (params.top_p < 1.0) leave_nucleus(logits, params.top_p, weights);
+  std::vector<double> sums;
+  for (size_t begin = 0; begin < weights.size(); begin += kBlock) {
+    sums.push_back(sum_of(std::span(weights).subspan(begin, std::min(kBlock, weights.size() - begin))));
+  }
+  double target = uniform * std::accumulate(sums.begin(), sums.end(), 0.0);
+  size_t block = 0;
+  while (block + 1 < sums.size() && target >= sums[block]) target -= sums[block++];
+  while (sums[block] == 0.0) --block;  // rounding took the target beyond the last weight
+  std::vector<int32_t> tokens(std::min(kBlock, weights.size() - block * kBlock));
+  std::iota(tokens.begin(), tokens.end(), static_cast<int32_t>(block * kBlock));
+  return first_beyond(target, tokens, [&](int32_t token) { return weights[token]; });
 }
 
 }  // namespace
@@ -156,12 +207,9 @@ int32_t Sampler::sample(std::span<const float> logits) {
 
 int32_t Sampler::choose(std::span<const float> logits, int32_t best) {
   if (params_.temperature == 0.0) return best;
-
-  const Candidates candidates = likeliest(logits, best, params_, possible(logits, best, params_, !rules_.is_empty()));
-  const std::vector<double>& cumulative = candidates.cumulative;
   const double uniform = static_cast<double>(generator_() >> 11) * 0x1.0p-53;  // [0, 1)
-  const auto chosen = std::upper_bound(cumulative.begin(), cumulative.end() - 1, uniform * cumulative.back());
-  return candidates.tokens[static_cast<size_t>(chosen - cumulative.begin())];
+  const bool has_top_k = params_.top_k > 0 && params_.top_k < std::ssize(logits);
+  return (has_top_k ? draw_of_top_k : draw_of_all)(logits, best, params_, uniform);
 }
 
 }  // namespace xgdn

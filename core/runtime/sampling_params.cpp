@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kMostLogprobs = 20;
 constexpr double kLargestPenalty = 2.0;
 constexpr float kLargestBias = 100.0f;
+constexpr double kLeastRepetition = 0.01;  // much less makes logits infinite
+constexpr double kMostRepetition = 100.0;
 
 [[noreturn]] void refuse(const char* name, const char* expected, double got) {
   throw RequestError(c10::str("[SamplingParams] ", name, ": expected ", expected, ", got ", got));
@@ -33,8 +35,8 @@ void SamplingParams::check() const {
        {std::pair{"presence_penalty", presence_penalty}, std::pair{"frequency_penalty", frequency_penalty}}) {
     if (!(std::abs(penalty) <= kLargestPenalty)) refuse(name, "a number -2..2", penalty);
   }
-  if (!(repetition_penalty > 0.0) || std::isinf(repetition_penalty)) {
-    refuse("repetition_penalty", "a finite number > 0", repetition_penalty);
+  if (!(repetition_penalty >= kLeastRepetition && repetition_penalty <= kMostRepetition)) {
+    refuse("repetition_penalty", "a number 0.01..100", repetition_penalty);
   }
   if (min_tokens < 0) refuse("min_tokens", "a count", static_cast<double>(min_tokens));
   for (const TokenBias& it : logit_bias) {

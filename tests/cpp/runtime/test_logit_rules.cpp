@@ -143,7 +143,7 @@ TEST(SamplingParams, RefusesRulesOutOfRange) {
   refused({.min_p = 1.5}, {"min_p", "[0, 1]", "1.5"});
   refused({.presence_penalty = -2.5}, {"presence_penalty", "-2..2", "-2.5"});
   refused({.frequency_penalty = NAN}, {"frequency_penalty"});
-  refused({.repetition_penalty = 0}, {"repetition_penalty", "> 0"});
+  refused({.repetition_penalty = 0}, {"repetition_penalty", "0.01..100"});
   refused({.min_tokens = -1}, {"min_tokens", "-1"});
   refused({.logit_bias = {{1, 101.0f}}}, {"logit_bias", "-100..100", "101"});
   refused({.bad_words = {{1}, {}}}, {"bad_words", "at least one token"});

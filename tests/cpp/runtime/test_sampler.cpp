@@ -148,6 +148,54 @@ TEST(Sampler, TheSeedDecidesTheDraws) {
   EXPECT_NE(draw(params, logits, 100), draw(other, logits, 100));
 }
 
+// Of a vocabulary as large as a model's: what is drawn lies in the nucleus, all of it, however flat the distribution.
+TEST(Sampler, TheNucleusOfALargeVocabularyIsTheSmallestSet) {
+  constexpr size_t kVocabulary = 50021;
+  const std::vector<float> logits = random_logits(5, kVocabulary);
+  std::vector<int32_t> order(kVocabulary);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int32_t x, int32_t y) { return logits[x] > logits[y]; });
+  std::vector<size_t> rank(kVocabulary);
+  for (size_t i = 0; i < kVocabulary; ++i) rank[static_cast<size_t>(order[i])] = i;
+  for (const double temperature : {0.3, 1.0, 5.0}) {
+    for (const double top_p : {0.1, 0.5, 0.95}) {
+      double total = 0.0;
+      for (const float logit : logits) total += std::exp(logit / temperature);
+      size_t size = 0;  // of the nucleus
+      for (double sum = 0.0; sum < top_p * total; ++size) sum += std::exp(logits[order[size]] / temperature);
+      size_t farthest = 0;
+      const SamplingParams params{.temperature = temperature, .top_p = top_p, .seed = 9};
+      for (const int32_t token : draw(params, logits, 1000)) {
+        farthest = std::max(farthest, rank[static_cast<size_t>(token)]);
+      }
+      EXPECT_LE(farthest, size) << "temperature " << temperature << ", top_p " << top_p;
+      EXPECT_GE(farthest, size / 2) << "temperature " << temperature << ", top_p " << top_p;
+    }
+  }
+}
+
+TEST(Sampler, EqualLogitsFillTheNucleusByTokenId) {
+  const std::vector<float> logits(1000, 2.5f);
+  std::vector<int32_t> drawn = draw({.temperature = 1.0, .top_p = 0.1005, .seed = 2}, logits, 5000);
+  EXPECT_EQ(*std::max_element(drawn.begin(), drawn.end()), 100);
+  EXPECT_EQ(*std::min_element(drawn.begin(), drawn.end()), 0);
+}
+
+// Of all tokens, with the weights of double.
+TEST(Sampler, EveryTokenOfALargeVocabularyIsDrawnAsOftenAsItIsLikely) {
+  constexpr size_t kVocabulary = 5003;
+  std::vector<float> logits = random_logits(6, kVocabulary);
+  for (const size_t likely : {size_t{0}, size_t{1023}, size_t{1024}, kVocabulary - 1}) logits[likely] = 8.0f;
+  const std::vector<int32_t> drawn = draw({.temperature = 1.0, .seed = 4}, logits, 40000);
+  double total = 0.0;
+  for (const float logit : logits) total += std::exp(static_cast<double>(logit));
+  for (const size_t likely : {size_t{0}, size_t{1023}, size_t{1024}, kVocabulary - 1}) {
+    const double p = std::exp(8.0) / total;
+    const auto count = std::count(drawn.begin(), drawn.end(), static_cast<int32_t>(likely));
+    EXPECT_LE(std::abs(static_cast<double>(count) - p * 40000), 5 * std::sqrt(p * (1 - p) * 40000)) << likely;
+  }
+}
+
 TEST(Sampler, LogitsWithoutAChoiceAreANumericsError) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   for (double temperature : {0.0, 1.0}) {
