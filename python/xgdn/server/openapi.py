@@ -5,7 +5,7 @@ FastAPI does not see them, because bodies are parsed in threads of their own.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from importlib.metadata import version
@@ -32,7 +32,7 @@ from xgdn.server.response_schemas import (
     TokenizerInfo,
 )
 from xgdn.server.responses_schemas import ResponseBody
-from xgdn.server.schemas import NEUTRAL_VALUES, ChatBody, CompletionBody, EmbeddingBody
+from xgdn.server.schemas import ChatBody, CompletionBody, EmbeddingBody
 from xgdn.server.settings import Settings
 from xgdn.server.tokenization import DetokenizeBody, TokenizeBody
 
@@ -161,24 +161,12 @@ def _schemas(model_name: str, vocab_size: int) -> dict[str, Any]:
     )
     schemas: dict[str, Any] = document["$defs"]
     bodies = {endpoint.body.__name__ for endpoint in ENDPOINTS if endpoint.body is not None}
-    for name in _reachable(schemas, bodies):
-        _describe_refused(schemas[name].get("properties", {}))
     for name in bodies:
         is_required = "model" in schemas[name].get("required", [])
         schemas[name]["properties"]["model"] = {"const": model_name} if is_required else {"enum": [model_name, None]}
     for name, prompts in (("CompletionBody", "prompt"), ("EmbeddingBody", "input")):
         _limit_tokens(schemas[name]["properties"][prompts], vocab_size)
     return schemas
-
-
-def _describe_refused(properties: dict[str, Any]) -> None:
-    """Say of fields that are accepted with a neutral value alone which ones these are."""
-    for name in properties.keys() & NEUTRAL_VALUES.keys():
-        values: list[object] = []
-        for value in NEUTRAL_VALUES[name]:
-            if value not in values:  # 0 and 0.0 are one number in JSON
-                values.append(value)
-        properties[name] = {"enum": values, "description": "Not supported: other values are refused."}
 
 
 def _limit_tokens(schema: Any, vocab_size: int) -> None:
@@ -191,18 +179,6 @@ def _limit_tokens(schema: Any, vocab_size: int) -> None:
     elif isinstance(schema, list):
         for part in schema:
             _limit_tokens(part, vocab_size)
-
-
-def _reachable(schemas: Mapping[str, Any], names: Iterable[str]) -> set[str]:
-    """Return the names and those of all schemas that they refer to."""
-    found: set[str] = set()
-    left = list(names)
-    while left:
-        name = left.pop()
-        if name not in found:
-            found.add(name)
-            left += _references(schemas[name])
-    return found
 
 
 def _references(schema: Any) -> list[str]:

@@ -13,7 +13,16 @@ from pydantic_core import ErrorDetails, from_json
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.prompt_field import PROMPT_TYPE, Prompts
 from xgdn.server.sampling_fields import SamplingFields
-from xgdn.server.strict_body import INVALID_TYPE, MISSING, OF_A_FIELD, UNKNOWN, UNSUPPORTED, StrictBody, refuse_field
+from xgdn.server.strict_body import (
+    INVALID_TYPE,
+    MISSING,
+    OF_A_FIELD,
+    UNKNOWN,
+    UNSUPPORTED,
+    Neutral,
+    StrictBody,
+    refuse_field,
+)
 from xgdn.server.structured_output import StructuredOutputFields
 from xgdn.server.tool_schemas import NamedToolChoice, Tool, ToolCalls, ToolChoice, Tools
 
@@ -21,24 +30,6 @@ _MAX = 2**31 - 1
 _MAX_STOPS = 16  # OpenAI takes 4; evaluation harnesses send more
 _Token = Annotated[int, Field(ge=0, le=_MAX)]
 _StopString = Annotated[str, Field(min_length=1, max_length=4096)]
-
-# OpenAI's fields that would change the answer and are not supported, with their neutral values.
-NEUTRAL_VALUES: dict[str, list[object]] = {
-    "best_of": [None, 1],
-    "suffix": [None],
-    "dimensions": [None],
-    "functions": [None, []],
-    "function_call": [None, "none", "auto"],
-    "modalities": [None, ["text"]],
-    "audio": [None],
-    "moderation": [None],
-    "reasoning_effort": [None],
-    "verbosity": [None, "medium"],
-    "web_search_options": [None],
-    "include_reasoning": [None, True],
-    # Fields of messages.
-    "refusal": [None],
-}
 
 
 class StreamOptions(StrictBody):
@@ -94,8 +85,8 @@ class CompletionBody(GenerationBody):
     prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
-    best_of: Any = None
-    suffix: Any = None
+    best_of: Annotated[Any, Neutral(None, 1)] = None
+    suffix: Annotated[Any, Neutral(None)] = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -114,7 +105,7 @@ class EmbeddingBody(StrictBody):
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None  # without effect
-    dimensions: Any = None  # refused
+    dimensions: Annotated[Any, Neutral(None)] = None
 
 
 class TextPart(StrictBody):
@@ -132,9 +123,9 @@ class Message(StrictBody):
     # Fields of OpenAI's answers, accepted without effect.
     annotations: list[dict[str, Any]] | None = None
     # Refused, except for neutral values.
-    refusal: Any = None
-    audio: Any = None
-    function_call: Any = None
+    refusal: Annotated[Any, Neutral(None)] = None
+    audio: Annotated[Any, Neutral(None)] = None
+    function_call: Annotated[Any, Neutral(None, "none", "auto")] = None
 
     @model_validator(mode="after")
     def _suits_its_role(self) -> "Message":
@@ -172,15 +163,15 @@ class ChatBody(GenerationBody):
     prediction: dict[str, Any] | None = None
     prompt_cache_options: dict[str, Any] | None = None
     # Refused, except for neutral values.
-    include_reasoning: Any = None  # vLLM's
-    functions: Any = None
-    function_call: Any = None
-    modalities: Any = None
-    audio: Any = None
-    moderation: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
+    include_reasoning: Annotated[Any, Neutral(None, True)] = None  # vLLM's
+    functions: Annotated[Any, Neutral(None, [])] = None
+    function_call: Annotated[Any, Neutral(None, "none", "auto")] = None
+    modalities: Annotated[Any, Neutral(None, ["text"])] = None
+    audio: Annotated[Any, Neutral(None)] = None
+    moderation: Annotated[Any, Neutral(None)] = None
+    reasoning_effort: Annotated[Any, Neutral(None)] = None
+    verbosity: Annotated[Any, Neutral(None, "medium")] = None
+    web_search_options: Annotated[Any, Neutral(None)] = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -236,21 +227,11 @@ def check(schema: type[_AnyBody], document: dict[str, Any]) -> _AnyBody:
         body = schema.model_validate(document)
     except ValidationError as error:
         raise _explain(error, document) from None
-    _refuse_unsupported(body)
-    for i, message in enumerate(body.messages if isinstance(body, ChatBody) else []):
-        _refuse_unsupported(message, f"messages[{i}].")
     if isinstance(body, GenerationBody) and body.stream_options is not None and not body.stream:
         raise bad_request("'stream_options': expected 'stream' to be true with it.", "stream_options")
     if isinstance(body, GenerationBody) and body.prompt_logprobs is not None and body.stream:
         raise bad_request("'prompt_logprobs': expected 'stream' to be false with it.", "prompt_logprobs")
     return body
-
-
-def _refuse_unsupported(body: StrictBody, prefix: str = "") -> None:
-    for name in sorted(body.model_fields_set & NEUTRAL_VALUES.keys()):
-        value = getattr(body, name)
-        if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL_VALUES[name]):
-            raise bad_request(f"'{prefix}{name}' is not supported.", f"{prefix}{name}", "unsupported_parameter")
 
 
 def _explain(error: ValidationError, document: dict[str, Any]) -> ApiError:
