@@ -37,6 +37,7 @@ class Answer:
         self._metrics = metrics
         self._head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._begun: set[int] = set()  # choices whose prompt has been echoed
+        self._prompt_reports: dict[int, list[Any]] = {}  # by prompt
         self._replies = [Reply(form.syntax) for _ in range(generation.num_choices)]
 
     def document(self, whole: Sequence[Delta]) -> bytes:
@@ -77,8 +78,11 @@ class Answer:
         generation = self._generation
         if not self._reports_prompt:
             return {}
-        ids = generation.prompts[generation.prompt_index(choice)]
-        return {"prompt_logprobs": prompt_logprobs(ids, generation.prompt_logprobs(choice), generation.vocabulary)}
+        index = generation.prompt_index(choice)
+        if index not in self._prompt_reports:  # choices share their prompt's
+            logprobs = generation.prompt_logprobs(choice)
+            self._prompt_reports[index] = prompt_logprobs(generation.prompts[index], logprobs, generation.vocabulary)
+        return {"prompt_logprobs": self._prompt_reports[index]}
 
     def _echoed(self, delta: Delta) -> Delta:
         """Put what is to be echoed in front of a choice's first piece; its text is part of that of the choice."""

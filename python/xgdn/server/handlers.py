@@ -228,7 +228,8 @@ class Handlers:
             choices = await _while_connected(request, generation.choices())
         if choices is None:
             return Response(status_code=CLIENT_GONE)
-        size = sum(len(choice.text) + len(choice.logprobs) * _REPORT_BYTES for choice in choices)
+        reports = sum(len(it.logprobs) + len(generation.prompt_logprobs(it.index)) for it in choices)
+        size = sum(len(choice.text) for choice in choices) + reports * _REPORT_BYTES
         content = await self._workers.run(size, lambda: answer.document(choices))
         return Response(content, media_type="application/json")
 

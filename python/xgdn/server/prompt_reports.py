@@ -17,13 +17,19 @@ class EchoedPrompt:
         self._ids = ids
         self._vocabulary = vocabulary
         self._offsets: list[int] = []  # the character at which each token begins
+        self._reports: list[TokenReport] = []  # once they are known
         decoded = self._decode()
         self.text = decoded if text is None else text
 
     def reports(self, logprobs: Sequence[Logprobs]) -> list[TokenReport]:
-        """Return one for every token of the prompt; the first has no log-probability, `logprobs` has the others."""
+        """Return one for every token of the prompt; the first has no log-probability, `logprobs` has the others.
+
+        They are made once, for all the choices that answer the prompt.
+        """
+        if self._reports:
+            return self._reports
         first = NamedLogprob(self._vocabulary.name(self._ids[0]), None, None)
-        return [
+        self._reports = [
             TokenReport(first, [], 0),
             *(
                 TokenReport(
@@ -34,6 +40,7 @@ class EchoedPrompt:
                 for token, report, offset in zip(self._ids[1:], logprobs, self._offsets[1:], strict=True)
             ),
         ]
+        return self._reports
 
     def _decode(self) -> str:
         pieces: list[str] = []
