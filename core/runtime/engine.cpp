@@ -58,7 +58,10 @@ void check_options(const Request& request, int64_t vocab) {
     throw RequestError(c10::str("[submit] min_tokens: expected at most max_new_tokens=", request.max_new_tokens,
                                 ", got ", request.sampling.min_tokens));
   }
-  if (request.prompt_logprobs) SamplingParams{.logprobs = request.prompt_logprobs}.check();
+  if (request.prompt_logprobs && (*request.prompt_logprobs < 0 || *request.prompt_logprobs > kMostLogprobs)) {
+    throw RequestError(
+        c10::str("[submit] prompt_logprobs: expected a count 0..", kMostLogprobs, ", got ", *request.prompt_logprobs));
+  }
   const auto check_token = [&](const char* name, int32_t token) {
     if (token >= 0 && token < vocab) return;
     throw RangeError(c10::str("[submit] ", name, ": expected token ids 0..", vocab - 1, ", got ", token));
@@ -288,7 +291,7 @@ void Engine::advance(const ScheduledStep& step, size_t index, const SequenceStep
   }
   if (computed.num_hidden == 0) return;
   try {
-    report_prompt(step, index, *(events.begin() + first_event));
+    report_prompt(step, index, computed.num_hidden, *(events.begin() + first_event));
   } catch (const NumericsError& error) {
     choices.erase(choices.begin() + first_choice, choices.end());
     for (auto event = events.begin() + first_event; event != events.end(); ++event) {
@@ -299,7 +302,7 @@ void Engine::advance(const ScheduledStep& step, size_t index, const SequenceStep
 }
 
 // What the step says of the prompt itself.
-void Engine::report_prompt(const ScheduledStep& step, size_t index, RequestEvent& event) const {
+void Engine::report_prompt(const ScheduledStep& step, size_t index, int64_t num_hidden, RequestEvent& event) const {
   const Request& request = *step.sequence->request;
   const std::span<const int32_t> prompt(request.prompt);
   const auto end = static_cast<size_t>(step.sequence->num_computed());
@@ -309,7 +312,7 @@ void Engine::report_prompt(const ScheduledStep& step, size_t index, RequestEvent
     event.prompt_logprobs = runner_.logprobs_of(index, next, *request.prompt_logprobs);
   }
   if (request.wants_hidden && end == prompt.size()) {
-    event.hidden = runner_.last_hidden(index, request.prompt_logprobs ? step.num_tokens : 1);
+    event.hidden = runner_.last_hidden(index, num_hidden);
   }
 }
 

@@ -11,7 +11,6 @@
 namespace xgdn {
 namespace {
 
-constexpr int64_t kMostLogprobs = 20;
 constexpr double kLargestPenalty = 2.0;
 constexpr float kLargestBias = 100.0f;
 constexpr double kLeastRepetition = 0.01;  // much less makes logits infinite

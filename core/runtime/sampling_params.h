@@ -8,6 +8,9 @@
 
 namespace xgdn {
 
+/// Likeliest tokens beside one that is reported, at most.
+inline constexpr int64_t kMostLogprobs = 20;
+
 /// What is added to the logit of a token.
 struct TokenBias {
   int32_t token = 0;

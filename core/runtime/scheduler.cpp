@@ -150,12 +150,13 @@ bool Scheduler::admit_first() {
   Sequence& first = **begin;
   const auto end = std::find_if(begin, waiting_.end(), [&](const auto& s) { return s->id != first.id; });
   if (end - begin > num_free_slots()) return false;
-  PrefixCache::Prefix* cached = first.request->prompt_logprobs ? nullptr : prefixes_.find(first.tokens);
+  const bool looks_up = !first.request->prompt_logprobs;
+  PrefixCache::Prefix* cached = looks_up ? prefixes_.find(first.tokens) : nullptr;
   const int64_t num_shared = cached == nullptr ? 0 : cached->memory.num_full_blocks();
   if (!can_take(first.memory.num_missing(room(first)) - num_shared, cached)) return false;
   for (auto branch = begin; branch != end; ++branch) (*branch)->memory.allocate_state();
   first.memory.grow(0);
-  prefixes_.use(cached, first.tokens, first.memory);
+  if (looks_up) prefixes_.use(cached, first.tokens, first.memory);
   first.memory.grow(room(first));
   const std::vector<int64_t> checkpoints = prefixes_.checkpoints(first.tokens, first.num_computed());
   const int64_t num_cached = first.num_computed();

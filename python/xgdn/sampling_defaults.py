@@ -64,7 +64,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "top_p": ("a number above 0 and at most 1", lambda it: _is_number(it) and 0 < it <= 1),
     "min_p": ("a number from 0 to 1", lambda it: _is_number(it) and 0 <= it <= 1),
-    "repetition_penalty": ("a number of at least 0.01", lambda it: _is_number(it) and it >= 0.01),
+    "repetition_penalty": ("a number from 0.01 to 100", lambda it: _is_number(it) and 0.01 <= it <= 100),
     "max_new_tokens": ("an integer from 1 to 2147483647", lambda it: _is_integer(it) and 1 <= it < 2**31),
 }
 

@@ -165,7 +165,7 @@ TEST_F(PromptReports, RefusesWhatIsOutOfRange) {
     expect_error<E>([&] { engine.submit(request); }, words);
     EXPECT_TRUE(engine.is_idle());
   };
-  refused.operator()<RequestError>({.prompt = {1}, .prompt_logprobs = 21}, {"logprobs", "0..20", "21"});
+  refused.operator()<RequestError>({.prompt = {1}, .prompt_logprobs = 21}, {"[submit] prompt_logprobs", "0..20", "21"});
   refused.operator()<RequestError>({.prompt = {1}, .max_new_tokens = 3, .sampling = {.min_tokens = 4}},
                                    {"min_tokens", "max_new_tokens=3", "4"});
   refused.operator()<RangeError>({.prompt = {1}, .sampling = {.logit_bias = {{64, 1.0f}}}},
