@@ -776,19 +776,30 @@ LinearKernel packed_linear(const BFloat16Products* products) {
   };
 }
 
-void linear_by_rows(const LinearCall& call) {
-  std::vector<float> widened(static_cast<size_t>(call.T * call.D), NAN);
+// Half of the tokens item by item, the others all items at once.
+void linear_by_rows(const LinearRowsArgs& args) {
+  const int64_t half = args.T / 2, items = num_work_items(args);
+  const LinearRowsArgs first = of_tokens(args, 0, half);
+  for (int64_t item = 0; item < items; ++item) linear_rows(first, item, item + 1, item + 1);
+  linear_rows(of_tokens(args, half, args.T - half), 0, items, items);
+}
+
+void linear_by_widened_rows(const LinearCall& call) {
+  std::vector<float> widened(static_cast<size_t>(call.T * staged_stride(call.D)), NAN);
   const LinearRowsArgs args = {call, widened.data()};
-  widen_tokens(args, 0, call.T);
-  const int64_t half = call.T / 2;
-  for (const LinearRowsArgs& part : {of_tokens(args, 0, half), of_tokens(args, half, call.T - half)}) {
-    linear_rows(part, 0, num_work_items(part));
-  }
+  stage_tokens(args, 0, call.T);
+  linear_by_rows(args);
 }
 
 void linear_by_paired_rows(const LinearCall& call) {
-  const LinearRowsArgs args = {call, /*widened=*/nullptr};
-  linear_rows(args, 0, num_work_items(args));
+  std::vector<uint16_t> copied(static_cast<size_t>(call.T * staged_stride(call.D)), 0x7FFF);
+  const LinearRowsArgs args = {call, /*widened=*/nullptr, copied.data()};
+  stage_tokens(args, 0, call.T);
+  linear_by_rows(args);
+}
+
+void linear_by_paired_rows_in_place(const LinearCall& call) {
+  linear_by_rows({call});
 }
 
 // Runs a product of rows that lie apart, `width` in out, for all tokens at once, and for each by itself: the bits are
@@ -1152,7 +1163,7 @@ void test_target(int64_t target) {
     }
   }
   test_quantized_linears();
-  test_linear_with(linear_by_rows);
+  test_linear_with(linear_by_widened_rows);
   const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;
   for (const int64_t T : {1, 7, 45}) {
     for (const Codes a : {Codes::kInt8, Codes::kInt4, Codes::kFloat8}) {
@@ -1165,7 +1176,10 @@ void test_target(int64_t target) {
     test_experts(T, &kPlainProducts, /*is_paired=*/false);
     if (has_pairs) test_experts(T, bfloat16_products(), /*is_paired=*/false);
   }
-  if (has_pairs) test_linear_with(linear_by_paired_rows);
+  if (has_pairs) {
+    test_linear_with(linear_by_paired_rows);
+    test_linear_with(linear_by_paired_rows_in_place);
+  }
   for (const BFloat16Products* products : {&kPlainProducts, bfloat16_products()}) {
     if (products != nullptr) {
       test_linear_with(packed_linear(products));

@@ -167,13 +167,30 @@ cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
 
 // Without tiles. One token costs a pass over the weights, where products of panels would cost what 16 tokens do.
 void run_rows(const LinearParams& p, const LinearShape& s) {
-  const bool has_pairs = cpu::bfloat16_products() != nullptr;
-  const at::Tensor widened = allocate_temporary({has_pairs ? 0 : s.T, s.D}, p.x.options().dtype(at::kFloat));
-  const cpu::LinearRowsArgs args = {linear_call(p, s), has_pairs ? nullptr : widened.mutable_data_ptr<float>()};
-  if (!has_pairs) {
-    parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
+  constexpr int64_t kTokensInPlace = 2;  // they compete for no sets of a cache
+  constexpr int64_t kFewTokens = 8, kMostTokens = 256;
+  cpu::LinearRowsArgs args = {linear_call(p, s)};
+  const bool has_pairs = cpu::bfloat16_products() != nullptr, is_staged = !has_pairs || s.T > kTokensInPlace;
+  const at::Tensor staged = allocate_temporary({is_staged ? s.T : 0, cpu::staged_stride(s.D)},
+                                               p.x.options().dtype(has_pairs ? at::kBFloat16 : at::kFloat));
+  if (is_staged) {
+    if (has_pairs) {
+      args.copied = static_cast<uint16_t*>(staged.mutable_data_ptr());
+    } else {
+      args.widened = staged.mutable_data_ptr<float>();
+    }
+    parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::stage_tokens(args, begin, end); });
   }
-  parallel_products(args, /*neighbours=*/1, cpu::linear_rows);
+  const int64_t neighbours = s.T > kFewTokens ? cpu::kLinearRowsPair : 1;
+  if (s.T > kMostTokens) {
+    return parallel_products(args, neighbours, [](const auto& part, int64_t begin, int64_t end) {
+      cpu::linear_rows(part, begin, end, end);
+    });
+  }
+  const int64_t items = cpu::num_work_items(args), count = (items + neighbours - 1) / neighbours;
+  cpu::parallel_ahead(threads_for(std::max<int64_t>(s.T, 1) * s.D * s.O), count, [&](int64_t item, int64_t next) {
+    cpu::linear_rows(args, item * neighbours, std::min((item + 1) * neighbours, items), next * neighbours);
+  });
 }
 
 void run_products(const LinearParams& p, const LinearShape& s) {

@@ -56,39 +56,37 @@ void ExpertProduct::set_memory(void* memory, const ExpertVisits& visits) {
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
 int64_t ExpertRows::num_bytes(const ExpertVisits& visits) const {
-  return visits.size() * args_.D * size_of(widens_ ? DType::kFloat32 : DType::kBFloat16);
+  return visits.size() * staged_bytes();
 }
 
-char* ExpertRows::token(int64_t visit) const {
-  return memory_ + visit * args_.D * size_of(widens_ ? DType::kFloat32 : DType::kBFloat16);
+LinearRowsArgs ExpertRows::of_visits(int64_t visit, int64_t count) const {
+  LinearRowsArgs args = args_;
+  args.T = count;
+  char* staged = memory_ + visit * staged_bytes();
+  if (widens_) {
+    args.widened = reinterpret_cast<float*>(staged);
+  } else {
+    args.copied = reinterpret_cast<uint16_t*>(staged);
+  }
+  return args;
 }
 
 void ExpertRows::arrange(const InRows& x, const int64_t* rows, int64_t panel) const {
   const auto [begin, count] = visits_->panels[static_cast<size_t>(panel)];
-  LinearRowsArgs row = args_;
   for (int64_t visit = begin; visit < begin + count; ++visit) {
+    LinearRowsArgs row = of_visits(visit, 1);
     row.x = {.data = row_of(x, rows, visit), .dtype = x.dtype};
-    if (widens_) {
-      row.widened = reinterpret_cast<float*>(token(visit));
-      widen_tokens(row, 0, 1);
-    } else {
-      std::memcpy(token(visit), row.x.data, static_cast<size_t>(args_.D * size_of(x.dtype)));
-    }
+    stage_tokens(row, 0, 1);
   }
 }
 
 void ExpertRows::multiply(const ExpertVisits::Group& group, int64_t output, int64_t width, const OutRows& out) const {
-  LinearRowsArgs args = args_;
-  args.T = group.count;
+  LinearRowsArgs args = of_visits(group.begin, group.count);
   args.O = width;
   args.weight += (group.expert * args_.O + output) * args.weight_stride;
   args.out = out;
-  if (widens_) {
-    args.widened = reinterpret_cast<float*>(token(group.begin));
-  } else {
-    args.x = {.data = token(group.begin), .dtype = DType::kBFloat16, .token_stride = args.D};
-  }
-  linear_rows(args, 0, num_work_items(args));
+  const int64_t items = num_work_items(args);
+  linear_rows(args, 0, items, items);
 }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------

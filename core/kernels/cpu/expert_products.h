@@ -13,7 +13,7 @@
 namespace xgdn::kernel::cpu {
 
 inline constexpr int64_t kExpertBlock = 32;  // outputs of a work item; the outputs of an expert are a multiple
-static_assert(kExpertBlock == kLinearBlock && kExpertBlock == kLinearRowsBlock &&
+static_assert(kExpertBlock == kLinearBlock && kExpertBlock == kLinearRowsStep * kLinearRowsPair &&
               kExpertBlock == kQuantizedLinearBlock);
 
 /// Which experts the tokens have chosen, expert after expert. A visit is a token at one of its experts.
@@ -65,7 +65,7 @@ class ExpertProduct {
 /// bf16 weights by linear_rows.h.
 class ExpertRows final : public ExpertProduct {
  public:
-  /// `args` has D, O and the weight [E, O, D]. `widens`: as LinearRowsArgs::widened.
+  /// `args` has D, O and the weight [E, O, D]. `widens`: tokens are staged in f32.
   ExpertRows(const LinearRowsArgs& args, bool widens) : args_(args), widens_(widens) {}
 
   int64_t num_bytes(const ExpertVisits& visits) const override;
@@ -73,7 +73,10 @@ class ExpertRows final : public ExpertProduct {
   void multiply(const ExpertVisits::Group& group, int64_t output, int64_t width, const OutRows& out) const override;
 
  private:
-  char* token(int64_t visit) const;
+  LinearRowsArgs of_visits(int64_t visit, int64_t count) const;
+  int64_t staged_bytes() const {  // of a visit
+    return staged_stride(args_.D) * size_of(widens_ ? DType::kFloat32 : DType::kBFloat16);
+  }
 
   LinearRowsArgs args_;
   bool widens_;

@@ -27,21 +27,61 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr size_t kSumsAtOnce = 12;     // what 16 registers leave room for
-inline constexpr size_t kTokenFloats = 6144;  // of the tokens at once: 24 KiB
-inline constexpr size_t kAhead = 12288;       // weights: 24 KiB are on their way while others are read
+inline constexpr size_t kSumsAtOnce = 12;  // what 16 registers leave room for
+inline constexpr size_t kFoldedRows = 16;  // whose lanes are summed at once
 
-void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
+// The next block of weights, brought to the second-level cache while one is multiplied: with each group of tokens a
+// share of it, as many lines at once as keep pace.
+class Ahead {
+ public:
+  /// `next` is a block of so many bytes; of `num_tokens` tokens from `token` on.
+  Ahead(const uint16_t* next, size_t bytes, int64_t token, int64_t num_tokens, int64_t T) {
+    const size_t lines = (bytes + kLine - 1) / kLine;
+    const auto line = [&](int64_t t) { return reinterpret_cast<const char*>(next) + lines * t / T * kLine; };
+    next_ = line(token);
+    end_ = line(token + num_tokens);
+    const int64_t groups = (T + num_tokens - 1) / num_tokens;
+    lines_ = groups > 3 ? 1 : groups > 1 ? 2 : 4;
+  }
+
+  /// While kOutputs lines are multiplied.
+  template <size_t kOutputs>
+  HWY_INLINE void fetch() {
+    if (next_ >= end_) return;
+    __builtin_prefetch(next_, 0, 2);
+    if (kOutputs > 1 && lines_ > 1) __builtin_prefetch(next_ + kLine, 0, 2);
+    if (kOutputs > 2 && lines_ > 2) __builtin_prefetch(next_ + 2 * kLine, 0, 2);
+    if (kOutputs > 3 && lines_ > 3) __builtin_prefetch(next_ + 3 * kLine, 0, 2);
+    next_ += std::min(kOutputs, lines_) * kLine;
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+
+  const char* next_;
+  const char* end_;
+  size_t lines_;
+};
+
+void widen_row(const uint16_t* from, int64_t D, float* to) {
   const F32 d;
   const int64_t lanes = hn::Lanes(d);
+  for (int64_t i = 0; i < D; i += 2 * lanes) {
+    VF first, second;
+    load_pair(d, from + i, first, second);
+    hn::StoreU(first, d, to + i);
+    hn::StoreU(second, d, to + i + lanes);
+  }
+}
+
+void stage_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
+  const int64_t stride = staged_stride(args.D);
   for (int64_t token = begin_token; token < end_token; ++token) {
-    const auto* from = static_cast<const BFloat16Bits*>(args.x.at(token, 0));
-    float* to = args.widened + token * args.D;
-    for (int64_t i = 0; i < args.D; i += 2 * lanes) {
-      VF first, second;
-      load_pair(d, from + i, first, second);
-      hn::StoreU(first, d, to + i);
-      hn::StoreU(second, d, to + i + lanes);
+    const auto* from = static_cast<const uint16_t*>(args.x.at(token, 0));
+    if (args.widened != nullptr) {
+      widen_row(from, args.D, args.widened + token * stride);
+    } else {
+      std::copy_n(from, args.D, args.copied + token * stride);
     }
   }
 }
@@ -65,11 +105,10 @@ HWY_INLINE VF add_product(VF sum, VF w0, VF w1, VF w2, VF w3, VF x0, VF x1, VF x
   }
 }
 
-// Adds a piece of D to sums [kOutputs, kTokens] of vectors, which begin at zero where the piece is the first. Fetches
-// the weights that lie `ahead` rows behind these; 0: none.
+// Adds a piece of D to sums [kOutputs, kTokens] of vectors, which begin at zero where the piece is the first.
 template <size_t kOutputs, size_t kTokens>
 HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_stride, const float* HWY_RESTRICT tokens,
-                          size_t token_stride, size_t depth, bool is_first, size_t ahead, float* HWY_RESTRICT sums) {
+                          size_t token_stride, size_t depth, bool is_first, Ahead& ahead, float* HWY_RESTRICT sums) {
   static_assert(kOutputs <= 4 && kTokens <= kTokensAtOnce && kOutputs * kTokens <= kSumsAtOnce);
   const F32 d;
   const size_t lanes = hn::Lanes(d);
@@ -99,11 +138,7 @@ HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_str
     const auto load_row_of = [&](size_t output, VF& even, VF& odd) HWY_ATTR {
       load_pair(d, weight + (output < kOutputs ? output : 0) * weight_stride + i, even, odd);
     };
-    if (ahead > 0) {
-      for (size_t output = 0; output < kOutputs; ++output) {
-        __builtin_prefetch(weight + (ahead + output) * weight_stride + i);
-      }
-    }
+    ahead.fetch<kOutputs>();
     load_row_of(0, even0, odd0);
     load_row_of(1, even1, odd1);
     load_row_of(2, even2, odd2);
@@ -120,14 +155,24 @@ HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_str
 
 // Products of widened rows.
 struct WidenedRows {
+  static constexpr size_t kTokensAtOnce = HWY_NAMESPACE::kTokensAtOnce;
+  static constexpr size_t kTokenElements = 6144;  // of the tokens at once: 24 KiB
   static constexpr size_t kOutputsAtOnce(size_t tokens) { return tokens > 3 ? 2 : 4; }
 
-  static const float* tokens(const LinearRowsArgs& args, int64_t token) { return args.widened + token * args.D; }
-  static size_t token_stride(const LinearRowsArgs& args) { return static_cast<size_t>(args.D); }
+  static int64_t token_stride(const LinearRowsArgs& args) { return staged_stride(args.D); }
+  static const float* tokens(const LinearRowsArgs& args, int64_t token) {
+    return args.widened + token * token_stride(args);
+  }
+
+  static void fold(const float* sums, size_t stride, float* folded) {
+    const F32 d;
+    for (size_t row = 0; row < kFoldedRows; ++row)
+      folded[row] = hn::GetLane(hn::SumOfLanes(d, hn::Load(d, sums + row * stride)));
+  }
 
   template <size_t kOutputs, size_t kTokens>
   static HWY_INLINE void add_piece(const uint16_t* weight, size_t weight_stride, const float* tokens,
-                                   size_t token_stride, size_t depth, bool is_first, size_t ahead, float* sums) {
+                                   size_t token_stride, size_t depth, bool is_first, Ahead& ahead, float* sums) {
     HWY_NAMESPACE::add_piece<kOutputs, kTokens>(weight, weight_stride, tokens, token_stride, depth, is_first, ahead,
                                                 sums);
   }
@@ -142,34 +187,62 @@ HWY_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
 
 // Products of pairs as they lie.
 struct PairedRows {
-  static constexpr size_t kOutputsAtOnce(size_t) { return 4; }
+  static constexpr size_t kTokensAtOnce = 8;
+  static constexpr size_t kTokenElements = 8192;  // of the tokens at once: 16 KiB
+  static constexpr size_t kOutputsAtOnce(size_t tokens) { return tokens > 6 ? 3 : 4; }
 
-  static const uint16_t* tokens(const LinearRowsArgs& args, int64_t token) {
-    return static_cast<const uint16_t*>(args.x.at(token, 0));
+  static int64_t token_stride(const LinearRowsArgs& args) {
+    return args.copied != nullptr ? staged_stride(args.D) : args.x.token_stride;
   }
-  static size_t token_stride(const LinearRowsArgs& args) { return static_cast<size_t>(args.x.token_stride); }
+  static const uint16_t* tokens(const LinearRowsArgs& args, int64_t token) {
+    return args.copied != nullptr ? args.copied + token * token_stride(args)
+                                  : static_cast<const uint16_t*>(args.x.at(token, 0));
+  }
+
+  // Lanes i and i + 2 of each four first, then the two of them, then the fours.
+  static void fold(const float* sums, size_t stride, float* folded) {
+    __m512 fours[4];
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) {
+      const float* of_rows = sums + 4 * i * stride;
+      const __m512 row0 = _mm512_load_ps(of_rows), row1 = _mm512_load_ps(of_rows + stride);
+      const __m512 row2 = _mm512_load_ps(of_rows + 2 * stride), row3 = _mm512_load_ps(of_rows + 3 * stride);
+      const __m512d rows01 =
+          _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(row0, row1), _mm512_unpackhi_ps(row0, row1)));
+      const __m512d rows23 =
+          _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(row2, row3), _mm512_unpackhi_ps(row2, row3)));
+      fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(rows01, rows23)),
+                               _mm512_castpd_ps(_mm512_unpackhi_pd(rows01, rows23)));
+    }
+    const __m512 first =
+        _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xDD));
+    const __m512 second =
+        _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xDD));
+    _mm512_storeu_ps(
+        folded, _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xDD)));
+  }
 
   template <size_t kOutputs, size_t kTokens>
   static HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_stride,
                                    const uint16_t* HWY_RESTRICT tokens, size_t token_stride, size_t depth,
-                                   bool is_first, size_t ahead, float* HWY_RESTRICT sums) {
+                                   bool is_first, Ahead& ahead, float* HWY_RESTRICT sums) {
     constexpr size_t kLanes = 16;
     __m512 s[kOutputs][kTokens];
 #pragma GCC unroll 4
     for (size_t output = 0; output < kOutputs; ++output) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (size_t t = 0; t < kTokens; ++t) {
         s[output][t] = is_first ? _mm512_setzero_ps() : _mm512_load_ps(sums + (output * kTokens + t) * kLanes);
       }
     }
     for (size_t i = 0; i < depth; i += 2 * kLanes) {
+      ahead.template fetch<kOutputs>();
       __m512i w[kOutputs];
 #pragma GCC unroll 4
       for (size_t output = 0; output < kOutputs; ++output) {
-        if (ahead > 0) __builtin_prefetch(weight + (ahead + output) * weight_stride + i);
         w[output] = _mm512_loadu_si512(weight + output * weight_stride + i);
       }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (size_t t = 0; t < kTokens; ++t) {
         const __m512i x = _mm512_loadu_si512(tokens + t * token_stride + i);
 #pragma GCC unroll 4
@@ -180,7 +253,7 @@ struct PairedRows {
     }
 #pragma GCC unroll 4
     for (size_t output = 0; output < kOutputs; ++output) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (size_t t = 0; t < kTokens; ++t) _mm512_store_ps(sums + (output * kTokens + t) * kLanes, s[output][t]);
     }
   }
@@ -190,17 +263,15 @@ struct PairedRows {
 
 // A block's dot products; `sums` is memory for those of the lanes.
 template <class Rows, size_t kTokens>
-void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, float* sums) {
+void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, Ahead ahead, float* sums) {
   constexpr size_t kOutputs = Rows::kOutputsAtOnce(kTokens);
-  constexpr size_t kPiece = kTokenFloats / kTokens / (2 * kMaxLanes) * (2 * kMaxLanes);
-  const F32 d;
-  const size_t lanes = hn::Lanes(d);
+  constexpr size_t kPiece = Rows::kTokenElements / kTokens / (2 * kMaxLanes) * (2 * kMaxLanes);
+  const size_t lanes = hn::Lanes(F32());
   const auto stride = static_cast<size_t>(args.weight_stride);
   const auto depth = static_cast<size_t>(args.D);
   const uint16_t* weight = args.weight + block.output * args.weight_stride;
   const auto* tokens = Rows::tokens(args, block.token);
-  const size_t token_stride = Rows::token_stride(args);
-  const size_t ahead = block.token > 0 ? 0 : (kAhead / depth + kOutputs) / kOutputs * kOutputs;
+  const auto token_stride = static_cast<size_t>(Rows::token_stride(args));
   for (size_t begin = 0; begin < depth; begin += kPiece) {
     const auto add_rows = [&]<size_t kCount>(size_t row) {
       Rows::template add_piece<kCount, kTokens>(weight + row * stride + begin, stride, tokens + begin, token_stride,
@@ -211,29 +282,42 @@ void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, float*
     for (; row + kOutputs <= block.rows; row += kOutputs) add_rows.template operator()<kOutputs>(row);
     for (; row < block.rows; ++row) add_rows.template operator()<1>(row);
   }
-  for (size_t row = 0; row < block.rows; ++row) {
+  for (size_t row = 0; row < block.rows; row += kFoldedRows) {
     for (size_t t = 0; t < kTokens; ++t) {
-      const VF sum = hn::Load(d, sums + (row * kTokens + t) * lanes);
-      block.sums[t * kBlockOutputs + row] = hn::GetLane(hn::SumOfLanes(d, sum));
+      Rows::fold(sums + (row * kTokens + t) * lanes, kTokens * lanes, block.sums + t * kBlockOutputs + row);
     }
   }
 }
 
+// Blocks of outputs from `output` on, the weights of each while the one before is multiplied.
 template <class Rows>
-void multiply_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item) {
-  float* sums = scratch<LinearRowsArgs>(kBlockOutputs * kTokensAtOnce * kMaxLanes);
-  multiply_blocks<kTokensAtOnce>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
-    with_count(num_tokens, [&]<size_t kTokens>() { multiply_block<Rows, kTokens>(args, block, sums); });
-  });
+void multiply_rows(const LinearRowsArgs& args, int64_t output, int64_t end_output, int64_t following) {
+  constexpr auto kOutputs = static_cast<int64_t>(kBlockOutputs);
+  float* sums = scratch<LinearRowsArgs>(kBlockOutputs * Rows::kTokensAtOnce * kMaxLanes);
+  for (int64_t next; output < end_output; output = next) {
+    next = std::min(output + kOutputs, end_output);
+    const int64_t fetched = next < end_output ? next : following;
+    const int64_t count = args.weight_stride == args.D ? std::clamp<int64_t>(args.O - fetched, 0, next - output) : 0;
+    const auto bytes = static_cast<size_t>(count * args.D) * sizeof(uint16_t);
+    multiply_block_outputs<Rows::kTokensAtOnce>(
+        args, output, static_cast<size_t>(next - output), [&](const OutputBlock& block, int64_t num_tokens) {
+          const Ahead ahead(args.weight + fetched * args.D, bytes, block.token, num_tokens, args.T);
+          with_count<Rows::kTokensAtOnce>(
+              num_tokens, [&]<size_t kTokens>() { multiply_block<Rows, kTokens>(args, block, ahead, sums); });
+        });
+  }
 }
 
-static_assert(kLinearRowsBlock == kBlockOutputs);
+static_assert(kLinearRowsStep * kLinearRowsPair == static_cast<int64_t>(kBlockOutputs));
+static_assert(kLinearRowsStep == static_cast<int64_t>(kFoldedRows));
 
-void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item) {
+void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item) {
+  const int64_t output = begin_item * kLinearRowsStep, end_output = std::min(end_item * kLinearRowsStep, args.O);
+  const int64_t following = next_item * kLinearRowsStep;
 #ifdef XGDN_HARDWARE_BFLOAT16
-  if (args.widened == nullptr) return multiply_rows<PairedRows>(args, begin_item, end_item);
+  if (args.widened == nullptr) return multiply_rows<PairedRows>(args, output, end_output, following);
 #endif
-  multiply_rows<WidenedRows>(args, begin_item, end_item);
+  multiply_rows<WidenedRows>(args, output, end_output, following);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -243,15 +327,15 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace xgdn::kernel::cpu {
 
-HWY_EXPORT(widen_tokens);
+HWY_EXPORT(stage_tokens);
 HWY_EXPORT(linear_rows);
 
-void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
-  HWY_DYNAMIC_DISPATCH(widen_tokens)(args, begin_token, end_token);
+void stage_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
+  HWY_DYNAMIC_DISPATCH(stage_tokens)(args, begin_token, end_token);
 }
 
-void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item) {
-  HWY_DYNAMIC_DISPATCH(linear_rows)(args, begin_item, end_item);
+void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item) {
+  HWY_DYNAMIC_DISPATCH(linear_rows)(args, begin_item, end_item, next_item);
 }
 
 }  // namespace xgdn::kernel::cpu

@@ -8,27 +8,39 @@
 
 namespace xgdn::kernel::cpu {
 
+/// Tokens are staged: widened to f32, or, for AVX512-BF16, which multiplies pairs of bf16 as they lie, copied. There x
+/// itself can be multiplied too.
 struct LinearRowsArgs : LinearCall {
-  float* widened = nullptr;  // [T, D], 64-byte aligned; widen_tokens fills it. Null: AVX512-BF16 multiplies x itself
+  float* widened = nullptr;    // [T, staged_stride(D)], 64-byte aligned
+  uint16_t* copied = nullptr;  // the same
 };
 
-inline constexpr int64_t kLinearRowsBlock = 32;  // outputs of a work item
+/// Elements from one staged token to the next. Tokens a power of two apart would compete for the same sets of the
+/// first-level cache.
+inline int64_t staged_stride(int64_t D) {
+  return D + kLinearDepthStep;
+}
+
+inline constexpr int64_t kLinearRowsStep = 16;  // outputs of a work item
+inline constexpr int64_t kLinearRowsPair = 2;   // work items that are multiplied at once, if a call has them
 
 inline int64_t num_work_items(const LinearRowsArgs& args) {
-  return (args.O + kLinearRowsBlock - 1) / kLinearRowsBlock;
+  return (args.O + kLinearRowsStep - 1) / kLinearRowsStep;
 }
 
 /// The same for `count` of the tokens.
 inline LinearRowsArgs of_tokens(LinearRowsArgs args, int64_t begin, int64_t count) {
   static_cast<LinearCall&>(args) = of_tokens(static_cast<const LinearCall&>(args), begin, count);
-  if (args.widened != nullptr) args.widened += begin * args.D;
+  if (args.widened != nullptr) args.widened += begin * staged_stride(args.D);
+  if (args.copied != nullptr) args.copied += begin * staged_stride(args.D);
   return args;
 }
 
-/// Brings tokens to f32, in the order in which the weights are read.
-void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token);
+/// Fills `widened`, in the order in which the weights are read, or `copied`.
+void stage_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token);
 
-/// Computes blocks of outputs for all tokens.
-void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item);
+/// Computes outputs for all tokens, and brings the weights of the item that the thread takes next, if there is one, to
+/// the second-level cache.
+void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item);
 
 }  // namespace xgdn::kernel::cpu

@@ -18,7 +18,7 @@ namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
 inline constexpr size_t kBlockOutputs = 32;  // of a work item
-inline constexpr size_t kTokensAtOnce = 6;
+inline constexpr size_t kTokensAtOnce = 6;   // what 16 registers leave room for
 
 // A block's outputs for some tokens.
 struct OutputBlock {
@@ -28,23 +28,13 @@ struct OutputBlock {
   float* sums;     // [tokens, kBlockOutputs], to be written
 };
 
-// Calls f.operator()<count>().
-template <class F>
+// Calls f.operator()<count>() for 1 <= count <= kMost.
+template <size_t kMost, class F>
 void with_count(int64_t count, const F& f) {
-  switch (count) {
-    case 1:
-      return f.template operator()<1>();
-    case 2:
-      return f.template operator()<2>();
-    case 3:
-      return f.template operator()<3>();
-    case 4:
-      return f.template operator()<4>();
-    case 5:
-      return f.template operator()<5>();
-    default:
-      return f.template operator()<kTokensAtOnce>();
+  if constexpr (kMost > 1) {
+    if (count < static_cast<int64_t>(kMost)) return with_count<kMost - 1>(count, f);
   }
+  f.template operator()<kMost>();
 }
 
 // Calls f(begin, count) for parts of even sizes.
@@ -57,29 +47,35 @@ void for_even_parts(int64_t total, int64_t most, const F& f) {
   }
 }
 
-// Calls multiply(block, num_tokens) for up to kTokens at once. Args have T, O, bias and out of a product.
+// Calls multiply(block, num_tokens) for `rows` outputs, up to kTokens at once. Args have T, O, bias and out of a
+// product.
 template <size_t kTokens, class Args, class Multiply>
-void multiply_blocks(const Args& args, int64_t begin_item, int64_t end_item, const Multiply& multiply) {
-  constexpr auto kOutputs = static_cast<int64_t>(kBlockOutputs);
+void multiply_block_outputs(const Args& args, int64_t output, size_t rows, const Multiply& multiply) {
   const F32 d;
   HWY_ALIGN float sums[kTokens * kBlockOutputs];
   HWY_ALIGN float bias[kBlockOutputs] = {};
+  if (args.bias.data != nullptr) load_row(args.bias.dtype, args.bias.at(0, output), rows, bias);
+  for_even_parts(args.T, kTokens, [&](int64_t token, int64_t count) HWY_ATTR {
+    multiply(OutputBlock{output, rows, token, sums}, count);
+    for (int64_t t = 0; t < count; ++t) {
+      float* of_token = sums + static_cast<size_t>(t) * kBlockOutputs;
+      if (args.bias.data != nullptr) {
+        for (size_t j = 0; j < rows; j += hn::Lanes(d)) {
+          hn::Store(hn::Add(hn::Load(d, of_token + j), hn::Load(d, bias + j)), d, of_token + j);
+        }
+      }
+      store_row(args.out.dtype, of_token, rows, args.out.at(token + t, output));
+    }
+  });
+}
+
+// The same for items of kBlockOutputs.
+template <size_t kTokens, class Args, class Multiply>
+void multiply_blocks(const Args& args, int64_t begin_item, int64_t end_item, const Multiply& multiply) {
+  constexpr auto kOutputs = static_cast<int64_t>(kBlockOutputs);
   for (int64_t item = begin_item; item < end_item; ++item) {
     const int64_t output = item * kOutputs;
-    const auto rows = static_cast<size_t>(std::min(kOutputs, args.O - output));
-    if (args.bias.data != nullptr) load_row(args.bias.dtype, args.bias.at(0, output), rows, bias);
-    for_even_parts(args.T, kTokens, [&](int64_t token, int64_t count) HWY_ATTR {
-      multiply(OutputBlock{output, rows, token, sums}, count);
-      for (int64_t t = 0; t < count; ++t) {
-        float* of_token = sums + static_cast<size_t>(t) * kBlockOutputs;
-        if (args.bias.data != nullptr) {
-          for (size_t j = 0; j < rows; j += hn::Lanes(d)) {
-            hn::Store(hn::Add(hn::Load(d, of_token + j), hn::Load(d, bias + j)), d, of_token + j);
-          }
-        }
-        store_row(args.out.dtype, of_token, rows, args.out.at(token + t, output));
-      }
-    });
+    multiply_block_outputs<kTokens>(args, output, static_cast<size_t>(std::min(kOutputs, args.O - output)), multiply);
   }
 }
 

@@ -348,7 +348,7 @@ void multiply_block_of_many(const QuantizedLinearArgs& args, const OutputBlock& 
       const UnpackedWeights<Format> unpacked = {scales, reinterpret_cast<const uint8_t*>(weights)};
       for_even_parts(num_tokens, kTokensAtOnce, [&](int64_t token, int64_t count) HWY_ATTR {
         const Tokens<Format> tokens(args, block.token + token, begin);
-        with_count(count, [&]<size_t kTokens>() {
+        with_count<kTokensAtOnce>(count, [&]<size_t kTokens>() {
           multiply<Format, kTokens>(unpacked, tokens, end - begin, rows,
                                     sums + static_cast<size_t>(token) * kBlockOutputs);
         });
@@ -463,7 +463,7 @@ void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t
   }
   if (args.T <= Format::kFewTokens) {
     multiply_blocks<kTokensAtOnce>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
-      with_count(num_tokens, [&]<size_t kTokens>() { multiply_block<Format, kTokens>(args, block); });
+      with_count<kTokensAtOnce>(num_tokens, [&]<size_t kTokens>() { multiply_block<Format, kTokens>(args, block); });
     });
   } else {
     multiply_blocks<kManyTokens>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
