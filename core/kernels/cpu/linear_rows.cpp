@@ -2,17 +2,17 @@
 // out = x weight^T + bias: a dot product of two rows for each output and token.
 //
 //            D ->
-//        +---------+   Loop: block of 32 outputs -> up to 6 tokens -> piece of D -> 4 outputs, or 2 of more than 3
-//   O    | weight  |   tokens -> lanes. Their sums stay in registers: weights are widened once for all tokens, a
+//        +---------+   Loop: block of 16 or 32 outputs -> up to 6 tokens -> piece of D -> 4 outputs, or 2 of more than
+//   O    | weight  |   3 tokens -> lanes. Their sums stay in registers: weights are widened once for all tokens, a
 //        +---------+   token's vector is loaded once for all outputs. The piece of the tokens stays in the first-level
-//        +---------+   cache, the block of weights in the second. Weights come from memory once, for the first tokens,
-//   T    | tokens  |   and are fetched ahead: on a Zen 3 one token takes 0.8 of the time without, four take 0.6.
+//        +---------+   cache, the block of weights in the second. Weights come from memory once, while the block before
+//   T    | tokens  |   is multiplied: each group of tokens fetches a share of them, so that memory never rests.
 //        +---------+   Rounding: weights and tokens are widened exactly; sums are f32: of every lane in ascending D,
 //                      the even element of a pair before the odd one, then over the lanes, whatever tokens are beside
 //                      it; the bias is added in f32; out is rounded once.
 //
-// With AVX512-BF16 pairs are multiplied as they lie, tokens too, in the processor's own order within a pair, and the
-// sums of 4 outputs for 6 tokens fit into 32 registers. bf16 below 2^-126 counts as zero there.
+// With AVX512-BF16 pairs are multiplied as they lie, tokens too, in the processor's own order within a pair. The sums
+// of 4 outputs for 6 tokens fit into 32 registers, or of 3 for 8. bf16 below 2^-126 counts as zero there.
 #include "core/kernels/cpu/linear_rows.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -262,9 +262,8 @@ struct PairedRows {
 #endif
 
 // A block's dot products; `sums` is memory for those of the lanes.
-template <class Rows, size_t kTokens>
+template <class Rows, size_t kTokens, size_t kOutputs>
 void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, Ahead ahead, float* sums) {
-  constexpr size_t kOutputs = Rows::kOutputsAtOnce(kTokens);
   constexpr size_t kPiece = Rows::kTokenElements / kTokens / (2 * kMaxLanes) * (2 * kMaxLanes);
   const size_t lanes = hn::Lanes(F32());
   const auto stride = static_cast<size_t>(args.weight_stride);
@@ -289,21 +288,34 @@ void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, Ahead 
   }
 }
 
+// One or two tokens that stay in the first-level cache: weights are read row by row as they lie in memory. Processors
+// see that and read ahead by themselves, further than they can be told to: on a Zen 4 with large pages one token takes
+// two thirds of the time.
+template <class Rows>
+bool is_in_order(const LinearRowsArgs& args) {
+  return args.T <= kTokensInOrder && static_cast<size_t>(args.T * args.D) <= Rows::kTokenElements;
+}
+
 // Blocks of outputs from `output` on, the weights of each while the one before is multiplied.
 template <class Rows>
 void multiply_rows(const LinearRowsArgs& args, int64_t output, int64_t end_output, int64_t following) {
   constexpr auto kOutputs = static_cast<int64_t>(kBlockOutputs);
   float* sums = scratch<LinearRowsArgs>(kBlockOutputs * Rows::kTokensAtOnce * kMaxLanes);
+  const bool in_order = is_in_order<Rows>(args), is_fetched = !in_order && args.weight_stride == args.D;
   for (int64_t next; output < end_output; output = next) {
     next = std::min(output + kOutputs, end_output);
     const int64_t fetched = next < end_output ? next : following;
-    const int64_t count = args.weight_stride == args.D ? std::clamp<int64_t>(args.O - fetched, 0, next - output) : 0;
+    const int64_t count = is_fetched ? std::clamp<int64_t>(args.O - fetched, 0, next - output) : 0;
     const auto bytes = static_cast<size_t>(count * args.D) * sizeof(uint16_t);
     multiply_block_outputs<Rows::kTokensAtOnce>(
         args, output, static_cast<size_t>(next - output), [&](const OutputBlock& block, int64_t num_tokens) {
           const Ahead ahead(args.weight + fetched * args.D, bytes, block.token, num_tokens, args.T);
-          with_count<Rows::kTokensAtOnce>(
-              num_tokens, [&]<size_t kTokens>() { multiply_block<Rows, kTokens>(args, block, ahead, sums); });
+          with_count<Rows::kTokensAtOnce>(num_tokens, [&]<size_t kTokens>() {
+            if constexpr (kTokens <= kTokensInOrder) {
+              if (in_order) return multiply_block<Rows, kTokens, 1>(args, block, ahead, sums);
+            }
+            multiply_block<Rows, kTokens, Rows::kOutputsAtOnce(kTokens)>(args, block, ahead, sums);
+          });
         });
   }
 }

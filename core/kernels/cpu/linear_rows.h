@@ -23,6 +23,7 @@ inline int64_t staged_stride(int64_t D) {
 
 inline constexpr int64_t kLinearRowsStep = 16;  // outputs of a work item
 inline constexpr int64_t kLinearRowsPair = 2;   // work items that are multiplied at once, if a call has them
+inline constexpr int64_t kLinearRowsRange = 8;  // work items at which a call reads weights at full speed
 
 inline int64_t num_work_items(const LinearRowsArgs& args) {
   return (args.O + kLinearRowsStep - 1) / kLinearRowsStep;
