@@ -5,6 +5,7 @@ formulas; a captured step that is replayed with other slots."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ import xgdn
 from attention_calls import ATTENTION, EXPERTS, ROUNDING, AttentionCall, ExpertsCall
 from cases import OPS, assert_bits_equal, assert_close, i32
 from copy_calls import COPY, STORE, CopyCall, StoreCall
+from test_ops_decode_step import CASES as STEPS
+from test_ops_decode_step import TOLERANCE, Inputs, make_inputs
+from test_ops_decode_step import Case as StepCase
 from test_torch_ops import Sample, packet, samples, written_arguments
 from xgdn import ops
 
@@ -163,7 +167,8 @@ def test_tokens_of_linear_have_the_bits_that_they_have_alone(D: int, width: int,
     [
         *((1, 256, 24), (1, 1024, 8224), (2, 1024, 7168), (4, 1024, 90), (8, 512, 400), (1, 2560, 2056)),
         *((2, 2048, 34), (1, 4096, 1032), (8, 1024, 7168), (3, 2560, 90), (1, 8192, 90)),
-        *((5, 2048, 90), (9, 512, 34), (1, 96, 34), (1, 8448, 34), (40, 1024, 90)),  # the ops one after the other
+        *((5, 2048, 90), (9, 512, 34), (1, 96, 34), (1, 8448, 34), (40, 1024, 90)),  # a norm, and then the product
+        *((16, 1024, 7168), (30, 2560, 90)),
     ],
     ids=str,
 )
@@ -310,6 +315,37 @@ def test_clusters_of_any_size_give_a_step_the_same_bits(H: int, HV: int, V: int,
         rows = slice(n, n + count)
         for name, got, want in zip(("out", "state", "conv"), run(rows), together, strict=True):
             assert_bits_equal(f"{name} of {rows}", got, want[rows])
+
+
+STEP_DIMS = (16, 32, 64, 128, 256)  # of keys, that the kernel is for
+ODD_STEPS = [  # not in packets of four: rows that end elsewhere, rows of memory that begin elsewhere, short histories
+    StepCase(V=18),
+    StepCase(N=40, H=1, HV=3, K=128, V=33, bias=True),
+    StepCase(H=1, HV=1, K=64, V=16, dtype=torch.bfloat16),
+    *(StepCase(H=1, HV=3, K=128, V=46, W=W, bias=True, dtype=torch.bfloat16) for W in (2, 3)),
+]
+
+
+def step_on_cuda(x: Inputs) -> Inputs:
+    tensors = {f.name: getattr(x, f.name) for f in fields(x)}
+    return replace(x, **{name: t.cuda() for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+
+
+@pytest.mark.parametrize("case", [c for c in STEPS + ODD_STEPS if c.K in STEP_DIMS], ids=str)
+def test_a_step_is_what_the_reference_computes(case: StepCase) -> None:
+    want, got = make_inputs(case), step_on_cuda(make_inputs(case))
+    want.step("reference")
+    got.step("cuda")
+    kept = [n for n in range(case.N) if n not in case.padded]
+    if kept:
+        assert_close("out", got.out[kept].cpu(), want.out[kept], TOLERANCE[case.dtype])
+    assert not got.out[list(case.padded)].any()
+    assert_bits_equal("conv_state", got.conv_state.cpu(), want.conv_state)
+    state, written = got.state.cpu(), ~want.state.isnan()
+    assert state[~written].isnan().all()
+    if kept:
+        bound = max(TOLERANCE[case.dtype], TOLERANCE[case.state_dtype])
+        assert_close("state", state[written], want.state[written], bound)
 
 
 @pytest.mark.parametrize("N", [1, 4, 40])

@@ -128,6 +128,90 @@ class RowsInFlight {
   uint4* mine_;
 };
 
+/// Neighbouring rows of a state on their way through shared memory, kRows of each of a warp's groups at once, kStages
+/// times; row r of a group lies kGroups rows behind row r-1. A warp copies for itself and waits for no other: each
+/// thread what it reads itself, or, where kMayBeBulk and the device is a Hopper, one lane all rows in one piece.
+template <class State, int kDim, int kRows, int kStages, int kWarps, bool kMayBeBulk>
+class WarpRows {
+ public:
+  using Layout = RowLayout<State, kDim>;
+  static constexpr int kGroups = 32 / Layout::kLanes;
+  static constexpr int kCount = kRows * kGroups;  // of a warp
+  static constexpr int kStageBytes = kWarps * kCount * kDim * static_cast<int>(sizeof(State));
+  using Barriers = uint64_t[kWarps][kStages];
+
+  /// All lanes of the warp, ahead of the first copy.
+  __device__ WarpRows(uint4* shared, Barriers& barriers)
+      : mine_(reinterpret_cast<State*>(shared) + threadIdx.x / 32 * kCount * kDim),
+        barriers_(shared_address(barriers[threadIdx.x / 32])),
+        group_(threadIdx.x % 32 / Layout::kLanes),
+        lane_(threadIdx.x % Layout::kLanes) {
+    if constexpr (!kIsBulk) return;
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) init_barrier(barriers_ + 8 * stage, 1);
+      fence_barrier_init();
+    }
+    __syncwarp();
+  }
+
+  /// Starts to copy the first `count` of the warp's rows, at most kCount, or none; all lanes have read what was there
+  /// before.
+  __device__ void copy(int stage, const State* rows, int count) const {
+    State* const to = mine_ + stage * kStageElements;
+    if constexpr (kIsBulk) {
+      if (threadIdx.x % 32 != 0) return;
+      if (count <= 0) return arrive_at(barriers_ + 8 * stage);
+      const auto bytes = static_cast<uint32_t>(min(count, kCount) * kDim * static_cast<int>(sizeof(State)));
+      arrive_and_expect(barriers_ + 8 * stage, bytes);
+      copy_bulk(shared_address(to), rows, bytes, barriers_ + 8 * stage);
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r * kGroups + group_ >= count) continue;
+#pragma unroll
+        for (int j = 0; j < Layout::kPackets; ++j) {
+          const int at = (r * kGroups + group_) * kDim + Layout::column(j, lane_);
+          copy_async(shared_address(to + at), rows + at);
+        }
+      }
+      commit_copies();
+    }
+  }
+  /// In place of a copy where there are no more, for those before it are counted.
+  __device__ void copy_nothing() const {
+    if constexpr (!kIsBulk) commit_copies();
+  }
+  /// Waits for the copy to the stage that began kStages copies ago, its `turn`th one.
+  __device__ void wait(int stage, int turn) const {
+    if constexpr (kIsBulk) {
+      wait_at(barriers_ + 8 * stage, turn % 2);
+    } else {
+      wait_copies<kStages - 1>();
+    }
+  }
+  __device__ void widen(int stage, LaneRow<State, kDim> (&s)[kRows]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      RawLaneRow<State, State, kDim> row;
+      row.load(mine_ + stage * kStageElements + (r * kGroups + group_) * kDim, lane_);
+      row.widen(s[r]);
+    }
+  }
+
+ private:
+#if __CUDA_ARCH__ >= 900
+  static constexpr bool kIsBulk = kMayBeBulk;
+#else
+  static constexpr bool kIsBulk = false;
+#endif
+  static constexpr int kStageElements = kWarps * kCount * kDim;
+
+  State* mine_;
+  uint32_t barriers_;
+  int group_, lane_;
+};
+
 /// A token's q and k as they lie in memory, and what makes them unit vectors: the products with S take the raw ones.
 template <class State, int kDim>
 struct TokenKeys {
