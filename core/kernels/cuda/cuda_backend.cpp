@@ -273,6 +273,9 @@ class CudaBackend final : public Backend {
     if (s.D > cuda::kMaxNormedDim) return aten::rms_norm_linear(*this, p, s);
     const at::Tensor normed = at::empty({s.T, s.D}, p.x.options());
     cuda::rms_norm(norm_args(p, s, normed), s.T, current_stream(p.x));
+    args.x = in_rows(normed);
+    args.norm_weight = args.residual = InRows();
+    if (cuda::linear_supports(args)) return cuda::linear(args, current_stream(p.x));
     aten::linear_of_normed(*this, p, s, normed);
   }
 

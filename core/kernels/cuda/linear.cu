@@ -5,7 +5,8 @@
 // A block takes 8, 16 or 32 outputs for all tokens, half of them of gate and the same of up; its 8 or 16 warps take
 // turns with pieces of 32 of D, and their sums are added in order at the end. A lane reads 8 neighbours of a row at
 // once, 16 bytes, and gives them to the tensor core as if they were the pairs that it wants of two depths of 16: tokens
-// and weights are read in the same order, and a sum does not mind.
+// and weights are read in the same order, and a sum does not mind. A product has sixteen rows of tokens and eight of
+// outputs, or, of at most eight tokens, sixteen of outputs and eight of tokens.
 //
 // Norm: every block norms all tokens for itself, into shared memory, which costs it less than a kernel in between costs
 // all. Block 0 writes residual_out, which is other memory, since any block may still read the residual.
@@ -52,14 +53,11 @@ struct Form {
   static_assert(!kGates || kTiles % 2 == 0);
 
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kTokenTiles = kTokens / kTile;
   static constexpr int kPieces = kTiles == 1 ? 8 : 4;                // of a warp in flight
-  static constexpr int kTilesAtOnce = kTiles == 1 ? 1 : 2;           // with four tiles D has a single round of pieces
   static constexpr int kResultTiles = kGates ? kTiles / 2 : kTiles;  // gate before up
   static constexpr int kResults = kTile * kResultTiles;              // of a token and block
-  // Few tokens go through shared memory, others to registers, as many pieces of them at once.
+  // Few tokens go through shared memory, others to registers.
   static constexpr bool kIsStaged = kTokens == kFewTokens;
-  static constexpr int kTogether = kIsStaged ? 1 : kTokens == 16 ? 4 : 2;
   // Registers are what bounds how much of the weights is on its way ahead of the wait: beside a block of a kernel there
   // is room for one of the next. With four tiles that is for two blocks, and 128 threads of 96 registers.
   static constexpr int kRegisters = kTiles == 4 ? 104 : kIsStaged ? 64 : 128;
@@ -104,7 +102,8 @@ class TokenRows {
  public:
   __host__ static int64_t shared_bytes(const LinearArgs& a) {
     const int64_t tokens = 2 * a.T * row_stride(a.D);
-    return F::kNorms ? tokens + 2 * a.D + 4 * a.T * (a.D / kPacket) : tokens;
+    const int64_t residual = a.residual.data != nullptr ? 2 * a.T * a.D : 0;
+    return F::kNorms ? tokens + 2 * a.D + residual + 4 * a.T * (a.D / kPacket) : tokens;
   }
 
   __device__ TokenRows(const LinearArgs& args, uint4* shared)
@@ -112,7 +111,8 @@ class TokenRows {
         packets_(static_cast<int>(args.D) / kPacket),
         rows_(reinterpret_cast<BFloat16*>(shared)),
         weight_(rows_ + args.T * row_stride(args.D)),
-        squares_(reinterpret_cast<float*>(weight_ + args.D)) {}
+        residual_(weight_ + args.D),
+        squares_(reinterpret_cast<float*>(residual_ + (args.residual.data != nullptr ? args.T * args.D : 0))) {}
 
   // Of the norm. It is constant, so that this is allowed ahead of the wait.
   __device__ void load_weight() {
@@ -124,62 +124,92 @@ class TokenRows {
   }
 
   __device__ void bring() {
-    for_each_packet([&](int token, int first) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < static_cast<int>(a_.T) * packets_; i += F::kThreads) {
+      const int token = i / packets_, first = i % packets_ * kPacket;
       copy_async(shared_address(row(token) + first), row_of<BFloat16>(a_.x, token, 0) + first);
-    });
+    }
     commit_copies();
     wait_copies<0>();
     __syncthreads();
   }
 
+  // Waits for the kernel before, too: where a thread's packets are is found ahead of that. Rows come to shared memory
+  // all at once, for registers are full of the weight.
   __device__ void norm() {
-    for_each_packet([&](int token, int first) {
-      RawPacket<BFloat16, true> raw, raw_residual;
-      raw.load(row_of<BFloat16>(a_.x, token, 0), first, a_.D);
-      if (a_.residual.data != nullptr) raw_residual.load(row_of<BFloat16>(a_.residual, token, 0), first, a_.D);
-      float x[kPacket];
-      raw.widen(x);
-      if (a_.residual.data != nullptr) {
-        float residual[kPacket];
-        raw_residual.widen(residual);
-        add_residual<BFloat16>(residual, x);
-        if (blockIdx.x == 0) store_packet<true>(row_of<BFloat16>(a_.residual_out, token, 0), first, a_.D, x);
+    constexpr int kMostOfWarp = static_cast<int>(kMostNormed) / (32 * kPacket) / F::kWarps;
+    const bool has_residual = a_.residual.data != nullptr;
+    const int rows_of_packets = packets_ / 32;  // of a token; a warp takes one after the other
+    const int count = static_cast<int>(a_.T) * rows_of_packets;
+    const int lane = threadIdx.x % 32;
+    int token[kMostOfWarp], column[kMostOfWarp];
+#pragma unroll
+    for (int i = 0; i < kMostOfWarp; ++i) {
+      const int at = i * F::kWarps + static_cast<int>(threadIdx.x) / 32;
+      token[i] = at < count ? at / rows_of_packets : -1;
+      column[i] = (at % rows_of_packets * 32 + lane) * kPacket;
+    }
+    wait_for_kernel_before();
+#pragma unroll
+    for (int i = 0; i < kMostOfWarp; ++i) {
+      if (token[i] < 0) continue;
+      copy_async(shared_address(row(token[i]) + column[i]), row_of<BFloat16>(a_.x, token[i], 0) + column[i]);
+      if (has_residual) {
+        copy_async(shared_address(residual_row(token[i]) + column[i]),
+                   row_of<BFloat16>(a_.residual, token[i], 0) + column[i]);
       }
-      store_packet<true>(row(token), first, a_.D, x);  // for this thread alone
-      squares_[token * packets_ + first / kPacket] = sum_of_squares(x);
-    });
+    }
+    commit_copies();
     wait_copies<0>();
+#pragma unroll
+    for (int i = 0; i < kMostOfWarp; ++i) {
+      if (token[i] < 0) continue;
+      float x[kPacket];
+      widen(row(token[i]) + column[i], x);
+      if (has_residual) {
+        float residual[kPacket];
+        widen(residual_row(token[i]) + column[i], residual);
+        add_residual<BFloat16>(residual, x);
+        store_packet<true>(row(token[i]), column[i], column[i] + 1, x);  // for this thread alone
+        if (blockIdx.x == 0) {
+          store_packet<true>(row_of<BFloat16>(a_.residual_out, token[i], 0), column[i], column[i] + 1, x);
+        }
+      }
+      squares_[token[i] * packets_ + column[i] / kPacket] = sum_of_squares(x);
+    }
     __syncthreads();
-    for_each_packet([&](int token, int first) {  // a warp's packets are of one token
-      const float scale = norm_scale(sum_over_packets(squares_ + token * packets_, packets_), a_.D, a_.eps);
-      RawPacket<BFloat16, true> raw, raw_weight;
-      raw.load(row(token), first, a_.D);
-      raw_weight.load(weight_, first, a_.D);
+#pragma unroll
+    for (int i = 0; i < kMostOfWarp; ++i) {
+      if (token[i] < 0) continue;
+      const float scale = norm_scale(sum_over_packets(squares_ + token[i] * packets_, packets_), a_.D, a_.eps);
       float x[kPacket], weight[kPacket];
-      raw.widen(x);
-      raw_weight.widen(weight);
+      widen(row(token[i]) + column[i], x);
+      widen(weight_ + column[i], weight);
       apply_norm(scale, weight, x);
-      store_packet<true>(row(token), first, a_.D, x);
-    });
+      store_packet<true>(row(token[i]), column[i], column[i] + 1, x);
+    }
     __syncthreads();
   }
 
-  __device__ BFloat16* row(int64_t token) const { return rows_ + token * row_stride(a_.D); }
+  __device__ BFloat16* row(int64_t token) const {
+    return rows_ + token * row_stride(a_.D);
+  }
 
  private:
-  // Calls f(token, first element) for the thread's packets.
-  template <class Function>
-  __device__ void for_each_packet(const Function& f) const {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < static_cast<int>(a_.T) * packets_; i += F::kThreads) {
-      f(i / packets_, i % packets_ * kPacket);
-    }
+  __device__ static void widen(const BFloat16* from, float (&x)[kPacket]) {
+    RawPackets<BFloat16, kPacket> raw;
+    raw.load(from);
+    raw.widen(x);
+  }
+  __device__ BFloat16* residual_row(int token) const {
+    return residual_ + token * packets_ * kPacket;
   }
 
   const LinearArgs& a_;
   int packets_;  // of a token
   BFloat16* rows_;
   BFloat16* weight_;
+  BFloat16* residual_;
   float* squares_;
 };
 
@@ -211,52 +241,84 @@ __global__ void __launch_bounds__(F::kThreads) __maxnreg__(F::kRegisters)
   let_next_kernel_launch();
   TokenRows<F> rows(a, shared);
   if constexpr (F::kNorms) rows.load_weight();
-  if (a.has_constant_weight) load_weight(warp);
-  if (!a.has_constant_weight || num_pieces > F::kPieces * F::kWarps) prefetch_rows<F>(a);
-  wait_for_kernel_before();
-  if (!a.has_constant_weight) load_weight(warp);
+  const bool is_constant = F::kNorms || a.has_constant_weight;
+  if (is_constant) load_weight(warp);
+  if (!is_constant || num_pieces > F::kPieces * F::kWarps) prefetch_rows<F>(a);
   if constexpr (F::kNorms) {
     rows.norm();
-  } else if constexpr (F::kIsStaged) {
-    rows.bring();
+  } else {
+    wait_for_kernel_before();
+    if (!is_constant) load_weight(warp);
+    if constexpr (F::kIsStaged) rows.bring();
   }
 
-  const BFloat16* tokens[F::kTokenTiles];
-#pragma unroll
-  for (int t = 0; t < F::kTokenTiles; ++t) {
-    const int64_t token = min(static_cast<int64_t>(t * kTile + row), a.T - 1);
-    tokens[t] = (F::kIsStaged ? rows.row(token) : row_of<BFloat16>(a.x, token, 0)) + column;
-  }
-  constexpr int kProducts = (F::kTokenTiles + 1) / 2;  // of a tile of outputs: 16 tokens each
-#pragma unroll
-  for (int tile = 0; tile < F::kTiles; tile += F::kTilesAtOnce) {
-    float sums[2][kProducts][F::kTilesAtOnce][4] = {};  // of first and of second halves
+  if constexpr (F::kIsStaged) {  // products with two tiles of outputs at once and the tokens
+    const BFloat16* const token = rows.row(min(static_cast<int64_t>(row), a.T - 1)) + column;
+    constexpr int kPairs = (F::kTiles + 1) / 2;
+    float sums[2][kPairs][4] = {};  // of first and of second halves
     for (int first = warp; first < num_pieces; first += F::kWarps * F::kPieces) {
       if (first != warp) load_weight(first);
 #pragma unroll
-      for (int begin = 0; begin < F::kPieces; begin += F::kTogether) {
-        uint4 x[F::kTogether][F::kTokenTiles];
+      for (int i = 0; i < F::kPieces; ++i) {
+        const int piece = first + i * F::kWarps;
+        if (piece >= num_pieces) break;
+        const uint4 x = *reinterpret_cast<const uint4*>(token + piece * kPiece);
 #pragma unroll
-        for (int i = 0; i < F::kTogether; ++i) {
+        for (int p = 0; p < kPairs; ++p) {
+          const uint4 low = w[i][2 * p];
+          const uint4 high = F::kTiles == 1 ? uint4{} : w[i][(2 * p + 1) % F::kTiles];
+          const uint32_t even[4] = {low.x, high.x, low.y, high.y};
+          const uint32_t odd[4] = {low.z, high.z, low.w, high.w};
+          multiply_bf16(sums[0][p], even, x.x, x.y);
+          multiply_bf16(sums[1][p], odd, x.z, x.w);
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < F::kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int from = t % 2 * 2 + i;
+        parts[warp][lane % 4 * 2 + i][t * kTile + row] = sums[0][t / 2][from] + sums[1][t / 2][from];
+      }
+    }
+  } else {
+    constexpr int kTokenTiles = F::kTokens / kTile;
+    constexpr int kTogether = F::kTokens == 16 ? 4 : 2;  // pieces of tokens
+    const BFloat16* tokens[kTokenTiles];
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      const int64_t token = min(static_cast<int64_t>(t * kTile + row), a.T - 1);
+      tokens[t] = row_of<BFloat16>(a.x, token, 0) + column;
+    }
+    constexpr int kProducts = kTokenTiles / 2;    // of a tile of outputs: 16 tokens each
+    float sums[2][kProducts][F::kTiles][4] = {};  // of first and of second halves
+    for (int first = warp; first < num_pieces; first += F::kWarps * F::kPieces) {
+      if (first != warp) load_weight(first);
+#pragma unroll
+      for (int begin = 0; begin < F::kPieces; begin += kTogether) {
+        uint4 x[kTogether][kTokenTiles];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
           const int piece = first + (begin + i) * F::kWarps;
           if (piece >= num_pieces) break;
 #pragma unroll
-          for (int t = 0; t < F::kTokenTiles; ++t) {
+          for (int t = 0; t < kTokenTiles; ++t) {
             x[i][t] = *reinterpret_cast<const uint4*>(tokens[t] + piece * kPiece);
           }
         }
 #pragma unroll
-        for (int i = 0; i < F::kTogether; ++i) {
+        for (int i = 0; i < kTogether; ++i) {
           if (first + (begin + i) * F::kWarps >= num_pieces) break;
 #pragma unroll
           for (int p = 0; p < kProducts; ++p) {
             const uint4 low = x[i][2 * p];
-            const uint4 high = F::kTokenTiles == 1 ? uint4{} : x[i][(2 * p + 1) % F::kTokenTiles];
+            const uint4 high = x[i][2 * p + 1];
             const uint32_t even[4] = {low.x, high.x, low.y, high.y};
             const uint32_t odd[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
-            for (int t = 0; t < F::kTilesAtOnce; ++t) {
-              const uint4 packet = w[begin + i][tile + t];
+            for (int t = 0; t < F::kTiles; ++t) {
+              const uint4 packet = w[begin + i][t];
               multiply_bf16(sums[0][p][t], even, packet.x, packet.y);
               multiply_bf16(sums[1][p][t], odd, packet.z, packet.w);
             }
@@ -267,12 +329,11 @@ __global__ void __launch_bounds__(F::kThreads) __maxnreg__(F::kRegisters)
 #pragma unroll
     for (int p = 0; p < kProducts; ++p) {
 #pragma unroll
-      for (int t = 0; t < F::kTilesAtOnce; ++t) {
+      for (int t = 0; t < F::kTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = p * 2 * kTile + row + i / 2 * kTile;
-          if (token >= F::kTokens) continue;
-          parts[warp][token][(tile + t) * kTile + lane % 4 * 2 + i % 2] = sums[0][p][t][i] + sums[1][p][t][i];
+          parts[warp][token][t * kTile + lane % 4 * 2 + i % 2] = sums[0][p][t][i] + sums[1][p][t][i];
         }
       }
     }
@@ -320,6 +381,7 @@ void launch_warps(const LinearArgs& args, cudaStream_t stream) {
 // Blocks of 8 outputs where blocks of 16 would leave multiprocessors idle.
 template <int kTokens>
 void launch_plain(const LinearArgs& args, cudaStream_t stream) {
+  if (args.silu_and_mul) return launch_warps<kTokens, 2, 2, false, true>(args, stream);
   if (ceil_div(args.O, 2 * kTile) < num_multiprocessors()) {
     launch_warps<kTokens, 1, 1, false, false>(args, stream);
   } else {

@@ -23,11 +23,11 @@ struct LinearArgs {
   OutRows out;                   // [T, O]; [T, O/2] with silu_and_mul
   bool has_constant_weight = false;
 
-  InRows norm_weight;         // [D]     no data: x is not normed
-  InRows residual;            // [T, D]  beside norm_weight; no data: none
-  OutRows residual_out;       // [T, D]  beside residual
-  float eps = 0;              // beside norm_weight
-  bool silu_and_mul = false;  // beside norm_weight
+  InRows norm_weight;    // [D]     no data: x is not normed
+  InRows residual;       // [T, D]  beside norm_weight; no data: none
+  OutRows residual_out;  // [T, D]  beside residual
+  float eps = 0;         // beside norm_weight
+  bool silu_and_mul = false;
 };
 
 /// Whether the call is one that the kernel is for: few tokens, bf16, rows aligned to 16 bytes, D a multiple of 32; with

@@ -37,7 +37,7 @@ __device__ inline float sum_over_packets(const float* packets, int count) {
 }
 
 __device__ inline float norm_scale(float squares, int64_t D, float eps) {
-  return 1.0f / sqrtf(squares / static_cast<float>(D) + eps);
+  return rsqrtf(__fdividef(squares, static_cast<float>(static_cast<int>(D))) + eps);
 }
 
 /// x <- n, not rounded.
