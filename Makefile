@@ -33,15 +33,15 @@ PY_SERVING_TESTS := $(sort $(wildcard $(addprefix tests/py/test_,server*.py benc
 	logprobs.py sampling_defaults.py)))
 PY_CORE_TESTS := $(filter-out $(PY_SERVING_TESTS),$(wildcard tests/py/test_*.py))
 # In the order in which they begin, the longest first.
-SUITES := py-core-test py-serving-test cuda-test ascend-test cpp-test install-test
+SUITES := py-core-test py-serving-test cuda-test ascend-test cpp-test install-test xllm-test
 # Most tests use one core, so two suites run at a time. Each prints when it has ended.
 SIDE_BY_SIDE := --jobs=2 --output-sync=target IS_PREPARED=yes
 
 .PHONY: help demo test test-quick check fmt types bench clean docs package package-with-tests cpp-test py-test py-core-test \
-	py-serving-test ascend-test cuda cuda-test install-test arm-test sanitize environments clients-test
+	py-serving-test ascend-test xllm-test cuda cuda-test install-test arm-test sanitize environments clients-test
 help:
 	@echo "make demo   a small trained Qwen3.5 generates in xgdn and in transformers, side by side"
-	@echo "make test   C++ tests, Python tests, those of a GPU where there is one, the Ascend route, installation tests"
+	@echo "make test   C++ tests, Python tests, those of a GPU where there is one, the Ascend route, installation tests, xLLM's"
 	@echo "make test-quick  the part of the C++ and Python tests for work in between, about a minute after a build"
 	@echo "make environments  the suites with fewer instructions and other numbers of threads (tools/environments.sh)"
 	@echo "make sanitize  C++ tests, kernels and a call of every op under ASan with UBSan, and under TSan"
@@ -128,13 +128,17 @@ cuda-test:
 	python -m pytest tests/cuda --strict-skips
 
 ifndef IS_PREPARED
-types cpp-test cuda-test py-core-test ascend-test install-test: package-with-tests
+types cpp-test cuda-test py-core-test ascend-test xllm-test install-test: package-with-tests
 py-serving-test: package-with-tests browser
 endif
 
 # The real torch_npu wheel above an emulated CANN; skipped with a reason where there is no wheel.
 ascend-test:
 	tests/ascend/run.sh $(BUILD)
+
+# examples/xllm_adapter on the CPU and above the same emulation.
+xllm-test:
+	tests/xllm_adapter/run.sh $(BUILD)
 
 environments: package-with-tests browser
 	tools/environments.sh $(BUILD)
