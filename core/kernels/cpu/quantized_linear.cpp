@@ -285,6 +285,38 @@ HWY_INLINE void for_vectors(const QuantizedLinearArgs& args, const OutputBlock& 
   }
 }
 
+// One token on a panel that is one vector: codes are read in the order of memory, which processors see and read ahead
+// of by themselves. Sums of integers are exact, so that two of them shorten the chain of additions.
+template <class Format>
+void multiply_panel(const PackedWeights<Format>& weights, const Tokens<Format>& tokens, size_t rows,
+                    float* HWY_RESTRICT sums) {
+  const F32 d;
+  const uint8_t* HWY_RESTRICT p = weights.first_codes;
+  const auto* HWY_RESTRICT x = tokens.x;
+  VF total = hn::Zero(d);
+  for (size_t g = 0; g < tokens.groups; ++g) {
+    auto even = weights.start_first(g, Format::of_group(tokens.sums, g));
+    auto odd = Format::zero();
+    for (size_t row = 0; row < rows; ++row) {
+      const auto step = [&]<size_t kStep>() HWY_ATTR {
+        const auto w = PackedWeights<Format>::template load_step<kStep>(p);
+        auto& sum = kStep % 2 == 1 && Format::kIsExact ? odd : even;
+        sum = Format::add(sum, w, Format::broadcast(x + kStep * Format::kStepDepth));
+      };
+      step.template operator()<0>();
+      step.template operator()<1>();
+      if constexpr (Format::kSteps > 2) step.template operator()<2>();
+      if constexpr (Format::kSteps > 2) step.template operator()<3>();
+      p += Format::kRowBytes;
+      x += Format::kDepth;
+    }
+    if constexpr (Format::kIsExact) even = hn::Add(even, odd);
+    const VF factor = Format::token_scale(tokens.scales, g);
+    total = hn::MulAdd(Format::widen(even), hn::Mul(weights.first_scales(g), factor), total);
+  }
+  hn::Store(total, d, sums);
+}
+
 // A few tokens: codes are unpacked where they are multiplied.
 template <class Format, size_t kTokens>
 void multiply_block(const QuantizedLinearArgs& args, const OutputBlock& block) {
@@ -292,6 +324,11 @@ void multiply_block(const QuantizedLinearArgs& args, const OutputBlock& block) {
   const Tokens<Format> tokens(args, block.token, 0);
   std::fill_n(block.sums, kTokens * kBlockOutputs, 0.0f);
   for_vectors<Format>(args, block, [&](const Outputs& first, const Outputs& second, float* sums) {
+    if (kTokens == 1 && hn::Lanes(F32()) == kPanelOutputs) {
+      multiply_panel(PackedWeights<Format>{args, first, first}, tokens, rows, sums);
+      multiply_panel(PackedWeights<Format>{args, second, second}, tokens, rows, sums + kPanelOutputs);
+      return;
+    }
     multiply<Format, kTokens>(PackedWeights<Format>{args, first, second}, tokens, tokens.groups, rows, sums);
   });
 }
