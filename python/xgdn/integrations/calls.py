@@ -12,7 +12,6 @@ from torch import Tensor
 
 __all__ = ["FunctionReport", "Report", "count", "log_at_exit", "report"]
 
-_log = logging.getLogger("xgdn")
 _lock = threading.Lock()
 _served: dict[tuple[str, str], int] = {}
 _fallbacks: dict[tuple[str, str], dict[str, int]] = {}
@@ -90,11 +89,11 @@ def _count_in_graph(kept: Tensor, host: str, function: str, reason: str) -> None
 
 
 @functools.cache
-def log_at_exit() -> None:
-    """Log the report once, when the process ends: as a warning if any call was not served, or none at all."""
-    atexit.register(_log_report)
+def log_at_exit(host: str, logger: str = "xgdn") -> None:
+    """Log the calls of `host` once, when the process ends: as a warning if any was not served, or none at all."""
+    atexit.register(_log_report, host, logging.getLogger(logger))
 
 
-def _log_report() -> None:
-    final = report()
-    _log.log(logging.INFO if final.served and not final.fallbacks else logging.WARNING, "%s", final)
+def _log_report(host: str, log: logging.Logger) -> None:
+    final = Report(tuple(f for f in report().functions if f.host == host))
+    log.log(logging.INFO if final.served and not final.fallbacks else logging.WARNING, "%s", final)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from xgdn import fla, ops
 from xgdn.backends import available_backends
 from xgdn.integrations import calls
+from xgdn.integrations.reasons import why_not_activation, why_not_dtype, why_not_taps
 
 __all__ = [
     "HOST",
@@ -30,14 +31,11 @@ __all__ = [
     "rms_norm_gated",
     "sequences",
     "step_history",
-    "why_not_activation",
     "why_not_options",
     "why_not_tensors",
 ]
 
 HOST = "transformers"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TAPS = (2, 3, 4)  # of the convolution's kernels
 
 # What FLA's functions take beyond the host's arguments changes the result. Anything else that reaches a function is
 # meant for other parts of the model, and the host drops it too.
@@ -250,8 +248,8 @@ def why_not_tensors(*tensors: Tensor | None) -> str | None:
     for t in given:
         if type(t) not in (Tensor, nn.Parameter):
             return "a subclass of torch.Tensor"
-        if t.dtype not in DTYPES:
-            return f"dtype {str(t.dtype).removeprefix('torch.')}"
+        if reason := why_not_dtype(t.dtype):
+            return reason
         if t.device != given[0].device:
             return "tensors on different devices"
     return None
@@ -265,10 +263,6 @@ def why_not_options(kwargs: dict[str, Any], options: tuple[str, ...]) -> str | N
     return None
 
 
-def why_not_activation(activation: object) -> str | None:
-    return None if activation in ("silu", "swish") else f"activation {activation}"
-
-
 def _why_not_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, kwargs: dict[str, Any]
 ) -> str | None:
@@ -278,8 +272,8 @@ def _why_not_rule(
 
 
 def _why_not_conv(x: Tensor, weight: Tensor, activation: str | None) -> str | None:
-    if weight.shape[1] not in TAPS:
-        return f"a convolution of {weight.shape[1]} taps"
+    if reason := why_not_taps(weight.shape[1]):
+        return reason
     if weight.dtype != x.dtype:
         return "mixed dtypes"
     return None if activation is None else why_not_activation(activation)

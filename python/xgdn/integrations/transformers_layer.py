@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from xgdn import ops
+from xgdn.integrations.reasons import why_not_activation, why_not_taps
 from xgdn.integrations.transformers_functions import (
-    TAPS,
     count_of,
     sequences,
     step_history,
-    why_not_activation,
     why_not_options,
     why_not_tensors,
 )
@@ -285,8 +284,8 @@ def _why_not(layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> str |
         return "autocast"
     if reason := why_not_activation(layer.activation) or why_not_activation(getattr(norm, "activation", "of the norm")):
         return reason
-    if layer.conv_kernel_size not in TAPS:
-        return f"a convolution of {layer.conv_kernel_size} taps"
+    if reason := why_not_taps(layer.conv_kernel_size):
+        return reason
     if getattr(layer, "allow_neg_eigval", False):
         return "negative eigenvalues"
     if conv.weight.dtype != x.dtype or any(

@@ -72,7 +72,7 @@ def patch_transformers(*, layers: bool = False) -> list[str]:
         for one in wanted:
             setattr(one.owner, one.name, one.replacement)
         _replaced.extend(wanted)
-        calls.log_at_exit()
+        calls.log_at_exit(transformers_functions.HOST)
         return [str(one) for one in wanted]
 
 

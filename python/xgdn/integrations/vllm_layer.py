@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GDN layer of vLLM computes between its projections, by the ops here, on vLLM's own pools and metadata.
+
+A layer's `kv_cache` is its two pools, slots of one page each: `conv_state` `[S, R, D]` and `state` `[S, HV, V, K]`. A
+step's metadata names the decoded sequences first, then the prompts: where their tokens begin, the slot of each, and
+which of the prompts continue. Pools are read and written where they are.
+
+vLLM's CPU kernels keep a state in the same slot as `[HV, K, V]`, so that a layer is served for all of its life or never.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xgdn import ops
+from xgdn.integrations import calls
+from xgdn.integrations.reasons import name_of, why_not_activation, why_not_dtype, why_not_taps
+
+__all__ = ["DECODE", "HOST", "PREFILL", "attend", "in_row_order", "why_not"]
+
+HOST = "vllm"
+DECODE = "GatedDeltaNet, decode"
+PREFILL = "GatedDeltaNet, prefill"
+
+_STATE_DTYPES = (torch.float32, torch.bfloat16)
+_BATCH = "_xgdn_batch"  # on a step's metadata, which all layers of a group share
+
+
+def why_not(layer: Any, *, is_conv_state_dim_first: bool) -> str | None:
+    """Say why a layer cannot be served, from what is known when it is built."""
+    dtype = layer.model_config.dtype
+    conv_dtype, state_dtype = layer.get_state_dtype()
+    if layer.num_spec > 0:
+        return "speculative decoding"
+    if is_conv_state_dim_first:
+        return "convolution states of [channels, rows]"
+    if conv_dtype not in (dtype, torch.float32):
+        return f"convolution states of {name_of(conv_dtype)}"
+    if state_dtype not in _STATE_DTYPES:
+        return f"states of {name_of(state_dtype)}"
+    return (
+        why_not_dtype(dtype)
+        or why_not_taps(layer.conv_kernel_size)
+        or why_not_activation(layer.activation)
+        or why_not_activation(layer.norm.activation)
+    )
+
+
+def in_row_order(layer: Any, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor]:
+    """Return projections with rows `[q | k | v | z]` and `[b | a]`; Qwen3-Next's have a key head's parts side by side."""
+    if not layer.gqa_interleaved_layout:
+        return qkvz, ba
+    q, k, v, z, b, a = (part.flatten(1) for part in layer.fix_query_key_value_ordering(qkvz, ba))
+    return torch.cat([q, k, v, z], dim=1), torch.cat([b, a], dim=1)
+
+
+def attend(layer: Any, qkvz: Tensor, ba: Tensor, metadata: Any) -> Tensor:
+    """Advance the sequences of a step by their tokens, the rows of `qkvz` and `ba`; return the gated norm of what is
+    read, `[T, HV, V]`. Rows behind those of the step are zero.
+    """
+    batch = _batch_of(metadata)
+    state = layer.kv_cache[1]
+    o = qkvz.new_empty(qkvz.shape[0], *state.shape[1:3])
+    if batch.num_decodes > 0:
+        rows = slice(batch.num_decodes)
+        _decode(layer, qkvz[rows], ba[rows], batch, o[rows])
+        calls.count(HOST, DECODE, None, o.device)
+    if batch.prefill is not None:
+        rows = slice(batch.num_decodes, batch.num_tokens)
+        _prefill(layer, qkvz[rows], ba[rows], batch.prefill, o[rows])
+        calls.count(HOST, PREFILL, None, o.device)
+    o[batch.num_tokens :].zero_()
+    return o
+
+
+class _Prompts(NamedTuple):
+    cu_seqlens: Tensor
+    slots: Tensor
+    has_initial_state: Tensor
+    chunk: ops.ChunkMetadata
+
+
+class _Batch(NamedTuple):
+    num_decodes: int
+    num_tokens: int
+    decode_slots: Tensor
+    prefill: _Prompts | None
+
+
+def _batch_of(metadata: Any) -> _Batch:
+    """What the ops take of a step's metadata, made by the first layer that asks."""
+    kept = vars(metadata).get(_BATCH)
+    if kept is None:
+        kept = _read(metadata)
+        setattr(metadata, _BATCH, kept)
+    return kept  # type: ignore[no-any-return]
+
+
+def _read(metadata: Any) -> _Batch:
+    N, P = metadata.num_decodes, metadata.num_prefills
+    slots, starts = metadata.non_spec_state_indices_tensor, metadata.non_spec_query_start_loc
+    prefill = None
+    if P > 0:
+        cu_seqlens = starts[N : N + P + 1] - metadata.num_decode_tokens
+        prefill = _Prompts(
+            cu_seqlens,
+            slots[N : N + P].contiguous(),
+            metadata.has_initial_state[N : N + P],
+            ops.build_chunk_metadata(cu_seqlens.diff().tolist(), 1),
+        )
+    num_tokens = metadata.num_decode_tokens + metadata.num_prefill_tokens
+    return _Batch(N, num_tokens, slots[:N].contiguous(), prefill)
+
+
+def _decode(layer: Any, qkvz: Tensor, ba: Tensor, batch: _Batch, out: Tensor) -> None:
+    conv_state, state = layer.kv_cache
+    ops.gdn_decode_step(
+        torch.cat([qkvz, ba], dim=1),
+        _conv_weight(layer),
+        conv_state,
+        layer.A_log,
+        layer.dt_bias,
+        state,
+        layer.norm.weight,
+        state_indices=batch.decode_slots,
+        conv_bias=layer.conv1d.bias,
+        may_have_padding=False,
+        norm_eps=layer.norm.eps,
+        out=out,
+    )
+
+
+def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tensor) -> None:
+    conv_state, state = layer.kv_cache
+    HV, V, K = state.shape[1:]
+    qkv, z = qkvz.split([qkvz.shape[1] - HV * V, HV * V], dim=1)
+    b, a = ba.split(HV, dim=1)
+    mixed = ops.causal_conv1d(
+        qkv,
+        _conv_weight(layer),
+        conv_state,
+        cu_seqlens=prompts.cu_seqlens,
+        state_indices=prompts.slots,
+        bias=layer.conv1d.bias,
+        has_initial_state=prompts.has_initial_state,
+    )
+    g, beta = ops.gdn_gating(a, b, layer.A_log, layer.dt_bias)
+    heads, v = mixed.split([mixed.shape[1] - HV * V, HV * V], dim=1)
+    q, k = heads.unflatten(1, (2, -1, K)).unbind(1)
+    o = ops.chunk_gated_delta_rule(
+        q,
+        k,
+        v.unflatten(1, (HV, V)),
+        g,
+        beta,
+        state,
+        cu_seqlens=prompts.cu_seqlens,
+        state_indices=prompts.slots,
+        chunk=prompts.chunk,
+        has_initial_state=prompts.has_initial_state,
+        may_have_padding=False,
+    )
+    ops.rms_norm_gated(o, z.unflatten(1, (HV, V)), layer.norm.weight, eps=layer.norm.eps, out=out)
+
+
+def _conv_weight(layer: Any) -> Tensor:
+    """The taps `[D, W]`; where vLLM has packed them for its kernels it keeps them beside."""
+    conv = layer.conv1d
+    unpacked: Tensor | None = getattr(conv, "_cpu_unpacked_conv_weight", None)
+    return conv.weight.flatten(1) if unpacked is None else unpacked
