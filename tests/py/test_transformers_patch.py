@@ -574,13 +574,17 @@ def test_names_that_are_gone(module: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert modeling.causal_conv1d_fn is conv
 
 
+def log_report() -> None:
+    calls._log_report("transformers", logging.getLogger("xgdn"))
+
+
 def test_the_report_in_words(caplog: pytest.LogCaptureFixture) -> None:
     assert str(xgdn.report()) == "xgdn served no call of a host"
     tokens, _ = rule_inputs(3)
     xgdn.patch_transformers()
     modeling.torch_chunk_gated_delta_rule(*tokens)
     with caplog.at_level(logging.INFO, logger="xgdn"):
-        calls._log_report()
+        log_report()
     assert caplog.records[-1].levelno == logging.INFO
     modeling.torch_chunk_gated_delta_rule(*tokens, scale=1.0)
     assert str(xgdn.report()).splitlines() == [
@@ -588,15 +592,15 @@ def test_the_report_in_words(caplog: pytest.LogCaptureFixture) -> None:
         "  transformers chunk_gated_delta_rule: 1 served, 1 not",
         "    1 not: argument scale",
     ]
-    calls._log_report()
+    log_report()
     assert caplog.records[-1].levelno == logging.WARNING
     assert caplog.records[-1].getMessage() == str(xgdn.report())
 
 
 def test_the_report_is_logged_once_at_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     registered: list[Any] = []
-    monkeypatch.setattr(atexit, "register", registered.append)
+    monkeypatch.setattr(atexit, "register", lambda *call: registered.append(call))
     calls.log_at_exit.cache_clear()
     xgdn.patch_transformers()
     xgdn.patch_transformers(layers=True)
-    assert registered == [calls._log_report]
+    assert registered == [(calls._log_report, "transformers", logging.getLogger("xgdn"))]

@@ -5,7 +5,7 @@ A layer's `kv_cache` is its two pools, slots of one page each: `conv_state` `[S,
 step's metadata names the decoded sequences first, then the prompts: where their tokens begin, the slot of each, and
 which of the prompts continue. Pools are read and written where they are.
 
-vLLM's CPU kernels keep a state in the same slot as `[HV, K, V]`, so that a layer is served for all of its life or never.
+vLLM's CPU kernels keep a state in the same slot as `[HV, K, V]`, so that a layer is always served or never.
 """
 
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ def why_not(layer: Any, *, is_conv_state_dim_first: bool) -> str | None:
 
 
 def in_row_order(layer: Any, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor]:
-    """Return projections with rows `[q | k | v | z]` and `[b | a]`; Qwen3-Next's have a key head's parts side by side."""
+    """Return projections with rows `[q | k | v | z]` and `[b | a]`; in Qwen3-Next's a key head's parts are together."""
     if not layer.gqa_interleaved_layout:
         return qkvz, ba
     q, k, v, z, b, a = (part.flatten(1) for part in layer.fix_query_key_value_ordering(qkvz, ba))
@@ -134,8 +134,8 @@ def _decode(layer: Any, qkvz: Tensor, ba: Tensor, batch: _Batch, out: Tensor) ->
 def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tensor) -> None:
     conv_state, state = layer.kv_cache
     HV, V, K = state.shape[1:]
-    qkv, z = qkvz.split([qkvz.shape[1] - HV * V, HV * V], dim=1)
-    b, a = ba.split(HV, dim=1)
+    qkv, z = torch.split(qkvz, [qkvz.shape[1] - HV * V, HV * V], dim=1)
+    b, a = torch.split(ba, HV, dim=1)
     mixed = ops.causal_conv1d(
         qkv,
         _conv_weight(layer),
@@ -146,12 +146,12 @@ def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tenso
         has_initial_state=prompts.has_initial_state,
     )
     g, beta = ops.gdn_gating(a, b, layer.A_log, layer.dt_bias)
-    heads, v = mixed.split([mixed.shape[1] - HV * V, HV * V], dim=1)
-    q, k = heads.unflatten(1, (2, -1, K)).unbind(1)
+    heads, v = torch.split(mixed, [mixed.shape[1] - HV * V, HV * V], dim=1)
+    q, k = heads.view(len(heads), 2, -1, K).unbind(1)
     o = ops.chunk_gated_delta_rule(
         q,
         k,
-        v.unflatten(1, (HV, V)),
+        v.view(-1, HV, V),
         g,
         beta,
         state,
@@ -161,7 +161,7 @@ def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tenso
         has_initial_state=prompts.has_initial_state,
         may_have_padding=False,
     )
-    ops.rms_norm_gated(o, z.unflatten(1, (HV, V)), layer.norm.weight, eps=layer.norm.eps, out=out)
+    ops.rms_norm_gated(o, z.view(-1, HV, V), layer.norm.weight, eps=layer.norm.eps, out=out)
 
 
 def _conv_weight(layer: Any) -> Tensor:

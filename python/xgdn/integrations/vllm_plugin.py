@@ -48,9 +48,7 @@ def register() -> None:
 
 
 class WorkerExtension:
-    """For `LLM(worker_extension_cls="xgdn.integrations.vllm_plugin.WorkerExtension")`: `LLM.collective_rpc("xgdn_report")`
-    then asks each worker for its report, as text, wherever it runs.
-    """
+    """An engine's `worker_extension_cls`, for reports by `LLM.collective_rpc("xgdn_report")`."""
 
     def xgdn_report(self) -> str:
         return str(calls.report())
@@ -108,11 +106,11 @@ class _Layer:
     def forward_cpu(self: Any, hidden_states: Tensor) -> Tensor:
         if self.xgdn_why_not is not None:
             calls.count(vllm_layer.HOST, "GatedDeltaNet", self.xgdn_why_not, hidden_states.device)
-            return super().forward_cpu(hidden_states)  # type: ignore[misc]
+            return super().forward_cpu(hidden_states)  # type: ignore[misc,no-any-return]
         qkvz, ba = vllm_layer.in_row_order(self, self.in_proj_qkvz(hidden_states)[0], self.in_proj_ba(hidden_states)[0])
         value_dim = ba.shape[1] // 2 * self.head_v_dim
         o = torch.ops.xgdn_hosts.vllm_gated_delta_net(qkvz, ba, value_dim, self.prefix)
-        return self.out_proj(o)[0]
+        return self.out_proj(o)[0]  # type: ignore[no-any-return]
 
 
 def _gated_delta_net(qkvz: Tensor, ba: Tensor, value_dim: int, layer: str) -> Tensor:
@@ -126,9 +124,11 @@ def _gated_delta_net(qkvz: Tensor, ba: Tensor, value_dim: int, layer: str) -> Te
 
 
 # By a library and not as a custom_op, which would take longer for each call.
-_library = torch.library.Library("xgdn_hosts", "FRAGMENT")
-_library.define("vllm_gated_delta_net(Tensor qkvz, Tensor ba, int value_dim, str layer) -> Tensor")
-_library.impl("vllm_gated_delta_net", _gated_delta_net, "CPU")
+_library = torch.library.Library("xgdn_hosts", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "vllm_gated_delta_net(Tensor qkvz, Tensor ba, int value_dim, str layer) -> Tensor"
+)
+_library.impl("vllm_gated_delta_net", _gated_delta_net, "CPU")  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("xgdn_hosts::vllm_gated_delta_net")  # type: ignore[untyped-decorator]

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""As much of vLLM as the plugin meets: its registry, its GDN layer, its pools and a step's metadata, a few lines each.
+
+The real one has tests of its own (tests/vllm). Its names and signatures are those of 0.32.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VERSION = "0.32.0"
+LAYERS = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
+LAYER = "QwenGatedDeltaNetAttention"
+
+
+@dataclass
+class Metadata:
+    num_prefills: int
+    num_prefill_tokens: int
+    num_decodes: int
+    num_decode_tokens: int
+    has_initial_state: Tensor | None
+    non_spec_query_start_loc: Tensor
+    non_spec_state_indices_tensor: Tensor
+
+
+class Linear(nn.Module):
+    """Returns its bias beside the result, as vLLM's do."""
+
+    def __init__(self, *weights: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+        self.bias = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x @ self.weight.T, None
+
+
+class StandIn:
+    """A vLLM with a state of its own: what is registered, and the context of the forward that runs."""
+
+    def __init__(self) -> None:
+        self.version = VERSION
+        self.is_cpu = True
+        self.is_conv_state_dim_first = False
+        self.registry: dict[str, type] = {}
+        self.context = SimpleNamespace(no_compile_layers={}, attn_metadata=None)
+        self.layer_class = self._layer_class()
+
+    def install(self, monkeypatch: Any) -> None:
+        custom_op = "vllm.model_executor.custom_op"
+        modules: dict[str, dict[str, Any]] = {
+            "vllm": {"__version__": self.version},
+            "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: self.is_cpu)},
+            "vllm.forward_context": {"get_forward_context": lambda: self.context},
+            custom_op: {"op_registry_oot": self.registry, "PluggableLayer": self.layer_class.__bases__[0]},
+            LAYERS: {LAYER: self.layer_class},
+            "vllm.model_executor.layers.mamba.mamba_utils": {
+                "is_conv_state_dim_first": lambda: self.is_conv_state_dim_first
+            },
+        }
+        for name in list(modules):
+            while name := name.rpartition(".")[0]:
+                modules.setdefault(name, {}).setdefault("__path__", [])
+        for name, names in modules.items():
+            module = ModuleType(name)
+            vars(module).update(names)
+            monkeypatch.setitem(sys.modules, name, module)
+
+    def _layer_class(self) -> type:
+        registry, context = self.registry, self.context
+
+        class PluggableLayer(nn.Module):
+            def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+                return super().__new__(registry.get(cls.__name__, cls))
+
+            @classmethod
+            def register_oot(cls, layer: type, name: str) -> None:
+                assert name not in registry
+                registry[name] = layer
+
+        class QwenGatedDeltaNetAttention(PluggableLayer):
+            def __init__(self, source: Any, prefix: str = "layers.0.linear_attn", num_spec: int = 0) -> None:
+                """Of a layer of transformers, whose weights it shares."""
+                super().__init__()
+                self.prefix, self.num_spec, self.activation = prefix, num_spec, source.activation
+                self.gqa_interleaved_layout = hasattr(source, "in_proj_qkvz")
+                self.num_k_heads, self.num_v_heads = source.num_k_heads, source.num_v_heads
+                self.head_k_dim, self.head_v_dim = source.head_k_dim, source.head_v_dim
+                self.conv_kernel_size = source.conv_kernel_size
+                self.model_config = SimpleNamespace(dtype=source.out_proj.weight.dtype)
+                self.state_dtypes = (self.model_config.dtype, torch.float32)
+                if self.gqa_interleaved_layout:
+                    self.in_proj_qkvz = Linear(source.in_proj_qkvz.weight)
+                    self.in_proj_ba = Linear(source.in_proj_ba.weight)
+                else:
+                    self.in_proj_qkvz = Linear(source.in_proj_qkv.weight, source.in_proj_z.weight)
+                    self.in_proj_ba = Linear(source.in_proj_b.weight, source.in_proj_a.weight)
+                self.out_proj = Linear(source.out_proj.weight)
+                self.conv1d = SimpleNamespace(weight=source.conv1d.weight.detach(), bias=None)
+                self.A_log, self.dt_bias = source.A_log.detach().float(), source.dt_bias.detach()
+                norm = source.norm
+                self.norm = SimpleNamespace(weight=norm.weight.detach(), eps=norm.variance_epsilon, activation="silu")
+                self._forward_method = self.forward_cpu
+                context.no_compile_layers[prefix] = self
+
+            def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
+                return self.state_dtypes
+
+            def forward(self, hidden_states: Tensor) -> Tensor:
+                return self._forward_method(hidden_states)
+
+            def forward_cpu(self, hidden_states: Tensor) -> Tensor:
+                return torch.full_like(hidden_states, 7.0)  # the host's own result
+
+            def fix_query_key_value_ordering(self, mixed_qkvz: Tensor, mixed_ba: Tensor) -> tuple[Tensor, ...]:
+                H, K, V = self.num_k_heads, self.head_k_dim, self.head_v_dim
+                group = self.num_v_heads // H
+                q, k, v, z = mixed_qkvz.unflatten(1, (H, -1)).split([K, K, group * V, group * V], dim=2)
+                b, a = mixed_ba.unflatten(1, (H, -1)).split([group, group], dim=2)
+                T = mixed_qkvz.shape[0]
+                return q, k, v.reshape(T, -1, V), z.reshape(T, -1, V), b.reshape(T, -1), a.reshape(T, -1)
+
+        return QwenGatedDeltaNetAttention
+
+
+class Pools:
+    """The slots of one layer: pages of both states and a gap in one piece of memory, all NaN."""
+
+    GAP = 64
+
+    def __init__(self, layer: Any, num_slots: int) -> None:
+        channels = 2 * layer.num_k_heads * layer.head_k_dim + layer.num_v_heads * layer.head_v_dim
+        shapes = (
+            (layer.conv_kernel_size - 1, channels),
+            (layer.num_v_heads, layer.head_v_dim, layer.head_k_dim),
+        )
+        sizes = [torch.Size(s).numel() * d.itemsize for s, d in zip(shapes, layer.state_dtypes, strict=True)]
+        self.page = sum(sizes) + self.GAP
+        self.memory = torch.full((num_slots, self.page), 0xFF, dtype=torch.uint8)
+        layer.kv_cache = []
+        begin = 0
+        for shape, dtype, size in zip(shapes, layer.state_dtypes, sizes, strict=True):
+            slots = self.memory.view(dtype)
+            first = begin // dtype.itemsize
+            layer.kv_cache.append(slots[:, first : first + size // dtype.itemsize].unflatten(1, shape))
+            begin += size
