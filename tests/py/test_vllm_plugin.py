@@ -246,12 +246,13 @@ def test_an_error_of_an_op_is_no_fallback(vllm: StandIn) -> None:
         engine.step(4)
 
 
-def test_registering_again_changes_nothing(vllm: StandIn) -> None:
+def test_registering_again_changes_nothing(vllm: StandIn, caplog: pytest.LogCaptureFixture) -> None:
     vllm_plugin.register()
     first = vllm.registry[LAYER]
     vllm_plugin.register()
     assert vllm.registry == {LAYER: first}
     assert issubclass(first, vllm.layer_class)
+    assert not caplog.records
 
 
 def of_another_plugin(vllm: StandIn) -> None:
