@@ -3,57 +3,80 @@
 
     make vllm-test                                     # makes the environment build/vllm/environment
     python benchmarks/random_checkpoint.py MODEL
-    python benchmarks/vllm_plugin.py MODEL [--batch 8 32] [--prompts 2048] [--threads 2] [--rounds 3]
+    python benchmarks/vllm_plugin.py MODEL [--batch 8 32] [--prompts 2048] [--threads 2] [--repetitions 6]
 
-Each turn is a process of its own, with the same options of vLLM (peers/model_vllm.py): bfloat16, float32 states, no
-prefix caching, torch.compile as by default, decode after prompts of 128 tokens. Times are medians of all rounds, in
-milliseconds, with the median of each round beside it. A call that the plugin leaves to vLLM ends the program.
+Two processes with the same options of vLLM (peers/model_vllm.py: bfloat16, float32 states, no prefix caching,
+torch.compile as by default) take turns, step by step and prompt by prompt, while the other waits. Times are medians in
+milliseconds, with the shortest in brackets. A call that the plugin leaves to vLLM ends the program.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from markdown_table import markdown
-from peers.programs import output_of
+from peers.programs import fail
 from xgdn.bench.report import machine
 
 SCRIPT = Path(__file__).with_name("peers") / "model_vllm.py"
-REPETITIONS = 2  # timed prompts of a round
 PLUGINS = {"vLLM": "none", "with xgdn": "xgdn"}  # what VLLM_PLUGINS names
 
 Times = dict[tuple[str, int], list[float]]
 
 
-def run(args: argparse.Namespace, plugins: str) -> tuple[Times, dict[str, Any] | None]:
-    """One turn: times by case, and the report where there is one."""
-    sizes = (args.threads, args.prompt_tokens, args.steps, REPETITIONS)
-    lists = (",".join(map(str, numbers)) for numbers in (args.batch, args.prompts))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["VLLM_PLUGINS"] = plugins
-    output = output_of([args.python, SCRIPT, args.model, *sizes, *lists], environment)
-    rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"kind"')]
-    report = next((row for row in rows if row["kind"] == "report"), None)
-    return {(row["kind"], row["size"]): row["times"] for row in rows if row is not report}, report
+class Process:
+    """vLLM with or without the plugin, which waits for its turns."""
+
+    def __init__(self, args: argparse.Namespace, plugins: str) -> None:
+        sizes = map(str, (args.threads, args.prompt_tokens, args.steps, args.repetitions))
+        lists = (",".join(map(str, numbers)) for numbers in (args.batch, args.prompts))
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"VLLM_PLUGINS": plugins, "TAKES_TURNS": "1"}
+        self.command = [str(args.python), str(SCRIPT), str(args.model), *sizes, *lists]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(self.command, **pipes, text=True, env=environment)
+        self.said: list[str] = []
+        self.times: Times = {}
+        self.report: dict[str, Any] | None = None
+
+    def runs_to_its_next_turn(self) -> bool:
+        """Whether there is one."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+            row = json.loads(line) if line.startswith('{"kind"') else {"kind": None}
+            if row["kind"] == "turn":
+                return True
+            if row["kind"] == "report":
+                self.report = row
+            elif row["kind"] is not None:
+                self.times[row["kind"], row["size"]] = row["times"]
+        if (status := self.process.wait()) != 0:
+            fail(self.command, status, "".join(self.said))
+        return False
+
+    def take_turn(self) -> bool:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.runs_to_its_next_turn()
 
 
-def table(rounds: Mapping[str, list[Times]]) -> str:
-    def cell(name: str, case: tuple[str, int]) -> tuple[float, str]:
-        median = statistics.median(time for times in rounds[name] for time in times[case])
-        of_rounds = " / ".join(f"{statistics.median(times[case]):,.1f}" for times in rounds[name])
-        return median, f"{median:,.1f} ({of_rounds})"
-
+def table(times: Mapping[str, Times]) -> str:
     lines = []
-    for kind, size in rounds["vLLM"][0]:
-        (before, host), (after, own) = (cell(name, (kind, size)) for name in PLUGINS)
+    for kind, size in times["vLLM"]:
+        host, own = (times[name][kind, size] for name in PLUGINS)
         what = f"decode step, batch {size}" if kind == "decode" else f"prompt of {size:,} tokens"
-        tokens = 1e3 * size
-        lines.append([what, host, own, f"{tokens / before:,.1f}", f"{tokens / after:,.1f}", f"{before / after:.2f} x"])
+        before, after = statistics.median(host), statistics.median(own)
+        cells = [f"{median:,.1f} ({min(all_):,.1f})" for median, all_ in ((before, host), (after, own))]
+        speeds = [f"{1e3 * size / median:,.1f}" for median in (before, after)]
+        lines.append([what, *cells, *speeds, f"{before / after:.2f} x"])
     return markdown(["case", *PLUGINS, "vLLM, tokens/s", "with xgdn, tokens/s", ""], lines)
 
 
@@ -64,20 +87,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="*", default=[8, 32])
     parser.add_argument("--prompts", type=int, nargs="*", default=[2048])
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of each sequence that decodes")
-    parser.add_argument("--steps", type=int, default=24, help="decode steps of a round")
+    parser.add_argument("--steps", type=int, default=24, help="decode steps")
+    parser.add_argument("--repetitions", type=int, default=6, help="timed prompts of each length")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print("  ".join(f"{name} {value}" for name, value in machine().items()), f" {args.threads} threads", flush=True)
-    rounds: dict[str, list[Times]] = {name: [] for name in PLUGINS}
-    for _ in range(args.rounds):
-        for name, plugins in PLUGINS.items():
-            times, report = run(args, plugins)
-            rounds[name].append(times)
-            if report is not None and report["fallbacks"]:
-                sys.exit(report["text"])
-    print(table(rounds))
-    print(report["text"] if report is not None else "")
+    processes = {name: Process(args, plugins) for name, plugins in PLUGINS.items()}
+    waiting = [process for process in processes.values() if process.runs_to_its_next_turn()]
+    while waiting:
+        waiting = [process for process in waiting if process.take_turn()]
+    print(table({name: process.times for name, process in processes.items()}))
+    report = processes["with xgdn"].report
+    assert report is not None
+    print(report["text"])
+    if report["fallbacks"]:
+        sys.exit("calls were left to vLLM")
 
 
 if __name__ == "__main__":

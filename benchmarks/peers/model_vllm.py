@@ -5,13 +5,21 @@ plugin that VLLM_PLUGINS names, by vllm_plugin.py.
     python model_vllm.py MODEL THREADS PROMPT_TOKENS STEPS REPETITIONS BATCH,.. PROMPT,..
 
 The engine is stepped in this process, without its server and without a tokenizer; recurrent states are float32.
-VLLM_EAGER=1 leaves torch.compile out.
+VLLM_EAGER=1 leaves torch.compile out. With TAKES_TURNS=1 each step and each prompt waits for a line on standard input,
+after it has printed one of kind "turn".
 """
 
 import json
 import os
 import sys
 import time
+
+
+def take_turn() -> None:
+    if os.environ.get("TAKES_TURNS") == "1":
+        print(json.dumps({"kind": "turn"}), flush=True)
+        if not sys.stdin.readline():
+            sys.exit("nobody gives turns")
 
 
 def main() -> None:
@@ -47,6 +55,7 @@ def main() -> None:
             engine.add_request(f"{batch}-{i}", {"prompt_token_ids": prompt.tolist()}, sampling)
         times = []
         while engine.has_unfinished_requests():
+            take_turn()
             start = time.perf_counter()
             outputs = engine.step()
             elapsed = 1e3 * (time.perf_counter() - start)
@@ -59,6 +68,7 @@ def main() -> None:
         for i in range(1 + repetitions):
             prompt = torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(i))
             engine.add_request(f"prompt-{length}-{i}", {"prompt_token_ids": prompt.tolist()}, one_token)
+            take_turn()
             start = time.perf_counter()
             while engine.has_unfinished_requests():
                 engine.step()

@@ -296,6 +296,13 @@ def test_refusals(
     assert vllm.registry == before
 
 
+def test_a_range_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_plugin, "OLDEST", (0, 31))
+    assert vllm_plugin._why_not_version("0.31.2") is None
+    assert vllm_plugin._why_not_version("0.32.0+cpu") is None
+    assert vllm_plugin._why_not_version("0.30.9") == "vllm: expected version 0.31 to 0.32, got 0.30.9"
+
+
 @pytest.mark.parametrize("missing", ["layer", "registry"])
 def test_names_that_are_gone(missing: str, vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "xgdn")

@@ -8,6 +8,7 @@ which of the prompts continue. Pools are read and written where they are.
 vLLM's CPU kernels keep a state in the same slot as `[HV, K, V]`, so that a layer is always served or never.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -74,11 +75,13 @@ def attend(layer: Any, qkvz: Tensor, ba: Tensor, metadata: Any) -> Tensor:
     return o
 
 
-class _Prompts(NamedTuple):
+@dataclass
+class _Prompts:
     cu_seqlens: Tensor
     slots: Tensor
     has_initial_state: Tensor
     chunk: ops.ChunkMetadata
+    convolved: Tensor | None = None  # memory for [q | k | v], which one layer after another uses
 
 
 class _Batch(NamedTuple):
@@ -136,6 +139,8 @@ def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tenso
     HV, V, K = state.shape[1:]
     qkv, z = torch.split(qkvz, [qkvz.shape[1] - HV * V, HV * V], dim=1)
     b, a = torch.split(ba, HV, dim=1)
+    if prompts.convolved is None or prompts.convolved.shape != qkv.shape:
+        prompts.convolved = qkv.new_empty(qkv.shape)
     mixed = ops.causal_conv1d(
         qkv,
         _conv_weight(layer),
@@ -144,11 +149,12 @@ def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tenso
         state_indices=prompts.slots,
         bias=layer.conv1d.bias,
         has_initial_state=prompts.has_initial_state,
+        out=prompts.convolved,
     )
     g, beta = ops.gdn_gating(a, b, layer.A_log, layer.dt_bias)
     heads, v = torch.split(mixed, [mixed.shape[1] - HV * V, HV * V], dim=1)
     q, k = heads.view(len(heads), 2, -1, K).unbind(1)
-    o = ops.chunk_gated_delta_rule(
+    ops.chunk_gated_delta_rule(
         q,
         k,
         v.view(-1, HV, V),
@@ -160,8 +166,9 @@ def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tenso
         chunk=prompts.chunk,
         has_initial_state=prompts.has_initial_state,
         may_have_padding=False,
+        out=out,
     )
-    ops.rms_norm_gated(o, z.view(-1, HV, V), layer.norm.weight, eps=layer.norm.eps, out=out)
+    ops.rms_norm_gated(out, z.view(-1, HV, V), layer.norm.weight, eps=layer.norm.eps, out=out)
 
 
 def _conv_weight(layer: Any) -> Tensor:
