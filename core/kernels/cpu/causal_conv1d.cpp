@@ -18,7 +18,8 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr int64_t kTokens = 32;  // tokens widened at once: 32 KiB of a block
+constexpr int64_t kTokens = 32;      // tokens widened at once: 32 KiB of a block
+constexpr int64_t kTokensAhead = 4;  // that are on their way while one is computed
 constexpr size_t kConvScratch = kConvBlock * (kMaxTaps + 1 + kMaxHistory + kMaxHistory + kTokens + 1);
 
 // The slot's rows become entries first, first + 1, ... of [history | inputs].
@@ -41,6 +42,14 @@ void copy_slot(const CausalConv1dArgs& args, const ConvBlock& b, int32_t from, i
   for (int64_t r = 0; r < args.R; ++r) {
     std::memcpy(state_row(args, b, to, r), state_row(args, b, from, r), b.count * size_of(args.conv_state.dtype));
   }
+}
+
+// A token's channels lie a row apart from the next one's, on a page of their own.
+void prefetch_token(const CausalConv1dArgs& args, const ConvBlock& b, int64_t token) {
+  const auto count = static_cast<size_t>(b.count);
+  prefetch(channel(args.x.at(token, 0), args.x.dtype, b.first), count * static_cast<size_t>(size_of(args.x.dtype)));
+  prefetch</*kIsWritten=*/1>(channel(args.out.at(token, 0), args.out.dtype, b.first),
+                             count * static_cast<size_t>(size_of(args.out.dtype)));
 }
 
 void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
@@ -78,6 +87,7 @@ void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
     const int64_t count = std::min(kTokens, len - chunk);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t token = begin + chunk + t;
+      if (chunk + t + kTokensAhead < len) prefetch_token(args, b, token + kTokensAhead);
       load_input(args, b, token, row(b.window, history + t));
       convolve(args, b, row(b.window, t));
       store_row(args.out.dtype, b.out, b.count, out_channels(token));
