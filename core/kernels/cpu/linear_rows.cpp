@@ -27,8 +27,9 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr size_t kSumsAtOnce = 12;  // what 16 registers leave room for
-inline constexpr size_t kFoldedRows = 16;  // whose lanes are summed at once
+inline constexpr size_t kSumsAtOnce = 12;     // what 16 registers leave room for
+inline constexpr size_t kFoldedRows = 16;     // whose lanes are summed at once
+inline constexpr int64_t kTokensInOrder = 2;  // at most, for which weights are read in the order of memory
 
 // The next block of weights, brought to the second-level cache while one is multiplied: with each group of tokens a
 // share of it, as many lines at once as keep pace.
