@@ -100,7 +100,7 @@ def main() -> None:
     report = processes["with xgdn"].report
     assert report is not None
     print(report["text"])
-    if report["fallbacks"]:
+    if report["fallbacks"] or not report["served"]:
         sys.exit("calls were left to vLLM")
 
 

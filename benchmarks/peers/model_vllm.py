@@ -78,7 +78,10 @@ def main() -> None:
         import xgdn
 
         report = xgdn.report()
-        print(json.dumps({"kind": "report", "fallbacks": report.fallbacks, "text": str(report)}), flush=True)
+        print(
+            json.dumps({"kind": "report", "served": report.served, "fallbacks": report.fallbacks, "text": str(report)}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

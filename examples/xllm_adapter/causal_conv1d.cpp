@@ -125,11 +125,15 @@ at::Tensor causal_conv1d_update(CausalConv1dUpdateParams& params) {
   expect<UnsupportedError>(!params.initial_state_mode, op, "initial_state_mode", "none", "a tensor");
   const at::Tensor x = rows_of(params.x);
   const int64_t length = params.x.dim() == 3 ? params.x.size(1) : std::max(params.max_query_len, 1);
-  const Sequences sequences = params.query_start_loc ? sequences_at(*params.query_start_loc, x.size(0))
-                                                     : equal_sequences(x.size(0) / length, length, x.device());
+  const int64_t num = params.x.dim() == 3 ? params.x.size(0) : x.size(0) / length;
+  expect<::xgdn::ShapeError>(params.query_start_loc || num * length == x.size(0), op, "max_query_len",
+                             c10::str("a divisor of T=", x.size(0), " (set by x)"), length);
+  const Sequences sequences = params.query_start_loc ? decoded_sequences_at(*params.query_start_loc, x.size(0))
+                                                     : equal_sequences(num, length, x.device());
   const at::Tensor slots = params.conv_state_indices ? i32(*params.conv_state_indices)
                                                      : at::arange(sequences.num(), x.options().dtype(at::kInt));
   const at::Tensor output = at::empty_like(x, at::MemoryFormat::Contiguous);
+  if (x.size(0) == 0) return output.view(params.x.sizes());
   ops::causal_conv1d_update(
       {.x = x,
        .weight = taps_of(params.weight),

@@ -68,8 +68,7 @@ at::Tensor slot_table(const at::Tensor& token_slots, const Sequences& sequences)
 template <class Params>
 Sequences sequences_of_prefill(const Params& params) {
   const int64_t batch = params.v.size(0), length = params.v.size(1);
-  return params.cu_seqlens ? sequences_at(*params.cu_seqlens, batch * length)
-                           : equal_sequences(batch, length, params.v.device());
+  return params.cu_seqlens ? sequences_at(*params.cu_seqlens) : equal_sequences(batch, length, params.v.device());
 }
 
 // A prefill from states [N, HV, K, V] to such states.
@@ -151,7 +150,7 @@ at::Tensor recurrent_gated_delta_rule(const at::Tensor& query, const at::Tensor&
 at::Tensor fused_sigmoid_gating_delta_rule_update(FusedSigmoidGatingDeltaRuleUpdateParams& params) {
   expect_model_gates(params);
   const at::Tensor v = heads_of(params.v), a = gates_of(params.a);
-  const Sequences sequences = sequences_at(params.cu_seqlens, v.size(0));
+  const Sequences sequences = decoded_sequences_at(params.cu_seqlens, v.size(0));
   const at::Tensor g = at::empty(a.sizes(), a.options().dtype(at::kFloat));
   const at::Tensor beta = at::empty_like(g);
   ops::gdn_gating(
@@ -179,7 +178,7 @@ std::pair<at::Tensor, at::Tensor> fused_recurrent_gated_delta_rule(FusedRecurren
   expect<UnsupportedError>(params.initial_state && params.inplace_final_state, op, "initial_state",
                            "a pool, updated in place", params.initial_state ? "states to copy" : "none");
   const at::Tensor v = heads_of(params.v);
-  const Sequences sequences = params.cu_seqlens ? sequences_at(*params.cu_seqlens, v.size(0))
+  const Sequences sequences = params.cu_seqlens ? decoded_sequences_at(*params.cu_seqlens, v.size(0))
                                                 : equal_sequences(params.v.size(0), params.v.size(1), v.device());
   const at::Tensor slots =
       params.ssm_state_indices ? *params.ssm_state_indices : at::arange(sequences.num(), v.options().dtype(at::kInt));

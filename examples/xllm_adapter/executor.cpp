@@ -87,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor> chunk_gated_delta_rule(const at::Tensor& q, c
                                                           const at::Tensor& initial_state, const at::Tensor& cu_seqlens,
                                                           const std::string& backend) {
   const at::Tensor states = initial_state.clone(at::MemoryFormat::Contiguous);
-  const Sequences sequences = sequences_at(cu_seqlens, q.size(0));
+  const Sequences sequences = sequences_at(cu_seqlens);
   return {prefill({.q = q, .k = k, .v = v, .g = g, .beta = beta, .backend = backend}, states, sequences), states};
 }
 

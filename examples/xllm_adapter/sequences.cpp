@@ -23,14 +23,17 @@ std::vector<int64_t> Sequences::lengths() const {
   return {.cu_seqlens = at::tensor(offsets, at::kInt), .max_len = max_len()};
 }
 
-Sequences sequences_at(const at::Tensor& cu_seqlens, int64_t num_tokens) {
+Sequences decoded_sequences_at(const at::Tensor& cu_seqlens, int64_t num_tokens) {
+  if (cu_seqlens.is_cpu() || cu_seqlens.numel() != num_tokens + 1) return sequences_at(cu_seqlens);
+  Sequences s{.cu_seqlens = i32(cu_seqlens), .offsets = {}};
+  for (int32_t t = 0; t <= num_tokens; ++t) s.offsets.push_back(t);
+  return s;
+}
+
+Sequences sequences_at(const at::Tensor& cu_seqlens) {
   expect<::xgdn::ShapeError>(cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0, "sequences", "cu_seqlens", "[N+1]",
                              cu_seqlens.sizes());
   Sequences s{.cu_seqlens = i32(cu_seqlens), .offsets = {}};
-  if (!cu_seqlens.is_cpu() && cu_seqlens.numel() == num_tokens + 1) {
-    for (int32_t t = 0; t <= num_tokens; ++t) s.offsets.push_back(t);
-    return s;
-  }
   const at::Tensor host = s.cu_seqlens.cpu();
   s.offsets.assign(host.const_data_ptr<int32_t>(), host.const_data_ptr<int32_t>() + host.numel());
   return s;

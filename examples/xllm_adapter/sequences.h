@@ -31,9 +31,12 @@ struct Sequences {
   ::xgdn::kernel::HostFacts host() const;
 };
 
-/// From offsets on the device of the tokens, in any integer type. On the host they are read there. On a device T
-/// sequences are one token each; others are copied to the host.
-Sequences sequences_at(const at::Tensor& cu_seqlens, int64_t num_tokens);
+/// From offsets on the device of the tokens, in any integer type, which are copied to the host where they are not
+/// there.
+Sequences sequences_at(const at::Tensor& cu_seqlens);
+
+/// The same of sequences that are decoded: on a device, as many as tokens are one token each, and nothing is copied.
+Sequences decoded_sequences_at(const at::Tensor& cu_seqlens, int64_t num_tokens);
 
 /// N sequences of `length` tokens each.
 Sequences equal_sequences(int64_t num, int64_t length, at::Device device);

@@ -30,12 +30,12 @@ prepare_emulation() {
   work="$(realpath "$1")/ascend"
   site="$work/site-$torch_npu_version"
   (
-    flock 9
+    flock 9 || exit 1
     if [[ ! -d "$site" ]]; then
       rm -rf "$site.part"
       quietly "$work/install.log" \
         python -m pip install --no-deps --target "$site.part" "torch_npu==$torch_npu_version"
-      mv "$site.part" "$site"
+      mv "$site.part" "$site" || exit 1
     fi
     quietly "$work/configure.log" cmake -S tests/ascend/emulated_cann -B "$work/cann" -G Ninja \
       -DCMAKE_BUILD_TYPE=Release \

@@ -223,6 +223,20 @@ def test_what_would_change_the_result_is_refused() -> None:
         kernel.target_verify(*verify, **x.pools, retrieve_parent_token=some)
     with pytest.raises(UnsupportedError, match=r"target_verify\] intermediate_states_buffer.*expected two tensors"):
         kernel.target_verify(*verify, **x.pools)
+    rows = torch.zeros(1, dtype=torch.int32)
+    for buffer, steps, words in (
+        (torch.zeros(2, 1, HV, V, K), 2, "cache_steps: expected 1 to the 1 of the buffer, got 2"),
+        (torch.zeros(2, 1, HV, V, K), 0, "cache_steps: expected 1 to the 1 of the buffer, got 0"),
+        (
+            torch.zeros(5 * HV * V * K).as_strided((2, 2, HV, V, K), (2 * HV * V * K + 8, HV * V * K, V * K, K, 1)),
+            1,
+            "strides",
+        ),
+    ):
+        drafts = {"intermediate_states_buffer": buffer, "intermediate_state_indices": rows, "cache_steps": steps}
+        with pytest.raises(UnsupportedError, match=rf"target_verify\] .*{words}"):
+            kernel.target_verify(*verify, **x.pools, **drafts)
+        assert not buffer.any()
     for name in ("track_state", "track_chunk_idx", "state_checkpoint_cu_starts"):
         with _refused(rf"extend\] {name}"):
             kernel.extend(x.q, x.k, x.v, x.a, x.b, **x.pools, **{name: some})

@@ -553,6 +553,7 @@ def test_layers_and_caches_of_an_unknown_kind(changed: str, monkeypatch: pytest.
 
 
 def test_what_another_put_there_since_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling, CONV, getattr(modeling, CONV))  # what is put back in the end
     xgdn.patch_transformers()
     monkeypatch.setattr(modeling, CONV, len)
     xgdn.unpatch_transformers()

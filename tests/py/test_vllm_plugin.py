@@ -268,7 +268,7 @@ REFUSALS: dict[str, Any] = {
     "vllm: expected version 0.32, got 0.9.2": lambda vllm: setattr(vllm, "version", "0.9.2"),
     "vllm: expected version 0.32, got 1.32.0": lambda vllm: setattr(vllm, "version", "1.32.0"),
     "vllm: expected version 0.32, got dev": lambda vllm: setattr(vllm, "version", "dev"),
-    "platform: expected vLLM on a CPU, got another": lambda vllm: setattr(vllm, "is_cpu", False),
+    "platform: expected vLLM on a CPU, got cuda": lambda vllm: setattr(vllm, "is_cpu", False),
     f"vllm 0.32.0: expected {LAYER}.fix_query_key_value_ordering, got none": without("fix_query_key_value_ordering"),
     f"{LAYER}: expected vLLM's own class, got theirs.TheirLayer of another plugin": of_another_plugin,
 }
@@ -303,14 +303,20 @@ def test_a_range_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vllm_plugin._why_not_version("0.30.9") == "vllm: expected version 0.31 to 0.32, got 0.30.9"
 
 
-@pytest.mark.parametrize("missing", ["layer", "registry"])
+@pytest.mark.parametrize("missing", ["layer", "registry", "module"])
 def test_names_that_are_gone(missing: str, vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "xgdn")
     if missing == "layer":
         monkeypatch.delattr(sys.modules[LAYERS], LAYER)
-    else:
+    elif missing == "registry":
         monkeypatch.delattr(sys.modules["vllm.model_executor.custom_op"], "op_registry_oot")
-    words = f"expected {LAYERS}.{LAYER}, got none" if missing == "layer" else "expected a registry of layers"
+    else:
+        monkeypatch.setitem(sys.modules, LAYERS, None)
+    words = {
+        "layer": f"expected {LAYERS}.{LAYER}, got none",
+        "registry": "expected vllm.model_executor.custom_op.op_registry_oot",
+        "module": f"expected {LAYERS}, got import of {LAYERS} halted",
+    }[missing]
     with pytest.raises(xgdn.errors.UnsupportedError, match=words):
         vllm_plugin.register()
     assert vllm.registry == {}

@@ -57,7 +57,7 @@ class StandIn:
         custom_op = "vllm.model_executor.custom_op"
         modules: dict[str, dict[str, Any]] = {
             "vllm": {"__version__": self.version},
-            "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: self.is_cpu)},
+            "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: self.is_cpu, device_type="cuda")},
             "vllm.forward_context": {"get_forward_context": lambda: self.context},
             custom_op: {"op_registry_oot": self.registry, "PluggableLayer": self.layer_class.__bases__[0]},
             LAYERS: {LAYER: self.layer_class},

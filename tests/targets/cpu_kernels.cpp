@@ -822,17 +822,17 @@ Numbers run_product(const std::string& name, Call args, DType out_dtype, int64_t
 }
 
 // All tokens at once, and each by itself with the same bits. Rows of x, weight and out lie apart.
-void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias, const LinearKernel& kernel) {
-  constexpr int64_t kGap = 2;
-  const int64_t width = O + kGap;
+void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias, const LinearKernel& kernel,
+                 int64_t gap = 2) {
+  const int64_t width = O + gap;
   const std::string name = "linear, T=" + std::to_string(T) + ", O=" + std::to_string(O);
-  const Numbers x = Numbers::random(DType::kBFloat16, T * (D + kGap));
-  Numbers weight = Numbers::random(DType::kBFloat16, O * (D + kGap));
+  const Numbers x = Numbers::random(DType::kBFloat16, T * (D + gap));
+  Numbers weight = Numbers::random(DType::kBFloat16, O * (D + gap));
   const Numbers bias = Numbers::random(DType::kBFloat16, O, 10.0f);
   LinearCall args;
   args.T = T, args.D = D, args.O = O;
-  args.x = x.in(D + kGap, 0);
-  args.weight = static_cast<const uint16_t*>(weight.data()), args.weight_stride = D + kGap;
+  args.x = x.in(D + gap, 0);
+  args.weight = static_cast<const uint16_t*>(weight.data()), args.weight_stride = D + gap;
   if (has_bias) args.bias = bias.in(0, 1);
   const Numbers out = run_product(name, args, out_dtype, width, kernel);
 
@@ -841,7 +841,7 @@ void test_linear(int64_t T, int64_t D, int64_t O, DType out_dtype, bool has_bias
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t o = 0; o < O; ++o) {
       double sum = has_bias ? bias[o] : 0;
-      for (int64_t i = 0; i < D; ++i) sum += x[t * (D + kGap) + i] * weight[o * (D + kGap) + i];
+      for (int64_t i = 0; i < D; ++i) sum += x[t * (D + gap) + i] * weight[o * (D + gap) + i];
       want.push_back(sum);
       inside.set(t * O + o, static_cast<float>(out[t * width + o]));
     }
@@ -858,6 +858,18 @@ void test_linear_with(const LinearKernel& kernel) {
   }
   test_linear(/*T=*/257, /*D=*/544, /*O=*/144, DType::kBFloat16, /*has_bias=*/true, kernel);
   test_linear(/*T=*/13, /*D=*/2080, /*O=*/48, DType::kFloat32, /*has_bias=*/false, kernel);  // several pieces of D
+}
+
+// Any number of outputs, weights without gaps, and few tokens of a D that a cache does not hold.
+void test_linear_by_rows(const LinearKernel& kernel) {
+  test_linear_with(kernel);
+  for (const int64_t T : {1, 2, 5, 9}) {
+    for (const int64_t O : {41, 200})
+      test_linear(T, /*D=*/96, O, DType::kFloat32, /*has_bias=*/true, kernel, /*gap=*/0);
+  }
+  for (const int64_t T : {1, 2}) {
+    for (const int64_t D : {4128, 8224}) test_linear(T, D, /*O=*/35, DType::kFloat32, /*has_bias=*/false, kernel);
+  }
 }
 
 // A weight [O, D] in 8 or 4 bits as kernels read it, and its values.
@@ -1163,7 +1175,7 @@ void test_target(int64_t target) {
     }
   }
   test_quantized_linears();
-  test_linear_with(linear_by_widened_rows);
+  test_linear_by_rows(linear_by_widened_rows);
   const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;
   for (const int64_t T : {1, 7, 45}) {
     for (const Codes a : {Codes::kInt8, Codes::kInt4, Codes::kFloat8}) {
@@ -1177,8 +1189,8 @@ void test_target(int64_t target) {
     if (has_pairs) test_experts(T, bfloat16_products(), /*is_paired=*/false);
   }
   if (has_pairs) {
-    test_linear_with(linear_by_paired_rows);
-    test_linear_with(linear_by_paired_rows_in_place);
+    test_linear_by_rows(linear_by_paired_rows);
+    test_linear_by_rows(linear_by_paired_rows_in_place);
   }
   for (const BFloat16Products* products : {&kPlainProducts, bfloat16_products()}) {
     if (products != nullptr) {

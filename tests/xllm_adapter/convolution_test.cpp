@@ -106,6 +106,21 @@ TEST(XllmCausalConv1dUpdate, RefusesWhatItCannotServe) {
   params.conv_state_indices.reset();
   params.initial_state_mode = i32({1});
   expect_error<UnsupportedError>([&] { gdn::causal_conv1d_update(params); }, {"initial_state_mode"});
+  params.initial_state_mode.reset();
+  params.x = at::zeros({5, kD});
+  params.max_query_len = 2;
+  expect_error<ShapeError>([&] { gdn::causal_conv1d_update(params); }, {"max_query_len", "T=5", "got 2"});
+}
+
+TEST(XllmCausalConv1dUpdate, TakesSequencesWithoutTokens) {
+  const Types t = types().front();
+  const at::Tensor pool = normal({2, kHistory, kD}, t.tokens), state = on_device(pool.clone());
+  xllm::kernel::CausalConv1dUpdateParams params{.x = on_device(normal({2, 0, kD}, t.tokens)),
+                                                .conv_state = state,
+                                                .weight = on_device(normal({kW, kD}, t.tokens))};
+  const at::Tensor out = gdn::causal_conv1d_update(params);
+  EXPECT_EQ(out.sizes(), params.x.sizes());
+  EXPECT_TRUE(same_bits(state.cpu(), pool));
 }
 
 }  // namespace

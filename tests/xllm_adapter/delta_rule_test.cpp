@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The adapter's delta rules, gates and norms against float64 as xLLM's C++ layer calls them.
+#include <cmath>
+#include <functional>
+
 #include "ops_api.h"
 #include "tests/cpp/support/expect_error.h"
 #include "tests/xllm_adapter/device.h"
@@ -89,17 +92,17 @@ TEST(XllmRecurrentRule, TakesGatesForGranted) {
   x.g.zero_();
   x.beta.fill_(1);
   const at::Tensor before = normal({2, kHV, x.V, x.K}, t.states);
-  at::Tensor state = on_device(before);
+  at::Tensor state = on_device(before.clone());
   const at::Tensor q = unit(x.q).to(t.tokens), k = unit(x.k).to(t.tokens);
   const at::Tensor out = gdn::recurrent_gated_delta_rule(
       on_device(q), on_device(k), on_device(x.v), state, std::nullopt, 1.0, on_device(i32({0, 1, 1})),
       on_device(i32({1, 0})), std::nullopt, std::nullopt, std::nullopt);
-  for (int64_t n = 0; n < 2; ++n)
-    expect_close(out[n],
-                 token_rule(q.narrow(0, n, 1), k.narrow(0, n, 1), x.v.narrow(0, n, 1), x.g.narrow(0, n, 1),
-                            x.beta.narrow(0, n, 1), before[1 - n], 1.0)
-                     .first[0],
-                 t.bound, "outputs");
+  for (int64_t n = 0; n < 2; ++n) {
+    const auto [want, states] = token_rule(q.narrow(0, n, 1), k.narrow(0, n, 1), x.v.narrow(0, n, 1),
+                                           x.g.narrow(0, n, 1), x.beta.narrow(0, n, 1), before[1 - n], 1.0);
+    expect_close(out[n], want[0], t.bound, "outputs");
+    expect_close(state[1 - n], states[1], t.bound, "states");
+  }
 }
 
 TEST(XllmRecurrentRule, RefusesWhatItCannotServe) {

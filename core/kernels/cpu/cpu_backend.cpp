@@ -168,8 +168,9 @@ cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
 // Without tiles. One token costs a pass over the weights, where products of panels would cost what 16 tokens do.
 void run_rows(const LinearParams& p, const LinearShape& s) {
   constexpr int64_t kTokensInPlace = 2;  // they compete for no sets of a cache
-  constexpr int64_t kMostTokens = 256;   // more are split among the threads too
+  constexpr int64_t kMostTokens = 511;   // more are split among the threads too
   constexpr int64_t kRangesPerThread = 4;
+  constexpr int64_t kMostItems = 8;  // of a range, at which weights are read at full speed
   cpu::LinearRowsArgs args = {linear_call(p, s)};
   const bool has_pairs = cpu::bfloat16_products() != nullptr, is_staged = !has_pairs || s.T > kTokensInPlace;
   const at::Tensor staged = allocate_temporary({is_staged ? s.T : 0, cpu::staged_stride(s.D)},
@@ -184,11 +185,11 @@ void run_rows(const LinearParams& p, const LinearShape& s) {
   }
   if (s.T > kMostTokens) {
     return parallel_products(args, cpu::kLinearRowsPair, [](const auto& part, int64_t begin, int64_t end) {
-      cpu::linear_rows(part, begin, end, end);
+      cpu::linear_rows(part, begin, end, cpu::num_work_items(part));
     });
   }
   const int64_t threads = threads_for(std::max<int64_t>(s.T, 1) * s.D * s.O), items = cpu::num_work_items(args);
-  const int64_t range = std::clamp<int64_t>(items / (kRangesPerThread * threads), 1, cpu::kLinearRowsRange);
+  const int64_t range = std::clamp<int64_t>(items / (kRangesPerThread * threads), 1, kMostItems);
   cpu::parallel_ahead(threads, (items + range - 1) / range, [&](int64_t index, int64_t next) {
     cpu::linear_rows(args, index * range, std::min((index + 1) * range, items), next * range);
   });

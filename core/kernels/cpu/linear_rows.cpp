@@ -6,8 +6,9 @@
 //   O    | weight  |   3 tokens -> lanes. Their sums stay in registers: weights are widened once for all tokens, a
 //        +---------+   token's vector is loaded once for all outputs. The piece of the tokens stays in the first-level
 //        +---------+   cache, the block of weights in the second. Weights come from memory once, while the block before
-//   T    | tokens  |   is multiplied: each group of tokens fetches a share of them, so that memory never rests.
-//        +---------+   Rounding: weights and tokens are widened exactly; sums are f32: of every lane in ascending D,
+//   T    | tokens  |   is multiplied: each group of tokens fetches a share of them, so that memory never rests; for
+//        +---------+   one or two tokens row by row, without a word about it (is_in_order).
+//                      Rounding: weights and tokens are widened exactly; sums are f32: of every lane in ascending D,
 //                      the even element of a pair before the odd one, then over the lanes, whatever tokens are beside
 //                      it; the bias is added in f32; out is rounded once.
 //
@@ -35,7 +36,7 @@ inline constexpr int64_t kTokensInOrder = 2;  // at most, for which weights are 
 // share of it, as many lines at once as keep pace.
 class Ahead {
  public:
-  /// `next` is a block of so many bytes; of `num_tokens` tokens from `token` on.
+  /// Fetches the share of `next`, so many bytes, that falls to `num_tokens` of T tokens from `token` on.
   Ahead(const uint16_t* next, size_t bytes, int64_t token, int64_t num_tokens, int64_t T) {
     const size_t lines = (bytes + kLine - 1) / kLine;
     const auto line = [&](int64_t t) { return reinterpret_cast<const char*>(next) + lines * t / T * kLine; };
@@ -158,7 +159,7 @@ HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_str
 struct WidenedRows {
   static constexpr size_t kTokensAtOnce = HWY_NAMESPACE::kTokensAtOnce;
   static constexpr size_t kTokenElements = 6144;  // of the tokens at once: 24 KiB
-  static constexpr size_t kOutputsAtOnce(size_t tokens) { return tokens > 3 ? 2 : 4; }
+  static constexpr size_t outputs_at_once(size_t tokens) { return tokens > 3 ? 2 : 4; }
 
   static int64_t token_stride(const LinearRowsArgs& args) { return staged_stride(args.D); }
   static const float* tokens(const LinearRowsArgs& args, int64_t token) {
@@ -190,7 +191,7 @@ HWY_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
 struct PairedRows {
   static constexpr size_t kTokensAtOnce = 8;
   static constexpr size_t kTokenElements = 8192;  // of the tokens at once: 16 KiB
-  static constexpr size_t kOutputsAtOnce(size_t tokens) { return tokens > 6 ? 3 : 4; }
+  static constexpr size_t outputs_at_once(size_t tokens) { return tokens > 6 ? 3 : 4; }
 
   static int64_t token_stride(const LinearRowsArgs& args) {
     return args.copied != nullptr ? staged_stride(args.D) : args.x.token_stride;
@@ -294,7 +295,9 @@ void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, Ahead 
 // two thirds of the time.
 template <class Rows>
 bool is_in_order(const LinearRowsArgs& args) {
-  return args.T <= kTokensInOrder && static_cast<size_t>(args.T * args.D) <= Rows::kTokenElements;
+  constexpr size_t kFewLanes = 4;  // of which one chain of additions is slower than memory
+  return hn::Lanes(F32()) > kFewLanes && args.T <= kTokensInOrder &&
+         static_cast<size_t>(args.T * args.D) <= Rows::kTokenElements;
 }
 
 // Blocks of outputs from `output` on, the weights of each while the one before is multiplied.
@@ -306,16 +309,17 @@ void multiply_rows(const LinearRowsArgs& args, int64_t output, int64_t end_outpu
   for (int64_t next; output < end_output; output = next) {
     next = std::min(output + kOutputs, end_output);
     const int64_t fetched = next < end_output ? next : following;
-    const int64_t count = is_fetched ? std::clamp<int64_t>(args.O - fetched, 0, next - output) : 0;
+    const int64_t count = is_fetched ? std::clamp<int64_t>(args.O - fetched, 0, kOutputs) : 0;
     const auto bytes = static_cast<size_t>(count * args.D) * sizeof(uint16_t);
+    const uint16_t* ahead_of = count > 0 ? args.weight + fetched * args.D : args.weight;
     multiply_block_outputs<Rows::kTokensAtOnce>(
         args, output, static_cast<size_t>(next - output), [&](const OutputBlock& block, int64_t num_tokens) {
-          const Ahead ahead(args.weight + fetched * args.D, bytes, block.token, num_tokens, args.T);
+          const Ahead ahead(ahead_of, bytes, block.token, num_tokens, args.T);
           with_count<Rows::kTokensAtOnce>(num_tokens, [&]<size_t kTokens>() {
             if constexpr (kTokens <= kTokensInOrder) {
               if (in_order) return multiply_block<Rows, kTokens, 1>(args, block, ahead, sums);
             }
-            multiply_block<Rows, kTokens, Rows::kOutputsAtOnce(kTokens)>(args, block, ahead, sums);
+            multiply_block<Rows, kTokens, Rows::outputs_at_once(kTokens)>(args, block, ahead, sums);
           });
         });
   }

@@ -11,7 +11,7 @@ namespace xgdn::kernel::cpu {
 /// Tokens are staged: widened to f32, or, for AVX512-BF16, which multiplies pairs of bf16 as they lie, copied. There x
 /// itself can be multiplied too.
 struct LinearRowsArgs : LinearCall {
-  float* widened = nullptr;    // [T, staged_stride(D)], 64-byte aligned
+  float* widened = nullptr;    // [T, staged_stride(D)], at best 64-byte aligned
   uint16_t* copied = nullptr;  // the same
 };
 
@@ -23,7 +23,6 @@ inline int64_t staged_stride(int64_t D) {
 
 inline constexpr int64_t kLinearRowsStep = 16;  // outputs of a work item
 inline constexpr int64_t kLinearRowsPair = 2;   // work items that are multiplied at once, if a call has them
-inline constexpr int64_t kLinearRowsRange = 8;  // work items at which a call reads weights at full speed
 
 inline int64_t num_work_items(const LinearRowsArgs& args) {
   return (args.O + kLinearRowsStep - 1) / kLinearRowsStep;
@@ -40,8 +39,7 @@ inline LinearRowsArgs of_tokens(LinearRowsArgs args, int64_t begin, int64_t coun
 /// Fills `widened`, in the order in which the weights are read, or `copied`.
 void stage_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token);
 
-/// Computes outputs for all tokens, and brings the weights of the item that the thread takes next, if there is one, to
-/// the second-level cache.
+/// Computes outputs for all tokens, and brings weights from `next_item` on, if there is one, to the second-level cache.
 void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item);
 
 }  // namespace xgdn::kernel::cpu

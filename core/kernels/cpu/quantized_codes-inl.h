@@ -133,9 +133,7 @@ struct IntegerCodes {
   static constexpr size_t kLaneBytes = 4;
   static constexpr size_t kStepDepth = 2;
   static constexpr int64_t kFewTokens = 12;
-  static constexpr bool kIsExact = true;
-
-  static HWY_INLINE VI zero() { return hn::Zero(I32()); }
+  static constexpr bool kIsExact = true;  // a group's sum
 
   static HWY_INLINE VI load(const uint8_t* p) { return hn::LoadU(I32(), reinterpret_cast<const int32_t*>(p)); }
 
@@ -231,8 +229,6 @@ struct Float8Codes {
   static constexpr size_t kStepDepth = 1;
   static constexpr int64_t kFewTokens = 6;
   static constexpr bool kIsExact = false;
-
-  static HWY_INLINE VF zero() { return hn::Zero(F32()); }
 
   using Words = hn::Rebind<uint16_t, F32>;
 

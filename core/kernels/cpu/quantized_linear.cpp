@@ -4,7 +4,8 @@
 //            D ->
 //        +---------+   panels of     Few tokens: block of 32 outputs -> up to 6 tokens -> two vectors of outputs ->
 //   O    | codes   |   16 outputs,   groups of D -> rows of a panel (2, 4 or 8 of D). Codes are unpacked where they are
-//        +---------+   interleaved   multiplied, in the order in which they lie, and fetched ahead.
+//        +---------+   interleaved   multiplied, in the order in which they lie, and fetched ahead;
+//                                  one token on vectors of 16: panel by panel, which processors fetch by themselves.
 //        +---------+                 Many: block -> up to 96 tokens -> two vectors of outputs -> some groups of D,
 //        which
 //   T    | tokens  |                 are unpacked without their zeros, 16 KiB that stay in L1 -> 6 tokens -> groups ->
@@ -286,7 +287,7 @@ HWY_INLINE void for_vectors(const QuantizedLinearArgs& args, const OutputBlock& 
 }
 
 // One token on a panel that is one vector: codes are read in the order of memory, which processors see and read ahead
-// of by themselves. Sums of integers are exact, so that two of them shorten the chain of additions.
+// of by themselves. Two sums shorten the chain of additions, which integers allow.
 template <class Format>
 void multiply_panel(const PackedWeights<Format>& weights, const Tokens<Format>& tokens, size_t rows,
                     float* HWY_RESTRICT sums) {
@@ -296,11 +297,11 @@ void multiply_panel(const PackedWeights<Format>& weights, const Tokens<Format>& 
   VF total = hn::Zero(d);
   for (size_t g = 0; g < tokens.groups; ++g) {
     auto even = weights.start_first(g, Format::of_group(tokens.sums, g));
-    auto odd = Format::zero();
+    auto odd = hn::Zero(I32());
     for (size_t row = 0; row < rows; ++row) {
       const auto step = [&]<size_t kStep>() HWY_ATTR {
         const auto w = PackedWeights<Format>::template load_step<kStep>(p);
-        auto& sum = kStep % 2 == 1 && Format::kIsExact ? odd : even;
+        auto& sum = kStep % 2 == 1 ? odd : even;
         sum = Format::add(sum, w, Format::broadcast(x + kStep * Format::kStepDepth));
       };
       step.template operator()<0>();
@@ -310,9 +311,8 @@ void multiply_panel(const PackedWeights<Format>& weights, const Tokens<Format>& 
       p += Format::kRowBytes;
       x += Format::kDepth;
     }
-    if constexpr (Format::kIsExact) even = hn::Add(even, odd);
     const VF factor = Format::token_scale(tokens.scales, g);
-    total = hn::MulAdd(Format::widen(even), hn::Mul(weights.first_scales(g), factor), total);
+    total = hn::MulAdd(Format::widen(hn::Add(even, odd)), hn::Mul(weights.first_scales(g), factor), total);
   }
   hn::Store(total, d, sums);
 }
@@ -324,10 +324,12 @@ void multiply_block(const QuantizedLinearArgs& args, const OutputBlock& block) {
   const Tokens<Format> tokens(args, block.token, 0);
   std::fill_n(block.sums, kTokens * kBlockOutputs, 0.0f);
   for_vectors<Format>(args, block, [&](const Outputs& first, const Outputs& second, float* sums) {
-    if (kTokens == 1 && hn::Lanes(F32()) == kPanelOutputs) {
-      multiply_panel(PackedWeights<Format>{args, first, first}, tokens, rows, sums);
-      multiply_panel(PackedWeights<Format>{args, second, second}, tokens, rows, sums + kPanelOutputs);
-      return;
+    if constexpr (kTokens == 1 && Format::kIsExact) {
+      if (hn::Lanes(F32()) == kPanelOutputs) {
+        multiply_panel(PackedWeights<Format>{args, first, first}, tokens, rows, sums);
+        if (second.codes == first.codes) return;
+        return multiply_panel(PackedWeights<Format>{args, second, second}, tokens, rows, sums + kPanelOutputs);
+      }
     }
     multiply<Format, kTokens>(PackedWeights<Format>{args, first, second}, tokens, tokens.groups, rows, sums);
   });

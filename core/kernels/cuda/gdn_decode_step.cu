@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, Plan::kResident) step_kernel(const _
                       own.place.row * (norm.weight.dtype == DType::kFloat32 ? 4 : 2));
       }
     }
-    if (slots.state != kNoSlot && static_cast<int>(threadIdx.x) < stages) {
+    if (slots.state != kNoSlot && static_cast<int>(threadIdx.x) < min(num_passes, kStages)) {
       const Place place = place_of(threadIdx.x * kPassRows);
       const int count = min(kPassRows, V - place.row);
       prefetch_row(state_rows(slots.state, place), static_cast<uint32_t>(count * kDim * sizeof(State)));

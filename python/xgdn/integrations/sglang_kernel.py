@@ -173,7 +173,17 @@ class GDNKernel:
         buffer_rows = intermediate_state_indices[:num_sequences].long()
         # Drafts of a row lie side by side; a row may have room for more than the buffer shows.
         buffer = intermediate_states_buffer
-        per_row = buffer.stride(0) // buffer.stride(1)
+        per_row, rest = divmod(buffer.stride(0), buffer.stride(1))
+        if rest != 0:
+            raise UnsupportedError(
+                "[sglang target_verify] intermediate_states_buffer: expected rows a whole number of drafts apart, got "
+                f"strides {buffer.stride()}"
+            )
+        if not 1 <= cache_steps <= buffer.shape[1]:
+            raise UnsupportedError(
+                f"[sglang target_verify] cache_steps: expected 1 to the {buffer.shape[1]} of the buffer, got "
+                f"{cache_steps}"
+            )
         pool = buffer.as_strided(
             ((buffer.shape[0] - 1) * per_row + buffer.shape[1], *buffer.shape[2:]), buffer.stride()[1:]
         )
@@ -230,8 +240,8 @@ def _refuse(function: str, options: dict[str, Any], *names: str) -> None:
 
 
 def _start_from(pool: Tensor, targets: Tensor, states: Tensor, slots: Tensor, is_given: Tensor) -> None:
-    """Copy `states[slots]` to `pool[targets]` where given, by code of one shape: other rows repeat the first given one,
-    and without any, a slot gets its own bits.
+    """Copy `states[slots]` to `pool[targets]` where given, without a shape that depends on values: a row of padding
+    repeats the copy of the first given one, and where all are padding, a slot is written with its own bits.
     """
     order = torch.arange(slots.shape[0], device=slots.device)
     source = torch.where(is_given, order, is_given.int().argmax())

@@ -59,10 +59,14 @@ def _install() -> str | None:
     vllm = importlib.import_module("vllm")
     if reason := _why_not_version(str(vllm.__version__)):
         return reason
-    if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
-        return "platform: expected vLLM on a CPU, got another"
-    custom_op = importlib.import_module("vllm.model_executor.custom_op")
-    layers = importlib.import_module(_LAYERS)
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if not platform.is_cpu():
+        return f"platform: expected vLLM on a CPU, got {platform.device_type}"
+    try:
+        custom_op = importlib.import_module("vllm.model_executor.custom_op")
+        layers = importlib.import_module(_LAYERS)
+    except ImportError as e:
+        return f"vllm {vllm.__version__}: expected {_LAYERS}, got {e}"
     if missing := _missing(custom_op, layers):
         return f"vllm {vllm.__version__}: expected {missing}, got none"
     registered = custom_op.op_registry_oot.get(_LAYER)
@@ -86,7 +90,7 @@ def _why_not_version(version: str) -> str | None:
 
 def _missing(custom_op: ModuleType, layers: ModuleType) -> str | None:
     if not hasattr(custom_op, "op_registry_oot") or not hasattr(custom_op, "PluggableLayer"):
-        return "a registry of layers from outside"
+        return "vllm.model_executor.custom_op.op_registry_oot and PluggableLayer"
     host = getattr(layers, _LAYER, None)
     if host is None:
         return f"{_LAYERS}.{_LAYER}"
