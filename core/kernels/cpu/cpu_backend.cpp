@@ -128,16 +128,17 @@ bool has_tiles(const LinearParams& p, const LinearShape& s) {
          p.out.stride(0) % 2 == 0;
 }
 
+constexpr int64_t kTokensOfPart = 256;  // for which a block of weights is loaded at least
+
 // Calls f(args, begin, end) for blocks of outputs, `neighbours` at once where they share loads; with too few of them
 // for the threads, one at once and for parts of the tokens. Threads take them as they come: with many of them one is
 // always disturbed, and the others would wait for it.
 template <class Args, class F>
 void parallel_products(const Args& args, int64_t neighbours, const F& f) {
   constexpr int64_t kItemsPerThread = 4;
-  constexpr int64_t kPart = 256;  // tokens for which a block of weights is loaded at least
   const int64_t threads = threads_for(std::max<int64_t>(args.T, 1) * args.D * args.O);
   const int64_t blocks = cpu::num_work_items(args);
-  const int64_t most_parts = std::max<int64_t>(args.T / kPart, 1);
+  const int64_t most_parts = std::max<int64_t>(args.T / kTokensOfPart, 1);
   if (threads > 1 && blocks / neighbours * most_parts < 2 * threads) neighbours = 1;
   const int64_t columns = (blocks + neighbours - 1) / neighbours;
   const int64_t wanted = threads == 1 ? 1 : (kItemsPerThread * threads + columns - 1) / columns;
@@ -168,7 +169,6 @@ cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
 // Without tiles. One token costs a pass over the weights, where products of panels would cost what 16 tokens do.
 void run_rows(const LinearParams& p, const LinearShape& s) {
   constexpr int64_t kTokensInPlace = 2;  // they compete for no sets of a cache
-  constexpr int64_t kMostTokens = 511;   // more are split among the threads too
   constexpr int64_t kRangesPerThread = 4;
   constexpr int64_t kMostItems = 8;  // of a range, at which weights are read at full speed
   cpu::LinearRowsArgs args = {linear_call(p, s)};
@@ -183,7 +183,7 @@ void run_rows(const LinearParams& p, const LinearShape& s) {
     }
     parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::stage_tokens(args, begin, end); });
   }
-  if (s.T > kMostTokens) {
+  if (s.T >= 2 * kTokensOfPart) {  // tokens, too, may be split among the threads
     return parallel_products(args, cpu::kLinearRowsPair, [](const auto& part, int64_t begin, int64_t end) {
       cpu::linear_rows(part, begin, end, cpu::num_work_items(part));
     });

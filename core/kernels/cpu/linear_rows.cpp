@@ -16,6 +16,9 @@
 // of 4 outputs for 6 tokens fit into 32 registers, or of 3 for 8. bf16 below 2^-126 counts as zero there.
 #include "core/kernels/cpu/linear_rows.h"
 
+#include <algorithm>
+#include <span>
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "core/kernels/cpu/linear_rows.cpp"
 #include "hwy/foreach_target.h"
@@ -36,10 +39,10 @@ inline constexpr int64_t kTokensInOrder = 2;  // at most, for which weights are 
 // share of it, as many lines at once as keep pace.
 class Ahead {
  public:
-  /// Fetches the share of `next`, so many bytes, that falls to `num_tokens` of T tokens from `token` on.
-  Ahead(const uint16_t* next, size_t bytes, int64_t token, int64_t num_tokens, int64_t T) {
-    const size_t lines = (bytes + kLine - 1) / kLine;
-    const auto line = [&](int64_t t) { return reinterpret_cast<const char*>(next) + lines * t / T * kLine; };
+  /// Fetches the share of `next` that falls to `num_tokens` of T tokens from `token` on.
+  Ahead(std::span<const uint16_t> next, int64_t token, int64_t num_tokens, int64_t T) {
+    const size_t lines = (next.size_bytes() + kLine - 1) / kLine;
+    const auto line = [&](int64_t t) { return reinterpret_cast<const char*>(next.data()) + lines * t / T * kLine; };
     next_ = line(token);
     end_ = line(token + num_tokens);
     const int64_t groups = (T + num_tokens - 1) / num_tokens;
@@ -187,6 +190,11 @@ HWY_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
   return sum;
 }
 
+// The first and the second, the third and the fourth four lanes of x, then those of y.
+HWY_INLINE __m512 add_fours(__m512 x, __m512 y) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
+}
+
 // Products of pairs as they lie.
 struct PairedRows {
   static constexpr size_t kTokensAtOnce = 8;
@@ -216,12 +224,7 @@ struct PairedRows {
       fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(rows01, rows23)),
                                _mm512_castpd_ps(_mm512_unpackhi_pd(rows01, rows23)));
     }
-    const __m512 first =
-        _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xDD));
-    const __m512 second =
-        _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xDD));
-    _mm512_storeu_ps(
-        folded, _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xDD)));
+    _mm512_storeu_ps(folded, add_fours(add_fours(fours[0], fours[1]), add_fours(fours[2], fours[3])));
   }
 
   template <size_t kOutputs, size_t kTokens>
@@ -300,6 +303,13 @@ bool is_in_order(const LinearRowsArgs& args) {
          static_cast<size_t>(args.T * args.D) <= Rows::kTokenElements;
 }
 
+// The weights of the block that begins at `output`, none behind the last output.
+std::span<const uint16_t> block_weights(const LinearRowsArgs& args, int64_t output) {
+  if (output >= args.O) return {};
+  const int64_t rows = std::min<int64_t>(args.O - output, kBlockOutputs);
+  return {args.weight + output * args.D, static_cast<size_t>(rows * args.D)};
+}
+
 // Blocks of outputs from `output` on, the weights of each while the one before is multiplied.
 template <class Rows>
 void multiply_rows(const LinearRowsArgs& args, int64_t output, int64_t end_output, int64_t following) {
@@ -308,13 +318,11 @@ void multiply_rows(const LinearRowsArgs& args, int64_t output, int64_t end_outpu
   const bool in_order = is_in_order<Rows>(args), is_fetched = !in_order && args.weight_stride == args.D;
   for (int64_t next; output < end_output; output = next) {
     next = std::min(output + kOutputs, end_output);
-    const int64_t fetched = next < end_output ? next : following;
-    const int64_t count = is_fetched ? std::clamp<int64_t>(args.O - fetched, 0, kOutputs) : 0;
-    const auto bytes = static_cast<size_t>(count * args.D) * sizeof(uint16_t);
-    const uint16_t* ahead_of = count > 0 ? args.weight + fetched * args.D : args.weight;
+    std::span<const uint16_t> fetched;
+    if (is_fetched) fetched = block_weights(args, next < end_output ? next : following);
     multiply_block_outputs<Rows::kTokensAtOnce>(
         args, output, static_cast<size_t>(next - output), [&](const OutputBlock& block, int64_t num_tokens) {
-          const Ahead ahead(ahead_of, bytes, block.token, num_tokens, args.T);
+          const Ahead ahead(fetched, block.token, num_tokens, args.T);
           with_count<Rows::kTokensAtOnce>(num_tokens, [&]<size_t kTokens>() {
             if constexpr (kTokens <= kTokensInOrder) {
               if (in_order) return multiply_block<Rows, kTokens, 1>(args, block, ahead, sums);

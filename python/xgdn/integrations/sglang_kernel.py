@@ -86,18 +86,8 @@ class GDNKernel:
         **kwargs: Any,
     ) -> Tensor:
         """Advance the named states token by token, from the raw gates."""
-        g, beta = self._gates(a, b, A_log, dt_bias)
-        return ops.recurrent_gated_delta_rule(
-            q[0],
-            k[0],
-            v[0],
-            g,
-            beta,
-            ssm_states,
-            cu_seqlens=query_start_loc.int(),
-            state_indices=cache_indices.int(),
-            backend=self.backend,
-        ).unsqueeze(0)
+        slots = cache_indices.int()
+        return self._token_by_token((q, k, v), (a, b, A_log, dt_bias), ssm_states, query_start_loc, slots)
 
     def extend(
         self,
@@ -191,23 +181,40 @@ class GDNKernel:
         table = buffer_rows.unsqueeze(1) * per_row + steps
         is_given = (slots >= 0) & (buffer_rows >= 0)
         _start_from(pool, table[:, 0], ssm_states, slots, is_given)
-        g, beta = self._gates(a, b, A_log, dt_bias)
+        return self._token_by_token(
+            (q, k, v),
+            (a, b, A_log, dt_bias),
+            pool,
+            query_start_loc,
+            table.masked_fill(~is_given.unsqueeze(1), ops.PAD_SLOT_ID).int(),
+            num_accepted=torch.ones_like(slots, dtype=torch.int32),
+        )
+
+    def _token_by_token(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        raw_gates: tuple[Tensor, Tensor, Tensor, Tensor],
+        states: Tensor,
+        query_start_loc: Tensor,
+        state_indices: Tensor,
+        num_accepted: Tensor | None = None,
+    ) -> Tensor:
+        a, b, A_log, dt_bias = raw_gates
+        heads = A_log.shape[0]
+        g, beta = ops.gdn_gating(a.reshape(-1, heads), b.reshape(-1, heads), A_log, dt_bias, backend=self.backend)
+        q, k, v = (x[0] for x in qkv)
         return ops.recurrent_gated_delta_rule(
-            q[0],
-            k[0],
-            v[0],
+            q,
+            k,
+            v,
             g,
             beta,
-            pool,
+            states,
             cu_seqlens=query_start_loc.int(),
-            state_indices=table.masked_fill(~is_given.unsqueeze(1), ops.PAD_SLOT_ID).int(),
-            num_accepted=torch.ones_like(slots, dtype=torch.int32),
+            state_indices=state_indices,
+            num_accepted=num_accepted,
             backend=self.backend,
         ).unsqueeze(0)
-
-    def _gates(self, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-        heads = A_log.shape[0]
-        return ops.gdn_gating(a.reshape(-1, heads), b.reshape(-1, heads), A_log, dt_bias, backend=self.backend)
 
 
 def kernel_class() -> type[GDNKernel]:
