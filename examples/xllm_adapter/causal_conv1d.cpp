@@ -126,8 +126,8 @@ at::Tensor causal_conv1d_update(CausalConv1dUpdateParams& params) {
   const at::Tensor x = rows_of(params.x);
   const int64_t length = params.x.dim() == 3 ? params.x.size(1) : std::max(params.max_query_len, 1);
   const int64_t num = params.x.dim() == 3 ? params.x.size(0) : x.size(0) / length;
-  expect<::xgdn::ShapeError>(params.query_start_loc || num * length == x.size(0), op, "max_query_len",
-                             c10::str("a divisor of T=", x.size(0), " (set by x)"), length);
+  expect<ShapeError>(params.query_start_loc || num * length == x.size(0), op, "max_query_len",
+                     c10::str("a divisor of T=", x.size(0), " (set by x)"), length);
   const Sequences sequences = params.query_start_loc ? decoded_sequences_at(*params.query_start_loc, x.size(0))
                                                      : equal_sequences(num, length, x.device());
   const at::Tensor slots = params.conv_state_indices ? i32(*params.conv_state_indices)
