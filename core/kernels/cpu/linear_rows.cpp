@@ -24,6 +24,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
+#include "core/kernels/cpu/lane_sums-inl.h"
 #include "core/kernels/cpu/output_blocks-inl.h"
 #include "core/kernels/cpu/simd-inl.h"
 
@@ -190,11 +191,6 @@ HWY_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
   return sum;
 }
 
-// The first and the second, the third and the fourth four lanes of x, then those of y.
-HWY_INLINE __m512 add_fours(__m512 x, __m512 y) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
-}
-
 // Products of pairs as they lie.
 struct PairedRows {
   static constexpr size_t kTokensAtOnce = 8;
@@ -209,23 +205,7 @@ struct PairedRows {
                                   : static_cast<const uint16_t*>(args.x.at(token, 0));
   }
 
-  // Lanes i and i + 2 of each four first, then the two of them, then the fours.
-  static void fold(const float* sums, size_t stride, float* folded) {
-    __m512 fours[4];
-#pragma GCC unroll 4
-    for (size_t i = 0; i < 4; ++i) {
-      const float* of_rows = sums + 4 * i * stride;
-      const __m512 row0 = _mm512_load_ps(of_rows), row1 = _mm512_load_ps(of_rows + stride);
-      const __m512 row2 = _mm512_load_ps(of_rows + 2 * stride), row3 = _mm512_load_ps(of_rows + 3 * stride);
-      const __m512d rows01 =
-          _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(row0, row1), _mm512_unpackhi_ps(row0, row1)));
-      const __m512d rows23 =
-          _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(row2, row3), _mm512_unpackhi_ps(row2, row3)));
-      fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(rows01, rows23)),
-                               _mm512_castpd_ps(_mm512_unpackhi_pd(rows01, rows23)));
-    }
-    _mm512_storeu_ps(folded, add_fours(add_fours(fours[0], fours[1]), add_fours(fours[2], fours[3])));
-  }
+  static void fold(const float* sums, size_t stride, float* folded) { sum_lanes_of_sixteen(sums, stride, folded); }
 
   template <size_t kOutputs, size_t kTokens>
   static HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_stride,
