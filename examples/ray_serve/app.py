@@ -14,6 +14,7 @@ from ray_serve.prefix_router import PrefixRouter
 from ray_serve.replica import Replica
 from ray_serve.versions import check_ray, xgdn_version
 
+_SPARE_REQUESTS = 4  # beyond those that the router lets a replica have, so that a full one still tells its metrics
 _GATEWAY_REQUESTS = 10_000  # at once; each waits, or passes an answer on
 
 
@@ -29,12 +30,12 @@ def build(arguments: Arguments) -> serve.Application:
     arguments.settings()  # so that a wrong file is told here
     router = RequestRouterConfig()
     if arguments.routing == "prefix":
-        kwargs = {"max_imbalance": arguments.max_imbalance}
+        kwargs = {"max_imbalance": arguments.max_imbalance, "max_requests": arguments.max_batch_size}
         router = RequestRouterConfig(request_router_class=PrefixRouter, request_router_kwargs=kwargs)
     replicas = serve.deployment(
         Replica,
         ray_actor_options={"num_cpus": arguments.threads},
-        max_ongoing_requests=arguments.max_batch_size,
+        max_ongoing_requests=arguments.max_batch_size + _SPARE_REQUESTS,
         max_queued_requests=arguments.max_queue,
         autoscaling_config=AutoscalingConfig(
             min_replicas=arguments.min_replicas,

@@ -72,10 +72,18 @@ class Gateway:
 
     @ingress.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics(self) -> Response:
-        """Return the metrics of every replica that answers in time."""
-        scraped = self._replicas.broadcast("metrics")
-        found = await scraped.results_async(timeout_s=self._arguments.scrape_seconds, return_exceptions=True)
-        texts = dict(it for it in found if not isinstance(it, BaseException))
+        """Return the metrics of all replicas."""
+        seconds = self._arguments.scrape_seconds
+        try:
+            scraped = self._replicas.broadcast("metrics")
+            found = await scraped.results_async(timeout_s=seconds, return_exceptions=True)
+        except DeploymentUnavailableError:  # there is none at the moment
+            found = []
+        except TimeoutError:
+            return _refusal(
+                ApiError(503, "no_metrics", f"A replica did not tell its metrics within {seconds:g} seconds.")
+            )
+        texts = dict(it for it in found if not isinstance(it, BaseException))  # without those that died
         return Response(with_replica_label(texts), media_type=CONTENT_TYPE_LATEST)
 
     @ingress.api_route("/{path:path}", methods=_METHODS)

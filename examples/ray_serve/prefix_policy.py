@@ -18,19 +18,22 @@ class PrefixPolicy:
 
     Args:
         max_imbalance: a replica with this many more requests than the least busy one is passed over.
+        max_requests: of a replica at once; the next ones wait until one of them ends.
         max_keys: beginnings that are remembered; the least recently used are forgotten.
     """
 
-    def __init__(self, max_imbalance: int, max_keys: int = 2**17) -> None:
+    def __init__(self, max_imbalance: int, max_requests: int, max_keys: int = 2**17) -> None:
         self._max_imbalance = max_imbalance
+        self._max_requests = max_requests
         self._holders = Recent[int, frozenset[str]](max_keys)
         self._running: defaultdict[str, set[str]] = defaultdict(set)  # requests by replica
         self._others = count()  # requests without a key
 
     def rank(self, route: Route, replicas: Collection[str]) -> list[str]:
-        """Return the replicas that may take a request, the best first."""
+        """Return the replicas that may take a request now, the best first."""
         if route.replica in replicas:
-            return [route.replica]
+            replicas = [route.replica]
+        replicas = [name for name in replicas if self._load(name) < self._max_requests]
         key = route.keys[0] if route.keys else next(self._others)
         ranked = sorted(replicas, key=lambda name: (self._load(name), _hash(key, name)))
         holders = next(filter(None, (self._holding(key, replicas) for key in reversed(route.keys))), frozenset())

@@ -3,7 +3,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +34,16 @@ class Replica:
     """
 
     async def __init__(self, arguments: Arguments, version: str) -> None:
+        self._lifespan = AsyncExitStack()
         check_xgdn(version)
         torch.set_num_threads(arguments.threads)
         engine = Engine.from_args(arguments.model, arguments.engine_args())
         self._app = create_app(engine, load_tokenizer(arguments.model), arguments.settings())
-        self._lifespan = self._app.router.lifespan_context(self._app)
-        await self._lifespan.__aenter__()
+        await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
         self._name = serve.get_replica_context().replica_id.unique_id
 
     async def __del__(self) -> None:
-        await self._lifespan.__aexit__(None, None, None)
+        await self._lifespan.aclose()
 
     def check_health(self) -> None:
         if failure := self._app.state.engine.failure:

@@ -108,7 +108,7 @@ def route(*prefix: int) -> Route:
 
 class TestPolicy:
     def test_a_conversation_stays_however_busy_others_are(self) -> None:
-        policy = PrefixPolicy(max_imbalance=4)
+        policy = PrefixPolicy(max_imbalance=4, max_requests=9)
         (home, other) = policy.rank(route(1), ["a", "b"])
         policy.begin("first", route(1), home)
         policy.end("first", home)
@@ -117,7 +117,7 @@ class TestPolicy:
             assert policy.rank(route(1, *range(2, 3 + turn)), ["a", "b"]) == [home, other]
 
     def test_a_new_conversation_goes_to_the_least_busy(self) -> None:
-        policy = PrefixPolicy(max_imbalance=4)
+        policy = PrefixPolicy(max_imbalance=4, max_requests=9)
         policy.begin("1", route(1), "a")
         assert [policy.rank(route(key), ["a", "b", "c"])[-1] for key in range(50, 60)] == ["a"] * 10
         policy.begin("2", route(2), "b")
@@ -128,7 +128,7 @@ class TestPolicy:
         assert {policy.rank(route(key), ["a", "b"])[0] for key in range(50, 60)} == {"a"}
 
     def test_one_that_is_far_busier_is_passed_over_and_both_know_the_prefix_then(self) -> None:
-        policy = PrefixPolicy(max_imbalance=2)
+        policy = PrefixPolicy(max_imbalance=2, max_requests=9)
         policy.begin("1", route(1), "a")
         assert policy.rank(route(1, 2), ["a", "b"])[0] == "a"
         policy.begin("2", route(5), "a")
@@ -140,14 +140,25 @@ class TestPolicy:
         assert policy.rank(route(1, 9), ["a", "b"])[0] == "a"  # of those that hold it, the least busy
 
     def test_a_stored_response_waits_for_its_replica_and_goes_anywhere_without_it(self) -> None:
-        policy = PrefixPolicy(max_imbalance=1)
-        for i in range(9):
+        policy = PrefixPolicy(max_imbalance=1, max_requests=9)
+        for i in range(8):
             policy.begin(str(i), route(i), "a")
         assert policy.rank(Route((), "a"), ["a", "b"]) == ["a"]
-        assert policy.rank(Route((), "gone"), ["a", "b"]) == ["b", "a"]
+        policy.begin("8", route(8), "a")
+        assert policy.rank(Route((), "a"), ["a", "b"]) == []
+        assert policy.rank(Route((), "gone"), ["a", "b"]) == ["b"]
+
+    def test_a_full_replica_takes_nothing(self) -> None:
+        policy = PrefixPolicy(max_imbalance=9, max_requests=2)
+        policy.begin("1", route(1), "a")
+        policy.begin("2", route(2), "a")
+        assert policy.rank(route(1, 2), ["a", "b"]) == ["b"]
+        assert policy.rank(route(1, 2), ["a"]) == []
+        policy.end("2", "a")
+        assert policy.rank(route(1, 2), ["a", "b"]) == ["a", "b"]
 
     def test_few_conversations_move_when_replicas_come_and_go(self) -> None:
-        policy = PrefixPolicy(max_imbalance=4)
+        policy = PrefixPolicy(max_imbalance=4, max_requests=9)
         replicas = ["a", "b", "c"]
 
         def homes(names: Sequence[str], policy: PrefixPolicy = policy) -> dict[int, str]:
@@ -155,7 +166,9 @@ class TestPolicy:
 
         first = homes(replicas)
         assert all(250 < list(first.values()).count(name) < 420 for name in replicas)
-        assert homes(replicas, PrefixPolicy(max_imbalance=4)) == first  # of another gateway, or a new one
+        assert (
+            homes(replicas, PrefixPolicy(max_imbalance=4, max_requests=9)) == first
+        )  # of another gateway, or a new one
         for key, name in first.items():
             policy.begin("it", route(key), name)
             policy.end("it", name)
@@ -165,11 +178,11 @@ class TestPolicy:
         assert set(without.values()) == {"a", "c", "d"}
 
     def test_requests_without_a_prompt_are_spread(self) -> None:
-        policy = PrefixPolicy(max_imbalance=4)
+        policy = PrefixPolicy(max_imbalance=4, max_requests=9)
         assert {policy.rank(Route(), ["a", "b"])[0] for _ in range(20)} == {"a", "b"}
 
     def test_what_was_not_used_for_longest_is_forgotten(self) -> None:
-        policy = PrefixPolicy(max_imbalance=4, max_keys=2)
+        policy = PrefixPolicy(max_imbalance=4, max_requests=9, max_keys=2)
         foreign = {key: policy.rank(route(key), ["a", "b"])[1] for key in (1, 2, 3)}  # not where it would go by itself
         for key in (1, 2):
             policy.begin("it", route(key), foreign[key])
