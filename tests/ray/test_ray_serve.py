@@ -35,7 +35,7 @@ from ray_serve.versions import xgdn_version
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = "tiny"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-SLOTS = 4  # of a replica
+SLOTS, QUEUE = 4, 8  # sequences of a replica, requests that wait for one
 LONG = {"max_tokens": 6000, "ignore_eos": True}  # takes far longer than any test needs
 RESTART_SECONDS = 60.0
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -116,7 +116,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., App]
 @pytest.fixture(scope="module")
 def app(run: Callable[..., App]) -> App:
     """Two replicas, routed by prefix."""
-    started = run("prefix", min_replicas=2)
+    started = run("prefix", min_replicas=2, max_queue=QUEUE)
     started.wait_for(2)
     return started
 
@@ -190,11 +190,9 @@ def test_replicas_are_added_and_without_routing_by_prefix_conversations_move(run
 
 
 def test_stored_responses_are_found(app: App) -> None:
-    replicas = set()
-    for i in range(6):
-        first = app.post(RESPONSES, {"input": f"def f{i}(self", "max_output_tokens": 4})
+    for replica in app.processes():
+        first = app.post(RESPONSES, {"input": text_of(app, RESPONSES, replica), "max_output_tokens": 4})
         previous = first.json()["id"]
-        replicas.add(first.headers["x-replica"])
         for _ in range(2):
             more = {"input": "more", "previous_response_id": previous, "max_output_tokens": 4, "stream": True}
             with app.stream(RESPONSES, more) as answer:
@@ -203,7 +201,6 @@ def test_stored_responses_are_found(app: App) -> None:
             previous = json.loads(last.removeprefix("data: "))["response"]["id"]
         kept = app.get(f"{RESPONSES}/{previous}")
         assert (kept.status_code, kept.json()["id"]) == (200, previous)
-    assert replicas == set(app.processes())
     missing = app.post(RESPONSES, {"input": "more", "previous_response_id": "resp_0"}).json()["error"]
     assert (missing["code"], missing["message"]) == (
         "previous_response_not_found",
@@ -322,7 +319,17 @@ def test_without_a_replica_requests_wait_for_a_new_one(app: App) -> None:
     refused = app.get("/ready")
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_replica")
     assert refused.json()["error"]["message"] == "No replica took the request within 1 seconds."
-    assert app.post(COMPLETIONS, {"prompt": "a", "max_tokens": 2}).json()["usage"]["completion_tokens"] == 2
+    with ThreadPoolExecutor(2 * QUEUE) as clients:
+        asked = [clients.submit(app.post, COMPLETIONS, {"prompt": "a", "max_tokens": 2}) for _ in range(2 * QUEUE)]
+        answers = [it.result() for it in asked]
+    taken = [it.json()["usage"]["completion_tokens"] for it in answers if it.status_code == 200]
+    full = [it.json()["error"] for it in answers if it.status_code == 429]
+    assert len(taken) + len(full) == 2 * QUEUE
+    assert set(taken) == {2}
+    assert (full[0]["code"], full[0]["message"]) == (
+        "queue_full",
+        f"The queue is full: {QUEUE} requests wait for a replica.",
+    )
     app.wait_for(2, without=names)
 
 
