@@ -61,7 +61,7 @@ class _Answer:
     async def pass_on(self, message: Message) -> None:
         self._held.append(message)
         if message["type"] == "http.response.start":
-            self._is_stream = dict(message["headers"])[b"content-type"].startswith(b"text/event-stream")
+            self._is_stream = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
             return
         body = message.get("body", b"")
         if self._is_stream and body.startswith(b"event: "):
