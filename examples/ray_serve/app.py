@@ -33,7 +33,6 @@ def build(arguments: Arguments) -> serve.Application:
         kwargs = {"max_imbalance": arguments.max_imbalance, "max_requests": arguments.max_batch_size}
         router = RequestRouterConfig(request_router_class=PrefixRouter, request_router_kwargs=kwargs)
     replicas = serve.deployment(
-        Replica,
         ray_actor_options={"num_cpus": arguments.threads},
         max_ongoing_requests=arguments.max_batch_size + _SPARE_REQUESTS,
         max_queued_requests=arguments.max_queue,
@@ -47,13 +46,12 @@ def build(arguments: Arguments) -> serve.Application:
         graceful_shutdown_timeout_s=arguments.shutdown_seconds,
         max_constructor_retry_count=1,  # what was wrong will be wrong again
         request_router_config=router,
-    )
+    )(Replica)
     gateway = serve.deployment(
-        Gateway,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_GATEWAY_REQUESTS,
         graceful_shutdown_timeout_s=arguments.shutdown_seconds,
         max_constructor_retry_count=1,
-    )
+    )(Gateway)
     version = xgdn_version()
     return gateway.bind(replicas.bind(arguments, version), arguments, version)

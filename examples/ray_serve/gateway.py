@@ -4,6 +4,7 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -18,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from ray_serve.arguments import Arguments
 from ray_serve.recent import Recent
 from ray_serve.relay import Message, ReplicaLost, relay
-from ray_serve.replica import ForwardedRequest
+from ray_serve.replica import ForwardedRequest, Replica
 from ray_serve.replica_metrics import with_replica_label
 from ray_serve.route import route_of
 from ray_serve.versions import check_xgdn
@@ -58,7 +59,7 @@ class _Relayed(Response):
 class Gateway:
     """Forwards everything but /health and /metrics."""
 
-    def __init__(self, replicas: DeploymentHandle, arguments: Arguments, version: str) -> None:
+    def __init__(self, replicas: DeploymentHandle[Replica], arguments: Arguments, version: str) -> None:
         check_xgdn(version)
         self._replicas = replicas
         self._answers = replicas.options(method_name="answer", stream=True)
@@ -107,7 +108,7 @@ class Gateway:
             ReplicaLost: it died.
             ApiError: no replica took the request.
         """
-        answer = self._answers.remote(request)
+        answer: Any = self._answers.remote(request)  # a generator, since it streams
         try:
             replica = await self._taken(answer, request.scope["path"])
             async for message in answer:
@@ -120,14 +121,15 @@ class Gateway:
         except RayActorError as error:
             raise ReplicaLost(str(error)) from None
         finally:
-            answer.cancel()
+            with suppress(Exception):  # it raises again why no replica took the request
+                answer.cancel()
 
     async def _taken(self, answer: Any, path: str) -> str:
         """Return the name of the replica that has taken a request, once one has."""
         seconds = _PROBE_SECONDS if path == "/ready" else self._arguments.wait_seconds
         try:
             return str(await asyncio.wait_for(anext(answer), seconds))
-        except TimeoutError:
+        except asyncio.TimeoutError:
             message = f"No replica took the request within {seconds:g} seconds."
             raise ApiError(503, "no_replica", message, headers={"Retry-After": "1"}) from None
         except DeploymentUnavailableError as error:

@@ -31,7 +31,7 @@ class PrefixPolicy:
 
     def rank(self, route: Route, replicas: Collection[str]) -> list[str]:
         """Return the replicas that may take a request now, the best first."""
-        if route.replica in replicas:
+        if route.replica is not None and route.replica in replicas:
             replicas = [route.replica]
         replicas = [name for name in replicas if self._load(name) < self._max_requests]
         key = route.keys[0] if route.keys else next(self._others)

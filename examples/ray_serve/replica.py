@@ -2,8 +2,8 @@
 """One engine with the application of `xgdn serve` around it."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +49,20 @@ class Replica:
         if failure := self._app.state.engine.failure:
             raise RuntimeError(f"the engine has stopped: {failure}")
 
-    async def answer(self, request: ForwardedRequest) -> AsyncIterator[str | Message]:
+    async def answer(self, request: ForwardedRequest) -> AsyncGenerator[str | Message, None]:
         """Yield the name of this replica once it has taken the request, then the messages of the answer."""
         yield self._name
+        async with aclosing(self._messages(request)) as messages:
+            async for message in messages:
+                yield message
+
+    async def metrics(self) -> tuple[str, str]:
+        """Return the name of this replica and its text for Prometheus."""
+        scope = {"type": "http", "method": "GET", "path": "/metrics", "query_string": b"", "headers": []}
+        messages = self._messages(ForwardedRequest(Route(), scope, b""))
+        return self._name, b"".join([message.get("body", b"") async for message in messages]).decode()
+
+    async def _messages(self, request: ForwardedRequest) -> AsyncGenerator[Message, None]:
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         arriving = [{"type": "http.request", "body": request.body, "more_body": False}]
 
@@ -70,10 +81,3 @@ class Replica:
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
-
-    async def metrics(self) -> tuple[str, str]:
-        """Return the name of this replica and its text for Prometheus."""
-        scope = {"type": "http", "method": "GET", "path": "/metrics", "query_string": b"", "headers": []}
-        answer = self.answer(ForwardedRequest(Route(), scope, b""))
-        name = str(await anext(answer))
-        return name, b"".join([message.get("body", b"") async for message in answer]).decode()

@@ -39,6 +39,8 @@ SLOTS, QUEUE = 4, 8  # sequences of a replica, requests that wait for one
 LONG = {"max_tokens": 6000, "ignore_eos": True}  # takes far longer than any test needs
 RESTART_SECONDS = 60.0
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+TOKENS = ('"text": "', '"content": "', '"delta": "')  # in events of the three
+LOST = "The replica that wrote this answer died."
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -252,12 +254,8 @@ def text_of(app: App, path: str, replica: str) -> str:
 def begin(app: App, path: str, text: str, held: ExitStack, **fields: Any) -> Iterator[str]:
     """Hold a stream whose first token has come; return the lines of the rest."""
     lines = held.enter_context(app.stream(path, body_of(path, text) | fields)).iter_lines()
-    next(line for line in lines if line.startswith("data: ") and any(it in line for it in _TOKENS))
+    next(line for line in lines if line.startswith("data: ") and any(it in line for it in TOKENS))
     return lines
-
-
-_TOKENS = ('"text": "', '"content": "', '"delta": "')  # of the three formats
-LOST = "The replica that wrote this answer died."
 
 
 def test_streams_that_had_begun_end_with_an_error_and_documents_are_answered_elsewhere(app: App) -> None:
@@ -335,7 +333,7 @@ def test_without_a_replica_requests_wait_for_a_new_one(app: App) -> None:
 
 def test_versions_that_do_not_go_together_are_refused(run: Callable[..., App], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = Arguments(model=EXAMPLES / "tiny_model/checkpoint")
-    replica = serve.deployment(Replica, max_constructor_retry_count=1).bind(arguments, "9.9")
+    replica = serve.deployment(max_constructor_retry_count=1)(Replica).bind(arguments, "9.9")
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match="Deploying application mismatch failed"):
         serve.run(replica, name="mismatch", route_prefix="/mismatch")
