@@ -9,15 +9,17 @@ _Value = TypeVar("_Value")
 
 
 class Recent(Generic[_Key, _Value]):
-    """The values of the `max_size` keys that were read or written last."""
+    """The values of the `max_size` keys that were read or written last. Any thread may read."""
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
         self._values: OrderedDict[_Key, _Value] = OrderedDict()
 
     def get(self, key: _Key) -> _Value | None:
-        if key in self._values:
+        try:
             self._values.move_to_end(key)
+        except KeyError:
+            return None
         return self._values.get(key)
 
     def put(self, key: _Key, value: _Value) -> None:
