@@ -4,7 +4,6 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -102,7 +101,7 @@ class Gateway:
         return _Relayed(self, ForwardedRequest(route, scope, body))
 
     async def ask(self, request: ForwardedRequest) -> AsyncGenerator[Message, None]:
-        """Yield the messages of one replica's answer.
+        """Yield the messages of one replica's answer. When the client leaves, Ray Serve cancels it there too.
 
         Raises:
             ReplicaLost: it died.
@@ -120,9 +119,6 @@ class Gateway:
                 yield message
         except RayActorError as error:
             raise ReplicaLost(str(error)) from None
-        finally:
-            with suppress(Exception):  # it raises again why no replica took the request
-                answer.cancel()
 
     async def _taken(self, answer: Any, path: str) -> str:
         """Return the name of the replica that has taken a request, once one has."""
