@@ -24,6 +24,7 @@ set(xgdn_public_headers
   kernels/ops/contract.h
   kernels/ops/delta_rule.h
   kernels/ops/linear.h
+  kernels/ops/logits.h
   kernels/ops/moe.h
   kernels/ops/norm.h
   kernels/ops/quantized_weight.h
@@ -59,6 +60,7 @@ set(xgdn_public_headers
   runtime/grammar_masks.h
   runtime/kv_cache.h
   runtime/load_decoder.h
+  runtime/logit_row.h
   runtime/logit_rules.h
   runtime/logprobs.h
   runtime/model_runner.h

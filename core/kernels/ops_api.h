@@ -17,6 +17,7 @@
 #include "core/kernels/ops/contract.h"
 #include "core/kernels/ops/delta_rule.h"
 #include "core/kernels/ops/linear.h"
+#include "core/kernels/ops/logits.h"
 #include "core/kernels/ops/moe.h"
 #include "core/kernels/ops/norm.h"
 #include "core/kernels/ops/quantized_weight.h"

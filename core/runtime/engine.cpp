@@ -302,7 +302,7 @@ void Engine::advance(const ScheduledStep& step, size_t index, const SequenceStep
 }
 
 // What the step says of the prompt itself.
-void Engine::report_prompt(const ScheduledStep& step, size_t index, int64_t num_hidden, RequestEvent& event) const {
+void Engine::report_prompt(const ScheduledStep& step, size_t index, int64_t num_hidden, RequestEvent& event) {
   const Request& request = *step.sequence->request;
   const std::span<const int32_t> prompt(request.prompt);
   const auto end = static_cast<size_t>(step.sequence->num_computed());
@@ -458,11 +458,11 @@ std::vector<RequestEvent> Engine::run_step() {
     for (const ScheduledStep& step : steps) sequences.push_back(describe(step));
     runner_.launch(sequences);
     runner_.wait();
-    last_step_.forward_seconds = runner_.forward_seconds();
     std::vector<Choice> choices;
     for (size_t i = 0; i < steps.size(); ++i) {
       advance(steps[i], i, sequences[i], moved, choices);
     }
+    last_step_.forward_seconds = runner_.forward_seconds();
     std::vector<SampleRow> rows;
     for (const Choice& choice : choices) rows.push_back(choice.row);
     std::vector<std::vector<SampledToken>> sampled = runner_.sample(rows);

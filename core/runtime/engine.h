@@ -173,7 +173,7 @@ class Engine {
   };
   void advance(const ScheduledStep& step, size_t index, const SequenceStep& computed, std::vector<RequestEvent>& events,
                std::vector<Choice>& choices);
-  void report_prompt(const ScheduledStep& step, size_t index, int64_t num_hidden, RequestEvent& event) const;
+  void report_prompt(const ScheduledStep& step, size_t index, int64_t num_hidden, RequestEvent& event);
   void book(const Choice& choice, std::vector<SampledToken>&& sampled, RequestEvent& event);
   static void append(Sequence& sequence, int32_t token, RequestEvent& event);
   void draft(const std::vector<Choice>& choices);

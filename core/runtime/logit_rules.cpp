@@ -7,22 +7,12 @@
 #include <utility>
 
 #include "core/errors.h"
+#include "core/kernels/ops_api.h"
 
 namespace xgdn {
 namespace {
 
 constexpr float kForbidden = -std::numeric_limits<float>::infinity();
-constexpr size_t kMaskWordBits = 32;
-
-void forbid_outside(std::span<const uint32_t> mask, std::span<float> logits) {
-  for (size_t word = 0; word < mask.size(); ++word) {
-    if (mask[word] == ~uint32_t{0}) continue;
-    const size_t end = std::min(logits.size(), (word + 1) * kMaskWordBits);
-    for (size_t token = word * kMaskWordBits; token < end; ++token) {
-      if ((mask[word] >> token % kMaskWordBits & 1) == 0) logits[token] = kForbidden;
-    }
-  }
-}
 
 bool ends_with(std::span<const int32_t> tokens, std::span<const int32_t> end) {
   return tokens.size() >= end.size() && std::ranges::equal(tokens.last(end.size()), end);
@@ -42,7 +32,7 @@ LogitRules::LogitRules(const SamplingParams& params, std::span<const int32_t> pr
 }
 
 void LogitRules::apply(std::span<float> logits) const {
-  if (masks_) forbid_outside(masks_->next().mask, logits);
+  if (masks_) kernel::forbid_logits(masks_->next().mask, logits);
   if (num_accepted_ < params_.min_tokens) {
     for (const int32_t token : stop_tokens_) {
       if (token >= 0 && static_cast<size_t>(token) < logits.size()) logits[token] = kForbidden;

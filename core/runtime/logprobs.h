@@ -20,7 +20,7 @@ struct Logprobs {
   std::vector<TokenLogprob> top;  // the likeliest first, equal ones by token id
 };
 
-/// Of the token `chosen` and of the `num_top` likeliest. Expects logits with a finite maximum and without NaN.
+/// Of the token `chosen` and of the `num_top` likeliest. Throws NumericsError as LogitRow.
 Logprobs logprobs(std::span<const float> logits, int32_t chosen, int64_t num_top);
 
 }  // namespace xgdn

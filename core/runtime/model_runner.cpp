@@ -6,7 +6,7 @@
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <stdexcept>
 #include <utility>
 
@@ -129,8 +129,11 @@ std::vector<std::vector<SampledToken>> ModelRunner::sample(const std::vector<Sam
   std::vector<std::vector<SampledToken>> sampled(rows.size());
   std::vector<int64_t> places;
   const at::Tensor on_host = logits_on_host(rows, places);
-  at::parallel_for(0, std::ssize(rows), 1, [&](int64_t begin, int64_t end) {
-    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+  // Rows differ in what they cost: a thread takes one after the other.
+  std::atomic<size_t> next = 0;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), std::ssize(rows));
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < rows.size();) {
       const auto& [sequence, sampler, drafts] = rows[i];
       for (size_t draft = 0; draft <= drafts.size(); ++draft) {
         const auto offset = static_cast<int64_t>(draft);
@@ -145,19 +148,19 @@ std::vector<std::vector<SampledToken>> ModelRunner::sample(const std::vector<Sam
   return sampled;
 }
 
-std::vector<Logprobs> ModelRunner::logprobs_of(size_t sequence, std::span<const int32_t> tokens,
-                                               int64_t num_top) const {
+std::vector<Logprobs> ModelRunner::logprobs_of(size_t sequence, std::span<const int32_t> tokens, int64_t num_top) {
   const int64_t first = built_.hidden_rows.at(sequence);
   std::vector<Logprobs> found;
   for (int64_t begin = 0; begin < std::ssize(tokens); begin += kLogitBlock) {
     const int64_t count = std::min(std::ssize(tokens) - begin, kLogitBlock);
+    const Stopwatch in_model;
     const at::Tensor logits = model_->logits(result_.hidden.narrow(0, first + begin, count)).to(at::kCPU).contiguous();
+    forward_seconds_ += in_model.seconds();
     found.resize(static_cast<size_t>(begin + count));
     at::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const auto token = static_cast<size_t>(begin + i);
         found[token] = logprobs(row_of(logits, i), tokens[token], num_top);
-        if (std::isnan(found[token].chosen)) check_largest_logit(NAN, tokens[token]);
       }
     });
   }

@@ -57,12 +57,12 @@ class ModelRunner {
   /// How likely each of `tokens` was behind the last tokens of a sequence of the last step whose hidden states it
   /// wants, from the first of them on; with `num_top` of its rivals. Throws NumericsError for logits that are not
   /// numbers.
-  std::vector<Logprobs> logprobs_of(size_t sequence, std::span<const int32_t> tokens, int64_t num_top) const;
+  std::vector<Logprobs> logprobs_of(size_t sequence, std::span<const int32_t> tokens, int64_t num_top);
 
   /// Hidden state [hidden] of the last token of such a sequence, which has `num_hidden` of them.
   std::vector<float> last_hidden(size_t sequence, int64_t num_hidden) const;
 
-  /// Time from the packed step to the end of wait(), of the last step.
+  /// Time in the model, of the last step: from the packed step to the end of wait(), and in its head for logprobs_of().
   double forward_seconds() const { return forward_seconds_; }
 
   /// Host memory that is kept for the tensors of steps, in bytes.

@@ -8,14 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "core/errors.h"
+#include "core/runtime/logit_row.h"
 #include "core/runtime/logit_rules.h"
 #include "core/runtime/sampling_params.h"
 
 namespace xgdn {
-
-/// Throws NumericsError unless `logit`, the largest of a row or one of its NaNs, is finite.
-void check_largest_logit(float logit, int64_t token);
 
 /// One sequence's parameters, random numbers and rules.
 class Sampler {
@@ -23,9 +20,11 @@ class Sampler {
   explicit Sampler(const SamplingParams& params, LogitRules rules = {})
       : params_(params), rules_(std::move(rules)), generator_(params.seed) {}  // checked before: SamplingParams::check
 
-  /// Greedy takes the first of equal maxima. The same seed, logits and tokens so far give the same tokens, whatever
-  /// else is in the batch. Throws NumericsError when a logit is NaN or the largest is not finite, and as
-  /// LogitRules::apply.
+  /// Greedy takes the first of equal maxima. What top_k, top_p and min_p leave is what double precision leaves, equal
+  /// logits by token id; a draw from it follows the softmax to some 1e-6 of each probability. The same seed, logits and
+  /// tokens so far give the same tokens, whatever else is in the batch and however many threads there are. Processors
+  /// whose vectors differ in width round these sums differently: there a draw in a million may give the next token.
+  /// Throws NumericsError when a logit is NaN or the largest is not finite, and as LogitRules::apply.
   int32_t sample(std::span<const float> logits);
 
   /// What must follow by the rules, beginning with the token that sample() gives; may be empty.
@@ -40,7 +39,7 @@ class Sampler {
   const SamplingParams& params() const { return params_; }  // as given
 
  private:
-  int32_t choose(std::span<const float> logits, int32_t best);
+  int32_t choose(const LogitRow& row);
 
   SamplingParams params_;
   LogitRules rules_;

@@ -9,6 +9,7 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,6 +30,7 @@
 #include "core/kernels/cpu/rms_norm.h"
 #include "core/kernels/cpu/rms_norm_gated.h"
 #include "core/kernels/cpu/store_kv.h"
+#include "core/kernels/ops/logits.h"
 #include "hwy/targets.h"
 
 namespace xgdn::kernel::cpu {
@@ -1138,6 +1140,65 @@ void test_quantized_experts(int64_t T, Codes first_format, Codes second_format, 
                std::max(tolerance(dtype), 2e-4));
 }
 
+// ---- logits ---------------------------------------------------------------------------------------------------------
+
+void expect_weights(std::span<const float> logits, const LogitWeights& by, const std::string& what) {
+  std::vector<double> want;
+  for (const float x : logits) {
+    const double exponent = (static_cast<double>(x) - static_cast<double>(by.largest)) * by.rate;
+    want.push_back(x >= by.least ? std::exp(exponent) : 0.0);
+  }
+  const double sum = std::accumulate(want.begin(), want.end(), 0.0);
+  std::vector<float> weights(logits.size() + 1, -7.0f);
+  weigh_logits(logits, by, std::span(weights).first(logits.size()));
+  bool is_close = true;
+  for (size_t i = 0; i < want.size(); ++i) {
+    // Rounding of an exponent z changes exp(z) by a share of |z| 2^-23; what is smaller than 1e-37 is lost.
+    const double exponent = want[i] > 0 ? std::log(want[i]) : 0;
+    const double bound = want[i] * (4e-7 + 2e-7 * std::abs(exponent)) + 2e-37;
+    is_close = is_close && std::abs(static_cast<double>(weights[i]) - want[i]) <= bound &&
+               (weights[i] == 0) == (want[i] < 1.6e-38);
+  }
+  expect(is_close, what + ": weights");
+  expect(weights.back() == -7.0f, what + ": nothing is written behind the weights");
+  expect(std::abs(static_cast<double>(sum_weights(logits, by)) - sum) <= 1e-5 * sum, what + ": sum");
+  expect(std::abs(sum_weights_in_double(logits, by) - sum) <= 1e-14 * sum, what + ": sum in double");
+}
+
+void test_logits(size_t size) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  std::mt19937 generator(static_cast<unsigned>(size));
+  std::normal_distribution<float> normal(0.0f, 4.0f);
+  const std::string what = "logits of " + std::to_string(size);
+  std::vector<float> logits(size);
+  for (float& x : logits) x = normal(generator);
+  if (size > 3) logits[size - 2] = -kInf;
+  const float largest = *std::max_element(logits.begin(), logits.end());
+  expect(largest_logit(logits, {}) == largest, what + ": largest");
+  for (const float least : {largest, 0.0f, logits[size / 2], std::numeric_limits<float>::lowest()}) {
+    if (std::isinf(least)) continue;
+    const auto want = std::count_if(logits.begin(), logits.end(), [&](float x) { return x >= least; });
+    expect(count_logits(logits, least) == want, what + ": count");
+    for (const double temperature : {0.01, 0.7, 1.0, 30.0, 1e30}) {
+      expect_weights(logits, {.least = least, .largest = largest, .rate = 1 / temperature}, what);
+    }
+  }
+  for (const size_t nan : {size_t{0}, size / 2, size - 1}) {
+    std::vector<float> broken = logits;
+    broken[nan] = std::numeric_limits<float>::quiet_NaN();
+    expect(std::isnan(largest_logit(broken, logits)), what + ": NaN");
+  }
+  std::vector<uint32_t> allowed((size + 31) / 32);
+  for (size_t i = 0; i < allowed.size(); ++i) allowed[i] = i % 3 == 0 ? generator() : uint32_t{0} - i % 3 / 2;
+  std::vector<float> masked = logits;
+  forbid_logits(allowed, masked);
+  bool is_right = true;
+  for (size_t i = 0; i < size; ++i) {
+    is_right = is_right && masked[i] == ((allowed[i / 32] >> i % 32 & 1) != 0 ? logits[i] : -kInf);
+  }
+  expect(is_right, what + ": mask");
+}
+
 void test_target(int64_t target) {
   instruction_set = hwy::TargetName(target);
   std::printf("%s\n", instruction_set.c_str());
@@ -1175,6 +1236,7 @@ void test_target(int64_t target) {
     }
   }
   test_quantized_linears();
+  for (const size_t size : {1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 100, 1000, 1024}) test_logits(size);
   test_linear_by_rows(linear_by_widened_rows);
   const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;
   for (const int64_t T : {1, 7, 45}) {

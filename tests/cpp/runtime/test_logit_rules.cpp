@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/runtime/sampler.h"
+#include "core/errors.h"
 #include "tests/cpp/support/expect_error.h"
 
 namespace xgdn::testing {

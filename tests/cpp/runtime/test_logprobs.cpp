@@ -26,6 +26,22 @@ TEST(Logprobs, AreTheLogSoftmax) {
   }
 }
 
+// Of the size of a model's vocabulary, flat and peaked.
+TEST(Logprobs, AreTheLogSoftmaxOfALargeVocabulary) {
+  for (const double size : {0.5, 20.0}) {
+    const at::Tensor logits = at::randn({248320}).mul(size);
+    const at::Tensor want = at::log_softmax(logits.to(at::kDouble), 0);
+    const Logprobs got = logprobs({logits.const_data_ptr<float>(), 248320}, 200001, 20);
+    EXPECT_NEAR(got.chosen, want[200001].item<double>(), 1e-12);
+    const auto [values, tokens] = want.topk(20);
+    ASSERT_EQ(got.top.size(), 20u);
+    for (int64_t i = 0; i < 20; ++i) {
+      EXPECT_EQ(logits[got.top[i].token].item<float>(), logits[tokens[i].item<int64_t>()].item<float>());
+      EXPECT_NEAR(got.top[i].logprob, values[i].item<double>(), 1e-12);
+    }
+  }
+}
+
 TEST(Logprobs, EqualOnesComeByTokenId) {
   const std::vector<float> logits{1, 3, 3, 0, 3};
   const Logprobs got = logprobs(logits, 3, 3);

@@ -12,6 +12,7 @@
 #include <random>
 #include <vector>
 
+#include "core/errors.h"
 #include "tests/cpp/support/expect_error.h"
 
 namespace xgdn::testing {
@@ -194,6 +195,107 @@ TEST(Sampler, EveryTokenOfALargeVocabularyIsDrawnAsOftenAsItIsLikely) {
     const auto count = std::count(drawn.begin(), drawn.end(), static_cast<int32_t>(likely));
     EXPECT_LE(std::abs(static_cast<double>(count) - p * 40000), 5 * std::sqrt(p * (1 - p) * 40000)) << likely;
   }
+}
+
+// The nucleus in double, with shares of which rounding in float would take the wrong side.
+TEST(Sampler, TheNucleusIsExactAtItsBorder) {
+  std::vector<float> logits = random_logits(12, 40);
+  for (float& logit : logits) logit *= 0.1f;
+  logits[7] = logits[8] = logits[9];
+  std::vector<size_t> order(logits.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+  std::vector<double> weights;
+  const double largest = logits[order.front()];
+  for (const size_t token : order) weights.push_back(std::exp((static_cast<double>(logits[token]) - largest) / 0.9));
+  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+  double sum = 0.0;
+  for (size_t size = 1; size < order.size(); ++size) {
+    sum += weights[size - 1];
+    for (const auto& [margin, want] : {std::pair{-1e-12, size}, {1e-12, size + 1}}) {
+      SamplingParams params{.temperature = 0.9, .top_p = sum / total + margin, .seed = size};
+      const std::vector<int32_t> drawn = draw(params, logits, 3000);
+      std::vector<size_t> found(drawn.begin(), drawn.end());
+      std::sort(found.begin(), found.end());
+      found.erase(std::unique(found.begin(), found.end()), found.end());
+      std::vector<size_t> nucleus(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(want));
+      std::sort(nucleus.begin(), nucleus.end());
+      EXPECT_EQ(found, nucleus) << size << " tokens, margin " << margin;
+    }
+  }
+}
+
+// Tokens in groups that are equally likely: the statistic of chi square lies within five standard deviations.
+TEST(Sampler, DrawsFromALargeVocabularyAreDistributedAsInDouble) {
+  constexpr size_t kVocabulary = 248320;
+  constexpr int kGroups = 40;
+  constexpr int kDraws = 4000;
+  const std::vector<float> logits = random_logits(9, kVocabulary);
+  std::vector<int32_t> order(kVocabulary);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  for (const SamplingParams& params :
+       {SamplingParams{.temperature = 2.0, .seed = 1}, SamplingParams{.temperature = 1.0, .top_p = 0.9, .seed = 2},
+        SamplingParams{.temperature = 1.0, .top_k = 3000, .top_p = 0.5, .seed = 3},
+        SamplingParams{.temperature = 1.5, .min_p = 0.05, .seed = 4}}) {
+    std::vector<double> kept;
+    double total = 0.0;
+    for (const int32_t token : order) {
+      const double weight = std::exp((static_cast<double>(logits[token]) - logits[order[0]]) / params.temperature);
+      if (weight < params.min_p || (params.top_k > 0 && std::ssize(kept) == params.top_k)) break;
+      kept.push_back(weight);
+      total += weight;
+    }
+    double sum = 0.0;
+    size_t size = 0;
+    while (size < kept.size() && sum < params.top_p * total) sum += kept[size++];
+    std::vector<int> group_of(kVocabulary, -1);
+    std::vector<double> expected(kGroups, 0.0);
+    double before = 0.0;
+    for (size_t i = 0; i < size; ++i) {
+      const int group = std::min(static_cast<int>(before / sum * kGroups), kGroups - 1);
+      group_of[static_cast<size_t>(order[i])] = group;
+      expected[static_cast<size_t>(group)] += kept[i] / sum * kDraws;
+      before += kept[i];
+    }
+    std::vector<int> counts(kGroups, 0);
+    for (const int32_t token : draw(params, logits, kDraws)) {
+      const int group = group_of[static_cast<size_t>(token)];
+      ASSERT_GE(group, 0) << "token " << token << " is not among those that are left";
+      ++counts[static_cast<size_t>(group)];
+    }
+    double statistic = 0.0;
+    for (size_t i = 0; i < kGroups; ++i) statistic += std::pow(counts[i] - expected[i], 2) / expected[i];
+    EXPECT_LE(statistic, (kGroups - 1) + 5 * std::sqrt(2.0 * (kGroups - 1))) << "seed " << params.seed;
+  }
+}
+
+TEST(Sampler, TemperaturesAtTheEndsOfTheRange) {
+  const std::vector<float> logits{3e38f, 1.0f, -3e38f, 3e38f, -kInfinity};
+  for (const int32_t token : draw({.temperature = 1e-300, .seed = 1}, logits, 200)) {
+    EXPECT_TRUE(token == 0 || token == 3) << token;
+  }
+  const std::vector<float> small{0.5f, 1.0f, -2.0f, -kInfinity};
+  expect_frequencies({.temperature = 1e300, .seed = 2}, small, {1.0 / 3, 1.0 / 3, 1.0 / 3, 0.0});
+  EXPECT_EQ(draw({.temperature = 5.0, .min_p = 1.0, .seed = 3}, small, 50), std::vector<int32_t>(50, 1));
+  EXPECT_EQ(draw({.temperature = 5.0, .top_p = 5e-324, .seed = 4}, small, 50), std::vector<int32_t>(50, 1));
+}
+
+TEST(Sampler, ThreadsThatShareARowDrawWhatOneDraws) {
+  const std::vector<float> logits = random_logits(4, 100003);
+  const int threads = at::get_num_threads();
+  for (const SamplingParams& params :
+       {SamplingParams{.temperature = 1.0, .seed = 1}, SamplingParams{.temperature = 1.0, .top_p = 0.7, .seed = 2},
+        SamplingParams{.temperature = 2.0, .top_k = 500, .min_p = 0.01, .seed = 3}}) {
+    std::vector<int32_t> of_one;
+    for (const int count : {1, 2, 5}) {
+      at::set_num_threads(count);
+      const std::vector<int32_t> drawn = draw(params, logits, 100);
+      if (count == 1) of_one = drawn;
+      EXPECT_EQ(drawn, of_one) << count << " threads";
+    }
+  }
+  at::set_num_threads(threads);
 }
 
 TEST(Sampler, LogitsWithoutAChoiceAreANumericsError) {
