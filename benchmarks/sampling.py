@@ -47,7 +47,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "logprobs": 5,
     },
 }
-# Standard deviations of the logits: that of random weights in the shape of Qwen3.5-0.8B, and one with few likely tokens.
+# Standard deviations of the logits: that of random weights in the shape of Qwen3.5-0.8B; with few likely tokens.
 DEVIATIONS = {"flat": 0.64, "peaked": 5.0}
 HIDDEN = 256
 
@@ -133,7 +133,9 @@ def of_torch(act: Callable[[torch.Tensor], object], logits: torch.Tensor, steps:
     return 1e3 * statistics.median(times)
 
 
-def main(batch: int = 32, vocab: int = 248320, steps: int = 12, threads: Annotated[int, typer.Option(min=1)] = 2) -> None:
+def main(
+    batch: int = 32, vocab: int = 248320, steps: int = 12, threads: Annotated[int, typer.Option(min=1)] = 2
+) -> None:
     """Measure every sampling parameter."""
     torch.set_num_threads(threads)
     print(machine())

@@ -50,6 +50,7 @@ float above(float x) {
   return std::nextafter(x, kInfinity);
 }
 
+// Temperatures beyond 1e-38..1e38 count as these.
 kernel::LogitWeights weights_of(float least, float largest, double temperature) {
   constexpr double kLeast = std::numeric_limits<float>::min();
   return {.least = least, .largest = largest, .rate = 1.0 / std::clamp(temperature, kLeast, 1.0 / kLeast)};
@@ -169,27 +170,22 @@ void LogitRow::for_each_part(int64_t index, const LikeliestTokens& tokens, const
 
 std::vector<double> LogitRow::block_sums(const LikeliestTokens& tokens, double temperature) const {
   std::vector<double> sums(maxima_.size(), 0.0);
-  at::parallel_for(0, num_blocks(), kBlocksPerThread, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for_each_part(i, tokens, [&](std::span<const float> logits, float least, size_t) {
-        sums[static_cast<size_t>(i)] += kernel::sum_weights(logits, weights_of(least, largest_, temperature));
-      });
-    }
-  });
+  for (int64_t i = 0; i < num_blocks(); ++i) {
+    for_each_part(i, tokens, [&](std::span<const float> logits, float least, size_t) {
+      sums[static_cast<size_t>(i)] += kernel::sum_weights(logits, weights_of(least, largest_, temperature));
+    });
+  }
   return sums;
 }
 
 double LogitRow::sum(const LikeliestTokens& tokens, double temperature) const {
-  std::vector<double> sums(maxima_.size(), 0.0);
-  at::parallel_for(0, num_blocks(), kBlocksPerThread, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for_each_part(i, tokens, [&](std::span<const float> logits, float least, size_t) {
-        const kernel::LogitWeights by = weights_of(least, largest_, temperature);
-        sums[static_cast<size_t>(i)] += kernel::sum_weights_in_double(logits, by);
-      });
-    }
-  });
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
+  double sum = 0.0;
+  for (int64_t i = 0; i < num_blocks(); ++i) {
+    for_each_part(i, tokens, [&](std::span<const float> logits, float least, size_t) {
+      sum += kernel::sum_weights_in_double(logits, weights_of(least, largest_, temperature));
+    });
+  }
+  return sum;
 }
 
 int32_t LogitRow::first_beyond(double target, int64_t index, const LikeliestTokens& tokens, double temperature) const {

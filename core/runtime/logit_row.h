@@ -22,7 +22,7 @@ struct LikeliestTokens {
 LikeliestTokens smaller(const LikeliestTokens& a, const LikeliestTokens& b);
 
 /// Reads logits that outlive it, block by block, and knows the largest of each block, so that what looks for likely
-/// tokens reads few of them. Threads share the blocks of a row that one thread asks for alone.
+/// tokens reads few of them. Threads share the first reading of a row that one thread asks for alone.
 class LogitRow {
  public:
   /// Throws NumericsError when a logit is NaN or the largest is not finite.
