@@ -8,9 +8,12 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
+
 #include "bindings/bind.h"
 #include "bindings/torch_casters.h"
 #include "core/runtime/engine.h"
+#include "core/runtime/follower.h"
 #include "core/runtime/session.h"
 
 namespace nb = nanobind;
@@ -40,6 +43,13 @@ std::optional<kernel::WeightFormat> format_named(const std::optional<std::string
   if (*name == "int8") return kernel::WeightFormat::kInt8;
   if (*name == "int4") return kernel::WeightFormat::kInt4;
   throw UnsupportedError("[Engine] quantize: expected int8 or int4, got '" + *name + "'");
+}
+
+// Every rank answers within this time, however busy the machine.
+constexpr std::chrono::seconds kRankTimeout(30);
+
+std::shared_ptr<ProcessGroup> ranks_named(const std::optional<std::string>& name) {
+  return name ? ProcessGroup::named(*name, kRankTimeout) : nullptr;
 }
 
 void bind_options(nb::module_& m) {
@@ -77,7 +87,8 @@ void bind_options(nb::module_& m) {
              std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<std::string> quantize, std::optional<int64_t> memory_limit,
-             std::optional<at::ScalarType> kv_dtype, bool replay_states, int64_t draft_tokens) {
+             std::optional<at::ScalarType> kv_dtype, bool replay_states, int64_t draft_tokens, int64_t tensor_parallel,
+             const std::optional<std::string>& process_group) {
             new (self) EngineOptions{.runner = runner,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
@@ -90,15 +101,20 @@ void bind_options(nb::module_& m) {
                                      .memory_limit = memory_limit,
                                      .replay_states = replay_states,
                                      .kv_dtype = kv_dtype,
-                                     .draft_tokens = draft_tokens};
+                                     .draft_tokens = draft_tokens,
+                                     .ranks = ranks_named(process_group),
+                                     .tensor_parallel = tensor_parallel};
+            if (self->ranks) self->tensor_parallel = self->ranks->world();
           },
           nb::kw_only(), "runner"_a = defaults.runner, "dtype"_a = nb::none(), "state_dtype"_a = nb::none(),
           "device"_a = defaults.device.str(), "prefill_backend"_a = defaults.backends.prefill,
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
           "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none(),
           "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states,
-          "draft_tokens"_a = defaults.draft_tokens)
+          "draft_tokens"_a = defaults.draft_tokens, "tensor_parallel"_a = defaults.tensor_parallel,
+          "process_group"_a = nb::none(), "process_group: name of a group of torch.distributed whose ranks share the model.")
       .def_ro("runner", &EngineOptions::runner)
+      .def_ro("tensor_parallel", &EngineOptions::tensor_parallel, "Processes that share the model.")
       .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")
       .def_ro("state_dtype", &EngineOptions::state_dtype)
       .def_ro("kv_dtype", &EngineOptions::kv_dtype, "Dtype of keys and values; None: that of activations.")
@@ -219,6 +235,14 @@ void bind_stream(nb::module_& m) {
       .def("close", &RequestStream::close, WithoutGil(), "Cancel unfinished requests.");
 }
 
+void bind_follower(nb::module_& m) {
+  nb::class_<Follower>(m, "Follower", "A rank other than the first of a model that several processes share.")
+      .def_static(
+          "load", [](const std::string& dir, const EngineOptions& options) { return Follower::load(dir, options); },
+          "model_dir"_a, "options"_a, WithoutGil())
+      .def("follow", &Follower::follow, WithoutGil(), "Computes what rank 0 says until its engine ends.");
+}
+
 void bind_engine_class(nb::module_& m) {
   nb::class_<Engine>(m, "Engine", "A model directory, ready to serve.")
       .def_static(
@@ -231,6 +255,9 @@ void bind_engine_class(nb::module_& m) {
       .def("step", &Engine::step, WithoutGil())
       .def("cancel", &Engine::cancel, "request_id"_a, "branch"_a = nb::none(), WithoutGil())
       .def("is_idle", &Engine::is_idle, WithoutGil())
+      .def("shut_down", &Engine::shut_down, WithoutGil(), "Lets the ranks that follow return.")
+      .def("report_failed_rank", &Engine::report_failed_rank, "error"_a, WithoutGil(),
+           "Every request ends with an error from the next step on.")
       .def("generate", &generate, "requests"_a, nb::kw_only(), "raise_on_error"_a = true, WithoutGil())
       .def(
           "stream", [](Engine& self, const std::vector<Request>& requests) { return self.stream(requests); },
@@ -280,6 +307,7 @@ void bind_engine(nb::module_& m) {
   bind_reports(m);
   bind_decoder(m);
   bind_stream(m);
+  bind_follower(m);
   bind_engine_class(m);
   bind_session(m);
 }

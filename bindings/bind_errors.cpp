@@ -51,6 +51,7 @@ void bind_errors(nb::module_& m) {
   add<NumericsError>(m, "NumericsError", base, PyExc_ArithmeticError);
   add<GenerationError>(m, "GenerationError", base, PyExc_RuntimeError);
   add<StoppedError>(m, "StoppedError", base, PyExc_RuntimeError);
+  add<RankError>(m, "RankError", base, PyExc_RuntimeError);
   add<OutOfSlots>(m, "OutOfSlots", base, PyExc_RuntimeError);
   add<OutOfBlocks>(m, "OutOfBlocks", base, PyExc_RuntimeError);
   add<OutOfMemory>(m, "OutOfMemory", base, PyExc_MemoryError);

@@ -81,6 +81,12 @@ class StoppedError : public Error {
   using Error::Error;
 };
 
+/// A rank of a model that several processes share has ended, does not answer, or has another model (RuntimeError).
+class RankError : public Error {
+ public:
+  using Error::Error;
+};
+
 /// No state slot is free (RuntimeError).
 class OutOfSlots : public Error {
  public:

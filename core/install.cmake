@@ -47,6 +47,7 @@ set(xgdn_public_headers
   layers/weight_source.h
   models/hybrid_decoder.h
   models/model_config.h
+  models/tensor_parallel.h
   checkpoint/checkpoint.h
   checkpoint/load_report.h
   checkpoint/model_directory.h
@@ -56,16 +57,21 @@ set(xgdn_public_headers
   runtime/batch_builder.h
   runtime/engine.h
   runtime/engine_loop.h
+  runtime/follower.h
   runtime/grammar.h
   runtime/grammar_masks.h
   runtime/kv_cache.h
+  runtime/leader.h
   runtime/load_decoder.h
   runtime/logit_row.h
   runtime/logit_rules.h
   runtime/logprobs.h
   runtime/model_runner.h
   runtime/plan.h
+  runtime/pool_contents.h
   runtime/prefix_cache.h
+  runtime/process_group.h
+  runtime/rank_command.h
   runtime/request.h
   runtime/sampler.h
   runtime/sampling_params.h
@@ -74,6 +80,8 @@ set(xgdn_public_headers
   runtime/sequence_memory.h
   runtime/session.h
   runtime/session_file.h
+  runtime/sharded_logits.h
+  runtime/sharded_memory.h
   runtime/runner_options.h
   runtime/state_pool.h
   runtime/step_buffers.h

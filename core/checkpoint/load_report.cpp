@@ -62,6 +62,7 @@ LoadReport inspect(const ModelDirectory& opened, DecoderOptions options) {
   const auto& [config, checkpoint] = opened;
   options.device = c10::kMeta;
   options.on_layer_loaded = nullptr;
+  options.shard = {};  // what one rank does not use another does
   const CheckpointShapes shapes(checkpoint);
   const HybridDecoder decoder(config, shapes, options);
   const auto modules = modules_of(shapes.asked());

@@ -1,23 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/gated_attention.h"
 
+#include <utility>
+
 #include "core/layers/rms_norm.h"
 
 namespace xgdn {
 
 GatedAttention::GatedAttention(const AttentionConfig& config, const WeightSource& weights, const std::string& prefix,
-                               const at::TensorOptions& options, const BackendSelection& backends)
-    : config_(config), backend_(backends.decode) {
+                               const at::TensorOptions& options, const BackendSelection& backends, Shard shard)
+    : config_(config), shard_(std::move(shard)), backend_(backends.decode) {
+  const PieceRange queries = even_part(shard_, "GatedAttention", "num_heads", config.num_heads);
+  const PieceRange keys = even_or_shared_part(shard_, "GatedAttention", "num_kv_heads", config.num_kv_heads);
+  const int64_t dim = config.head_dim;
   std::vector<RowRange> rows;
   std::vector<std::string> biases;
-  for (const auto& [name, num_heads] :
-       {std::pair{"q_proj", 2 * config.num_heads}, {"k_proj", config.num_kv_heads}, {"v_proj", config.num_kv_heads}}) {
-    rows.push_back(whole_rows(prefix + name + ".weight", {num_heads * config.head_dim, config.hidden_size}));
+  const auto add = [&](const char* name, int64_t num_heads, const PieceRange& heads, int64_t rows_of_head) {
+    rows.push_back({.name = prefix + name + ".weight",
+                    .shape = {num_heads * rows_of_head, config.hidden_size},
+                    .begin = heads.begin * rows_of_head,
+                    .count = heads.count * rows_of_head});
     if (config.bias) biases.push_back(prefix + name + ".bias");
-  }
+  };
+  add("q_proj", config.num_heads, queries, 2 * dim);
+  add("k_proj", config.num_kv_heads, keys, dim);
+  add("v_proj", config.num_kv_heads, keys, dim);
   qkv_ = Projection(weights, rows, options, biases);
-  o_ = Projection(weights, prefix + "o_proj.weight", {config.hidden_size, config.num_heads * config.head_dim}, options,
-                  config.bias ? prefix + "o_proj.bias" : "");
+  // One rank alone adds the bias, so that the sum has it once.
+  const bool has_bias = config.bias && shard_.rank == 0;
+  o_ = Projection::of_columns(weights, prefix + "o_proj.weight", {config.hidden_size, config.num_heads * dim},
+                              queries.begin * dim, queries.count * dim, options,
+                              has_bias ? prefix + "o_proj.bias" : "");
+  config_.num_heads = queries.count;
+  config_.num_kv_heads = keys.count;
   q_norm_ = load_weight(weights, prefix + "q_norm.weight", {config.head_dim}, options);
   k_norm_ = load_weight(weights, prefix + "k_norm.weight", {config.head_dim}, options);
 }
@@ -64,7 +79,9 @@ at::Tensor GatedAttention::forward(const LayerInput& hidden, const RotaryTable& 
                            .host = batch.host,
                            .backend = backend_});
   kernel::sigmoid_and_mul({.x = o, .gate = gate, .out = o, .backend = backend_});
-  return o_.forward(o.flatten(1), backend_);
+  at::Tensor out = o_.forward(o.flatten(1), backend_);
+  shard_.add_up(out);
+  return out;
 }
 
 }  // namespace xgdn

@@ -10,6 +10,7 @@
 
 #include "core/layers/backend_selection.h"
 #include "core/layers/projection.h"
+#include "core/layers/shard.h"
 #include "core/layers/weight_source.h"
 
 namespace xgdn {
@@ -19,9 +20,10 @@ class Mlp {
  public:
   /// Takes weights that exist.
   Mlp(at::Tensor gate, at::Tensor up, at::Tensor down, const BackendSelection& backends = {});
-  /// Reads `prefix`-named weights (prefix ends with '.'). Throws CheckpointError for missing or misshapen weights.
+  /// Reads `prefix`-named weights (prefix ends with '.'), of a shard the rank's part of the intermediate size. Throws
+  /// CheckpointError for missing or misshapen weights, ShapeError for a size that does not divide.
   Mlp(const WeightSource& weights, const std::string& prefix, int64_t hidden_size, int64_t intermediate_size,
-      const at::TensorOptions& options, const BackendSelection& backends = {});
+      const at::TensorOptions& options, const BackendSelection& backends = {}, Shard shard = {});
 
   /// x [T, hidden] -> [T, hidden].
   at::Tensor forward(const LayerInput& x) const;
@@ -33,9 +35,10 @@ class Mlp {
   Projection gate_up_;  // [2 * intermediate, hidden]
   Projection down_;     // [hidden, intermediate]
   std::string backend_;
+  Shard shard_;
 };
 
-/// Sizes of the layer.
+/// Sizes of the whole layer, before sharding.
 struct SparseMoeConfig {
   int64_t hidden_size = 0;
   int64_t num_experts = 0;
@@ -50,9 +53,11 @@ struct SparseMoeConfig {
 /// memory they are one tensor.
 class SparseMoe {
  public:
-  /// Reads `prefix`-named weights (prefix ends with '.'). Throws CheckpointError for missing or misshapen weights.
+  /// Reads `prefix`-named weights (prefix ends with '.'). Of a shard, every rank has all of the router and of the shared
+  /// expert's gate, and its part of each expert's intermediate size. Throws CheckpointError for missing or misshapen
+  /// weights, ShapeError for sizes that do not divide.
   SparseMoe(const SparseMoeConfig& config, const WeightSource& weights, const std::string& prefix,
-            const at::TensorOptions& options, const BackendSelection& backends = {});
+            const at::TensorOptions& options, const BackendSelection& backends = {}, Shard shard = {});
 
   /// x [T, hidden] -> [T, hidden].
   at::Tensor forward(const LayerInput& input) const;
@@ -62,6 +67,7 @@ class SparseMoe {
 
  private:
   SparseMoeConfig config_;
+  Shard shard_;
   std::string backend_;
   at::Tensor router_;       // [E, hidden]
   at::Tensor shared_gate_;  // [1, hidden]

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/layers/projection.h"
 
+#include <c10/util/StringUtil.h>
+
 #include <algorithm>
 #include <map>
 #include <utility>
@@ -54,6 +56,14 @@ void multiply(const at::Tensor& x, const Weight& weight, const std::optional<at:
 RowRange whole_rows(std::string name, std::vector<int64_t> shape) {
   const int64_t count = shape.front();
   return {std::move(name), std::move(shape), 0, count};
+}
+
+QuantizedRows narrow_columns(const QuantizedRows& rows, const std::string& name, int64_t begin, int64_t count) {
+  try {
+    return rows.narrow_columns(begin, count);
+  } catch (const UnsupportedError& error) {
+    throw UnsupportedError(c10::str(name, " cannot be split between ranks: ", error.what()));
+  }
 }
 
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const std::string& backend,
@@ -139,15 +149,17 @@ void Projection::add(const WeightSource& weights, const std::vector<RowRange>& r
 }
 
 Projection Projection::of_columns(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
-                                  int64_t begin, int64_t count, const at::TensorOptions& options) {
-  if (begin == 0 && count == shape[1]) return Projection(weights, name, shape, options);
+                                  int64_t begin, int64_t count, const at::TensorOptions& options,
+                                  const std::string& bias) {
+  if (begin == 0 && count == shape[1]) return Projection(weights, name, shape, options, bias);
+  Projection part;
   if (const std::optional<QuantizedRows> rows = weights.quantized(name, shape)) {
-    Projection part(load_quantized(rows->narrow_columns(begin, count), options), shape[0]);
+    part = Projection(load_quantized(xgdn::narrow_columns(*rows, name, begin, count), options), shape[0]);
     weights.release(name);
-    return part;
+  } else {
+    part = Projection(load_part(weights, name, weights.get(name, shape).narrow(1, begin, count), options));
   }
-  Projection part(load_weight(weights, name, shape, options).narrow(1, begin, count).clone());
-  weights.release(name);
+  if (!bias.empty()) part.bias_ = load_weight(weights, bias, {shape[0]}, options);
   return part;
 }
 

@@ -40,6 +40,10 @@ struct RowRange {
 /// All rows of it.
 RowRange whole_rows(std::string name, std::vector<int64_t> shape);
 
+/// The columns of rows in 8 or 4 bits. Throws UnsupportedError that names the weight where its groups cannot be cut there.
+kernel::QuantizedRows narrow_columns(const kernel::QuantizedRows& rows, const std::string& name, int64_t begin,
+                                     int64_t count);
+
 /// x -> x weight^T + bias, where the rows of the weight may come from several stored weights, some of them in 8 or 4
 /// bits and some plain.
 class Projection {
@@ -60,9 +64,11 @@ class Projection {
   Projection(const WeightSource& weights, const std::vector<RowRange>& ranges, const at::TensorOptions& options,
              const std::vector<std::string>& biases = {});
 
-  /// Reads columns of a stored weight. Throws UnsupportedError where a weight in groups cannot be cut there.
+  /// Reads columns of a stored weight, and the bias of that name where it is not empty. Throws UnsupportedError where a
+  /// weight in groups cannot be cut there.
   static Projection of_columns(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
-                               int64_t begin, int64_t count, const at::TensorOptions& options);
+                               int64_t begin, int64_t count, const at::TensorOptions& options,
+                               const std::string& bias = {});
 
   /// x [T, D] -> [T, O], in the dtype of x or in `dtype`.
   at::Tensor forward(const at::Tensor& x, const std::string& backend, std::optional<at::ScalarType> dtype = {}) const;

@@ -198,7 +198,7 @@ at::Tensor Qwen3GatedDeltaNet::forward(const LayerInput& hidden, const GdnBatch&
     }
   }
   at::Tensor out = out_proj_.forward(o.flatten(1), backends_.decode);
-  if (shard_.group != nullptr) shard_.group->sum(out);
+  shard_.add_up(out);
   return out;
 }
 

@@ -38,12 +38,17 @@ at::Tensor load_weight(const WeightSource& weights, const std::string& name, at:
   const at::Tensor stored = weights.get(name, shape);
   const bool is_as_stored = options.dtype() == stored.dtype() && options.device() == stored.device();
   if (is_as_stored && !weights.is_mapped()) return stored;
-  at::Tensor loaded = kernel::allocate_weight(shape, options);
-  const int64_t rows = stored.size(0);
-  const int64_t step = std::max<int64_t>(rows * kBytesAtOnce / std::max<int64_t>(stored.nbytes(), 1), 1);
+  return load_part(weights, name, stored, options);
+}
+
+at::Tensor load_part(const WeightSource& weights, const std::string& name, const at::Tensor& part,
+                     const at::TensorOptions& options) {
+  at::Tensor loaded = kernel::allocate_weight(part.sizes(), options);
+  const int64_t rows = part.size(0);
+  const int64_t step = std::max<int64_t>(rows * kBytesAtOnce / std::max<int64_t>(part.nbytes(), 1), 1);
   for (int64_t begin = 0; begin < rows; begin += step) {
     const int64_t count = std::min(step, rows - begin);
-    loaded.narrow(0, begin, count).copy_(stored.narrow(0, begin, count));
+    loaded.narrow(0, begin, count).copy_(part.narrow(0, begin, count));
     weights.release(name);
   }
   return loaded;

@@ -66,6 +66,10 @@ class TensorMap : public WeightSource {
 at::Tensor load_weight(const WeightSource& weights, const std::string& name, at::IntArrayRef shape,
                        const at::TensorOptions& options);
 
+/// The same of a part of the stored weight `name`, which get() gave: a view of it, of which no more is kept.
+at::Tensor load_part(const WeightSource& weights, const std::string& name, const at::Tensor& part,
+                     const at::TensorOptions& options);
+
 /// Rows of the stored weight `name`.
 struct RowBlock {
   std::string name;

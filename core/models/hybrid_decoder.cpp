@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/models/hybrid_decoder.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <c10/util/StringUtil.h>
@@ -17,6 +18,7 @@
 #include "core/models/digested_weights.h"
 #include "core/models/hash_bytes.h"
 #include "core/models/rounded_weights.h"
+#include "core/models/tensor_parallel.h"
 
 namespace xgdn {
 namespace {
@@ -37,7 +39,8 @@ Mixer make_mixer(const ModelConfig& c, int64_t layer, const WeightSource& weight
                                     .head_dim = c.head_dim,
                                     .rms_norm_eps = c.rms_norm_eps,
                                     .bias = c.attention_bias};
-    return GatedAttention(attention, weights, prefix + "self_attn.", weight_options(options), options.backends);
+    return GatedAttention(attention, weights, prefix + "self_attn.", weight_options(options), options.backends,
+                          options.shard);
   }
   const GdnConfig gdn{.hidden_size = c.hidden_size,
                       .num_k_heads = c.linear_num_key_heads,
@@ -49,14 +52,15 @@ Mixer make_mixer(const ModelConfig& c, int64_t layer, const WeightSource& weight
                       .state_dtype = options.state_dtype,
                       .max_draft_tokens = options.max_draft_tokens,
                       .has_replay_states = options.has_replay_states};
-  return Qwen3GatedDeltaNet(gdn, weights, prefix + "linear_attn.", weight_options(options), {}, options.backends);
+  return Qwen3GatedDeltaNet(gdn, weights, prefix + "linear_attn.", weight_options(options), options.shard,
+                            options.backends);
 }
 
 FeedForward make_feed_forward(const ModelConfig& c, int64_t layer, const WeightSource& weights,
                               const std::string& prefix, const DecoderOptions& options) {
   const at::TensorOptions tensor = weight_options(options);
   if (!c.is_sparse_layer[layer]) {
-    return Mlp(weights, prefix + "mlp.", c.hidden_size, c.intermediate_size, tensor, options.backends);
+    return Mlp(weights, prefix + "mlp.", c.hidden_size, c.intermediate_size, tensor, options.backends, options.shard);
   }
   const SparseMoeConfig moe{.hidden_size = c.hidden_size,
                             .num_experts = c.num_experts,
@@ -64,7 +68,7 @@ FeedForward make_feed_forward(const ModelConfig& c, int64_t layer, const WeightS
                             .intermediate_size = c.moe_intermediate_size,
                             .shared_intermediate_size = c.shared_expert_intermediate_size,
                             .norm_topk_prob = c.norm_topk_prob};
-  return SparseMoe(moe, weights, prefix + "mlp.", tensor, options.backends);
+  return SparseMoe(moe, weights, prefix + "mlp.", tensor, options.backends, options.shard);
 }
 
 // With its index, where the name has none. The first line of torch's sentence names what is absent.
@@ -98,14 +102,28 @@ TableNames table_names(const ModelConfig& config, const WeightSource& weights) {
   return names;
 }
 
-// The head in 8 or 4 bits, or nullopt where it is plain.
+// The rank's rows of the head in 8 or 4 bits, or nullopt where it is plain.
 std::optional<Projection> load_packed_head(const ModelConfig& config, const WeightSource& weights,
-                                           const std::string& name, const at::TensorOptions& options) {
+                                           const std::string& name, const PieceRange& part,
+                                           const at::TensorOptions& options) {
   const auto rows = weights.quantized(name, {config.vocab_size, config.hidden_size});
   if (!rows) return std::nullopt;
-  Projection head(load_quantized(*rows, options), config.vocab_size);
+  Projection head(load_quantized(rows->narrow(part.begin, part.count), options), part.count);
   weights.release(name);
   return head;
+}
+
+// The rank's rows of a table of all tokens.
+at::Tensor load_table(const ModelConfig& config, const WeightSource& weights, const std::string& name,
+                      const PieceRange& part, const at::TensorOptions& options) {
+  const std::vector<int64_t> shape{config.vocab_size, config.hidden_size};
+  if (part.count == config.vocab_size) return load_weight(weights, name, shape, options);
+  return load_part(weights, name, weights.get(name, shape).narrow(0, part.begin, part.count), options);
+}
+
+const ModelConfig& checked(const ModelConfig& config, const Shard& shard) {
+  check_tensor_parallel(config, shard.world);
+  return config;
 }
 
 at::Tensor rows_of(const at::Tensor& table, const at::Tensor& indices) {
@@ -123,7 +141,9 @@ struct HybridDecoder::Layer {
 };
 
 HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& source, const DecoderOptions& options)
-    : config_(config),
+    : config_(checked(config, options.shard)),
+      config_of_rank_(config_of_rank(config, options.shard.world)),
+      shard_(options.shard),
       dtype_(options.dtype),
       kv_dtype_(options.kv_dtype.value_or(options.dtype)),
       device_(usable(options.device)),
@@ -134,14 +154,18 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
   const WeightSource& weights = options.quantize ? static_cast<const WeightSource&>(rounded) : stored;
   const std::string& root = config.weight_prefix;
   const at::TensorOptions tensor = weight_options(options);
-  const std::vector<int64_t> table{config.vocab_size, config.hidden_size};
+  const PieceRange tokens = even_part(options.shard, "HybridDecoder", "vocab_size", config.vocab_size);
   const TableNames names = table_names(config, weights);
   has_tied_head_ = names.is_tied();
   // First, so that what rounding it takes beside its own size is less than what the decoder keeps in the end.
-  std::optional<Projection> packed_head = load_packed_head(config, weights, names.head, tensor);
-  embedding_ = load_weight(weights, names.embedding, table, tensor);
-  lm_head_ = packed_head ? *std::move(packed_head)
-                         : Projection(names.is_tied() ? embedding_ : load_weight(weights, names.head, table, tensor));
+  std::optional<Projection> packed_head = load_packed_head(config, weights, names.head, tokens, tensor);
+  embedding_ = load_table(config, weights, names.embedding, tokens, tensor);
+  if (packed_head) {
+    lm_head_ = *std::move(packed_head);
+  } else {
+    lm_head_ =
+        Projection(names.is_tied() ? embedding_ : load_table(config, weights, names.head, tokens, tensor));
+  }
   norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
   for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
     const std::string prefix = root + "layers." + std::to_string(i) + ".";
@@ -206,7 +230,7 @@ StepOutput HybridDecoder::forward(const StepInput& input, ModelState& state) con
   if (input.hidden_rows.defined()) kernel::check_storage("HybridDecoder", "hidden_rows", input.hidden_rows);
   kernel::check_storage("HybridDecoder", "positions", input.attention.positions);
   kernel::check_storage("HybridDecoder", "embed_tokens", embedding_);
-  ResidualStream stream{.residual = rows_of(embedding_, input.token_ids)};
+  ResidualStream stream{.residual = embed(input.token_ids)};
   const RotaryTable rotary = rotary_.table(input.attention.positions, dtype_);
   size_t gdn_layer = 0;
   size_t attention_layer = 0;
@@ -231,6 +255,17 @@ StepOutput HybridDecoder::forward(const StepInput& input, ModelState& state) con
   if (input.hidden_rows.defined()) output.hidden = last(input.hidden_rows);
   output.logits = logits(last(input.logit_rows));
   return output;
+}
+
+// Of several ranks, each has the rows of its tokens and zeros for the others.
+at::Tensor HybridDecoder::embed(const at::Tensor& token_ids) const {
+  if (shard_.world == 1) return rows_of(embedding_, token_ids);
+  const int64_t count = embedding_.size(0);
+  const at::Tensor own = token_ids - shard_.rank * count;
+  at::Tensor rows = rows_of(embedding_, own.clamp(0, count - 1));
+  rows.masked_fill_(own.lt(0).logical_or_(own.ge(count)).unsqueeze(1), 0);
+  shard_.add_up(rows);
+  return rows;
 }
 
 at::Tensor HybridDecoder::logits(const at::Tensor& hidden) const {

@@ -16,6 +16,7 @@
 #include "core/layers/projection.h"
 #include "core/layers/qwen3_gated_delta_net.h"
 #include "core/layers/rotary.h"
+#include "core/layers/shard.h"
 #include "core/layers/weight_source.h"
 #include "core/models/model_config.h"
 
@@ -32,7 +33,7 @@ struct StepInput {
 
 /// What a step gives.
 struct StepOutput {
-  at::Tensor logits;  // [R, vocab] f32
+  at::Tensor logits;  // [R, vocab] f32; of a shard the rank's part of the vocabulary
   at::Tensor hidden;  // [P, hidden], behind the last norm; undefined where none are wanted
 };
 
@@ -52,14 +53,17 @@ struct DecoderOptions {
   int64_t max_draft_tokens = 0;                 // that a step may verify for a sequence
   BackendSelection backends;
   std::optional<kernel::WeightFormat> quantize = {};  // rounds the weights of products, see RoundedWeights
+  Shard shard = {};  // of several ranks: the group sums what each layer's parts add up to
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // may be empty
 };
 
-/// A decoder: weights, and no state of any sequence.
+/// A decoder: weights, and no state of any sequence. One of several ranks has its heads of every layer, its part of the
+/// intermediate sizes and of the vocabulary, and all of norms and routers; hidden states are the same on all ranks.
 class HybridDecoder {
  public:
   /// Builds every layer from the source. Throws CheckpointError for missing or misshapen weights, DeviceError for a
-  /// device that the process cannot use, UnsupportedError for weights that cannot be rounded as options ask.
+  /// device that the process cannot use, UnsupportedError for weights that cannot be rounded as options ask or split,
+  /// RequestError for a world that does not divide the model (check_tensor_parallel).
   HybridDecoder(const ModelConfig& config, const WeightSource& source, const DecoderOptions& options);
   HybridDecoder(const HybridDecoder&) = delete;
   HybridDecoder& operator=(const HybridDecoder&) = delete;
@@ -68,11 +72,15 @@ class HybridDecoder {
   /// Updates the state in place. Throws DeviceError for a step built for another device.
   StepOutput forward(const StepInput& input, ModelState& state) const;
 
-  /// Logits [P, vocab] f32 of hidden states [P, hidden] that forward() gave.
+  /// Logits [P, vocab] f32 of hidden states [P, hidden] that forward() gave; of a shard as in StepOutput.
   at::Tensor logits(const at::Tensor& hidden) const;
 
-  /// Pools of each GDN layer, in order.
+  /// Pools of each GDN layer that this rank has, in order.
   std::vector<std::vector<StateSpec>> state_specs() const;
+  /// Key and value heads that this rank has in an attention layer's cache.
+  int64_t num_kv_heads() const { return config_of_rank_.num_key_value_heads; }
+  /// Which rank this is, of how many.
+  const Shard& shard() const { return shard_; }
   /// Layers with full attention, each with a KvPool.
   int64_t num_attention_layers() const;
   /// Whether the head has the weights of the token embedding, be it the same tensor or a rounded copy.
@@ -83,7 +91,7 @@ class HybridDecoder {
   int64_t streamed_bytes() const;
   /// Tells this model from others: by its weights, their dtype and how they were rounded.
   uint64_t digest() const { return digest_; }
-  const ModelConfig& config() const { return config_; }           // as given
+  const ModelConfig& config() const { return config_; }           // as given: of the whole model
   int64_t max_draft_tokens() const { return max_draft_tokens_; }  // as given
   at::ScalarType dtype() const { return dtype_; }                 // of weights and activations
   at::ScalarType kv_dtype() const { return kv_dtype_; }           // of keys and values
@@ -92,15 +100,19 @@ class HybridDecoder {
  private:
   struct Layer;
 
+  at::Tensor embed(const at::Tensor& token_ids) const;
+
   ModelConfig config_;
+  ModelConfig config_of_rank_;
+  Shard shard_;
   at::ScalarType dtype_;
   at::ScalarType kv_dtype_;
   c10::Device device_;
   std::string backend_;
   Rotary rotary_;
-  at::Tensor embedding_;  // [vocab, hidden]
+  at::Tensor embedding_;  // [vocab, hidden], of a shard the rank's rows
   at::Tensor norm_;       // [hidden]
-  Projection lm_head_;    // [vocab, hidden]
+  Projection lm_head_;    // [vocab, hidden], as above
   bool has_tied_head_ = false;
   std::vector<std::unique_ptr<Layer>> layers_;
   int64_t max_draft_tokens_ = 0;

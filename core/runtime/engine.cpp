@@ -8,6 +8,7 @@
 #include <span>
 #include <utility>
 
+#include "core/runtime/follower.h"
 #include "core/runtime/prompt_lookup.h"
 #include "core/runtime/sequence_logits.h"
 #include "core/runtime/stopwatch.h"
@@ -72,47 +73,97 @@ void check_options(const Request& request, int64_t vocab) {
   }
 }
 
+void check_prompt(const std::vector<int32_t>& prompt, int64_t vocab) {
+  if (prompt.empty()) throw RequestError("[submit] prompt: expected at least one token, got none");
+  for (size_t i = 0; i < prompt.size(); ++i) {
+    if (prompt[i] < 0 || prompt[i] >= vocab) {
+      throw RangeError(
+          c10::str("[submit] prompt: expected token ids 0..", vocab - 1, ", got ", prompt[i], " at index ", i));
+    }
+  }
+}
+
 const RunnerOptions& checked(const RunnerOptions& options) {
   options.check();
   return options;
 }
 
+std::unique_ptr<Leader> make_leader(const HybridDecoder& model, std::shared_ptr<ProcessGroup> ranks) {
+  const Shard& shard = model.shard();
+  if (!ranks && shard.world == 1) return nullptr;
+  if (!ranks || ranks->world() != shard.world || ranks->rank() != shard.rank || shard.rank != 0) {
+    throw RequestError(c10::str("[Engine] ranks: expected rank 0 of a decoder and of a group of as many, got rank ",
+                                shard.rank, " of ", shard.world, " and ",
+                                ranks ? c10::str("rank ", ranks->rank(), " of ", ranks->world()) : "no group"));
+  }
+  if (shard.world == 1) return nullptr;
+  return std::make_unique<Leader>(std::move(ranks));
+}
+
 }  // namespace
 
-Engine::Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options)
-    : Engine(std::move(model), {}, options) {}
+Engine::Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options,
+               std::shared_ptr<ProcessGroup> ranks)
+    : Engine(std::move(model), {}, options, std::move(ranks)) {}
 
-Engine::Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const RunnerOptions& options)
+Engine::Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const RunnerOptions& options,
+               std::shared_ptr<ProcessGroup> ranks)
     : model_(std::move(model)),
       load_report_(std::move(report)),
       max_context_(xgdn::max_context(*model_, checked(options))),
-      states_(model_->state_specs(), num_state_slots(options), model_->device(), options.poison_freed_slots),
-      kv_(kv_spec(*model_, options.kv_block_size), num_kv_blocks(*model_, options), model_->device()),
+      leader_(make_leader(*model_, std::move(ranks))),
+      states_(model_->state_specs(), num_state_slots(options), model_->device(), options.poison_freed_slots,
+              leader_.get()),
+      kv_(kv_spec(*model_, options.kv_block_size), num_kv_blocks(*model_, options), model_->device(), leader_.get()),
       scheduler_({.max_tokens_per_step = options.max_tokens_per_step, .num_prefix_slots = options.prefix_cache_slots},
                  states_, kv_),
-      runner_(model_, options, states_, kv_) {}
+      runner_(model_, options, states_, kv_, leader_ ? &leader_->group() : nullptr, leader_.get()) {
+  if (!leader_) return;
+  sharded_.emplace(model_->config(), model_->state_specs(), model_->shard().rank, model_->shard().world);
+  meet_ranks(*model_, options, leader_->group());
+}
 
-Engine::~Engine() = default;
+Engine::~Engine() {
+  shut_down();
+}
+
+void Engine::shut_down() {
+  if (leader_) between_steps([&] { leader_->shut_down(); });
+}
+
+void Engine::report_failed_rank(const std::string& error) {
+  if (leader_) leader_->fail(error);
+}
+
+// After an exchange between ranks that failed there is no other.
+void Engine::check_ranks() {
+  if (!leader_ || !device_error_.empty() || leader_->error().empty()) return;
+  device_error_ = c10::str("[step] tensor_parallel: expected all ", leader_->group().world(),
+                           " ranks to compute, got one that failed; requests need a new process. Its error: ",
+                           leader_->error());
+}
 
 std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
   const c10::InferenceMode inference;
   LoadedDecoder loaded = load_decoder(dir, options);
-  return std::unique_ptr<Engine>(new Engine(std::move(loaded.model), std::move(loaded.report), options.runner));
+  return std::unique_ptr<Engine>(
+      new Engine(std::move(loaded.model), std::move(loaded.report), options.runner, options.ranks));
 }
 
-at::Tensor Engine::prompt_logits(const std::vector<int32_t>& prompt) const {
-  return sequence_logits(*model_, prompt);
+// Of several ranks between two steps: all of them compute.
+at::Tensor Engine::prompt_logits(const std::vector<int32_t>& prompt) {
+  if (!leader_) return sequence_logits(*model_, prompt);
+  check_prompt(prompt, model_->config().vocab_size);
+  const c10::InferenceMode inference;
+  return between_steps([&] {
+    return leader_->exchange(PromptLogitsCommand{prompt},
+                             [&] { return gather_logits(sequence_logits(*model_, prompt), leader_->group()); });
+  });
 }
 
 void Engine::check(const Request& request) const {
-  if (request.prompt.empty()) throw RequestError("[submit] prompt: expected at least one token, got none");
   const int64_t vocab = model_->config().vocab_size;
-  for (size_t i = 0; i < request.prompt.size(); ++i) {
-    if (request.prompt[i] < 0 || request.prompt[i] >= vocab) {
-      throw RangeError(
-          c10::str("[submit] prompt: expected token ids 0..", vocab - 1, ", got ", request.prompt[i], " at index ", i));
-    }
-  }
+  check_prompt(request.prompt, vocab);
   check_options(request, vocab);
   scheduler_.check_fits(request);
   const int64_t num_positions = model_->config().max_position_embeddings;
@@ -209,7 +260,8 @@ SequenceStep Engine::describe(const ScheduledStep& step) const {
           .has_initial_state = s.num_computed() > 0,
           .kv_blocks = memory.blocks(),
           .wants_logits = end == s.num_tokens() && s.request->max_new_tokens > 0,
-          .num_hidden = num_hidden(step)};
+          .num_hidden = num_hidden(step),
+          .num_candidates = leader_ ? num_candidates(*s.request) : 0};
 }
 
 int64_t Engine::pin(const std::vector<int32_t>& tokens) {
@@ -231,9 +283,9 @@ SessionSpecs Engine::session_specs() const {
   const KvCacheSpec kv = kv_spec(*model_, kv_.block_size());
   return {.model_digest = model_->digest(),
           .vocab_size = model_->config().vocab_size,
-          .states = model_->state_specs(),
+          .states = sharded_ ? sharded_->whole_specs() : model_->state_specs(),
           .num_attention_layers = kv.num_layers,
-          .num_kv_heads = kv.num_kv_heads,
+          .num_kv_heads = model_->config().num_key_value_heads,
           .kv_row_size = kernel::kv_row_size(kv.head_dim, kv.dtype),
           .kv_dtype = kv.dtype};
 }
@@ -244,7 +296,10 @@ void Engine::copy_state(int64_t prefix_id, SavedSession& saved) {
     const PrefixCache::Prefix* const prefix = scheduler_.prefixes().pinned(prefix_id);
     if (prefix == nullptr) return;
     saved.num_kept = prefix->num_tokens();
-    saved.memory = prefix->memory.save();
+    const auto copy = [&] { return prefix->memory.save(); };
+    saved.memory = !leader_ ? copy() : leader_->exchange(GatherMemoryCommand{prefix->memory.place()}, [&] {
+      return sharded_->gather(copy(), leader_->group());
+    });
   });
 }
 
@@ -254,7 +309,17 @@ void Engine::adopt(const SavedSession& saved) {
     PrefixCache& prefixes = scheduler_.prefixes();
     if (prefixes.holds(tokens)) return;
     SequenceMemory memory = prefixes.make_memory(saved.num_kept);
-    memory.load(saved.memory, saved.num_kept);
+    if (leader_) {
+      MemoryPlace place = memory.place();
+      place.num_tokens = saved.num_kept;
+      memory.load(leader_->exchange(ScatterMemoryCommand{place},
+                                    [&] {
+                                      return sharded_->scatter(&saved.memory, saved.memory, leader_->group());
+                                    }),
+                  saved.num_kept);
+    } else {
+      memory.load(saved.memory, saved.num_kept);
+    }
     prefixes.adopt(tokens, std::move(memory));
   });
 }
@@ -376,6 +441,7 @@ void Engine::draft(const std::vector<Choice>& choices) {
 // The states of every sequence in the step may be half written, and with them what was to be forked. Where scheduling
 // itself failed, or the device is lost, nobody can go on.
 std::vector<RequestEvent> Engine::fail(const std::vector<ScheduledStep>& steps, const std::string& error) {
+  check_ranks();
   if (device_error_.empty() && !kernel::is_alive(model_->device())) {
     device_error_ = c10::str("[step] device: expected one that computes, got ", model_->device(),
                              " that has stopped; requests need a new process. Its error: ", error);
@@ -450,6 +516,7 @@ std::vector<RequestEvent> Engine::run_step() {
   std::vector<ScheduledStep> steps;
   std::vector<RequestEvent> moved;
   try {
+    check_ranks();
     if (!device_error_.empty()) throw Error(device_error_);
     steps = scheduler_.schedule();
     if (steps.empty()) return events;

@@ -15,11 +15,13 @@
 #include <utility>
 #include <vector>
 
+#include "core/runtime/leader.h"
 #include "core/runtime/load_decoder.h"
 #include "core/runtime/model_runner.h"
 #include "core/runtime/request.h"
 #include "core/runtime/scheduler.h"
 #include "core/runtime/session_file.h"
+#include "core/runtime/sharded_memory.h"
 #include "core/runtime/turn_mutex.h"
 
 namespace xgdn {
@@ -60,9 +62,11 @@ class Engine {
     return make_plan(dir, options);
   }
 
-  /// Serves a decoder that the caller has built. Allocates the pools. Throws RequestError for options that no engine
-  /// can have.
-  Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options);
+  /// Serves a decoder that the caller has built. Allocates the pools. `ranks`: of a decoder that several processes
+  /// share, whose shard has the group too; this one is the first, and each of the others has a Follower. Throws
+  /// RequestError for options that no engine can have, and as meet_ranks.
+  Engine(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options,
+         std::shared_ptr<ProcessGroup> ranks = nullptr);
 
   /// Queues a request. Throws RequestError or RangeError when it can never be served: empty prompt, token outside the
   /// vocabulary, more tokens than the model has positions or the pools hold, sampling parameter out of range.
@@ -130,7 +134,15 @@ class Engine {
   int64_t kv_bytes() const { return kv_.bytes(); }                                  // of all blocks
 
   /// Logits [T, vocab] f32 of one prompt, in one pass with temporary pools; running requests are not affected.
-  at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;
+  at::Tensor prompt_logits(const std::vector<int32_t>& prompt);
+
+  /// Lets the ranks that follow return, after the step under way. Requests end with an error from then on. Does nothing
+  /// in an engine of one process; the destructor does it as well.
+  void shut_down();
+
+  /// Says that a rank has ended, as far as somebody who watches the processes knows: every request ends with an error
+  /// from the next step on. What waits for the rank goes on waiting until its connection or the time is over.
+  void report_failed_rank(const std::string& error);
 
   const ModelConfig& config() const { return model_->config(); }       // of config.json
   const LoadReport& load_report() const { return load_report_; }       // what of the checkpoint was left unused
@@ -180,11 +192,17 @@ class Engine {
   std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);
   std::vector<int32_t> stop_tokens(const Request& request) const;
 
-  Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const RunnerOptions& options);
+  void check_ranks();
+
+  Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const RunnerOptions& options,
+         std::shared_ptr<ProcessGroup> ranks);
 
   std::shared_ptr<const HybridDecoder> model_;
   LoadReport load_report_;
   int64_t max_context_;
+
+  std::unique_ptr<Leader> leader_;        // null: one process has the whole model
+  std::optional<ShardedMemory> sharded_;  // beside it
 
   mutable TurnMutex step_mutex_;  // of a step, and of what it changes; taken before mutex_
   StatePool states_;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/kv_cache.h"
 
-#include <ATen/ops/arange.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/StringUtil.h>
 
+#include <utility>
+
 #include "core/kernels/ops_api.h"
+#include "core/runtime/pool_contents.h"
 
 namespace xgdn {
 namespace {
@@ -30,8 +31,15 @@ int64_t KvCacheSpec::block_bytes() const {
   return 2 * num_layers * block_size * num_kv_heads * row;
 }
 
-KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device)
-    : spec_(spec), device_(device), ref_counts_(checked_num_blocks(num_blocks), 0), num_idle_(ref_counts_.size(), 0) {
+SavedBlocks::SavedBlocks(std::vector<KvPool> layers, Leader* leader)
+    : layers_(std::move(layers)), leader_(leader), id_(leader == nullptr ? 0 : leader->next_id()) {}
+
+SavedBlocks::~SavedBlocks() {
+  if (leader_ != nullptr) leader_->tell(DropBlocksCommand{id_});
+}
+
+KvCache::KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device, Leader* leader)
+    : spec_(spec), leader_(leader), ref_counts_(checked_num_blocks(num_blocks), 0), num_idle_(ref_counts_.size(), 0) {
   check_at_least("block_size", 1, spec.block_size);
   if (num_blocks > 0 && spec.block_size > kernel::kMaxIndex / num_blocks) {
     throw RequestError(c10::str("[KvCache] num_blocks: expected at most ", kernel::kMaxIndex / spec.block_size,
@@ -87,50 +95,27 @@ void KvCache::add_idle(const std::vector<int32_t>& blocks, int64_t count) {
   for (int32_t block : blocks) change("add_idle", block, 0, count);
 }
 
-at::Tensor KvCache::rows_of(const char* what, const std::vector<int32_t>& blocks) {
-  for (int32_t block : blocks) held(what, block);
-  return at::tensor(blocks, at::kInt).to(at::kLong).to(device_);
-}
-
-std::vector<KvPool> KvCache::save(const std::vector<int32_t>& blocks) {
-  const at::Tensor rows = rows_of("save", blocks);
-  std::vector<KvPool> saved;
-  for (const KvPool& layer : layers_) {
-    saved.push_back({layer.k.index_select(0, rows).to(at::kCPU), layer.v.index_select(0, rows).to(at::kCPU)});
-  }
+std::shared_ptr<const SavedBlocks> KvCache::save(const std::vector<int32_t>& blocks) {
+  for (int32_t block : blocks) held("save", block);
+  auto saved = std::make_shared<const SavedBlocks>(save_blocks(layers_, blocks), leader_);
+  if (leader_ != nullptr) leader_->tell(SaveBlocksCommand{saved->id(), blocks});
   return saved;
 }
 
-void KvCache::restore(const std::vector<KvPool>& saved, const std::vector<int64_t>& rows,
-                      const std::vector<int32_t>& blocks) {
+void KvCache::restore(const SavedBlocks& saved, const std::vector<int64_t>& rows, const std::vector<int32_t>& blocks) {
   if (rows.size() != blocks.size()) {
     throw RangeError(c10::str("[KvCache] restore: expected ", rows.size(), " blocks, got ", blocks.size()));
   }
-  const at::Tensor from = at::tensor(rows, at::kLong);
-  const at::Tensor to = rows_of("restore", blocks);
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    layers_[i].k.index_copy_(0, to, saved.at(i).k.index_select(0, from).to(device_));
-    layers_[i].v.index_copy_(0, to, saved.at(i).v.index_select(0, from).to(device_));
-  }
-}
-
-void KvCache::write(const std::vector<KvPool>& tokens, const std::vector<int32_t>& blocks) {
-  const at::Tensor offsets = at::arange(spec_.block_size, at::TensorOptions(at::kLong).device(device_));
-  const at::Tensor rows = (rows_of("write", blocks).unsqueeze(1) * spec_.block_size + offsets).flatten();
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const at::Tensor used = rows.narrow(0, 0, tokens.at(i).k.size(0));
-    layers_[i].k.flatten(0, 1).index_copy_(0, used, tokens[i].k.to(device_));
-    layers_[i].v.flatten(0, 1).index_copy_(0, used, tokens[i].v.to(device_));
-  }
+  for (int32_t block : blocks) held("restore", block);
+  if (leader_ != nullptr) leader_->tell(RestoreBlocksCommand{saved.id(), rows, blocks});
+  restore_blocks(layers_, saved.layers(), rows, blocks);
 }
 
 void KvCache::copy(int32_t from, int32_t to) {
   held("copy", from);
   held("copy", to);
-  for (const KvPool& layer : layers_) {
-    layer.k.select(0, to).copy_(layer.k.select(0, from));
-    layer.v.select(0, to).copy_(layer.v.select(0, from));
-  }
+  if (leader_ != nullptr) leader_->tell(CopyBlockCommand{from, to});
+  copy_block(layers_, from, to);
 }
 
 }  // namespace xgdn

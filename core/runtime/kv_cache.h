@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/errors.h"
 #include "core/layers/attention_batch.h"
+#include "core/runtime/leader.h"
 
 namespace xgdn {
 
@@ -22,11 +24,30 @@ struct KvCacheSpec {
   int64_t block_bytes() const;
 };
 
+/// Contents of blocks in host memory, on every rank of a model that several share.
+class SavedBlocks {
+ public:
+  /// Tells the leader, unless null, when nobody wants them any more.
+  SavedBlocks(std::vector<KvPool> layers, Leader* leader);
+  ~SavedBlocks();
+  SavedBlocks(const SavedBlocks&) = delete;
+  SavedBlocks& operator=(const SavedBlocks&) = delete;
+
+  const std::vector<KvPool>& layers() const { return layers_; }  // one entry a layer, this rank's heads
+  int64_t id() const { return id_; }                             // by which other ranks know them
+
+ private:
+  std::vector<KvPool> layers_;
+  Leader* leader_;
+  int64_t id_;
+};
+
 /// Blocks with reference counts.
 class KvCache {
  public:
-  /// Throws RequestError for a negative number of blocks or an empty block.
-  KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device);
+  /// `leader`, unless null, tells other ranks of what is copied, saved and restored; it outlives the cache and what was
+  /// saved of it. Throws RequestError for a negative number of blocks or an empty block.
+  KvCache(const KvCacheSpec& spec, int64_t num_blocks, c10::Device device, Leader* leader = nullptr);
 
   /// `count` blocks with a reference count of one. Throws OutOfBlocks and takes none when fewer are free.
   std::vector<int32_t> allocate(int64_t count);
@@ -47,15 +68,11 @@ class KvCache {
   /// Copies the keys and values of one held block to another. Throws RangeError for a block that nobody holds.
   void copy(int32_t from, int32_t to);
 
-  /// The contents of held blocks in host memory, one entry a layer. Throws RangeError for a block that nobody holds.
-  std::vector<KvPool> save(const std::vector<int32_t>& blocks);
+  /// The contents of held blocks in host memory. Throws RangeError for a block that nobody holds.
+  std::shared_ptr<const SavedBlocks> save(const std::vector<int32_t>& blocks);
   /// Writes rows of saved contents to held blocks, one to each. Throws RangeError as save, and for another number of
   /// rows.
-  void restore(const std::vector<KvPool>& saved, const std::vector<int64_t>& rows, const std::vector<int32_t>& blocks);
-
-  /// Writes a sequence's tokens to its blocks, in their order: of each layer [T, Hkv, row]. Throws RangeError for a
-  /// block that nobody holds.
-  void write(const std::vector<KvPool>& tokens, const std::vector<int32_t>& blocks);
+  void restore(const SavedBlocks& saved, const std::vector<int64_t>& rows, const std::vector<int32_t>& blocks);
 
   /// Blocks that `tokens` tokens need; 0 for a model without full attention.
   int64_t blocks_for(int64_t tokens) const;
@@ -73,10 +90,8 @@ class KvCache {
 
   void change(const char* what, int32_t block, int64_t holders, int64_t idle);
 
-  at::Tensor rows_of(const char* what, const std::vector<int32_t>& blocks);  // of held blocks, i64
-
   KvCacheSpec spec_;
-  c10::Device device_;
+  Leader* leader_;
   std::vector<KvPool> layers_;
   std::vector<int64_t> ref_counts_;
   std::vector<int64_t> num_idle_;  // of these holders, those that would give the block up

@@ -7,6 +7,7 @@
 #include <iostream>
 
 #include "core/checkpoint/model_directory.h"
+#include "core/models/tensor_parallel.h"
 #include "core/runtime/trial_step.h"
 
 namespace xgdn {
@@ -49,6 +50,7 @@ DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& o
   const at::ScalarType dtype = options.dtype.value_or(*config.dtype);
   const at::ScalarType kv_dtype = options.kv_dtype.value_or(dtype);
   check_dtypes(dtype, options.state_dtype, kv_dtype);
+  check_tensor_parallel(config, options.world());
   return {.dtype = dtype,
           .device = options.device,
           .state_dtype = options.state_dtype,
@@ -57,6 +59,7 @@ DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& o
           .max_draft_tokens = options.draft_tokens,
           .backends = options.backends,
           .quantize = options.quantize,
+          .shard = {.rank = options.ranks ? options.ranks->rank() : 0, .world = options.world(), .group = options.ranks},
           .on_layer_loaded = options.on_layer_loaded};
 }
 
@@ -73,12 +76,18 @@ void check_fits(const Plan& plan, int64_t memory_limit) {
 LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions& options) {
   const c10::InferenceMode inference;
   check_options(options);
+  if (options.tensor_parallel != 1 && (!options.ranks || options.ranks->world() != options.tensor_parallel)) {
+    throw RequestError(c10::str("[Engine] tensor_parallel: expected a group of ", options.tensor_parallel,
+                                " ranks, got ", options.ranks ? options.ranks->world() : 0));
+  }
   const ModelDirectory opened(dir);
   const DecoderOptions decoder = decoder_options(opened.config, options);
   LoadReport report = inspect(opened, decoder);
   for (const std::string& warning : report.warnings()) std::cerr << "xgdn: " << dir.native() << ": " << warning << '\n';
   if (options.memory_limit) check_fits(make_plan(opened, decoder, options.runner), *options.memory_limit);
-  try_step(opened.config, decoder);
+  DecoderOptions alone = decoder;
+  alone.shard = {};
+  try_step(config_of_rank(opened.config, options.world()), alone);
   return {std::make_shared<HybridDecoder>(opened.config, opened.checkpoint, decoder), std::move(report)};
 }
 

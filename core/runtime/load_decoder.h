@@ -10,6 +10,7 @@
 
 #include "core/checkpoint/load_report.h"
 #include "core/models/hybrid_decoder.h"
+#include "core/runtime/process_group.h"
 #include "core/runtime/plan.h"
 #include "core/runtime/runner_options.h"
 
@@ -30,6 +31,13 @@ struct EngineOptions {
   // Tokens that are drafted for a sequence, looked up in its own text, and verified in one step; they change no token.
   // 1..15 of replay states; 0: none.
   int64_t draft_tokens = 0;
+  // Processes that share the model, of which this is one: its rank's part is loaded. Null: this one has all of it.
+  std::shared_ptr<ProcessGroup> ranks = nullptr;
+  // Of a plan: how many will share the model. Otherwise the number of `ranks`.
+  int64_t tensor_parallel = 1;
+
+  /// tensor_parallel, or what ranks say.
+  int64_t world() const { return ranks ? ranks->world() : tensor_parallel; }
 };
 
 /// A decoder, and what a user should know about its load.
@@ -40,7 +48,8 @@ struct LoadedDecoder {
 
 /// Loads the decoder of a Hugging Face directory (config.json and safetensors). The weights are copied into memory.
 /// What the load report warns of is written to stderr. Throws UnsupportedError for sizes that no backend can run,
-/// CheckpointError, DeviceError, UnsupportedError or RequestError; OutOfMemory before anything is allocated when the
+/// CheckpointError, DeviceError, UnsupportedError or RequestError, also where the ranks cannot split the model
+/// (check_tensor_parallel) or there are none for options.tensor_parallel; OutOfMemory before anything is allocated when the
 /// plan exceeds options.memory_limit.
 LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions& options = {});
 

@@ -24,19 +24,42 @@ std::span<const float> row_of(const at::Tensor& logits, int64_t row) {
 }  // namespace
 
 ModelRunner::ModelRunner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, StatePool& states,
-                         KvCache& kv)
+                         KvCache& kv, ProcessGroup* ranks, Leader* leader)
     : model_(std::move(model)),
+      ranks_(ranks),
+      leader_(leader),
       builder_(batch_limits(*model_, options), model_->device()),
       state_{states.layers(), kv.layers()},
-      has_graphs_(kernel::has_graphs(model_->device())),
-      finds_largest_(kernel::finds_largest_logits(model_->device())) {}
+      has_graphs_(ranks == nullptr && kernel::has_graphs(model_->device())),
+      finds_largest_(ranks == nullptr && kernel::finds_largest_logits(model_->device())) {}
 
 void ModelRunner::launch(const std::vector<SequenceStep>& sequences) {
   result_ = {};
   built_ = {};
   built_ = builder_.build(sequences);
   since_launch_ = Stopwatch();
-  result_ = can_be_recorded() ? run_recorded() : forward(built_.input);
+  if (ranks_ == nullptr) {
+    result_ = can_be_recorded() ? run_recorded() : forward(built_.input);
+    return;
+  }
+  const auto compute = [&] {
+    result_ = forward(built_.input);
+    result_.gathered.emplace(result_.logits, candidates_of_rows(sequences), *ranks_);
+    if (leader_ != nullptr) result_.gathered->to_host();  // what an exchange throws ends all ranks
+  };
+  leader_ == nullptr ? compute() : leader_->exchange(StepCommand{sequences}, compute);
+}
+
+// Of each row of the logits.
+std::vector<int64_t> ModelRunner::candidates_of_rows(const std::vector<SequenceStep>& sequences) const {
+  std::vector<int64_t> candidates(static_cast<size_t>(result_.logits.size(0)), 0);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const SequenceStep& s = sequences[i];
+    if (!s.wants_logits) continue;
+    const int64_t count = s.kind == SegmentKind::kVerify ? std::ssize(s.tokens) : 1;
+    std::fill_n(candidates.begin() + built_.logit_rows[i], count, s.num_candidates);
+  }
+  return candidates;
 }
 
 ModelRunner::Result ModelRunner::forward(const StepInput& input) {
@@ -72,6 +95,10 @@ ModelRunner::Result ModelRunner::run_recorded() {
 }
 
 void ModelRunner::wait() {
+  if (ranks_ != nullptr) {
+    forward_seconds_ = since_launch_.seconds();
+    return;
+  }
   at::Tensor& awaited = finds_largest_ ? result_.largest.values : result_.logits;
   awaited = awaited.to(at::kCPU).contiguous();
   if (finds_largest_) result_.largest.tokens = result_.largest.tokens.to(at::kCPU);
@@ -87,6 +114,10 @@ int64_t ModelRunner::first_row(size_t sequence) const {
 
 // The logits that are read on the host, and where among them the first of each of `rows` is; -1: it reads none.
 at::Tensor ModelRunner::logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const {
+  if (ranks_ != nullptr) {
+    places.resize(rows.size());
+    return {};
+  }
   if (!finds_largest_) {
     for (const SampleRow& row : rows) places.push_back(first_row(row.sequence));
     return result_.logits;
@@ -114,15 +145,19 @@ SampledToken ModelRunner::choose(Sampler& sampler, int64_t row, const at::Tensor
       check_largest_logit(result_.largest.values.const_data_ptr<float>()[row], token);
       return {.token = static_cast<int32_t>(token)};
     }
-    const std::span<const float> of_row = row_of(logits, place);
-    SampledToken sampled{.token = sampler.sample(of_row)};
-    if (const auto num_top = sampler.params().logprobs) {
-      sampled.logprobs = logprobs(of_row, sampled.token, *num_top);
-    }
-    return sampled;
+    if (!result_.gathered) return choose_from(sampler, row_of(logits, place));
+    if (sampler.is_greedy()) return {.token = result_.gathered->largest(row)};
+    thread_local std::vector<float> with_candidates;  // of the size of a vocabulary: not allocated for every token
+    return choose_from(sampler, result_.gathered->row(row, with_candidates));
   } catch (const Error& error) {
     return {.error = error.what()};
   }
+}
+
+SampledToken ModelRunner::choose_from(Sampler& sampler, std::span<const float> logits) {
+  SampledToken sampled{.token = sampler.sample(logits)};
+  if (const auto num_top = sampler.params().logprobs) sampled.logprobs = logprobs(logits, sampled.token, *num_top);
+  return sampled;
 }
 
 std::vector<std::vector<SampledToken>> ModelRunner::sample(const std::vector<SampleRow>& rows) const {
@@ -153,8 +188,10 @@ std::vector<Logprobs> ModelRunner::logprobs_of(size_t sequence, std::span<const 
   std::vector<Logprobs> found;
   for (int64_t begin = 0; begin < std::ssize(tokens); begin += kLogitBlock) {
     const int64_t count = std::min(std::ssize(tokens) - begin, kLogitBlock);
+    const auto compute = [&] { return hidden_logits(first + begin, count).to(at::kCPU).contiguous(); };
     const Stopwatch in_model;
-    const at::Tensor logits = model_->logits(result_.hidden.narrow(0, first + begin, count)).to(at::kCPU).contiguous();
+    const at::Tensor logits =
+        leader_ == nullptr ? compute() : leader_->exchange(LogitsCommand{first + begin, count}, compute);
     forward_seconds_ += in_model.seconds();
     found.resize(static_cast<size_t>(begin + count));
     at::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
@@ -165,6 +202,11 @@ std::vector<Logprobs> ModelRunner::logprobs_of(size_t sequence, std::span<const 
     });
   }
   return found;
+}
+
+at::Tensor ModelRunner::hidden_logits(int64_t first, int64_t count) const {
+  const at::Tensor local = model_->logits(result_.hidden.narrow(0, first, count));
+  return ranks_ == nullptr ? local : gather_logits(local, *ranks_);
 }
 
 std::vector<float> ModelRunner::last_hidden(size_t sequence, int64_t num_hidden) const {

@@ -14,7 +14,9 @@
 #include "core/runtime/batch_builder.h"
 #include "core/runtime/logprobs.h"
 #include "core/runtime/runner_options.h"
+#include "core/runtime/leader.h"
 #include "core/runtime/sampler.h"
+#include "core/runtime/sharded_logits.h"
 #include "core/runtime/stopwatch.h"
 
 namespace xgdn {
@@ -37,13 +39,16 @@ struct SampledToken {
 /// belong here: the engine above sees sequences and tokens.
 ///
 /// Where the device has graphs, steps that only decode are recorded by their number of rows, the second time that there
-/// are so many, and replayed from then on.
+/// are so many, and replayed from then on. Steps of several ranks are not: their exchanges are no part of a graph.
 class ModelRunner {
  public:
-  /// Makes the step buffers for the largest step of these options.
-  ModelRunner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, StatePool& states, KvCache& kv);
+  /// Makes the step buffers for the largest step of these options. `ranks`: of a model that several share, or null;
+  /// `leader`: of rank 0 among them, which tells the others of every step. Both outlive the runner.
+  ModelRunner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, StatePool& states, KvCache& kv,
+              ProcessGroup* ranks = nullptr, Leader* leader = nullptr);
 
-  /// Packs a step and starts it on the device. Throws as BatchBuilder::build and HybridDecoder::forward.
+  /// Packs a step and starts it on the device, on all ranks. Throws as BatchBuilder::build and HybridDecoder::forward,
+  /// and RankError.
   void launch(const std::vector<SequenceStep>& sequences);
 
   /// Waits until the step has been computed. Throws what the device reports.
@@ -59,6 +64,9 @@ class ModelRunner {
   /// numbers.
   std::vector<Logprobs> logprobs_of(size_t sequence, std::span<const int32_t> tokens, int64_t num_top);
 
+  /// Logits [count, vocab] f32 of hidden states of the last step, from `first` on; one call on each rank.
+  at::Tensor hidden_logits(int64_t first, int64_t count) const;
+
   /// Hidden state [hidden] of the last token of such a sequence, which has `num_hidden` of them.
   std::vector<float> last_hidden(size_t sequence, int64_t num_hidden) const;
 
@@ -71,7 +79,8 @@ class ModelRunner {
   /// The last step as it was packed.
   const StepInput& input() const { return built_.input; }
 
-  /// Its logits [R, vocab] f32: after wait() on the host, unless the device finds the largest ones itself.
+  /// Its logits [R, vocab] f32: after wait() on the host, unless the device finds the largest ones itself. Of several
+  /// ranks this one's part.
   const at::Tensor& logits() const { return result_.logits; }
 
  private:
@@ -80,6 +89,7 @@ class ModelRunner {
     at::Tensor logits;
     at::Tensor hidden;              // of the sequences that want it, on the device
     kernel::LargestLogits largest;  // where the device finds them
+    std::optional<ShardedLogits> gathered;  // of several ranks
   };
   struct RecordedStep {
     std::unique_ptr<kernel::DeviceGraph> graph;  // null: seen once
@@ -91,9 +101,13 @@ class ModelRunner {
   Result run_recorded();
   int64_t first_row(size_t sequence) const;
   at::Tensor logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const;
+  std::vector<int64_t> candidates_of_rows(const std::vector<SequenceStep>& sequences) const;
   SampledToken choose(Sampler& sampler, int64_t row, const at::Tensor& logits, int64_t place) const;
+  static SampledToken choose_from(Sampler& sampler, std::span<const float> logits);
 
   std::shared_ptr<const HybridDecoder> model_;
+  ProcessGroup* ranks_;
+  Leader* leader_;
   BatchBuilder builder_;
   ModelState state_;  // the pools
   BuiltStep built_;

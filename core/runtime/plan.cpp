@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/kernels/ops_api.h"
+#include "core/models/tensor_parallel.h"
 
 namespace xgdn {
 namespace {
@@ -63,6 +64,11 @@ struct LayerWidths {
 
   int64_t logits() const { return c.vocab_size * (kFloatBytes + e) + c.hidden_size * e + norm(c.hidden_size); }
 
+  // Of several ranks, what the first takes of all of them: parts, and the row that they make.
+  int64_t gathered_logits(int64_t vocab_size) const {
+    return c.vocab_size == vocab_size ? 0 : 2 * vocab_size * kFloatBytes;
+  }
+
   // Of a number of a context once it is copied: int8 is widened.
   int64_t copied() const { return has_int8_kv ? kFloatBytes : e; }
 
@@ -117,7 +123,8 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Runne
   const c10::Device device = std::exchange(options.device, c10::kMeta);
   options.on_layer_loaded = nullptr;
   const HybridDecoder model(opened.config, CheckpointShapes(opened.checkpoint), options);
-  const LayerWidths widths{opened.config, static_cast<int64_t>(c10::elementSize(options.dtype)),
+  const ModelConfig of_rank = config_of_rank(opened.config, options.shard.world);
+  const LayerWidths widths{of_rank, static_cast<int64_t>(c10::elementSize(options.dtype)),
                            model.kv_dtype() == at::kChar};
   const bool copies_contexts =
       model.num_attention_layers() > 0 && kernel::copies_contexts(device, options.backends.decode);
@@ -129,7 +136,7 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Runne
           .num_kv_blocks = num_kv_blocks(model, runner),
           .kv_block_size = runner.kv_block_size,
           .step_token_bytes = widths.token(),
-          .step_logits_bytes = widths.logits(),
+          .step_logits_bytes = widths.logits() + widths.gathered_logits(opened.config.vocab_size),
           .step_context_bytes = copies_contexts ? widths.context() : 0,
           .step_mask_bytes = copies_contexts ? 1 + 2 * widths.copied() : 0,
           .max_tokens_per_step = runner.max_tokens_per_step,

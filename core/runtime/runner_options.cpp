@@ -34,7 +34,7 @@ int64_t state_slot_bytes(const HybridDecoder& model) {
 
 KvCacheSpec kv_spec(const HybridDecoder& model, int64_t kv_block_size) {
   return {.num_layers = model.num_attention_layers(),
-          .num_kv_heads = model.config().num_key_value_heads,
+          .num_kv_heads = model.num_kv_heads(),
           .head_dim = model.config().head_dim,
           .block_size = kv_block_size,
           .dtype = model.kv_dtype()};

@@ -80,13 +80,13 @@ void SequenceMemory::restore(const Blocks& blocks) const {
     std::vector<int64_t> rows;
     std::vector<int32_t> ids;
   };
-  std::map<const std::vector<KvPool>*, Rows> saved;
+  std::map<const SavedBlocks*, Rows> saved;
   for (const auto& block : blocks) {
     Rows& rows = saved[block->saved.get()];
     rows.rows.push_back(block->row);
     rows.ids.push_back(block->id);
   }
-  for (const auto& [layers, rows] : saved) kv_->restore(*layers, rows.rows, rows.ids);
+  for (const auto& [contents, rows] : saved) kv_->restore(*contents, rows.rows, rows.ids);
   for (const auto& block : blocks) block->saved.reset();
 }
 
@@ -103,9 +103,9 @@ void SequenceMemory::release_blocks(size_t first, bool is_needed) {
     ids.push_back(block_ids_[i]);
   }
   if (!ids.empty()) {
-    const auto layers = std::make_shared<const std::vector<KvPool>>(kv_->save(ids));
+    const std::shared_ptr<const SavedBlocks> contents = kv_->save(ids);
     for (size_t row = 0; row < saved.size(); ++row) {
-      *saved[row] = {.id = -1, .saved = layers, .row = static_cast<int64_t>(row)};
+      *saved[row] = {.id = -1, .saved = contents, .row = static_cast<int64_t>(row)};
     }
   }
   if (is_resident_) {
@@ -163,8 +163,7 @@ void SequenceMemory::fork(SequenceMemory& fork) {
       fork.grow(1);
       kv_->copy(last->id, fork.block_ids_.front());
     } else if (last->id >= 0) {
-      const auto layers = std::make_shared<const std::vector<KvPool>>(kv_->save({last->id}));
-      fork.blocks_.push_back(std::make_shared<Block>(Block{.saved = layers}));
+      fork.blocks_.push_back(std::make_shared<Block>(Block{.saved = kv_->save({last->id})}));
     } else {
       fork.blocks_.push_back(std::make_shared<Block>(*last));
     }
@@ -200,31 +199,18 @@ SequenceMemory SequenceMemory::checkpoint() {
   return handed_over;
 }
 
+MemoryPlace SequenceMemory::place() const {
+  MemoryPlace place{.blocks = block_ids_, .num_tokens = num_computed_};
+  for (const SlotGroup group : kSlotGroups) place.slots[index(group)] = own_slot(group).index();
+  return place;
+}
+
 SavedMemory SequenceMemory::save() const {
-  SavedMemory saved;
-  for (const GdnState& layer : states_->layers()) {
-    std::vector<at::Tensor>& components = saved.states.emplace_back();
-    for (const auto& [kind, pool] : layer.components()) {
-      components.push_back(pool.select(0, own_slot(group_of(kind)).index())
-                               .to(at::kCPU, pool.scalar_type(), /*non_blocking=*/false, /*copy=*/true));
-    }
-  }
-  for (const KvPool& blocks : kv_->save(block_ids_)) {
-    const auto rows = [&](const at::Tensor& pool) { return pool.flatten(0, 1).narrow(0, 0, num_computed_); };
-    saved.kv.push_back({rows(blocks.k), rows(blocks.v)});
-  }
-  return saved;
+  return save_memory(states_->layers(), kv_->layers(), place());
 }
 
 void SequenceMemory::load(const SavedMemory& saved, int64_t num_tokens) {
-  for (size_t i = 0; i < saved.states.size(); ++i) {
-    const std::vector<GdnState::Component>& components = states_->layers()[i].components();
-    for (size_t j = 0; j < components.size(); ++j) {
-      const auto& [kind, pool] = components[j];
-      pool.select(0, own_slot(group_of(kind)).index()).copy_(saved.states[i][j]);
-    }
-  }
-  kv_->write(saved.kv, block_ids_);
+  load_memory(states_->layers(), kv_->layers(), place(), saved);
   advance(num_tokens);
 }
 

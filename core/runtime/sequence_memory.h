@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/runtime/kv_cache.h"
+#include "core/runtime/pool_contents.h"
 #include "core/runtime/state_pool.h"
 
 namespace xgdn {
@@ -42,12 +43,6 @@ class StateSlot {
  private:
   StatePool* pool_ = nullptr;
   SlotHandle handle_;
-};
-
-/// A state and the keys and values of its tokens, on the host.
-struct SavedMemory {
-  std::vector<std::vector<at::Tensor>> states;  // of each GDN layer, the components of one slot
-  std::vector<KvPool> kv;                       // of each attention layer, [T, Hkv, row]
 };
 
 /// The state of a sequence after its first num_computed() tokens, and their keys and values.
@@ -95,7 +90,9 @@ class SequenceMemory {
   /// Free blocks that this takes.
   int64_t num_missing_to_checkpoint() const;
 
-  /// A copy of the state and of the keys and values. Only while it is resident and a step has followed its last fork.
+  /// Where the state lies, and the keys and values. Only while it is resident and a step has followed its last fork.
+  MemoryPlace place() const;
+  /// A copy of what lies there, of this rank's heads.
   SavedMemory save() const;
   /// Takes what such a copy holds, after num_tokens tokens. Only with nothing computed, and with a slot and room.
   void load(const SavedMemory& saved, int64_t num_tokens);
@@ -131,7 +128,7 @@ class SequenceMemory {
   // A block of keys and values of one or several memories: in the cache, or a row of what was saved with it.
   struct Block {
     int32_t id = -1;  // in the cache; -1: saved
-    std::shared_ptr<const std::vector<KvPool>> saved;
+    std::shared_ptr<const SavedBlocks> saved;
     int64_t row = 0;
   };
   using Blocks = std::vector<std::shared_ptr<Block>>;

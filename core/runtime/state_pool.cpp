@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/state_pool.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/ops/full.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
 #include <exception>
-#include <limits>
 
 #include "core/kernels/ops_api.h"
+#include "core/runtime/pool_contents.h"
 
 namespace xgdn {
 namespace {
@@ -21,12 +19,6 @@ size_t checked_num_slots(int64_t num_slots) {
     throw RequestError(c10::str("[StatePool] num_slots: expected at most ", kernel::kMaxIndex, ", got ", num_slots));
   }
   return static_cast<size_t>(num_slots);
-}
-
-// NaN, or the largest integer: beyond every length and index.
-at::Scalar poison(at::ScalarType dtype) {
-  if (c10::isFloatingType(dtype)) return std::numeric_limits<double>::quiet_NaN();
-  return AT_DISPATCH_INTEGRAL_TYPES(dtype, "poison", [] { return at::Scalar(std::numeric_limits<scalar_t>::max()); });
 }
 
 }  // namespace
@@ -40,8 +32,8 @@ bool poison_freed_by_default() {
 }
 
 StatePool::StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
-                     bool poison_freed)
-    : bytes_(num_slots * slot_bytes(layers)), poison_freed_(poison_freed) {
+                     bool poison_freed, Leader* leader)
+    : bytes_(num_slots * slot_bytes(layers)), poison_freed_(poison_freed), leader_(leader) {
   for (Table& table : tables_) {
     table.slots.resize(checked_num_slots(num_slots));
     for (int64_t slot = num_slots; slot-- > 0;) table.free.push_back(static_cast<int32_t>(slot));
@@ -62,16 +54,6 @@ bool StatePool::has_replay_states() const {
     return std::ranges::any_of(layer.components(),
                                [](const auto& pool) { return pool.kind == StateKind::kRingLength; });
   });
-}
-
-std::vector<at::Tensor> StatePool::pools(SlotGroup group) const {
-  std::vector<at::Tensor> pools;
-  for (const GdnState& layer : layers_) {
-    for (const GdnState::Component& component : layer.components()) {
-      if (group_of(component.kind) == group) pools.push_back(component.pool);
-    }
-  }
-  return pools;
 }
 
 int64_t StatePool::slot_bytes(const std::vector<std::vector<StateSpec>>& layers) {
@@ -114,13 +96,14 @@ void StatePool::release(SlotHandle handle) {
   if (--slot.ref_count > 0) return;
   ++slot.generation;
   table(handle.group).free.push_back(handle.slot);
-  if (poison_freed_) poison_slot(handle);
+  if (poison_freed_) poison(handle);
 }
 
-void StatePool::poison_slot(SlotHandle handle) const noexcept {
+void StatePool::poison(SlotHandle handle) const noexcept {
   const c10::InferenceMode inference;  // which the pools may have been made in
   try {
-    for (const at::Tensor& pool : pools(handle.group)) pool.select(0, handle.slot).fill_(poison(pool.scalar_type()));
+    if (leader_ != nullptr) leader_->tell(PoisonSlotCommand{handle.group, handle.slot});
+    poison_slot(layers_, handle.group, handle.slot);
   } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): a device that has stopped tells those who compute
   }
 }
@@ -129,13 +112,8 @@ void StatePool::copy(SlotHandle from, SlotHandle to) {
   const int32_t source = slot(from);
   const int32_t target = slot(to);
   if (from.group != to.group) throw RangeError("[StatePool] copy: expected slots of one group, got two");
-  const std::vector<at::Tensor> copied = pools(from.group);
-  if (copied.empty()) return;
-  const at::TensorOptions index = copied.front().options().dtype(at::kInt);
-  kernel::copy_slots({.pools = copied,
-                      .from_indices = at::full({1}, source, index),
-                      .to_indices = at::full({1}, target, index),
-                      .host = {.may_have_padding = false}});
+  if (leader_ != nullptr) leader_->tell(CopySlotCommand{from.group, source, target});
+  copy_slot(layers_, from.group, source, target);
 }
 
 int32_t StatePool::slot(SlotHandle handle) const {

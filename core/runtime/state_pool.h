@@ -8,6 +8,7 @@
 
 #include "core/errors.h"
 #include "core/layers/gdn_state.h"
+#include "core/runtime/leader.h"
 
 namespace xgdn {
 
@@ -25,9 +26,10 @@ bool poison_freed_by_default();
 class StatePool {
  public:
   /// Allocates num_slots slots for layers with these components. poison_freed fills freed slots with NaN (integers: the
-  /// largest). Throws RequestError for a negative number.
+  /// largest). `leader`, unless null, tells other ranks of what is copied and poisoned; it outlives the pool. Throws
+  /// RequestError for a negative number.
   StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
-            bool poison_freed = poison_freed_by_default());
+            bool poison_freed = poison_freed_by_default(), Leader* leader = nullptr);
 
   /// Bytes of one slot of each group over all layers, known before anything is allocated.
   static int64_t slot_bytes(const std::vector<std::vector<StateSpec>>& layers);
@@ -67,13 +69,13 @@ class StatePool {
   Table& table(SlotGroup group) { return tables_[static_cast<size_t>(group)]; }
   const Table& table(SlotGroup group) const { return tables_[static_cast<size_t>(group)]; }
   const Slot& held(SlotHandle handle) const;
-  void poison_slot(SlotHandle handle) const noexcept;    // a slot is given back wherever its owner ends
-  std::vector<at::Tensor> pools(SlotGroup group) const;  // of that group's components in all layers
+  void poison(SlotHandle handle) const noexcept;  // a slot is given back wherever its owner ends
 
   std::vector<GdnState> layers_;
   std::array<Table, kSlotGroups.size()> tables_;
   int64_t bytes_ = 0;
   bool poison_freed_;
+  Leader* leader_;
 };
 
 }  // namespace xgdn

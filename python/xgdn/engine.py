@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The serving engine: load a checkpoint, submit token ids, step, read events."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike, fspath
 
 import torch
 
 from xgdn import _C
+from xgdn import tensor_parallel as tensor_parallel_ranks
 from xgdn._C import (
     EngineCounters,
     FinishReason,
@@ -62,9 +64,12 @@ def plan(
     draft_tokens: int = EngineArgs.draft_tokens,
     kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
     quantize: str | None = EngineArgs.quantize,
+    tensor_parallel: int = EngineArgs.tensor_parallel,
     runner: RunnerOptions | None = None,
 ) -> Plan:
     """Return the bytes that an `Engine` with these arguments would take, and what fits into a given memory.
+
+    Of several processes that share the model, those of one of them.
 
     Reads config.json and the headers of the safetensors files, and allocates nothing. Raises what `Engine` raises,
     except for errors that only a backend can find.
@@ -77,6 +82,7 @@ def plan(
         draft_tokens=draft_tokens,
         kv_dtype=kv_dtype,
         quantize=quantize,
+        tensor_parallel=tensor_parallel,
     )
     return _C.Engine.plan(fspath(model_dir), options)
 
@@ -97,9 +103,13 @@ class Engine:
 
     The other arguments are listed at the end, with those of `runner`; `from_args` takes all of them as `EngineArgs`.
 
+    With `tensor_parallel` this process is the first of several that share the model. Under torchrun all of its processes
+    run the same program: in the others this constructor does not return, it follows the first one's engine and ends the
+    process with it. A process that ends before its time ends every request with an error.
+
     Raises:
         xgdn.errors.CheckpointError, DeviceError, UnsupportedError, RequestError; OutOfMemory before anything is
-        allocated.
+        allocated; RankError: a process that shares the model ended.
     """
 
     def __init__(
@@ -113,6 +123,7 @@ class Engine:
         kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
         quantize: str | None = EngineArgs.quantize,
         device: torch.device | str = EngineArgs.device,
+        tensor_parallel: int = EngineArgs.tensor_parallel,
         runner: RunnerOptions | None = None,
         prefill_backend: str = EngineArgs.prefill_backend,
         decode_backend: str = EngineArgs.decode_backend,
@@ -120,22 +131,37 @@ class Engine:
         on_layer_loaded: Callable[[int, int], None] | None = None,
         memory_limit: int | None = EngineArgs.memory_limit,
     ) -> None:
-        options = _C.EngineOptions(
-            runner=runner or RunnerOptions(),
-            dtype=dtype,
-            state_dtype=state_dtype,
-            replay_states=replay_states,
-            draft_tokens=draft_tokens,
-            kv_dtype=kv_dtype,
-            quantize=quantize,
-            device=device,
-            prefill_backend=prefill_backend,
-            decode_backend=decode_backend,
-            prefill_accuracy=prefill_accuracy,
-            on_layer_loaded=on_layer_loaded,
-            memory_limit=memory_limit,
-        )
-        self._engine = _C.Engine.load(fspath(model_dir), options)
+        options = {
+            "dtype": dtype,
+            "state_dtype": state_dtype,
+            "replay_states": replay_states,
+            "draft_tokens": draft_tokens,
+            "kv_dtype": kv_dtype,
+            "quantize": quantize,
+            "device": device,
+            "prefill_backend": prefill_backend,
+            "decode_backend": decode_backend,
+            "prefill_accuracy": prefill_accuracy,
+            "memory_limit": memory_limit,
+        }
+        self._ranks: tensor_parallel_ranks.Ranks | None = None
+        sizes = runner or RunnerOptions()
+        if tensor_parallel == 1:
+            self._engine = _C.Engine.load(
+                fspath(model_dir), _C.EngineOptions(runner=sizes, on_layer_loaded=on_layer_loaded, **options)
+            )
+            return
+        # Before processes are started: what the model or the options do not allow.
+        _C.Engine.plan(fspath(model_dir), _C.EngineOptions(runner=sizes, tensor_parallel=tensor_parallel, **options))
+        ranks, of_rank = tensor_parallel_ranks.start_ranks(fspath(model_dir), tensor_parallel, options, sizes)
+        try:
+            self._engine = _C.Engine.load(fspath(model_dir), of_rank)
+        except BaseException:
+            ranks.close(None)
+            raise
+        self._ranks = ranks
+        self._finalizer = weakref.finalize(self, ranks.close, self._engine)
+        ranks.on_failure(self._engine.report_failed_rank)
 
     @classmethod
     def from_args(
@@ -155,6 +181,7 @@ class Engine:
             kv_dtype=args.kv_dtype,
             quantize=args.quantize,
             device=args.device,
+            tensor_parallel=args.tensor_parallel,
             runner=args.runner_options(),
             prefill_backend=args.prefill_backend,
             decode_backend=args.decode_backend,
@@ -164,6 +191,24 @@ class Engine:
         )
 
     plan = staticmethod(plan)
+
+    def close(self) -> None:
+        """End the processes that share the model, if there are any; requests end with an error from then on.
+
+        Happens by itself when the engine is garbage-collected and when the interpreter ends.
+        """
+        if self._ranks is not None:
+            self._finalizer()
+
+    def on_rank_failure(self, callback: Callable[[str], None]) -> None:
+        """Call back, on a thread of its own, when a process that this engine has started ends before its time."""
+        if self._ranks is not None:
+            self._ranks.on_failure(callback)
+
+    @property
+    def rank_process_ids(self) -> list[int]:
+        """Processes that this engine has started, from rank 1 on."""
+        return [] if self._ranks is None else self._ranks.process_ids
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id. Raises RequestError or RangeError."""

@@ -78,6 +78,13 @@ class EngineArgs:
         default=_DEFAULTS.device,
         metadata=_documented("Device of weights, activations and pools: cpu, cuda:0 or npu:0."),
     )
+    tensor_parallel: int = field(
+        default=_DEFAULTS.tensor_parallel,
+        metadata=_documented(
+            "Number of processes that share the model, each with its part of the weights, states and KV cache; torchrun's, "
+            "or started with the engine. On several devices the first has the named one, the next the one after it."
+        ),
+    )
     prefill_backend: str = field(
         default=_DEFAULTS.prefill_backend,
         metadata=_documented("Backend for prefill; see `xgdn doctor`."),

@@ -26,6 +26,7 @@ app = typer.Typer(no_args_is_help=True, help="Measures a model's decode steps, a
     "kv_dtype",
     "quantize",
     "device",
+    "tensor_parallel",
     "prefill_backend",
     "decode_backend",
     "prefill_accuracy",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a model directory for a command: engine, tokenizer, sampling defaults."""
 
+import os
+import threading
 from pathlib import Path
 
 import typer
@@ -13,13 +15,26 @@ from xgdn.progress import Bar
 from xgdn.sampling_defaults import SamplingDefaults, read_sampling_defaults
 
 
+_LAST_SECONDS = 6.0  # for requests to end with their error
+
+
 def load_engine(model: Path, args: EngineArgs) -> Engine:
     """Load a model behind a progress bar."""
     loading = Bar("loading layers")
     try:
-        return Engine.from_args(model, args, on_layer_loaded=loading.update)
+        engine = Engine.from_args(model, args, on_layer_loaded=loading.update)
     finally:
         loading.hide()
+    engine.on_rank_failure(_end_after_a_rank)
+    return engine
+
+
+def _end_after_a_rank(failure: str) -> None:
+    """End the command soon after a rank has ended: what still waits for it by then waits in vain."""
+    typer.echo(f"xgdn: {failure}", err=True)
+    last = threading.Timer(_LAST_SECONDS, os._exit, args=(1,))
+    last.daemon = True
+    last.start()
 
 
 def load_tokenizer(model: Path) -> Tokenizer:

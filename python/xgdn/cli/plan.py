@@ -24,6 +24,7 @@ _LENGTHS = [512, 2048, 8192]  # without --length
     "draft_tokens",
     "kv_dtype",
     "quantize",
+    "tensor_parallel",
     "max_batch_size",
     "max_cached_tokens",
     "kv_block_size",
@@ -50,6 +51,7 @@ def plan(
             draft_tokens=engine_args.draft_tokens,
             kv_dtype=engine_args.kv_dtype,
             quantize=engine_args.quantize,
+            tensor_parallel=engine_args.tensor_parallel,
             runner=engine_args.runner_options(),
         )
     fits = {} if limit is None else {str(n): planned.max_sequences(n, limit) for n in length or _LENGTHS}

@@ -5,6 +5,7 @@ import json
 import logging
 import logging.config
 import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -171,6 +172,8 @@ def serve(
         fail(f"{host}:{port}: {error.strerror}")
     with errors_in_one_line():
         engine = load_engine(model, engine_args)
+    # Running requests end with their error, and then the server.
+    engine.on_rank_failure(lambda _: os.kill(os.getpid(), signal.SIGTERM))
     try:
         server_app = create_app(engine, tokenizer, settings)
     except ValueError as error:
@@ -191,6 +194,8 @@ def serve(
     finally:
         if tracing is not None:
             tracing.shutdown()  # sends what is left
+    if engine.device_error:
+        fail(engine.device_error)
 
 
 def _print(message: str) -> None:

@@ -134,7 +134,7 @@ TEST(KvCache, RestoresTheBitsOfWhatItSaved) {
   for (const KvPool& layer : kv.layers()) {
     for (int32_t block : blocks) before.insert(before.end(), {layer.k[block].clone(), layer.v[block].clone()});
   }
-  const std::vector<KvPool> saved = kv.save(blocks);
+  const std::shared_ptr<const SavedBlocks> saved = kv.save(blocks);
   kv.release(blocks);
   for (const KvPool& layer : kv.layers()) {
     layer.k.fill_(kNaN);
@@ -142,8 +142,8 @@ TEST(KvCache, RestoresTheBitsOfWhatItSaved) {
   }
   kv.allocate(2);
   const std::vector<int32_t> others = kv.allocate(4);
-  kv.restore(saved, {2, 0}, {others[2], others[0]});
-  kv.restore(saved, {1}, {others[1]});
+  kv.restore(*saved, {2, 0}, {others[2], others[0]});
+  kv.restore(*saved, {1}, {others[1]});
   size_t i = 0;
   for (const KvPool& layer : kv.layers()) {
     for (int which = 0; which < 3; ++which) {
@@ -152,7 +152,7 @@ TEST(KvCache, RestoresTheBitsOfWhatItSaved) {
     }
     EXPECT_TRUE(layer.k[others[3]].isnan().all().item<bool>()) << "the block beyond was written";
   }
-  expect_error<RangeError>([&] { kv.restore(saved, {0, 1, 2}, {others[0]}); }, {"restore", "3 blocks", "got 1"});
+  expect_error<RangeError>([&] { kv.restore(*saved, {0, 1, 2}, {others[0]}); }, {"restore", "3 blocks", "got 1"});
   kv.release(others);
   expect_error<RangeError>([&] { kv.save(others); }, {"save", "held block"});
 }

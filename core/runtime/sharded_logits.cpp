@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/runtime/sharded_logits.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "core/runtime/sampler.h"
+
+namespace xgdn {
+namespace {
+
+constexpr int64_t kMostCandidates = 256;
+
+at::Tensor rows_of(const at::Tensor& table, const std::vector<int64_t>& rows) {
+  if (std::ssize(rows) == table.size(0)) return table;  // in their order
+  return at::index_select(table, 0, at::tensor(rows, at::kLong).to(table.device()));
+}
+
+// Whether token x comes before y: by its logit, those that are no numbers first, of equal ones by the token.
+struct Likelier {
+  const float* logits;
+
+  bool operator()(int32_t x, int32_t y) const {
+    const float a = logits[x];
+    const float b = logits[y];
+    if (std::isnan(a) || std::isnan(b)) return std::isnan(a) != std::isnan(b) ? std::isnan(a) : x < y;
+    return a != b ? a > b : x < y;
+  }
+};
+
+// The `count` likeliest tokens of each row: their logits' bits and themselves, [n, 2, count] i32.
+at::Tensor likeliest_on_host(const at::Tensor& logits, int64_t count) {
+  const at::Tensor rows = logits.contiguous();
+  const int64_t size = rows.size(1);
+  at::Tensor found = at::empty({rows.size(0), 2, count}, at::kInt);
+  at::parallel_for(0, rows.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> tokens(static_cast<size_t>(size));
+    for (int64_t row = begin; row < end; ++row) {
+      const float* of_row = rows.const_data_ptr<float>() + row * size;
+      std::iota(tokens.begin(), tokens.end(), 0);
+      std::partial_sort(tokens.begin(), tokens.begin() + count, tokens.end(), Likelier{of_row});
+      int32_t* const out = found.mutable_data_ptr<int32_t>() + row * 2 * count;
+      for (int64_t i = 0; i < count; ++i) {
+        out[i] = std::bit_cast<int32_t>(of_row[tokens[static_cast<size_t>(i)]]);
+        out[count + i] = tokens[static_cast<size_t>(i)];
+      }
+    }
+  });
+  return found;
+}
+
+at::Tensor likeliest(const at::Tensor& logits, int64_t count) {
+  if (logits.device().is_cpu()) return likeliest_on_host(logits, count);
+  const auto [values, tokens] = at::sort(logits, /*stable=*/true, /*dim=*/1, /*descending=*/true);
+  return at::stack({values.narrow(1, 0, count).contiguous().view(at::kInt), tokens.narrow(1, 0, count).to(at::kInt)},
+                   1);
+}
+
+}  // namespace
+
+int64_t num_candidates(const Request& request) {
+  const SamplingParams& p = request.sampling;
+  const bool has_rules = request.grammar || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 ||
+                         p.repetition_penalty != 1.0 || p.min_tokens > 0 || !p.logit_bias.empty() ||
+                         !p.bad_words.empty();
+  if (has_rules || p.logprobs) return 0;
+  if (p.temperature == 0.0) return 1;
+  return p.top_k <= kMostCandidates ? p.top_k : 0;
+}
+
+ShardedLogits::ShardedLogits(const at::Tensor& local, const std::vector<int64_t>& needs, ProcessGroup& group)
+    : part_(local.size(1)) {
+  std::vector<int64_t> whole;
+  std::vector<int64_t> with_candidates;
+  for (size_t row = 0; row < needs.size(); ++row) {
+    std::vector<int64_t>& rows = needs[row] == 0 ? whole : with_candidates;
+    is_whole_.push_back(needs[row] == 0);
+    places_.push_back(std::ssize(rows));
+    rows.push_back(static_cast<int64_t>(row));
+    num_candidates_ = std::max(num_candidates_, needs[row]);
+  }
+  num_candidates_ = std::min(num_candidates_, part_);
+  if (!whole.empty()) whole_ = group.all_gather(rows_of(local, whole));
+  if (!with_candidates.empty()) {
+    candidates_ = group.all_gather(likeliest(rows_of(local, with_candidates), num_candidates_));
+  }
+}
+
+void ShardedLogits::to_host() {
+  if (whole_.defined()) whole_ = whole_.permute({1, 0, 2}).flatten(1).to(at::kCPU).contiguous();
+  if (candidates_.defined()) candidates_ = candidates_.to(at::kCPU).contiguous();
+}
+
+std::span<const float> ShardedLogits::candidates(int64_t row, int64_t rank) const {
+  const int64_t begin = (rank * candidates_.size(1) + places_.at(static_cast<size_t>(row))) * 2 * num_candidates_;
+  return {reinterpret_cast<const float*>(candidates_.const_data_ptr<int32_t>()) + begin,
+          static_cast<size_t>(num_candidates_)};
+}
+
+std::span<const int32_t> ShardedLogits::tokens(int64_t row, int64_t rank) const {
+  const int64_t begin =
+      ((rank * candidates_.size(1) + places_.at(static_cast<size_t>(row))) * 2 + 1) * num_candidates_;
+  return {candidates_.const_data_ptr<int32_t>() + begin, static_cast<size_t>(num_candidates_)};
+}
+
+std::span<const float> ShardedLogits::row(int64_t row, std::vector<float>& memory) const {
+  if (is_whole_.at(static_cast<size_t>(row))) {
+    const int64_t vocab = whole_.size(1);
+    return {whole_.const_data_ptr<float>() + places_[static_cast<size_t>(row)] * vocab, static_cast<size_t>(vocab)};
+  }
+  const int64_t world = candidates_.size(0);
+  memory.assign(static_cast<size_t>(world * part_), -std::numeric_limits<float>::infinity());
+  for (int64_t rank = 0; rank < world; ++rank) {
+    const std::span<const float> logits = candidates(row, rank);
+    const std::span<const int32_t> of_rank = tokens(row, rank);
+    for (size_t i = 0; i < logits.size(); ++i) memory[static_cast<size_t>(rank * part_ + of_rank[i])] = logits[i];
+  }
+  return memory;
+}
+
+int32_t ShardedLogits::largest(int64_t row) const {
+  float largest = 0;
+  int64_t token = -1;
+  for (int64_t rank = 0; rank < candidates_.size(0); ++rank) {
+    const float logit = candidates(row, rank).front();
+    const bool is_larger = token < 0 || logit > largest || (std::isnan(logit) && !std::isnan(largest));
+    if (!is_larger) continue;
+    largest = logit;
+    token = rank * part_ + tokens(row, rank).front();
+  }
+  check_largest_logit(largest, token);
+  return static_cast<int32_t>(token);
+}
+
+at::Tensor gather_logits(const at::Tensor& local, ProcessGroup& group) {
+  return group.all_gather(local).permute({1, 0, 2}).flatten(1);
+}
+
+}  // namespace xgdn
