@@ -83,7 +83,11 @@ LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions
   const ModelDirectory opened(dir);
   const DecoderOptions decoder = decoder_options(opened.config, options);
   LoadReport report = inspect(opened, decoder);
-  for (const std::string& warning : report.warnings()) std::cerr << "xgdn: " << dir.native() << ": " << warning << '\n';
+  if (decoder.shard.rank == 0) {
+    for (const std::string& warning : report.warnings()) {
+      std::cerr << "xgdn: " << dir.native() << ": " << warning << '\n';
+    }
+  }
   if (options.memory_limit) check_fits(make_plan(opened, decoder, options.runner), *options.memory_limit);
   DecoderOptions alone = decoder;
   alone.shard = {};
