@@ -26,11 +26,12 @@ GatedAttention::GatedAttention(const AttentionConfig& config, const WeightSource
   add("k_proj", config.num_kv_heads, keys, dim);
   add("v_proj", config.num_kv_heads, keys, dim);
   qkv_ = Projection(weights, rows, options, biases);
-  // One rank alone adds the bias, so that the sum has it once.
-  const bool has_bias = config.bias && shard_.rank == 0;
+  // One rank alone adds the bias, so that the sum has it once; all read it, so that all tell the same model.
+  const std::string bias = config.bias ? prefix + "o_proj.bias" : "";
+  const bool adds_bias = shard_.rank == 0;
+  if (config.bias && !adds_bias) weights.get(bias, {config.hidden_size});
   o_ = Projection::of_columns(weights, prefix + "o_proj.weight", {config.hidden_size, config.num_heads * dim},
-                              queries.begin * dim, queries.count * dim, options,
-                              has_bias ? prefix + "o_proj.bias" : "");
+                              queries.begin * dim, queries.count * dim, options, adds_bias ? bias : "");
   config_.num_heads = queries.count;
   config_.num_kv_heads = keys.count;
   q_norm_ = load_weight(weights, prefix + "q_norm.weight", {config.head_dim}, options);

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,14 +79,14 @@ def start_ranks(
     device = str(options["device"])
     rank = torchrun_rank()
     if rank is not None:
-        name = _join_torchrun(world, device)
+        group, leave = _join_torchrun(world, device)
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        rank_options = engine_options(options, runner, name, local_rank)
+        rank_options = engine_options(options, runner, str(group.group_name), local_rank)
         if rank > 0:
             follow(model_dir, rank_options)
-            _leave()
+            leave()
             raise SystemExit(0)
-        return Ranks([]), rank_options
+        return Ranks([], leave), rank_options
     if dist.is_initialized():
         raise RequestError(
             "[Engine] tensor_parallel: expected a process without a group of torch.distributed, or torchrun, got one that "
@@ -103,10 +104,11 @@ def start_ranks(
         _await_all(store, processes)
         torch.set_num_threads(threads)
         name = _join(store, 0, world, device)
-        return Ranks(processes), engine_options(options, runner, name, local_rank=0)
+        return Ranks(processes, dist.destroy_process_group), engine_options(options, runner, name, local_rank=0)
     except BaseException:
         _end(processes, seconds=0)
-        _leave()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         raise
 
 
@@ -130,8 +132,10 @@ def follow(model_dir: str, options: _C.EngineOptions) -> None:
 class Ranks:
     """Rank 0's hold on the processes that it has started; none where torchrun has."""
 
-    def __init__(self, processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    def __init__(self, processes: "Sequence[subprocess.Popen[bytes]]", leave: Callable[[], None]) -> None:
+        """`leave`: called at the end, to leave the group."""
         self._processes = list(processes)
+        self._leave = leave
         self._is_closing = False
         self._lock = threading.Lock()
         self._failure = ""
@@ -169,10 +173,11 @@ class Ranks:
         if engine is not None:
             engine.shut_down()
         _end(self._processes, _END_SECONDS if engine is not None and not self._failure else 0)
-        _leave()
+        self._leave()
 
 
-def _join_torchrun(world: int, device: str) -> str:
+def _join_torchrun(world: int, device: str) -> tuple[dist.ProcessGroup, Callable[[], None]]:
+    """Return a group of torchrun's processes, and what leaves it: a group that the program has made stays."""
     started = int(os.environ["WORLD_SIZE"])
     if started != world:
         raise RequestError(
@@ -180,25 +185,21 @@ def _join_torchrun(world: int, device: str) -> str:
         )
     backend = _backend(device)
     if dist.is_initialized():
-        return str(dist.new_group(backend=backend).group_name)
+        group = dist.new_group(backend=backend)
+        return group, partial(dist.destroy_process_group, group)
     dist.init_process_group(backend)
-    return _name_of_world()
+    return _world_group(), dist.destroy_process_group
 
 
 def _join(store: dist.Store, rank: int, world: int, device: str) -> str:
     dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world)
-    return _name_of_world()
+    return str(_world_group().group_name)
 
 
-def _name_of_world() -> str:
+def _world_group() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
-    return str(group.group_name)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return group
 
 
 def _backend(device: str) -> str:
