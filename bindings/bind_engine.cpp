@@ -112,7 +112,8 @@ void bind_options(nb::module_& m) {
           "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none(),
           "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states,
           "draft_tokens"_a = defaults.draft_tokens, "tensor_parallel"_a = defaults.tensor_parallel,
-          "process_group"_a = nb::none(), "process_group: name of a group of torch.distributed whose ranks share the model.")
+          "process_group"_a = nb::none(),
+          "process_group: name of a group of torch.distributed whose ranks share the model.")
       .def_ro("runner", &EngineOptions::runner)
       .def_ro("tensor_parallel", &EngineOptions::tensor_parallel, "Processes that share the model.")
       .def_ro("dtype", &EngineOptions::dtype, "Dtype of weights and activations; None: the checkpoint's.")

@@ -32,8 +32,8 @@ struct AttentionConfig {
 class GatedAttention {
  public:
   /// Reads `prefix`-named weights (prefix ends with '.'), the rank's heads of them: query heads are split, key and
-  /// value heads too, and shared by neighbouring ranks where there are more ranks than heads. Throws CheckpointError for
-  /// missing or misshapen weights, ShapeError for sizes that do not divide.
+  /// value heads too, and shared by neighbouring ranks where there are more ranks than heads. Throws CheckpointError
+  /// for missing or misshapen weights, ShapeError for sizes that do not divide.
   GatedAttention(const AttentionConfig& config, const WeightSource& weights, const std::string& prefix,
                  const at::TensorOptions& options, const BackendSelection& backends = {}, Shard shard = {});
 

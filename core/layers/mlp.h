@@ -53,9 +53,9 @@ struct SparseMoeConfig {
 /// memory they are one tensor.
 class SparseMoe {
  public:
-  /// Reads `prefix`-named weights (prefix ends with '.'). Of a shard, every rank has all of the router and of the shared
-  /// expert's gate, and its part of each expert's intermediate size. Throws CheckpointError for missing or misshapen
-  /// weights, ShapeError for sizes that do not divide.
+  /// Reads `prefix`-named weights (prefix ends with '.'). Of a shard, every rank has all of the router and of the
+  /// shared expert's gate, and its part of each expert's intermediate size. Throws CheckpointError for missing or
+  /// misshapen weights, ShapeError for sizes that do not divide.
   SparseMoe(const SparseMoeConfig& config, const WeightSource& weights, const std::string& prefix,
             const at::TensorOptions& options, const BackendSelection& backends = {}, Shard shard = {});
 

@@ -40,7 +40,8 @@ struct RowRange {
 /// All rows of it.
 RowRange whole_rows(std::string name, std::vector<int64_t> shape);
 
-/// The columns of rows in 8 or 4 bits. Throws UnsupportedError that names the weight where its groups cannot be cut there.
+/// The columns of rows in 8 or 4 bits. Throws UnsupportedError that names the weight where its groups cannot be cut
+/// there.
 kernel::QuantizedRows narrow_columns(const kernel::QuantizedRows& rows, const std::string& name, int64_t begin,
                                      int64_t count);
 

@@ -163,8 +163,7 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
   if (packed_head) {
     lm_head_ = *std::move(packed_head);
   } else {
-    lm_head_ =
-        Projection(names.is_tied() ? embedding_ : load_table(config, weights, names.head, tokens, tensor));
+    lm_head_ = Projection(names.is_tied() ? embedding_ : load_table(config, weights, names.head, tokens, tensor));
   }
   norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
   for (int64_t i = 0; i < config.num_hidden_layers; ++i) {

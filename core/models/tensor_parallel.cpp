@@ -15,7 +15,7 @@ namespace {
 // A size of the model that ranks split, and the same of one rank.
 struct SplitSize {
   const char* name;
-  int64_t ModelConfig::* size;
+  int64_t ModelConfig::*size;
   bool may_be_shared;  // by neighbouring ranks, one piece each
 };
 
@@ -70,9 +70,9 @@ void check_tensor_parallel(const ModelConfig& config, int64_t world) {
     if (!divides(config, split, world)) obstacles.push_back(c10::str(split.name, "=", config.*split.size));
   }
   if (obstacles.empty()) return;
-  throw RequestError(c10::str("[Engine] tensor_parallel: expected one of ", c10::Join(", ", tensor_parallel_sizes(config)),
-                              ", into which the model can be split, got ", world, ", which does not divide ",
-                              c10::Join(", ", obstacles)));
+  throw RequestError(c10::str(
+      "[Engine] tensor_parallel: expected one of ", c10::Join(", ", tensor_parallel_sizes(config)),
+      ", into which the model can be split, got ", world, ", which does not divide ", c10::Join(", ", obstacles)));
 }
 
 ModelConfig config_of_rank(const ModelConfig& config, int64_t world) {

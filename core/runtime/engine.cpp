@@ -136,11 +136,11 @@ void Engine::report_failed_rank(const std::string& error) {
 }
 
 // After an exchange between ranks that failed there is no other.
-void Engine::check_ranks() {
-  if (!leader_ || !device_error_.empty() || leader_->error().empty()) return;
-  device_error_ = c10::str("[step] tensor_parallel: expected all ", leader_->group().world(),
-                           " ranks to compute, got one that failed; requests need a new process. Its error: ",
-                           leader_->error());
+std::string Engine::rank_error() const {
+  const std::string error = leader_ ? leader_->error() : "";
+  if (error.empty()) return error;
+  return c10::str("[step] tensor_parallel: expected all ", leader_->group().world(),
+                  " ranks to compute, got one that failed; requests need a new process. Its error: ", error);
 }
 
 std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const EngineOptions& options) {
@@ -313,9 +313,7 @@ void Engine::adopt(const SavedSession& saved) {
       MemoryPlace place = memory.place();
       place.num_tokens = saved.num_kept;
       memory.load(leader_->exchange(ScatterMemoryCommand{place},
-                                    [&] {
-                                      return sharded_->scatter(&saved.memory, saved.memory, leader_->group());
-                                    }),
+                                    [&] { return sharded_->scatter(&saved.memory, saved.memory, leader_->group()); }),
                   saved.num_kept);
     } else {
       memory.load(saved.memory, saved.num_kept);
@@ -441,7 +439,7 @@ void Engine::draft(const std::vector<Choice>& choices) {
 // The states of every sequence in the step may be half written, and with them what was to be forked. Where scheduling
 // itself failed, or the device is lost, nobody can go on.
 std::vector<RequestEvent> Engine::fail(const std::vector<ScheduledStep>& steps, const std::string& error) {
-  check_ranks();
+  if (device_error_.empty()) device_error_ = rank_error();
   if (device_error_.empty() && !kernel::is_alive(model_->device())) {
     device_error_ = c10::str("[step] device: expected one that computes, got ", model_->device(),
                              " that has stopped; requests need a new process. Its error: ", error);
@@ -516,7 +514,7 @@ std::vector<RequestEvent> Engine::run_step() {
   std::vector<ScheduledStep> steps;
   std::vector<RequestEvent> moved;
   try {
-    check_ranks();
+    if (device_error_.empty()) device_error_ = rank_error();
     if (!device_error_.empty()) throw Error(device_error_);
     steps = scheduler_.schedule();
     if (steps.empty()) return events;

@@ -104,9 +104,9 @@ class Engine {
     return between_steps([&] { return last_step_; });
   }
 
-  /// Why every request ends with an error from now on: the device has stopped. Empty while it computes.
+  /// Why every request ends with an error from now on: the device has stopped, or a rank. Empty while they compute.
   std::string device_error() const {
-    return between_steps([&] { return device_error_; });
+    return between_steps([&] { return device_error_.empty() ? rank_error() : device_error_; });
   }
 
   /// Sequences that could start.
@@ -192,7 +192,7 @@ class Engine {
   std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);
   std::vector<int32_t> stop_tokens(const Request& request) const;
 
-  void check_ranks();
+  std::string rank_error() const;
 
   Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, const RunnerOptions& options,
          std::shared_ptr<ProcessGroup> ranks);

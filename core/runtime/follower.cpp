@@ -22,9 +22,10 @@ struct Overloaded : Fs... {
 }  // namespace
 
 void meet_ranks(const HybridDecoder& model, const RunnerOptions& options, ProcessGroup& group) {
-  constexpr std::array kNames = {"the model's weights and dtype", "max_batch_size", "max_cached_tokens",
-                                 "kv_block_size",                 "max_tokens_per_step", "prefix_cache_slots",
-                                 "draft_tokens",                  "bytes of a state slot", "bytes of a KV cache block"};
+  constexpr std::array kNames = {
+      "the model's weights and dtype", "max_batch_size",     "max_cached_tokens", "kv_block_size",
+      "max_tokens_per_step",           "prefix_cache_slots", "draft_tokens",      "bytes of a state slot",
+      "bytes of a KV cache block"};
   const std::vector<int64_t> numbers{static_cast<int64_t>(model.digest()),
                                      options.max_batch_size,
                                      options.max_cached_tokens,
@@ -39,8 +40,9 @@ void meet_ranks(const HybridDecoder& model, const RunnerOptions& options, Proces
     for (size_t i = 0; i < kNames.size(); ++i) {
       const auto at_rank = [&](int64_t r) { return of_ranks[r][static_cast<int64_t>(i)].item<int64_t>(); };
       if (at_rank(rank) == at_rank(0)) continue;
-      throw RankError(c10::str("[Engine] tensor_parallel: expected ranks of one model and one set of options, got another ",
-                               kNames[i], " on rank ", rank, ": ", at_rank(rank), ", and ", at_rank(0), " on rank 0"));
+      throw RankError(
+          c10::str("[Engine] tensor_parallel: expected ranks of one model and one set of options, got another ",
+                   kNames[i], " on rank ", rank, ": ", at_rank(rank), ", and ", at_rank(0), " on rank 0"));
     }
   }
 }
@@ -80,24 +82,24 @@ void Follower::follow() {
 bool Follower::execute(const RankCommand& command) {
   const std::vector<GdnState>& states = states_.layers();
   const std::vector<KvPool>& kv = kv_.layers();
-  std::visit(
-      Overloaded{
-          [&](const StepCommand& c) { runner_.launch(c.sequences); },
-          [&](const CopySlotCommand& c) { copy_slot(states, c.group, c.from, c.to); },
-          [&](const PoisonSlotCommand& c) { poison_slot(states, c.group, c.slot); },
-          [&](const CopyBlockCommand& c) { copy_block(kv, c.from, c.to); },
-          [&](const SaveBlocksCommand& c) { saved_[c.id] = save_blocks(kv, c.blocks); },
-          [&](const RestoreBlocksCommand& c) { restore_blocks(kv, saved_.at(c.id), c.rows, c.blocks); },
-          [&](const DropBlocksCommand& c) { saved_.erase(c.id); },
-          [&](const LogitsCommand& c) { runner_.hidden_logits(c.first, c.count); },
-          [&](const PromptLogitsCommand& c) { gather_logits(sequence_logits(*model_, c.prompt), *group_); },
-          [&](const GatherMemoryCommand& c) { memory_.gather(save_memory(states, kv, c.place), *group_); },
-          [&](const ScatterMemoryCommand& c) {
-            load_memory(states, kv, c.place, memory_.scatter(nullptr, save_memory(states, kv, c.place), *group_));
-          },
-          [](const ShutDownCommand&) {},
-      },
-      command);
+  std::visit(Overloaded{
+                 [&](const StepCommand& c) { runner_.launch(c.sequences); },
+                 [&](const CopySlotCommand& c) { copy_slot(states, c.group, c.from, c.to); },
+                 [&](const PoisonSlotCommand& c) { poison_slot(states, c.group, c.slot); },
+                 [&](const CopyBlockCommand& c) { copy_block(kv, c.from, c.to); },
+                 [&](const SaveBlocksCommand& c) { saved_[c.id] = save_blocks(kv, c.blocks); },
+                 [&](const RestoreBlocksCommand& c) { restore_blocks(kv, saved_.at(c.id), c.rows, c.blocks); },
+                 [&](const DropBlocksCommand& c) { saved_.erase(c.id); },
+                 [&](const LogitsCommand& c) { runner_.hidden_logits(c.first, c.count); },
+                 [&](const PromptLogitsCommand& c) { gather_logits(sequence_logits(*model_, c.prompt), *group_); },
+                 [&](const GatherMemoryCommand& c) { memory_.gather(save_memory(states, kv, c.place), *group_); },
+                 [&](const ScatterMemoryCommand& c) {
+                   load_memory(states, kv, c.place,
+                               memory_.scatter(nullptr, save_memory(states, kv, c.place), *group_));
+                 },
+                 [](const ShutDownCommand&) {},
+             },
+             command);
   return !std::holds_alternative<ShutDownCommand>(command);
 }
 

@@ -9,7 +9,7 @@ void Leader::tell(const RankCommand& change) {
 
 void Leader::send(const RankCommand& command) {
   if (is_shut_down_) throw RankError("[Leader] expected ranks that follow, got ranks that were shut down");
-  if (const std::string before = error(); !before.empty()) throw RankError(before);
+  check();
   append_command(message_, command);
   try {
     channel_.send(message_);
@@ -18,6 +18,10 @@ void Leader::send(const RankCommand& command) {
     throw;
   }
   message_.clear();
+}
+
+void Leader::check() const {
+  if (const std::string failure = error(); !failure.empty()) throw RankError(failure);
 }
 
 void Leader::shut_down() noexcept {

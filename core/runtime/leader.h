@@ -6,6 +6,8 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/errors.h"
@@ -14,8 +16,8 @@
 namespace xgdn {
 
 /// Tells the ranks that follow. Changes of the pools outside of steps go with the next command that all ranks execute
-/// together, so that a step is one broadcast. An exchange that fails half way leaves ranks that wait for each other: none
-/// is begun after it.
+/// together, so that a step is one broadcast. An exchange that fails half way leaves ranks that wait for each other:
+/// none is begun after it.
 ///
 /// For one thread at a time, except for error() and fail().
 class Leader {
@@ -28,13 +30,21 @@ class Leader {
   /// A change that rank 0 makes as well, told before the next exchange.
   void tell(const RankCommand& change);
 
-  /// Sends a command and runs rank 0's part of it, which waits for what the others compute. Whatever `f` throws is thrown
-  /// on, and is the last thing that these ranks do. Throws RankError after such an end.
+  /// Sends a command and runs rank 0's part of it, which waits for what the others compute. Whatever `f` throws is
+  /// thrown on, and is the last thing that these ranks do. Throws RankError after such an end, and where one is known
+  /// of by then.
   template <class F>
   auto exchange(const RankCommand& command, const F& f) {
     send(command);
     try {
-      return f();
+      if constexpr (std::is_void_v<std::invoke_result_t<F>>) {
+        f();
+        check();
+      } else {
+        auto result = f();
+        check();
+        return result;
+      }
     } catch (const std::exception& error) {
       fail(error.what());
       throw;
@@ -54,6 +64,7 @@ class Leader {
 
  private:
   void send(const RankCommand& command);
+  void check() const;  // what came of ranks that have ended in the meantime is nobody's result
 
   std::shared_ptr<ProcessGroup> group_;
   CommandChannel channel_;

@@ -51,16 +51,17 @@ DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& o
   const at::ScalarType kv_dtype = options.kv_dtype.value_or(dtype);
   check_dtypes(dtype, options.state_dtype, kv_dtype);
   check_tensor_parallel(config, options.world());
-  return {.dtype = dtype,
-          .device = options.device,
-          .state_dtype = options.state_dtype,
-          .has_replay_states = options.replay_states,
-          .kv_dtype = kv_dtype,
-          .max_draft_tokens = options.draft_tokens,
-          .backends = options.backends,
-          .quantize = options.quantize,
-          .shard = {.rank = options.ranks ? options.ranks->rank() : 0, .world = options.world(), .group = options.ranks},
-          .on_layer_loaded = options.on_layer_loaded};
+  return {
+      .dtype = dtype,
+      .device = options.device,
+      .state_dtype = options.state_dtype,
+      .has_replay_states = options.replay_states,
+      .kv_dtype = kv_dtype,
+      .max_draft_tokens = options.draft_tokens,
+      .backends = options.backends,
+      .quantize = options.quantize,
+      .shard = {.rank = options.ranks ? options.ranks->rank() : 0, .world = options.world(), .group = options.ranks},
+      .on_layer_loaded = options.on_layer_loaded};
 }
 
 void check_fits(const Plan& plan, int64_t memory_limit) {

@@ -10,8 +10,8 @@
 
 #include "core/checkpoint/load_report.h"
 #include "core/models/hybrid_decoder.h"
-#include "core/runtime/process_group.h"
 #include "core/runtime/plan.h"
+#include "core/runtime/process_group.h"
 #include "core/runtime/runner_options.h"
 
 namespace xgdn {
@@ -49,8 +49,8 @@ struct LoadedDecoder {
 /// Loads the decoder of a Hugging Face directory (config.json and safetensors). The weights are copied into memory.
 /// What the load report warns of is written to stderr. Throws UnsupportedError for sizes that no backend can run,
 /// CheckpointError, DeviceError, UnsupportedError or RequestError, also where the ranks cannot split the model
-/// (check_tensor_parallel) or there are none for options.tensor_parallel; OutOfMemory before anything is allocated when the
-/// plan exceeds options.memory_limit.
+/// (check_tensor_parallel) or there are none for options.tensor_parallel; OutOfMemory before anything is allocated when
+/// the plan exceeds options.memory_limit.
 LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions& options = {});
 
 /// What an engine of the directory would allocate. Reads config.json and the headers of the safetensors files,

@@ -12,9 +12,9 @@
 
 #include "core/models/hybrid_decoder.h"
 #include "core/runtime/batch_builder.h"
+#include "core/runtime/leader.h"
 #include "core/runtime/logprobs.h"
 #include "core/runtime/runner_options.h"
-#include "core/runtime/leader.h"
 #include "core/runtime/sampler.h"
 #include "core/runtime/sharded_logits.h"
 #include "core/runtime/stopwatch.h"
@@ -87,8 +87,8 @@ class ModelRunner {
   // What the device gives back of a step.
   struct Result {
     at::Tensor logits;
-    at::Tensor hidden;              // of the sequences that want it, on the device
-    kernel::LargestLogits largest;  // where the device finds them
+    at::Tensor hidden;                      // of the sequences that want it, on the device
+    kernel::LargestLogits largest;          // where the device finds them
     std::optional<ShardedLogits> gathered;  // of several ranks
   };
   struct RecordedStep {

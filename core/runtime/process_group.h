@@ -18,10 +18,10 @@ class ProcessGroup;
 
 namespace xgdn {
 
-/// Exchanges tensors between ranks: those on the host through a backend for hosts (gloo), which the group must have, and
-/// those on a device through the device's own (NCCL, HCCL). Every rank makes the same calls in the same order. For one
-/// thread at a time. Every member throws RankError when a rank has ended or does not answer in time; the group is of no
-/// use then.
+/// Exchanges tensors between ranks: those on the host through a backend for hosts (gloo), which the group must have,
+/// and those on a device through the device's own (NCCL, HCCL). Every rank makes the same calls in the same order. For
+/// one thread at a time. Every member throws RankError when a rank has ended or does not answer in time; the group is
+/// of no use then.
 class ProcessGroup : public AllReduce {
  public:
   /// `timeout`: within which every rank answers.
@@ -46,7 +46,8 @@ class ProcessGroup : public AllReduce {
   /// The same for those who wait for rank 0 to have something to do, however long that takes.
   void await_broadcast(at::Tensor& tensor);
 
-  /// Returns when all ranks have called, which may take as long as loading a model, with every rank's numbers [world, N].
+  /// Returns when all ranks have called, which may take as long as loading a model, with every rank's numbers [world,
+  /// N].
   at::Tensor meet(const at::Tensor& numbers);
 
  private:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A message is int32 numbers: of each command its place in the variant, then its fields in their order; 64-bit numbers as
-// two, vectors behind their size.
+// A message is int32 numbers: of each command its place in the variant, then its fields in their order; 64-bit numbers
+// as two, vectors behind their size.
 #include "core/runtime/rank_command.h"
 
 #include <ATen/ops/empty.h>

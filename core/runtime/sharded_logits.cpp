@@ -108,8 +108,7 @@ std::span<const float> ShardedLogits::candidates(int64_t row, int64_t rank) cons
 }
 
 std::span<const int32_t> ShardedLogits::tokens(int64_t row, int64_t rank) const {
-  const int64_t begin =
-      ((rank * candidates_.size(1) + places_.at(static_cast<size_t>(row))) * 2 + 1) * num_candidates_;
+  const int64_t begin = ((rank * candidates_.size(1) + places_.at(static_cast<size_t>(row))) * 2 + 1) * num_candidates_;
   return {candidates_.const_data_ptr<int32_t>() + begin, static_cast<size_t>(num_candidates_)};
 }
 

@@ -13,16 +13,17 @@
 
 namespace xgdn {
 
-/// How many of each rank's likeliest tokens decide what a request's sampler chooses: 1 where it is greedy, top_k where it
-/// draws from so few. 0: the whole row does, because rules of the request (grammar, penalties, biases, words, min_tokens)
-/// may change any logit, because log-probabilities are of all tokens, or because it draws from all, or from more than 256.
+/// How many of each rank's likeliest tokens decide what a request's sampler chooses: 1 where it is greedy, top_k where
+/// it draws from so few. 0: the whole row does, because rules of the request (grammar, penalties, biases, words,
+/// min_tokens) may change any logit, because log-probabilities are of all tokens, or because it draws from all, or from
+/// more than 256.
 int64_t num_candidates(const Request& request);
 
 /// A step's logits as rank 0 has them.
 class ShardedLogits {
  public:
-  /// Exchanges, on all ranks alike, what the rows need. local [R, vocab / world] f32: the rank's part; needs [R]: of each
-  /// row, as num_candidates(). Throws RankError.
+  /// Exchanges, on all ranks alike, what the rows need. local [R, vocab / world] f32: the rank's part; needs [R]: of
+  /// each row, as num_candidates(). Throws RankError.
   ShardedLogits(const at::Tensor& local, const std::vector<int64_t>& needs, ProcessGroup& group);
 
   /// Waits for what came, on the host. For rank 0.

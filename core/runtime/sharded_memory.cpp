@@ -61,8 +61,7 @@ at::Tensor ShardedMemory::part_of(const at::Tensor& whole, const Split& split) c
   int64_t begin = 0;
   for (const Section& section : split.sections) {
     const PieceRange heads = xgdn::part_of(section.num_heads, rank_, world_);
-    parts.push_back(
-        whole.narrow(split.dim, begin + heads.begin * section.width, heads.count * section.width));
+    parts.push_back(whole.narrow(split.dim, begin + heads.begin * section.width, heads.count * section.width));
     begin += section.num_heads * section.width;
   }
   return at::cat(parts, split.dim);
@@ -103,7 +102,8 @@ SavedMemory ShardedMemory::for_tensors(const ShardedMemory& self, const SavedMem
 }
 
 SavedMemory ShardedMemory::part_of(const SavedMemory& whole) const {
-  return for_tensors(*this, whole, [&](const at::Tensor& tensor, const Split& split) { return part_of(tensor, split); });
+  return for_tensors(*this, whole,
+                     [&](const at::Tensor& tensor, const Split& split) { return part_of(tensor, split); });
 }
 
 SavedMemory ShardedMemory::gather(const SavedMemory& part, ProcessGroup& group) const {

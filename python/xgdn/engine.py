@@ -4,6 +4,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike, fspath
+from typing import Any
 
 import torch
 
@@ -103,8 +104,8 @@ class Engine:
 
     The other arguments are listed at the end, with those of `runner`; `from_args` takes all of them as `EngineArgs`.
 
-    With `tensor_parallel` this process is the first of several that share the model. Under torchrun all of its processes
-    run the same program: in the others this constructor does not return, it follows the first one's engine and ends the
+    With `tensor_parallel` this process is the first of several that share the model. Under torchrun all processes run
+    the same program: in the others this constructor does not return, it follows the first one's engine and ends the
     process with it. A process that ends before its time ends every request with an error.
 
     Raises:
@@ -131,7 +132,7 @@ class Engine:
         on_layer_loaded: Callable[[int, int], None] | None = None,
         memory_limit: int | None = EngineArgs.memory_limit,
     ) -> None:
-        options = {
+        options: dict[str, Any] = {
             "dtype": dtype,
             "state_dtype": state_dtype,
             "replay_states": replay_states,

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -55,7 +56,10 @@ def torchrun_rank() -> int | None:
 
 def engine_options(options: dict[str, Any], runner: RunnerOptions, group: str, local_rank: int) -> _C.EngineOptions:
     """Return the options of a rank: on its own device, in the group of that name."""
-    given = {**options, "device": device_of(str(options["device"]), local_rank)}
+    device = torch.device(device_of(str(options["device"]), local_rank))
+    if device.type != "cpu":
+        getattr(torch, device.type).set_device(device)  # for what NCCL and the like do without a tensor
+    given = {**options, "device": str(device)}
     return _C.EngineOptions(runner=runner, process_group=group, **given)
 
 
@@ -86,11 +90,11 @@ def start_ranks(
             follow(model_dir, rank_options)
             leave()
             raise SystemExit(0)
-        return Ranks([], leave), rank_options
+        return Ranks([], leave, _nothing), rank_options
     if dist.is_initialized():
         raise RequestError(
-            "[Engine] tensor_parallel: expected a process without a group of torch.distributed, or torchrun, got one that "
-            "has a group: another engine of this process, perhaps"
+            "[Engine] tensor_parallel: expected a process without a group of torch.distributed, or torchrun, got one "
+            "that has a group: another engine of this process, perhaps"
         )
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -104,7 +108,8 @@ def start_ranks(
         _await_all(store, processes)
         torch.set_num_threads(threads)
         name = _join(store, 0, world, device)
-        return Ranks(processes, dist.destroy_process_group), engine_options(options, runner, name, local_rank=0)
+        abort = _nothing if torch.device(device).type == "cpu" else _abort_devices
+        return Ranks(processes, dist.destroy_process_group, abort), engine_options(options, runner, name, local_rank=0)
     except BaseException:
         _end(processes, seconds=0)
         if dist.is_initialized():
@@ -116,7 +121,11 @@ def follow_invitation(invitation: Invitation) -> None:
     """Be the rank that another process has invited, until its engine ends. Raises what loading and steps raise."""
     torch.set_num_threads(invitation.threads)
     store = dist.TCPStore(
-        "127.0.0.1", invitation.port, invitation.world, timeout=timedelta(seconds=_START_SECONDS), wait_for_workers=False
+        "127.0.0.1",
+        invitation.port,
+        invitation.world,
+        timeout=timedelta(seconds=_START_SECONDS),
+        wait_for_workers=False,
     )
     store.set(_here(invitation.rank), "")
     name = _join(store, invitation.rank, invitation.world, str(invitation.options["device"]))
@@ -132,10 +141,13 @@ def follow(model_dir: str, options: _C.EngineOptions) -> None:
 class Ranks:
     """Rank 0's hold on the processes that it has started; none where torchrun has."""
 
-    def __init__(self, processes: "Sequence[subprocess.Popen[bytes]]", leave: Callable[[], None]) -> None:
-        """`leave`: called at the end, to leave the group."""
+    def __init__(
+        self, processes: "Sequence[subprocess.Popen[bytes]]", leave: Callable[[], None], abort: Callable[[], None]
+    ) -> None:
+        """`leave`: leaves the group at the end. `abort`: ends what waits on a device for a rank that has ended."""
         self._processes = list(processes)
         self._leave = leave
+        self._abort = abort
         self._is_closing = False
         self._lock = threading.Lock()
         self._failure = ""
@@ -165,6 +177,7 @@ class Ranks:
             callbacks = list(self._callbacks)
         for callback in callbacks:
             callback(self._failure)
+        self._abort()
 
     def close(self, engine: _C.Engine | None) -> None:
         """Let the ranks return, and end those that do not; the engine serves nobody from then on."""
@@ -227,6 +240,17 @@ def _sizes(runner: RunnerOptions) -> dict[str, Any]:
     return {name: getattr(runner, name) for name in names}
 
 
+def _nothing() -> None:
+    pass
+
+
+def _abort_devices() -> None:
+    """End what waits on a device; a connection between hosts tells of its end by itself."""
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if abort is not None and dist.is_initialized():
+        abort()
+
+
 def _here(rank: int) -> str:
     return f"xgdn/here/{rank}"
 
@@ -240,11 +264,9 @@ def _start(invitation: Invitation) -> "subprocess.Popen[bytes]":
         start_new_session=True,
     )
     assert process.stdin is not None
-    try:
+    with suppress(BrokenPipeError):  # it has ended, as _await_all finds
         process.stdin.write(pickle.dumps(invitation))
         process.stdin.flush()
-    except BrokenPipeError:  # it has ended, as _await_all finds
-        pass
     return process
 
 
@@ -255,11 +277,13 @@ def _await_all(store: dist.TCPStore, processes: "Sequence[subprocess.Popen[bytes
         for rank, process in enumerate(processes, 1):
             if process.poll() is not None:
                 raise RankError(
-                    f"[Engine] tensor_parallel: expected {len(processes) + 1} processes, got rank {rank} that ended with "
-                    f"status {process.returncode} while it started"
+                    f"[Engine] tensor_parallel: expected {len(processes) + 1} processes, got rank {rank} that ended "
+                    f"with status {process.returncode} while it started"
                 )
         if time.monotonic() > end:
-            raise RankError(f"[Engine] tensor_parallel: expected all processes to start within {_START_SECONDS:g} seconds")
+            raise RankError(
+                f"[Engine] tensor_parallel: expected all processes to start within {_START_SECONDS:g} seconds"
+            )
         time.sleep(_POLL_SECONDS)
 
 
@@ -273,7 +297,5 @@ def _end(processes: "Sequence[subprocess.Popen[bytes]]", seconds: float) -> None
             process.kill()
             process.wait()
         if process.stdin is not None:
-            try:
+            with suppress(BrokenPipeError):
                 process.stdin.close()
-            except BrokenPipeError:
-                pass

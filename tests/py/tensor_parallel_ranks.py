@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -130,14 +131,6 @@ def engine_of(name: str, world: int, runner: RunnerOptions, **options: Any) -> I
         engine.close()
 
 
-def error_of(name: str, **options: Any) -> str:
-    try:
-        xgdn.Engine(CHECKPOINTS / name, runner=ROOMY, tensor_parallel=WORLD, **CPU, **options)
-    except xgdn.errors.Error as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def check_everything(worlds: tuple[int, ...]) -> dict[str, Any]:
     """Of several ranks and of one, in the same order on all of them."""
     seen: dict[str, Any] = {}
@@ -178,10 +171,8 @@ def follow_everything() -> None:
     names += [("qwen3_5-dense", {}, ROOMY), ("qwen3_5-dense", {"replay_states": True, "draft_tokens": 4}, ROOMY)]
     names += [("qwen3_5-wrapper", {"replay_states": states}, ROOMY) for states in (False, False, True, True)]
     for name, options, runner in names:
-        try:
+        with pytest.raises(SystemExit, check=lambda end: end.code == 0):
             xgdn.Engine(CHECKPOINTS / name, runner=runner, tensor_parallel=WORLD, **CPU, **options)
-        except SystemExit as end:
-            assert end.code == 0
 
 
 if __name__ == "__main__":

@@ -117,6 +117,14 @@ def test_sampled_tokens(seen: dict[str, Any]) -> None:
         torch.testing.assert_close(torch.tensor(many[name][0][field]), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_neighbours_in_a_batch_change_no_bit(seen: dict[str, Any]) -> None:
+    """Sums over ranks are added in one order, wherever a token lies among those of its step."""
+    many, _ = of_both(seen, "sampled")
+    alone = many["logprobs"] + many["prompt"]
+    in_batch = [reply for reply in many["together"] if reply["logprobs"] or reply["prompt_logprobs"]]
+    assert alone == in_batch
+
+
 def test_drafts(seen: dict[str, Any]) -> None:
     many, one = of_both(seen, "drafted")
     assert tokens_of(many["replies"]) == tokens_of(one["replies"])
@@ -144,5 +152,7 @@ def test_plan_of_a_rank(folder: Path) -> None:
 
 def test_groups_that_cannot_be_split(folder: Path) -> None:
     """Rows of 64 numbers in one group."""
-    with pytest.raises(xgdn.errors.UnsupportedError, match=r"out_proj.weight cannot be split between ranks.*groups of 64"):
+    with pytest.raises(
+        xgdn.errors.UnsupportedError, match=r"out_proj.weight cannot be split between ranks.*groups of 64"
+    ):
         xgdn.Engine(folder / "qwen3_5-dense", tensor_parallel=2, quantize="int8")

@@ -41,7 +41,7 @@ def test_a_killed_rank_ends_every_request() -> None:
     failures: list[str] = []
     engine.on_rank_failure(failures.append)
     (rank_1,) = engine.rank_process_ids
-    ids = [engine.submit(xgdn.Request([1, 2, 3], max_new_tokens=100_000, ignore_eos=True)) for _ in range(3)]
+    ids = [engine.submit(xgdn.Request([1, 2, 3], max_new_tokens=5000, ignore_eos=True)) for _ in range(3)]
     for _ in range(4):
         engine.step()
     os.kill(rank_1, signal.SIGKILL)
@@ -118,7 +118,17 @@ def test_serve() -> None:
 
 
 def test_commands() -> None:
-    arguments = [sys.executable, "-m", "xgdn", "generate", str(CHECKPOINT), "--prompt-ids", "1,2,3", "--dtype", "float32"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "xgdn",
+        "generate",
+        str(CHECKPOINT),
+        "--prompt-ids",
+        "1,2,3",
+        "--dtype",
+        "float32",
+    ]
     replies = [
         subprocess.run([*arguments, *options], capture_output=True, text=True, timeout=100)
         for options in ([], ["--tensor-parallel", "2"], ["--tensor-parallel", "7"])

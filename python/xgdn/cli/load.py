@@ -14,7 +14,6 @@ from xgdn.engine import Engine, EngineArgs
 from xgdn.progress import Bar
 from xgdn.sampling_defaults import SamplingDefaults, read_sampling_defaults
 
-
 _LAST_SECONDS = 6.0  # for requests to end with their error
 
 

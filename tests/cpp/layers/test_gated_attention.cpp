@@ -12,12 +12,14 @@
 #include <ATen/ops/pow.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/cpp/support/compare.h"
@@ -100,6 +102,10 @@ class GatedAttentionTest : public ::testing::Test {
 
   /// One forward over pieces of several sequences; notes the rows it may write.
   at::Tensor forward(const std::vector<at::Tensor>& hidden, const std::vector<Piece>& pieces) {
+    return forward(layer_, kv_, hidden, pieces);
+  }
+  at::Tensor forward(const GatedAttention& layer, KvPool& kv, const std::vector<at::Tensor>& hidden,
+                     const std::vector<Piece>& pieces) {
     size_t columns = 0;
     for (const Piece& piece : pieces) columns = std::max(columns, piece.blocks.size());
     std::vector<int32_t> positions, rows, blocks, context_lens, cu_seqlens{0};
@@ -124,7 +130,7 @@ class GatedAttentionTest : public ::testing::Test {
                                .cu_seqlens = i32(cu_seqlens),
                                .host = {.may_have_padding = false}};
     const Rotary rotary(kConfig.head_dim, kPartialRotary, kTheta);
-    return layer_.forward(at::cat(inputs), rotary.table(batch.positions, at::kFloat), batch, kv_);
+    return layer.forward(at::cat(inputs), rotary.table(batch.positions, at::kFloat), batch, kv);
   }
 
   void expect_other_rows_nan() const {
@@ -160,6 +166,28 @@ TEST_F(GatedAttentionTest, PiecesOfSeveralSequencesAreTheFormula) {
   const at::Tensor last = forward({x[0]}, {{44, 1, first}});
   EXPECT_LE(relative_error(last, want[0].narrow(0, 44, 1)), kAttentionBound);
   expect_other_rows_nan();
+}
+
+TEST_F(GatedAttentionTest, PartialSumsOfRanksMakeTheWhole) {
+  RandomTensors random(6);
+  const std::vector<at::Tensor> x{random.normal({30, 48}), random.normal({9, 48})};
+  const std::vector<Piece> pieces{{0, 30, {7, 3, 12, 0}}, {0, 9, {1, 18}}};
+  const at::Tensor want = at::cat({truth(weights_, x[0]), truth(weights_, x[1])});
+  for (const auto& [world, kv_heads] : {std::pair<int64_t, int64_t>{2, 1}, {6, 1}}) {
+    at::Tensor sum = at::zeros_like(want);
+    for (int64_t rank = 0; rank < world; ++rank) {
+      const GatedAttention layer(kConfig, TensorMap(weights_), "", at::kFloat, {}, {.rank = rank, .world = world});
+      KvPool kv{at::full({20, kBlockSize, kv_heads, 16}, kNaN), at::full({20, kBlockSize, kv_heads, 16}, kNaN)};
+      sum += forward(layer, kv, x, pieces);
+    }
+    EXPECT_LE(relative_error(sum, want), kAttentionBound) << world << " ranks";
+  }
+  const auto build = [&](int64_t world) {
+    return
+        [&, world] { GatedAttention(kConfig, TensorMap(weights_), "", at::kFloat, {}, {.rank = 0, .world = world}); };
+  };
+  expect_error<ShapeError>(build(4), {"[GatedAttention] shard", "divides num_heads=6", "got 4"});
+  expect_error<ShapeError>(build(3), {"divides or is a multiple of num_kv_heads=2", "got 3"});
 }
 
 TEST_F(GatedAttentionTest, NaNStaysInItsSequence) {

@@ -10,13 +10,16 @@
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <vector>
 
+#include "core/models/rounded_weights.h"
 #include "tests/cpp/support/compare.h"
 #include "tests/cpp/support/expect_error.h"
 #include "tests/cpp/support/random_weights.h"
@@ -45,6 +48,56 @@ TEST(Mlp, IsTheFormula) {
   const at::Tensor x = random.normal({5, 32});
   const Mlp mlp(TensorMap(weights), "mlp.", 32, 48, at::kFloat);
   EXPECT_LE(relative_error(mlp.forward(x), mlp_truth(weights, "mlp.", x.to(at::kDouble))), kMlpBound);
+}
+
+Weights with_fused_experts(Weights weights, int64_t num_experts) {
+  std::vector<at::Tensor> gate_up, down;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const std::string prefix = "moe.experts." + std::to_string(e) + ".";
+    gate_up.push_back(at::cat({weights.at(prefix + "gate_proj.weight"), weights.at(prefix + "up_proj.weight")}));
+    down.push_back(weights.at(prefix + "down_proj.weight"));
+    for (const char* name : {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}) weights.erase(prefix + name);
+  }
+  weights["moe.experts.gate_up_proj"] = at::stack(gate_up);
+  weights["moe.experts.down_proj"] = at::stack(down);
+  return weights;
+}
+
+// Sums in place of a group: every rank adds what it has to what came before.
+class Adder : public AllReduce {
+ public:
+  void sum(at::Tensor& tensor) override {
+    sum_ = sum_.defined() ? sum_ + tensor : tensor.clone();
+    tensor.copy_(sum_);
+    ++num_calls;
+  }
+
+  int num_calls = 0;
+
+ private:
+  at::Tensor sum_;
+};
+
+TEST(Mlp, RanksAddUpToTheWhole) {
+  RandomTensors random(1);
+  Weights weights;
+  put_mlp(weights, "mlp.", 32, 48, random);
+  const at::Tensor x = random.normal({5, 32});
+  for (const int64_t world : {2, 3, 16}) {
+    const auto adder = std::make_shared<Adder>();
+    at::Tensor sum;
+    for (int64_t rank = 0; rank < world; ++rank) {
+      const Mlp mlp(TensorMap(weights), "mlp.", 32, 48, at::kFloat, {}, {.rank = rank, .world = world, .group = adder});
+      int64_t elements = 0;
+      for (const at::Tensor& weight : mlp.weights()) elements += weight.numel();
+      EXPECT_EQ(elements, 3 * 32 * 48 / world);
+      sum = mlp.forward(x);
+    }
+    EXPECT_LE(relative_error(sum, mlp_truth(weights, "mlp.", x.to(at::kDouble))), kMlpBound);
+    EXPECT_EQ(adder->num_calls, world) << "one sum a forward";
+  }
+  expect_error<ShapeError>([&] { Mlp(TensorMap(weights), "mlp.", 32, 48, at::kFloat, {}, {.rank = 0, .world = 5}); },
+                           {"[Mlp] shard", "divides intermediate_size=48", "got 5"});
 }
 
 class SparseMoeTest : public ::testing::TestWithParam<bool> {
@@ -96,19 +149,50 @@ TEST_P(SparseMoeTest, IsTheFormula) {
 }
 
 TEST_P(SparseMoeTest, ExpertsMayBeOneTensor) {
-  Weights fused = weights_;
-  std::vector<at::Tensor> gate_up, down;
-  for (int64_t e = 0; e < 6; ++e) {
-    gate_up.push_back(
-        at::cat({weights_.at(expert(e) + "gate_proj.weight"), weights_.at(expert(e) + "up_proj.weight")}));
-    down.push_back(weights_.at(expert(e) + "down_proj.weight"));
-    for (const char* name : {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}) fused.erase(expert(e) + name);
-  }
-  fused["moe.experts.gate_up_proj"] = at::stack(gate_up);
-  fused["moe.experts.down_proj"] = at::stack(down);
+  Weights fused = with_fused_experts(weights_, 6);
   EXPECT_LE(relative_error(moe(fused).forward(x_), moe(weights_).forward(x_)), kMlpBound);
   fused.erase("moe.experts.down_proj");
   expect_error<CheckpointError>([&] { moe(fused); }, {"moe.experts.down_proj"});
+}
+
+TEST_P(SparseMoeTest, RanksAddUpToTheWhole) {
+  for (const Weights& weights : {weights_, with_fused_experts(weights_, 6)}) {
+    for (const int64_t world : {2, 4}) {
+      const auto adder = std::make_shared<Adder>();
+      at::Tensor sum;
+      for (int64_t rank = 0; rank < world; ++rank) {
+        sum = SparseMoe(config_, TensorMap(weights), "moe.", at::kFloat, {},
+                        {.rank = rank, .world = world, .group = adder})
+                  .forward(x_);
+      }
+      EXPECT_LE(relative_error(sum, truth()), kMlpBound) << world << " ranks";
+      EXPECT_EQ(adder->num_calls, world) << "one sum a forward";
+    }
+  }
+  expect_error<ShapeError>(
+      [&] { SparseMoe(config_, TensorMap(weights_), "moe.", at::kFloat, {}, {.rank = 0, .world = 16}); },
+      {"divides intermediate_size=24", "got 16"});
+}
+
+TEST_P(SparseMoeTest, RoundedExpertsAreCutBetweenTheirGroups) {
+  SparseMoeConfig config = config_;
+  config.intermediate_size = config.shared_intermediate_size = 64;
+  RandomTensors random(8);
+  Weights weights = weights_;
+  put_mlp(weights, "moe.shared_expert.", 32, 64, random);
+  for (int64_t e = 0; e < 6; ++e) put_mlp(weights, expert(e), 32, 64, random);
+  for (const Weights& stored : {weights, with_fused_experts(weights, 6)}) {
+    const TensorMap plain(stored);
+    const RoundedWeights rounded(plain, kernel::WeightFormat::kInt4);
+    const at::Tensor want = SparseMoe(config, rounded, "moe.", at::kFloat).forward(x_);
+    at::Tensor sum = at::zeros_like(want);
+    for (const int64_t rank : {0, 1}) {
+      sum += SparseMoe(config, rounded, "moe.", at::kFloat, {}, {.rank = rank, .world = 2}).forward(x_);
+    }
+    EXPECT_LE(relative_error(sum, want), 1e-5);
+    expect_error<UnsupportedError>([&] { SparseMoe(config, rounded, "moe.", at::kFloat, {}, {.rank = 0, .world = 4}); },
+                                   {"down_proj", "cannot be split between ranks", "groups of 32"});
+  }
 }
 
 TEST_P(SparseMoeTest, NaNStaysInItsToken) {

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that two GPUs share, over NCCL, beside the same model on one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoints
+import xgdn
+
+OPTIONS: dict[str, Any] = {
+    "device": "cuda:0",
+    "dtype": torch.float32,
+    "runner": xgdn.RunnerOptions(max_batch_size=8, max_cached_tokens=4096, prefix_cache_slots=2),
+}
+SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def two_gpus() -> None:
+    if (count := torch.cuda.device_count()) < 2:
+        pytest.skip(f"needs two GPUs, got {count}")
+
+
+def replies(engine: xgdn.Engine) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 128, (length,), generator=generator).tolist() for length in (3, 65, 7, 130, 300)]
+
+    def tokens(**options: Any) -> list[list[int]]:
+        sampling = xgdn.SamplingParams(seed=3, **options)
+        results = engine.generate(prompts, max_new_tokens=16, ignore_eos=True, sampling=sampling)
+        return [result.tokens for result in results]
+
+    return {
+        "greedy": tokens(),
+        "again": tokens(),
+        "top_k": tokens(temperature=0.8, top_k=9),
+        "top_p": tokens(temperature=0.8, top_p=0.9),
+        "logits": engine.prompt_logits(prompts[1]).cpu(),
+    }
+
+
+@pytest.mark.parametrize("model", checkpoints.CHECKPOINTS, ids=str)
+def test_tokens_are_those_of_one_gpu(model: checkpoints.Tiny, tmp_path: Path) -> None:
+    directory, _ = checkpoints.make(model, tmp_path)
+    want = replies(xgdn.Engine(directory, **OPTIONS))
+    engine = xgdn.Engine(directory, tensor_parallel=2, **OPTIONS)
+    try:
+        got = replies(engine)
+    finally:
+        engine.close()
+    torch.testing.assert_close(got.pop("logits"), want.pop("logits"), rtol=1e-3, atol=1e-3)
+    assert got == want
+
+
+def test_drafts_and_a_session(tmp_path: Path) -> None:
+    directory, _ = checkpoints.make(checkpoints.CHECKPOINTS[0], tmp_path)
+    prompt = list(range(20)) * 5
+    seen = []
+    for world in (1, 2):
+        engine = xgdn.Engine(directory, tensor_parallel=world, replay_states=True, draft_tokens=4, **OPTIONS)
+        session = xgdn.Session(engine)
+        biased = xgdn.SamplingParams(logit_bias={3: 100.0})
+        first = session.generate(prompt, max_new_tokens=16, ignore_eos=True, sampling=biased).tokens
+        session.save(tmp_path / f"{world}.safetensors")
+        second = session.generate([5, 6], max_new_tokens=16, ignore_eos=True).tokens
+        seen.append((first, second, engine.speculation_stats.num_right > 0))
+        engine.close()
+    assert seen[0] == seen[1]
+    assert seen[0][2]
+    engine = xgdn.Engine(directory, replay_states=True, draft_tokens=4, **OPTIONS)
+    loaded = xgdn.Session.load(engine, tmp_path / "2.safetensors")
+    assert loaded.generate([5, 6], max_new_tokens=16, ignore_eos=True).tokens == seen[0][1]
+
+
+def test_a_killed_rank_ends_every_request(tmp_path: Path) -> None:
+    directory, _ = checkpoints.make(checkpoints.CHECKPOINTS[0], tmp_path)
+    engine = xgdn.Engine(directory, tensor_parallel=2, **OPTIONS)
+    ids = [engine.submit(xgdn.Request([1, 2, 3], max_new_tokens=1000, ignore_eos=True)) for _ in range(3)]
+    for _ in range(4):
+        engine.step()
+    os.kill(engine.rank_process_ids[0], signal.SIGKILL)
+    began = time.monotonic()
+    errors = {}
+    while not engine.is_idle():
+        errors |= {event.id: event.error for event in engine.step() if event.error}
+    assert time.monotonic() - began < SECONDS
+    assert sorted(errors) == ids
+    assert all("expected all 2 ranks to compute" in error for error in errors.values())
+    engine.close()
