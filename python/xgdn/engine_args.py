@@ -81,8 +81,8 @@ class EngineArgs:
     tensor_parallel: int = field(
         default=_DEFAULTS.tensor_parallel,
         metadata=_documented(
-            "Number of processes that share the model, each with its part of weights, states and KV cache: torchrun's, or "
-            "started with the engine. The first has the named device, the next the one after it."
+            "Number of processes that share the model, each with a part of weights, states and KV cache; "
+            "started by torchrun or with the engine. The first has the named device, the next the one after it."
         ),
     )
     prefill_backend: str = field(

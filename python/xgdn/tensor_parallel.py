@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from xgdn import _C
 from xgdn._C import RankError, RequestError, RunnerOptions
@@ -98,7 +99,7 @@ def start_ranks(
         )
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             "127.0.0.1", 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_START_SECONDS)
         )
         threads = _threads_of_rank(world)
@@ -120,7 +121,7 @@ def start_ranks(
 def follow_invitation(invitation: Invitation) -> None:
     """Be the rank that another process has invited, until its engine ends. Raises what loading and steps raise."""
     torch.set_num_threads(invitation.threads)
-    store = dist.TCPStore(
+    store = TCPStore(
         "127.0.0.1",
         invitation.port,
         invitation.world,
@@ -204,7 +205,7 @@ def _join_torchrun(world: int, device: str) -> tuple[dist.ProcessGroup, Callable
     return _world_group(), dist.destroy_process_group
 
 
-def _join(store: dist.Store, rank: int, world: int, device: str) -> str:
+def _join(store: TCPStore, rank: int, world: int, device: str) -> str:
     dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world)
     return str(_world_group().group_name)
 
@@ -270,7 +271,7 @@ def _start(invitation: Invitation) -> "subprocess.Popen[bytes]":
     return process
 
 
-def _await_all(store: dist.TCPStore, processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+def _await_all(store: TCPStore, processes: "Sequence[subprocess.Popen[bytes]]") -> None:
     end = time.monotonic() + _START_SECONDS
     keys = [_here(rank) for rank in range(1, len(processes) + 1)]
     while not store.check(keys):
