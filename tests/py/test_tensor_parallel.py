@@ -38,7 +38,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(world: int, *args: str | Path) -> dict[str, Any]:
+def run_ranks(world: int, *args: str | Path, program: Path = PROGRAM) -> dict[str, Any]:
     """Rank 0's document, when all processes have ended well."""
     variables = {
         "WORLD_SIZE": str(world),
@@ -46,7 +46,7 @@ def run_ranks(world: int, *args: str | Path) -> dict[str, Any]:
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(PROGRAM), *map(str, args)]
+    command = [sys.executable, str(program), *map(str, args)]
     processes = [
         subprocess.Popen(
             command,
