@@ -151,7 +151,7 @@ std::unique_ptr<Engine> Engine::load(const std::filesystem::path& dir, const Eng
 }
 
 // Of several ranks between two steps: all of them compute.
-at::Tensor Engine::prompt_logits(const std::vector<int32_t>& prompt) {
+at::Tensor Engine::prompt_logits(const std::vector<int32_t>& prompt) const {
   if (!leader_) return sequence_logits(*model_, prompt);
   check_prompt(prompt, model_->config().vocab_size);
   const c10::InferenceMode inference;

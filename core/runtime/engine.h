@@ -134,7 +134,7 @@ class Engine {
   int64_t kv_bytes() const { return kv_.bytes(); }                                  // of all blocks
 
   /// Logits [T, vocab] f32 of one prompt, in one pass with temporary pools; running requests are not affected.
-  at::Tensor prompt_logits(const std::vector<int32_t>& prompt);
+  at::Tensor prompt_logits(const std::vector<int32_t>& prompt) const;
 
   /// Lets the ranks that follow return, after the step under way. Requests end with an error from then on. Does nothing
   /// in an engine of one process; the destructor does it as well.
