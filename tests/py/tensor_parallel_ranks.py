@@ -24,7 +24,8 @@ from xgdn import Request, RunnerOptions, SamplingParams
 WORLD = int(os.environ["WORLD_SIZE"])
 CHECKPOINTS = Path(sys.argv[1])
 FILES = Path(sys.argv[2])
-CPU = {"dtype": torch.float32}
+EVEN = str(FILES / "even")  # a checkpoint whose products are of this library's kernels on every rank
+CPU: dict[str, Any] = {"dtype": torch.float32}
 # Three sequences at once, prompts in pieces, so few blocks that some are preempted, cached prefixes.
 TIGHT = RunnerOptions(
     max_batch_size=3, max_cached_tokens=480, kv_block_size=16, max_tokens_per_step=128, prefix_cache_slots=2
@@ -106,6 +107,16 @@ def drafted(engine: xgdn.Engine) -> dict[str, Any]:
     return {"replies": replies, "num_right": engine.speculation_stats.num_right}
 
 
+def beside_others(engine: xgdn.Engine) -> dict[str, Any]:
+    """The same requests one by one and in one batch."""
+    sampling = SamplingParams(logprobs=0)
+    requests = [
+        Request(p, max_new_tokens=6, ignore_eos=True, sampling=sampling) for p in prompts(engine.vocab_size)[:3]
+    ]
+    alone = [observed(engine, [request])[0] for request in requests]
+    return {"alone": alone, "together": observed(engine, requests)}
+
+
 def conversation(engine: xgdn.Engine, save: Path | None, load: Path | None) -> dict[str, Any]:
     """A session's second reply: to what was saved elsewhere, or to its own first."""
     ids = prompts(engine.vocab_size)
@@ -124,7 +135,7 @@ def conversation(engine: xgdn.Engine, save: Path | None, load: Path | None) -> d
 
 @contextmanager
 def engine_of(name: str, world: int, runner: RunnerOptions, **options: Any) -> Iterator[xgdn.Engine]:
-    engine = xgdn.Engine(CHECKPOINTS / name, runner=runner, tensor_parallel=world, **CPU, **options)
+    engine = xgdn.Engine(CHECKPOINTS / name, runner=runner, tensor_parallel=world, **CPU | options)
     try:
         yield engine
     finally:
@@ -147,6 +158,9 @@ def check_everything(worlds: tuple[int, ...]) -> dict[str, Any]:
             seen[f"sampled/{world}"] = sampled(engine)
         with engine_of("qwen3_5-dense", world, ROOMY, replay_states=True, draft_tokens=4) as engine:
             seen[f"drafted/{world}"] = drafted(engine)
+    for world in worlds:
+        with engine_of(EVEN, world, ROOMY, dtype=torch.bfloat16) as engine:
+            seen[f"beside/{world}"] = beside_others(engine)
     for states in (False, True):
         for step, (world, save, load) in enumerate([(WORLD, "w", ""), (1, "", "w"), (1, "1", ""), (WORLD, "", "1")]):
             if world not in worlds:
@@ -169,10 +183,11 @@ def follow_everything() -> None:
     """Make the engines that rank 0 makes, each of which follows."""
     names = [(name, {}, TIGHT) for name in sorted(os.listdir(CHECKPOINTS)) if not plan_error(name)]
     names += [("qwen3_5-dense", {}, ROOMY), ("qwen3_5-dense", {"replay_states": True, "draft_tokens": 4}, ROOMY)]
+    names += [(EVEN, {"dtype": torch.bfloat16}, ROOMY)]
     names += [("qwen3_5-wrapper", {"replay_states": states}, ROOMY) for states in (False, False, True, True)]
     for name, options, runner in names:
         with pytest.raises(SystemExit, check=lambda end: end.code == 0):
-            xgdn.Engine(CHECKPOINTS / name, runner=runner, tensor_parallel=WORLD, **CPU, **options)
+            xgdn.Engine(CHECKPOINTS / name, runner=runner, tensor_parallel=WORLD, **CPU | options)
 
 
 if __name__ == "__main__":
