@@ -109,7 +109,8 @@ def start_ranks(
         _await_all(store, processes)
         torch.set_num_threads(threads)
         name = _join(store, 0, world, device)
-        abort = _nothing if torch.device(device).type == "cpu" else _abort_devices
+        of_rank = torch.device(device)
+        abort = _nothing if of_rank.type == "cpu" else partial(_abort_device, of_rank)
         return Ranks(processes, dist.destroy_process_group, abort), engine_options(options, runner, name, local_rank=0)
     except BaseException:
         _end(processes, seconds=0)
@@ -245,11 +246,12 @@ def _nothing() -> None:
     pass
 
 
-def _abort_devices() -> None:
+def _abort_device(device: torch.device) -> None:
     """End what waits on a device; a connection between hosts tells of its end by itself."""
-    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
-    if abort is not None and dist.is_initialized():
-        abort()
+    if dist.is_initialized():
+        abort = getattr(_world_group()._get_backend(device), "abort", None)
+        if abort is not None:
+            abort()
 
 
 def _here(rank: int) -> str:
