@@ -60,22 +60,20 @@ def test_tokens_are_those_of_one_gpu(model: checkpoints.Tiny, tmp_path: Path) ->
     assert got == want
 
 
-def test_drafts_and_a_session(tmp_path: Path) -> None:
+def test_a_session_goes_on_at_another_degree(tmp_path: Path) -> None:
     directory, _ = checkpoints.make(checkpoints.CHECKPOINTS[0], tmp_path)
     prompt = list(range(20)) * 5
     seen = []
     for world in (1, 2):
-        engine = xgdn.Engine(directory, tensor_parallel=world, replay_states=True, draft_tokens=4, **OPTIONS)
+        engine = xgdn.Engine(directory, tensor_parallel=world, **OPTIONS)
         session = xgdn.Session(engine)
-        biased = xgdn.SamplingParams(logit_bias={3: 100.0})
-        first = session.generate(prompt, max_new_tokens=16, ignore_eos=True, sampling=biased).tokens
+        first = session.generate(prompt, max_new_tokens=16, ignore_eos=True).tokens
         session.save(tmp_path / f"{world}.safetensors")
         second = session.generate([5, 6], max_new_tokens=16, ignore_eos=True).tokens
-        seen.append((first, second, engine.speculation_stats.num_right > 0))
+        seen.append((first, second))
         engine.close()
     assert seen[0] == seen[1]
-    assert seen[0][2]
-    engine = xgdn.Engine(directory, replay_states=True, draft_tokens=4, **OPTIONS)
+    engine = xgdn.Engine(directory, **OPTIONS)
     loaded = xgdn.Session.load(engine, tmp_path / "2.safetensors")
     assert loaded.generate([5, 6], max_new_tokens=16, ignore_eos=True).tokens == seen[0][1]
 
