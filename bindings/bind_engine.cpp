@@ -3,12 +3,16 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <array>
 #include <chrono>
+#include <utility>
 
 #include "bindings/bind.h"
 #include "bindings/torch_casters.h"
@@ -52,6 +56,21 @@ std::shared_ptr<ProcessGroup> ranks_named(const std::optional<std::string>& name
   return name ? ProcessGroup::named(*name, kRankTimeout) : nullptr;
 }
 
+constexpr std::array<std::pair<const char*, Speculation>, 3> kSpeculations{
+    {{"off", Speculation::kOff}, {"lookup", Speculation::kLookup}, {"mtp", Speculation::kMtp}}};
+
+std::optional<Speculation> speculation_named(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  for (const auto& [known, speculation] : kSpeculations) {
+    if (*name == known) return speculation;
+  }
+  throw UnsupportedError("[Engine] speculate: expected off, lookup or mtp, got '" + *name + "'");
+}
+
+const char* name_of(Speculation wanted) {
+  return std::ranges::find(kSpeculations, wanted, [](const auto& known) { return known.second; })->first;
+}
+
 void bind_options(nb::module_& m) {
   const EngineOptions defaults;
   nb::class_<RunnerOptions>(m, "RunnerOptions", "Sizes of the pools and of a step.")
@@ -87,8 +106,8 @@ void bind_options(nb::module_& m) {
              std::optional<at::ScalarType> state_dtype, const DeviceArgument& device, std::string prefill_backend,
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<std::string> quantize, std::optional<int64_t> memory_limit,
-             std::optional<at::ScalarType> kv_dtype, bool replay_states, int64_t draft_tokens, int64_t tensor_parallel,
-             const std::optional<std::string>& process_group) {
+             std::optional<at::ScalarType> kv_dtype, bool replay_states, const std::optional<std::string>& speculate,
+             int64_t draft_tokens, int64_t tensor_parallel, const std::optional<std::string>& process_group) {
             new (self) EngineOptions{.runner = runner,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
@@ -101,6 +120,7 @@ void bind_options(nb::module_& m) {
                                      .memory_limit = memory_limit,
                                      .replay_states = replay_states,
                                      .kv_dtype = kv_dtype,
+                                     .speculate = speculation_named(speculate),
                                      .draft_tokens = draft_tokens,
                                      .ranks = ranks_named(process_group),
                                      .tensor_parallel = tensor_parallel};
@@ -111,8 +131,8 @@ void bind_options(nb::module_& m) {
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
           "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none(),
           "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states,
-          "draft_tokens"_a = defaults.draft_tokens, "tensor_parallel"_a = defaults.tensor_parallel,
-          "process_group"_a = nb::none(),
+          "speculate"_a = nb::none(), "draft_tokens"_a = defaults.draft_tokens,
+          "tensor_parallel"_a = defaults.tensor_parallel, "process_group"_a = nb::none(),
           "process_group: name of a group of torch.distributed whose ranks share the model.")
       .def_ro("runner", &EngineOptions::runner)
       .def_ro("tensor_parallel", &EngineOptions::tensor_parallel, "Processes that share the model.")
@@ -120,6 +140,15 @@ void bind_options(nb::module_& m) {
       .def_ro("state_dtype", &EngineOptions::state_dtype)
       .def_ro("kv_dtype", &EngineOptions::kv_dtype, "Dtype of keys and values; None: that of activations.")
       .def_ro("replay_states", &EngineOptions::replay_states)
+      .def_prop_ro(
+          "speculate",
+          [](const EngineOptions& self) {
+            return self.speculate ? std::optional<std::string>(name_of(*self.speculate)) : std::nullopt;
+          },
+          "off, lookup, mtp or None.")
+      .def_prop_ro(
+          "speculation", [](const EngineOptions& self) { return name_of(self.speculation()); },
+          "Where drafts come from with these options: off, lookup or mtp.")
       .def_ro("draft_tokens", &EngineOptions::draft_tokens)
       .def_prop_ro("device", [](const EngineOptions& self) { return self.device.str(); })
       .def_prop_ro("prefill_backend", [](const EngineOptions& self) { return self.backends.prefill; })
@@ -175,10 +204,12 @@ void bind_reports(nb::module_& m) {
 
   nb::class_<LoadReport>(m, "LoadReport", "Notes on a successful load.")
       .def_ro("unused_tensors", &LoadReport::unused_tensors,
-              "Tensors of the files that the model does not have, in alphabetical order; not in: draft heads (mtp.*), "
-              "vision and rotary tables.")
+              "Tensors of the files that the model does not have, in alphabetical order; not in: an MTP head (mtp.*) "
+              "that is left alone, vision and rotary tables.")
       .def_ro("uses_own_head", &LoadReport::uses_own_head,
               "The config ties the head to the token embedding; the file holds another head, which is used.")
+      .def_ro("leaves_mtp_head", &LoadReport::leaves_mtp_head,
+              "The checkpoint has an MTP head, which speculate=mtp would use.")
       .def_prop_ro("warnings", &LoadReport::warnings, "The lines that were written to stderr.");
 }
 
@@ -191,6 +222,27 @@ void bind_decoder(nb::module_& m) {
             return self.forward(input, state).logits;
           },
           "input"_a, "states"_a, "kv"_a, WithoutGil(), "Logits [R, vocab] f32 of one step; updates the pools in place.")
+      .def(
+          "forward_with_hidden",
+          [](const HybridDecoder& self, const StepInput& input, StatePool& states, KvCache& kv) {
+            ModelState state{states.layers(), kv.layers()};
+            StepOutput output = self.forward(input, state);
+            return std::pair(std::move(output.logits), std::move(output.all_hidden));
+          },
+          "input"_a, "states"_a, "kv"_a, WithoutGil(),
+          "The same with the hidden states [T, hidden] of all tokens; of a decoder with an MTP head.")
+      .def(
+          "forward_mtp",
+          [](const HybridDecoder& self, const StepInput& input, const at::Tensor& hidden, StatePool& states,
+             KvCache& kv) {
+            ModelState state{states.layers(), kv.layers()};
+            at::Tensor of_head = self.forward_mtp(input, hidden, state);
+            at::Tensor logits = self.logits(of_head);
+            return std::pair(std::move(logits), std::move(of_head));
+          },
+          "input"_a, "hidden"_a, "states"_a, "kv"_a, WithoutGil(),
+          "Logits [T, vocab] f32 of the MTP head and its hidden states [T, hidden]. The tokens of `input` are those "
+          "behind the tokens that `hidden` is of.")
       .def("state_specs", &HybridDecoder::state_specs, "Pools of each GDN layer.")
       .def_prop_ro("num_attention_layers", &HybridDecoder::num_attention_layers)
       .def_prop_ro("dtype", &HybridDecoder::dtype)
@@ -215,17 +267,20 @@ void bind_decoder(nb::module_& m) {
       "load_decoder",
       [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
          const DeviceArgument& device, const std::optional<std::string>& quantize,
-         std::optional<at::ScalarType> kv_dtype, bool replay_states) {
+         std::optional<at::ScalarType> kv_dtype, bool replay_states,
+         const std::optional<std::string>& speculate) {
         return load_decoder(dir, {.dtype = dtype,
                                   .state_dtype = state_dtype,
                                   .device = device.resolve("load_decoder"),
                                   .quantize = format_named(quantize),
                                   .replay_states = replay_states,
-                                  .kv_dtype = kv_dtype})
+                                  .kv_dtype = kv_dtype,
+                                  .speculate = speculation_named(speculate)})
             .model;
       },
       "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
-      "quantize"_a = nb::none(), "kv_dtype"_a = nb::none(), "replay_states"_a = false, WithoutGil(),
+      "quantize"_a = nb::none(), "kv_dtype"_a = nb::none(), "replay_states"_a = false, "speculate"_a = nb::none(),
+      WithoutGil(),
       "The decoder of a Hugging Face directory, for callers that drive the steps.");
 }
 

@@ -47,6 +47,7 @@ set(xgdn_public_headers
   layers/weight_source.h
   models/hybrid_decoder.h
   models/model_config.h
+  models/mtp_head.h
   models/tensor_parallel.h
   checkpoint/checkpoint.h
   checkpoint/load_report.h
@@ -67,6 +68,7 @@ set(xgdn_public_headers
   runtime/logit_rules.h
   runtime/logprobs.h
   runtime/model_runner.h
+  runtime/mtp_drafter.h
   runtime/plan.h
   runtime/pool_contents.h
   runtime/prefix_cache.h

@@ -44,7 +44,15 @@ bool is_quantizer_of(std::string_view bare, const std::set<std::string, std::les
   return false;
 }
 
+bool is_of_mtp_head(std::string_view bare) {
+  return bare.starts_with("mtp.");
+}
+
 }  // namespace
+
+bool has_mtp_head(const Checkpoint& checkpoint) {
+  return std::ranges::any_of(checkpoint.names(), [](const std::string& name) { return is_of_mtp_head(bare_name(name)); });
+}
 
 std::vector<std::string> LoadReport::warnings() const {
   std::vector<std::string> lines;
@@ -66,11 +74,13 @@ LoadReport inspect(const ModelDirectory& opened, DecoderOptions options) {
   const CheckpointShapes shapes(checkpoint);
   const HybridDecoder decoder(config, shapes, options);
   const auto modules = modules_of(shapes.asked());
-  LoadReport report{.uses_own_head = config.tie_word_embeddings && !decoder.has_tied_head()};
+  LoadReport report{.uses_own_head = config.tie_word_embeddings && !decoder.has_tied_head(),
+                    .leaves_mtp_head = !options.has_mtp_head && has_mtp_head(checkpoint)};
   std::vector<std::string> quantizers;
   for (const std::string& name : checkpoint.names()) {
     const std::string_view bare = bare_name(name);
-    if (shapes.asked().contains(checkpoint.stored_name(name)) || is_other_part(bare)) continue;
+    if (shapes.asked().contains(checkpoint.stored_name(name))) continue;
+    if (is_other_part(bare) && !(options.has_mtp_head && is_of_mtp_head(bare))) continue;
     (is_quantizer_of(bare, modules) ? quantizers : report.unused_tensors).push_back(name);
   }
   if (!quantizers.empty()) {

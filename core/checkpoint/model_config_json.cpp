@@ -277,6 +277,12 @@ void read_experts(const JsonObject& text, ModelConfig& c) {
   }
 }
 
+void read_mtp(const JsonObject& text, ModelConfig& c) {
+  text.read(c.architecture == Architecture::kQwen3Next ? "num_nextn_predict_layers" : "mtp_num_hidden_layers",
+            c.num_mtp_layers, 0, kMaxLayers);
+  text.read("mtp_use_dedicated_embeddings", c.has_mtp_embeddings);
+}
+
 void read_mlp(const JsonObject& text, ModelConfig& c) {
   const int64_t min_experts = c.architecture == Architecture::kQwen3_5Moe ? 1 : 0;
   if (c.architecture != Architecture::kQwen3_5) text.read("num_experts", c.num_experts, min_experts, kMaxExperts);
@@ -386,6 +392,7 @@ ModelConfig read_model_config(const std::filesystem::path& dir) {
   read_rope(text, c);
   read_layer_types(text, c);
   read_mlp(text, c);
+  read_mtp(text, c);
   read_dtype(config, text, c);
   read_tie(config, text, c);
   read_tokens(config, c);

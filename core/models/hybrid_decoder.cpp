@@ -166,17 +166,25 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
     lm_head_ = Projection(names.is_tied() ? embedding_ : load_table(config, weights, names.head, tokens, tensor));
   }
   norm_ = load_weight(weights, root + "norm.weight", {config.hidden_size}, tensor);
+  const auto load_layer = [&](const ModelConfig& c, int64_t i, const std::string& prefix) {
+    const auto norm = [&](const char* name) { return load_weight(weights, prefix + name, {c.hidden_size}, tensor); };
+    return std::make_unique<Layer>(Layer{.input_norm = norm("input_layernorm.weight"),
+                                         .post_attention_norm = norm("post_attention_layernorm.weight"),
+                                         .mixer = make_mixer(c, i, weights, prefix, options),
+                                         .feed_forward = make_feed_forward(c, i, weights, prefix, options)});
+  };
+  const int64_t num_to_load = config.num_hidden_layers + (options.has_mtp_head ? 1 : 0);
+  const auto report = [&](int64_t loaded) {
+    if (options.on_layer_loaded) options.on_layer_loaded(loaded, num_to_load);
+  };
   for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
-    const std::string prefix = root + "layers." + std::to_string(i) + ".";
-    const auto norm = [&](const char* name) {
-      return load_weight(weights, prefix + name, {config.hidden_size}, tensor);
-    };
-    layers_.push_back(
-        std::make_unique<Layer>(Layer{.input_norm = norm("input_layernorm.weight"),
-                                      .post_attention_norm = norm("post_attention_layernorm.weight"),
-                                      .mixer = make_mixer(config, i, weights, prefix, options),
-                                      .feed_forward = make_feed_forward(config, i, weights, prefix, options)}));
-    if (options.on_layer_loaded) options.on_layer_loaded(i + 1, config.num_hidden_layers);
+    layers_.push_back(load_layer(config, i, root + "layers." + std::to_string(i) + "."));
+    report(i + 1);
+  }
+  if (options.has_mtp_head) {
+    mtp_head_ = std::make_unique<MtpHead>(config, weights, tensor, backend_);
+    mtp_layer_ = load_layer(with_mtp_layer(config), config.num_hidden_layers, kMtpLayer);
+    report(num_to_load);
   }
   max_draft_tokens_ = options.max_draft_tokens;
   const int rounding = options.quantize ? static_cast<int>(*options.quantize) + 1 : 0;
@@ -194,7 +202,14 @@ std::vector<std::vector<StateSpec>> HybridDecoder::state_specs() const {
 }
 
 int64_t HybridDecoder::num_attention_layers() const {
-  return static_cast<int64_t>(layers_.size() - state_specs().size());
+  return static_cast<int64_t>(all_layers().size() - state_specs().size());
+}
+
+std::vector<const HybridDecoder::Layer*> HybridDecoder::all_layers() const {
+  std::vector<const Layer*> layers;
+  for (const auto& layer : layers_) layers.push_back(layer.get());
+  if (mtp_layer_) layers.push_back(mtp_layer_.get());
+  return layers;
 }
 
 int64_t HybridDecoder::weight_bytes() const {
@@ -207,7 +222,11 @@ int64_t HybridDecoder::weight_bytes() const {
 int64_t HybridDecoder::streamed_bytes() const {
   std::vector<at::Tensor> weights{norm_};
   lm_head_.append_weights(weights);
-  for (const auto& layer : layers_) {
+  if (mtp_head_) {
+    const std::vector<at::Tensor> of_head = mtp_head_->weights();
+    weights.insert(weights.end(), of_head.begin(), of_head.end());
+  }
+  for (const Layer* layer : all_layers()) {
     weights.insert(weights.end(), {layer->input_norm, layer->post_attention_norm});
     for (const std::vector<at::Tensor>& part :
          {std::visit([](const auto& mixer) { return mixer.weights(); }, layer->mixer),
@@ -234,15 +253,8 @@ StepOutput HybridDecoder::forward(const StepInput& input, ModelState& state) con
   size_t gdn_layer = 0;
   size_t attention_layer = 0;
   for (const auto& layer : layers_) {
-    const LayerInput x(stream, layer->input_norm, config_.rms_norm_eps);
-    if (const auto* gdn = std::get_if<Qwen3GatedDeltaNet>(&layer->mixer)) {
-      stream.branch = gdn->forward(x, input.gdn, state.gdn[gdn_layer++]);
-    } else {
-      const auto& attention = std::get<GatedAttention>(layer->mixer);
-      stream.branch = attention.forward(x, rotary, input.attention, state.kv[attention_layer++]);
-    }
-    const LayerInput y(stream, layer->post_attention_norm, config_.rms_norm_eps);
-    stream.branch = std::visit([&](const auto& ff) { return ff.forward(y); }, layer->feed_forward);
+    run(*layer, stream, rotary, input, state, gdn_layer, attention_layer);
+    ++(std::holds_alternative<GatedAttention>(layer->mixer) ? attention_layer : gdn_layer);
   }
   // The norm writes to the residual rows: those of the logits are copies wherever others are read after them.
   const auto last = [&](const at::Tensor& indices) {
@@ -251,6 +263,13 @@ StepOutput HybridDecoder::forward(const StepInput& input, ModelState& state) con
                                      backend_);
   };
   StepOutput output;
+  if (mtp_head_) {
+    output.all_hidden = last({});
+    const auto wanted = [&](const at::Tensor& indices) { return rows_of(output.all_hidden, indices); };
+    if (input.hidden_rows.defined()) output.hidden = wanted(input.hidden_rows);
+    output.logits = logits(input.logit_rows.defined() ? wanted(input.logit_rows) : output.all_hidden);
+    return output;
+  }
   if (input.hidden_rows.defined()) output.hidden = last(input.hidden_rows);
   output.logits = logits(last(input.logit_rows));
   return output;
@@ -265,6 +284,27 @@ at::Tensor HybridDecoder::embed(const at::Tensor& token_ids) const {
   rows.masked_fill_(own.lt(0).logical_or_(own.ge(count)).unsqueeze(1), 0);
   shard_.add_up(rows);
   return rows;
+}
+
+// `gdn_layer` and `attention_layer`: the layer's place among those of its kind; only its own is read.
+void HybridDecoder::run(const Layer& layer, ResidualStream& stream, const RotaryTable& rotary, const StepInput& input,
+                        ModelState& state, size_t gdn_layer, size_t attention_layer) const {
+  const LayerInput x(stream, layer.input_norm, config_.rms_norm_eps);
+  if (const auto* gdn = std::get_if<Qwen3GatedDeltaNet>(&layer.mixer)) {
+    stream.branch = gdn->forward(x, input.gdn, state.gdn[gdn_layer]);
+  } else {
+    const auto& attention = std::get<GatedAttention>(layer.mixer);
+    stream.branch = attention.forward(x, rotary, input.attention, state.kv[attention_layer]);
+  }
+  const LayerInput y(stream, layer.post_attention_norm, config_.rms_norm_eps);
+  stream.branch = std::visit([&](const auto& ff) { return ff.forward(y); }, layer.feed_forward);
+}
+
+at::Tensor HybridDecoder::forward_mtp(const StepInput& input, const at::Tensor& hidden, ModelState& state) const {
+  ResidualStream stream{.residual = mtp_head_->combine(embed(input.token_ids), hidden)};
+  const RotaryTable rotary = rotary_.table(input.attention.positions, dtype_);
+  run(*mtp_layer_, stream, rotary, input, state, state.gdn.size(), state.kv.size() - 1);
+  return mtp_head_->finish(stream);
 }
 
 at::Tensor HybridDecoder::logits(const at::Tensor& hidden) const {

@@ -19,6 +19,7 @@
 #include "core/layers/shard.h"
 #include "core/layers/weight_source.h"
 #include "core/models/model_config.h"
+#include "core/models/mtp_head.h"
 
 namespace xgdn {
 
@@ -35,9 +36,11 @@ struct StepInput {
 struct StepOutput {
   at::Tensor logits;  // [R, vocab] f32; of a shard the rank's part of the vocabulary
   at::Tensor hidden;  // [P, hidden], behind the last norm; undefined where none are wanted
+
+  at::Tensor all_hidden;  // [T, hidden], the same of all tokens, where the decoder has an MTP head; else undefined
 };
 
-/// The pools of all layers, in layer order. Filled by the runtime.
+/// The pools of all layers, in layer order, that of the MTP head last. Filled by the runtime.
 struct ModelState {
   std::vector<GdnState> gdn;
   std::vector<KvPool> kv;
@@ -51,6 +54,7 @@ struct DecoderOptions {
   bool has_replay_states = false;               // checkpoints and rings, in place of plain states
   std::optional<at::ScalarType> kv_dtype = {};  // of keys and values; default dtype
   int64_t max_draft_tokens = 0;                 // that a step may verify for a sequence
+  bool has_mtp_head = false;                    // loads the weights' own draft head, see MtpHead
   BackendSelection backends;
   std::optional<kernel::WeightFormat> quantize = {};  // rounds the weights of products, see RoundedWeights
   Shard shard = {};  // of several ranks: the group sums what each layer's parts add up to
@@ -72,7 +76,13 @@ class HybridDecoder {
   /// Updates the state in place. Throws DeviceError for a step built for another device.
   StepOutput forward(const StepInput& input, ModelState& state) const;
 
-  /// Logits [P, vocab] f32 of hidden states [P, hidden] that forward() gave; of a shard as in StepOutput.
+  /// Hidden states [T, hidden] of the MTP head for logits(), where there is one: what may come behind each of
+  /// `input.token_ids`, which follow the tokens at the positions of `input.attention`. `hidden` [T, hidden] is of those
+  /// tokens, by forward() or by this function. Writes the head's keys and values for these positions; nothing of the
+  /// input's but token ids and attention is read.
+  at::Tensor forward_mtp(const StepInput& input, const at::Tensor& hidden, ModelState& state) const;
+
+  /// Logits [P, vocab] f32 of hidden states [P, hidden] that forward() or forward_mtp() gave; of a shard as in StepOutput.
   at::Tensor logits(const at::Tensor& hidden) const;
 
   /// Pools of each GDN layer that this rank has, in order.
@@ -81,7 +91,9 @@ class HybridDecoder {
   int64_t num_kv_heads() const { return config_of_rank_.num_key_value_heads; }
   /// Which rank this is, of how many.
   const Shard& shard() const { return shard_; }
-  /// Layers with full attention, each with a KvPool.
+  /// Whether there is an MTP head.
+  bool has_mtp_head() const { return mtp_head_ != nullptr; }
+  /// Layers with full attention, each with a KvPool; that of the MTP head is one.
   int64_t num_attention_layers() const;
   /// Whether the head has the weights of the token embedding, be it the same tensor or a rounded copy.
   bool has_tied_head() const { return has_tied_head_; }
@@ -101,6 +113,9 @@ class HybridDecoder {
   struct Layer;
 
   at::Tensor embed(const at::Tensor& token_ids) const;
+  void run(const Layer& layer, ResidualStream& stream, const RotaryTable& rotary, const StepInput& input,
+           ModelState& state, size_t gdn_layer, size_t attention_layer) const;
+  std::vector<const Layer*> all_layers() const;
 
   ModelConfig config_;
   ModelConfig config_of_rank_;
@@ -115,6 +130,8 @@ class HybridDecoder {
   Projection lm_head_;    // [vocab, hidden], as above
   bool has_tied_head_ = false;
   std::vector<std::unique_ptr<Layer>> layers_;
+  std::unique_ptr<MtpHead> mtp_head_;  // null: none
+  std::unique_ptr<Layer> mtp_layer_;   // of the head
   int64_t max_draft_tokens_ = 0;
   uint64_t digest_ = 0;
 };

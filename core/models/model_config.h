@@ -54,6 +54,9 @@ struct ModelConfig {
   bool norm_topk_prob = true;                   // the chosen experts' weights are rescaled to sum to one
   std::vector<bool> is_sparse_layer;            // one per layer: experts instead of the dense MLP
 
+  int64_t num_mtp_layers = 1;       // of the multi-token prediction head, where the weights hold one
+  bool has_mtp_embeddings = false;  // that head has a token embedding of its own
+
   std::vector<int64_t> eos_token_ids;   // any of them ends a sequence; may be empty
   std::optional<int64_t> bos_token_id;  // first token of a sequence, if the model has one
   std::optional<int64_t> pad_token_id;  // filler, if the model has one

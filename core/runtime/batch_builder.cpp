@@ -388,6 +388,7 @@ BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) {
   Checker(limits_).check(sequences);
 
   BuiltStep step;
+  step.token_rows.assign(sequences.size(), 0);
   step.logit_rows.assign(sequences.size(), -1);
   step.hidden_rows.assign(sequences.size(), -1);
   step.input.gdn.segments.reserve(kKinds.size());  // the buffers keep pointers into the segments
@@ -403,6 +404,7 @@ BuiltStep BatchBuilder::build(const std::vector<SequenceStep>& sequences) {
       if (s.kind != kind) continue;
       members.push_back(&s);
       columns = std::max(columns, std::ssize(s.state_slots));
+      step.token_rows[i] = rows.num_tokens();
       const OutputRows output = append_tokens(rows, s);
       step.logit_rows[i] = output.logits;
       step.hidden_rows[i] = output.hidden;

@@ -57,7 +57,8 @@ struct BatchLimits {
 /// What a step hands to the model, and where the answers will be.
 struct BuiltStep {
   StepInput input;
-  std::vector<int64_t> logit_rows;   // per given sequence: its first row of the logits, -1 without
+  std::vector<int64_t> token_rows;   // per given sequence: its first row of the tokens
+  std::vector<int64_t> logit_rows;   // its first row of the logits, -1 without
   std::vector<int64_t> hidden_rows;  // and of the hidden states
 };
 

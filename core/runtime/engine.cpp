@@ -118,6 +118,7 @@ Engine::Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, co
       scheduler_({.max_tokens_per_step = options.max_tokens_per_step, .num_prefix_slots = options.prefix_cache_slots},
                  states_, kv_),
       runner_(model_, options, states_, kv_, leader_ ? &leader_->group() : nullptr, leader_.get()) {
+  if (model_->has_mtp_head()) mtp_drafter_.emplace(model_, options, states_, kv_);
   if (!leader_) return;
   sharded_.emplace(model_->config(), model_->state_specs(), model_->shard().rank, model_->shard().world);
   meet_ranks(*model_, options, leader_->group());
@@ -422,18 +423,67 @@ void Engine::book(const Choice& choice, std::vector<SampledToken>&& sampled, Req
   s.sampler.accept(taken);
 }
 
-// Drafts for the next step, where it has room for them: with many sequences a step is no longer bound by memory, and
-// every token that it verifies costs time.
-void Engine::draft(const std::vector<Choice>& choices) {
-  constexpr int64_t kMostVerified = 32;  // tokens of a step
-  if (model_->max_draft_tokens() == 0 || !states_.has_replay_states()) return;
-  const auto of_step = kMostVerified / std::max<int64_t>(std::ssize(choices), 1) - 1;
+// Drafts for the next step.
+void Engine::draft(const std::vector<SequenceStep>& computed, const std::vector<Choice>& choices) {
+  if (mtp_drafter_) {
+    draft_by_mtp(computed, choices);
+    return;
+  }
   for (const Choice& choice : choices) {
     Sequence& s = *choice.sequence;
-    if (s.request->grammar) continue;
-    const int64_t num_left = s.request->max_new_tokens - s.num_generated();
-    s.drafts = look_up_drafts(s.tokens, std::min({model_->max_draft_tokens(), of_step, num_left - 1}));
+    s.drafts = look_up_drafts(s.tokens, num_drafts(s, choices.size()));
   }
+}
+
+// As many as a sequence may have, where the next step has room for them: with many sequences a step is no longer bound
+// by memory, and every token that it verifies costs time.
+int64_t Engine::num_drafts(const Sequence& s, size_t num_choices) const {
+  constexpr int64_t kMostVerified = 32;  // tokens of a step
+  if (!states_.has_replay_states() || s.request->grammar) return 0;
+  const int64_t of_step = kMostVerified / std::max<int64_t>(static_cast<int64_t>(num_choices), 1) - 1;
+  const int64_t num_left = s.request->max_new_tokens - s.num_generated();
+  return std::max<int64_t>(std::min({model_->max_draft_tokens(), of_step, num_left - 1}), 0);
+}
+
+// The MTP head's keys and values of pieces of prompts. Behind a prompt's last token comes one that is not chosen yet,
+// and may come another in every fork: its row is that of some token until then.
+void Engine::fill_mtp_cache(const std::vector<ScheduledStep>& steps) {
+  std::vector<MtpPiece> pieces;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const Sequence& s = *steps[i].sequence;
+    if (steps[i].kind != SegmentKind::kPrefill) continue;
+    const auto begin = s.tokens.begin() + s.num_computed() + 1;
+    const int64_t num_known = std::min(steps[i].num_tokens, s.num_tokens() - s.num_computed() - 1);
+    std::vector<int32_t> next(begin, begin + num_known);
+    next.resize(static_cast<size_t>(steps[i].num_tokens), s.tokens.back());
+    pieces.push_back({.first_row = runner_.first_token_row(i),
+                      .first_position = s.num_computed(),
+                      .next_tokens = std::move(next),
+                      .kv_blocks = s.memory.blocks()});
+  }
+  mtp_drafter_->run(runner_.all_hidden(), pieces);
+}
+
+// The same of the tokens behind which one has been chosen, and drafts from there.
+void Engine::draft_by_mtp(const std::vector<SequenceStep>& computed, const std::vector<Choice>& choices) {
+  std::vector<MtpPiece> pieces;
+  std::vector<Sequence*> drafting;
+  for (const Choice& choice : choices) {
+    Sequence& s = *choice.sequence;
+    const int64_t first = s.num_computed() - std::max<int64_t>(s.num_uncommitted, 1);
+    const int64_t num_known = std::min(s.num_computed(), s.num_tokens() - 1) - first;  // fewer where a stop token came
+    if (num_known < 1 || !s.memory.is_resident()) continue;
+    const auto begin = s.tokens.begin() + first + 1;
+    pieces.push_back(
+        {.first_row = runner_.first_token_row(choice.row.sequence) + first - computed[choice.row.sequence].num_cached,
+         .first_position = first,
+         .next_tokens = {begin, begin + num_known},
+         .kv_blocks = s.memory.blocks(),
+         .num_drafts = s.num_tokens() == s.num_computed() + 1 ? num_drafts(s, choices.size()) : 0});
+    drafting.push_back(&s);
+  }
+  std::vector<std::vector<int32_t>> drafts = mtp_drafter_->run(runner_.all_hidden(), pieces);
+  for (size_t i = 0; i < drafting.size(); ++i) drafting[i]->drafts = std::move(drafts[i]);
 }
 
 // The states of every sequence in the step may be half written, and with them what was to be forked. Where scheduling
@@ -523,6 +573,7 @@ std::vector<RequestEvent> Engine::run_step() {
     for (const ScheduledStep& step : steps) sequences.push_back(describe(step));
     runner_.launch(sequences);
     runner_.wait();
+    if (mtp_drafter_) fill_mtp_cache(steps);  // first: advance() hands blocks over to forks and cached prefixes
     std::vector<Choice> choices;
     for (size_t i = 0; i < steps.size(); ++i) {
       advance(steps[i], i, sequences[i], moved, choices);
@@ -532,7 +583,7 @@ std::vector<RequestEvent> Engine::run_step() {
     for (const Choice& choice : choices) rows.push_back(choice.row);
     std::vector<std::vector<SampledToken>> sampled = runner_.sample(rows);
     for (size_t i = 0; i < choices.size(); ++i) book(choices[i], std::move(sampled[i]), moved[choices[i].event]);
-    draft(choices);
+    draft(sequences, choices);
   } catch (const std::exception& error) {
     moved = fail(steps, error.what());
   }

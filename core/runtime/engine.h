@@ -18,6 +18,7 @@
 #include "core/runtime/leader.h"
 #include "core/runtime/load_decoder.h"
 #include "core/runtime/model_runner.h"
+#include "core/runtime/mtp_drafter.h"
 #include "core/runtime/request.h"
 #include "core/runtime/scheduler.h"
 #include "core/runtime/session_file.h"
@@ -188,7 +189,10 @@ class Engine {
   void report_prompt(const ScheduledStep& step, size_t index, int64_t num_hidden, RequestEvent& event);
   void book(const Choice& choice, std::vector<SampledToken>&& sampled, RequestEvent& event);
   static void append(Sequence& sequence, int32_t token, RequestEvent& event);
-  void draft(const std::vector<Choice>& choices);
+  void draft(const std::vector<SequenceStep>& computed, const std::vector<Choice>& choices);
+  int64_t num_drafts(const Sequence& sequence, size_t num_choices) const;
+  void fill_mtp_cache(const std::vector<ScheduledStep>& steps);
+  void draft_by_mtp(const std::vector<SequenceStep>& computed, const std::vector<Choice>& choices);
   std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);
   std::vector<int32_t> stop_tokens(const Request& request) const;
 
@@ -209,6 +213,7 @@ class Engine {
   KvCache kv_;
   Scheduler scheduler_;
   ModelRunner runner_;
+  std::optional<MtpDrafter> mtp_drafter_;  // where the model has an MTP head
   StepStats last_step_;
   SpeculationStats speculation_;
   std::string device_error_;             // empty while the device computes

@@ -28,6 +28,14 @@ void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype, at::ScalarTy
   }
 }
 
+void check_mtp_head(const ModelDirectory& opened) {
+  if (opened.config.num_mtp_layers > 0 && has_mtp_head(opened.checkpoint)) return;
+  throw UnsupportedError(c10::str("[Engine] speculate: expected a checkpoint with an MTP head (", kMtpProjection, ", ",
+                                  kMtpLayer, "*) for mtp, got one ",
+                                  opened.config.num_mtp_layers > 0 ? "without" : "whose config.json says that it has none",
+                                  ": ", opened.checkpoint.directory().native()));
+}
+
 // Checks what needs no file.
 void check_options(const EngineOptions& options) {
   options.runner.check();
@@ -38,26 +46,37 @@ void check_options(const EngineOptions& options) {
   if (options.draft_tokens < 0 || options.draft_tokens > kMostDrafts) {
     throw RequestError(c10::str("[Engine] draft_tokens: expected 0..", kMostDrafts, ", got ", options.draft_tokens));
   }
-  if (options.draft_tokens > 0 && !options.replay_states) {
-    throw UnsupportedError("[Engine] draft_tokens: expected replay_states with them, got plain states");
+  if (options.draft_tokens > 0 && options.speculation() == Speculation::kOff) {
+    throw RequestError(c10::str("[Engine] draft_tokens: expected 0 with speculate=off, got ", options.draft_tokens));
+  }
+  if (options.num_draft_tokens() > 0 && !options.replay_states) {
+    throw UnsupportedError(c10::str("[Engine] ", options.speculate ? "speculate" : "draft_tokens",
+                                    ": expected replay_states with drafts, got plain states"));
   }
   if (options.quantize == kernel::WeightFormat::kFloat8) {
     throw UnsupportedError("[Engine] quantize: expected int8 or int4, got float8");
   }
 }
 
-DecoderOptions decoder_options(const ModelConfig& config, const EngineOptions& options) {
-  const at::ScalarType dtype = options.dtype.value_or(*config.dtype);
+DecoderOptions decoder_options(const ModelDirectory& opened, const EngineOptions& options) {
+  const at::ScalarType dtype = options.dtype.value_or(*opened.config.dtype);
   const at::ScalarType kv_dtype = options.kv_dtype.value_or(dtype);
   check_dtypes(dtype, options.state_dtype, kv_dtype);
-  check_tensor_parallel(config, options.world());
+  check_tensor_parallel(opened.config, options.world());
+  const bool has_mtp_head = options.speculation() == Speculation::kMtp;
+  if (has_mtp_head) check_mtp_head(opened);
+  if (has_mtp_head && options.world() > 1) {
+    throw UnsupportedError(c10::str("[Engine] speculate: expected off or lookup with tensor_parallel=", options.world(),
+                                    ", got mtp"));
+  }
   return {
       .dtype = dtype,
       .device = options.device,
       .state_dtype = options.state_dtype,
       .has_replay_states = options.replay_states,
       .kv_dtype = kv_dtype,
-      .max_draft_tokens = options.draft_tokens,
+      .max_draft_tokens = options.num_draft_tokens(),
+      .has_mtp_head = has_mtp_head,
       .backends = options.backends,
       .quantize = options.quantize,
       .shard = {.rank = options.ranks ? options.ranks->rank() : 0, .world = options.world(), .group = options.ranks},
@@ -74,6 +93,16 @@ void check_fits(const Plan& plan, int64_t memory_limit) {
 
 }  // namespace
 
+Speculation EngineOptions::speculation() const {
+  return speculate.value_or(draft_tokens > 0 ? Speculation::kLookup : Speculation::kOff);
+}
+
+int64_t EngineOptions::num_draft_tokens() const {
+  constexpr int64_t kLookedUp = 4;
+  if (draft_tokens > 0 || speculation() == Speculation::kOff) return draft_tokens;
+  return speculation() == Speculation::kMtp ? 1 : kLookedUp;
+}
+
 LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions& options) {
   const c10::InferenceMode inference;
   check_options(options);
@@ -82,7 +111,7 @@ LoadedDecoder load_decoder(const std::filesystem::path& dir, const EngineOptions
                                 " ranks, got ", options.ranks ? options.ranks->world() : 0));
   }
   const ModelDirectory opened(dir);
-  const DecoderOptions decoder = decoder_options(opened.config, options);
+  const DecoderOptions decoder = decoder_options(opened, options);
   LoadReport report = inspect(opened, decoder);
   if (decoder.shard.rank == 0) {
     for (const std::string& warning : report.warnings()) {
@@ -100,7 +129,7 @@ Plan make_plan(const std::filesystem::path& dir, const EngineOptions& options) {
   const c10::InferenceMode inference;
   check_options(options);
   const ModelDirectory opened(dir);
-  const DecoderOptions decoder = decoder_options(opened.config, options);
+  const DecoderOptions decoder = decoder_options(opened, options);
   inspect(opened, decoder);
   return make_plan(opened, decoder, options.runner);
 }

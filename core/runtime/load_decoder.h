@@ -16,6 +16,13 @@
 
 namespace xgdn {
 
+/// Where drafts come from.
+enum class Speculation {
+  kOff,     // there are none
+  kLookup,  // what followed the last tokens where they came before in the sequence
+  kMtp,     // the checkpoint's multi-token prediction head
+};
+
 /// How to load and serve a model.
 struct EngineOptions {
   RunnerOptions runner;
@@ -28,8 +35,10 @@ struct EngineOptions {
   std::optional<int64_t> memory_limit = {};           // bytes that weights, pools and steps may take together
   bool replay_states = false;                         // checkpoints and rings: the same bits by prefill and decode
   std::optional<at::ScalarType> kv_dtype = {};        // of keys and values: int8; default that of activations
-  // Tokens that are drafted for a sequence, looked up in its own text, and verified in one step; they change no token.
-  // 1..15 of replay states; 0: none.
+  // Where drafts come from; they change no token. Default: looked up where there are draft_tokens, else off.
+  std::optional<Speculation> speculate = {};
+  // Tokens that are drafted for a sequence and verified in one step. 1..15 of replay states; 0: none, or as many as
+  // `speculate` has by default, 4 that are looked up or 1 of the MTP head.
   int64_t draft_tokens = 0;
   // Processes that share the model, of which this is one: its rank's part is loaded. Null: this one has all of it.
   std::shared_ptr<ProcessGroup> ranks = nullptr;
@@ -38,6 +47,10 @@ struct EngineOptions {
 
   /// tensor_parallel, or what ranks say.
   int64_t world() const { return ranks ? ranks->world() : tensor_parallel; }
+
+  /// Where drafts come from with these options, and how many a sequence has at most.
+  Speculation speculation() const;
+  int64_t num_draft_tokens() const;
 };
 
 /// A decoder, and what a user should know about its load.

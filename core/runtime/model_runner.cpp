@@ -65,7 +65,9 @@ std::vector<int64_t> ModelRunner::candidates_of_rows(const std::vector<SequenceS
 ModelRunner::Result ModelRunner::forward(const StepInput& input) {
   const kernel::StepMemory::Use use(memory_);
   StepOutput output = model_->forward(input, state_);
-  Result result{.logits = std::move(output.logits), .hidden = std::move(output.hidden)};
+  Result result{.logits = std::move(output.logits),
+                .hidden = std::move(output.hidden),
+                .all_hidden = std::move(output.all_hidden)};
   if (finds_largest_) result.largest = kernel::largest_logits(result.logits);
   return result;
 }

@@ -70,6 +70,12 @@ class ModelRunner {
   /// Hidden state [hidden] of the last token of such a sequence, which has `num_hidden` of them.
   std::vector<float> last_hidden(size_t sequence, int64_t num_hidden) const;
 
+  /// Hidden states [T, hidden] of all tokens of the last step, as StepOutput::all_hidden.
+  const at::Tensor& all_hidden() const { return result_.all_hidden; }
+
+  /// Where among them those of a sequence of the last step begin.
+  int64_t first_token_row(size_t sequence) const { return built_.token_rows.at(sequence); }
+
   /// Time in the model, of the last step: from the packed step to the end of wait(), and in its head for logprobs_of().
   double forward_seconds() const { return forward_seconds_; }
 
@@ -88,6 +94,7 @@ class ModelRunner {
   struct Result {
     at::Tensor logits;
     at::Tensor hidden;                      // of the sequences that want it, on the device
+    at::Tensor all_hidden;                  // as StepOutput's
     kernel::LargestLogits largest;          // where the device finds them
     std::optional<ShardedLogits> gathered;  // of several ranks
   };

@@ -9,6 +9,7 @@
 
 #include "core/kernels/ops_api.h"
 #include "core/models/tensor_parallel.h"
+#include "core/runtime/mtp_drafter.h"
 
 namespace xgdn {
 namespace {
@@ -62,6 +63,9 @@ struct LayerWidths {
     return 2 * c.hidden_size * e + c.head_dim * (2 * e + 2 * kFloatBytes) + widest + kMetadataBytes;
   }
 
+  // Beside the model's own step: hidden states of all tokens; of the head's, embeddings, both norms, and the two joined.
+  int64_t mtp() const { return c.hidden_size * 6 * e; }
+
   int64_t logits() const { return c.vocab_size * (kFloatBytes + e) + c.hidden_size * e + norm(c.hidden_size); }
 
   // Of several ranks, what the first takes of all of them: parts, and the row that they make.
@@ -93,7 +97,8 @@ int64_t Plan::workspace_bytes(int64_t num_sequences, int64_t num_blocks, int64_t
                            .decode_buckets = decode_buckets};
   const int64_t tokens = limits.max_tokens + limits.max_padding();
   return tokens * (step_token_bytes + context * step_mask_bytes) + num_sequences * step_logits_bytes +
-         context * step_context_bytes + BatchBuilder::buffer_bytes(limits, device);
+         context * step_context_bytes + BatchBuilder::buffer_bytes(limits, device) +
+         (has_mtp_head ? MtpDrafter::buffer_bytes(limits, device) : 0);
 }
 
 int64_t Plan::bytes_with(int64_t num_sequences, int64_t length) const {
@@ -135,12 +140,13 @@ Plan make_plan(const ModelDirectory& opened, DecoderOptions options, const Runne
           .kv_block_bytes = kv_spec(model, runner.kv_block_size).block_bytes(),
           .num_kv_blocks = num_kv_blocks(model, runner),
           .kv_block_size = runner.kv_block_size,
-          .step_token_bytes = widths.token(),
+          .step_token_bytes = widths.token() + (model.has_mtp_head() ? widths.mtp() : 0),
           .step_logits_bytes = widths.logits() + widths.gathered_logits(opened.config.vocab_size),
           .step_context_bytes = copies_contexts ? widths.context() : 0,
           .step_mask_bytes = copies_contexts ? 1 + 2 * widths.copied() : 0,
           .max_tokens_per_step = runner.max_tokens_per_step,
           .decode_buckets = decode_buckets(runner, device),
+          .has_mtp_head = model.has_mtp_head(),
           .device = device,
           .max_positions = opened.config.max_position_embeddings,
           .max_context = max_context(model, runner)};

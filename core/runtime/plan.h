@@ -31,6 +31,7 @@ struct Plan {
   int64_t step_mask_bytes = 0;     // per pair of a token and a context token, where it makes a mask
   int64_t max_tokens_per_step = 0;
   std::vector<int64_t> decode_buckets = {};
+  bool has_mtp_head = false;
   c10::Device device = c10::kCPU;
   int64_t max_positions = 0;  // of the model; 0: any number
   int64_t max_context = 0;    // tokens of the longest sequence that is served; 0: any
