@@ -62,6 +62,7 @@ def plan(
     dtype: torch.dtype | None = EngineArgs.dtype,
     state_dtype: torch.dtype = EngineArgs.state_dtype,
     replay_states: bool = EngineArgs.replay_states,
+    speculate: str | None = EngineArgs.speculate,
     draft_tokens: int = EngineArgs.draft_tokens,
     kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
     quantize: str | None = EngineArgs.quantize,
@@ -80,6 +81,7 @@ def plan(
         dtype=dtype,
         state_dtype=state_dtype,
         replay_states=replay_states,
+        speculate=speculate,
         draft_tokens=draft_tokens,
         kv_dtype=kv_dtype,
         quantize=quantize,
@@ -120,6 +122,7 @@ class Engine:
         dtype: torch.dtype | None = EngineArgs.dtype,
         state_dtype: torch.dtype = EngineArgs.state_dtype,
         replay_states: bool = EngineArgs.replay_states,
+        speculate: str | None = EngineArgs.speculate,
         draft_tokens: int = EngineArgs.draft_tokens,
         kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
         quantize: str | None = EngineArgs.quantize,
@@ -136,6 +139,7 @@ class Engine:
             "dtype": dtype,
             "state_dtype": state_dtype,
             "replay_states": replay_states,
+            "speculate": speculate,
             "draft_tokens": draft_tokens,
             "kv_dtype": kv_dtype,
             "quantize": quantize,
@@ -148,12 +152,14 @@ class Engine:
         self._ranks: tensor_parallel_ranks.Ranks | None = None
         sizes = runner or RunnerOptions()
         if tensor_parallel == 1:
-            self._engine = _C.Engine.load(
-                fspath(model_dir), _C.EngineOptions(runner=sizes, on_layer_loaded=on_layer_loaded, **options)
-            )
+            alone = _C.EngineOptions(runner=sizes, on_layer_loaded=on_layer_loaded, **options)
+            self._engine = _C.Engine.load(fspath(model_dir), alone)
+            self._speculation = alone.speculation
             return
         # Before processes are started: what the model or the options do not allow.
-        _C.Engine.plan(fspath(model_dir), _C.EngineOptions(runner=sizes, tensor_parallel=tensor_parallel, **options))
+        shared = _C.EngineOptions(runner=sizes, tensor_parallel=tensor_parallel, **options)
+        _C.Engine.plan(fspath(model_dir), shared)
+        self._speculation = shared.speculation
         ranks, of_rank = tensor_parallel_ranks.start_ranks(fspath(model_dir), tensor_parallel, options, sizes)
         try:
             self._engine = _C.Engine.load(fspath(model_dir), of_rank)
@@ -178,6 +184,7 @@ class Engine:
             dtype=args.dtype,
             state_dtype=args.state_dtype,
             replay_states=args.replay_states,
+            speculate=args.speculate,
             draft_tokens=args.draft_tokens,
             kv_dtype=args.kv_dtype,
             quantize=args.quantize,
@@ -335,8 +342,13 @@ class Engine:
         return self._engine.prefix_cache_stats
 
     @property
+    def speculation(self) -> str:
+        """Where drafts come from: `mtp`, `lookup` or `off`."""
+        return self._speculation
+
+    @property
     def speculation_stats(self) -> SpeculationStats:
-        """Tokens that were drafted so far, and those that were right; zeros without `draft_tokens`."""
+        """Tokens that were drafted so far, and those that were right; zeros without drafts."""
         return self._engine.speculation_stats
 
     @property

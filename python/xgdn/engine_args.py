@@ -53,11 +53,19 @@ class EngineArgs:
             "Keep delta-rule states as checkpoints and rings: a token gets the same bits by prompt and by decode."
         ),
     )
+    speculate: str | None = field(
+        default=_DEFAULTS.speculate,
+        metadata=_documented(
+            "Source of drafts: mtp (the checkpoint's MTP head), lookup (the sequence's own text) or off. Needs "
+            "replay_states (default: lookup where draft_tokens are given, else off).",
+            choices=["mtp", "lookup", "off"],
+        ),
+    )
     draft_tokens: int = field(
         default=_DEFAULTS.draft_tokens,
         metadata=_documented(
-            "Tokens that are drafted from a sequence's own text and verified in one step; no token changes. Needs "
-            "replay_states; at most 15."
+            "Tokens that are drafted for a sequence and verified in one step; no token changes. At most 15; 0: 1 with "
+            "speculate=mtp, 4 with speculate=lookup, else none."
         ),
     )
     kv_dtype: torch.dtype | None = field(

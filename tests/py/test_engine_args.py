@@ -23,6 +23,7 @@ OPTIONS = {
     "dtype": ("bfloat16", torch.bfloat16),
     "state_dtype": ("bfloat16", torch.bfloat16),
     "replay_states": (None, True),  # a flag
+    "speculate": ("mtp", "mtp"),
     "draft_tokens": ("3", 3),
     "kv_dtype": ("int8", torch.int8),
     "quantize": ("int4", "int4"),
@@ -45,6 +46,7 @@ SUBSETS = {
         "dtype",
         "state_dtype",
         "replay_states",
+        "speculate",
         "draft_tokens",
         "kv_dtype",
         "quantize",

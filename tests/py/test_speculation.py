@@ -149,5 +149,5 @@ def test_a_server_counts_them() -> None:
             wait_until(lambda: is_at_rest(url))
             now = metrics(url)
     assert texts[0] == texts[1]
-    assert 0 < now["xgdn_accepted_draft_tokens_total"] <= now["xgdn_draft_tokens_total"]
+    assert 0 < now["xgdn_accepted_draft_tokens_total lookup"] <= now["xgdn_draft_tokens_total lookup"]
     assert now["xgdn_generated_tokens_total"] == 60

@@ -240,8 +240,9 @@ class EngineClient:
         self._metrics.prefix_hits.inc(num_found)
         self._metrics.history.count_prompt_tokens(looked_up=num_looked_up, found=num_found)
         self._metrics.prefix_evictions.inc(prefixes.num_evictions - before.num_evictions)
-        self._metrics.drafted.inc(now.speculation.num_drafted - self._last.speculation.num_drafted)
-        self._metrics.accepted.inc(now.speculation.num_right - self._last.speculation.num_right)
+        source, last = self._engine.speculation, self._last.speculation
+        self._metrics.drafted.labels(source).inc(now.speculation.num_drafted - last.num_drafted)
+        self._metrics.accepted.labels(source).inc(now.speculation.num_right - last.num_right)
         self._last = now
         self._publish_requests()
 

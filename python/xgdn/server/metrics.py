@@ -44,8 +44,8 @@ class Metrics:
         self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens that were looked up in the cache.")
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens whose state was in the cache.")
         self.prefix_evictions = self._counter("prefix_cache_evictions", "Prefixes given up for room.")
-        self.drafted = self._counter("draft_tokens", "Tokens that were drafted and verified.")
-        self.accepted = self._counter("accepted_draft_tokens", "Drafted tokens that were right.")
+        self.drafted = self._counter("draft_tokens", "Tokens that were drafted and verified, by source.", "source")
+        self.accepted = self._counter("accepted_draft_tokens", "Drafted tokens that were right.", "source")
         self.errors = self._counter("errors", "Errors that clients were told, by code.", "type")
         self.finished = self._counter("finished", "Sequences that ended, by reason.", "reason")
         self.time_to_first_token = _Durations(
