@@ -140,6 +140,7 @@ def _three(w: Tensors, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _expert(w: Tensors, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of one expert, in whichever way they are stored."""
     if "experts.gate_up_proj" not in w:
         return _three(w, f"experts.{index}.")
     gate, up = w["experts.gate_up_proj"][index].chunk(2)
@@ -151,11 +152,8 @@ def _sparse(x: Tensor, w: Tensors, c: Any) -> Tensor:
     weights, chosen = F.linear(x, w["gate.weight"]).softmax(-1).topk(c.num_experts_per_tok, dim=-1)
     if getattr(c, "norm_topk_prob", True):
         weights = weights / weights.sum(-1, keepdim=True)
-    rows = []
-    for token, (row, experts) in enumerate(zip(weights, chosen.tolist(), strict=True)):
-        outs = [weight * _feed(x[token], *_expert(w, e)) for weight, e in zip(row, experts, strict=True)]
-        rows.append(torch.stack(outs).sum(0))
-    return shared + torch.stack(rows)
+    per_expert = torch.zeros(len(x), c.num_experts, dtype=x.dtype).scatter(1, chosen, weights)
+    return shared + sum(per_expert[:, [e]] * _feed(x, *_expert(w, e)) for e in range(c.num_experts))
 
 
 def _under(weights: Tensors, prefix: str) -> Tensors:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from checkpoints import CHECKPOINTS, Tiny, qwen3_5
 from mtp_checkpoints import LAYER, Reference, Tensors, WithHead, hidden_of, make_with_head, put_head
 from test_checkpoints import configure
 from test_models import assert_logits_close
+from test_replay_states import TINY
 from xgdn import _C, errors
 
 TOKENS = torch.randint(0, 128, (141,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -91,10 +91,14 @@ def test_logits_are_those_of_float64(made: WithHead, split: str) -> None:
     assert_logits_close(logits, reference.logits(reference.hidden(TOKENS[1:], hidden_of(made, TOKENS[:-1]))))
 
 
-@pytest.mark.parametrize("split", ["chunked", "decode"])
-def test_pieces_have_the_bits_of_the_whole(made: WithHead, split: str) -> None:
-    for got, want in zip(run(made.directory, SPLITS[split]), run(made.directory, SPLITS["whole"]), strict=True):
-        assert torch.equal(got, want)
+@pytest.mark.parametrize("tiny", TINY, ids=str)
+def test_pieces_have_the_bits_of_the_whole(tmp_path: Path, tiny: Tiny) -> None:
+    """Of checkpoints whose products the cpu backend computes itself."""
+    directory = make_with_head(tiny, tmp_path).directory
+    whole = run(directory, SPLITS["whole"], dtype=torch.bfloat16)
+    for split in ("chunked", "decode"):
+        for got, want in zip(run(directory, SPLITS[split], dtype=torch.bfloat16), whole, strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +111,14 @@ def test_fewer_bits_stay_close(made: WithHead, options: dict[str, object], most:
     hidden, logits, _ = run(made.directory, SPLITS["chunked"], **options)
     reference = Reference(made)
     error = row_errors(logits, reference.logits(reference.hidden(TOKENS[1:], hidden)))
+    print("ERR", options, error.median(), error.max())
     assert 1e-4 < error.median() < most / 3
     if "moe" not in made.directory.name and "next" not in made.directory.name:  # where experts are not chosen
         assert error.max() < most
 
 
 def test_every_weight_of_the_head_matters(tmp_path: Path) -> None:
-    for tiny in (DENSE, next(t for t in SINGLE if "mixed" in t.name), next(t for t in SINGLE if t.name.endswith("5-moe"))):
+    for tiny in (t for t in SINGLE if t.name in ("qwen3_5-dense", "qwen3_5-moe", "qwen3_next-mixed")):
         made = make_with_head(tiny, tmp_path)
         _, plain, _ = run(made.directory, [140])
         for name, tensor in made.head.items():
@@ -153,13 +158,14 @@ def test_malformed_heads_name_the_tensor(tmp_path: Path) -> None:
 
 def test_heads_of_other_shapes_are_refused(tmp_path: Path) -> None:
     made = make_with_head(Tiny("other", qwen3_5), tmp_path)
-    config = json.loads((made.directory / "config.json").read_text())
-    for key, value, sentence in [
-        ("mtp_num_hidden_layers", 2, "mtp_num_hidden_layers: expected 1, got 2"),
-        ("mtp_num_hidden_layers", 0, "config.json says that it has none"),
-        ("mtp_use_dedicated_embeddings", True, "mtp_use_dedicated_embeddings: expected false"),
+    for num_layers, has_embeddings, sentence in [
+        (2, False, "mtp_num_hidden_layers: expected 1, got 2"),
+        (0, False, "config.json says that it has none"),
+        (1, True, "mtp_use_dedicated_embeddings: expected false"),
     ]:
-        configure(made.directory, **config | {key: value})
+        configure(
+            made.directory, mtp_num_hidden_layers=num_layers, mtp_use_dedicated_embeddings=has_embeddings
+        )
         with pytest.raises(errors.UnsupportedError, match=sentence):
             xgdn.plan(made.directory, replay_states=True, speculate="mtp")
         xgdn.plan(made.directory)
@@ -174,5 +180,5 @@ def test_the_plan_counts_weights_and_cache(dense: WithHead) -> None:
     assert mtp.workspace_bytes > plain.workspace_bytes
     engine = xgdn.Engine(dense.directory, **options, speculate="mtp")
     assert engine.memory_bytes["weights"] == mtp.weight_bytes
-    assert engine.memory_bytes["kv"] == mtp.kv_bytes
+    assert engine.memory_bytes["kv_cache"] == mtp.kv_bytes
     assert LAYER in "".join(dense.head)
