@@ -130,9 +130,9 @@ void bind_options(nb::module_& m) {
           "device"_a = defaults.device.str(), "prefill_backend"_a = defaults.backends.prefill,
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
           "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none(),
-          "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states,
-          "speculate"_a = nb::none(), "draft_tokens"_a = defaults.draft_tokens,
-          "tensor_parallel"_a = defaults.tensor_parallel, "process_group"_a = nb::none(),
+          "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states, "speculate"_a = nb::none(),
+          "draft_tokens"_a = defaults.draft_tokens, "tensor_parallel"_a = defaults.tensor_parallel,
+          "process_group"_a = nb::none(),
           "process_group: name of a group of torch.distributed whose ranks share the model.")
       .def_ro("runner", &EngineOptions::runner)
       .def_ro("tensor_parallel", &EngineOptions::tensor_parallel, "Processes that share the model.")
@@ -267,8 +267,7 @@ void bind_decoder(nb::module_& m) {
       "load_decoder",
       [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
          const DeviceArgument& device, const std::optional<std::string>& quantize,
-         std::optional<at::ScalarType> kv_dtype, bool replay_states,
-         const std::optional<std::string>& speculate) {
+         std::optional<at::ScalarType> kv_dtype, bool replay_states, const std::optional<std::string>& speculate) {
         return load_decoder(dir, {.dtype = dtype,
                                   .state_dtype = state_dtype,
                                   .device = device.resolve("load_decoder"),
@@ -280,8 +279,7 @@ void bind_decoder(nb::module_& m) {
       },
       "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
       "quantize"_a = nb::none(), "kv_dtype"_a = nb::none(), "replay_states"_a = false, "speculate"_a = nb::none(),
-      WithoutGil(),
-      "The decoder of a Hugging Face directory, for callers that drive the steps.");
+      WithoutGil(), "The decoder of a Hugging Face directory, for callers that drive the steps.");
 }
 
 void bind_stream(nb::module_& m) {

@@ -51,7 +51,8 @@ bool is_of_mtp_head(std::string_view bare) {
 }  // namespace
 
 bool has_mtp_head(const Checkpoint& checkpoint) {
-  return std::ranges::any_of(checkpoint.names(), [](const std::string& name) { return is_of_mtp_head(bare_name(name)); });
+  return std::ranges::any_of(checkpoint.names(),
+                             [](const std::string& name) { return is_of_mtp_head(bare_name(name)); });
 }
 
 std::vector<std::string> LoadReport::warnings() const {

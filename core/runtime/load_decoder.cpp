@@ -30,10 +30,10 @@ void check_dtypes(at::ScalarType dtype, at::ScalarType state_dtype, at::ScalarTy
 
 void check_mtp_head(const ModelDirectory& opened) {
   if (opened.config.num_mtp_layers > 0 && has_mtp_head(opened.checkpoint)) return;
-  throw UnsupportedError(c10::str("[Engine] speculate: expected a checkpoint with an MTP head (", kMtpProjection, ", ",
-                                  kMtpLayer, "*) for mtp, got one ",
-                                  opened.config.num_mtp_layers > 0 ? "without" : "whose config.json says that it has none",
-                                  ": ", opened.checkpoint.directory().native()));
+  throw UnsupportedError(c10::str(
+      "[Engine] speculate: expected a checkpoint with an MTP head (", kMtpProjection, ", ", kMtpLayer,
+      "*) for mtp, got one ", opened.config.num_mtp_layers > 0 ? "without" : "whose config.json says that it has none",
+      ": ", opened.checkpoint.directory().native()));
 }
 
 // Checks what needs no file.

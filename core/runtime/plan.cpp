@@ -63,7 +63,8 @@ struct LayerWidths {
     return 2 * c.hidden_size * e + c.head_dim * (2 * e + 2 * kFloatBytes) + widest + kMetadataBytes;
   }
 
-  // Beside the model's own step: hidden states of all tokens; of the head's, embeddings, both norms, and the two joined.
+  // Beside the model's own step: hidden states of all tokens; of the head's, embeddings, both norms, and the two
+  // joined.
   int64_t mtp() const { return c.hidden_size * 6 * e; }
 
   int64_t logits() const { return c.vocab_size * (kFloatBytes + e) + c.hidden_size * e + norm(c.hidden_size); }

@@ -64,7 +64,10 @@ def random_head(c: Any) -> Tensors:
     norms = ("input_layernorm", "post_attention_layernorm")
     return {
         "mtp.fc.weight": draw(c.hidden_size, 2 * c.hidden_size),
-        **{f"mtp.{name}.weight": draw(c.hidden_size) for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")},
+        **{
+            f"mtp.{name}.weight": draw(c.hidden_size)
+            for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+        },
         **{f"{LAYER}{name}.weight": draw(c.hidden_size) for name in norms},
         **{f"{LAYER}self_attn.{name}": tensor for name, tensor in _attention(c, draw).items()},
         **{f"{LAYER}mlp.{name}": tensor for name, tensor in feed_forward.items()},

@@ -37,9 +37,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> WithHead:
 def run(directory: Path, sizes: list[int], **options: object) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states of TOKENS but the last, in pieces; logits and hidden states of the head for them."""
     options = {"dtype": torch.float32} | options
-    decoder = _C.load_decoder(
-        str(directory), state_dtype=torch.float32, replay_states=True, speculate="mtp", **options
-    )
+    decoder = _C.load_decoder(str(directory), state_dtype=torch.float32, replay_states=True, speculate="mtp", **options)
     states = _C.StatePool(decoder.state_specs(), num_slots=1)
     kv = _C.KvCache(decoder, num_blocks=10, block_size=16)
     builder = _C.BatchBuilder(num_slots=1, num_kv_blocks=10, kv_block_size=16, vocab_size=128, has_attention=True)
@@ -103,7 +101,7 @@ def test_pieces_have_the_bits_of_the_whole(tmp_path: Path, tiny: Tiny) -> None:
 
 @pytest.mark.parametrize(
     ("options", "most"),
-    [({"dtype": torch.bfloat16}, 0.04), ({"quantize": "int8"}, 0.04), ({"quantize": "int4"}, 0.6)],
+    [({"dtype": torch.bfloat16}, 0.04), ({"quantize": "int8"}, 0.04), ({"quantize": "int4"}, 0.3)],
     ids=["bf16", "int8", "int4"],
 )
 def test_fewer_bits_stay_close(made: WithHead, options: dict[str, object], most: float) -> None:
@@ -111,7 +109,6 @@ def test_fewer_bits_stay_close(made: WithHead, options: dict[str, object], most:
     hidden, logits, _ = run(made.directory, SPLITS["chunked"], **options)
     reference = Reference(made)
     error = row_errors(logits, reference.logits(reference.hidden(TOKENS[1:], hidden)))
-    print("ERR", options, error.median(), error.max())
     assert 1e-4 < error.median() < most / 3
     if "moe" not in made.directory.name and "next" not in made.directory.name:  # where experts are not chosen
         assert error.max() < most
@@ -132,7 +129,9 @@ def test_every_weight_of_the_head_matters(tmp_path: Path) -> None:
 def test_a_head_that_is_not_there_is_named(dense: WithHead, tmp_path: Path) -> None:
     bare = make_with_head(DENSE, tmp_path)
     put_head(bare.directory, {})
-    with pytest.raises(errors.UnsupportedError, match=r"MTP head \(mtp.fc.weight, mtp.layers.0.\*\) for mtp, got one wi"):
+    with pytest.raises(
+        errors.UnsupportedError, match=r"MTP head \(mtp.fc.weight, mtp.layers.0.\*\) for mtp, got one wi"
+    ):
         xgdn.Engine(bare.directory, replay_states=True, speculate="mtp")
     assert not xgdn.Engine(bare.directory).load_report.leaves_mtp_head
     report = xgdn.Engine(dense.directory).load_report
@@ -163,9 +162,7 @@ def test_heads_of_other_shapes_are_refused(tmp_path: Path) -> None:
         (0, False, "config.json says that it has none"),
         (1, True, "mtp_use_dedicated_embeddings: expected false"),
     ]:
-        configure(
-            made.directory, mtp_num_hidden_layers=num_layers, mtp_use_dedicated_embeddings=has_embeddings
-        )
+        configure(made.directory, mtp_num_hidden_layers=num_layers, mtp_use_dedicated_embeddings=has_embeddings)
         with pytest.raises(errors.UnsupportedError, match=sentence):
             xgdn.plan(made.directory, replay_states=True, speculate="mtp")
         xgdn.plan(made.directory)

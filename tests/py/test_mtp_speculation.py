@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
 import xgdn
 from checkpoints import Tiny, qwen3_5, qwen3_5_moe, qwen3_next
 from live_server import IGNORE_EOS, is_at_rest, live, metrics, post, wait_until
-from mtp_checkpoints import LAYER, Reference, Tensors, WithHead, hidden_of, make_with_head, put_head
-from safetensors.torch import load_file, save_file
+from mtp_checkpoints import Reference, Tensors, WithHead, hidden_of, make_with_head, put_head
 from test_replay_states import SHARED
 from xgdn import errors
 
@@ -182,7 +181,7 @@ def test_those_drafts_are_right_that_float64_says_are(three: WithHead, most: int
     options = {"dtype": torch.float32, "kv_block_size": 32}
     answers, _ = steps_of(engine(three, "off", **options), given, count)
     want = [simulated(three, prompt, answer, most) for prompt, answer in zip(given, answers, strict=True)]
-    assert sum(tokens - 1 for chosen in want for tokens in chosen) > 30
+    assert sum(tokens - 1 for chosen in want for tokens in chosen) > 25
     alone = engine(three, "mtp", most, **options)
     for i, prompt in enumerate(given):
         assert steps_of(alone, [prompt], count) == ([answers[i]], [want[i]])
@@ -229,7 +228,9 @@ def test_a_head_that_is_always_right_saves_its_steps(tmp_path: Path, most: int) 
     request = xgdn.Request([5, 6, 7], max_new_tokens=count, ignore_eos=True)
     events = [event for event in drafting.stream([request]) if event.tokens]
     tokens = [token for event in events for token in event.tokens]
-    assert [[token for token, _ in a] for a in answers(engine(made, "off"), [[5, 6, 7]], max_new_tokens=count)] == [tokens]
+    assert [[token for token, _ in a] for a in answers(engine(made, "off"), [[5, 6, 7]], max_new_tokens=count)] == [
+        tokens
+    ]
     assert len(set(tokens)) > 2
     stats = drafting.speculation_stats
     assert stats.num_right == stats.num_drafted == 12 * most
@@ -241,7 +242,9 @@ def test_sampled_tokens_have_the_distribution_of_the_model(dense: WithHead) -> N
     probabilities that the logits give."""
     drafting, prompt, num_samples = engine(dense, "mtp"), prompts()[1], 3000
     requests = [
-        xgdn.Request(prompt, max_new_tokens=3, ignore_eos=True, sampling=xgdn.SamplingParams(temperature=1.0, seed=seed))
+        xgdn.Request(
+            prompt, max_new_tokens=3, ignore_eos=True, sampling=xgdn.SamplingParams(temperature=1.0, seed=seed)
+        )
         for seed in range(num_samples)
     ]
     answers = defaultdict[int, list[int]](list)
