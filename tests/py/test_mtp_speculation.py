@@ -162,6 +162,12 @@ def simulated(made: WithHead, prompt: list[int], answer: list[int], most: int) -
     return chosen
 
 
+def num_drafts(chosen: list[int], most: int) -> int:
+    """What steps that choose so many tokens verify: no more than may still come behind the token that is certain."""
+    left = [sum(chosen[step:]) for step in range(1, len(chosen))]
+    return sum(min(most, tokens - 1) for tokens in left)
+
+
 def steps_of(engine: xgdn.Engine, given: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
     """The answers, and how many tokens of them each step has chosen."""
     requests = [xgdn.Request(prompt, max_new_tokens=count, ignore_eos=True) for prompt in given]
@@ -182,19 +188,20 @@ def test_those_drafts_are_right_that_float64_says_are(three: WithHead, most: int
     answers, _ = steps_of(engine(three, "off", **options), given, count)
     want = [simulated(three, prompt, answer, most) for prompt, answer in zip(given, answers, strict=True)]
     assert sum(tokens - 1 for chosen in want for tokens in chosen) > 25
-    alone = engine(three, "mtp", most, **options)
+    alone = engine(three, "mtp", most, dtype=torch.float32, kv_block_size=256)  # with room for every draft
     for i, prompt in enumerate(given):
         assert steps_of(alone, [prompt], count) == ([answers[i]], [want[i]])
     tight = engine(three, "mtp", most, max_cached_tokens=480, **options)
     assert steps_of(tight, given, count) == (answers, want)
     assert tight.num_preemptions > 0
+    assert alone.speculation_stats.num_drafted == sum(num_drafts(chosen, most) for chosen in want)
 
 
 def test_a_conversation_that_grows_drafts_as_one_that_is_computed_anew(three: WithHead) -> None:
     cached = engine(three, "mtp", prefix_cache_slots=8, dtype=torch.float32)
     tokens = [token % 3 for token in prompts(9)[8]]
-    for _ in range(4):
-        answers, chosen = steps_of(cached, [tokens], 24)
+    for count in (24, *[1] * 30, 24, 24):  # a token at a time, whose row is the last one of a reply each time
+        answers, chosen = steps_of(cached, [tokens], count)
         assert chosen == [simulated(three, tokens, answers[0], 1)]
         tokens = tokens + answers[0]
     assert cached.prefix_cache_stats.num_found > 150
