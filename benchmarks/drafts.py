@@ -60,7 +60,7 @@ def answer(engine: xgdn.Engine, prompt: list[int], new_tokens: int) -> tuple[lis
 
 
 def main(
-    model: Path = SMALL,
+    model: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.")] = SMALL,
     text: Path = SMALL / "held_out.txt",
     drafts: Annotated[
         str, typer.Option(help="Source and number of drafts of each engine; the first is the baseline.")
