@@ -4,12 +4,11 @@
 python benchmarks/tensor_parallel.py MODEL --tensor-parallel 1,2 --device cpu|cuda --batch 1,8 [--json]
 
 Greedy, all sequences of a batch at once; the tokens of every number of processes are compared with those of the first,
-and the share of equal ones is printed. The bench starts the processes itself, one engine after the other. Threads on a
-host: --threads for all processes together, in equal shares.
+and the share of equal ones is printed. The bench starts the processes itself, one engine after the other. --threads on
+a host are of all processes together, in equal shares.
 """
 
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -68,15 +67,18 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt in tokens.")] = 512,
     output_tokens: Annotated[int, typer.Option(min=2, help="Length of each reply in tokens.")] = 64,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of all processes together.")] = os.cpu_count() or 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of all processes together; else what an engine takes.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure a model with each number of processes."""
     worlds, batches = parse_counts(tensor_parallel, "--tensor-parallel"), parse_counts(batch, "--batch")
+    of_process = torch.get_num_threads()
     first: dict[int, Any] = {}
     rows = []
     for world in worlds:
-        torch.set_num_threads(max(threads // world, 1))
+        torch.set_num_threads(of_process if threads is None else max(threads // world, 1))
         runner = xgdn.RunnerOptions(
             max_batch_size=max(batches),
             max_cached_tokens=max(batches) * (prompt_tokens + output_tokens + 16),

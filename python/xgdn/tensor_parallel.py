@@ -224,10 +224,16 @@ def _backend(device: str) -> str:
 
 
 def _threads_of_rank(world: int) -> int:
-    """Threads of this process where somebody has set their number, else an equal share of those there are."""
+    """Threads of this process where somebody has set their number, else an equal share of those there are.
+
+    One processor of a share of three or more is left to the connections between ranks: OpenMP's threads turn while they
+    wait, and beside as many of them as processors a sum over the ranks waits for milliseconds.
+    """
     threads = torch.get_num_threads()
-    is_given = bool(os.environ.get("OMP_NUM_THREADS")) or threads != _THREADS_BY_DEFAULT
-    return threads if is_given else max(threads // world, 1)
+    if os.environ.get("OMP_NUM_THREADS") or threads != _THREADS_BY_DEFAULT:
+        return threads
+    share = threads // world
+    return share - 1 if share > 2 else max(share, 1)
 
 
 def _sizes(runner: RunnerOptions) -> dict[str, Any]:

@@ -289,3 +289,5 @@ def test_what_cannot_draft_says_so(dense: WithHead) -> None:
         engine(dense, "off", 2)
     with pytest.raises(errors.UnsupportedError, match="speculate: expected off, lookup or mtp, got 'eagle'"):
         engine(dense, "eagle")
+    with pytest.raises(errors.UnsupportedError, match="expected off or lookup with tensor_parallel=2, got mtp"):
+        xgdn.plan(dense.directory, replay_states=True, speculate="mtp", tensor_parallel=2)
