@@ -5,8 +5,8 @@
     python benchmarks/random_checkpoint.py MODEL
     python benchmarks/vllm_plugin.py MODEL [--batch 8 32] [--prompts 2048] [--threads 2] [--repetitions 6]
 
-Two processes with the same options of vLLM (peers/model_vllm.py: bfloat16, float32 states, no prefix caching,
-torch.compile as by default) take turns, step by step and prompt by prompt, while the other waits. Times are medians in
+Two processes with the same options of vLLM (peers/model_vllm.py: bfloat16, no prefix caching, torch.compile as by
+default) take turns, step by step and prompt by prompt, while the other waits. Times are medians in
 milliseconds, with the shortest in brackets. A call that the plugin leaves to vLLM ends the program.
 """
 
@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from xgdn.bench.report import machine
 
 SCRIPT = Path(__file__).with_name("peers") / "model_vllm.py"
 PLUGINS = {"vLLM": "none", "with xgdn": "xgdn"}  # what VLLM_PLUGINS names
+PAUSE = 0.03  # seconds before a turn: OpenMP's threads of the other process go on turning for some milliseconds
 
 Times = dict[tuple[str, int], list[float]]
 
@@ -37,7 +39,7 @@ class Process:
         sizes = map(str, (args.threads, args.prompt_tokens, args.steps, args.repetitions))
         lists = (",".join(map(str, numbers)) for numbers in (args.batch, args.prompts))
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"VLLM_PLUGINS": plugins, "TAKES_TURNS": "1"}
+        environment |= {"VLLM_PLUGINS": plugins, "TAKES_TURNS": "1", "STATE_DTYPE": args.state_dtype}
         self.command = [str(args.python), str(SCRIPT), str(args.model), *sizes, *lists]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(self.command, **pipes, text=True, env=environment)
@@ -63,6 +65,7 @@ class Process:
 
     def take_turn(self) -> bool:
         assert self.process.stdin is not None
+        time.sleep(PAUSE)
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self.runs_to_its_next_turn()
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of each sequence that decodes")
     parser.add_argument("--steps", type=int, default=24, help="decode steps")
     parser.add_argument("--repetitions", type=int, default=6, help="timed prompts of each length")
+    parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32", help="of recurrent states")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     print("  ".join(f"{name} {value}" for name, value in machine().items()), f" {args.threads} threads", flush=True)

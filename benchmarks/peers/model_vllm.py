@@ -4,9 +4,9 @@ plugin that VLLM_PLUGINS names, by vllm_plugin.py.
 
     python model_vllm.py MODEL THREADS PROMPT_TOKENS STEPS REPETITIONS BATCH,.. PROMPT,..
 
-The engine is stepped in this process, without its server and without a tokenizer; recurrent states are float32.
-VLLM_EAGER=1 leaves torch.compile out. With TAKES_TURNS=1 each step and each prompt waits for a line on standard input,
-after it has printed one of kind "turn".
+The engine is stepped in this process, without its server and without a tokenizer; recurrent states are float32, or of
+STATE_DTYPE. VLLM_EAGER=1 leaves torch.compile out. With TAKES_TURNS=1 each step and each prompt waits for a line on
+standard input, after it has printed one of kind "turn".
 """
 
 import json
@@ -41,7 +41,7 @@ def main() -> None:
         max_num_seqs=max(batches),
         max_model_len=max([2 * (prompt_tokens + steps), *(length + 1 for length in lengths)]),
         dtype="bfloat16",
-        mamba_ssm_cache_dtype="float32",
+        mamba_ssm_cache_dtype=os.environ.get("STATE_DTYPE", "float32"),
         enable_prefix_caching=False,
         enforce_eager=os.environ.get("VLLM_EAGER") == "1",
     )

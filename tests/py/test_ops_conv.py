@@ -254,3 +254,22 @@ def test_prefill_then_steps_equal_prefill_of_everything(W: int, backend: str) ->
         got.append(step)
     assert_close("out", torch.cat(got), want, BOUND[torch.float32])
     assert_bits_equal("conv pool", state, want_state)
+
+
+@pytest.mark.parametrize("W", [2, 3, 4])
+def test_a_prompt_has_the_bits_of_its_tokens_one_by_one(W: int) -> None:
+    """On the cpu backend; the prompt is longer than what is widened at once."""
+    torch.manual_seed(3)
+    T, D = 40, 70
+    x, weight, bias = torch.randn(T, D), torch.randn(D, W), torch.randn(D)
+    states = torch.randn(1, W - 1, D).repeat(2, 1, 1)
+    starts, first, second = i32([0, 1]), i32([0]), i32([1])
+    whole = ops.causal_conv1d(x, weight, states, cu_seqlens=i32([0, T]), state_indices=first, bias=bias, backend="cpu")
+    steps = [
+        ops.causal_conv1d_update(
+            token[None], weight, states, cu_seqlens=starts, state_indices=second, bias=bias, backend="cpu"
+        )
+        for token in x
+    ]
+    assert_bits_equal("outputs", torch.cat(steps), whole)
+    assert_bits_equal("states", states[1], states[0])

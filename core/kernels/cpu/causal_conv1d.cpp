@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Depthwise causal convolution with SiLU.
 //
-// Loop: block of channels -> sequence -> chunk of tokens -> token -> channel lanes. The maths and its rounding:
-// causal_conv1d-inl.h.
+// Loop: block of channels -> sequence -> chunk of tokens -> channel lanes -> token, whose history stays in registers.
+// The maths and its rounding: causal_conv1d-inl.h.
 #include "core/kernels/cpu/causal_conv1d.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr int64_t kTokens = 32;      // tokens widened at once: 32 KiB of a block
+constexpr int64_t kTokens = 16;      // tokens widened at once: half of a first-level cache
 constexpr int64_t kTokensAhead = 4;  // that are on their way while one is computed
 constexpr size_t kConvScratch = kConvBlock * (kMaxTaps + 1 + kMaxHistory + kMaxHistory + kTokens + 1);
 
@@ -50,6 +50,41 @@ void prefetch_token(const CausalConv1dArgs& args, const ConvBlock& b, int64_t to
   prefetch(channel(args.x.at(token, 0), args.x.dtype, b.first), count * static_cast<size_t>(size_of(args.x.dtype)));
   prefetch</*kIsWritten=*/1>(channel(args.out.at(token, 0), args.out.dtype, b.first),
                              count * static_cast<size_t>(size_of(args.out.dtype)));
+}
+
+// Outputs of `count` tokens, in the places of the window's first rows: what convolve_token computes of each.
+template <int kW>
+void convolve_tokens(const ConvBlock& b, int64_t count, bool silu) {
+  const F32 d;
+  for (size_t i = 0; i < padded(b.count); i += hn::Lanes(d)) {
+    const auto tap = [&](int w) HWY_ATTR { return hn::Load(d, b.taps + w * kConvBlock + i); };
+    float* const column = b.window + i;
+    const VF bias = hn::Load(d, b.bias + i);
+    const VF tap0 = tap(0), tap1 = tap(1), tap2 = tap(kW > 2 ? 2 : 1), tap3 = tap(kW - 1);
+    VF x0 = hn::Load(d, column), x1 = hn::Load(d, row(column, 1)), x2 = hn::Load(d, row(column, 2));
+    for (int64_t t = 0; t < count; ++t) {
+      const VF x3 = hn::Load(d, row(column, t + kW - 1));
+      VF y = hn::MulAdd(tap0, x0, bias);
+      if constexpr (kW > 2) y = hn::MulAdd(tap1, x1, y);
+      if constexpr (kW > 3) y = hn::MulAdd(tap2, x2, y);
+      y = hn::MulAdd(tap3, x3, y);
+      hn::Store(silu ? hn::Mul(y, sigmoid(d, y)) : y, d, row(column, t));
+      x0 = kW > 2 ? x1 : x3;
+      x1 = kW > 3 ? x2 : x3;
+      x2 = x3;
+    }
+  }
+}
+
+void convolve_tokens(const CausalConv1dArgs& args, const ConvBlock& b, int64_t count) {
+  switch (args.W) {
+    case 2:
+      return convolve_tokens<2>(b, count, args.silu);
+    case 3:
+      return convolve_tokens<3>(b, count, args.silu);
+    default:
+      return convolve_tokens<4>(b, count, args.silu);
+  }
 }
 
 void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
@@ -89,8 +124,10 @@ void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
       const int64_t token = begin + chunk + t;
       if (chunk + t + kTokensAhead < len) prefetch_token(args, b, token + kTokensAhead);
       load_input(args, b, token, row(b.window, history + t));
-      convolve(args, b, row(b.window, t));
-      store_row(args.out.dtype, b.out, b.count, out_channels(token));
+    }
+    convolve_tokens(args, b, count);
+    for (int64_t t = 0; t < count; ++t) {
+      store_row(args.out.dtype, row(b.window, t), b.count, out_channels(begin + chunk + t));
     }
     std::memmove(b.window, row(b.window, count), history * kConvBlock * sizeof(float));
   }
