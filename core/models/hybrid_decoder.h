@@ -82,7 +82,8 @@ class HybridDecoder {
   /// input's but token ids and attention is read.
   at::Tensor forward_mtp(const StepInput& input, const at::Tensor& hidden, ModelState& state) const;
 
-  /// Logits [P, vocab] f32 of hidden states [P, hidden] that forward() or forward_mtp() gave; of a shard as in StepOutput.
+  /// Logits [P, vocab] f32 of hidden states [P, hidden] that forward() or forward_mtp() gave; of a shard as in
+  /// StepOutput.
   at::Tensor logits(const at::Tensor& hidden) const;
 
   /// Pools of each GDN layer that this rank has, in order.

@@ -66,8 +66,8 @@ DecoderOptions decoder_options(const ModelDirectory& opened, const EngineOptions
   const bool has_mtp_head = options.speculation() == Speculation::kMtp;
   if (has_mtp_head) check_mtp_head(opened);
   if (has_mtp_head && options.world() > 1) {
-    throw UnsupportedError(c10::str("[Engine] speculate: expected off or lookup with tensor_parallel=", options.world(),
-                                    ", got mtp"));
+    throw UnsupportedError(
+        c10::str("[Engine] speculate: expected off or lookup with tensor_parallel=", options.world(), ", got mtp"));
   }
   return {
       .dtype = dtype,

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "core/runtime/sampler.h"
 #include "core/errors.h"
+#include "core/runtime/sampler.h"
 #include "tests/cpp/support/expect_error.h"
 
 namespace xgdn::testing {
