@@ -22,6 +22,7 @@ namespace xgdn {
 /// For one thread at a time, except for error() and fail().
 class Leader {
  public:
+  /// Of rank 0 of that group.
   explicit Leader(std::shared_ptr<ProcessGroup> group) : group_(std::move(group)), channel_(*group_) {}
 
   /// Of all ranks.

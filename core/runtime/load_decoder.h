@@ -48,8 +48,9 @@ struct EngineOptions {
   /// tensor_parallel, or what ranks say.
   int64_t world() const { return ranks ? ranks->world() : tensor_parallel; }
 
-  /// Where drafts come from with these options, and how many a sequence has at most.
+  /// Where drafts come from with these options.
   Speculation speculation() const;
+  /// draft_tokens, or as many as `speculate` has by default.
   int64_t num_draft_tokens() const;
 };
 

@@ -28,7 +28,9 @@ class LogitRow {
   /// Throws NumericsError when a logit is NaN or the largest is not finite.
   explicit LogitRow(std::span<const float> logits);
 
+  /// The row.
   std::span<const float> logits() const { return logits_; }
+  /// Its largest logit.
   float largest() const { return largest_; }
 
   /// The likeliest token.

@@ -70,6 +70,7 @@ struct ScatterMemoryCommand {
 /// There is nothing more to follow.
 struct ShutDownCommand {};
 
+/// Any of them.
 using RankCommand = std::variant<StepCommand, CopySlotCommand, PoisonSlotCommand, CopyBlockCommand, SaveBlocksCommand,
                                  RestoreBlocksCommand, DropBlocksCommand, LogitsCommand, PromptLogitsCommand,
                                  GatherMemoryCommand, ScatterMemoryCommand, ShutDownCommand>;
