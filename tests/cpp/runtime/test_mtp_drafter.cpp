@@ -13,7 +13,7 @@
 namespace xgdn::testing {
 namespace {
 
-constexpr int64_t kBlockSize = 4;
+constexpr int64_t kTokensOfBlock = 4;
 constexpr int64_t kBlocks = 16;
 
 Weights weights_with_head(const ModelConfig& c) {
@@ -36,9 +36,9 @@ Weights weights_with_head(const ModelConfig& c) {
 struct Drafting {
   Drafting()
       : model(tiny_model(tiny_config(), weights_with_head(tiny_config()), {.has_mtp_head = true})),
-        options{.max_batch_size = 4, .max_cached_tokens = kBlocks * kBlockSize, .kv_block_size = kBlockSize},
+        options{.max_batch_size = 4, .max_cached_tokens = kBlocks * kTokensOfBlock, .kv_block_size = kTokensOfBlock},
         states(model->state_specs(), 4, c10::kCPU),
-        kv(kv_spec(*model, kBlockSize), kBlocks, c10::kCPU),
+        kv(kv_spec(*model, kTokensOfBlock), kBlocks, c10::kCPU),
         drafter(model, options, states, kv),
         hidden(RandomTensors(5).normal({10, model->config().hidden_size})) {}
 
