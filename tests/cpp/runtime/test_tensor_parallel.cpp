@@ -7,18 +7,66 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/Work.hpp>
 
+#include <chrono>
+#include <memory>
 #include <vector>
 
+#include "core/runtime/leader.h"
 #include "core/runtime/rank_command.h"
 #include "core/runtime/sharded_logits.h"
 #include "core/runtime/sharded_memory.h"
+#include "core/runtime/state_pool.h"
 #include "tests/cpp/support/compare.h"
 #include "tests/cpp/support/expect_error.h"
 #include "tests/cpp/support/tiny_model.h"
 
 namespace xgdn::testing {
 namespace {
+
+/// Done as soon as it is begun.
+struct DoneWork : c10d::Work {
+  bool wait(std::chrono::milliseconds /*timeout*/) override { return true; }
+};
+
+/// Rank 0 of two, which keeps the words that it broadcasts.
+struct RecordingGroup : c10d::ProcessGroup {
+  RecordingGroup() : c10d::ProcessGroup(/*rank=*/0, /*size=*/2) {}
+
+  c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors,
+                                           const c10d::BroadcastOptions& /*opts*/) override {
+    const auto* words = tensors.at(0).const_data_ptr<int32_t>();
+    sent.assign(words + 1, words + 1 + words[0]);
+    return c10::make_intrusive<DoneWork>();
+  }
+
+  std::vector<int32_t> sent;
+};
+
+TEST(TensorParallel, PoolsTellWhatTheyChange) {
+  const auto group = c10::make_intrusive<RecordingGroup>();
+  Leader leader(std::make_shared<ProcessGroup>(group, std::chrono::seconds(1)));
+  StatePool states({{{StateKind::kConv, {3, 8}, at::kFloat}, {StateKind::kDelta, {1, 4, 4}, at::kFloat}}}, 3, c10::kCPU,
+                   /*poison_freed=*/true, &leader);
+  const SlotHandle from = states.allocate(SlotGroup::kCheckpoint);
+  const SlotHandle to = states.allocate(SlotGroup::kCheckpoint);
+  states.copy(from, to);
+  states.release(from);
+  leader.exchange(LogitsCommand{1, 2}, [] {});
+
+  const std::vector<RankCommand> told = read_commands(group->sent);
+  ASSERT_EQ(told.size(), 3U);
+  const auto& copied = std::get<CopySlotCommand>(told[0]);
+  EXPECT_EQ(copied.group, SlotGroup::kCheckpoint);
+  EXPECT_EQ(copied.from, from.slot);
+  EXPECT_EQ(copied.to, states.slot(to));
+  const auto& poisoned = std::get<PoisonSlotCommand>(told[1]);
+  EXPECT_EQ(poisoned.group, SlotGroup::kCheckpoint);
+  EXPECT_EQ(poisoned.slot, from.slot);
+  EXPECT_EQ(std::get<LogitsCommand>(told[2]).count, 2);
+}
 
 TEST(TensorParallel, SizesDivideWhatIsSplit) {
   ModelConfig c = tiny_config();  // 2 query heads, 1 KV head, 1 key head, 2 value heads, 48, vocabulary of 64
