@@ -107,7 +107,7 @@ void bind_options(nb::module_& m) {
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<std::string> quantize, std::optional<int64_t> memory_limit,
              std::optional<at::ScalarType> kv_dtype, bool replay_states, const std::optional<std::string>& speculate,
-             int64_t draft_tokens, int64_t tensor_parallel, const std::optional<std::string>& process_group) {
+             int64_t draft_tokens, int64_t activation_bits, int64_t tensor_parallel, const std::optional<std::string>& process_group) {
             new (self) EngineOptions{.runner = runner,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
@@ -117,6 +117,7 @@ void bind_options(nb::module_& m) {
                                                   .prefill_accuracy = std::move(prefill_accuracy)},
                                      .on_layer_loaded = on_layer_loaded.value_or(Progress()),
                                      .quantize = format_named(quantize),
+                                     .activation_bits = activation_bits,
                                      .memory_limit = memory_limit,
                                      .replay_states = replay_states,
                                      .kv_dtype = kv_dtype,
@@ -131,7 +132,7 @@ void bind_options(nb::module_& m) {
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
           "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none(),
           "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states, "speculate"_a = nb::none(),
-          "draft_tokens"_a = defaults.draft_tokens, "tensor_parallel"_a = defaults.tensor_parallel,
+          "draft_tokens"_a = defaults.draft_tokens, "activation_bits"_a = defaults.activation_bits, "tensor_parallel"_a = defaults.tensor_parallel,
           "process_group"_a = nb::none(),
           "process_group: name of a group of torch.distributed whose ranks share the model.")
       .def_ro("runner", &EngineOptions::runner)
@@ -161,6 +162,7 @@ void bind_options(nb::module_& m) {
             return self.quantize == kernel::WeightFormat::kInt8 ? "int8" : "int4";
           },
           "int8, int4 or None.")
+      .def_ro("activation_bits", &EngineOptions::activation_bits)
       .def_ro("memory_limit", &EngineOptions::memory_limit);
 }
 

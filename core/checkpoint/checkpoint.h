@@ -41,6 +41,9 @@ class Checkpoint : public WeightSource {
   /// that its shard does not hold, or when two shards hold the same tensor.
   explicit Checkpoint(const std::filesystem::path& dir, QuantizationConfig quantization = {});
 
+  /// Whether config.json speaks of weights in 8 or 4 bits.
+  bool has_quantization_config() const { return quantization_.is_present(); }
+
   /// Whether a shard holds the tensor, or parts of it.
   bool contains(const std::string& name) const override { return is_stored(name) || is_quantized(name); }
 

@@ -343,20 +343,21 @@ QuantizedWeight pack_rows(const QuantizedRows& rows) {
   QuantizedWeight weight{.codes = packed_codes(rows), .scales = packed_groups(rows.scales)};
   if (rows.zeros) weight.zeros = packed_groups(*rows.zeros);
   if (rows.order) weight.order = rows.order->to(at::kInt);
+  weight.activation_bits = rows.activation_bits;
   return weight;
 }
 
 bool can_join(const QuantizedRows& a, const QuantizedRows& b) {
   return a.format == b.format && a.group_size == b.group_size && a.num_columns() == b.num_columns() &&
          a.scales.scalar_type() == b.scales.scalar_type() && a.zeros.has_value() == b.zeros.has_value() &&
-         are_same(a.order, b.order);
+         are_same(a.order, b.order) && a.activation_bits == b.activation_bits;
 }
 
 QuantizedRows join_rows(const std::vector<QuantizedRows>& blocks) {
   std::vector<at::Tensor> codes, scales, zeros;
   for (const QuantizedRows& block : blocks) {
     if (!can_join(blocks.front(), block)) {
-      throw UnsupportedError("[join_rows] blocks: expected one format, group size, dtype of scales and order");
+      throw UnsupportedError("[join_rows] blocks: expected one format, group size, dtype of scales, order and activation_bits");
     }
     codes.push_back(block.codes);
     scales.push_back(block.scales);

@@ -150,8 +150,7 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
       backend_(options.backends.decode),
       rotary_(config.head_dim, config.partial_rotary_factor, config.rope_theta, device_) {
   const DigestedWeights stored(source);
-  const RoundedWeights rounded(stored, options.quantize.value_or(kernel::WeightFormat::kInt8));
-  const WeightSource& weights = options.quantize ? static_cast<const WeightSource&>(rounded) : stored;
+  const RoundedWeights weights(stored, options.quantize, options.activation_bits);
   const std::string& root = config.weight_prefix;
   const at::TensorOptions tensor = weight_options(options);
   const PieceRange tokens = even_part(options.shard, "HybridDecoder", "vocab_size", config.vocab_size);
@@ -188,7 +187,7 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
   }
   max_draft_tokens_ = options.max_draft_tokens;
   const int rounding = options.quantize ? static_cast<int>(*options.quantize) + 1 : 0;
-  digest_ = hash_bytes(stored.digest(), c10::str(c10::toString(dtype_), " ", rounding));
+  digest_ = hash_bytes(stored.digest(), c10::str(c10::toString(dtype_), " ", rounding, options.activation_bits == 16 ? "" : " in bytes"));
 }
 
 HybridDecoder::~HybridDecoder() = default;

@@ -57,6 +57,7 @@ struct DecoderOptions {
   bool has_mtp_head = false;                    // loads the weights' own draft head, see MtpHead
   BackendSelection backends;
   std::optional<kernel::WeightFormat> quantize = {};  // rounds the weights of products, see RoundedWeights
+  int64_t activation_bits = 16;                       // see kernel::QuantizedWeight
   Shard shard = {};  // of several ranks: the group sums what each layer's parts add up to
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // may be empty
 };

@@ -40,12 +40,18 @@ std::optional<Rounding> rounding_of(const std::string& name, at::IntArrayRef sha
 }
 
 std::optional<kernel::QuantizedRows> RoundedWeights::quantized(const std::string& name, at::IntArrayRef shape) const {
-  if (plain_.quantized(name, shape)) {
+  std::optional<kernel::QuantizedRows> rows = format_ ? rounded(name, shape) : stored_.quantized(name, shape);
+  if (rows) rows->activation_bits = activation_bits_;
+  return rows;
+}
+
+std::optional<kernel::QuantizedRows> RoundedWeights::rounded(const std::string& name, at::IntArrayRef shape) const {
+  if (stored_.quantized(name, shape)) {
     throw UnsupportedError("[Engine] quantize: expected a checkpoint of plain weights, got a quantized " + name);
   }
-  const std::optional<Rounding> rounding = rounding_of(name, shape, format_);
+  const std::optional<Rounding> rounding = rounding_of(name, shape, *format_);
   if (!rounding) return std::nullopt;
-  at::Tensor weight = plain_.get(name, shape).flatten(0, -2);
+  at::Tensor weight = stored_.get(name, shape).flatten(0, -2);
   if (weight.scalar_type() == at::kDouble) weight = weight.to(at::kFloat);
   try {
     return kernel::quantize_rows(weight, rounding->format, rounding->group_size);

@@ -56,6 +56,9 @@ void check_options(const EngineOptions& options) {
   if (options.quantize == kernel::WeightFormat::kFloat8) {
     throw UnsupportedError("[Engine] quantize: expected int8 or int4, got float8");
   }
+  if (options.activation_bits != 8 && options.activation_bits != 16) {
+    throw UnsupportedError(c10::str("[Engine] activation_bits: expected 8 or 16, got ", options.activation_bits));
+  }
 }
 
 DecoderOptions decoder_options(const ModelDirectory& opened, const EngineOptions& options) {
@@ -69,6 +72,10 @@ DecoderOptions decoder_options(const ModelDirectory& opened, const EngineOptions
     throw UnsupportedError(
         c10::str("[Engine] speculate: expected off or lookup with tensor_parallel=", options.world(), ", got mtp"));
   }
+  if (options.activation_bits != 16 && !options.quantize && !opened.checkpoint.has_quantization_config()) {
+    throw UnsupportedError(c10::str("[Engine] activation_bits: expected 16 beside plain weights, got ",
+                                    options.activation_bits, "; quantize=int8 or int4 rounds them"));
+  }
   return {
       .dtype = dtype,
       .device = options.device,
@@ -79,6 +86,7 @@ DecoderOptions decoder_options(const ModelDirectory& opened, const EngineOptions
       .has_mtp_head = has_mtp_head,
       .backends = options.backends,
       .quantize = options.quantize,
+      .activation_bits = options.activation_bits,
       .shard = {.rank = options.ranks ? options.ranks->rank() : 0, .world = options.world(), .group = options.ranks},
       .on_layer_loaded = options.on_layer_loaded};
 }

@@ -32,6 +32,7 @@ struct EngineOptions {
   BackendSelection backends;
   std::function<void(int64_t loaded, int64_t total)> on_layer_loaded;  // progress; may be empty
   std::optional<kernel::WeightFormat> quantize = {};  // rounds plain weights of products to int8 or int4
+  int64_t activation_bits = 16;                       // 8 or 16, of tokens beside weights of integers
   std::optional<int64_t> memory_limit = {};           // bytes that weights, pools and steps may take together
   bool replay_states = false;                         // checkpoints and rings: the same bits by prefill and decode
   std::optional<at::ScalarType> kv_dtype = {};        // of keys and values: int8; default that of activations

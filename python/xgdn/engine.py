@@ -66,6 +66,7 @@ def plan(
     draft_tokens: int = EngineArgs.draft_tokens,
     kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
     quantize: str | None = EngineArgs.quantize,
+    activation_bits: int = EngineArgs.activation_bits,
     tensor_parallel: int = EngineArgs.tensor_parallel,
     runner: RunnerOptions | None = None,
 ) -> Plan:
@@ -85,6 +86,7 @@ def plan(
         draft_tokens=draft_tokens,
         kv_dtype=kv_dtype,
         quantize=quantize,
+        activation_bits=activation_bits,
         tensor_parallel=tensor_parallel,
     )
     return _C.Engine.plan(fspath(model_dir), options)
@@ -126,6 +128,7 @@ class Engine:
         draft_tokens: int = EngineArgs.draft_tokens,
         kv_dtype: torch.dtype | None = EngineArgs.kv_dtype,
         quantize: str | None = EngineArgs.quantize,
+        activation_bits: int = EngineArgs.activation_bits,
         device: torch.device | str = EngineArgs.device,
         tensor_parallel: int = EngineArgs.tensor_parallel,
         runner: RunnerOptions | None = None,
@@ -143,6 +146,7 @@ class Engine:
             "draft_tokens": draft_tokens,
             "kv_dtype": kv_dtype,
             "quantize": quantize,
+            "activation_bits": activation_bits,
             "device": device,
             "prefill_backend": prefill_backend,
             "decode_backend": decode_backend,
@@ -188,6 +192,7 @@ class Engine:
             draft_tokens=args.draft_tokens,
             kv_dtype=args.kv_dtype,
             quantize=args.quantize,
+            activation_bits=args.activation_bits,
             device=args.device,
             tensor_parallel=args.tensor_parallel,
             runner=args.runner_options(),

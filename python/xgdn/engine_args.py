@@ -19,7 +19,7 @@ _SIZES = RunnerOptions()
 _Class = TypeVar("_Class", bound=type)
 
 
-def _documented(doc: str, *, choices: Sequence[torch.dtype | str] = ()) -> dict[str, Any]:
+def _documented(doc: str, *, choices: Sequence[torch.dtype | str | int] = ()) -> dict[str, Any]:
     """Metadata of a field: its doc and the values that it may have, where they are few."""
     return {"doc": doc, "choices": tuple(choices)}
 
@@ -80,6 +80,13 @@ class EngineArgs:
         metadata=_documented(
             "Round the weights of a 16-bit checkpoint to int8 or int4 while it is loaded (default: as stored).",
             choices=["int8", "int4"],
+        ),
+    )
+    activation_bits: int = field(
+        default=_DEFAULTS.activation_bits,
+        metadata=_documented(
+            "Bits of activations where they meet weights in int8 or int4: 16, or 8, which is faster and less exact.",
+            choices=[16, 8],
         ),
     )
     device: str = field(

@@ -636,6 +636,7 @@ def quantized_linear(
     zeros: Tensor | None = None,
     order: Tensor | None = None,
     bias: Tensor | None = None,
+    activation_bits: int = 16,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -644,12 +645,22 @@ def quantized_linear(
 
     `scales` `[P, G, 16]` f32 | bf16 | f16 and `zeros` `[P, G, 16]` int8 (default 0; of 4 bits 8) belong to groups of
     `D / G` columns, 32, 64 or 128. `order` `[D]` int32: column `i` of the codes is column `order[i]` of the weight. `O`
-    is `num_outputs`, or 16 P. On the cpu backend integer codes are multiplied with `x` in 16 bits behind a scale for
-    each group, so that a group's sum is exact.
+    is `num_outputs`, or 16 P. On the cpu backend integer codes are multiplied with `x` in `activation_bits`, 16 or 8,
+    behind a scale for each group, so that a group's sum is exact.
     """
     if out is None:
         out = x.new_empty(x.shape[0], 16 * codes.shape[0] if num_outputs is None else num_outputs)
-    torch.ops.xgdn.quantized_linear(x, codes, scales, out, zeros=zeros, order=order, bias=bias, backend=backend)
+    torch.ops.xgdn.quantized_linear(
+        x,
+        codes,
+        scales,
+        out,
+        zeros=zeros,
+        order=order,
+        bias=bias,
+        activation_bits=activation_bits,
+        backend=backend,
+    )
     return out
 
 
@@ -809,6 +820,7 @@ def quantized_moe_experts(
     *,
     gate_up_zeros: Tensor | None = None,
     down_zeros: Tensor | None = None,
+    activation_bits: int = 16,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -827,6 +839,7 @@ def quantized_moe_experts(
         out,
         gate_up_zeros=gate_up_zeros,
         down_zeros=down_zeros,
+        activation_bits=activation_bits,
         backend=backend,
     )
     return out

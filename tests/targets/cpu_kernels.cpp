@@ -936,6 +936,22 @@ QuantizedWeight quantized_weight(Codes format, int64_t D, int64_t O, int64_t gro
   return weight;
 }
 
+// What a token is beside integer codes: multiples of a scale for each group of columns in their order.
+Doubles rounded_token(Doubles x, const std::vector<int32_t>& order, int64_t group_size, int64_t bits) {
+  const float most = bits == 8 ? 127.0f : 32639.0f;
+  for (int64_t first = 0; first < static_cast<int64_t>(x.size()); first += group_size) {
+    float largest = 0;
+    for (int64_t i = first; i < first + group_size; ++i) {
+      largest = std::max(largest, std::abs(static_cast<float>(x[order[i]])));
+    }
+    const float scale = largest / most, inverse = largest == 0 ? 0 : most / largest;
+    for (int64_t i = first; i < first + group_size; ++i) {
+      x[order[i]] = static_cast<double>(std::nearbyint(static_cast<float>(x[order[i]]) * inverse)) * scale;
+    }
+  }
+  return x;
+}
+
 void run_quantized_linear(QuantizedLinearArgs args) {
   const auto lines = [](int64_t bytes) { return std::vector<PackedLine>(static_cast<size_t>(bytes) / 64 + 1); };
   std::vector<PackedLine> tokens = lines(args.T * args.D * 4), scales = lines(args.T * num_groups(args) * 4),
@@ -943,23 +959,25 @@ void run_quantized_linear(QuantizedLinearArgs args) {
   args.by_tiles = takes_tiles(args.format, args.T);
   args.tokens = tokens.data();
   args.token_scales = reinterpret_cast<float*>(scales.data());
-  args.token_sums = reinterpret_cast<int32_t*>(sums.data());
+  args.token_starts = reinterpret_cast<int32_t*>(sums.data());
   prepare_tokens(args, 0, args.T);
   quantized_linear(args, 0, num_work_items(args));
 }
 
 // All tokens at once, and each by itself with the same bits. Rows of x and out lie apart.
-void test_quantized_linear(Codes format, int64_t T, int64_t D, int64_t O, int64_t group_size, DType out_dtype,
-                           bool has_options) {
+void test_quantized_linear(Codes format, int64_t bits, int64_t T, int64_t D, int64_t O, int64_t group_size,
+                           DType out_dtype, bool has_options) {
   constexpr int64_t kGap = 3;
   const int64_t width = O + kGap;
-  const std::string name = "quantized linear, format " + std::to_string(static_cast<int>(format)) +
-                           ", T=" + std::to_string(T) + ", D=" + std::to_string(D) + ", O=" + std::to_string(O);
+  const std::string name = "quantized linear, format " + std::to_string(static_cast<int>(format)) + ", " +
+                           std::to_string(bits) + " bits, T=" + std::to_string(T) + ", D=" + std::to_string(D) + ", O=" + std::to_string(O);
   const DType in_dtype = has_options ? DType::kBFloat16 : DType::kFloat32;
   const Numbers x = Numbers::random(in_dtype, T * (D + kGap)), bias = Numbers::random(in_dtype, O, 100.0f);
   const bool has_zeros = has_options && format != Codes::kFloat8;
   QuantizedWeight weight = quantized_weight(format, D, O, group_size, in_dtype, has_zeros);
+  std::vector<int32_t> columns = weight.order;
   if (!has_options) {  // the columns as they are
+    std::iota(columns.begin(), columns.end(), 0);
     const Doubles ordered = weight.values;
     for (int64_t o = 0; o < O; ++o) {
       for (int64_t d = 0; d < D; ++d) weight.values[o * D + d] = ordered[o * D + weight.order[d]];
@@ -967,6 +985,7 @@ void test_quantized_linear(Codes format, int64_t T, int64_t D, int64_t O, int64_
   }
   QuantizedLinearArgs args;
   args.T = T, args.D = D, args.O = O, args.group_size = group_size, args.format = format;
+  args.activation_bits = bits;
   args.x = x.in(D + kGap, 0), args.codes = weight.codes.data();
   args.scales = weight.scales.in(16 * num_groups(args), 16);
   if (has_zeros) args.zeros = weight.zeros.data();
@@ -976,33 +995,33 @@ void test_quantized_linear(Codes format, int64_t T, int64_t D, int64_t O, int64_
   Numbers inside(out_dtype, T * O);
   Doubles want;
   for (int64_t t = 0; t < T; ++t) {
+    Doubles token(static_cast<size_t>(D));
+    for (int64_t d = 0; d < D; ++d) token[d] = x[t * (D + kGap) + d];
+    if (format != Codes::kFloat8) token = rounded_token(token, columns, group_size, bits);
     for (int64_t o = 0; o < O; ++o) {
       double sum = has_options ? bias[o] : 0;
-      for (int64_t d = 0; d < D; ++d) sum += x[t * (D + kGap) + d] * weight.values[o * D + d];
+      for (int64_t d = 0; d < D; ++d) sum += token[d] * weight.values[o * D + d];
       want.push_back(sum);
       inside.set(t * O + o, static_cast<float>(out[t * width + o]));
     }
     for (int64_t o = O; o < width; ++o) expect(std::isnan(out[t * width + o]), name + ": writes beside out");
   }
-  // Beside integer codes x has 16 bits.
-  expect_close(name, inside, want, std::max(tolerance(out_dtype), format == Codes::kFloat8 ? 0 : 6e-5));
+  expect_close(name, inside, want, tolerance(out_dtype));
 }
 
-void test_quantized_linears() {
-  for (const Codes format : {Codes::kInt8, Codes::kInt4, Codes::kFloat8}) {
-    for (const int64_t T : {1, 2, 3, 4, 5, 6, 7, 12, 13, 97}) {
-      for (const int64_t O : {16, 40, 80}) {
-        for (const bool has_options : {false, true}) {
-          test_quantized_linear(format, T, /*D=*/96, O, /*group_size=*/32, DType::kFloat32, has_options);
-        }
+void test_quantized_linears(Codes format, int64_t bits) {
+  for (const int64_t T : {1, 2, 3, 4, 5, 6, 7, 12, 13, 97}) {
+    for (const int64_t O : {16, 40, 80}) {
+      for (const bool has_options : {false, true}) {
+        test_quantized_linear(format, bits, T, /*D=*/96, O, /*group_size=*/32, DType::kFloat32, has_options);
       }
-      test_quantized_linear(format, T, /*D=*/64, /*O=*/33, /*group_size=*/64, DType::kBFloat16, T % 2 == 1);
-      test_quantized_linear(format, T, /*D=*/256, /*O=*/47, /*group_size=*/128, DType::kFloat32, T % 2 == 0);
     }
-    // More than is unpacked at once, and not a multiple of it.
-    test_quantized_linear(format, /*T=*/13, /*D=*/1184, /*O=*/40, /*group_size=*/32, DType::kFloat32, true);
-    test_quantized_linear(format, /*T=*/13, /*D=*/1152, /*O=*/33, /*group_size=*/128, DType::kFloat32, true);
+    test_quantized_linear(format, bits, T, /*D=*/64, /*O=*/33, /*group_size=*/64, DType::kBFloat16, T % 2 == 1);
+    test_quantized_linear(format, bits, T, /*D=*/256, /*O=*/47, /*group_size=*/128, DType::kFloat32, T % 2 == 0);
   }
+  // More than is unpacked at once, and not a multiple of it.
+  test_quantized_linear(format, bits, /*T=*/13, /*D=*/1184, /*O=*/40, /*group_size=*/32, DType::kFloat32, true);
+  test_quantized_linear(format, bits, /*T=*/13, /*D=*/1152, /*O=*/33, /*group_size=*/128, DType::kFloat32, true);
 }
 
 // A mixture of experts. Everybody chooses the last one, nobody the first, some one twice.
@@ -1235,7 +1254,10 @@ void test_target(int64_t target) {
       test_attention(/*group=*/4, D, /*block_size=*/16, dtype, /*q_size=*/1, /*products=*/nullptr, /*is_int8=*/true);
     }
   }
-  test_quantized_linears();
+  for (const int64_t bits : {8, 16}) {
+    for (const Codes format : {Codes::kInt8, Codes::kInt4}) test_quantized_linears(format, bits);
+  }
+  test_quantized_linears(Codes::kFloat8, /*bits=*/16);
   for (const size_t size : {1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 100, 1000, 1024}) test_logits(size);
   test_linear_by_rows(linear_by_widened_rows);
   const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;

@@ -230,16 +230,17 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
                                    .scales = in_rows(scales),
                                    .zeros = pointer<int8_t>(p.weight.zeros),
                                    .order = pointer<int32_t>(p.weight.order),
+                                   .activation_bits = p.weight.activation_bits,
                                    .bias = p.bias ? in_heads(*p.bias) : InRows(),
                                    .out = out_columns(p.out)};
   const bool is_float = args.format == cpu::Codes::kFloat8;
   const at::Tensor tokens = allocate_temporary({s.T, s.D}, p.x.options().dtype(is_float ? at::kFloat : at::kShort));
   const at::Tensor token_scales = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kFloat));
-  const at::Tensor token_sums = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kInt));
+  const at::Tensor token_starts = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kInt));
   args.by_tiles = cpu::takes_tiles(args.format, s.T);
   args.tokens = tokens.mutable_data_ptr();
   args.token_scales = token_scales.mutable_data_ptr<float>();
-  args.token_sums = token_sums.mutable_data_ptr<int32_t>();
+  args.token_starts = token_starts.mutable_data_ptr<int32_t>();
   parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::prepare_tokens(args, begin, end); });
   parallel_products(args, num_neighbours(args), cpu::quantized_linear);
 }
@@ -270,7 +271,8 @@ std::unique_ptr<cpu::ExpertProduct> expert_product(const QuantizedWeight& weight
                                          .format = format_of(weight.codes),
                                          .codes = static_cast<const uint8_t*>(weight.codes.const_data_ptr()),
                                          .scales = in_rows(weight.scales.flatten(0, 1)),
-                                         .zeros = pointer<int8_t>(weight.zeros)};
+                                         .zeros = pointer<int8_t>(weight.zeros),
+                                         .activation_bits = weight.activation_bits};
   return std::make_unique<cpu::QuantizedExperts>(args);
 }
 

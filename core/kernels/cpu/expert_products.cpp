@@ -130,8 +130,8 @@ void ExpertTiles::multiply(const ExpertVisits::Group& group, int64_t output, int
 // Tokens, their scales, their sums.
 int64_t QuantizedExperts::num_bytes(const ExpertVisits& visits) const {
   const int64_t V = visits.size();
-  if (args_.format == Codes::kFloat8) return V * args_.D * int64_t{sizeof(float)};
-  return aligned(V * args_.D * int64_t{sizeof(int16_t)}) + aligned(V * num_groups(args_) * int64_t{sizeof(float)}) +
+  if (args_.format == Codes::kFloat8) return V * token_stride(args_);
+  return aligned(V * token_stride(args_)) + aligned(V * num_groups(args_) * int64_t{sizeof(float)}) +
          V * num_groups(args_) * int64_t{sizeof(int32_t)};
 }
 
@@ -139,17 +139,14 @@ QuantizedLinearArgs QuantizedExperts::of_visits(int64_t visit, int64_t count) co
   QuantizedLinearArgs args = args_;
   args.T = count;
   args.by_tiles = takes_tiles(args.format, visits_->size() / std::max<int64_t>(std::ssize(visits_->groups), 1));
-  if (args.format == Codes::kFloat8) {
-    args.tokens = reinterpret_cast<float*>(memory_) + visit * args.D;
-    return args;
-  }
+  args.tokens = memory_ + visit * token_stride(args);
+  if (args.format == Codes::kFloat8) return args;
   const int64_t V = visits_->size();
   const int64_t groups = num_groups(args);
-  char* scales = memory_ + aligned(V * args.D * int64_t{sizeof(int16_t)});
+  char* scales = memory_ + aligned(V * token_stride(args));
   char* sums = scales + aligned(V * groups * int64_t{sizeof(float)});
-  args.tokens = reinterpret_cast<int16_t*>(memory_) + visit * args.D;
   args.token_scales = reinterpret_cast<float*>(scales) + visit * groups;
-  args.token_sums = reinterpret_cast<int32_t*>(sums) + visit * groups;
+  args.token_starts = reinterpret_cast<int32_t*>(sums) + visit * groups;
   return args;
 }
 

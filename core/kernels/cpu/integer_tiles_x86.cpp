@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops of integer_tiles.h. Tiles hold 16 outputs and up to 8 tokens, two rows each: tokens are the left operand,
-// so that a row of sums is a vector of outputs, which AVX-512 scales and adds to what stays in registers from group to
-// group.
+// The loops of integer_tiles.h. Tiles hold 16 outputs and up to 16 rows of tokens: tokens are the left operand, so that
+// a row of sums is a vector of outputs, which AVX-512 scales and adds to what stays in registers from group to group.
 #include "core/kernels/cpu/instruction_sets.h"
 #include "core/kernels/cpu/integer_tiles.h"
 
@@ -22,7 +21,7 @@ namespace {
 #define XGDN_INTEGER_TILES __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw")))
 
 // Tiles: 0 sums, 1 tokens, 2 codes of even groups, 3 to 5 of odd ones. Two groups are under way at once.
-XGDN_INTEGER_TILES void begin_tiles(size_t T, size_t group_size) {
+XGDN_INTEGER_TILES void begin_tiles(size_t num_rows, size_t group_size) {
   const size_t depth = std::min(group_size, kTileBytes);
   TileConfig config;
   const auto set = [&](int tile, size_t rows, size_t row_bytes) {
@@ -30,8 +29,8 @@ XGDN_INTEGER_TILES void begin_tiles(size_t T, size_t group_size) {
     config.row_bytes[tile] = static_cast<uint16_t>(row_bytes);
   };
   for (const int first : {0, 3}) {
-    set(first, 2 * T, kTileBytes);
-    set(first + 1, 2 * T, depth);
+    set(first, num_rows, kTileBytes);
+    set(first + 1, num_rows, depth);
     set(first + 2, depth / 4, kTileBytes);
   }
   asm volatile("" ::"r"(&config) : "memory");  // the compiler thinks that only the first bytes are read
@@ -44,9 +43,9 @@ XGDN_INTEGER_TILES void end_tiles() {
 
 constexpr size_t kGroupsAtOnce = 8;
 
-// A group's sums of high and of low bytes.
+// A group's sums of each row of a token.
 struct alignas(64) GroupSums {
-  int32_t of_token[kMostTileTokens][2][kTileRows];
+  int32_t of_row[kTileTokenRows][kTileRows];
 };
 
 template <bool kIsOdd>
@@ -76,13 +75,13 @@ XGDN_INTEGER_TILES inline void multiply_group(const GroupProducts& p, size_t gro
     }
   }
   if constexpr (kIsOdd) {
-    _tile_stored(3, sums.of_token, kTileBytes);
+    _tile_stored(3, sums.of_row, kTileBytes);
   } else {
-    _tile_stored(0, sums.of_token, kTileBytes);
+    _tile_stored(0, sums.of_row, kTileBytes);
   }
 }
 
-template <size_t kTokens, bool kHasZeros>
+template <size_t kTokens, size_t kTokenRows, bool kHasZeros>
 XGDN_INTEGER_TILES inline void add_group(const GroupProducts& p, size_t group, const GroupSums& from,
                                          __m512 (&sums)[kTokens]) {
   const __m512 scales = _mm512_loadu_ps(p.scales + group * kTileRows);
@@ -90,13 +89,15 @@ XGDN_INTEGER_TILES inline void add_group(const GroupProducts& p, size_t group, c
   if constexpr (kHasZeros) {
     zeros = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.zeros + group * kTileRows)));
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (size_t t = 0; t < kTokens; ++t) {
     const size_t at = t * p.token_group_stride + group;
-    const auto& [high, low] = from.of_token[t];
-    __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(high), 8), _mm512_load_si512(low));
+    __m512i sum = _mm512_load_si512(from.of_row[kTokenRows * t]);
+    if constexpr (kTokenRows == 2) {
+      sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_load_si512(from.of_row[2 * t + 1]));
+    }
     if constexpr (kHasZeros) {
-      sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(p.token_sums[at])));
+      sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(p.token_starts[at])));
     }
     const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(p.token_scales[at]));
     sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[t]);
@@ -104,12 +105,12 @@ XGDN_INTEGER_TILES inline void add_group(const GroupProducts& p, size_t group, c
 }
 
 // Some groups are multiplied before they are scaled: what tiles store takes long to be loaded again.
-template <size_t kTokens, bool kHasZeros>
+template <size_t kTokens, size_t kTokenRows, bool kHasZeros>
 XGDN_INTEGER_TILES void multiply_tokens(const GroupProducts& p) {
   asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
   GroupSums group_sums[kGroupsAtOnce];
   __m512 sums[kTokens];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (size_t t = 0; t < kTokens; ++t) sums[t] = _mm512_loadu_ps(p.sums + t * p.sum_stride);
   for (size_t first = 0; first < p.num_groups; first += kGroupsAtOnce) {
     const size_t count = std::min(kGroupsAtOnce, p.num_groups - first);
@@ -118,23 +119,29 @@ XGDN_INTEGER_TILES void multiply_tokens(const GroupProducts& p) {
       if (i + 1 < count) multiply_group<true>(p, first + i + 1, group_sums[i + 1]);
     }
     asm volatile("" ::: "memory");
-    for (size_t i = 0; i < count; ++i) add_group<kTokens, kHasZeros>(p, first + i, group_sums[i], sums);
+    for (size_t i = 0; i < count; ++i) add_group<kTokens, kTokenRows, kHasZeros>(p, first + i, group_sums[i], sums);
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (size_t t = 0; t < kTokens; ++t) _mm512_storeu_ps(p.sums + t * p.sum_stride, sums[t]);
 }
 
 using Multiply = void (*)(const GroupProducts&);
 
-template <bool kHasZeros, size_t... kBefore>
-constexpr std::array<Multiply, kMostTileTokens> functions_of_counts(std::index_sequence<kBefore...>) {
-  return {multiply_tokens<kBefore + 1, kHasZeros>...};
+template <size_t kTokenRows, bool kHasZeros, size_t... kBefore>
+constexpr auto functions_of_counts(std::index_sequence<kBefore...>) {
+  return std::array<Multiply, sizeof...(kBefore)>{multiply_tokens<kBefore + 1, kTokenRows, kHasZeros>...};
+}
+
+template <size_t kTokenRows>
+Multiply function_of(const GroupProducts& p) {
+  constexpr auto kCounts = std::make_index_sequence<kTileTokenRows / kTokenRows>();
+  static constexpr auto kPlain = functions_of_counts<kTokenRows, false>(kCounts);
+  static constexpr auto kWithZeros = functions_of_counts<kTokenRows, true>(kCounts);
+  return (p.zeros == nullptr ? kPlain : kWithZeros)[p.T - 1];
 }
 
 void multiply(const GroupProducts& p) {
-  constexpr auto kCounts = std::make_index_sequence<kMostTileTokens>();
-  static constexpr auto kPlain = functions_of_counts<false>(kCounts), kWithZeros = functions_of_counts<true>(kCounts);
-  (p.zeros == nullptr ? kPlain : kWithZeros)[p.T - 1](p);
+  (p.token_rows == 1 ? function_of<1>(p) : function_of<2>(p))(p);
 }
 
 XGDN_INTEGER_TILES void split(const int16_t* x, size_t count, Codes format, int8_t* high, int8_t* low) {

@@ -6,6 +6,9 @@
 //
 // int4: 8 of D. From the lowest bits on, the low half holds 0, 2, 4, 6 and the high one 1, 3, 5, 7: four pairs.
 //
+// Tokens of 8 bits lie in the order of these bytes, of int4 that of the lower halves before that of the upper ones, where
+// instructions multiply bytes.
+//
 // float8: 2 of D, as they follow each other.
 #if defined(XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_
@@ -108,7 +111,7 @@ HWY_INLINE VI both_halves(VI x) {
   return hn::Or(hn::ShiftLeft<16>(x), hn::And(x, hn::Set(I32(), 0xFFFF)));
 }
 
-// Highway 1.0.3 has no target for AVX512-VNNI, which adds pairs of products in one instruction instead of two.
+// Highway 1.0.3 has no target for AVX512-VNNI, which adds products of pairs, or of four bytes, in one instruction.
 #undef XGDN_VNNI
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
 #define XGDN_VNNI
@@ -116,7 +119,21 @@ HWY_INLINE VI dot_pairs(VI sum, VI a, VI b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
   return sum;
 }
+// a without a sign, b with one
+HWY_INLINE VI dot_bytes(VI sum, VI a, VI b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
+  return sum;
+}
 #endif
+
+// Whether this machine multiplies tokens of 8 bits as bytes; elsewhere they are i16.
+inline bool has_byte_products() {
+#ifdef XGDN_VNNI
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
 
 // ---- formats --------------------------------------------------------------------------------------------------------
 
@@ -124,30 +141,25 @@ HWY_INLINE VI dot_pairs(VI sum, VI a, VI b) {
 // kStepDepth of D. For more than kFewTokens it pays to unpack once for all of them: that is measured on a Zen 3, where
 // memory keeps up with six tokens at once only while they are multiplied.
 
-// What integer codes have in common. A token is i16 behind a scale for each group.
-template <bool kHasVnni>
+// What integer codes have in common. A token is integers behind a scale for each group, of which a lane takes four bytes
+// at once. Codes without zeros beside them have kZero; those of zeros are kOffset more.
+template <class Integer, int32_t kZeroOfCodes, int32_t kOffset = 0>
 struct IntegerCodes {
-  using Token = int16_t;
+  using Token = Integer;
   using Element = int32_t;
   static constexpr size_t kRowBytes = 64;
   static constexpr size_t kLaneBytes = 4;
-  static constexpr size_t kStepDepth = 2;
+  static constexpr size_t kStepDepth = 4 / sizeof(Token);
   static constexpr int64_t kFewTokens = 12;
   static constexpr bool kIsExact = true;  // a group's sum
+  static constexpr int32_t kZero = kZeroOfCodes;
 
   static HWY_INLINE VI load(const uint8_t* p) { return hn::LoadU(I32(), reinterpret_cast<const int32_t*>(p)); }
 
-  static HWY_INLINE VI broadcast(const int16_t* x) {
-    int32_t pair;
-    std::memcpy(&pair, x, sizeof(pair));
-    return hn::Set(I32(), pair);
-  }
-
-  static HWY_INLINE VI add(VI sum, VI weights, VI x) {
-#ifdef XGDN_VNNI
-    if constexpr (kHasVnni) return dot_pairs(sum, weights, x);
-#endif
-    return add_pair_products(sum, weights, x);
+  static HWY_INLINE VI broadcast(const Token* x) {
+    int32_t integers;
+    std::memcpy(&integers, x, sizeof(integers));
+    return hn::Set(I32(), integers);
   }
 
   static HWY_INLINE VF widen(VI sum) {
@@ -157,27 +169,41 @@ struct IntegerCodes {
   static HWY_INLINE VF token_scale(const float* scales, size_t at) {
     return hn::Set(F32(), scales[at]);
   }
-  static HWY_INLINE int32_t of_group(const int32_t* sums, size_t at) {
-    return sums[at];
-  }
 
   static HWY_INLINE VI load_zeros(const int8_t* zeros, size_t at) {
-    return hn::PromoteTo(I32(), hn::LoadU(hn::Rebind<int8_t, I32>(), zeros + at));
+    const auto loaded = hn::LoadU(hn::Rebind<int8_t, I32>(), zeros + at);
+    return hn::Add(hn::PromoteTo(I32(), loaded), hn::Set(I32(), kOffset));
   }
 
   // -zero * sum of the token's integers
-  static HWY_INLINE VI without_zeros(VI zeros, int32_t sum) {
-    return hn::Neg(hn::Mul(zeros, hn::Set(I32(), sum)));
+  static HWY_INLINE VI start(const int8_t* zeros, size_t at, const int32_t* starts, size_t group) {
+    const VI of_token = hn::Set(I32(), starts[group]);
+    return zeros == nullptr ? of_token : hn::Mul(load_zeros(zeros, at), of_token);
+  }
+};
+
+// Tokens of i16, multiplied in pairs.
+template <bool kHasVnni, int32_t kZero>
+struct PairCodes : IntegerCodes<int16_t, kZero> {
+  using Base = IntegerCodes<int16_t, kZero>;
+
+  static HWY_INLINE VI add(VI sum, VI weights, VI x) {
+#ifdef XGDN_VNNI
+    if constexpr (kHasVnni) return dot_pairs(sum, weights, x);
+#endif
+    return add_pair_products(sum, weights, x);
   }
 
+  static HWY_INLINE VI zeros(const int8_t* zeros, size_t at) {
+    return both_halves(zeros == nullptr ? hn::Set(I32(), kZero) : Base::load_zeros(zeros, at));
+  }
   static HWY_INLINE VI subtract(VI pairs, VI zeros) {
     return subtract_pairs(pairs, zeros);
   }
 };
 
 template <bool kHasVnni>
-struct Int8Codes : IntegerCodes<kHasVnni> {
-  using Base = IntegerCodes<kHasVnni>;
+struct Int8Pairs : PairCodes<kHasVnni, 0> {
   static constexpr size_t kDepth = 4;
   static constexpr size_t kSteps = 2;
 
@@ -186,21 +212,12 @@ struct Int8Codes : IntegerCodes<kHasVnni> {
     if constexpr (kStep == 0) codes = shift_pairs_left<8>(codes);
     return shift_pairs_right<8>(codes);
   }
-
-  static HWY_INLINE VI start(const int8_t* zeros, size_t at, int32_t sum) {
-    return zeros == nullptr ? hn::Zero(I32()) : Base::without_zeros(Base::load_zeros(zeros, at), sum);
-  }
-  static HWY_INLINE VI zeros(const int8_t* zeros, size_t at) {
-    return zeros == nullptr ? hn::Zero(I32()) : both_halves(Base::load_zeros(zeros, at));
-  }
 };
 
 template <bool kHasVnni>
-struct Int4Codes : IntegerCodes<kHasVnni> {
-  using Base = IntegerCodes<kHasVnni>;
+struct Int4Pairs : PairCodes<kHasVnni, 8> {
   static constexpr size_t kDepth = 8;
   static constexpr size_t kSteps = 4;
-  static constexpr int32_t kZero = 8;
 
   template <size_t kStep>
   static HWY_INLINE VI unpack(VI codes) {
@@ -208,14 +225,34 @@ struct Int4Codes : IntegerCodes<kHasVnni> {
     const auto shifted = hn::ShiftRight<4 * kStep>(hn::BitCast(u, codes));  // what crosses the halves is cut off
     return hn::BitCast(I32(), hn::And(shifted, hn::Set(u, 0x000F000F)));
   }
-
-  static HWY_INLINE VI start(const int8_t* zeros, size_t at, int32_t sum) {
-    return zeros == nullptr ? hn::Set(I32(), -kZero * sum) : Base::without_zeros(Base::load_zeros(zeros, at), sum);
-  }
-  static HWY_INLINE VI zeros(const int8_t* zeros, size_t at) {
-    return both_halves(zeros == nullptr ? hn::Set(I32(), kZero) : Base::load_zeros(zeros, at));
-  }
 };
+
+#ifdef XGDN_VNNI
+
+// Tokens of i8. Codes are multiplied as bytes without a sign.
+struct Int8Bytes : IntegerCodes<int8_t, 128, 128> {
+  static constexpr size_t kDepth = 4;
+  static constexpr size_t kSteps = 1;
+
+  template <size_t kStep>
+  static HWY_INLINE VI unpack(VI codes) {
+    return hn::Xor(codes, hn::Set(I32(), static_cast<int32_t>(0x80808080)));
+  }
+  static HWY_INLINE VI add(VI sum, VI weights, VI x) { return dot_bytes(sum, weights, x); }
+};
+
+struct Int4Bytes : IntegerCodes<int8_t, 8> {
+  static constexpr size_t kDepth = 8;
+  static constexpr size_t kSteps = 2;
+
+  template <size_t kStep>
+  static HWY_INLINE VI unpack(VI codes) {
+    return hn::And(hn::ShiftRight<4 * kStep>(codes), hn::Set(I32(), 0x0F0F0F0F));
+  }
+  static HWY_INLINE VI add(VI sum, VI weights, VI x) { return dot_bytes(sum, weights, x); }
+};
+
+#endif
 
 // e4m3: four bits of exponent with a bias of 7, no infinities. A token is f32. As f16 the bits are a number 2^8 times
 // smaller, subnormal ones too.
@@ -229,6 +266,7 @@ struct Float8Codes {
   static constexpr size_t kStepDepth = 1;
   static constexpr int64_t kFewTokens = 6;
   static constexpr bool kIsExact = false;
+  static constexpr int32_t kZero = 0;
 
   using Words = hn::Rebind<uint16_t, F32>;
 
@@ -250,32 +288,33 @@ struct Float8Codes {
   static HWY_INLINE VF add(VF sum, VF weights, VF x) { return hn::MulAdd(weights, x, sum); }
   static HWY_INLINE VF widen(VF sum) { return sum; }
   static HWY_INLINE VF token_scale(const float*, size_t) { return hn::Set(F32(), 256.0f); }
-  static HWY_INLINE int32_t of_group(const int32_t*, size_t) { return 0; }
 
-  static HWY_INLINE VF start(const int8_t*, size_t, int32_t) { return hn::Zero(F32()); }
+  static HWY_INLINE VF start(const int8_t*, size_t, const int32_t*, size_t) { return hn::Zero(F32()); }
   static HWY_INLINE VF zeros(const int8_t*, size_t) { return hn::Zero(F32()); }
   static HWY_INLINE VF subtract(VF weights, VF) { return weights; }
 };
 
-// Calls f(Format()).
+// Calls f(Format()) for tokens of integers of so many bits.
 template <bool kHasVnni, class F>
-void with_format_of(Codes format, const F& f) {
+void with_pairs(Codes format, const F& f) {
   switch (format) {
     case Codes::kInt8:
-      return f(Int8Codes<kHasVnni>());
+      return f(Int8Pairs<kHasVnni>());
     case Codes::kInt4:
-      return f(Int4Codes<kHasVnni>());
+      return f(Int4Pairs<kHasVnni>());
     case Codes::kFloat8:
       return f(Float8Codes());
   }
 }
 
 template <class F>
-void with_format(Codes format, const F& f) {
+void with_format(Codes format, bool has_byte_tokens, const F& f) {
 #ifdef XGDN_VNNI
-  if (__builtin_cpu_supports("avx512vnni")) return with_format_of<true>(format, f);
+  if (has_byte_tokens) return format == Codes::kInt8 ? f(Int8Bytes()) : f(Int4Bytes());
+  if (__builtin_cpu_supports("avx512vnni")) return with_pairs<true>(format, f);
 #endif
-  with_format_of<false>(format, f);
+  (void)has_byte_tokens;
+  with_pairs<false>(format, f);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -15,14 +15,14 @@
 // On tiles (integer_tiles.h), which multiply integer codes on machines that have them: tokens whose bytes stay in the
 // second-level cache -> block -> panel -> up to 1,024 of D, of int4 as bytes -> 8 tokens -> groups.
 //
-// Integer codes: a token's group is i16 times a scale of its own (its largest element becomes 32639), so that a group's
-// sum of products is exact in i32, whatever the vectors; one f32 multiply-add a group brings the scales in. float8:
+// Integer codes: a token's group is integers of 16 or 8 bits times a scale of its own (its largest element becomes 32639
+// or 127), so that a group's sum of products is exact in i32, whatever the instructions; one f32 multiply-add a group
+// brings the scales in. float8:
 // codes are widened exactly, a group's sum is f32 in ascending D. Groups are added in ascending order, then the bias;
 // out is rounded once. A token's bits depend neither on other tokens nor, where multiply-adds are fused, on the width
 // of the vectors. A token's group with a value that is not finite becomes NaN.
 #include "core/kernels/cpu/quantized_linear.h"
 
-#include <type_traits>
 #include <vector>
 
 #include "core/kernels/cpu/integer_tiles.h"
@@ -44,6 +44,10 @@ namespace HWY_NAMESPACE {
 inline constexpr size_t kBytesAhead = 3072;  // codes on their way while others are read
 inline constexpr size_t kUnpacked = 4096;    // elements of weights at once: 16 KiB
 inline constexpr size_t kManyTokens = 96;    // for which a weight is unpacked once
+// Some 24 lines can be on their way to the first level when a program asks for them, more to the second one.
+inline constexpr size_t kPanelBytesAhead = 8192;
+inline constexpr int kToSecondLevel = 2;
+inline constexpr size_t kPanelTokens = 12;  // at once: two of 32 registers each
 inline constexpr auto kPanelOutputs = static_cast<size_t>(kQuantizedPanel);
 static_assert(kQuantizedLinearBlock == kBlockOutputs);
 
@@ -51,20 +55,46 @@ static_assert(kQuantizedLinearBlock == kBlockOutputs);
 bool takes_tiles(Codes format, int64_t tokens) {
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
   constexpr int64_t kFewTokens = 4;  // memory keeps up with as many in vectors
-  return format != Codes::kFloat8 && tokens > kFewTokens && integer_tiles() != nullptr;
+  return format != Codes::kFloat8 && tokens > kFewTokens && has_byte_products() && integer_tiles() != nullptr;
 #else
   (void)format, (void)tokens;
   return false;
 #endif
 }
 
+// Whether a panel is one vector, and there are registers for its tokens.
+template <class Format>
+constexpr bool takes_panels() {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+  return Format::kIsExact;
+#else
+  return false;
+#endif
+}
+
 // ---- tokens ---------------------------------------------------------------------------------------------------------
 
-// A group of a token to i16 with its scale and the sum of its integers.
-void quantize_group(const float* HWY_RESTRICT x, size_t count, int16_t* HWY_RESTRICT to, float& scale, int32_t& sum) {
+inline constexpr int32_t kMostOfByte = 127;
+
+bool has_byte_tokens(const QuantizedLinearArgs& args) {
+  return args.activation_bits == 8 && args.format != Codes::kFloat8 && has_byte_products();
+}
+
+// What zero the sum of a token's integers is multiplied by.
+int32_t zero_of(const QuantizedLinearArgs& args) {
+  int32_t zero = 1;  // the weight has zeros
+  if (args.zeros == nullptr) {
+    with_format(args.format, has_byte_tokens(args), [&](auto format) { zero = decltype(format)::kZero; });
+  }
+  return zero;
+}
+
+// A group of a token to integers up to `most` with its scale and the sum of its integers.
+void quantize_group(const float* HWY_RESTRICT x, size_t count, int32_t most, int16_t* HWY_RESTRICT to, float& scale,
+                    int32_t& sum) {
   const F32 d;
   const I32 i;
-  const GroupScale group = group_scale(x, count, static_cast<float>(kMostOfTwoBytes));
+  const GroupScale group = group_scale(x, count, static_cast<float>(most));
   scale = group.scale;
   if (group.inverse == 0) {
     std::fill_n(to, count, int16_t{0});
@@ -81,29 +111,52 @@ void quantize_group(const float* HWY_RESTRICT x, size_t count, int16_t* HWY_REST
   sum = hn::GetLane(hn::SumOfLanes(i, total));
 }
 
+// Brings count integers, a multiple of 32, as bytes into the order of the codes.
+void store_bytes(const int16_t* HWY_RESTRICT x, size_t count, Codes format, int8_t* HWY_RESTRICT to) {
+#ifdef XGDN_VNNI
+  static constexpr int8_t kInt8Order[16] = {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15};
+  static constexpr int8_t kInt4Order[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+  const hn::Repartition<int8_t, F32> all;
+  const hn::Rebind<int16_t, hn::Half<decltype(all)>> words;
+  const auto order = hn::LoadDup128(all, format == Codes::kInt8 ? kInt8Order : kInt4Order);
+  for (size_t i = 0; i < count; i += hn::Lanes(words)) {
+    const auto bytes = hn::DemoteTo(hn::Half<decltype(all)>(), hn::LoadU(words, x + i));
+    const auto half_order = hn::LowerHalf(order);
+    hn::StoreU(hn::TableLookupBytes(bytes, half_order), hn::Half<decltype(all)>(), to + i);
+  }
+#else
+  (void)x, (void)count, (void)format, (void)to;
+#endif
+}
+
 void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_t end_token) {
   const auto D = static_cast<size_t>(args.D);
-  const IntegerTiles* tiles = args.by_tiles ? integer_tiles() : nullptr;
+  const bool has_bytes = has_byte_tokens(args), is_split = args.by_tiles && !has_bytes;
+  const int32_t zero = zero_of(args), most = args.activation_bits == 8 ? kMostOfByte : kMostOfTwoBytes;
   thread_local std::vector<int16_t> whole;  // a token's integers, where bytes are kept
-  if (tiles != nullptr) whole.resize(D);
+  if (has_bytes || is_split) whole.resize(D);
   const auto group_size = static_cast<size_t>(args.group_size);
   const auto groups = static_cast<size_t>(num_groups(args));
   float* rows = scratch<QuantizedLinearArgs>(2 * padded(args.D));
   float* ordered = rows + padded(args.D);
   for (int64_t token = begin_token; token < end_token; ++token) {
-    float* row = args.format == Codes::kFloat8 ? static_cast<float*>(args.tokens) + token * args.D : ordered;
+    char* to = static_cast<char*>(args.tokens) + token * token_stride(args);
+    float* row = args.format == Codes::kFloat8 ? reinterpret_cast<float*>(to) : ordered;
     load_row(args.x.dtype, args.x.at(token, 0), D, args.order == nullptr ? row : rows);
     if (args.order != nullptr) {
       for (size_t i = 0; i < D; ++i) row[i] = rows[args.order[i]];
     }
     if (args.format == Codes::kFloat8) continue;
-    auto* bytes = static_cast<int8_t*>(args.tokens) + 2 * token * args.D;
-    auto* to = tiles == nullptr ? reinterpret_cast<int16_t*>(bytes) : whole.data();
+    int16_t* integers = has_bytes || is_split ? whole.data() : reinterpret_cast<int16_t*>(to);
     for (size_t g = 0; g < groups; ++g) {
       const size_t at = static_cast<size_t>(token) * groups + g;
-      quantize_group(row + g * group_size, group_size, to + g * group_size, args.token_scales[at], args.token_sums[at]);
+      int32_t sum;
+      quantize_group(row + g * group_size, group_size, most, integers + g * group_size, args.token_scales[at], sum);
+      args.token_starts[at] = -zero * sum;
     }
-    if (tiles != nullptr) tiles->split(to, D, args.format, bytes, bytes + D);
+    auto* bytes = reinterpret_cast<int8_t*>(to);
+    if (has_bytes) store_bytes(integers, D, args.format, bytes);
+    if (is_split) integer_tiles()->split(integers, D, args.format, bytes, bytes + D);
   }
 }
 
@@ -142,11 +195,11 @@ struct PackedWeights {
     return Format::template unpack<kStep>(Format::load(p));
   }
 
-  HWY_INLINE auto start_first(size_t group, int32_t sum) const {
-    return Format::start(args.zeros, first.groups + group * kPanelOutputs, sum);
+  HWY_INLINE auto start_first(size_t group, const int32_t* starts, size_t at) const {
+    return Format::start(args.zeros, first.groups + group * kPanelOutputs, starts, at);
   }
-  HWY_INLINE auto start_second(size_t group, int32_t sum) const {
-    return Format::start(args.zeros, second.groups + group * kPanelOutputs, sum);
+  HWY_INLINE auto start_second(size_t group, const int32_t* starts, size_t at) const {
+    return Format::start(args.zeros, second.groups + group * kPanelOutputs, starts, at);
   }
   HWY_INLINE VF first_scales(size_t group) const {
     return load_scales(args.scales, first.groups + group * kPanelOutputs);
@@ -175,13 +228,12 @@ struct UnpackedWeights {
     return hn::Load(hn::Rebind<Element, F32>(), reinterpret_cast<const Element*>(p + kStep * 2 * vector_bytes()));
   }
 
-  HWY_INLINE auto start_first(size_t, int32_t) const { return hn::Zero(hn::Rebind<Element, F32>()); }
-  HWY_INLINE auto start_second(size_t, int32_t) const { return hn::Zero(hn::Rebind<Element, F32>()); }
+  HWY_INLINE auto start_first(size_t, const int32_t*, size_t) const { return hn::Zero(hn::Rebind<Element, F32>()); }
+  HWY_INLINE auto start_second(size_t, const int32_t*, size_t) const { return hn::Zero(hn::Rebind<Element, F32>()); }
   HWY_INLINE VF first_scales(size_t group) const { return hn::Load(F32(), scales + 2 * group * hn::Lanes(F32())); }
   HWY_INLINE VF second_scales(size_t group) const {
     return hn::Load(F32(), scales + (2 * group + 1) * hn::Lanes(F32()));
   }
-
   const float* scales;
   const uint8_t* first_codes;
   const uint8_t* second_codes = first_codes + vector_bytes();
@@ -193,18 +245,19 @@ struct Tokens {
   using Token = typename Format::Token;
 
   Tokens(const QuantizedLinearArgs& args, int64_t token, size_t group)
-      : depth(static_cast<size_t>(args.D)), groups(static_cast<size_t>(num_groups(args))) {
-    x = static_cast<const Token*>(args.tokens) + static_cast<size_t>(token) * depth +
+      : stride(static_cast<size_t>(token_stride(args)) / sizeof(Token)),
+        groups(static_cast<size_t>(num_groups(args))) {
+    x = static_cast<const Token*>(args.tokens) + static_cast<size_t>(token) * stride +
         group * static_cast<size_t>(args.group_size);
     const size_t at = static_cast<size_t>(token) * groups + group;
-    if (args.token_scales != nullptr) scales = args.token_scales + at, sums = args.token_sums + at;
+    if (args.token_scales != nullptr) scales = args.token_scales + at, starts = args.token_starts + at;
   }
 
-  size_t depth;
+  size_t stride;  // from token to token
   size_t groups;
   const Token* x;
   const float* scales = nullptr;
-  const int32_t* sums = nullptr;
+  const int32_t* starts = nullptr;
 };
 
 // Adds some groups to sums [kTokens, kBlockOutputs].
@@ -213,16 +266,16 @@ void multiply(const Weights& weights, const Tokens<Format>& tokens, size_t num_g
               float* HWY_RESTRICT sums) {
   const F32 d;
   const size_t lanes = hn::Lanes(d);
-  const size_t D = tokens.depth, groups = tokens.groups;
+  const size_t stride = tokens.stride, groups = tokens.groups;
   const auto* HWY_RESTRICT x = tokens.x;
   const uint8_t* HWY_RESTRICT p = weights.first_codes;
   const uint8_t* HWY_RESTRICT q = weights.second_codes;
 
   for (size_t g = 0; g < num_groups; ++g) {
     const auto first = [&](size_t t)
-                           HWY_ATTR { return weights.start_first(g, Format::of_group(tokens.sums, t * groups + g)); };
+                           HWY_ATTR { return weights.start_first(g, tokens.starts, t * groups + g); };
     const auto second = [&](size_t t)
-                            HWY_ATTR { return weights.start_second(g, Format::of_group(tokens.sums, t * groups + g)); };
+                            HWY_ATTR { return weights.start_second(g, tokens.starts, t * groups + g); };
     auto a0 = first(0), b0 = second(0);
     auto a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, b1 = b0, b2 = b0, b3 = b0, b4 = b0, b5 = b0;
     if constexpr (kTokens > 1) a1 = first(1), b1 = second(1);
@@ -239,7 +292,7 @@ void multiply(const Weights& weights, const Tokens<Format>& tokens, size_t num_g
         const auto w = Weights::template load_step<kStep>(p);
         const auto v = Weights::template load_step<kStep>(q);
         const auto add = [&](size_t t, auto& a, auto& b) HWY_ATTR {
-          const auto xt = Format::broadcast(x + t * D + kStep * Format::kStepDepth);
+          const auto xt = Format::broadcast(x + t * stride + kStep * Format::kStepDepth);
           a = Format::add(a, w, xt);
           b = Format::add(b, v, xt);
         };
@@ -251,7 +304,7 @@ void multiply(const Weights& weights, const Tokens<Format>& tokens, size_t num_g
         if constexpr (kTokens > 5) add(5, a5, b5);
       };
       step.template operator()<0>();
-      step.template operator()<1>();
+      if constexpr (Format::kSteps > 1) step.template operator()<1>();
       if constexpr (Format::kSteps > 2) step.template operator()<2>();
       if constexpr (Format::kSteps > 2) step.template operator()<3>();
       p += Weights::row_bytes();
@@ -287,35 +340,72 @@ HWY_INLINE void for_vectors(const QuantizedLinearArgs& args, const OutputBlock& 
   }
 }
 
-// One token on a panel that is one vector: codes are read in the order of memory, which processors see and read ahead
-// of by themselves. Two sums shorten the chain of additions, which integers allow.
-template <class Format>
+// Tokens on a panel that is one vector: codes are read in the order of memory, which processors see and read ahead of by
+// themselves. Few tokens have two sums each, which shortens the chain of additions, as integers allow.
+template <class Format, size_t kTokens>
 void multiply_panel(const PackedWeights<Format>& weights, const Tokens<Format>& tokens, size_t rows,
                     float* HWY_RESTRICT sums) {
   const F32 d;
+  constexpr size_t kChains = kTokens <= 2 ? 2 : 1;
+  constexpr size_t kRows = Format::kSteps < kChains ? kChains : 1;  // at once; a group has an even number
+  const size_t stride = tokens.stride, groups = tokens.groups;
   const uint8_t* HWY_RESTRICT p = weights.first_codes;
   const auto* HWY_RESTRICT x = tokens.x;
-  VF total = hn::Zero(d);
-  for (size_t g = 0; g < tokens.groups; ++g) {
-    auto even = weights.start_first(g, Format::of_group(tokens.sums, g));
-    auto odd = hn::Zero(I32());
-    for (size_t row = 0; row < rows; ++row) {
+  VF totals[kTokens];
+  VI of_group[kTokens * kChains];
+#pragma GCC unroll 16
+  for (size_t t = 0; t < kTokens; ++t) totals[t] = hn::Zero(d);
+  for (size_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 16
+    for (size_t t = 0; t < kTokens; ++t) {
+      of_group[kChains * t] = weights.start_first(g, tokens.starts, t * groups + g);
+      if constexpr (kChains == 2) of_group[kChains * t + 1] = hn::Zero(I32());
+    }
+    for (size_t row = 0; row < rows; row += kRows) {
+      if constexpr (kTokens > 1) __builtin_prefetch(p + kPanelBytesAhead, /*rw=*/0, kToSecondLevel);
       const auto step = [&]<size_t kStep>() HWY_ATTR {
-        const auto w = PackedWeights<Format>::template load_step<kStep>(p);
-        auto& sum = kStep % 2 == 1 ? odd : even;
-        sum = Format::add(sum, w, Format::broadcast(x + kStep * Format::kStepDepth));
+        constexpr size_t kRow = kStep / Format::kSteps;
+        const auto w = PackedWeights<Format>::template load_step<kStep % Format::kSteps>(p + kRow * Format::kRowBytes);
+#pragma GCC unroll 16
+        for (size_t t = 0; t < kTokens; ++t) {
+          VI& sum = of_group[kChains * t + kStep % kChains];
+          sum = Format::add(sum, w, Format::broadcast(x + t * stride + kStep * Format::kStepDepth));
+        }
       };
       step.template operator()<0>();
-      step.template operator()<1>();
-      if constexpr (Format::kSteps > 2) step.template operator()<2>();
-      if constexpr (Format::kSteps > 2) step.template operator()<3>();
-      p += Format::kRowBytes;
-      x += Format::kDepth;
+      if constexpr (Format::kSteps * kRows > 1) step.template operator()<1>();
+      if constexpr (Format::kSteps * kRows > 2) step.template operator()<2>();
+      if constexpr (Format::kSteps * kRows > 2) step.template operator()<3>();
+      p += kRows * Format::kRowBytes;
+      x += kRows * Format::kDepth;
     }
-    const VF factor = Format::token_scale(tokens.scales, g);
-    total = hn::MulAdd(Format::widen(hn::Add(even, odd)), hn::Mul(weights.first_scales(g), factor), total);
+    const VF scales = weights.first_scales(g);
+#pragma GCC unroll 16
+    for (size_t t = 0; t < kTokens; ++t) {
+      VI sum = of_group[kChains * t];
+      if constexpr (kChains == 2) sum = hn::Add(sum, of_group[kChains * t + 1]);
+      const VF factor = Format::token_scale(tokens.scales, t * groups + g);
+      totals[t] = hn::MulAdd(Format::widen(sum), hn::Mul(scales, factor), totals[t]);
+    }
   }
-  hn::Store(total, d, sums);
+#pragma GCC unroll 16
+  for (size_t t = 0; t < kTokens; ++t) hn::Store(totals[t], d, sums + t * kBlockOutputs);
+}
+
+// Panels of a block, one after the other, each by all of the tokens.
+template <class Format>
+void multiply_block_by_panels(const QuantizedLinearArgs& args, const OutputBlock& block, int64_t num_tokens) {
+  const size_t rows = static_cast<size_t>(args.group_size) / Format::kDepth;
+  for (size_t i = 0; i < block.rows; i += kPanelOutputs) {
+    const Outputs panel = outputs_at<Format>(args, block.output + static_cast<int64_t>(i));
+    for_even_parts(num_tokens, kPanelTokens, [&](int64_t token, int64_t count) {
+      const Tokens<Format> tokens(args, block.token + token, 0);
+      with_count<kPanelTokens>(count, [&]<size_t kTokens>() {
+        multiply_panel<Format, kTokens>({args, panel, panel}, tokens, rows,
+                                        block.sums + static_cast<size_t>(token) * kBlockOutputs + i);
+      });
+    });
+  }
 }
 
 // A few tokens: codes are unpacked where they are multiplied.
@@ -325,13 +415,6 @@ void multiply_block(const QuantizedLinearArgs& args, const OutputBlock& block) {
   const Tokens<Format> tokens(args, block.token, 0);
   std::fill_n(block.sums, kTokens * kBlockOutputs, 0.0f);
   for_vectors<Format>(args, block, [&](const Outputs& first, const Outputs& second, float* sums) {
-    if constexpr (kTokens == 1 && Format::kIsExact) {
-      if (hn::Lanes(F32()) == kPanelOutputs) {
-        multiply_panel(PackedWeights<Format>{args, first, first}, tokens, rows, sums);
-        if (second.codes == first.codes) return;
-        return multiply_panel(PackedWeights<Format>{args, second, second}, tokens, rows, sums + kPanelOutputs);
-      }
-    }
     multiply<Format, kTokens>(PackedWeights<Format>{args, first, second}, tokens, tokens.groups, rows, sums);
   });
 }
@@ -361,7 +444,7 @@ void unpack_groups(const QuantizedLinearArgs& args, const Outputs& first, const 
         to += 2 * lanes;
       };
       step.template operator()<0>();
-      step.template operator()<1>();
+      if constexpr (Format::kSteps > 1) step.template operator()<1>();
       if constexpr (Format::kSteps > 2) step.template operator()<2>();
       if constexpr (Format::kSteps > 2) step.template operator()<3>();
       p += Format::kRowBytes;
@@ -449,9 +532,10 @@ void load_panel(const QuantizedLinearArgs& args, int64_t output, size_t group, s
 template <class Format>
 void multiply_block_by_tiles(const QuantizedLinearArgs& args, const IntegerTiles& tiles, const OutputBlock& block,
                              int64_t num_tokens) {
-  const auto D = static_cast<size_t>(args.D);
   const auto group_size = static_cast<size_t>(args.group_size);
   const size_t groups = static_cast<size_t>(num_groups(args)), groups_at_once = kTileDepth / group_size;
+  const size_t token_rows = has_byte_tokens(args) ? 1 : 2;
+  const auto stride = static_cast<size_t>(token_stride(args));
   TilePanel panel;
   size_t set_to = 0;  // tokens of the tiles
   std::fill_n(block.sums, static_cast<size_t>(num_tokens) * kBlockOutputs, 0.0f);
@@ -459,19 +543,20 @@ void multiply_block_by_tiles(const QuantizedLinearArgs& args, const IntegerTiles
     for (size_t group = 0; group < groups; group += groups_at_once) {
       const size_t count = std::min(groups_at_once, groups - group);
       load_panel<Format>(args, block.output + static_cast<int64_t>(i), group, count, panel);
-      for_even_parts(num_tokens, kMostTileTokens, [&](int64_t token, int64_t part) {
+      for_even_parts(num_tokens, static_cast<int64_t>(kTileTokenRows / token_rows), [&](int64_t token, int64_t part) {
         const auto at = static_cast<size_t>(block.token + token), T = static_cast<size_t>(part);
-        if (T != set_to) tiles.begin(set_to = T, group_size);
+        if (T != set_to) tiles.begin(token_rows * T, group_size), set_to = T;
         tiles.multiply({.T = T,
+                        .token_rows = token_rows,
                         .num_groups = count,
                         .group_size = group_size,
                         .codes = panel.codes,
                         .scales = panel.scales,
                         .zeros = panel.zeros,
-                        .tokens = static_cast<const int8_t*>(args.tokens) + 2 * at * D + group * group_size,
-                        .token_stride = D,
+                        .tokens = static_cast<const int8_t*>(args.tokens) + at * stride + group * group_size,
+                        .token_stride = stride / token_rows,
                         .token_scales = args.token_scales + at * groups + group,
-                        .token_sums = args.token_sums + at * groups + group,
+                        .token_starts = args.token_starts + at * groups + group,
                         .token_group_stride = groups,
                         .sums = block.sums + static_cast<size_t>(token) * kBlockOutputs + i,
                         .sum_stride = kBlockOutputs,
@@ -485,7 +570,7 @@ void multiply_block_by_tiles(const QuantizedLinearArgs& args, const IntegerTiles
 template <class Format>
 void multiply_items_by_tiles(const QuantizedLinearArgs& args, const IntegerTiles& tiles, int64_t begin_item,
                              int64_t end_item) {
-  for_even_parts(args.T, std::max<int64_t>(kTokenBytes / (2 * args.D), kMostTileTokens),
+  for_even_parts(args.T, std::max<int64_t>(kTokenBytes / token_stride(args), kTileTokenRows),
                  [&](int64_t token, int64_t count) {
                    const QuantizedLinearArgs part = of_tokens(args, token, count);
                    multiply_blocks<kManyTokens>(part, begin_item, end_item, [&](const OutputBlock& block, int64_t T) {
@@ -498,10 +583,14 @@ void multiply_items_by_tiles(const QuantizedLinearArgs& args, const IntegerTiles
 
 template <class Format>
 void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
-  if constexpr (!std::is_same_v<Format, Float8Codes>) {
+  if constexpr (Format::kIsExact) {
     if (args.by_tiles) return multiply_items_by_tiles<Format>(args, *integer_tiles(), begin_item, end_item);
   }
-  if (args.T <= Format::kFewTokens) {
+  if constexpr (takes_panels<Format>()) {
+    multiply_blocks<kManyTokens>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
+      multiply_block_by_panels<Format>(args, block, num_tokens);
+    });
+  } else if (args.T <= Format::kFewTokens) {
     multiply_blocks<kTokensAtOnce>(args, begin_item, end_item, [&](const OutputBlock& block, int64_t num_tokens) {
       with_count<kTokensAtOnce>(num_tokens, [&]<size_t kTokens>() { multiply_block<Format, kTokens>(args, block); });
     });
@@ -513,7 +602,7 @@ void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t
 }
 
 void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
-  with_format(args.format, [&](auto format) { multiply_items<decltype(format)>(args, begin_item, end_item); });
+  with_format(args.format, has_byte_tokens(args), [&](auto format) { multiply_items<decltype(format)>(args, begin_item, end_item); });
 }
 
 }  // namespace HWY_NAMESPACE

@@ -25,19 +25,25 @@ struct QuantizedLinearArgs {
   InRows scales;                   // [P, G, 16]  the token stride is 16 G, the head stride 16
   const int8_t* zeros = nullptr;   // [P, G, 16]  null: 0, of kInt4 8
   const int32_t* order = nullptr;  // [D]  null: as they are
+  int64_t activation_bits = 16;    // 8 or 16: of a token's integers; kFloat8 takes tokens as they are
   InRows bias;                     // [O]  data may be null
   OutRows out;                     // [T, O]  the head stride is 1
 
   bool by_tiles = false;  // see takes_tiles
 
   // Of the tokens; prepare_tokens fills them. All are 64-byte aligned.
-  void* tokens = nullptr;         // [T, D]  i16, of kFloat8 f32, by tiles i8 [T, 2, D], high and low bytes
+  void* tokens = nullptr;         // [T]     rows of token_stride bytes
   float* token_scales = nullptr;  // [T, G]  not of kFloat8
-  int32_t* token_sums = nullptr;  // [T, G]  not of kFloat8
+  int32_t* token_starts = nullptr;  // [T, G]  not of kFloat8; minus the sum of the integers times the codes' zero
 };
 
 inline int64_t num_groups(const QuantizedLinearArgs& args) {
   return args.D / args.group_size;
+}
+/// A token is f32 for kFloat8, else i16; high and low bytes by tiles; or bytes, of 8 bits on machines that multiply them.
+inline int64_t token_stride(const QuantizedLinearArgs& args) {
+  const int64_t element = args.format == Codes::kFloat8 ? sizeof(float) : sizeof(int16_t);
+  return args.D * element;
 }
 inline int64_t num_work_items(const QuantizedLinearArgs& args) {
   return (args.O + kQuantizedLinearBlock - 1) / kQuantizedLinearBlock;
@@ -51,14 +57,13 @@ inline int64_t num_neighbours(const QuantizedLinearArgs& args) {
 
 /// The same for `count` of the tokens.
 inline QuantizedLinearArgs of_tokens(QuantizedLinearArgs args, int64_t begin, int64_t count) {
-  const int64_t element = args.format == Codes::kFloat8 ? sizeof(float) : sizeof(int16_t);
   args.T = count;
   args.x = args.x.from(begin);
   args.out = args.out.from(begin);
-  args.tokens = static_cast<char*>(args.tokens) + begin * args.D * element;
+  args.tokens = static_cast<char*>(args.tokens) + begin * token_stride(args);
   if (args.format == Codes::kFloat8) return args;
   args.token_scales += begin * num_groups(args);
-  args.token_sums += begin * num_groups(args);
+  args.token_starts += begin * num_groups(args);
   return args;
 }
 

@@ -421,12 +421,16 @@ template <>
 struct TorchOp<QuantizedLinearParams> {
   static constexpr const char* schema =
       "(Tensor x, Tensor codes, Tensor scales, Tensor(a!) out, *, Tensor? zeros=None, Tensor? order=None, "
-      "Tensor? bias=None, str backend=\"auto\") -> ()";
+      "Tensor? bias=None, int activation_bits=16, str backend=\"auto\") -> ()";
   static QuantizedLinearParams params(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& out,
                                       const MaybeTensor& zeros, const MaybeTensor& order, const MaybeTensor& bias,
-                                      std::string backend) {
+                                      int64_t activation_bits, std::string backend) {
     return {.x = x,
-            .weight = {.codes = codes, .scales = scales, .zeros = zeros, .order = order},
+            .weight = {.codes = codes,
+                       .scales = scales,
+                       .zeros = zeros,
+                       .order = order,
+                       .activation_bits = activation_bits},
             .out = out,
             .bias = bias,
             .backend = std::move(backend)};
@@ -438,17 +442,23 @@ struct TorchOp<QuantizedMoeExpertsParams> {
   static constexpr const char* schema =
       "(Tensor x, Tensor weights, Tensor chosen, Tensor gate_up_codes, Tensor gate_up_scales, Tensor down_codes, "
       "Tensor down_scales, Tensor(a!) out, *, Tensor? gate_up_zeros=None, Tensor? down_zeros=None, "
-      "str backend=\"auto\") -> ()";
+      "int activation_bits=16, str backend=\"auto\") -> ()";
   static QuantizedMoeExpertsParams params(const Tensor& x, const Tensor& weights, const Tensor& chosen,
                                           const Tensor& gate_up_codes, const Tensor& gate_up_scales,
                                           const Tensor& down_codes, const Tensor& down_scales, const Tensor& out,
                                           const MaybeTensor& gate_up_zeros, const MaybeTensor& down_zeros,
-                                          std::string backend) {
+                                          int64_t activation_bits, std::string backend) {
     return {.x = x,
             .weights = weights,
             .chosen = chosen,
-            .gate_up = {.codes = gate_up_codes, .scales = gate_up_scales, .zeros = gate_up_zeros},
-            .down = {.codes = down_codes, .scales = down_scales, .zeros = down_zeros},
+            .gate_up = {.codes = gate_up_codes,
+                        .scales = gate_up_scales,
+                        .zeros = gate_up_zeros,
+                        .activation_bits = activation_bits},
+            .down = {.codes = down_codes,
+                     .scales = down_scales,
+                     .zeros = down_zeros,
+                     .activation_bits = activation_bits},
             .out = out,
             .backend = std::move(backend)};
   }

@@ -22,6 +22,7 @@ struct QuantizedRows {
   at::Tensor scales;                     // [O, D / group_size]  f32 | bf16 | f16
   std::optional<at::Tensor> zeros = {};  // as scales, i8; default 0, of kInt4 8; kFloat8 has none
   std::optional<at::Tensor> order = {};  // [D]  i64, a permutation of the columns; default as they are
+  int64_t activation_bits = 16;          // see QuantizedWeight
 
   int64_t num_rows() const { return codes.size(0); }     // O
   int64_t num_columns() const { return codes.size(1); }  // D
@@ -40,11 +41,15 @@ inline constexpr int64_t kPackedOutputs = 16;
 /// zeros. A row of a panel has four bytes for each output, which hold the next four elements of D in the order 0, 2, 1,
 /// 3; or the next eight in 4 bits, from the lowest bits of the first byte on, in the order 0, 2, 4, 6, 1, 3, 5, 7; or,
 /// of float8, two bytes, 0 and 1. The dtype of `codes` is the format. G is D / group_size.
+///
+/// Beside int8 and int4 a kernel may round tokens to integers of `activation_bits`, 8 or 16, behind a scale for each of
+/// their groups, whose largest magnitude becomes the largest integer.
 struct QuantizedWeight {
   at::Tensor codes;                      // [P, D/4, 16, 4] i8 | [P, D/8, 16, 4] u8 | [P, D/2, 16, 2] float8_e4m3fn
   at::Tensor scales;                     // [P, G, 16]  f32 | bf16 | f16
   std::optional<at::Tensor> zeros = {};  // [P, G, 16]  i8
   std::optional<at::Tensor> order = {};  // [D]         i32
+  int64_t activation_bits = 16;
 
   /// The tensors that there are.
   std::vector<at::Tensor> tensors() const;
@@ -64,7 +69,8 @@ QuantizedWeight pack_rows(const QuantizedRows& rows);
 /// Joins weights that differ in rows alone. Throws UnsupportedError where they differ otherwise, see can_join.
 QuantizedRows join_rows(const std::vector<QuantizedRows>& blocks);
 
-/// Whether both have one format, group size, dtype of scales, and neither zeros nor an order that the other lacks.
+/// Whether both have one format, group size, dtype of scales, activation_bits, and neither zeros nor an order that the
+/// other lacks.
 bool can_join(const QuantizedRows& a, const QuantizedRows& b);
 
 /// The plain weight [O, D] in f32.

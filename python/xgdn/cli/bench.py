@@ -25,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, help="Measures a model's decode steps, a
     "replay_states",
     "kv_dtype",
     "quantize",
+    "activation_bits",
     "device",
     "tensor_parallel",
     "prefill_backend",

@@ -84,7 +84,7 @@ def readable_bytes(num_bytes: int) -> str:
     return f"{num_bytes / _UNITS[unit]:.2f} {unit}" if unit else str(num_bytes)
 
 
-def _short_name(choice: torch.dtype | str) -> str:
+def _short_name(choice: torch.dtype | str | int) -> str:
     return str(choice).removeprefix("torch.")
 
 

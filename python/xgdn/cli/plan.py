@@ -25,6 +25,7 @@ _LENGTHS = [512, 2048, 8192]  # without --length
     "draft_tokens",
     "kv_dtype",
     "quantize",
+    "activation_bits",
     "tensor_parallel",
     "max_batch_size",
     "max_cached_tokens",
@@ -53,6 +54,7 @@ def plan(
             draft_tokens=engine_args.draft_tokens,
             kv_dtype=engine_args.kv_dtype,
             quantize=engine_args.quantize,
+            activation_bits=engine_args.activation_bits,
             tensor_parallel=engine_args.tensor_parallel,
             runner=engine_args.runner_options(),
         )

@@ -73,6 +73,8 @@ inline void match_packed(Dims& d, const QuantizedWeight& weight, const PackedNam
   match_contiguous(d, names.zeros, weight.zeros, names.groups, {at::kChar});
   d.require(!weight.zeros || weight.codes.scalar_type() != at::kFloat8_e4m3fn, names.zeros,
             ": expected none beside codes of float8, got one");
+  if (weight.activation_bits == 8 || weight.activation_bits == 16) return;
+  throw RangeError(c10::str("[", d.op(), "] activation_bits: expected 8 or 16, got ", weight.activation_bits));
 }
 
 inline void require_groups(const Dims& d, std::string_view scales, std::string_view width, std::string_view groups) {
