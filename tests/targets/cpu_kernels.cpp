@@ -954,7 +954,7 @@ Doubles rounded_token(Doubles x, const std::vector<int32_t>& order, int64_t grou
 
 void run_quantized_linear(QuantizedLinearArgs args) {
   const auto lines = [](int64_t bytes) { return std::vector<PackedLine>(static_cast<size_t>(bytes) / 64 + 1); };
-  std::vector<PackedLine> tokens = lines(args.T * args.D * 4), scales = lines(args.T * num_groups(args) * 4),
+  std::vector<PackedLine> tokens = lines(args.T * token_stride(args)), scales = lines(args.T * num_groups(args) * 4),
                           sums = scales;
   args.by_tiles = takes_tiles(args.format, args.T);
   args.tokens = tokens.data();

@@ -234,7 +234,7 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
                                    .bias = p.bias ? in_heads(*p.bias) : InRows(),
                                    .out = out_columns(p.out)};
   const bool is_float = args.format == cpu::Codes::kFloat8;
-  const at::Tensor tokens = allocate_temporary({s.T, s.D}, p.x.options().dtype(is_float ? at::kFloat : at::kShort));
+  const at::Tensor tokens = allocate_temporary({s.T, token_stride(args)}, p.x.options().dtype(at::kByte));
   const at::Tensor token_scales = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kFloat));
   const at::Tensor token_starts = allocate_temporary({is_float ? 0 : s.T, groups}, p.x.options().dtype(at::kInt));
   args.by_tiles = cpu::takes_tiles(args.format, s.T);

@@ -119,9 +119,13 @@ HWY_INLINE VI dot_pairs(VI sum, VI a, VI b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
   return sum;
 }
-// a without a sign, b with one
-HWY_INLINE VI dot_bytes(VI sum, VI a, VI b) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
+HWY_INLINE VI dot_pairs_at(VI sum, VI a, const int16_t* pair) {
+  asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "m"(*reinterpret_cast<const int16_t(*)[2]>(pair)));
+  return sum;
+}
+// a without a sign, the other with one
+HWY_INLINE VI dot_bytes_at(VI sum, VI a, const int8_t* bytes) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "m"(*reinterpret_cast<const int8_t(*)[4]>(bytes)));
   return sum;
 }
 #endif
@@ -193,6 +197,12 @@ struct PairCodes : IntegerCodes<int16_t, kZero> {
 #endif
     return add_pair_products(sum, weights, x);
   }
+  static HWY_INLINE VI add_at(VI sum, VI weights, const int16_t* x) {
+#ifdef XGDN_VNNI
+    if constexpr (kHasVnni) return dot_pairs_at(sum, weights, x);
+#endif
+    return add(sum, weights, Base::broadcast(x));
+  }
 
   static HWY_INLINE VI zeros(const int8_t* zeros, size_t at) {
     return both_halves(zeros == nullptr ? hn::Set(I32(), kZero) : Base::load_zeros(zeros, at));
@@ -238,7 +248,7 @@ struct Int8Bytes : IntegerCodes<int8_t, 128, 128> {
   static HWY_INLINE VI unpack(VI codes) {
     return hn::Xor(codes, hn::Set(I32(), static_cast<int32_t>(0x80808080)));
   }
-  static HWY_INLINE VI add(VI sum, VI weights, VI x) { return dot_bytes(sum, weights, x); }
+  static HWY_INLINE VI add_at(VI sum, VI weights, const int8_t* x) { return dot_bytes_at(sum, weights, x); }
 };
 
 struct Int4Bytes : IntegerCodes<int8_t, 8> {
@@ -249,7 +259,7 @@ struct Int4Bytes : IntegerCodes<int8_t, 8> {
   static HWY_INLINE VI unpack(VI codes) {
     return hn::And(hn::ShiftRight<4 * kStep>(codes), hn::Set(I32(), 0x0F0F0F0F));
   }
-  static HWY_INLINE VI add(VI sum, VI weights, VI x) { return dot_bytes(sum, weights, x); }
+  static HWY_INLINE VI add_at(VI sum, VI weights, const int8_t* x) { return dot_bytes_at(sum, weights, x); }
 };
 
 #endif

@@ -23,6 +23,7 @@
 // of the vectors. A token's group with a value that is not finite becomes NaN.
 #include "core/kernels/cpu/quantized_linear.h"
 
+#include <utility>
 #include <vector>
 
 #include "core/kernels/cpu/integer_tiles.h"
@@ -156,7 +157,7 @@ void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_
     }
     auto* bytes = reinterpret_cast<int8_t*>(to);
     if (has_bytes) store_bytes(integers, D, args.format, bytes);
-    if (is_split) integer_tiles()->split(integers, D, args.format, bytes, bytes + D);
+    if (is_split) integer_tiles()->split(integers, D, args.format, bytes, bytes + token_stride(args) / 2);
   }
 }
 
@@ -260,6 +261,14 @@ struct Tokens {
   const int32_t* starts = nullptr;
 };
 
+// Calls f.operator()<step>() for kCount steps.
+template <size_t kCount, class F>
+HWY_INLINE void for_each_step(const F& f) {
+  [&]<size_t... kStep>(std::index_sequence<kStep...>) HWY_ATTR {
+    (f.template operator()<kStep>(), ...);
+  }(std::make_index_sequence<kCount>());
+}
+
 // Adds some groups to sums [kTokens, kBlockOutputs].
 template <class Format, size_t kTokens, class Weights>
 void multiply(const Weights& weights, const Tokens<Format>& tokens, size_t num_groups, size_t rows,
@@ -288,7 +297,7 @@ void multiply(const Weights& weights, const Tokens<Format>& tokens, size_t num_g
         __builtin_prefetch(p + kBytesAhead);
         if (lanes == kPanelOutputs) __builtin_prefetch(q + kBytesAhead);
       }
-      const auto step = [&]<size_t kStep>() HWY_ATTR {
+      for_each_step<Format::kSteps>([&]<size_t kStep>() HWY_ATTR {
         const auto w = Weights::template load_step<kStep>(p);
         const auto v = Weights::template load_step<kStep>(q);
         const auto add = [&](size_t t, auto& a, auto& b) HWY_ATTR {
@@ -302,11 +311,7 @@ void multiply(const Weights& weights, const Tokens<Format>& tokens, size_t num_g
         if constexpr (kTokens > 3) add(3, a3, b3);
         if constexpr (kTokens > 4) add(4, a4, b4);
         if constexpr (kTokens > 5) add(5, a5, b5);
-      };
-      step.template operator()<0>();
-      if constexpr (Format::kSteps > 1) step.template operator()<1>();
-      if constexpr (Format::kSteps > 2) step.template operator()<2>();
-      if constexpr (Format::kSteps > 2) step.template operator()<3>();
+      });
       p += Weights::row_bytes();
       q += Weights::row_bytes();
       x += Format::kDepth;
@@ -341,13 +346,14 @@ HWY_INLINE void for_vectors(const QuantizedLinearArgs& args, const OutputBlock& 
 }
 
 // Tokens on a panel that is one vector: codes are read in the order of memory, which processors see and read ahead of by
-// themselves. Few tokens have two sums each, which shortens the chain of additions, as integers allow.
+// themselves. What they see is the longer, the fewer instructions there are: few tokens take four rows at once, and have
+// two sums each, which shortens the chain of additions, as integers allow.
 template <class Format, size_t kTokens>
 void multiply_panel(const PackedWeights<Format>& weights, const Tokens<Format>& tokens, size_t rows,
                     float* HWY_RESTRICT sums) {
   const F32 d;
   constexpr size_t kChains = kTokens <= 2 ? 2 : 1;
-  constexpr size_t kRows = Format::kSteps < kChains ? kChains : 1;  // at once; a group has an even number
+  constexpr size_t kRows = kTokens <= 2 ? 4 : 1;  // at once; a group has a multiple
   const size_t stride = tokens.stride, groups = tokens.groups;
   const uint8_t* HWY_RESTRICT p = weights.first_codes;
   const auto* HWY_RESTRICT x = tokens.x;
@@ -362,20 +368,21 @@ void multiply_panel(const PackedWeights<Format>& weights, const Tokens<Format>& 
       if constexpr (kChains == 2) of_group[kChains * t + 1] = hn::Zero(I32());
     }
     for (size_t row = 0; row < rows; row += kRows) {
-      if constexpr (kTokens > 1) __builtin_prefetch(p + kPanelBytesAhead, /*rw=*/0, kToSecondLevel);
-      const auto step = [&]<size_t kStep>() HWY_ATTR {
+      if constexpr (kTokens > 1) {
+#pragma GCC unroll 4
+        for (size_t i = 0; i < kRows; ++i) {
+          __builtin_prefetch(p + kPanelBytesAhead + i * Format::kRowBytes, /*rw=*/0, kToSecondLevel);
+        }
+      }
+      for_each_step<kRows * Format::kSteps>([&]<size_t kStep>() HWY_ATTR {
         constexpr size_t kRow = kStep / Format::kSteps;
         const auto w = PackedWeights<Format>::template load_step<kStep % Format::kSteps>(p + kRow * Format::kRowBytes);
 #pragma GCC unroll 16
         for (size_t t = 0; t < kTokens; ++t) {
           VI& sum = of_group[kChains * t + kStep % kChains];
-          sum = Format::add(sum, w, Format::broadcast(x + t * stride + kStep * Format::kStepDepth));
+          sum = Format::add_at(sum, w, x + t * stride + kStep * Format::kStepDepth);
         }
-      };
-      step.template operator()<0>();
-      if constexpr (Format::kSteps * kRows > 1) step.template operator()<1>();
-      if constexpr (Format::kSteps * kRows > 2) step.template operator()<2>();
-      if constexpr (Format::kSteps * kRows > 2) step.template operator()<3>();
+      });
       p += kRows * Format::kRowBytes;
       x += kRows * Format::kDepth;
     }
@@ -438,15 +445,11 @@ void unpack_groups(const QuantizedLinearArgs& args, const Outputs& first, const 
     for (size_t row = 0; row < rows; ++row) {
       __builtin_prefetch(p + kBytesAhead);
       if (lanes == kPanelOutputs) __builtin_prefetch(q + kBytesAhead);
-      const auto step = [&]<size_t kStep>() HWY_ATTR {
+      for_each_step<Format::kSteps>([&]<size_t kStep>() HWY_ATTR {
         hn::Store(Format::subtract(PackedWeights<Format>::template load_step<kStep>(p), first_zeros), e, to);
         hn::Store(Format::subtract(PackedWeights<Format>::template load_step<kStep>(q), second_zeros), e, to + lanes);
         to += 2 * lanes;
-      };
-      step.template operator()<0>();
-      if constexpr (Format::kSteps > 1) step.template operator()<1>();
-      if constexpr (Format::kSteps > 2) step.template operator()<2>();
-      if constexpr (Format::kSteps > 2) step.template operator()<3>();
+      });
       p += Format::kRowBytes;
       q += Format::kRowBytes;
     }

@@ -41,9 +41,11 @@ inline int64_t num_groups(const QuantizedLinearArgs& args) {
   return args.D / args.group_size;
 }
 /// A token is f32 for kFloat8, else i16; high and low bytes by tiles; or bytes, of 8 bits on machines that multiply them.
+/// Integers have an odd number of lines, so that tokens share no sets of a cache.
 inline int64_t token_stride(const QuantizedLinearArgs& args) {
-  const int64_t element = args.format == Codes::kFloat8 ? sizeof(float) : sizeof(int16_t);
-  return args.D * element;
+  constexpr int64_t kLine = 64;
+  if (args.format == Codes::kFloat8) return args.D * int64_t{sizeof(float)};
+  return (args.D * int64_t{sizeof(int16_t)} / kLine | 1) * kLine;
 }
 inline int64_t num_work_items(const QuantizedLinearArgs& args) {
   return (args.O + kQuantizedLinearBlock - 1) / kQuantizedLinearBlock;
