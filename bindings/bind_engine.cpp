@@ -269,11 +269,13 @@ void bind_decoder(nb::module_& m) {
       "load_decoder",
       [](const std::string& dir, std::optional<at::ScalarType> dtype, at::ScalarType state_dtype,
          const DeviceArgument& device, const std::optional<std::string>& quantize,
-         std::optional<at::ScalarType> kv_dtype, bool replay_states, const std::optional<std::string>& speculate) {
+         std::optional<at::ScalarType> kv_dtype, bool replay_states, const std::optional<std::string>& speculate,
+         int64_t activation_bits) {
         return load_decoder(dir, {.dtype = dtype,
                                   .state_dtype = state_dtype,
                                   .device = device.resolve("load_decoder"),
                                   .quantize = format_named(quantize),
+                                  .activation_bits = activation_bits,
                                   .replay_states = replay_states,
                                   .kv_dtype = kv_dtype,
                                   .speculate = speculation_named(speculate)})
@@ -281,7 +283,7 @@ void bind_decoder(nb::module_& m) {
       },
       "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
       "quantize"_a = nb::none(), "kv_dtype"_a = nb::none(), "replay_states"_a = false, "speculate"_a = nb::none(),
-      WithoutGil(), "The decoder of a Hugging Face directory, for callers that drive the steps.");
+      "activation_bits"_a = EngineOptions{}.activation_bits, WithoutGil(), "The decoder of a Hugging Face directory, for callers that drive the steps.");
 }
 
 void bind_stream(nb::module_& m) {

@@ -55,6 +55,7 @@ class Numbers:
     state_dtype: torch.dtype = torch.float32
     quantize: str | None = None
     kv_dtype: torch.dtype | None = None
+    activation_bits: int = 16  # beside weights in 8 or 4 bits
 
 
 class Reader:
@@ -115,15 +116,17 @@ def figures(
     device: str = "cpu",
     quantize: str | None = None,
     kv_dtype: torch.dtype | None = None,
+    activation_bits: int = 16,
 ) -> dict[tuple[str, str, str], float | str]:
     """(backend, phase, type of the states) -> perplexity, or why the backend refuses."""
     found: dict[tuple[str, str, str], float | str] = {}
     for backend in backends:
         for phase, measure in (("prefill", by_prefill), ("decode", by_decode)):
             for state, state_dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+                numbers = Numbers(dtype, state_dtype, quantize, kv_dtype, activation_bits)
                 try:
                     with xgdn.use_backend(prefill=backend, decode=backend):
-                        figure = measure(windows, Numbers(dtype, state_dtype, quantize, kv_dtype), device=device)
+                        figure = measure(windows, numbers, device=device)
                 except xgdn.errors.UnsupportedError as error:
                     figure = str(error)
                 found[backend, phase, state] = figure
@@ -139,6 +142,7 @@ def main() -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations"
     )
     parser.add_argument("--quantize", choices=("int8", "int4"), help="rounds the weights of products; default: plain")
+    parser.add_argument("--activation-bits", type=int, choices=(16, 8), default=16, help="beside weights in few bits")
     parser.add_argument("--kv-dtype", choices=("int8",), help="of cached keys and values; default: --dtype")
     args = parser.parse_args()
     backends: tuple[str, ...] = ("cpu", "reference")
@@ -159,11 +163,14 @@ def main() -> None:
         device=args.device,
         quantize=args.quantize,
         kv_dtype=None if args.kv_dtype is None else getattr(torch, args.kv_dtype),
+        activation_bits=args.activation_bits,
     )
     for key, figure in found.items():
         table.add_row(*key, escape(figure) if isinstance(figure, str) else f"{figure:.4f}")
     console = Console()
     rounded = f", weights of products rounded to {args.quantize}" if args.quantize else ""
+    if args.activation_bits != 16:
+        rounded += f", activations beside them in {args.activation_bits} bits"
     if args.kv_dtype:
         rounded += f", keys and values {args.kv_dtype}"
     console.print(f"{windows.numel()} held-out tokens, weights and activations {args.dtype}{rounded}")

@@ -50,6 +50,12 @@ CALLS = [
         for scales in (F32, BF16, F16)
         for out_dtype in (None, F32)
     ),
+    *(
+        QuantizedCall(f, T, D=D, O=33, group_size=size, zeros=T % 2 == 1, order=T > 5, out_dtype=F32, bits=8)
+        for f in FORMATS[:2]
+        for T in TOKENS
+        for D, size in ((96, 32), (192, 64), (128, 128))
+    ),
     *(QuantizedCall(f, 7, O=33, dtype=F32, zeros=True, gaps=gaps) for f in FORMATS for gaps in ((1, 0), (0, 7))),
 ]  # fmt: skip
 
@@ -57,7 +63,7 @@ CALLS = [
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_quantized_linear(call: QuantizedCall, backend: str) -> None:
     x = call.make()
-    assert_close("out", x.run(backend), x.expected(), call.bound(backend), parts=(0,))
+    assert_close("out", x.run(backend), x.expected(backend), call.bound(backend), parts=(0,))
 
 
 @pytest.mark.parametrize("order", [False, True], ids=["plain", "order"])
@@ -239,6 +245,33 @@ def test_quantized_experts_are_the_formula(call: QuantizedExpertsCall, backend: 
                 experts[e].scales.fill_(torch.nan)
     assert_close("out", call.run(backend=backend), call.expected(), call.bound, parts=(0,))
     assert xgdn.last_backend("quantized_moe_experts") == backend
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("formats", [("int8", "int4"), ("int4", "int8")], ids="_".join)
+def test_experts_round_activations_as_products_do(
+    formats: tuple[WeightFormat, WeightFormat], dtype: torch.dtype
+) -> None:
+    """One expert a token: the bits of two products in 8 bits, each token by itself."""
+    call = QuantizedExpertsCall(40, A=1, formats=formats, zeros=(True, False), dtype=dtype).make()
+    call.weights.fill_(1)
+    options = {"activation_bits": 8, "backend": "cpu"}
+    got = ops.quantized_moe_experts(*call.arguments(), **call.zero_points(), **options)
+    for t, e in enumerate(call.chosen[:, 0].tolist()):
+        gate_up, down = (pack(experts[e]) for experts in call.rows)
+        both = ops.quantized_linear(call.x[t : t + 1], gate_up.codes, gate_up.scales, zeros=gate_up.zeros, **options)
+        gated = ops.silu_and_mul(*both.chunk(2, dim=1), backend="cpu")
+        want = ops.quantized_linear(gated, down.codes, down.scales, zeros=down.zeros, **options)
+        assert_bits_equal(f"token {t}", got[t : t + 1], want)
+    assert not torch.equal(got, call.run(backend="cpu"))  # of 16 bits
+
+
+@pytest.mark.parametrize("bits", [0, 4, 32])
+def test_other_bits_of_activations_are_refused(bits: int) -> None:
+    x = QuantizedCall("int8", 3).make()
+    with pytest.raises(IndexError, match=rf"\[quantized_linear\] activation_bits: expected 8 or 16, got {bits}"):
+        ops.quantized_linear(x.x.values, x.packed.codes, x.packed.scales, activation_bits=bits)
 
 
 # ---- rounding -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ weights rounded."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -121,6 +122,27 @@ def test_products_in_16_bits_are_close_to_transformers(model: Rounded, length: i
     assert_close_to_16_bits(got, want)
     # Rounding the weights changes far more: the comparison tells them apart.
     assert row_errors(reference_logits(model.unrounded, prompt), want).median() > 2e-2
+
+
+@pytest.mark.parametrize("length", [65, 200])
+def test_activations_in_8_bits(model: Rounded, length: int) -> None:
+    """An activation is off by up to 1/254 of the largest of its group, as those of these models are often."""
+    prompt = prompt_of(length)
+    want = reference_logits(model.reference, prompt)
+    logits = {
+        bits: load(model.directory, model.format, activation_bits=bits).prompt_logits(prompt) for bits in (8, 16)
+    }
+    error = {bits: row_errors(got, want).median() for bits, got in logits.items()}
+    assert 10 * error[16] < error[8] < 0.15
+
+
+@pytest.mark.parametrize("ask", [xgdn.Engine, xgdn.plan], ids=["Engine", "plan"])
+def test_activations_that_there_are_not(tmp_path: Path, ask: Callable[..., object]) -> None:
+    directory = tiny_model(tmp_path, num_hidden_layers=1)
+    with pytest.raises(errors.UnsupportedError, match=r"\[Engine\] activation_bits: expected 8 or 16, got 4"):
+        ask(directory, quantize="int8", activation_bits=4)
+    with pytest.raises(errors.UnsupportedError, match="activation_bits: expected 16 beside plain weights, got 8"):
+        ask(directory, activation_bits=8)
 
 
 def test_gates_norms_and_embeddings_stay_plain(model: Rounded) -> None:
