@@ -107,7 +107,8 @@ void bind_options(nb::module_& m) {
              std::string decode_backend, std::string prefill_accuracy, std::optional<Progress> on_layer_loaded,
              std::optional<std::string> quantize, std::optional<int64_t> memory_limit,
              std::optional<at::ScalarType> kv_dtype, bool replay_states, const std::optional<std::string>& speculate,
-             int64_t draft_tokens, int64_t activation_bits, int64_t tensor_parallel, const std::optional<std::string>& process_group) {
+             int64_t draft_tokens, int64_t activation_bits, int64_t tensor_parallel,
+             const std::optional<std::string>& process_group) {
             new (self) EngineOptions{.runner = runner,
                                      .dtype = dtype,
                                      .state_dtype = state_dtype.value_or(EngineOptions{}.state_dtype),
@@ -132,8 +133,8 @@ void bind_options(nb::module_& m) {
           "decode_backend"_a = defaults.backends.decode, "prefill_accuracy"_a = defaults.backends.prefill_accuracy,
           "on_layer_loaded"_a = nb::none(), "quantize"_a = nb::none(), "memory_limit"_a = nb::none(),
           "kv_dtype"_a = nb::none(), "replay_states"_a = defaults.replay_states, "speculate"_a = nb::none(),
-          "draft_tokens"_a = defaults.draft_tokens, "activation_bits"_a = defaults.activation_bits, "tensor_parallel"_a = defaults.tensor_parallel,
-          "process_group"_a = nb::none(),
+          "draft_tokens"_a = defaults.draft_tokens, "activation_bits"_a = defaults.activation_bits,
+          "tensor_parallel"_a = defaults.tensor_parallel, "process_group"_a = nb::none(),
           "process_group: name of a group of torch.distributed whose ranks share the model.")
       .def_ro("runner", &EngineOptions::runner)
       .def_ro("tensor_parallel", &EngineOptions::tensor_parallel, "Processes that share the model.")
@@ -283,7 +284,8 @@ void bind_decoder(nb::module_& m) {
       },
       "model_dir"_a, nb::kw_only(), "dtype"_a = nb::none(), "state_dtype"_a, "device"_a = "cpu",
       "quantize"_a = nb::none(), "kv_dtype"_a = nb::none(), "replay_states"_a = false, "speculate"_a = nb::none(),
-      "activation_bits"_a = EngineOptions{}.activation_bits, WithoutGil(), "The decoder of a Hugging Face directory, for callers that drive the steps.");
+      "activation_bits"_a = EngineOptions{}.activation_bits, WithoutGil(),
+      "The decoder of a Hugging Face directory, for callers that drive the steps.");
 }
 
 void bind_stream(nb::module_& m) {

@@ -357,7 +357,8 @@ QuantizedRows join_rows(const std::vector<QuantizedRows>& blocks) {
   std::vector<at::Tensor> codes, scales, zeros;
   for (const QuantizedRows& block : blocks) {
     if (!can_join(blocks.front(), block)) {
-      throw UnsupportedError("[join_rows] blocks: expected one format, group size, dtype of scales, order and activation_bits");
+      throw UnsupportedError(
+          "[join_rows] blocks: expected one format, group size, dtype of scales, order and activation_bits");
     }
     codes.push_back(block.codes);
     scales.push_back(block.scales);

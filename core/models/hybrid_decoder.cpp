@@ -187,7 +187,8 @@ HybridDecoder::HybridDecoder(const ModelConfig& config, const WeightSource& sour
   }
   max_draft_tokens_ = options.max_draft_tokens;
   const int rounding = options.quantize ? static_cast<int>(*options.quantize) + 1 : 0;
-  digest_ = hash_bytes(stored.digest(), c10::str(c10::toString(dtype_), " ", rounding, options.activation_bits == 16 ? "" : " in bytes"));
+  digest_ = hash_bytes(stored.digest(), c10::str(c10::toString(dtype_), " ", rounding,
+                                                 options.activation_bits == 16 ? "" : " in bytes"));
 }
 
 HybridDecoder::~HybridDecoder() = default;

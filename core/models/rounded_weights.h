@@ -27,8 +27,7 @@ std::optional<Rounding> rounding_of(const std::string& name, at::IntArrayRef sha
 class RoundedWeights : public WeightSource {
  public:
   /// `stored` must outlive the object. Without a format weights are as they are stored.
-  RoundedWeights(const WeightSource& stored, std::optional<kernel::WeightFormat> format,
-                 int64_t activation_bits = 16)
+  RoundedWeights(const WeightSource& stored, std::optional<kernel::WeightFormat> format, int64_t activation_bits = 16)
       : stored_(stored), format_(format), activation_bits_(activation_bits) {}
 
   /// Throws UnsupportedError for a weight to be rounded that is stored in few bits already.

@@ -129,9 +129,7 @@ def test_activations_in_8_bits(model: Rounded, length: int) -> None:
     """An activation is off by up to 1/254 of the largest of its group, as those of these models are often."""
     prompt = prompt_of(length)
     want = reference_logits(model.reference, prompt)
-    logits = {
-        bits: load(model.directory, model.format, activation_bits=bits).prompt_logits(prompt) for bits in (8, 16)
-    }
+    logits = {bits: load(model.directory, model.format, activation_bits=bits).prompt_logits(prompt) for bits in (8, 16)}
     error = {bits: row_errors(got, want).median() for bits, got in logits.items()}
     assert 10 * error[16] < error[8] < 0.15
 

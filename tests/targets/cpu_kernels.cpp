@@ -970,7 +970,8 @@ void test_quantized_linear(Codes format, int64_t bits, int64_t T, int64_t D, int
   constexpr int64_t kGap = 3;
   const int64_t width = O + kGap;
   const std::string name = "quantized linear, format " + std::to_string(static_cast<int>(format)) + ", " +
-                           std::to_string(bits) + " bits, T=" + std::to_string(T) + ", D=" + std::to_string(D) + ", O=" + std::to_string(O);
+                           std::to_string(bits) + " bits, T=" + std::to_string(T) + ", D=" + std::to_string(D) +
+                           ", O=" + std::to_string(O);
   const DType in_dtype = has_options ? DType::kBFloat16 : DType::kFloat32;
   const Numbers x = Numbers::random(in_dtype, T * (D + kGap)), bias = Numbers::random(in_dtype, O, 100.0f);
   const bool has_zeros = has_options && format != Codes::kFloat8;

@@ -34,11 +34,10 @@ void add_experts(const Params& p, const ExpertsShape& s, const Expert& expert) {
 
 at::Tensor product(const Backend& backend, const at::Tensor& x, const QuantizedWeight& experts, int64_t e,
                    QuantizedLinearShape s) {
-  QuantizedLinearParams p{.x = x,
-                          .weight = {.codes = experts.codes[e],
-                                     .scales = experts.scales[e],
-                                     .activation_bits = experts.activation_bits},
-                          .out = at::empty({x.size(0), s.O}, x.options())};
+  QuantizedLinearParams p{
+      .x = x,
+      .weight = {.codes = experts.codes[e], .scales = experts.scales[e], .activation_bits = experts.activation_bits},
+      .out = at::empty({x.size(0), s.O}, x.options())};
   if (experts.zeros) p.weight.zeros = (*experts.zeros)[e];
   s.T = x.size(0);
   backend.run(p, s);

@@ -6,8 +6,8 @@
 //
 // int4: 8 of D. From the lowest bits on, the low half holds 0, 2, 4, 6 and the high one 1, 3, 5, 7: four pairs.
 //
-// Tokens of 8 bits lie in the order of these bytes, of int4 that of the lower halves before that of the upper ones, where
-// instructions multiply bytes.
+// Tokens of 8 bits lie in the order of these bytes, of int4 that of the lower halves before that of the upper ones,
+// where instructions multiply bytes.
 //
 // float8: 2 of D, as they follow each other.
 #if defined(XGDN_CORE_KERNELS_CPU_QUANTIZED_CODES_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -145,8 +145,8 @@ inline bool has_byte_products() {
 // kStepDepth of D. For more than kFewTokens it pays to unpack once for all of them: that is measured on a Zen 3, where
 // memory keeps up with six tokens at once only while they are multiplied.
 
-// What integer codes have in common. A token is integers behind a scale for each group, of which a lane takes four bytes
-// at once. Codes without zeros beside them have kZero; those of zeros are kOffset more.
+// What integer codes have in common. A token is integers behind a scale for each group, of which a lane takes four
+// bytes at once. Codes without zeros beside them have kZero; those of zeros are kOffset more.
 template <class Integer, int32_t kZeroOfCodes, int32_t kOffset = 0>
 struct IntegerCodes {
   using Token = Integer;
@@ -166,13 +166,9 @@ struct IntegerCodes {
     return hn::Set(I32(), integers);
   }
 
-  static HWY_INLINE VF widen(VI sum) {
-    return hn::ConvertTo(F32(), sum);
-  }
+  static HWY_INLINE VF widen(VI sum) { return hn::ConvertTo(F32(), sum); }
 
-  static HWY_INLINE VF token_scale(const float* scales, size_t at) {
-    return hn::Set(F32(), scales[at]);
-  }
+  static HWY_INLINE VF token_scale(const float* scales, size_t at) { return hn::Set(F32(), scales[at]); }
 
   static HWY_INLINE VI load_zeros(const int8_t* zeros, size_t at) {
     const auto loaded = hn::LoadU(hn::Rebind<int8_t, I32>(), zeros + at);

@@ -15,12 +15,11 @@
 // On tiles (integer_tiles.h), which multiply integer codes on machines that have them: tokens whose bytes stay in the
 // second-level cache -> block -> panel -> up to 1,024 of D, of int4 as bytes -> 8 tokens -> groups.
 //
-// Integer codes: a token's group is integers of 16 or 8 bits times a scale of its own (its largest element becomes 32639
-// or 127), so that a group's sum of products is exact in i32, whatever the instructions; one f32 multiply-add a group
-// brings the scales in. float8:
-// codes are widened exactly, a group's sum is f32 in ascending D. Groups are added in ascending order, then the bias;
-// out is rounded once. A token's bits depend neither on other tokens nor, where multiply-adds are fused, on the width
-// of the vectors. A token's group with a value that is not finite becomes NaN.
+// Integer codes: a token's group is integers of 16 or 8 bits times a scale of its own (its largest element becomes
+// 32639 or 127), so that a group's sum of products is exact in i32, whatever the instructions; one f32 multiply-add a
+// group brings the scales in. float8: codes are widened exactly, a group's sum is f32 in ascending D. Groups are added
+// in ascending order, then the bias; out is rounded once. A token's bits depend neither on other tokens nor, where
+// multiply-adds are fused, on the width of the vectors. A token's group with a value that is not finite becomes NaN.
 #include "core/kernels/cpu/quantized_linear.h"
 
 #include <utility>
@@ -246,8 +245,7 @@ struct Tokens {
   using Token = typename Format::Token;
 
   Tokens(const QuantizedLinearArgs& args, int64_t token, size_t group)
-      : stride(static_cast<size_t>(token_stride(args)) / sizeof(Token)),
-        groups(static_cast<size_t>(num_groups(args))) {
+      : stride(static_cast<size_t>(token_stride(args)) / sizeof(Token)), groups(static_cast<size_t>(num_groups(args))) {
     x = static_cast<const Token*>(args.tokens) + static_cast<size_t>(token) * stride +
         group * static_cast<size_t>(args.group_size);
     const size_t at = static_cast<size_t>(token) * groups + group;
@@ -266,7 +264,8 @@ template <size_t kCount, class F>
 HWY_INLINE void for_each_step(const F& f) {
   [&]<size_t... kStep>(std::index_sequence<kStep...>) HWY_ATTR {
     (f.template operator()<kStep>(), ...);
-  }(std::make_index_sequence<kCount>());
+  }
+  (std::make_index_sequence<kCount>());
 }
 
 // Adds some groups to sums [kTokens, kBlockOutputs].
@@ -281,10 +280,8 @@ void multiply(const Weights& weights, const Tokens<Format>& tokens, size_t num_g
   const uint8_t* HWY_RESTRICT q = weights.second_codes;
 
   for (size_t g = 0; g < num_groups; ++g) {
-    const auto first = [&](size_t t)
-                           HWY_ATTR { return weights.start_first(g, tokens.starts, t * groups + g); };
-    const auto second = [&](size_t t)
-                            HWY_ATTR { return weights.start_second(g, tokens.starts, t * groups + g); };
+    const auto first = [&](size_t t) HWY_ATTR { return weights.start_first(g, tokens.starts, t * groups + g); };
+    const auto second = [&](size_t t) HWY_ATTR { return weights.start_second(g, tokens.starts, t * groups + g); };
     auto a0 = first(0), b0 = second(0);
     auto a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, b1 = b0, b2 = b0, b3 = b0, b4 = b0, b5 = b0;
     if constexpr (kTokens > 1) a1 = first(1), b1 = second(1);
@@ -345,9 +342,9 @@ HWY_INLINE void for_vectors(const QuantizedLinearArgs& args, const OutputBlock& 
   }
 }
 
-// Tokens on a panel that is one vector: codes are read in the order of memory, which processors see and read ahead of by
-// themselves. What they see is the longer, the fewer instructions there are: few tokens take four rows at once, and have
-// two sums each, which shortens the chain of additions, as integers allow.
+// Tokens on a panel that is one vector: codes are read in the order of memory, which processors see and read ahead of
+// by themselves. What they see is the longer, the fewer instructions there are: few tokens take four rows at once, and
+// have two sums each, which shortens the chain of additions, as integers allow.
 template <class Format, size_t kTokens>
 void multiply_panel(const PackedWeights<Format>& weights, const Tokens<Format>& tokens, size_t rows,
                     float* HWY_RESTRICT sums) {
@@ -605,7 +602,8 @@ void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t
 }
 
 void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
-  with_format(args.format, has_byte_tokens(args), [&](auto format) { multiply_items<decltype(format)>(args, begin_item, end_item); });
+  with_format(args.format, has_byte_tokens(args),
+              [&](auto format) { multiply_items<decltype(format)>(args, begin_item, end_item); });
 }
 
 }  // namespace HWY_NAMESPACE

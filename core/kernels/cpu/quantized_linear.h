@@ -32,16 +32,16 @@ struct QuantizedLinearArgs {
   bool by_tiles = false;  // see takes_tiles
 
   // Of the tokens; prepare_tokens fills them. All are 64-byte aligned.
-  void* tokens = nullptr;         // [T]     rows of token_stride bytes
-  float* token_scales = nullptr;  // [T, G]  not of kFloat8
+  void* tokens = nullptr;           // [T]     rows of token_stride bytes
+  float* token_scales = nullptr;    // [T, G]  not of kFloat8
   int32_t* token_starts = nullptr;  // [T, G]  not of kFloat8; minus the sum of the integers times the codes' zero
 };
 
 inline int64_t num_groups(const QuantizedLinearArgs& args) {
   return args.D / args.group_size;
 }
-/// A token is f32 for kFloat8, else i16; high and low bytes by tiles; or bytes, of 8 bits on machines that multiply them.
-/// Integers have an odd number of lines, so that tokens share no sets of a cache.
+/// A token is f32 for kFloat8, else i16; high and low bytes by tiles; or bytes, of 8 bits on machines that multiply
+/// them. Integers have an odd number of lines, so that tokens share no sets of a cache.
 inline int64_t token_stride(const QuantizedLinearArgs& args) {
   constexpr int64_t kLine = 64;
   if (args.format == Codes::kFloat8) return args.D * int64_t{sizeof(float)};

@@ -426,11 +426,8 @@ struct TorchOp<QuantizedLinearParams> {
                                       const MaybeTensor& zeros, const MaybeTensor& order, const MaybeTensor& bias,
                                       int64_t activation_bits, std::string backend) {
     return {.x = x,
-            .weight = {.codes = codes,
-                       .scales = scales,
-                       .zeros = zeros,
-                       .order = order,
-                       .activation_bits = activation_bits},
+            .weight =
+                {.codes = codes, .scales = scales, .zeros = zeros, .order = order, .activation_bits = activation_bits},
             .out = out,
             .bias = bias,
             .backend = std::move(backend)};
@@ -448,19 +445,17 @@ struct TorchOp<QuantizedMoeExpertsParams> {
                                           const Tensor& down_codes, const Tensor& down_scales, const Tensor& out,
                                           const MaybeTensor& gate_up_zeros, const MaybeTensor& down_zeros,
                                           int64_t activation_bits, std::string backend) {
-    return {.x = x,
-            .weights = weights,
-            .chosen = chosen,
-            .gate_up = {.codes = gate_up_codes,
-                        .scales = gate_up_scales,
-                        .zeros = gate_up_zeros,
-                        .activation_bits = activation_bits},
-            .down = {.codes = down_codes,
-                     .scales = down_scales,
-                     .zeros = down_zeros,
-                     .activation_bits = activation_bits},
-            .out = out,
-            .backend = std::move(backend)};
+    return {
+        .x = x,
+        .weights = weights,
+        .chosen = chosen,
+        .gate_up = {.codes = gate_up_codes,
+                    .scales = gate_up_scales,
+                    .zeros = gate_up_zeros,
+                    .activation_bits = activation_bits},
+        .down = {.codes = down_codes, .scales = down_scales, .zeros = down_zeros, .activation_bits = activation_bits},
+        .out = out,
+        .backend = std::move(backend)};
   }
 };
 
