@@ -3,7 +3,7 @@
 
     python benchmarks/random_checkpoint.py MODEL
     python benchmarks/compare_models.py MODEL PEERS_DIR [--batch 1 8 32] [--prompts 512 2048]
-        [--quantize none int8 int4] [--threads 2] [--rounds 3] [--json FILE]
+        [--quantize none int8 int8-a8 int4 int4-a8] [--threads 2] [--rounds 3] [--json FILE]
 
 Each provider is a process of its own, since each brings its own thread pool; they take turns, round by round, with
 prompts of the same lengths and with float32 states. xgdn and llama.cpp run with weights of 16, 8 and 4 bits, the others
@@ -39,7 +39,7 @@ FLOAT32_BOUND = 1e-5
 BFLOAT16_SLACK = 1.25  # times the error of transformers' own bfloat16
 
 
-BITS = {"none": 16, "int8": 8, "int4": 4}  # of a weight, by the value of --quantize
+BITS = {"none": 16, "int8": 8, "int8-a8": 8, "int4": 4, "int4-a8": 4}  # of a weight, by the value of --quantize
 REPETITIONS = 1  # of a prompt in a round, after one that touches memory that nobody has used yet
 
 
@@ -123,8 +123,11 @@ def check_logits(model: Path) -> dict[str, float]:
 
 def bench_xgdn(args: argparse.Namespace, quantize: str, *options: object) -> list[dict[str, Any]]:
     command = ["xgdn", "bench", "model", args.model, "--threads", args.threads, *options, "--json"]
-    if quantize != "none":
-        command += ["--quantize", quantize]
+    weights, _, activations = quantize.partition("-")
+    if weights != "none":
+        command += ["--quantize", weights]
+    if activations == "a8":
+        command += ["--activation-bits", "8"]
     rows: list[dict[str, Any]] = json.loads(output_of(command))["rows"]
     return rows
 
@@ -168,7 +171,7 @@ def run_script(python: str | Path, script: str, args: argparse.Namespace, steps:
 
 def make_providers(args: argparse.Namespace) -> list[Provider]:
     """xgdn and the peers that were asked for, built and installed; the order is that of their turns."""
-    names = {"none": "xgdn bf16", "int8": "xgdn int8", "int4": "xgdn int4"}
+    names = {value: "xgdn bf16" if value == "none" else f"xgdn {value}" for value in BITS}
     providers = [Provider(names[value], BITS[value], partial(run_xgdn, args, value)) for value in args.quantize]
     if "llama.cpp" in args.peers:
         folder = model_llama_cpp.install(args.folder.resolve())

@@ -101,7 +101,14 @@ def test_a_batch_that_llama_cpp_left_out_is_an_error(monkeypatch: pytest.MonkeyP
         )
 
 
-@pytest.mark.parametrize(("quantize", "passed"), [("none", []), ("int4", ["--quantize", "int4"])])
+@pytest.mark.parametrize(
+    ("quantize", "passed"),
+    [
+        ("none", []),
+        ("int4", ["--quantize", "int4"]),
+        ("int8-a8", ["--quantize", "int8", "--activation-bits", "8"]),
+    ],
+)
 def test_a_round_of_xgdn_has_every_case(monkeypatch: pytest.MonkeyPatch, quantize: str, passed: list[str]) -> None:
     def output_of(command: list[object]) -> str:
         words = [str(word) for word in command]
