@@ -31,8 +31,8 @@ void translate_torch(const std::exception_ptr& pointer, void*) {
 }
 
 template <typename T>
-void add(nb::module_& m, const char* name, nb::handle base, PyObject* builtin) {
-  nb::exception<T>(m, name, nb::make_tuple(base, nb::handle(builtin)).ptr());
+nb::handle add(nb::module_& m, const char* name, nb::handle base, PyObject* builtin) {
+  return nb::exception<T>(m, name, nb::make_tuple(base, nb::handle(builtin)).ptr());
 }
 
 }  // namespace
@@ -48,8 +48,9 @@ void bind_errors(nb::module_& m) {
   add<UnsupportedError>(m, "UnsupportedError", base, PyExc_NotImplementedError);
   add<CheckpointError>(m, "CheckpointError", base, PyExc_ValueError);
   add<RequestError>(m, "RequestError", base, PyExc_ValueError);
-  add<NumericsError>(m, "NumericsError", base, PyExc_ArithmeticError);
-  add<GenerationError>(m, "GenerationError", base, PyExc_RuntimeError);
+  const nb::handle generation = add<GenerationError>(m, "GenerationError", base, PyExc_RuntimeError);
+  add<NumericsError>(m, "NumericsError", generation,
+                     PyExc_ArithmeticError);  // behind its base: the last is tried first
   add<StoppedError>(m, "StoppedError", base, PyExc_RuntimeError);
   add<RankError>(m, "RankError", base, PyExc_RuntimeError);
   add<OutOfSlots>(m, "OutOfSlots", base, PyExc_RuntimeError);

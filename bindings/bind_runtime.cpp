@@ -242,6 +242,7 @@ void bind_requests(nb::module_& m) {
       .def_ro("num_cached", &RequestEvent::num_cached, "Prompt tokens whose state the prefix cache had.")
       .def_ro("finish_reason", &RequestEvent::finish_reason)
       .def_ro("error", &RequestEvent::error)
+      .def_ro("is_spoilt", &RequestEvent::is_spoilt, "With an error: the request's state or logits were not finite.")
       .def_ro("branch", &RequestEvent::branch, "Branch of the request, 0..n-1.")
       .def_ro("logprobs", &RequestEvent::logprobs,
               "Log-probabilities of each new token, if its sampling asks for them.")

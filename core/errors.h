@@ -63,16 +63,16 @@ class RequestError : public Error {
   using Error::Error;
 };
 
-/// A request's logits are not finite, so no token can be chosen (ArithmeticError).
-class NumericsError : public Error {
- public:
-  using Error::Error;
-};
-
 /// A request ended with an error while it ran; the others went on (RuntimeError).
 class GenerationError : public Error {
  public:
   using Error::Error;
+};
+
+/// A request's state or logits are not finite, so no token can be chosen (ArithmeticError, too).
+class NumericsError : public GenerationError {
+ public:
+  using GenerationError::GenerationError;
 };
 
 /// An engine loop takes no more requests: it drains or was stopped (RuntimeError).

@@ -24,14 +24,20 @@ RequestEvent event_of(const Sequence& s) {
           .num_cached = s.num_cached};
 }
 
-// Last tokens of a step whose hidden states say something of the prompt.
-int64_t num_hidden(const ScheduledStep& step) {
+// Last tokens of a step whose hidden states say something of the prompt, or, without logits, of the state.
+int64_t num_hidden(const ScheduledStep& step, bool wants_logits) {
   const Request& request = *step.sequence->request;
   const int64_t end = step.sequence->num_computed() + step.num_tokens;
   const int64_t prompt_size = step.sequence->prompt_size();
-  if (end > prompt_size) return 0;
-  if (request.prompt_logprobs) return step.num_tokens;
-  return request.wants_hidden && end == prompt_size ? 1 : 0;
+  if (request.prompt_logprobs && end <= prompt_size) return step.num_tokens;
+  return !wants_logits || (request.wants_hidden && end == prompt_size) ? 1 : 0;
+}
+
+// Ends a sequence whose state or logits behind its first num_tokens tokens are not finite.
+void spoil(Sequence& s, int64_t num_tokens, const std::string& error, RequestEvent& event) {
+  s.is_spoilt = event.is_spoilt = true;
+  event.finish_reason = FinishReason::kError;
+  event.error = c10::str("[step] request ", s.id, ", branch ", s.branch, ", ", num_tokens, " tokens: ", error);
 }
 
 StepStats count(const std::vector<ScheduledStep>& steps) {
@@ -249,6 +255,7 @@ SequenceStep Engine::describe(const ScheduledStep& step) const {
   const auto num_uncommitted = static_cast<int32_t>(s.num_uncommitted);
   std::vector<int32_t> tokens(s.tokens.begin() + s.num_computed(), s.tokens.begin() + end);
   tokens.insert(tokens.end(), s.drafts.begin(), s.drafts.begin() + step.num_drafts);
+  const bool wants_logits = end == s.num_tokens() && s.request->max_new_tokens > 0;
   return {.kind = step.kind,
           .tokens = std::move(tokens),
           .num_cached = s.num_computed(),
@@ -260,8 +267,8 @@ SequenceStep Engine::describe(const ScheduledStep& step) const {
           .num_uncommitted = num_uncommitted,
           .has_initial_state = s.num_computed() > 0,
           .kv_blocks = memory.blocks(),
-          .wants_logits = end == s.num_tokens() && s.request->max_new_tokens > 0,
-          .num_hidden = num_hidden(step),
+          .wants_logits = wants_logits,
+          .num_hidden = num_hidden(step, wants_logits),
           .num_candidates = leader_ ? num_candidates(*s.request) : 0};
 }
 
@@ -335,6 +342,13 @@ std::vector<int32_t> Engine::stop_tokens(const Request& request) const {
 void Engine::advance(const ScheduledStep& step, size_t index, const SequenceStep& computed,
                      std::vector<RequestEvent>& events, std::vector<Choice>& choices) {
   Sequence& s = *step.sequence;
+  if (computed.num_hidden > 0 && !runner_.has_finite_state(index, computed.num_hidden)) {
+    const int64_t end = s.num_computed() + step.num_tokens;
+    for (Sequence* branch : with_tokenless_branches(s)) {
+      spoil(*branch, end, "expected a finite state, got NaN or infinity", events.emplace_back(event_of(*branch)));
+    }
+    return;
+  }
   scheduler_.advance(step);
   const auto add = [&](Sequence& sequence) {
     if (computed.wants_logits) {
@@ -363,6 +377,13 @@ void Engine::advance(const ScheduledStep& step, size_t index, const SequenceStep
       event->error = error.what();
     }
   }
+}
+
+// A sequence, and those that would go on from its state.
+std::vector<Sequence*> Engine::with_tokenless_branches(Sequence& sequence) const {
+  std::vector<Sequence*> sequences = scheduler_.tokenless_branches(sequence);
+  sequences.insert(sequences.begin(), &sequence);
+  return sequences;
 }
 
 // What the step says of the prompt itself.
@@ -401,7 +422,9 @@ void Engine::book(const Choice& choice, std::vector<SampledToken>&& sampled, Req
   if (num_right > 0) s.memory.advance(num_right);
   s.drafts.clear();
   for (SampledToken& next : sampled) {
-    if (next.error) {
+    if (next.is_spoilt) {
+      spoil(s, s.num_computed(), *next.error, event);
+    } else if (next.error) {
       event.finish_reason = FinishReason::kError;
       event.error = *std::move(next.error);
     } else {
@@ -499,8 +522,7 @@ std::vector<RequestEvent> Engine::fail(const std::vector<ScheduledStep>& steps, 
     ended = scheduler_.youngest_first();
   } else {
     for (const ScheduledStep& step : steps) {
-      ended.push_back(step.sequence);
-      for (const Sequence* branch : scheduler_.tokenless_branches(*step.sequence)) ended.push_back(branch);
+      for (const Sequence* branch : with_tokenless_branches(*step.sequence)) ended.push_back(branch);
     }
   }
   std::vector<RequestEvent> events;
@@ -625,7 +647,10 @@ std::vector<GenerationResult> Engine::generate(const std::vector<Request>& reque
       result.num_cached = event.num_cached;
       result.error = event.error;
       if (event.finish_reason != FinishReason::kError || !options.throw_on_error) continue;
-      throw GenerationError(c10::str("[generate] result ", position.at({event.id, event.branch}), ": ", event.error));
+      const std::string error =
+          c10::str("[generate] result ", position.at({event.id, event.branch}), ": ", event.error);
+      if (event.is_spoilt) throw NumericsError(error);
+      throw GenerationError(error);
     }
     if (options.between_steps) options.between_steps();
   }

@@ -96,8 +96,8 @@ class Engine {
   ~Engine();
 
   /// Streams all and steps until they are finished; n results for each request, in the order given. Throws as submit,
-  /// and GenerationError for the first that ends with an error; whatever it throws, its unfinished requests are
-  /// cancelled.
+  /// and GenerationError for the first that ends with an error, NumericsError where its state or logits are not finite;
+  /// whatever it throws, its unfinished requests are cancelled.
   std::vector<GenerationResult> generate(const std::vector<Request>& requests, const GenerateOptions& options = {});
 
   /// Of the last step that ran the model.
@@ -186,6 +186,7 @@ class Engine {
   };
   void advance(const ScheduledStep& step, size_t index, const SequenceStep& computed, std::vector<RequestEvent>& events,
                std::vector<Choice>& choices);
+  std::vector<Sequence*> with_tokenless_branches(Sequence& sequence) const;
   void report_prompt(const ScheduledStep& step, size_t index, int64_t num_hidden, RequestEvent& event);
   void book(const Choice& choice, std::vector<SampledToken>&& sampled, RequestEvent& event);
   static void append(Sequence& sequence, int32_t token, RequestEvent& event);

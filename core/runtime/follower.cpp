@@ -85,7 +85,7 @@ bool Follower::execute(const RankCommand& command) {
   std::visit(Overloaded{
                  [&](const StepCommand& c) { runner_.launch(c.sequences); },
                  [&](const CopySlotCommand& c) { copy_slot(states, c.group, c.from, c.to); },
-                 [&](const PoisonSlotCommand& c) { poison_slot(states, c.group, c.slot); },
+                 [&](const FillSlotCommand& c) { fill_slot(states, c.group, c.slot, c.fill); },
                  [&](const CopyBlockCommand& c) { copy_block(kv, c.from, c.to); },
                  [&](const SaveBlocksCommand& c) { saved_[c.id] = save_blocks(kv, c.blocks); },
                  [&](const RestoreBlocksCommand& c) { restore_blocks(kv, saved_.at(c.id), c.rows, c.blocks); },

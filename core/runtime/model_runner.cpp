@@ -3,10 +3,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/index_select.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <stdexcept>
 #include <utility>
 
@@ -97,6 +99,7 @@ ModelRunner::Result ModelRunner::run_recorded() {
 }
 
 void ModelRunner::wait() {
+  if (result_.hidden.defined()) result_.hidden_sums = at::sum(result_.hidden, 1, /*keepdim=*/false, at::kFloat).cpu();
   if (ranks_ != nullptr) {
     forward_seconds_ = since_launch_.seconds();
     return;
@@ -151,6 +154,8 @@ SampledToken ModelRunner::choose(Sampler& sampler, int64_t row, const at::Tensor
     if (sampler.is_greedy()) return {.token = result_.gathered->largest(row)};
     thread_local std::vector<float> with_candidates;  // of the size of a vocabulary: not allocated for every token
     return choose_from(sampler, result_.gathered->row(row, with_candidates));
+  } catch (const NumericsError& error) {
+    return {.error = error.what(), .is_spoilt = true};
   } catch (const Error& error) {
     return {.error = error.what()};
   }
@@ -209,6 +214,12 @@ std::vector<Logprobs> ModelRunner::logprobs_of(size_t sequence, std::span<const 
 at::Tensor ModelRunner::hidden_logits(int64_t first, int64_t count) const {
   const at::Tensor local = model_->logits(result_.hidden.narrow(0, first, count));
   return ranks_ == nullptr ? local : gather_logits(local, *ranks_);
+}
+
+// Behind the last norm, so that the sum of finite ones is finite.
+bool ModelRunner::has_finite_state(size_t sequence, int64_t num_hidden) const {
+  const int64_t last = built_.hidden_rows.at(sequence) + num_hidden - 1;
+  return std::isfinite(result_.hidden_sums.const_data_ptr<float>()[last]);
 }
 
 std::vector<float> ModelRunner::last_hidden(size_t sequence, int64_t num_hidden) const {

@@ -33,6 +33,7 @@ struct SampledToken {
   int32_t token = -1;
   std::optional<Logprobs> logprobs;  // where the sampler's parameters ask for them
   std::optional<std::string> error;  // why no token could be chosen
+  bool is_spoilt = false;            // with an error: the logits are not finite
 };
 
 /// Runs one step after the other over pools that outlive it, for one thread at a time. Streams, graphs and overlap
@@ -70,6 +71,10 @@ class ModelRunner {
   /// Hidden state [hidden] of the last token of such a sequence, which has `num_hidden` of them.
   std::vector<float> last_hidden(size_t sequence, int64_t num_hidden) const;
 
+  /// Whether such a sequence's last hidden state is finite. Its recurrent states are then as well, and so are the keys
+  /// and values of its tokens, which all go into it.
+  bool has_finite_state(size_t sequence, int64_t num_hidden) const;
+
   /// Hidden states [T, hidden] of all tokens of the last step, as StepOutput::all_hidden.
   const at::Tensor& all_hidden() const { return result_.all_hidden; }
 
@@ -94,6 +99,7 @@ class ModelRunner {
   struct Result {
     at::Tensor logits;
     at::Tensor hidden;                      // of the sequences that want it, on the device
+    at::Tensor hidden_sums;                 // [P] f32 of their elements, on the host after wait()
     at::Tensor all_hidden;                  // as StepOutput's
     kernel::LargestLogits largest;          // where the device finds them
     std::optional<ShardedLogits> gathered;  // of several ranks

@@ -45,8 +45,10 @@ void copy_slot(const std::vector<GdnState>& layers, SlotGroup group, int32_t fro
                       .host = {.may_have_padding = false}});
 }
 
-void poison_slot(const std::vector<GdnState>& layers, SlotGroup group, int32_t slot) {
-  for (const at::Tensor& pool : pools_of(layers, group)) pool.select(0, slot).fill_(poison(pool.scalar_type()));
+void fill_slot(const std::vector<GdnState>& layers, SlotGroup group, int32_t slot, SlotFill fill) {
+  for (const at::Tensor& pool : pools_of(layers, group)) {
+    pool.select(0, slot).fill_(fill == SlotFill::kZeros ? at::Scalar(0) : poison(pool.scalar_type()));
+  }
 }
 
 void copy_block(const std::vector<KvPool>& layers, int32_t from, int32_t to) {

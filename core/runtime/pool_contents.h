@@ -13,8 +13,13 @@ namespace xgdn {
 
 /// Copies a group's components of one slot to another, in all layers.
 void copy_slot(const std::vector<GdnState>& layers, SlotGroup group, int32_t from, int32_t to);
-/// Fills a group's components of a slot with NaN, integers with the largest.
-void poison_slot(const std::vector<GdnState>& layers, SlotGroup group, int32_t slot);
+/// What a freed slot is filled with.
+enum class SlotFill {
+  kZeros,
+  kPoison,  // NaN, integers the largest
+};
+/// Fills a group's components of a slot, in all layers.
+void fill_slot(const std::vector<GdnState>& layers, SlotGroup group, int32_t slot, SlotFill fill);
 
 /// Copies the keys and values of one block to another, in all layers.
 void copy_block(const std::vector<KvPool>& layers, int32_t from, int32_t to);

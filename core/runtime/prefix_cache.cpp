@@ -173,6 +173,15 @@ void PrefixCache::forget(RequestId id) {
   }
 }
 
+void PrefixCache::forget_spoilt(std::span<const int32_t> tokens) {
+  for (auto prefix = prefixes_.begin(); prefix != prefixes_.end();) {
+    const bool is_beginning = prefix->num_tokens() <= std::ssize(tokens) &&
+                              std::equal(prefix->tokens.begin(), prefix->tokens.end(), tokens.begin());
+    if (is_beginning) prefix->memory.spoil();
+    prefix = is_beginning ? drop(prefix) : std::next(prefix);
+  }
+}
+
 int64_t PrefixCache::pin(std::span<const int32_t> tokens) {
   Prefix* prefix = longest(tokens);
   if (prefix == nullptr) return 0;

@@ -75,6 +75,8 @@ class PrefixCache {
 
   /// Drops what a request has left here.
   void forget(RequestId id);
+  /// Drops what a sequence of these tokens may have gone on from, and has it cleared.
+  void forget_spoilt(std::span<const int32_t> tokens);
 
   /// Pins the longest prefix of `tokens`, all of them included, until it has been unpinned as often, and returns its
   /// id; 0 without. It is not given up for other prefixes, and for running sequences after all others.

@@ -123,8 +123,8 @@ void fields(Archive& archive, CopySlotCommand& c) {
 }
 
 template <class Archive>
-void fields(Archive& archive, PoisonSlotCommand& c) {
-  archive(c.group), archive(c.slot);
+void fields(Archive& archive, FillSlotCommand& c) {
+  archive(c.group), archive(c.slot), archive(c.fill);
 }
 
 template <class Archive>

@@ -25,10 +25,11 @@ struct CopySlotCommand {
   int32_t from;
   int32_t to;
 };
-/// A freed slot is poisoned.
-struct PoisonSlotCommand {
+/// A freed slot is filled.
+struct FillSlotCommand {
   SlotGroup group;
   int32_t slot;
+  SlotFill fill;
 };
 /// A block's keys and values go to another.
 struct CopyBlockCommand {
@@ -71,7 +72,7 @@ struct ScatterMemoryCommand {
 struct ShutDownCommand {};
 
 /// Any of them.
-using RankCommand = std::variant<StepCommand, CopySlotCommand, PoisonSlotCommand, CopyBlockCommand, SaveBlocksCommand,
+using RankCommand = std::variant<StepCommand, CopySlotCommand, FillSlotCommand, CopyBlockCommand, SaveBlocksCommand,
                                  RestoreBlocksCommand, DropBlocksCommand, LogitsCommand, PromptLogitsCommand,
                                  GatherMemoryCommand, ScatterMemoryCommand, ShutDownCommand>;
 

@@ -50,6 +50,7 @@ struct RequestEvent {
   int64_t prompt_size = 0;
   FinishReason finish_reason = FinishReason::kRunning;
   std::string error;                      // with kError
+  bool is_spoilt = false;                 // with kError: the request's state or logits were not finite
   std::vector<Logprobs> logprobs;         // of each new token, where sampling.logprobs asks for them
   int64_t branch = 0;                     // of n; while the prompt is computed, the branch that computes it
   int64_t num_cached = 0;                 // prompt tokens whose state the prefix cache had

@@ -240,6 +240,10 @@ std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
 
 std::unique_ptr<Sequence> Scheduler::remove_failed(RequestId id, int64_t branch) {
   std::unique_ptr<Sequence> removed = take_out(id, branch);
+  if (removed && removed->is_spoilt) {
+    prefixes_.forget_spoilt(removed->tokens);
+    removed->memory.spoil();
+  }
   prefixes_.forget(id);
   if (removed) removed->memory.clear();
   return removed;

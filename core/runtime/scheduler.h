@@ -71,7 +71,7 @@ class Scheduler {
   std::unique_ptr<Sequence> remove(RequestId id, int64_t branch = 0);
 
   /// As remove, for a sequence whose states may be spoilt: neither its last one nor those that its request has left for
-  /// others are kept.
+  /// others are kept. Those of one that is_spoilt are cleared, and with them what it has gone on from.
   std::unique_ptr<Sequence> remove_failed(RequestId id, int64_t branch = 0);
 
   int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }  // not admitted yet

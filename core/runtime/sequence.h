@@ -33,6 +33,7 @@ struct Sequence {
   int64_t prefill_end;          // tokens before it are computed in pieces of any length, those behind it one a step
   SequenceMemory memory;        // since the scheduler has it
   bool is_parked = false;
+  bool is_spoilt = false;                 // its state or logits are not finite: it ends
   int64_t num_cached = 0;                 // of the prompt, whose state another sequence has left; since its admission
   std::vector<int64_t> checkpoints = {};  // after how many tokens of the prompt its state is kept for others; ascending
 

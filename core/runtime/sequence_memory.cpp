@@ -225,6 +225,14 @@ void SequenceMemory::truncate(int64_t num_tokens) {
   if (num_blocks < blocks_.size()) release_blocks(num_blocks, /*is_needed=*/false);
 }
 
+void SequenceMemory::spoil() {
+  for (const Slots* slots : {&own_, &forked_from_}) {
+    for (const StateSlot& slot : *slots) {
+      if (slot) slot.clear_when_freed();
+    }
+  }
+}
+
 void SequenceMemory::clear() {
   if (kv_ != nullptr) release_blocks(0, /*is_needed=*/false);
   is_resident_ = false;

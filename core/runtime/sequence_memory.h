@@ -37,6 +37,8 @@ class StateSlot {
   const SlotHandle& handle() const { return handle_; }
   /// In the pool's tensors.
   int32_t index() const { return pool_->slot(handle_); }
+  /// Has it filled with zeros when its last holder lets go of it.
+  void clear_when_freed() const { pool_->clear_when_freed(handle_); }
   /// Whether others hold the same slot.
   bool is_shared() const { return pool_->ref_count(handle_) > 1; }
 
@@ -101,6 +103,9 @@ class SequenceMemory {
   /// go back: unless it is that of at most num_tokens tokens, it is forgotten as a whole and num_computed() is 0, so
   /// that all tokens have to be computed again, into other blocks than those that forks share.
   void truncate(int64_t num_tokens);
+
+  /// Has what it holds of the state cleared before it is used again: it is not finite.
+  void spoil();
 
   /// Lets go of everything. What swapped-out memories share is saved for them.
   void clear();

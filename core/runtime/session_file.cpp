@@ -4,6 +4,7 @@
 #include "core/runtime/session_file.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/tensor.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/StringUtil.h>
@@ -14,6 +15,7 @@
 #include <utility>
 
 #include "core/checkpoint/safetensors.h"
+#include "core/layers/qwen3_gated_delta_net.h"
 #include "core/models/hash_bytes.h"
 
 namespace xgdn {
@@ -134,6 +136,25 @@ class Reader {
   SafetensorsFile file_;
 };
 
+// Numbers that no step leaves: checkpoints that are not finite, and rings that hold other tokens than those since then.
+void check_states(const Reader& reader, const SessionSpecs& specs, const SavedSession& session) {
+  for (size_t i = 0; i < specs.states.size(); ++i) {
+    for (size_t j = 0; j < specs.states[i].size(); ++j) {
+      const StateKind kind = specs.states[i][j].kind;
+      const at::Tensor& tensor = session.memory.states[i][j];
+      const std::string name = c10::str("layers.", i, ".", name_of(kind).name);
+      if (kind == StateKind::kDelta && !tensor.isfinite().all().item<bool>()) {
+        throw reader.error(name, "finite numbers", "NaN or infinity");
+      }
+      if (kind != StateKind::kRingLength) continue;
+      const int64_t length = session.num_kept % kReplayChunk;
+      if (tensor.item<int32_t>() == length) continue;
+      throw reader.error(name, c10::str(length, ", num_kept=", session.num_kept, " modulo ", kReplayChunk),
+                         c10::str(tensor.item<int32_t>()));
+    }
+  }
+}
+
 std::string model_text(const SessionSpecs& specs) {
   return std::to_string(specs.model_digest);
 }
@@ -178,6 +199,7 @@ SavedSession read_session(const std::filesystem::path& path, const SessionSpecs&
   for_tensors(specs, session,
               [&](const std::string& name, int64_t heads_dim, const std::vector<int64_t>& shape, at::ScalarType dtype,
                   at::Tensor& tensor) { tensor = reader.read(name, heads_dim, shape, dtype); });
+  check_states(reader, specs, session);
   return session;
 }
 

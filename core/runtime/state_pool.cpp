@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <utility>
 
 #include "core/kernels/ops_api.h"
 #include "core/runtime/pool_contents.h"
@@ -96,14 +97,24 @@ void StatePool::release(SlotHandle handle) {
   if (--slot.ref_count > 0) return;
   ++slot.generation;
   table(handle.group).free.push_back(handle.slot);
-  if (poison_freed_) poison(handle);
+  const bool is_cleared = std::exchange(slot.is_cleared, false);
+  if (poison_freed_) {
+    fill(handle, SlotFill::kPoison);
+  } else if (is_cleared) {
+    fill(handle, SlotFill::kZeros);
+  }
 }
 
-void StatePool::poison(SlotHandle handle) const noexcept {
+void StatePool::clear_when_freed(SlotHandle handle) {
+  held(handle);
+  table(handle.group).slots[handle.slot].is_cleared = true;
+}
+
+void StatePool::fill(SlotHandle handle, SlotFill fill) const noexcept {
   const c10::InferenceMode inference;  // which the pools may have been made in
   try {
-    if (leader_ != nullptr) leader_->tell(PoisonSlotCommand{handle.group, handle.slot});
-    poison_slot(layers_, handle.group, handle.slot);
+    if (leader_ != nullptr) leader_->tell(FillSlotCommand{handle.group, handle.slot, fill});
+    fill_slot(layers_, handle.group, handle.slot, fill);
   } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): a device that has stopped tells those who compute
   }
 }

@@ -26,7 +26,7 @@ bool poison_freed_by_default();
 class StatePool {
  public:
   /// Allocates num_slots slots for layers with these components. poison_freed fills freed slots with NaN (integers: the
-  /// largest). `leader`, unless null, tells other ranks of what is copied and poisoned; it outlives the pool. Throws
+  /// largest). `leader`, unless null, tells other ranks of what is copied and filled; it outlives the pool. Throws
   /// RequestError for a negative number.
   StatePool(const std::vector<std::vector<StateSpec>>& layers, int64_t num_slots, c10::Device device,
             bool poison_freed = poison_freed_by_default(), Leader* leader = nullptr);
@@ -41,6 +41,8 @@ class StatePool {
   SlotHandle share(SlotHandle handle);
   /// One holder less; the last one frees the slot. Throws StaleHandleError.
   void release(SlotHandle handle);
+  /// Has the slot filled with zeros when it is freed. Throws StaleHandleError.
+  void clear_when_freed(SlotHandle handle);
   /// Copies the contents of one held slot to another of the same group. Throws StaleHandleError, RangeError for another
   /// group's.
   void copy(SlotHandle from, SlotHandle to);
@@ -61,6 +63,7 @@ class StatePool {
   struct Slot {
     uint32_t generation = 0;
     int64_t ref_count = 0;
+    bool is_cleared = false;  // when it is freed
   };
   struct Table {
     std::vector<Slot> slots;
@@ -69,7 +72,7 @@ class StatePool {
   Table& table(SlotGroup group) { return tables_[static_cast<size_t>(group)]; }
   const Table& table(SlotGroup group) const { return tables_[static_cast<size_t>(group)]; }
   const Slot& held(SlotHandle handle) const;
-  void poison(SlotHandle handle) const noexcept;  // a slot is given back wherever its owner ends
+  void fill(SlotHandle handle, SlotFill fill) const noexcept;  // a slot is given back wherever its owner ends
 
   std::vector<GdnState> layers_;
   std::array<Table, kSlotGroups.size()> tables_;

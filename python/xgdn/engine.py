@@ -265,6 +265,7 @@ class Engine:
             xgdn.errors.RequestError, RangeError: a prompt or an option that can never be served; nothing has run.
             xgdn.errors.GenerationError: a request ended with an error. With `raise_on_error=False` its result has
                 `finish_reason` ERROR and `error` instead, and the others run to their end.
+            xgdn.errors.NumericsError: likewise; its state or logits are not finite.
         """
         return self._engine.generate(
             [

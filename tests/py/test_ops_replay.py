@@ -353,6 +353,41 @@ def test_one_sequences_nan_stays_its_own() -> None:
     assert session.out[20:25].isfinite().all()
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("commit", [True, False], ids=["decode", "drafts"])
+def test_a_fold_that_overflows_is_seen_in_its_output(state_dtype: torch.dtype, commit: bool, backend: str) -> None:
+    """By its value head alone, with outputs that are finite otherwise; drafts leave the fold to the next call."""
+    case = Case((1, 1), H=1, HV=2, K=64, V=48, state_dtype=state_dtype)
+    x = make_inputs(case, prefill=False)
+    x.k[..., 0] = x.q[..., 0] = x.g[:] = 0  # no output reads the first column of S
+    ring = nan_ring(len(x.state), case, 32)
+    rings = torch.arange(2, dtype=torch.int32)
+    for tensor in (ring.k, ring.u, ring.g):
+        tensor[rings, :, :15] = 0
+    ring.length[rings] = 15
+    ring.k[1, :, :2, 0] = 1
+
+    def outputs(u: float) -> tuple[Tensor, Tensor, Tensor]:
+        ring.u[1, 1, :2, -1] = u
+        state, of_call = x.before.clone(), copied(ring)
+        out = ops.replay_gated_delta_rule(
+            x.q, x.k, x.v, x.g, x.beta, state, of_call,
+            cu_seqlens=x.cu_seqlens, state_indices=x.state_indices, ring_indices=rings,
+            chunk_size=16, commit=commit, backend=backend,
+        )  # fmt: skip
+        return out.clone(), state, of_call.length
+
+    largest = float(torch.finfo(state_dtype).max)
+    want, state, _ = outputs(0.4 * largest)
+    assert want.isfinite().all()
+    assert state[x.state_indices.long()].isfinite().all()
+    got, _, lengths = outputs(0.6 * largest)
+    assert got[1, 1].isnan().all() == commit
+    assert lengths[:2].tolist() == [0, 0] if commit else [15, 15]
+    got[1, 1] = want[1, 1]
+    assert_bits_equal("other value heads and sequences", got, want)
+
+
 # ---- plain states ----------------------------------------------------------------------------------------------------
 
 

@@ -18,10 +18,13 @@
 // Order of sums: that of `multiply` for S k, S q and the products of keys; then the checkpoint's part, the ring's
 // tokens in ascending order, the token itself. Since S is formed at multiples of C alone, a token's bits do not depend
 // on the calls that its sequence is cut into, on threads, or on the sequences beside it.
+// Infinity and NaN in what a fold forms are seen as it is stored, for a comparison a vector, and told by the output of
+// the token that the fold follows: NaN, in that value head.
 #include "core/kernels/cpu/replay_gated_delta_rule.h"
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -215,10 +218,18 @@ void drop_folded(Replay<State>& r) {
 
 // ---- the fold -------------------------------------------------------------------------------------------------------
 
-// 4 rows of D S + sum_c w_c k_c^T, of two vectors of K as load_pair reads them, or of one.
+// Lanes that a State can hold: neither NaN nor, rounded, infinite.
+template <typename State>
+HWY_INLINE hn::Mask<F32> is_finite(VF x) {
+  constexpr float kLargest = sizeof(State) == sizeof(float) ? std::numeric_limits<float>::max() : 0x1.fefffep127f;
+  return hn::Le(hn::Abs(x), hn::Set(F32(), kLargest));
+}
+
+// 4 rows of D S + sum_c w_c k_c^T, of two vectors of K as load_pair reads them, or of one. Clears lanes of `all_finite`
+// where a State cannot hold what they form.
 template <bool kIsPair, typename State>
 HWY_INLINE void fold_vectors(const State* src, State* dst, size_t K, size_t count, size_t V, const Decay& decay,
-                             const float* HWY_RESTRICT w, const float* HWY_RESTRICT k) {
+                             const float* HWY_RESTRICT w, const float* HWY_RESTRICT k, hn::Mask<F32>& all_finite) {
   const F32 d;
   const auto read = [&](size_t row, VF& a, VF& b) HWY_ATTR {
     a = b = hn::Zero(d);
@@ -262,7 +273,9 @@ HWY_INLINE void fold_vectors(const State* src, State* dst, size_t K, size_t coun
       a = hn::Add(s, a);
       b = hn::Add(t, b);
     }
+    all_finite = hn::And(all_finite, is_finite<State>(a));
     if constexpr (kIsPair) {
+      all_finite = hn::And(all_finite, is_finite<State>(b));
       store_pair(d, a, b, dst + row * K);
     } else {
       store_rounded(d, a, dst + row * K);
@@ -275,9 +288,10 @@ HWY_INLINE void fold_vectors(const State* src, State* dst, size_t K, size_t coun
 }
 
 // dst <- D S + sum_i D_i u_i k_i^T after the first `count` > 0 tokens. dst may be S. k [count, K] is in the pool's
-// order; w [count, V] and logs are scratch memory. What is worked on next is fetched meanwhile.
+// order; w [count, V] and logs are scratch memory. What is worked on next is fetched meanwhile. False where dst is not
+// finite.
 template <typename State>
-void fold(const State* S, size_t count, const float* HWY_RESTRICT k, const float* HWY_RESTRICT g,
+bool fold(const State* S, size_t count, const float* HWY_RESTRICT k, const float* HWY_RESTRICT g,
           const float* HWY_RESTRICT u, size_t K, size_t V, float* HWY_RESTRICT w, float* HWY_RESTRICT logs, State* dst,
           const State* next) {
   const F32 d;
@@ -288,27 +302,30 @@ void fold(const State* S, size_t count, const float* HWY_RESTRICT k, const float
     const VF factor = hn::Set(d, logs[c]);
     for (size_t i = c * V; i < (c + 1) * V; i += lanes) hn::StoreU(hn::Mul(factor, hn::LoadU(d, u + i)), d, w + i);
   }
+  hn::Mask<F32> all_finite = hn::FirstN(d, lanes);
   for (size_t row = 0; row < V; row += kRows) {
     if (next != nullptr) prefetch(next + row * K, kRows * K * sizeof(State));
     const auto src = [&](size_t i) { return S == nullptr ? nullptr : S + row * K + i; };
     State* to = dst + row * K;
     size_t i = 0;
     for (; i + 2 * lanes <= K; i += 2 * lanes) {
-      fold_vectors<true>(src(i), to + i, K, count, V, decay, w + row, k + i);
+      fold_vectors<true>(src(i), to + i, K, count, V, decay, w + row, k + i, all_finite);
     }
-    if (i < K) fold_vectors<false>(src(i), to + i, K, count, V, decay, w + row, k + i);
+    if (i < K) fold_vectors<false>(src(i), to + i, K, count, V, decay, w + row, k + i, all_finite);
   }
+  return hn::AllTrue(d, all_finite);
 }
 
-// Forms S of the first C tokens, in the slot to be written or, where it is not to be kept, in scratch memory.
+// Forms S of the first C tokens, in the slot to be written or, where it is not to be kept, in scratch memory. False
+// where it is not finite.
 template <typename State>
-void fold_head(Replay<State>& r, size_t index, bool is_kept) {
+bool fold_head(Replay<State>& r, size_t index, bool is_kept) {
   ValueHead<State>& head = r.heads[index];
   const size_t elements = r.V() * r.K();
   State* dst = is_kept && r.is_written() ? r.written(index) : r.folded + index * elements;
-  fold(head.S, r.C(), r.ordered_k, head.g, head.u, r.K(), r.V(), r.w, r.logs, dst, r.after(index));
-  head.S = dst;
+  const State* const S = std::exchange(head.S, dst);
   if (is_kept) head.kept = dst;
+  return fold(S, r.C(), r.ordered_k, head.g, head.u, r.K(), r.V(), r.w, r.logs, dst, r.after(index));
 }
 
 // ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -476,7 +493,10 @@ void replay_tokens(Replay<State>& r, int64_t first, size_t count, bool folds) {
                    load_scalar(args.beta.dtype, args.beta.at(token, head.h)));
       store_row(args.out.dtype, r.o, r.V(), args.out.at(token, head.h));
     }
-    if (folds) fold_head(r, i, args.commit);
+    if (folds && !fold_head(r, i, args.commit)) {
+      std::fill_n(r.o, r.V(), std::numeric_limits<float>::quiet_NaN());
+      store_row(args.out.dtype, r.o, r.V(), args.out.at(first + static_cast<int64_t>(count) - 1, head.h));
+    }
   }
   r.length += count;
 }

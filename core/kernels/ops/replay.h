@@ -34,6 +34,10 @@ struct ReplayRing {
 /// forks may share a slot until they fold. A state slot of kPadSlot skips the sequence; a write slot of kPadSlot
 /// computes the outputs and writes nothing. Drafts: with commit = false the call's tokens are left behind the ring's
 /// length. The next call of the sequence says by num_accepted how many of them count, the others are gone.
+///
+/// Infinity and NaN in a state are seen in the outputs, in that value head: those of the tokens that read it, and where
+/// a fold of committed tokens forms them, NaN as that of the last of them. So nobody need look at the states
+/// themselves.
 struct ReplayGatedDeltaRuleParams {
   at::Tensor q;              // [T, H, K]      f32 | bf16 | f16, strided
   at::Tensor k;              // [T, H, K]      as q, strided

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -112,8 +113,13 @@ void write_ring(const ReplayHead& head, const ReplayRing& ring, int64_t slot, in
   }
 }
 
-// All tokens of x; says whether S is a new one.
-bool replay(HeadTokens& x, double scale, int64_t C, bool commit, ReplayHead& head) {
+// Whether numbers up to `largest` hold S.
+bool is_finite(const Matrix& S, double largest) {
+  return std::ranges::all_of(S.values, [&](double value) { return std::abs(value) <= largest; });
+}
+
+// All tokens of x; says whether S, of which a pool holds numbers up to `largest`, is a new one.
+bool replay(HeadTokens& x, double scale, int64_t C, bool commit, double largest, ReplayHead& head) {
   bool is_folded = false;
   const auto length = [&] { return static_cast<int64_t>(head.ring.size()); };
   const auto fold = [&] {
@@ -124,7 +130,9 @@ bool replay(HeadTokens& x, double scale, int64_t C, bool commit, ReplayHead& hea
   Matrix now = head.state_after(length());
   for (int64_t t = 0; t < x.o.rows; ++t) {
     head.append(x, t, scale, now);
-    if (commit && length() == C) fold();
+    if (!commit || length() < C) continue;
+    fold();
+    if (!is_finite(head.S, largest)) std::fill_n(x.o[t], x.o.cols, std::numeric_limits<double>::quiet_NaN());
   }
   return is_folded;
 }
@@ -200,6 +208,7 @@ class ReferenceBackend final : public HostBackend {
     Inputs inputs(p, s);
     const double scale = p.scale.value_or(1.0 / std::sqrt(static_cast<double>(s.K)));
     const int64_t C = p.chunk_size;
+    const double largest = p.state.scalar_type() == at::kFloat ? 0x1.fffffep127 : 0x1.fep127;
     const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
     const int32_t* read = p.state_indices.const_data_ptr<int32_t>();
     const int32_t* write = p.write_indices.value_or(p.state_indices).const_data_ptr<int32_t>();
@@ -222,7 +231,7 @@ class ReferenceBackend final : public HostBackend {
         HeadTokens x = inputs.head(cu[n], cu[n + 1], h);
         if (read[n] != kPadSlot) {
           ReplayHead& head = heads[static_cast<size_t>(h)];
-          const bool is_folded = replay(x, scale, C, p.commit, head);
+          const bool is_folded = replay(x, scale, C, p.commit, largest, head);
           if (is_written && (is_folded || !has_initial || write[n] != read[n]))
             write_state(head.S, p.state, write[n], h);
           if (is_written) write_ring(head, p.ring, written_rings[n], h, h / (s.HV / s.H));

@@ -361,10 +361,37 @@ TEST_F(NaNToken, GenerateThrowsAndCancelsTheOthers) {
   Engine engine(model(), options);
   const Request other{.prompt = {1, 2, 3}, .max_new_tokens = 900};
   const Request bad{.prompt = {1, kNaNToken}, .max_new_tokens = 4};
-  expect_error<GenerationError>([&] { engine.generate({other, bad}); }, {"[generate] result 1", "NaN"});
+  expect_error<NumericsError>(
+      [&] {
+        engine.generate({other, bad});
+      },
+      {"[generate] result 1", "[step] request 2, branch 0, 2 tokens", "NaN"});
   EXPECT_TRUE(engine.is_idle());
   EXPECT_TRUE(engine.step().empty());
   expect_all_free(engine, options);
+}
+
+// With the first piece of a prompt that has no logits, or none that are asked for.
+TEST_F(NaNToken, EndsAPromptWithThePieceThatHasIt) {
+  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 1024, .max_tokens_per_step = 64};
+  for (const int64_t max_new_tokens : {0, 4}) {
+    for (const int64_t n : {1, 3}) {
+      if (n > 1 && max_new_tokens == 0) continue;
+      Engine engine(model(), options);
+      std::vector<int32_t> prompt(max_new_tokens == 0 ? 64 : 640, 5);
+      prompt[10] = kNaNToken;
+      engine.submit({.prompt = prompt, .max_new_tokens = max_new_tokens, .n = n});
+      const std::vector<RequestEvent> events = engine.step();
+      ASSERT_EQ(std::ssize(events), n);
+      for (const RequestEvent& event : events) {
+        EXPECT_EQ(event.finish_reason, FinishReason::kError);
+        EXPECT_TRUE(event.is_spoilt);
+        EXPECT_NE(event.error.find("expected a finite state"), std::string::npos) << event.error;
+      }
+      EXPECT_TRUE(engine.is_idle());
+      expect_all_free(engine, options);
+    }
+  }
 }
 
 TEST_F(NaNToken, DrawnInTheMiddleOfARequestEndsIt) {

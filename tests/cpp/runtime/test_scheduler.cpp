@@ -84,6 +84,22 @@ TEST(Scheduler, EndsWithoutReadingTheCache) {
   EXPECT_EQ(states.num_free(), 2);
 }
 
+TEST_F(SchedulerTest, TheSlotsOfASpoiltSequenceAreCleared) {
+  make(/*max_tokens_per_step=*/200, /*num_slots=*/2, /*num_blocks=*/1000);
+  add(1, 10, 5);
+  add(2, 10, 5);
+  step();
+  const at::Tensor& pool = states_->layers()[0].components()[0].pool;
+  pool.fill_(std::numeric_limits<float>::quiet_NaN());
+  const int32_t slot = sequences_[1]->memory.own_slot(SlotGroup::kCheckpoint).index();
+  sequences_[1]->is_spoilt = true;
+  scheduler_->remove_failed(2);
+  EXPECT_TRUE(pool.isnan().all().item<bool>()) << "a failed step need not clear anything";
+  scheduler_->remove_failed(1);
+  EXPECT_EQ(pool[slot].item<float>(), 0.0f);
+  EXPECT_TRUE(pool[1 - slot].isnan().all().item<bool>());
+}
+
 TEST_F(SchedulerTest, SplitsPromptsOnlyAtMultiplesOfTheChunk) {
   make(/*max_tokens_per_step=*/200, /*num_slots=*/4, /*num_blocks=*/1000);
   add(1, 500);

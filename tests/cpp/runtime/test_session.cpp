@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/kernels/ops_api.h"
+#include "core/runtime/session_file.h"
 #include "tests/cpp/support/expect_error.h"
 #include "tests/cpp/support/random_tokens.h"
 #include "tests/cpp/support/tiny_model.h"
@@ -249,6 +251,94 @@ TEST_P(SessionTest, WhatCannotBeAskedOfIt) {
   EXPECT_TRUE(session.tokens().empty());
   Session moved = std::move(session);
   go_on(moved, 1, 300);
+}
+
+// A session of 31 tokens, 30 of them kept, whose next fold but not its outputs is beyond f32: its ring writes to a
+// column of S that no key and no query reads.
+class Overflow : public ::testing::Test {
+ protected:
+  Overflow() {
+    constexpr int64_t kKeyDim = 16;
+    at::Tensor& taps = weights_.at("model.layers.0.linear_attn.conv1d.weight");
+    taps = taps.clone();
+    taps[0].zero_();        // of q
+    taps[kKeyDim].zero_();  // of k
+    model_ = tiny_model(config_, weights_, {.has_replay_states = true});
+    Engine engine(model_, kOptions);
+    Session session(engine);
+    session.generate({.prompt = random_tokens(1, 28), .max_new_tokens = 3});
+    tokens_ = session.tokens();
+    session.save(file_);
+
+    const KvCacheSpec kv = kv_spec(*model_, 16);
+    const SessionSpecs specs{.model_digest = model_->digest(),
+                             .vocab_size = config_.vocab_size,
+                             .states = model_->state_specs(),
+                             .num_attention_layers = kv.num_layers,
+                             .num_kv_heads = config_.num_key_value_heads,
+                             .kv_row_size = kernel::kv_row_size(kv.head_dim, kv.dtype),
+                             .kv_dtype = kv.dtype};
+    SavedSession saved = read_session(file_, specs);
+    for (size_t i = 0; i < specs.states[0].size(); ++i) {
+      const StateKind kind = specs.states[0][i].kind;
+      const at::Tensor& ring = saved.memory.states[0][i];
+      if (kind == StateKind::kRingK) ring.zero_().select(2, 0).fill_(1.0f);
+      if (kind == StateKind::kRingU) ring.fill_(3e38f);
+      if (kind == StateKind::kRingG) ring.zero_();
+    }
+    write_session(file_, saved, specs);
+  }
+  ~Overflow() override { std::filesystem::remove(file_); }
+
+  const RunnerOptions kOptions{.max_batch_size = 4, .max_cached_tokens = 4096, .prefix_cache_slots = 8};
+  const ModelConfig config_ = tiny_config();
+  Weights weights_ = tiny_weights(config_);
+  std::shared_ptr<const HybridDecoder> model_;
+  std::vector<int32_t> tokens_;
+  const std::filesystem::path file_ = std::filesystem::path(::testing::TempDir()) / "overflow.safetensors";
+};
+
+TEST_F(Overflow, IsFoundByTheFoldAndKeptByNobody) {
+  Engine engine(model_, kOptions);
+  Engine alone(model_, {.max_batch_size = 4, .max_cached_tokens = 4096});
+  Session session = Session::load(engine, file_);
+  ASSERT_EQ(session.num_kept(), 30);
+  Session fork = session.fork();
+  std::vector<int32_t> prompt = tokens_;
+  prompt.push_back(5);  // the 32nd, which fills the ring
+  const Request bad{.prompt = prompt, .max_new_tokens = 1};
+  const Request other{.prompt = random_tokens(7, 50), .max_new_tokens = 20};
+  const std::vector<GenerationResult> got = engine.generate({bad, other}, {.throw_on_error = false});
+  EXPECT_EQ(got[0].num_cached, 30);
+  EXPECT_EQ(got[0].finish_reason, FinishReason::kError);
+  EXPECT_NE(got[0].error.find("[step] request 1, branch 0, 32 tokens"), std::string::npos) << got[0].error;
+  EXPECT_EQ(got[1].tokens, alone.generate({other}).at(0).tokens);
+
+  EXPECT_EQ(session.num_kept(), 0) << "what it went on from may be the cause";
+  EXPECT_EQ(fork.num_kept(), 0);
+  const std::vector<int32_t> want = alone.generate({bad}).at(0).tokens;
+  for (Session* each : {&session, &fork}) {
+    const GenerationResult again = each->generate({.prompt = {5}, .max_new_tokens = 1});
+    EXPECT_EQ(again.tokens, want);
+    EXPECT_EQ(each->num_kept(), 32);
+  }
+}
+
+TEST_F(Overflow, IsFoundWithoutLogitsAndByDecodes) {
+  Engine engine(model_, kOptions);
+  Session session = Session::load(engine, file_);
+  std::vector<int32_t> prompt = tokens_;
+  prompt.push_back(5);
+  const GenerationResult scored =
+      engine.generate({{.prompt = prompt, .max_new_tokens = 0}}, {.throw_on_error = false}).at(0);
+  EXPECT_NE(scored.error.find("32 tokens: expected a finite state"), std::string::npos) << scored.error;
+  EXPECT_EQ(engine.prefix_cache_stats().num_prefixes, 0);
+  Session decoding = Session::load(engine, file_);
+  decoding.truncate(30);
+  EXPECT_EQ(decoding.num_kept(), 30);
+  expect_error<NumericsError>([&] { decoding.generate({.prompt = {tokens_[30]}, .max_new_tokens = 2}); },
+                              {"[generate] result 0", "32 tokens: [Sampler] logits"});
+  EXPECT_EQ(std::ssize(decoding.tokens()), 30) << "it is as it was";
 }
 
 INSTANTIATE_TEST_SUITE_P(States, SessionTest, ::testing::Bool(),

@@ -2,6 +2,7 @@
 // Slots of recurrent state: who holds them, what they weigh, what a freed one holds.
 #include "core/runtime/state_pool.h"
 
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -170,6 +171,34 @@ TEST(StatePool, ImpossibleNumbersOfSlotsAreRefused) {
   // An index is int32.
   expect_error<RequestError>([] { StatePool({}, std::numeric_limits<int64_t>::max(), c10::kCPU); },
                              {"[StatePool] num_slots", "at most 2147483647", "got 9223372036854775807"});
+}
+
+TEST(StatePool, ASpoiltSlotIsClearedByItsLastHolder) {
+  StatePool pool(two_layers(), 3, c10::kCPU, /*poison_freed=*/false);
+  for (int round = 0; round < 2; ++round) {  // the second time it is an ordinary slot
+    const std::vector<at::Tensor> before = fill_with_numbers(pool);
+    const SlotHandle handle = pool.allocate(SlotGroup::kCheckpoint);
+    pool.share(handle);
+    if (round == 0) pool.clear_when_freed(handle);
+    const auto expect_slots = [&](bool is_cleared) {
+      size_t i = 0;
+      for (const GdnState& layer : pool.layers()) {
+        for (const GdnState::Component& component : layer.components()) {
+          for (int64_t slot = 0; slot < 3; ++slot) {
+            const bool is_it = is_cleared && slot == handle.slot && group_of(component.kind) == SlotGroup::kCheckpoint;
+            const at::Tensor want = is_it ? at::zeros_like(before[i][slot]) : before[i][slot];
+            EXPECT_TRUE(same_bits(component.pool[slot], want)) << "component " << i << " slot " << slot;
+          }
+          ++i;
+        }
+      }
+    };
+    pool.release(handle);
+    expect_slots(/*is_cleared=*/false);
+    pool.release(handle);
+    expect_slots(/*is_cleared=*/round == 0);
+    expect_error<StaleHandleError>([&] { pool.clear_when_freed(handle); }, {"[StatePool] handle"});
+  }
 }
 
 class Poison : public ::testing::TestWithParam<std::tuple<bool, SlotGroup>> {};

@@ -62,9 +62,10 @@ TEST(TensorParallel, PoolsTellWhatTheyChange) {
   EXPECT_EQ(copied.group, SlotGroup::kCheckpoint);
   EXPECT_EQ(copied.from, from.slot);
   EXPECT_EQ(copied.to, states.slot(to));
-  const auto& poisoned = std::get<PoisonSlotCommand>(told[1]);
+  const auto& poisoned = std::get<FillSlotCommand>(told[1]);
   EXPECT_EQ(poisoned.group, SlotGroup::kCheckpoint);
   EXPECT_EQ(poisoned.slot, from.slot);
+  EXPECT_EQ(poisoned.fill, SlotFill::kPoison);
   EXPECT_EQ(std::get<LogitsCommand>(told[2]).count, 2);
 }
 
@@ -120,7 +121,7 @@ TEST(TensorParallel, MessagesAreReadAsTheyWereWritten) {
                           .num_candidates = 17};
   const int64_t large = (int64_t{1} << 40) + 3;
   const std::vector<RankCommand> commands{CopySlotCommand{SlotGroup::kRecent, 1, 2},
-                                          PoisonSlotCommand{SlotGroup::kCheckpoint, 3},
+                                          FillSlotCommand{SlotGroup::kCheckpoint, 3, SlotFill::kZeros},
                                           CopyBlockCommand{4, 5},
                                           SaveBlocksCommand{large, {1, 2}},
                                           RestoreBlocksCommand{large, {1, 0}, {6, 7}},
