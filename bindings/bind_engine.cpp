@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <optional>
 #include <utility>
 
 #include "bindings/bind.h"
@@ -340,24 +341,52 @@ void bind_engine_class(nb::module_& m) {
       .def_prop_ro("kv_bytes", &Engine::kv_bytes);
 }
 
+// A session may end where the GIL is held, and lets go of its state between two steps, which may wait for the GIL.
+class PythonSession {
+ public:
+  explicit PythonSession(Session session) : session_(std::move(session)) {}
+  PythonSession(PythonSession&&) noexcept = default;
+  PythonSession& operator=(PythonSession&&) = delete;
+  ~PythonSession() {
+    std::optional<nb::gil_scoped_release> release;
+    if (PyGILState_Check() != 0) release.emplace();
+    session_.reset();
+  }
+
+  Session& operator*() { return *session_; }
+
+ private:
+  std::optional<Session> session_;
+};
+
 void bind_session(nb::module_& m) {
-  nb::class_<Session>(m, "Session", "A conversation whose state an engine holds between requests.")
-      .def(nb::init<Engine&>(), "engine"_a, nb::keep_alive<1, 2>(), WithoutGil())
+  nb::class_<PythonSession>(m, "Session", "A conversation whose state an engine holds between requests.")
+      .def(
+          "__init__", [](PythonSession* self, Engine& engine) { new (self) PythonSession(Session(engine)); },
+          "engine"_a, nb::keep_alive<1, 2>(), WithoutGil())
       .def(
           "generate",
-          [](Session& self, const Request& request) {
-            return self.generate(request, generate_options(/*raise_on_error=*/true));
+          [](PythonSession& self, const Request& request) {
+            return (*self).generate(request, generate_options(/*raise_on_error=*/true));
           },
           "request"_a, WithoutGil())
-      .def("fork", &Session::fork, nb::keep_alive<0, 1>(), WithoutGil())
-      .def("truncate", &Session::truncate, "num_tokens"_a, WithoutGil())
       .def(
-          "save", [](const Session& self, const std::string& path) { self.save(path); }, "path"_a, WithoutGil())
+          "set_tokens", [](PythonSession& self, std::vector<int32_t> tokens) { (*self).set_tokens(std::move(tokens)); },
+          "tokens"_a, WithoutGil())
+      .def(
+          "fork", [](PythonSession& self, Engine&) { return PythonSession((*self).fork()); }, "engine"_a,
+          nb::keep_alive<0, 2>(), WithoutGil())  // the engine and not the session, whose state may then be let go
+      .def(
+          "truncate", [](PythonSession& self, int64_t num_tokens) { (*self).truncate(num_tokens); }, "num_tokens"_a,
+          WithoutGil())
+      .def(
+          "save", [](PythonSession& self, const std::string& path) { (*self).save(path); }, "path"_a, WithoutGil())
       .def_static(
-          "load", [](Engine& engine, const std::string& path) { return Session::load(engine, path); }, "engine"_a,
-          "path"_a, nb::keep_alive<0, 1>(), WithoutGil())
-      .def_prop_ro("tokens", &Session::tokens)
-      .def_prop_ro("num_kept", &Session::num_kept);
+          "load", [](Engine& engine, const std::string& path) { return PythonSession(Session::load(engine, path)); },
+          "engine"_a, "path"_a, nb::keep_alive<0, 1>(), WithoutGil())
+      .def_prop_ro("tokens", [](PythonSession& self) { return (*self).tokens(); })
+      .def_prop_ro(
+          "num_kept", [](PythonSession& self) { return (*self).num_kept(); }, WithoutGil());
 }
 
 }  // namespace

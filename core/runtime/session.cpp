@@ -40,6 +40,15 @@ GenerationResult Session::generate(Request request, const GenerateOptions& optio
   return result;
 }
 
+void Session::set_tokens(std::vector<int32_t> tokens) {
+  const int64_t vocab = engine_->config().vocab_size;
+  for (const int32_t token : tokens) {
+    if (token >= 0 && token < vocab) continue;
+    throw RangeError(c10::str("[Session] set_tokens: expected token ids 0..", vocab - 1, ", got ", token));
+  }
+  go_on_from(std::move(tokens));
+}
+
 Session Session::fork() const {
   Session forked(*engine_);
   forked.go_on_from(tokens_);

@@ -32,6 +32,10 @@ class Session {
   /// as Engine::generate, and RequestError for n other than 1; the session is as it was then.
   GenerationResult generate(Request request, const GenerateOptions& options = {});
 
+  /// Makes these its tokens, whatever they were: for those who run the requests themselves and stream them, with what a
+  /// request has computed. Throws RangeError for a token outside the vocabulary.
+  void set_tokens(std::vector<int32_t> tokens);
+
   /// Another session with the same tokens and the same state.
   Session fork() const;
 

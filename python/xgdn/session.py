@@ -52,9 +52,16 @@ class Session:
             )
         )
 
+    def set_tokens(self, tokens: Sequence[int]) -> None:
+        """Make these its tokens, whatever they were, with the state that requests have computed of them.
+
+        For those who run the requests themselves, to stream them. Raises RangeError for a token outside the vocabulary.
+        """
+        self._session.set_tokens(list(tokens))
+
     def fork(self) -> "Session":
         """Return another session with the same tokens and the same state."""
-        return self._of(self._engine, self._session.fork())
+        return self._of(self._engine, self._session.fork(self._engine._engine))
 
     def truncate(self, num_tokens: int) -> None:
         """Take back the tokens behind the first `num_tokens`. Raises RangeError for more than there are."""

@@ -166,8 +166,8 @@ CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content"
 class SteppedEngine:
     """The engine with a gate before each step, and steps that fail, devices that stop, on demand."""
 
-    def __init__(self) -> None:
-        self._engine = engine()
+    def __init__(self, prefix_cache_slots: int) -> None:
+        self._served = engine(prefix_cache_slots=prefix_cache_slots)
         self._allowed = threading.Semaphore(0)
         self._is_open = False
         self.failures = 0
@@ -202,7 +202,7 @@ class SteppedEngine:
             values = {name: getattr(counters, name) for name in names}
             after_step(SimpleNamespace(device_error=self.device_error or counters.device_error, **values))
 
-        loop = self._engine.loop(before_step=self._pass_gate, after_step=report, **hooks)
+        loop = self._served.loop(before_step=self._pass_gate, after_step=report, **hooks)
 
         def cancel(request_id: int, branch: int | None = None) -> bool:
             self.cancelled.add(branch)
@@ -218,13 +218,15 @@ class SteppedEngine:
             raise self.failure
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._served, name)
 
 
 @contextmanager
-def live_stepped(model_dir: Path = CHECKPOINT, **settings: Any) -> Iterator[tuple[SteppedEngine, str]]:
+def live_stepped(
+    model_dir: Path = CHECKPOINT, *, prefix_cache_slots: int = 0, **settings: Any
+) -> Iterator[tuple[SteppedEngine, str]]:
     """A server whose steps wait to be allowed."""
-    stepped = SteppedEngine()
+    stepped = SteppedEngine(prefix_cache_slots)
     with live(stepped, model_dir, **settings) as url:
         try:
             yield stepped, url

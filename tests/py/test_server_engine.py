@@ -12,8 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from live_server import (
+    CHECKPOINT,
     GOOD,
     IGNORE_EOS,
     KEY,
@@ -21,9 +24,11 @@ from live_server import (
     SLOTS,
     TOKENIZER,
     continuation,
+    engine,
     http_get,
     http_post,
     is_at_rest,
+    live,
     live_stepped,
     metrics,
     post,
@@ -113,6 +118,25 @@ def test_tokens_up_to_a_stop_string_are_counted() -> None:
         assert answer["usage"]["completion_tokens"] == count < 48
         assert metrics(url)["xgdn_generated_tokens_total"] == count
         assert metrics(url)["xgdn_inter_token_seconds_count"] == count - 1
+
+
+def test_a_request_whose_logits_are_not_finite_says_so(tmp_path: Path) -> None:
+    for file in CHECKPOINT.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    (tmp_path / "model.safetensors").unlink()
+    save_file(weights, tmp_path / "model.safetensors")
+    with live(engine(tmp_path), tmp_path) as url:
+        for body in (GOOD, GOOD | {"max_tokens": 0, "prompt": list(range(1, 70))}):
+            answer = post(url, body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "numerics_error")
+            assert "[step] request" in answer.json()["error"]["message"]
+        stream = post(url, GOOD | {"stream": True}).text
+        assert '"code": "numerics_error"' in stream
+        wait_until(lambda: is_at_rest(url))
+        assert metrics(url)["xgdn_errors_total numerics_error"] == 3
+        assert http_get(f"{url}/health").status_code == 200
 
 
 def test_preemptions_are_counted() -> None:

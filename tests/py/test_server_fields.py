@@ -243,6 +243,7 @@ def texts_of(document: dict[str, Any]) -> list[str]:
 # What shows that a field is honoured; those of one name in several sections do the same there.
 EFFECTS: dict[str, Callable[[Asker], bool]] = {
     "model": lambda ask: ask.response(model="other").status_code == 404,
+    "session_id": lambda ask: ask.response(session_id="none").status_code == 404,
     "prompt": lambda ask: ask.texts(prompt=PROMPT) == [want(PROMPT, 8)] != [want("a", 8)],
     "messages": lambda ask: ask.texts(messages=[MESSAGE, MESSAGE]) == [want(f"{TURN}{TURN}{ANSWER}", 8)],
     "role": lambda ask: ask.texts(role="assistant") == [want(f"# assistant: a\n{ANSWER}", 8)],

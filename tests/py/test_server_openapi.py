@@ -134,7 +134,7 @@ def model_of(endpoint: Endpoint) -> type[BaseModel]:
 
 def test_other_documents_are_as_described(url: str) -> None:
     for endpoint in ENDPOINTS:
-        if endpoint.method == "get" and "{response_id}" not in endpoint.path:
+        if endpoint.method == "get" and not {"{response_id}", "{session_id}"} & {*endpoint.path.split("/")}:
             answer = http_get(url + endpoint.path.replace("{name}", "tiny"), headers=HEADERS)
             assert answer.status_code == 200
             if isinstance(endpoint.response, str):

@@ -123,6 +123,25 @@ def serve(
             min=0, max=MAX, metavar="N", help="Maximum number of responses of /v1/responses that are kept in memory."
         ),
     ] = Settings.max_stored_responses,
+    session_dir: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            metavar="DIR",
+            help="Directory where clients save sessions of /v1/sessions and load them from (default: they cannot).",
+        ),
+    ] = None,
+    max_sessions: Annotated[
+        int, typer.Option(min=0, max=MAX, metavar="N", help="Maximum number of open sessions of /v1/sessions.")
+    ] = Settings.max_sessions,
+    session_idle_seconds: Annotated[
+        float,
+        typer.Option(min=1, metavar="SECONDS", help="Time without a request after which a session is closed."),
+    ] = Settings.session_idle_seconds,
+    max_session_files: Annotated[
+        int, typer.Option(min=0, max=MAX, metavar="N", help="Maximum number of saved sessions of one key.")
+    ] = Settings.max_session_files,
     tool_call_format: Annotated[
         Literal["auto", "hermes", "qwen-xml"],
         typer.Option(help="Format in which the model calls tools; auto: the one that its chat template tells it."),
@@ -161,6 +180,10 @@ def serve(
         keep_alive_seconds=keep_alive_seconds,
         allowed_origins=allow_origin or (),
         max_stored_responses=max_stored_responses,
+        session_dir=session_dir,
+        max_sessions=max_sessions,
+        session_idle_seconds=session_idle_seconds,
+        max_session_files=max_session_files,
         tool_call_format=tool_call_format,
         has_reasoning=reasoning == "auto",
         sampling_defaults=sampling_defaults(generation_config, model),

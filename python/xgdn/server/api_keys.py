@@ -27,6 +27,7 @@ class Limits(BaseModel):
     requests_per_minute: _Limit | None = None
     tokens_per_minute: _Limit | None = None  # of prompts and answers
     concurrent_sequences: _Limit | None = None  # that run or wait
+    open_sessions: _Limit | None = None
     max_tokens: _Limit | None = None  # to generate for a choice
     max_body_bytes: _Limit | None = None
 

@@ -73,6 +73,16 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     api.add_api_route(
         "/responses/{response_id}", handlers.stored_response, methods=[*to_read, "DELETE"], response_model=None
     )
+    api.add_api_route("/sessions", handlers.all_sessions, methods=[*to_read, "POST"], response_model=None)
+    api.add_api_route("/sessions/{session_id}", handlers.session, methods=[*to_read, "DELETE"], response_model=None)
+    for action, change in (
+        ("fork", handlers.fork_session),
+        ("truncate", handlers.truncate_session),
+        ("save", handlers.save_session),
+    ):
+        api.add_api_route(f"/sessions/{{session_id}}/{action}", change, methods=["POST"], response_model=None)
+    api.add_api_route("/session_files", handlers.session_files, methods=to_read, response_model=None)
+    api.add_api_route("/session_files/{file}", handlers.delete_session_file, methods=["DELETE"], response_model=None)
     api.add_api_route("/models", handlers.models, methods=to_read)
     api.add_api_route("/models/{name:path}", handlers.model, methods=to_read)
     app.include_router(api)

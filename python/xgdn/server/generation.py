@@ -3,7 +3,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from xgdn.engine import Logprobs, Request
@@ -18,6 +18,7 @@ class Generation:
     """The sequences of one HTTP request, queued by the constructor, which raises ApiError when they are refused.
 
     Choice i is answer i % n to prompt i // n; all requests have the same n. The text ends before a stop string.
+    `before_end` is awaited before the end of an answer is told, with the tokens of its first choice and its prompt.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Generation:
         metrics: Metrics,
         *,
         reports_stop_token: bool = False,
+        before_end: Callable[[Sequence[int]], Awaitable[None]] | None = None,
     ) -> None:
         self.prompts = prompts = [request.prompt for request in requests]
         n = requests[0].n
@@ -36,6 +38,7 @@ class Generation:
         self.has_logprobs = requests[0].sampling.logprobs is not None
         self.vocabulary = vocabulary
         self._engine = engine
+        self._before_end = before_end
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._prompt_logprobs: list[list[Logprobs]] = [[] for _ in prompts]
         self._num_prompt_tokens = sum(map(len, prompts))
@@ -68,8 +71,10 @@ class Generation:
         while num_left > 0:
             delta = await self._deltas.get()
             if delta.finish_reason == "error":
-                raise ApiError(500, "engine_error", delta.error)
+                raise ApiError(500, delta.error_code, delta.error)
             num_left -= delta.finish_reason is not None
+            if num_left == 0 and self._before_end is not None:
+                await self._before_end([*self.prompts[0], *self._sequences[0].tokens])
             yield delta
 
     async def choices(self) -> list[Delta]:

@@ -5,7 +5,7 @@ import asyncio
 import gc
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
@@ -28,7 +28,9 @@ from xgdn.server.order import Order
 from xgdn.server.preparation import Preparation
 from xgdn.server.request_record import RequestRecord, record_of
 from xgdn.server.response_store import ResponseStore
-from xgdn.server.schemas import StreamOptions
+from xgdn.server.schemas import StreamOptions, parse
+from xgdn.server.session_schemas import CreateSessionBody, ForkSessionBody, SaveSessionBody, TruncateSessionBody
+from xgdn.server.sessions import Sessions, Turn
 from xgdn.server.settings import Settings
 from xgdn.server.workers import Workers
 
@@ -37,6 +39,7 @@ _COLLECT_AFTER = 50_000  # new objects between two collections
 _NUMBER_BYTES = 24  # approximate size of a number in an answer
 _REPORT_BYTES = 1024  # approximate size of a token's log-probabilities in an answer
 _MAX_SHOWN = 64  # requests under way in /stats
+_EXPIRY_SECONDS = 5.0  # at most, between two looks for idle sessions
 
 _Result = TypeVar("_Result")
 
@@ -48,8 +51,9 @@ class Handlers:
         self.metrics = Metrics()
         self.engine = EngineClient(engine, self.metrics, settings.max_queue)
         self._responses = ResponseStore(settings.max_stored_responses)
+        self.sessions = Sessions(engine, settings, self.metrics)
         self._preparation = Preparation(
-            engine, tokenizer, settings, self.metrics, self._responses, self.engine.capacity
+            engine, tokenizer, settings, self.metrics, self._responses, self.sessions, self.engine.capacity
         )
         self.problem = self._preparation.chat_template.problem
         self._workers = Workers()
@@ -61,8 +65,10 @@ class Handlers:
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self.engine.start()
+        expiring = asyncio.create_task(self._expire_sessions())
         with _rare_collections():
             yield
+        expiring.cancel()
         await self.engine.stop()
         self._workers.stop()
 
@@ -82,8 +88,7 @@ class Handlers:
         return await self._generate(request, self._preparation.chat)
 
     async def responses(self, request: Request) -> Response:
-        client = _client_of(record_of(request.scope)).name
-        return await self._generate(request, lambda data: self._preparation.response(data, client))
+        return await self._generate(request, self._preparation.response)
 
     def stored_response(self, request: Request, response_id: str) -> Mapping[str, Any]:
         """Return a response that is kept, or forget it."""
@@ -94,6 +99,58 @@ class Handlers:
             return self._responses.find(client, response_id).document
         self._responses.delete(client, response_id)
         return {"id": response_id, "object": "response", "deleted": True}
+
+    async def all_sessions(self, request: Request) -> Response:
+        """List the sessions of the client, or open one."""
+
+        def create(client: Client, data: bytes) -> dict[str, Any]:
+            return self.sessions.create(client, parse(CreateSessionBody, data))
+
+        if request.method == "POST":
+            return await self._change_session(request, create)
+        client = _client_of(record_of(request.scope))
+        return JSONResponse({"object": "list", "data": self.sessions.summaries(client)})
+
+    def session(self, request: Request, session_id: str) -> dict[str, Any]:
+        """Return a session, or close it."""
+        client = _client_of(record_of(request.scope))
+        if request.method != "DELETE":
+            return self.sessions.describe(client, session_id)
+        self.sessions.close(client, session_id)
+        return {"id": session_id, "object": "session", "deleted": True}
+
+    async def fork_session(self, request: Request, session_id: str) -> Response:
+        def fork(client: Client, data: bytes) -> dict[str, Any]:
+            return self.sessions.fork(client, session_id, parse(ForkSessionBody, data))
+
+        return await self._change_session(request, fork)
+
+    async def truncate_session(self, request: Request, session_id: str) -> Response:
+        def truncate(client: Client, data: bytes) -> dict[str, Any]:
+            return self.sessions.truncate(client, session_id, parse(TruncateSessionBody, data))
+
+        return await self._change_session(request, truncate)
+
+    async def save_session(self, request: Request, session_id: str) -> Response:
+        def save(client: Client, data: bytes) -> dict[str, Any]:
+            return self.sessions.save(client, session_id, parse(SaveSessionBody, data))
+
+        return await self._change_session(request, save)
+
+    def session_files(self, request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": self.sessions.files(_client_of(record_of(request.scope)))}
+
+    def delete_session_file(self, request: Request, file: str) -> dict[str, Any]:
+        self.sessions.delete_file(_client_of(record_of(request.scope)), file)
+        return {"file": file, "object": "session.file", "deleted": True}
+
+    async def _change_session(self, request: Request, change: Callable[[Client, bytes], dict[str, Any]]) -> Response:
+        """Answer with what `change` makes of the body, which may wait for a step, and for a file."""
+        if refusal := self.engine.refusal():
+            raise refusal
+        client = _client_of(record_of(request.scope))
+        data = await self._read(request)
+        return JSONResponse(await self._workers.run_long(lambda: change(client, data)))
 
     async def embeddings(self, request: Request) -> Response:
         data = await self._read(request)
@@ -208,18 +265,26 @@ class Handlers:
                 raise ApiError(413, "body_too_large", f"Expected a body of at most {limit} bytes.")
         return bytes(body)
 
-    async def _generate(self, request: Request, prepare: Callable[[bytes], Order]) -> Response:
+    async def _generate(self, request: Request, prepare: Callable[[bytes, Client], Order]) -> Response:
         data = await self._read(request)
-        order = await self._workers.run(len(data), lambda: prepare(data))
         record = record_of(request.scope)
         client = _client_of(record)
-        order = order.limited(client.limits.max_tokens)
-        record.operation = order.form.operation
-        record.parameters = {"stream": order.body.stream, "max_tokens": order.max_tokens, **order.body.parameters()}
+        order = await self._workers.run(len(data), lambda: prepare(data, client))
         with ExitStack() as held:  # until the answer has ended
+            if order.turn is not None:
+                held.callback(order.turn.end)
+            order = order.limited(client.limits.max_tokens)
+            record.operation = order.form.operation
+            record.parameters = {"stream": order.body.stream, "max_tokens": order.max_tokens, **order.body.parameters()}
             requests = order.requests(self._preparation.eos_token_ids)
             generation = held.enter_context(
-                self._running(record, requests, order.body.stops, reports_stop_token=bool(order.form.echoes))
+                self._running(
+                    record,
+                    requests,
+                    order.body.stops,
+                    reports_stop_token=bool(order.form.echoes),
+                    before_end=self._keeper(order.turn),
+                )
             )
             answer = order.respond(generation)
             if order.body.stream:
@@ -233,6 +298,17 @@ class Handlers:
         content = await self._workers.run(size, lambda: answer.document(choices))
         return Response(content, media_type="application/json")
 
+    def _keeper(self, turn: Turn | None) -> Callable[[Sequence[int]], Awaitable[None]] | None:
+        """Return what makes a request's tokens those of its session."""
+        if turn is None:
+            return None
+        return lambda tokens: self._workers.run(0, lambda: turn.keep(tokens))
+
+    async def _expire_sessions(self) -> None:
+        while True:
+            await asyncio.sleep(min(self._settings.session_idle_seconds, _EXPIRY_SECONDS))
+            await self._workers.run(0, self.sessions.expire)
+
     @contextmanager
     def _running(
         self,
@@ -241,6 +317,7 @@ class Handlers:
         stops: Sequence[str] = (),
         *,
         reports_stop_token: bool = False,
+        before_end: Callable[[Sequence[int]], Awaitable[None]] | None = None,
     ) -> Iterator[Generation]:
         """Run requests; at the end, drop what still runs of them and take note of what they came to."""
         client = _client_of(record)
@@ -252,6 +329,7 @@ class Handlers:
                 self.engine,
                 self.metrics,
                 reports_stop_token=reports_stop_token,
+                before_end=before_end,
             )
             try:
                 yield generation

@@ -17,8 +17,10 @@ from pydantic.json_schema import models_json_schema
 from xgdn.server.response_schemas import (
     ChatCompletionChunk,
     ChatCompletionResponse,
+    ClosedSession,
     CompletionResponse,
     DeletedResponse,
+    DeletedSessionFile,
     DetokenizeResponse,
     EmbeddingResponse,
     ErrorResponse,
@@ -28,18 +30,24 @@ from xgdn.server.response_schemas import (
     Readiness,
     ResponseDocument,
     ResponseEvent,
+    SessionDocument,
+    SessionFile,
+    SessionFileList,
+    SessionList,
     TokenizeResponse,
     TokenizerInfo,
 )
 from xgdn.server.responses_schemas import ResponseBody
 from xgdn.server.schemas import ChatBody, CompletionBody, EmbeddingBody
+from xgdn.server.session_schemas import CreateSessionBody, ForkSessionBody, SaveSessionBody, TruncateSessionBody
 from xgdn.server.settings import Settings
 from xgdn.server.tokenization import DetokenizeBody, TokenizeBody
 
 _JSON = "application/json"
 _READ_ERRORS = (401,)
 _TEXT_ERRORS = (400, 401, 404, 413, 429)
-_WORK_ERRORS = (400, 401, 404, 413, 429, 500, 503)
+_WORK_ERRORS = (400, 401, 404, 409, 413, 429, 500, 503)
+_SESSION_ERRORS = (400, 401, 404, 409, 413, 429, 500, 501, 503)
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,51 @@ ENDPOINTS = (
     ),
     Endpoint("get", "/v1/responses/{response_id}", "Returns an answer.", ResponseDocument, errors=(400, 401, 404)),
     Endpoint("delete", "/v1/responses/{response_id}", "Forgets an answer.", DeletedResponse, errors=(400, 401, 404)),
+    Endpoint(
+        "post",
+        "/v1/sessions",
+        "Opens a session, empty or of a file.",
+        SessionDocument,
+        body=CreateSessionBody,
+        errors=_SESSION_ERRORS,
+    ),
+    Endpoint("get", "/v1/sessions", "Lists the open sessions.", SessionList, errors=_READ_ERRORS),
+    Endpoint("get", "/v1/sessions/{session_id}", "Describes a session.", SessionDocument, errors=(*_READ_ERRORS, 404)),
+    Endpoint(
+        "delete", "/v1/sessions/{session_id}", "Closes a session.", ClosedSession, errors=(*_READ_ERRORS, 404, 409)
+    ),
+    Endpoint(
+        "post",
+        "/v1/sessions/{session_id}/fork",
+        "Opens another session with the same tokens and the same state.",
+        SessionDocument,
+        body=ForkSessionBody,
+        errors=_SESSION_ERRORS,
+    ),
+    Endpoint(
+        "post",
+        "/v1/sessions/{session_id}/truncate",
+        "Takes back a session's last tokens.",
+        SessionDocument,
+        body=TruncateSessionBody,
+        errors=_SESSION_ERRORS,
+    ),
+    Endpoint(
+        "post",
+        "/v1/sessions/{session_id}/save",
+        "Writes a session to a file of the server.",
+        SessionFile,
+        body=SaveSessionBody,
+        errors=_SESSION_ERRORS,
+    ),
+    Endpoint("get", "/v1/session_files", "Lists the files of sessions.", SessionFileList, errors=_READ_ERRORS),
+    Endpoint(
+        "delete",
+        "/v1/session_files/{file}",
+        "Deletes the file of a session.",
+        DeletedSessionFile,
+        errors=(*_READ_ERRORS, 404, 501),
+    ),
     Endpoint("get", "/v1/models", "Lists the model.", ModelList, errors=_READ_ERRORS),
     Endpoint("get", "/v1/models/{name}", "Describes the model.", ModelCard, errors=(*_READ_ERRORS, 404)),
     Endpoint(
@@ -162,6 +215,8 @@ def _schemas(model_name: str, vocab_size: int) -> dict[str, Any]:
     schemas: dict[str, Any] = document["$defs"]
     bodies = {endpoint.body.__name__ for endpoint in ENDPOINTS if endpoint.body is not None}
     for name in bodies:
+        if "model" not in schemas[name]["properties"]:
+            continue
         is_required = "model" in schemas[name].get("required", [])
         schemas[name]["properties"]["model"] = {"const": model_name} if is_required else {"enum": [model_name, None]}
     for name, prompts in (("CompletionBody", "prompt"), ("EmbeddingBody", "input")):

@@ -12,6 +12,7 @@ from xgdn.server.generation import Generation
 from xgdn.server.grammar_compiler import CompiledGrammar
 from xgdn.server.responses import ResponseAnswer
 from xgdn.server.schemas import GenerationBody
+from xgdn.server.sessions import Turn
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Order:
     grammar: CompiledGrammar | None
     is_default: bool  # max_tokens: the request has none
     respond: Callable[[Generation], Answer | ResponseAnswer]
+    turn: Turn | None = None  # of the session that goes on with it
 
     def requests(self, eos_token_ids: Sequence[int]) -> list[Request]:
         """Return what the engine takes, for each prompt."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the bodies of requests to what the engine is to do."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer
 from xgdn.engine import Engine, Request
 from xgdn.server.answer import Answer
 from xgdn.server.api_error import ApiError, bad_request
+from xgdn.server.api_keys import Client
 from xgdn.server.chat_template import ChatTemplate
 from xgdn.server.embedding import Pooling
 from xgdn.server.formats import ChatFormat, CompletionFormat, Format
@@ -26,6 +28,7 @@ from xgdn.server.response_store import ResponseStore, StoredResponse
 from xgdn.server.responses import ResponseAnswer, ResponsesFormat
 from xgdn.server.responses_schemas import ResponseBody, as_asked, messages_of_output
 from xgdn.server.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, check, parse
+from xgdn.server.sessions import Sessions, Turn
 from xgdn.server.settings import Settings
 from xgdn.server.structured_output import structured_output
 from xgdn.server.tokenization import Tokenization
@@ -46,6 +49,7 @@ class Preparation:
         settings: of the server.
         metrics: for the answers.
         responses: where responses are kept for later turns.
+        sessions: that requests may go on with.
         max_prompts: of a request.
 
     Raises:
@@ -59,6 +63,7 @@ class Preparation:
         settings: Settings,
         metrics: Metrics,
         responses: ResponseStore,
+        sessions: Sessions,
         max_prompts: int,
     ) -> None:
         self.vocabulary = Vocabulary(tokenizer)
@@ -83,6 +88,7 @@ class Preparation:
         )
         self._metrics = metrics
         self._responses = responses
+        self._sessions = sessions
         self._max_prompts = max_prompts
 
     def check_model(self, name: str) -> None:
@@ -90,19 +96,42 @@ class Preparation:
             message = f"The model '{name}' does not exist; this server has '{self._settings.model_name}'."
             raise ApiError(404, "model_not_found", message, param="model")
 
-    def completion(self, data: bytes) -> Order:
+    def completion(self, data: bytes, client: Client) -> Order:
+        """Return what continues the prompts; the prompt of a session's request follows its tokens."""
         body = parse(CompletionBody, data)
         self.check_model(body.model)
-        ids = self._encode_each(body.prompt, CompletionFormat.prompt_param)
+        param = CompletionFormat.prompt_param
+        with self._turn(body, client, len(each(body.prompt))) as turn:
+            before = [] if turn is None else turn.tokens
+            ids = [[*before, *it] for it in self._encode_each(body.prompt, param, add_special_tokens=not before)]
+            return replace(self._complete(body, ids), turn=turn)
+
+    def _complete(self, body: CompletionBody, ids: Sequence[Sequence[int]]) -> Order:
         texts = [it if isinstance(it, str) else None for it in each(body.prompt)]
         echoes = [EchoedPrompt(*it, self.vocabulary) for it in zip(ids, texts, strict=True)] if body.echo else []
         grammar = self._grammar(body, ReplySyntax())
         return self._order(body, ids, body.max_tokens, CompletionFormat(echoes), grammar)
 
-    def chat(self, data: bytes) -> Order:
+    def chat(self, data: bytes, client: Client) -> Order:
+        """Return what answers a conversation, which becomes that of the request's session."""
         body = parse(ChatBody, data)
         self.check_model(body.model)
-        return self._order_chat(body, ChatFormat)
+        with self._turn(body, client, 1) as turn:
+            return replace(self._order_chat(body, ChatFormat), turn=turn)
+
+    @contextmanager
+    def _turn(self, body: GenerationBody, client: Client, num_prompts: int) -> Iterator[Turn | None]:
+        """Have the session of a request, if it names one, until its order has ended or cannot be made."""
+        if body.session_id is None:
+            yield None
+            return
+        body.check_session(num_prompts)
+        turn = self._sessions.begin(client, body.session_id)
+        try:
+            yield turn
+        except BaseException:
+            turn.end()
+            raise
 
     def _order_chat(self, body: ChatBody, form_of: Callable[[ReplySyntax], ChatFormat]) -> Order:
         text = self.chat_template.render(body.messages, body.chat_template_kwargs, body.callable_tools)
@@ -112,12 +141,12 @@ class Preparation:
         max_tokens = body.max_completion_tokens or body.max_tokens
         return self._order(body, ids, max_tokens, form, self._chat_grammar(body, syntax))
 
-    def response(self, data: bytes, client: str | None) -> Order:
+    def response(self, data: bytes, client: Client) -> Order:
         body = parse(ResponseBody, data)
         self.check_model(body.model)
         messages: list[Mapping[str, Any]] = []
         if body.previous_response_id is not None:
-            previous = self._responses.get(client, body.previous_response_id)
+            previous = self._responses.get(client.name, body.previous_response_id)
             if previous is None:
                 name = "previous_response_id"
                 message = f"'{name}': there is no response '{body.previous_response_id}', or no longer."
@@ -133,7 +162,7 @@ class Preparation:
 
         def keep(document: Mapping[str, Any]) -> None:
             whole = [*messages, *messages_of_output(document["output"])]
-            self._responses.put(client, StoredResponse(document, whole, size))
+            self._responses.put(client.name, StoredResponse(document, whole, size))
 
         syntax, defaults = order.form.syntax, self._sampling_defaults
         return replace(order, respond=lambda it: ResponseAnswer(it, body, syntax, defaults, self._metrics, keep))
@@ -184,18 +213,19 @@ class Preparation:
         body = parse(EmbeddingBody, data)
         self.check_model(body.model)
         self.pooling.check()
-        prompts = self._encode_each(body.input, "input")
+        prompts = self._encode_each(body.input, "input", add_special_tokens=True)
         for ids in prompts:
             self._check_prompt(ids, 0, "input")
         return body, [Request(list(ids), max_new_tokens=0, wants_hidden=True) for ids in prompts]
 
-    def _encode_each(self, value: Any, param: str) -> Sequence[Sequence[int]]:
+    def _encode_each(self, value: Any, param: str, *, add_special_tokens: bool) -> Sequence[Sequence[int]]:
         """Return the token ids of each text; those that are token ids already stay."""
         prompts = each(value)
         if len(prompts) > self._max_prompts:
             raise bad_request(f"'{param}': expected at most {self._max_prompts} texts, got {len(prompts)}.", param)
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        return [it for it in prompts if not isinstance(it, str)] or self._encode(texts, param, add_special_tokens=True)
+        ids = [it for it in prompts if not isinstance(it, str)]
+        return ids or self._encode(texts, param, add_special_tokens=add_special_tokens)
 
     def _encode(self, texts: Sequence[str], param: str, *, add_special_tokens: bool) -> list[list[int]]:
         try:

@@ -263,6 +263,47 @@ class DeletedResponse(_Document):
     deleted: Literal[True]
 
 
+class SessionSummary(_Document):
+    id: str
+    object: Literal["session"]
+    created_at: int
+    num_tokens: int
+    is_busy: bool
+
+
+class SessionDocument(SessionSummary):
+    cached_tokens: int  # of these, the first whose state is held
+
+
+class SessionList(_Document):
+    object: Literal["list"]
+    data: list[SessionSummary]
+
+
+class ClosedSession(_Document):
+    id: str
+    object: Literal["session"]
+    deleted: Literal[True]
+
+
+class SessionFile(_Document):
+    file: str
+    object: Literal["session.file"]
+    bytes: int
+    created_at: int
+
+
+class SessionFileList(_Document):
+    object: Literal["list"]
+    data: list[SessionFile]
+
+
+class DeletedSessionFile(_Document):
+    file: str
+    object: Literal["session.file"]
+    deleted: Literal[True]
+
+
 class Embedding(_Document):
     object: Literal["embedding"]
     index: int

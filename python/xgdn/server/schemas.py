@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails, from_json
 from xgdn.server.api_error import ApiError, bad_request
 from xgdn.server.prompt_field import PROMPT_TYPE, Prompts
 from xgdn.server.sampling_fields import SamplingFields
+from xgdn.server.session_schemas import SessionName
 from xgdn.server.strict_body import (
     INVALID_TYPE,
     MISSING,
@@ -51,6 +52,7 @@ class GenerationBody(SamplingFields, StructuredOutputFields, StrictBody):
     stop_token_ids: Annotated[list[_Token], Field(max_length=4096, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    session_id: SessionName | None = None
     # Accepted without effect.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -68,6 +70,15 @@ class GenerationBody(SamplingFields, StructuredOutputFields, StrictBody):
     def num_prompt_logprobs(self) -> int | None:
         """Number of top alternatives to report for each token of the prompt; None: no report."""
         return self.prompt_logprobs
+
+    def check_session(self, num_prompts: int) -> None:
+        """Raise ApiError for fields that a request of a session cannot have."""
+        if num_prompts != 1:
+            raise bad_request(f"'session_id': expected one prompt with it, got {num_prompts}.", "session_id")
+        if self.n not in (None, 1):
+            raise bad_request(f"'n': expected 1 with 'session_id', got {self.n}.", "n")
+        if self.prompt_logprobs is not None:
+            raise bad_request("'prompt_logprobs': expected no 'session_id' with it.", "prompt_logprobs")
 
     def parameters(self) -> dict[str, Any]:
         """Return what the request says about sampling, for its trace."""
@@ -96,6 +107,11 @@ class CompletionBody(GenerationBody):
     def num_prompt_logprobs(self) -> int | None:
         of_echo = self.logprobs if self.echo else None
         return max((it for it in (self.prompt_logprobs, of_echo) if it is not None), default=None)
+
+    def check_session(self, num_prompts: int) -> None:
+        super().check_session(num_prompts)
+        if self.echo:
+            raise bad_request("'echo': expected no 'session_id' with it.", "echo")
 
 
 class EmbeddingBody(StrictBody):

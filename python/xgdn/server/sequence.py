@@ -25,6 +25,7 @@ class Delta:
     logprobs: Sequence[TokenReport] = ()  # of tokens that begin in the text so far, if requested
     finish_reason: str | None = None  # stop, length or error
     error: str = ""
+    error_code: str = "engine_error"
 
 
 class TextSequence:
@@ -46,7 +47,7 @@ class TextSequence:
         reports_stop_token: bool = False,
     ) -> None:
         self.num_prompt_tokens = len(prompt)
-        self.num_tokens = 0
+        self.tokens = array("i")  # generated and counted
         self.num_cached = 0  # prompt tokens that were not computed again
         self.begin_time: float | None = None  # of time.perf_counter; None: it waits in the queue
         self.is_finished = False
@@ -68,6 +69,10 @@ class TextSequence:
         self._last_time = time.perf_counter()
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
     def has_begun(self) -> bool:
         return self.begin_time is not None
 
@@ -79,13 +84,13 @@ class TextSequence:
         self.hidden = event.hidden or self.hidden
         self._prompt_logprobs += event.prompt_logprobs
         if event.finish_reason == FinishReason.ERROR:
-            self.fail(event.error)
+            self.fail(event.error, "numerics_error" if event.is_spoilt else "engine_error")
             return
         text = ""
         for i, token in enumerate(event.tokens):
             if self._stop_strings.is_found:
                 break
-            self._count_token(now)
+            self._count_token(token, now)
             is_stop = event.finish_reason == FinishReason.STOP and i + 1 == len(event.tokens)
             if event.logprobs and (not is_stop or self._reports_stop_token):
                 self._logprobs.push(token, event.logprobs[i], self._num_decoded)
@@ -103,9 +108,9 @@ class TextSequence:
         elif text:
             self._give_text(text)
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, code: str = "engine_error") -> None:
         """End with an error."""
-        self._finish("error", "", message)
+        self._finish("error", "", message, code)
 
     def drop(self) -> None:
         """End for a client that has disconnected."""
@@ -130,24 +135,26 @@ class TextSequence:
         self._num_decoded += len(piece)
         return self._stop_strings.push(piece)
 
-    def _count_token(self, now: float) -> None:
+    def _count_token(self, token: int, now: float) -> None:
         histogram = self._metrics.inter_token_time if self.num_tokens else self._metrics.time_to_first_token
         histogram.observe(now - self._last_time)
         self._last_time = now
         self.first_token_time = self.first_token_time or now
-        self.num_tokens += 1
+        self.tokens.append(token)
         self._offsets.append(self._num_decoded)
         self._metrics.generated_tokens.inc()
 
-    def _finish(self, reason: str, text: str, error: str = "") -> None:
+    def _finish(self, reason: str, text: str, error: str = "", error_code: str = "engine_error") -> None:
         self.is_finished = True
         self.finish_reason = reason
         self._metrics.finished.labels(reason).inc()
-        self._give_text(text, reason, error)
+        self._give_text(text, reason, error, error_code)
 
-    def _give_text(self, text: str, reason: str | None = None, error: str = "") -> None:
+    def _give_text(
+        self, text: str, reason: str | None = None, error: str = "", error_code: str = "engine_error"
+    ) -> None:
         self._num_given += len(text)
         # Without a stop string nothing is cut, so a token without text at the very end is reported too.
         is_uncut_end = reason is not None and not self._stop_strings.is_found
         reports = self._logprobs.pop_before(math.inf if is_uncut_end else self._num_given)
-        self._give(Delta(self._index, text, reports, reason, error))
+        self._give(Delta(self._index, text, reports, reason, error, error_code))

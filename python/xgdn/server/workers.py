@@ -24,6 +24,10 @@ class Workers:
         pool = self._long if num_bytes > _LONG_BYTES else self._short
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
+    async def run_long(self, work: Callable[[], _Result]) -> _Result:
+        """Return the result of work that takes long, however few bytes it is about."""
+        return await self.run(_LONG_BYTES + 1, work)
+
     def stop(self) -> None:
         """Start no further work."""
         for pool in (self._short, self._long):
