@@ -202,7 +202,7 @@ void bind_requests(nb::module_& m) {
           "__init__",
           [](Request* self, std::vector<int32_t> prompt, int64_t max_new_tokens, const SamplingParams& sampling,
              std::vector<int32_t> stop_token_ids, bool ignore_eos, int64_t n, nb::object grammar,
-             std::optional<int64_t> prompt_logprobs, bool wants_hidden) {
+             std::optional<int64_t> prompt_logprobs, bool wants_hidden, bool is_rewindable) {
             new (self) Request{.prompt = std::move(prompt),
                                .max_new_tokens = max_new_tokens,
                                .sampling = sampling,
@@ -211,11 +211,13 @@ void bind_requests(nb::module_& m) {
                                .n = n,
                                .grammar = grammar.is_none() ? nullptr : std::make_shared<PythonGrammar>(grammar),
                                .prompt_logprobs = prompt_logprobs,
-                               .wants_hidden = wants_hidden};
+                               .wants_hidden = wants_hidden,
+                               .is_rewindable = is_rewindable};
           },
           "prompt"_a, nb::kw_only(), "max_new_tokens"_a = defaults.max_new_tokens, "sampling"_a = defaults.sampling,
           "stop_token_ids"_a = defaults.stop_token_ids, "ignore_eos"_a = defaults.ignore_eos, "n"_a = defaults.n,
-          "grammar"_a = nb::none(), "prompt_logprobs"_a = nb::none(), "wants_hidden"_a = defaults.wants_hidden)
+          "grammar"_a = nb::none(), "prompt_logprobs"_a = nb::none(), "wants_hidden"_a = defaults.wants_hidden,
+          "is_rewindable"_a = defaults.is_rewindable)
       .def_ro("prompt", &Request::prompt)
       .def_ro("max_new_tokens", &Request::max_new_tokens)
       .def_ro("sampling", &Request::sampling)
@@ -232,7 +234,10 @@ void bind_requests(nb::module_& m) {
       .def_ro("prompt_logprobs", &Request::prompt_logprobs,
               "How many top alternatives to report for each prompt token but the first, 0..20; None: no report. The "
               "prompt is computed from its beginning, whatever is cached of it.")
-      .def_ro("wants_hidden", &Request::wants_hidden, "Whether to report the hidden state of the prompt's last token.");
+      .def_ro("wants_hidden", &Request::wants_hidden, "Whether to report the hidden state of the prompt's last token.")
+      .def_ro("is_rewindable", &Request::is_rewindable,
+              "Whether the state at the reply's last multiple of 16 tokens is kept as well, for those who take tokens "
+              "back.");
 
   nb::class_<RequestEvent>(m, "RequestEvent", "The outcome of one step for one request, or for one branch of it.")
       .def_ro("id", &RequestEvent::id)

@@ -86,6 +86,7 @@ bool Follower::execute(const RankCommand& command) {
                  [&](const StepCommand& c) { runner_.launch(c.sequences); },
                  [&](const CopySlotCommand& c) { copy_slot(states, c.group, c.from, c.to); },
                  [&](const FillSlotCommand& c) { fill_slot(states, c.group, c.slot, c.fill); },
+                 [&](const CommitDraftsCommand& c) { commit_drafts(states, c.slot, c.num_accepted); },
                  [&](const CopyBlockCommand& c) { copy_block(kv, c.from, c.to); },
                  [&](const SaveBlocksCommand& c) { saved_[c.id] = save_blocks(kv, c.blocks); },
                  [&](const RestoreBlocksCommand& c) { restore_blocks(kv, saved_.at(c.id), c.rows, c.blocks); },

@@ -51,6 +51,16 @@ void fill_slot(const std::vector<GdnState>& layers, SlotGroup group, int32_t slo
   }
 }
 
+// The conv rows of a verification hold the state after its first token, that after the second one row further on, ...
+void commit_drafts(const std::vector<GdnState>& layers, int32_t slot, int64_t num_accepted) {
+  for (const GdnState& layer : layers) {
+    layer.pool(StateKind::kRingLength).select(0, slot).add_(num_accepted);
+    const at::Tensor conv = layer.pool(StateKind::kConv).select(0, slot);
+    const int64_t num_left = conv.size(0) - (num_accepted - 1);
+    if (num_accepted > 1) conv.narrow(0, 0, num_left).copy_(conv.narrow(0, num_accepted - 1, num_left).clone());
+  }
+}
+
 void copy_block(const std::vector<KvPool>& layers, int32_t from, int32_t to) {
   for (const KvPool& layer : layers) {
     layer.k.select(0, to).copy_(layer.k.select(0, from));

@@ -21,6 +21,10 @@ enum class SlotFill {
 /// Fills a group's components of a slot, in all layers.
 void fill_slot(const std::vector<GdnState>& layers, SlotGroup group, int32_t slot, SlotFill fill);
 
+/// Takes the first num_accepted, at least 1, of the tokens that a verification has left in a slot of replay states:
+/// they count as those of the ring, which has room for them, and no others are left.
+void commit_drafts(const std::vector<GdnState>& layers, int32_t slot, int64_t num_accepted);
+
 /// Copies the keys and values of one block to another, in all layers.
 void copy_block(const std::vector<KvPool>& layers, int32_t from, int32_t to);
 /// The contents of blocks in host memory, one entry a layer.

@@ -135,6 +135,16 @@ void PrefixCache::keep_checkpoint(RequestId id, std::span<const int32_t> tokens,
   keep(id, tokens, memory.checkpoint());
 }
 
+void PrefixCache::keep_rolling(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {
+  const auto last = std::ranges::find_if(prefixes_, [&](const Prefix& prefix) {
+    return prefix.made_by == id && prefix.is_rolling && !prefix.is_shared && prefix.num_pins == 0;
+  });
+  if (last != prefixes_.end()) drop(last);
+  const int64_t next_id = next_id_;
+  keep_checkpoint(id, tokens, memory);
+  if (next_id_ > next_id) prefixes_.back().is_rolling = true;
+}
+
 void PrefixCache::keep_rest(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {
   if (!has_replay_states_ || !memory.is_resident() || memory.has_unread_state() || !make_room(tokens)) return;
   memory.truncate(memory.num_computed());

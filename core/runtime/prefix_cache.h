@@ -48,8 +48,9 @@ class PrefixCache {
     std::vector<uint64_t> hashes;  // of the first chunk of tokens, of the first two, ...
     int64_t id;                    // of no other one
     RequestId made_by;
-    bool is_shared;        // a second prompt has begun with it
-    int64_t num_pins = 0;  // see pin()
+    bool is_shared;           // a second prompt has begun with it
+    int64_t num_pins = 0;     // see pin()
+    bool is_rolling = false;  // see keep_rolling()
 
     int64_t num_tokens() const { return std::ssize(tokens); }  // that the state is of
   };
@@ -69,6 +70,10 @@ class PrefixCache {
   /// Keeps the state after `tokens`, which `memory` has computed and goes on from as a fork. Does nothing where there
   /// is no room for another state.
   void keep_checkpoint(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory);
+
+  /// The same for a state that takes the place of the last one that the request has kept so, unless others go on from
+  /// that.
+  void keep_rolling(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory);
 
   /// Keeps the state after `tokens` that a sequence leaves behind, where it may be kept: `memory` is of no pools then.
   void keep_rest(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory);

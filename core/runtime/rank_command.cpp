@@ -128,6 +128,11 @@ void fields(Archive& archive, FillSlotCommand& c) {
 }
 
 template <class Archive>
+void fields(Archive& archive, CommitDraftsCommand& c) {
+  archive(c.slot), archive(c.num_accepted);
+}
+
+template <class Archive>
 void fields(Archive& archive, CopyBlockCommand& c) {
   archive(c.from), archive(c.to);
 }

@@ -31,6 +31,11 @@ struct FillSlotCommand {
   int32_t slot;
   SlotFill fill;
 };
+/// Tokens that a verification has left in a slot are those of its ring.
+struct CommitDraftsCommand {
+  int32_t slot;
+  int64_t num_accepted;
+};
 /// A block's keys and values go to another.
 struct CopyBlockCommand {
   int32_t from;
@@ -72,9 +77,9 @@ struct ScatterMemoryCommand {
 struct ShutDownCommand {};
 
 /// Any of them.
-using RankCommand = std::variant<StepCommand, CopySlotCommand, FillSlotCommand, CopyBlockCommand, SaveBlocksCommand,
-                                 RestoreBlocksCommand, DropBlocksCommand, LogitsCommand, PromptLogitsCommand,
-                                 GatherMemoryCommand, ScatterMemoryCommand, ShutDownCommand>;
+using RankCommand = std::variant<StepCommand, CopySlotCommand, FillSlotCommand, CommitDraftsCommand, CopyBlockCommand,
+                                 SaveBlocksCommand, RestoreBlocksCommand, DropBlocksCommand, LogitsCommand,
+                                 PromptLogitsCommand, GatherMemoryCommand, ScatterMemoryCommand, ShutDownCommand>;
 
 /// Appends a command to a message.
 void append_command(std::vector<int32_t>& message, const RankCommand& command);

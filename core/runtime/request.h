@@ -31,6 +31,10 @@ struct Request {
   /// The prompt is computed from its beginning, whatever is cached of it.
   std::optional<int64_t> prompt_logprobs = {};
   bool wants_hidden = false;  // report the hidden state of the prompt's last token
+
+  /// Keep in the prefix cache the state at the reply's last multiple of 16 tokens as well, so that those who take back
+  /// its last tokens compute fewer than that again. Of replay states; no copy is made for it, and no other reply comes.
+  bool is_rewindable = false;
 };
 
 /// Why a request, or a branch of it, got its last token.

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "core/kernels/ops_api.h"
+#include "core/layers/qwen3_gated_delta_net.h"
 
 namespace xgdn {
 namespace {
@@ -218,8 +219,32 @@ std::vector<ScheduledStep> Scheduler::schedule() {
 void Scheduler::advance(const ScheduledStep& step) {
   Sequence& s = *step.sequence;
   s.memory.advance(step.num_tokens);
-  if (!std::ranges::binary_search(s.checkpoints, s.num_computed())) return;
-  prefixes_.keep_checkpoint(s.id, computed_tokens(s), s.memory);
+  if (std::ranges::binary_search(s.checkpoints, s.num_computed())) {
+    prefixes_.keep_checkpoint(s.id, computed_tokens(s), s.memory);
+  } else if (s.request->is_rewindable && has_just_folded(s, step)) {
+    prefixes_.keep_rolling(s.id, computed_tokens(s), s.memory);
+  }
+}
+
+// Whether the ring is empty behind a decode, so that a fork has nothing to copy.
+bool Scheduler::has_just_folded(const Sequence& sequence, const ScheduledStep& step) const {
+  return states_.has_replay_states() && step.kind == SegmentKind::kDecode &&
+         sequence.num_computed() % kReplayChunk == 0;
+}
+
+// Whether what the sequence has computed is in its state, without tokens that the last verification has left in the
+// ring: takes those for which the ring has room, and whose tokens are there.
+bool Scheduler::settle(Sequence& sequence) {
+  const int64_t num_uncommitted = sequence.num_uncommitted;
+  if (num_uncommitted == 0) return true;
+  if (prefixes_.num_slots() == 0) return false;
+  const int64_t length = (sequence.num_computed() - num_uncommitted) % kReplayChunk;
+  const int64_t num_unknown = std::max<int64_t>(sequence.num_computed() - sequence.num_tokens(), 0);
+  const int64_t num_accepted = std::min(num_uncommitted - num_unknown, kReplayChunk - 1 - length);
+  if (num_accepted < 1) return false;
+  sequence.memory.commit_drafts(num_uncommitted, num_accepted);
+  sequence.num_uncommitted = 0;
+  return true;
 }
 
 std::vector<const Sequence*> Scheduler::youngest_first() const {
@@ -233,7 +258,7 @@ std::vector<const Sequence*> Scheduler::youngest_first() const {
 std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
   std::unique_ptr<Sequence> removed = take_out(id, branch);
   if (!removed) return removed;
-  if (removed->num_uncommitted == 0) prefixes_.keep_rest(id, computed_tokens(*removed), removed->memory);
+  if (settle(*removed)) prefixes_.keep_rest(id, computed_tokens(*removed), removed->memory);
   removed->memory.clear();
   return removed;
 }

@@ -98,6 +98,8 @@ class Scheduler {
   bool resume();
   void admit();
   bool admit_first();
+  bool has_just_folded(const Sequence& sequence, const ScheduledStep& step) const;
+  bool settle(Sequence& sequence);
   std::unique_ptr<Sequence> take_out(RequestId id, int64_t branch);
 
   SchedulerOptions options_;

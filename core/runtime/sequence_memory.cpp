@@ -225,6 +225,11 @@ void SequenceMemory::truncate(int64_t num_tokens) {
   if (num_blocks < blocks_.size()) release_blocks(num_blocks, /*is_needed=*/false);
 }
 
+void SequenceMemory::commit_drafts(int64_t num_uncommitted, int64_t num_accepted) {
+  states_->commit_drafts(own_slot(SlotGroup::kRecent).handle(), num_accepted);
+  num_computed_ -= num_uncommitted - num_accepted;
+}
+
 void SequenceMemory::spoil() {
   for (const Slots* slots : {&own_, &forked_from_}) {
     for (const StateSlot& slot : *slots) {

@@ -104,6 +104,10 @@ class SequenceMemory {
   /// that all tokens have to be computed again, into other blocks than those that forks share.
   void truncate(int64_t num_tokens);
 
+  /// Takes the first num_accepted of the last num_uncommitted tokens, which a verification has left in the ring, and
+  /// forgets the others. Only while a step has followed its last fork.
+  void commit_drafts(int64_t num_uncommitted, int64_t num_accepted);
+
   /// Has what it holds of the state cleared before it is used again: it is not finite.
   void spoil();
 

@@ -32,6 +32,7 @@ void Session::go_on_from(std::vector<int32_t> tokens) {
 
 GenerationResult Session::generate(Request request, const GenerateOptions& options) {
   if (request.n != 1) throw RequestError(c10::str("[Session] n: expected 1, got ", request.n));
+  request.is_rewindable = true;
   request.prompt.insert(request.prompt.begin(), tokens_.begin(), tokens_.end());
   GenerationResult result = engine_->generate({request}, options).at(0);
   std::vector<int32_t> tokens = std::move(request.prompt);

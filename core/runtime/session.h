@@ -39,7 +39,9 @@ class Session {
   /// Another session with the same tokens and the same state.
   Session fork() const;
 
-  /// Takes back the tokens behind the first num_tokens; goes on from the longest prefix of the rest that is held.
+  /// Takes back the tokens behind the first num_tokens; goes on from the longest prefix of the rest that is held. With
+  /// replay states that is near the end of the last reply: fewer than 16 tokens are computed again, unless they were
+  /// drafted.
   /// Throws RangeError for more tokens than there are.
   void truncate(int64_t num_tokens);
 

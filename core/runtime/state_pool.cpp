@@ -127,6 +127,12 @@ void StatePool::copy(SlotHandle from, SlotHandle to) {
   copy_slot(layers_, from.group, source, target);
 }
 
+void StatePool::commit_drafts(SlotHandle handle, int64_t num_accepted) {
+  const int32_t index = slot(handle);
+  if (leader_ != nullptr) leader_->tell(CommitDraftsCommand{index, num_accepted});
+  xgdn::commit_drafts(layers_, index, num_accepted);
+}
+
 int32_t StatePool::slot(SlotHandle handle) const {
   held(handle);
   return handle.slot;

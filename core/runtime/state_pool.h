@@ -46,6 +46,8 @@ class StatePool {
   /// Copies the contents of one held slot to another of the same group. Throws StaleHandleError, RangeError for another
   /// group's.
   void copy(SlotHandle from, SlotHandle to);
+  /// As xgdn::commit_drafts, of a pool with replay states. Throws StaleHandleError.
+  void commit_drafts(SlotHandle handle, int64_t num_accepted);
   /// The slot's index. Throws StaleHandleError.
   int32_t slot(SlotHandle handle) const;
   /// Holders of the slot. Throws StaleHandleError.

@@ -13,6 +13,7 @@ import torch
 
 import xgdn
 from checkpoints import Tiny, make
+from live_server import CHECKPOINT
 from test_replay_states import TINY
 from xgdn import errors
 
@@ -76,6 +77,50 @@ def test_random_sessions_have_the_bits_of_plain_runs(
     assert served.num_free_slots == 4
     del session, loaded, sessions
     assert served.num_free_kv_blocks == 750, "sessions that are gone hold nothing"
+
+
+def assert_goes_on(session: xgdn.Session, alone: xgdn.Engine, more: list[int]) -> None:
+    before = session.tokens
+    got = session.generate(more, max_new_tokens=18, ignore_eos=True, sampling=SAMPLING)
+    (want,) = alone.generate([before + more], max_new_tokens=18, ignore_eos=True, sampling=SAMPLING)
+    assert reply(got) == reply(want)
+
+
+def test_a_reply_that_is_taken_back_has_the_bits_of_a_plain_run(checkpoint: Path) -> None:
+    """Near its end, at and around folds, before what is held; alone and in forks that share a checkpoint."""
+    served, alone = engine(checkpoint, 40), engine(checkpoint, 0)
+    for length in (27, 28, 29, 36):  # with 20 of the prompt: behind, at and before a multiple of 16
+        session = xgdn.Session(served)
+        session.generate([length, 8] * 10, max_new_tokens=length, ignore_eos=True)
+        tokens, kept = session.tokens, session.num_kept
+        assert kept == len(tokens) - 1
+        fold = kept // 16 * 16
+        for position in (len(tokens), kept, kept - 2, fold + 1, fold, fold - 1, 21, 15):
+            fork = session.fork()
+            fork.truncate(position)
+            held = kept if position >= kept else fold if position >= fold else 20 if position >= 20 else 0
+            assert held <= fork.num_kept <= position, "other prompts may have left more"
+            assert_goes_on(fork, alone, [9, 10, 11])
+        assert_goes_on(session, alone, [12])
+
+
+def test_a_reply_that_drafts_have_written_leaves_its_state() -> None:
+    """The small model, whose text repeats itself. A ring that is full but for one row cannot take a verified token."""
+    options = {"dtype": torch.bfloat16}
+    served, alone = engine(CHECKPOINT, 40, draft_tokens=4, **options), engine(CHECKPOINT, 0, **options)
+    num_near = 0
+    for length in range(30, 46):
+        session = xgdn.Session(served)
+        session.generate([length, 8, 20] * 8, max_new_tokens=length, ignore_eos=True)
+        tokens, kept = session.tokens, session.num_kept
+        num_near += kept >= len(tokens) - 5
+        for position in (len(tokens), kept, kept - 1):
+            fork = session.fork()
+            fork.truncate(position)
+            assert_goes_on(fork, alone, [9, 10, 11])
+        assert_goes_on(session, alone, [12])
+    assert served.speculation_stats.num_right > 60
+    assert num_near > 12
 
 
 def test_a_file_is_of_its_model_and_its_kind_of_state(checkpoint: Path, tmp_path: Path) -> None:

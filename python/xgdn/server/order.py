@@ -43,6 +43,7 @@ class Order:
                 n=body.n or 1,
                 prompt_logprobs=body.num_prompt_logprobs,
                 grammar=self.grammar,
+                is_rewindable=self.turn is not None,
             )
             for prompt in self.prompts
         ]

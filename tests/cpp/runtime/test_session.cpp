@@ -253,6 +253,82 @@ TEST_P(SessionTest, WhatCannotBeAskedOfIt) {
   go_on(moved, 1, 300);
 }
 
+// Replay states, with and without drafts from the prompt and the reply.
+class Rewind : public ::testing::Test {
+ protected:
+  static std::unique_ptr<Engine> engine(int64_t max_draft_tokens, int64_t prefix_cache_slots, int64_t kv_block_size) {
+    const ModelConfig config = tiny_config();
+    return std::make_unique<Engine>(
+        tiny_model(config, tiny_weights(config), {.has_replay_states = true, .max_draft_tokens = max_draft_tokens}),
+        RunnerOptions{.max_batch_size = 4,
+                      .max_cached_tokens = 8192,
+                      .kv_block_size = kv_block_size,
+                      .prefix_cache_slots = prefix_cache_slots,
+                      .poison_freed_slots = true});
+  }
+
+  /// What follows is what follows the same tokens as one prompt.
+  void go_on(Session& session, const std::vector<int32_t>& more) const {
+    std::vector<int32_t> prompt = session.tokens();
+    prompt.insert(prompt.end(), more.begin(), more.end());
+    const GenerationResult got = session.generate({.prompt = more, .max_new_tokens = 20});
+    EXPECT_EQ(got.tokens, alone_->generate({{.prompt = prompt, .max_new_tokens = 20}}).at(0).tokens);
+  }
+
+  const std::unique_ptr<Engine> alone_ = engine(0, 0, 16);
+};
+
+TEST_F(Rewind, TheEndOfAReplyIsTakenBackForLessThanARing) {
+  for (const int64_t kv_block_size : {16, 24}) {
+    for (const int64_t count : {43, 44, 45, 52}) {  // with 21 of the prompt: behind, at and before a multiple of 16
+      const std::unique_ptr<Engine> served = engine(0, 64, kv_block_size);
+      Session session(*served);
+      session.generate({.prompt = random_tokens(3, 21), .max_new_tokens = count});
+      const int64_t num_tokens = std::ssize(session.tokens());
+      const int64_t fold = (num_tokens - 1) / 16 * 16;
+      ASSERT_EQ(session.num_kept(), num_tokens - 1);
+      for (const int64_t position :
+           {num_tokens, num_tokens - 1, num_tokens - 2, fold + 1, fold, fold - 1, int64_t{22}}) {
+        Session taken_back = session.fork();  // which shares the checkpoint
+        taken_back.truncate(position);
+        const int64_t least = position >= num_tokens - 1 ? num_tokens - 1 : position >= fold ? fold : 21;
+        const int64_t kept = taken_back.num_kept();
+        EXPECT_GE(kept, least) << position << " of " << num_tokens;  // other prompts may have left more
+        EXPECT_LE(kept, position);
+        const int64_t found = served->prefix_cache_stats().num_found;
+        const int32_t next = position < num_tokens ? session.tokens()[static_cast<size_t>(position)] : 0;
+        go_on(taken_back, {(next + 1) % 64, 6});
+        EXPECT_EQ(served->prefix_cache_stats().num_found - found, kept);
+      }
+      go_on(session, {7});
+    }
+  }
+}
+
+class RewindOfDrafts : public Rewind, public ::testing::WithParamInterface<int64_t> {};
+INSTANTIATE_TEST_SUITE_P(Most, RewindOfDrafts, ::testing::Values(0, 4));
+
+TEST_P(RewindOfDrafts, AReplyLeavesItsState) {
+  int64_t num_right = 0, num_near = 0;
+  for (int64_t count = 18; count < 44; ++count) {
+    const std::unique_ptr<Engine> served = engine(GetParam(), 16, 16);
+    Session session(*served);
+    std::vector<int32_t> prompt;
+    for (int i = 0; i < 20; ++i) prompt.insert(prompt.end(), {3, 4});
+    session.generate({.prompt = prompt, .max_new_tokens = count});
+    if (GetParam() > 0) EXPECT_GT(served->speculation_stats().num_drafted, 0);
+    num_right += served->speculation_stats().num_right;
+    const int64_t num_tokens = std::ssize(session.tokens());
+    num_near += session.num_kept() >= num_tokens - 1 - GetParam();
+    Session fork = session.fork();
+    go_on(fork, {8, 9});
+    session.truncate(num_tokens - 1);
+    go_on(session, {10});
+  }
+  EXPECT_EQ(num_right > 0, GetParam() > 0);
+  EXPECT_GE(num_near, GetParam() > 0 ? 22 : 26) << "a ring that is full but for one row takes no verified token";
+}
+
 // A session of 31 tokens, 30 of them kept, whose next fold but not its outputs is beyond f32: its ring writes to a
 // column of S that no key and no query reads.
 class Overflow : public ::testing::Test {

@@ -122,6 +122,7 @@ TEST(TensorParallel, MessagesAreReadAsTheyWereWritten) {
   const int64_t large = (int64_t{1} << 40) + 3;
   const std::vector<RankCommand> commands{CopySlotCommand{SlotGroup::kRecent, 1, 2},
                                           FillSlotCommand{SlotGroup::kCheckpoint, 3, SlotFill::kZeros},
+                                          CommitDraftsCommand{6, 2},
                                           CopyBlockCommand{4, 5},
                                           SaveBlocksCommand{large, {1, 2}},
                                           RestoreBlocksCommand{large, {1, 0}, {6, 7}},
@@ -142,7 +143,7 @@ TEST(TensorParallel, MessagesAreReadAsTheyWereWritten) {
     append_command(again, read[i]);
   }
   EXPECT_EQ(again, message);
-  const SequenceStep& got = std::get<StepCommand>(read[10]).sequences.at(0);
+  const SequenceStep& got = std::get<StepCommand>(read[11]).sequences.at(0);
   EXPECT_EQ(got.kind, step.kind);
   EXPECT_EQ(got.tokens, step.tokens);
   EXPECT_EQ(got.num_cached, step.num_cached);
@@ -157,9 +158,9 @@ TEST(TensorParallel, MessagesAreReadAsTheyWereWritten) {
   EXPECT_EQ(got.wants_logits, step.wants_logits);
   EXPECT_EQ(got.num_hidden, step.num_hidden);
   EXPECT_EQ(got.num_candidates, step.num_candidates);
-  EXPECT_EQ(std::get<SaveBlocksCommand>(read[3]).id, large);
-  EXPECT_EQ(std::get<DropBlocksCommand>(read[5]).id, -large);
-  EXPECT_EQ(std::get<ScatterMemoryCommand>(read[9]).place.blocks, (std::vector<int32_t>{7, 8}));
+  EXPECT_EQ(std::get<SaveBlocksCommand>(read[4]).id, large);
+  EXPECT_EQ(std::get<DropBlocksCommand>(read[6]).id, -large);
+  EXPECT_EQ(std::get<ScatterMemoryCommand>(read[10]).place.blocks, (std::vector<int32_t>{7, 8}));
 
   for (const std::vector<int32_t>& damaged : {std::vector<int32_t>{99}, {-1}, {0, 5, 0, 1}, {3, 1}}) {
     expect_error<RankError>([&] { read_commands(damaged); }, {"[Follower] message"});
