@@ -4,13 +4,18 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <initializer_list>
+#include <iterator>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <random>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -287,6 +292,8 @@ TEST_F(Rewind, TheEndOfAReplyIsTakenBackForLessThanARing) {
       const int64_t num_tokens = std::ssize(session.tokens());
       const int64_t fold = (num_tokens - 1) / 16 * 16;
       ASSERT_EQ(session.num_kept(), num_tokens - 1);
+      // At the end of the prompt, at the last fold and at the end.
+      EXPECT_EQ(served->prefix_cache_stats().num_prefixes, fold == num_tokens - 1 ? 2 : 3);
       for (const int64_t position :
            {num_tokens, num_tokens - 1, num_tokens - 2, fold + 1, fold, fold - 1, int64_t{22}}) {
         Session taken_back = session.fork();  // which shares the checkpoint
@@ -316,7 +323,7 @@ TEST_P(RewindOfDrafts, AReplyLeavesItsState) {
     std::vector<int32_t> prompt;
     for (int i = 0; i < 20; ++i) prompt.insert(prompt.end(), {3, 4});
     session.generate({.prompt = prompt, .max_new_tokens = count});
-    if (GetParam() > 0) EXPECT_GT(served->speculation_stats().num_drafted, 0);
+    EXPECT_EQ(served->speculation_stats().num_drafted > 0, GetParam() > 0);
     num_right += served->speculation_stats().num_right;
     const int64_t num_tokens = std::ssize(session.tokens());
     num_near += session.num_kept() >= num_tokens - 1 - GetParam();
@@ -347,29 +354,40 @@ class Overflow : public ::testing::Test {
     session.save(file_);
 
     const KvCacheSpec kv = kv_spec(*model_, 16);
-    const SessionSpecs specs{.model_digest = model_->digest(),
-                             .vocab_size = config_.vocab_size,
-                             .states = model_->state_specs(),
-                             .num_attention_layers = kv.num_layers,
-                             .num_kv_heads = config_.num_key_value_heads,
-                             .kv_row_size = kernel::kv_row_size(kv.head_dim, kv.dtype),
-                             .kv_dtype = kv.dtype};
-    SavedSession saved = read_session(file_, specs);
-    for (size_t i = 0; i < specs.states[0].size(); ++i) {
-      const StateKind kind = specs.states[0][i].kind;
-      const at::Tensor& ring = saved.memory.states[0][i];
-      if (kind == StateKind::kRingK) ring.zero_().select(2, 0).fill_(1.0f);
-      if (kind == StateKind::kRingU) ring.fill_(3e38f);
-      if (kind == StateKind::kRingG) ring.zero_();
-    }
-    write_session(file_, saved, specs);
+    specs_ = {.model_digest = model_->digest(),
+              .vocab_size = config_.vocab_size,
+              .states = model_->state_specs(),
+              .num_attention_layers = kv.num_layers,
+              .num_kv_heads = config_.num_key_value_heads,
+              .kv_row_size = kernel::kv_row_size(kv.head_dim, kv.dtype),
+              .kv_dtype = kv.dtype};
+    change([](StateKind kind, const at::Tensor& component) {
+      if (kind == StateKind::kRingK) component.zero_().select(2, 0).fill_(1.0f);
+      if (kind == StateKind::kRingU) component.fill_(3e38f);
+      if (kind == StateKind::kRingG) component.zero_();
+    });
   }
+
+  std::string contents() const {
+    std::ifstream stream(file_, std::ios::binary);
+    return {std::istreambuf_iterator<char>(stream), {}};
+  }
+
+  /// Changes components of the first layer in the file.
+  template <class F>
+  void change(const F& f) const {
+    SavedSession saved = read_session(file_, specs_);
+    for (size_t i = 0; i < specs_.states[0].size(); ++i) f(specs_.states[0][i].kind, saved.memory.states[0][i]);
+    write_session(file_, saved, specs_);
+  }
+
   ~Overflow() override { std::filesystem::remove(file_); }
 
   const RunnerOptions kOptions{.max_batch_size = 4, .max_cached_tokens = 4096, .prefix_cache_slots = 8};
   const ModelConfig config_ = tiny_config();
   Weights weights_ = tiny_weights(config_);
   std::shared_ptr<const HybridDecoder> model_;
+  SessionSpecs specs_;
   std::vector<int32_t> tokens_;
   const std::filesystem::path file_ = std::filesystem::path(::testing::TempDir()) / "overflow.safetensors";
 };
@@ -398,6 +416,24 @@ TEST_F(Overflow, IsFoundByTheFoldAndKeptByNobody) {
     EXPECT_EQ(again.tokens, want);
     EXPECT_EQ(each->num_kept(), 32);
   }
+}
+
+TEST_F(Overflow, AFileOfWhatNoStepLeavesIsRefused) {
+  Engine engine(model_, kOptions);
+  const auto refused = [&](StateKind changed, double value, std::initializer_list<std::string_view> words) {
+    const std::string before = contents();
+    change([&](StateKind kind, const at::Tensor& component) {
+      if (kind == changed) component.view({-1})[0].fill_(value);
+    });
+    expect_error<CheckpointError>([&] { Session::load(engine, file_); }, words);
+    std::ofstream(file_, std::ios::binary | std::ios::trunc) << before;
+  };
+  const double infinity = std::numeric_limits<double>::infinity();
+  refused(StateKind::kDelta, infinity, {"layers.0.state", "finite numbers"});
+  refused(StateKind::kDelta, std::nan(""), {"layers.0.state", "finite numbers"});
+  refused(StateKind::kRingLength, 13, {"layers.0.ring.length", "expected 14, num_kept=30", "got 13"});
+  refused(StateKind::kRingLength, 1000, {"layers.0.ring.length", "got 1000"});
+  EXPECT_EQ(Session::load(engine, file_).num_kept(), 30);
 }
 
 TEST_F(Overflow, IsFoundWithoutLogitsAndByDecodes) {
