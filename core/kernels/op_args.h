@@ -19,6 +19,33 @@ struct TokenDeltaRuleArgs : DeltaRuleArgs {
   int64_t L = 1;
 };
 
+/// Pools of rings, f32: the tokens of a sequence since its checkpoint. A slot is contiguous.
+struct RingView {
+  float* k = nullptr;         // [S, H, R, K]   normalised
+  float* u = nullptr;         // [S, HV, R, V]
+  float* g = nullptr;         // [S, HV, R]
+  int32_t* length = nullptr;  // [S]
+  int64_t R = 0;
+  int64_t k_stride = 0, u_stride = 0, g_stride = 0;  // from slot to slot
+  const int32_t* read = nullptr;                     // [N]
+  const int32_t* write = nullptr;                    // [N]  negative: nothing of the sequence is written
+
+  constexpr float* keys(int32_t slot, int64_t key_head, int64_t K) const {
+    return k + slot * k_stride + key_head * R * K;
+  }
+  constexpr float* updates(int32_t slot, int64_t head, int64_t V) const { return u + slot * u_stride + head * R * V; }
+  constexpr float* gates(int32_t slot, int64_t head) const { return g + slot * g_stride + head * R; }
+};
+
+/// The delta rule on replay states. To make them plain takes sizes, state and ring alone.
+struct ReplayGatedDeltaRuleArgs : DeltaRuleArgs {
+  RingView ring;
+  const int32_t* num_accepted = nullptr;    // [N]  null: 0
+  const bool* has_initial_state = nullptr;  // [N]  null: all true
+  int64_t C = 0;
+  bool commit = true;
+};
+
 struct CausalConv1dArgs {
   int64_t N = 0;
   int64_t D = 0;

@@ -16,6 +16,38 @@ inline TokenDeltaRuleArgs op_args(const RecurrentGatedDeltaRuleParams& p, const 
   return args;
 }
 
+inline RingView ring_view(const ReplayRing& ring, const at::Tensor& read, const at::Tensor& write) {
+  return {.k = ring.k.mutable_data_ptr<float>(),
+          .u = ring.u.mutable_data_ptr<float>(),
+          .g = ring.g.mutable_data_ptr<float>(),
+          .length = ring.length.mutable_data_ptr<int32_t>(),
+          .R = ring.k.size(2),
+          .k_stride = ring.k.stride(0),
+          .u_stride = ring.u.stride(0),
+          .g_stride = ring.g.stride(0),
+          .read = read.const_data_ptr<int32_t>(),
+          .write = write.const_data_ptr<int32_t>()};
+}
+
+inline ReplayGatedDeltaRuleArgs op_args(const ReplayGatedDeltaRuleParams& p, const ReplayShape& s) {
+  ReplayGatedDeltaRuleArgs args = {delta_rule_args(p, s.rule)};
+  args.ring = ring_view(p.ring, p.ring_indices, p.ring_write_indices.value_or(p.ring_indices));
+  args.num_accepted = pointer<int32_t>(p.num_accepted);
+  args.has_initial_state = pointer<bool>(p.has_initial_state);
+  args.C = p.chunk_size;
+  args.commit = p.commit;
+  return args;
+}
+
+inline ReplayGatedDeltaRuleArgs op_args(const MaterializeStateParams& p, const ReplayShape& shape) {
+  const GdnShape& s = shape.rule;
+  ReplayGatedDeltaRuleArgs args = {{.N = s.N, .H = s.H, .HV = s.HV, .K = s.K, .V = s.V}};
+  args.state = slot_view(p.state, p.state_indices, p.write_indices);
+  args.ring = ring_view(p.ring, p.ring_indices, p.ring_indices);
+  args.C = p.chunk_size;
+  return args;
+}
+
 inline TokenDeltaRuleArgs op_args(const PackedDecodeParams& p, const GdnShape& s) {
   TokenDeltaRuleArgs args = {pool_args(p, s)};
   args.normalise_qk = p.use_qk_l2norm_in_kernel;

@@ -55,19 +55,6 @@ void run_delta_rule(cpu::RecurrentGatedDeltaRuleArgs args, const GdnShape& s) {
                    [&](int64_t begin, int64_t end) { cpu::recurrent_gated_delta_rule(args, begin, end); });
 }
 
-cpu::RingView ring_view(const ReplayRing& ring, const at::Tensor& read, const at::Tensor& write) {
-  return {.k = ring.k.mutable_data_ptr<float>(),
-          .u = ring.u.mutable_data_ptr<float>(),
-          .g = ring.g.mutable_data_ptr<float>(),
-          .length = ring.length.mutable_data_ptr<int32_t>(),
-          .R = ring.k.size(2),
-          .k_stride = ring.k.stride(0),
-          .u_stride = ring.u.stride(0),
-          .g_stride = ring.g.stride(0),
-          .read = read.const_data_ptr<int32_t>(),
-          .write = write.const_data_ptr<int32_t>()};
-}
-
 // "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
 bool is_fast(const ChunkGatedDeltaRuleParams& p) {
   return p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
@@ -449,13 +436,7 @@ class CpuBackend final : public HostBackend {
 
   void run(const ReplayGatedDeltaRuleParams& p, const ReplayShape& shape) const override {
     const GdnShape& s = shape.rule;
-    const cpu::ReplayGatedDeltaRuleArgs args = {
-        delta_rule_args(p, s),
-        /*ring=*/ring_view(p.ring, p.ring_indices, p.ring_write_indices.value_or(p.ring_indices)),
-        /*num_accepted=*/pointer<int32_t>(p.num_accepted),
-        /*has_initial_state=*/pointer<bool>(p.has_initial_state),
-        /*C=*/p.chunk_size,
-        /*commit=*/p.commit};
+    const ReplayGatedDeltaRuleArgs args = op_args(p, shape);
     parallel_dynamic(threads_for(std::max(s.T, s.N) * s.HV * s.V * s.K), cpu::num_work_items(args),
                      [&](int64_t begin, int64_t end) { cpu::replay_gated_delta_rule(args, begin, end); });
     cpu::write_ring_lengths(args);
@@ -463,14 +444,7 @@ class CpuBackend final : public HostBackend {
 
   void run(const MaterializeStateParams& p, const ReplayShape& shape) const override {
     const GdnShape& s = shape.rule;
-    cpu::ReplayGatedDeltaRuleArgs args;
-    args.N = s.N;
-    args.H = s.H;
-    args.HV = s.HV;
-    args.K = s.K;
-    args.V = s.V;
-    args.state = slot_view(p.state, p.state_indices, p.write_indices);
-    args.ring = ring_view(p.ring, p.ring_indices, p.ring_indices);
+    const ReplayGatedDeltaRuleArgs args = op_args(p, shape);
     const auto* lengths = p.lengths.const_data_ptr<int32_t>();
     parallel_dynamic(threads_for(s.N * s.HV * s.V * s.K), cpu::num_work_items(args),
                      [&](int64_t begin, int64_t end) { cpu::materialize_state(args, lengths, begin, end); });

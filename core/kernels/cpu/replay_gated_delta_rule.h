@@ -4,34 +4,9 @@
 
 #include <cstdint>
 
-#include "core/kernels/args.h"
+#include "core/kernels/op_args.h"
 
 namespace xgdn::kernel::cpu {
-
-/// Rings of a pool, f32: the tokens of a sequence since its checkpoint.
-struct RingView {
-  float* k = nullptr;         // [S, H, R, K]   normalised
-  float* u = nullptr;         // [S, HV, R, V]
-  float* g = nullptr;         // [S, HV, R]
-  int32_t* length = nullptr;  // [S]
-  int64_t R = 0;
-  int64_t k_stride = 0, u_stride = 0, g_stride = 0;  // from slot to slot
-  const int32_t* read = nullptr;                     // [N]
-  const int32_t* write = nullptr;                    // [N]  negative: nothing of the sequence is written
-
-  float* keys(int32_t slot, int64_t key_head, int64_t K) const { return k + slot * k_stride + key_head * R * K; }
-  float* updates(int32_t slot, int64_t head, int64_t V) const { return u + slot * u_stride + head * R * V; }
-  float* gates(int32_t slot, int64_t head) const { return g + slot * g_stride + head * R; }
-};
-
-/// K and V are multiples of 16, at most kMaxHeadDim.
-struct ReplayGatedDeltaRuleArgs : DeltaRuleArgs {
-  RingView ring;
-  const int32_t* num_accepted = nullptr;    // [N]  null: 0
-  const bool* has_initial_state = nullptr;  // [N]  null: all true
-  int64_t C = 0;
-  bool commit = true;
-};
 
 /// Whether anything of sequence n is written.
 inline bool is_written(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
@@ -46,6 +21,7 @@ inline int64_t num_work_items(const ReplayGatedDeltaRuleArgs& args) {
   return args.N * args.H;
 }
 
+/// K and V are multiples of 16, at most kMaxHeadDim.
 void replay_gated_delta_rule(const ReplayGatedDeltaRuleArgs& args, int64_t begin, int64_t end);
 
 /// When all items are done: they read the lengths.
