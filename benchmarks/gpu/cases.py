@@ -4,6 +4,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,8 @@ def _rotations(bytes_of_a_part: int, rotated_bytes: int) -> int:
 
 
 class Decode(Case):
-    """`tokens` tokens for each of `batch` sequences on a pool of states; of several, the state after each is kept."""
+    """`tokens` tokens for each of `batch` sequences on a pool of states; of several, the state after each is kept, or
+    `states` of them."""
 
     def __init__(
         self,
@@ -129,23 +131,25 @@ class Decode(Case):
         state_dtype: torch.dtype,
         *,
         tokens: int = 1,
+        states: int | None = None,
         heads: Heads = Heads(),
         device: str = "cuda",
         rotated_bytes: int = BYTES_BEYOND_CACHES,
     ) -> None:
         self.batch, self.tokens, self.heads, self.device = batch, tokens, heads, device
+        states = tokens if states is None else states
         kind = f"verify T={tokens}" if tokens > 1 else "decode"
         shard = "" if heads == Heads() else f" {heads}"
         self.title = f"{kind} B={batch}{shard} {SHORT[state_dtype]}"
         state_bytes = heads.HV * V * K * state_dtype.itemsize
-        self.parts = _rotations(batch * tokens * state_bytes, rotated_bytes)
-        self.work = Work(bytes=batch * state_bytes * (1 + tokens))
-        slots = self.parts * batch * tokens
+        self.parts = _rotations(batch * states * state_bytes, rotated_bytes)
+        self.work = Work(bytes=batch * state_bytes * (1 + states))
+        slots = self.parts * batch * states
         # Slot 0 stays unused: libraries take it for padding.
         self.pool = torch.empty(slots + 1, heads.HV, V, K, dtype=state_dtype, device=device).normal_()
         order = 1 + torch.randperm(slots, device=device).int()
-        self.streams = order.view(self.parts, batch, tokens)
-        self.state_indices = self.streams if tokens > 1 else self.streams.squeeze(2).contiguous()
+        self.streams = order.view(self.parts, batch, states)
+        self.state_indices = self.streams if states > 1 else self.streams.squeeze(2).contiguous()
         rows = batch * tokens
         self.mixed_qkv = torch.randn(self.parts, rows, heads.channels, device=device).bfloat16()
         self.a, self.b = torch.randn(2, self.parts, rows, heads.HV, device=device).bfloat16().unbind()
@@ -171,10 +175,13 @@ class Decode(Case):
             return x.unflatten(0, (self.batch, self.tokens))[: self.checked]
 
         q, k, v = self.heads.split(sequences(mixed_qkv))
-        first = self._before.view(self.checked, self.tokens, *self.pool.shape[1:])[:, 0]
         q, k = _normalised(q), _normalised(k)
-        out, states = recurrence(q, k, v, sequences(self.g[0]), sequences(self.beta[0]), first)
+        out, states = recurrence(q, k, v, sequences(self.g[0]), sequences(self.beta[0]), self.first_states())
         return out.flatten(0, 1), states.flatten(0, 1)
+
+    def first_states(self) -> Tensor:
+        """The plain states that the sequences begin with that are checked."""
+        return self._before.view(self.checked, -1, *self.pool.shape[1:])[:, 0]
 
     def states(self) -> Tensor:
         """The written states of the sequences that are checked."""
@@ -232,6 +239,85 @@ class Decode(Case):
             )
 
         return self.provider("xgdn packed_decode", call, out)
+
+
+class ReplayDecode(Decode):
+    """The same on checkpoints and rings that are filled to different lengths; several tokens are drafts, of which any
+    number counts in the next call."""
+
+    C = 16
+
+    def __init__(self, batch: int, state_dtype: torch.dtype, *, tokens: int = 1, **options: Any) -> None:
+        super().__init__(batch, state_dtype, tokens=tokens, states=1, **options)
+        self.title = f"replay {self.title}"
+        self.streams = None
+        H, HV, slots, rows = self.heads.H, self.heads.HV, len(self.pool), self.C + (tokens if tokens > 1 else 0)
+        self.ring = xgdn.ops.ReplayRing(
+            F.normalize(torch.randn(slots, H, rows, K, device=self.device), dim=-1),
+            torch.randn(slots, HV, rows, V, device=self.device),
+            -torch.rand(slots, HV, rows, device=self.device),
+            torch.randint(0, self.C, (slots,), dtype=torch.int32, device=self.device),
+        )
+        drafts = (1, tokens + 1) if tokens > 1 else (0, 1)
+        self.accepted = torch.randint(*drafts, (self.parts, batch), dtype=torch.int32, device=self.device)
+        self._ring_before = self._checked_ring()
+        # On average: S and half a ring are read, tokens are written, and S by the share of them that fill a ring.
+        states, row = batch * HV * V * K * state_dtype.itemsize, 4 * batch * (H * K + HV * V)
+        kept = float(self.accepted.float().mean()) if tokens > 1 else 1.0
+        self.work = Work(bytes=states * (1 + kept / self.C) + row * ((self.C - 1) / 2 + tokens))
+
+    def _checked_ring(self) -> xgdn.ops.ReplayRing:
+        return xgdn.ops.ReplayRing(*(pool[self._checked_slots] for pool in self.ring))
+
+    def reset(self) -> None:
+        super().reset()
+        for pool, before in zip(self.ring, self._ring_before, strict=True):
+            pool[self._checked_slots] = before
+
+    def first_states(self) -> Tensor:
+        return _plain_states(self._before, self._ring_before, self.accepted[0, : self.checked])
+
+    def truth(self) -> tuple[Tensor, ...]:
+        out, states = super().truth()
+        return out, states.unflatten(0, (self.checked, self.tokens))[:, -1]
+
+    def states(self) -> Tensor:
+        drafts = self.tokens if self.tokens > 1 else 0
+        return _plain_states(super().states(), self._checked_ring(), torch.full_like(self.accepted[0], drafts))
+
+    def providers(self) -> list[Provider]:
+        out = self.empty_out()
+        q, k, v = self.heads.split(self.mixed_qkv)
+        rows = self.batch * self.tokens
+        cu_seqlens = torch.arange(0, rows + 1, self.tokens, dtype=torch.int32, device=self.device)
+
+        def call(i: int) -> None:
+            xgdn.ops.replay_gated_delta_rule(
+                *(x[i] for x in (q, k, v, self.g, self.beta)),
+                self.pool,
+                self.ring,
+                cu_seqlens=cu_seqlens,
+                state_indices=self.state_indices[i],
+                ring_indices=self.state_indices[i],
+                num_accepted=self.accepted[i] if self.tokens > 1 else None,
+                chunk_size=self.C,
+                commit=self.tokens == 1,
+                out=out[i],
+            )
+
+        return [self.provider("xgdn replay_gated_delta_rule", call, out)]
+
+
+def _plain_states(checkpoints: Tensor, ring: xgdn.ops.ReplayRing, more: Tensor) -> Tensor:
+    """In float64, after the committed tokens of each ring and `more` behind them."""
+    S = checkpoints.double()
+    groups = ring.u.shape[1] // ring.k.shape[1]
+    for row in range(ring.k.shape[2]):
+        k = ring.k[:, :, row].double().repeat_interleave(groups, dim=1)
+        after = S * ring.g[:, :, row, None, None].double().exp() + ring.u[:, :, row, :, None].double() * k[:, :, None]
+        counts = row < ring.length + more[: len(S)]
+        S = torch.where(counts[:, None, None, None], after, S)
+    return S
 
 
 class DecodeStep(Decode):

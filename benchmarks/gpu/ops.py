@@ -19,7 +19,7 @@ import torch
 import typer
 from rich.table import Table
 
-from gpu.cases import Attention, Case, Decode, DecodeStep, Heads, Prefill, Provider, check, ragged
+from gpu.cases import Attention, Case, Decode, DecodeStep, Heads, Prefill, Provider, ReplayDecode, check, ragged
 from gpu.peers import PEERS
 from gpu.report import device_facts, write_json
 from xgdn.bench.report import print_wide
@@ -81,6 +81,13 @@ def case_makers(decode: Sequence[int]) -> Iterator[tuple[str, Callable[[], Case]
         yield (
             f"verify T={DRAFTS} B={VERIFIED_BATCH} {name}",
             lambda d=dtype: Decode(VERIFIED_BATCH, d, tokens=DRAFTS),
+        )
+    for name, dtype in dtypes.items():
+        for batch in decode:
+            yield f"replay decode B={batch} {name}", lambda b=batch, d=dtype: ReplayDecode(b, d)
+        yield (
+            f"replay verify T={DRAFTS} B={VERIFIED_BATCH} {name}",
+            lambda d=dtype: ReplayDecode(VERIFIED_BATCH, d, tokens=DRAFTS),
         )
     for heads, total, count in PREFILL:
         lengths = ragged(total) if count == 0 else [total // count] * count
@@ -196,7 +203,7 @@ def parse_peers(text: str) -> list[str]:
 
 @app.command()
 def main(
-    decode: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes of decode.")] = "1,8,32,128,1024",
+    decode: Annotated[str, typer.Option(metavar="B,..", help="Batch sizes of decode.")] = "1,8,32,128,256,1024",
     only: Annotated[str, typer.Option(metavar="REGEX", help="Cases to run, by a part of their name.")] = "",
     peers: Annotated[
         str, typer.Option(metavar="NAME,..", help="Other libraries; one that cannot be imported is named and left out.")

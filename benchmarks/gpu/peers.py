@@ -4,14 +4,20 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.cases import Attention, Case, Decode, DecodeStep, K, Prefill, Provider
+from gpu.cases import Attention, Case, Decode, DecodeStep, K, Prefill, Provider, ReplayDecode
 
 _SCALE = K**-0.5
+
+
+def _is_decode(case: Case) -> TypeGuard[Decode]:
+    """Whether it is the rule alone, on a token of each sequence and plain states."""
+    return isinstance(case, Decode) and not isinstance(case, DecodeStep | ReplayDecode) and case.tokens == 1
 
 
 def fla(case: Case) -> list[Provider]:
@@ -19,7 +25,7 @@ def fla(case: Case) -> list[Provider]:
     rule = importlib.import_module("fla.ops.gated_delta_rule")
     if isinstance(case, Prefill):
         return [_fla_prefill(case, rule.chunk_gated_delta_rule)]
-    if isinstance(case, Decode) and not isinstance(case, DecodeStep) and case.tokens == 1:
+    if _is_decode(case):
         return [_fla_decode(case, rule.fused_recurrent_gated_delta_rule)]
     return []
 
@@ -77,7 +83,7 @@ def _fla_prefill(case: Prefill, rule: Callable[..., tuple[Tensor, Tensor]]) -> P
 
 def vllm(case: Case) -> list[Provider]:
     """vLLM's packed decode."""
-    if not isinstance(case, Decode) or isinstance(case, DecodeStep) or case.tokens > 1:
+    if not _is_decode(case):
         return []
     ops = importlib.import_module("vllm.third_party.flash_linear_attention.ops.fused_recurrent")
     out = case.empty_out()
@@ -103,7 +109,7 @@ def flashinfer(case: Case) -> list[Provider]:
     """FlashInfer's decode in place and its prefill, which chooses among its kernels."""
     if isinstance(case, Prefill):
         return [_flashinfer_prefill(case)]
-    if not isinstance(case, Decode) or isinstance(case, DecodeStep) or case.tokens > 1:
+    if not _is_decode(case):
         return []
     decode = importlib.import_module("flashinfer.gdn_decode").gated_delta_rule_decode_pretranspose
     q, k, v = (x.unsqueeze(2).contiguous() for x in case.heads.split(case.mixed_qkv))

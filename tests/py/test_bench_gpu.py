@@ -21,7 +21,7 @@ import gpu.ops
 import gpu.peers
 import gpu.replay
 import xgdn
-from gpu.cases import Attention, Case, Decode, DecodeStep, Heads, Prefill, check, ragged
+from gpu.cases import Attention, Case, Decode, DecodeStep, Heads, Prefill, ReplayDecode, check, ragged
 from kernels.compare import WrongResult
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_model" / "checkpoint"
@@ -32,6 +32,9 @@ CASES = {
     "decode f32": lambda: Decode(3, torch.float32, **SMALL),
     "decode bf16": lambda: Decode(3, torch.bfloat16, **SMALL),
     "verify": lambda: Decode(2, torch.bfloat16, tokens=4, **SMALL),
+    "replay decode f32": lambda: ReplayDecode(5, torch.float32, **SMALL),
+    "replay decode bf16": lambda: ReplayDecode(3, torch.bfloat16, **SMALL),
+    "replay verify": lambda: ReplayDecode(5, torch.float32, tokens=4, **SMALL),
     "decode step f32": lambda: DecodeStep(2, torch.float32, **SMALL),
     "decode step bf16": lambda: DecodeStep(2, torch.bfloat16, **SMALL),
     "prefill": lambda: Prefill([70, 0, 3], **FEW),
