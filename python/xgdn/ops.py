@@ -302,7 +302,7 @@ def replay_gated_delta_rule(
     A sequence reads its checkpoint `state_indices[n]` and its ring `ring_indices[n]` `[N]`; `write_indices[n]` and
     `ring_write_indices[n]` (default: where they are) hold them afterwards. One that stays in its slot is written by
     folds alone, each time a ring is full: forks may share it until then. What is computed and written has the same bits
-    however a sequence is cut into calls, on backends that promise it (`cpu`).
+    however a sequence is cut into calls, on backends that promise it (`cpu`, `cuda`).
 
     Drafts: with `commit=False` the call's tokens, at most `R - chunk_size` a sequence, stay behind the ring's length;
     `num_accepted` `[N]` i32 of the sequence's next call says how many of them count. `has_initial_state` `[N]` bool: if

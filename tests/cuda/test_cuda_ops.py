@@ -24,7 +24,6 @@ from xgdn import ops
 
 MOST_TOKENS = 32  # that xgdn multiplies itself: linear.cu
 
-REPLAY = ("replay_gated_delta_rule", "materialize_state")
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
@@ -41,7 +40,7 @@ def written(op: str, sample: Sample) -> dict[str, Any]:
     return {a.name: values[a.name] for a in written_arguments(op) if values.get(a.name) is not None}
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in REPLAY])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
@@ -61,13 +60,6 @@ def test_writes_what_the_reference_writes(op: str, dtype: torch.dtype, state_dty
                     assert_close(f"{name} of sample {i}", a.cpu(), b, BOUNDS[dtype])
                 else:
                     assert_bits_equal(f"{name} of sample {i}", a.cpu(), b)
-
-
-@pytest.mark.parametrize("op", REPLAY)
-def test_replay_states_are_refused(op: str) -> None:
-    args, kwargs = on_cuda(samples(op, torch.float32, torch.float32)[0])
-    with pytest.raises(NotImplementedError, match=r"cuda.*plain states"):
-        packet(op)(*args, **kwargs)
 
 
 def has_kernel(call: AttentionCall) -> bool:

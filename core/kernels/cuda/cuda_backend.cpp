@@ -30,6 +30,7 @@
 #include "core/kernels/cuda/moe_experts.h"
 #include "core/kernels/cuda/paged_attention.h"
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
+#include "core/kernels/cuda/replay_gated_delta_rule.h"
 #include "core/kernels/cuda/rms_norm.h"
 #include "core/kernels/cuda/rms_norm_gated.h"
 #include "core/kernels/cuda/store_kv.h"
@@ -41,8 +42,6 @@ namespace {
 using cuda::is_aligned;
 
 using Sentence = std::optional<std::string>;
-
-constexpr const char* kPlainStates = "its pools hold plain states: it has no kernel that replays a ring yet";
 
 cudaStream_t current_stream(const at::Tensor& t) {
   const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
@@ -62,6 +61,18 @@ at::Tensor scratch(size_t bytes, const at::Tensor& beside) {
 Sentence why_not_key_dim(int64_t K) {
   if (cuda::recurrent_supports(K)) return std::nullopt;
   return c10::str("its kernels are for K = 16, 32, 64, 128 or 256, got K=", K);
+}
+
+bool has_aligned_slots(const at::Tensor& pool) {
+  const int64_t slot_bytes = pool.stride(0) * static_cast<int64_t>(pool.element_size());
+  return reinterpret_cast<uintptr_t>(pool.const_data_ptr()) % 16 == 0 && slot_bytes % 16 == 0;
+}
+
+template <class Params>
+Sentence why_not_replay(const Params& p, const ReplayShape& s) {
+  if (Sentence why = why_not_key_dim(s.rule.K)) return why;
+  if (has_aligned_slots(p.state) && has_aligned_slots(p.ring.k)) return std::nullopt;
+  return "its kernels want slots of state and ring_k at multiples of 16 bytes, got others";
 }
 
 // "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
@@ -148,11 +159,11 @@ class CudaBackend final : public Backend {
   Sentence why_not(const ChunkGatedDeltaRuleParams&, const GdnShape& s) const override {
     return why_not_key_dim(s.K);
   }
-  Sentence why_not(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override {
-    return kPlainStates;
+  Sentence why_not(const ReplayGatedDeltaRuleParams& p, const ReplayShape& s) const override {
+    return why_not_replay(p, s);
   }
-  Sentence why_not(const MaterializeStateParams&, const ReplayShape&) const override {
-    return kPlainStates;
+  Sentence why_not(const MaterializeStateParams& p, const ReplayShape& s) const override {
+    return why_not_replay(p, s);
   }
   Sentence why_not(const PackedDecodeParams&, const GdnShape& s) const override {
     return why_not_key_dim(s.K);
@@ -166,6 +177,12 @@ class CudaBackend final : public Backend {
     return true;
   }
   bool is_batch_invariant(const ChunkGatedDeltaRuleParams&, const GdnShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override {
+    return true;
+  }
+  bool is_batch_invariant(const MaterializeStateParams&, const ReplayShape&) const override {
     return true;
   }
   bool is_batch_invariant(const PackedDecodeParams&, const GdnShape&) const override {
@@ -199,11 +216,15 @@ class CudaBackend final : public Backend {
     cuda::chunk_gated_delta_rule(args, current_stream(q));
   }
 
-  void run(const ReplayGatedDeltaRuleParams&, const ReplayShape&) const override {
-    throw UnsupportedError(kPlainStates);
+  void run(const ReplayGatedDeltaRuleParams& p, const ReplayShape& s) const override {
+    ReplayGatedDeltaRuleArgs args = op_args(p, s);
+    const at::Tensor q = with_aligned_rows(p.q), k = with_aligned_rows(p.k);
+    args.q = in_rows(q);
+    args.k = in_rows(k);
+    cuda::replay_gated_delta_rule(args, s.rule.T, current_stream(q));
   }
-  void run(const MaterializeStateParams&, const ReplayShape&) const override {
-    throw UnsupportedError(kPlainStates);
+  void run(const MaterializeStateParams& p, const ReplayShape& s) const override {
+    cuda::materialize_state(op_args(p, s), p.lengths.const_data_ptr<int32_t>(), current_stream(p.state));
   }
 
   void run(const PackedDecodeParams& p, const GdnShape& s) const override {

@@ -200,15 +200,23 @@ class RawElements {
   RawPackets<__nv_bfloat16, kCount> narrow_;  // bf16 or f16
 };
 
-__device__ inline void store_once(float* to, const float (&x)[4]) {
-  __stcs(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
+/// A packet of 16 bytes: x as f32, or rounded to bf16.
+__device__ inline uint4 packed(const float (&x)[4]) {
+  return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
 }
-__device__ inline void store_once(__nv_bfloat16* to, const float (&x)[8]) {
+__device__ inline uint4 packed(const float (&x)[8]) {
   uint4 packet;
   auto* pairs = reinterpret_cast<__nv_bfloat162*>(&packet);
 #pragma unroll
   for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-  __stcs(reinterpret_cast<uint4*>(to), packet);
+  return packet;
+}
+
+__device__ inline void store_once(float* to, const float (&x)[4]) {
+  __stcs(reinterpret_cast<uint4*>(to), packed(x));
+}
+__device__ inline void store_once(__nv_bfloat16* to, const float (&x)[8]) {
+  __stcs(reinterpret_cast<uint4*>(to), packed(x));
 }
 
 // ---- sums over lanes ------------------------------------------------------------------------------------------------

@@ -25,6 +25,15 @@ struct RowLayout {
   static_assert(kDim % (kLanes * kPacket) == 0 && 32 % kLanes == 0);
 
   __device__ static int column(int packet, int lane) { return (packet * kLanes + lane) * kPacket; }
+
+  /// A lane's packet of a row of f32.
+  __device__ static void read(const float* row, int packet, int lane, float (&x)[kPacket]) {
+#pragma unroll
+    for (int i = 0; i < kPacket; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(row + column(packet, lane) + i);
+      x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
+  }
 };
 
 /// A lane's elements of a row.
@@ -35,11 +44,15 @@ struct LaneRow {
 
   __device__ void read(const float* row, int lane) {  // from shared memory
 #pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) Layout::read(row, j, lane, x[j]);
+  }
+  __device__ void write(float* row, int lane) const {  // as read() reads it
+#pragma unroll
     for (int j = 0; j < Layout::kPackets; ++j) {
 #pragma unroll
       for (int i = 0; i < Layout::kPacket; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(row + Layout::column(j, lane) + i);
-        x[j][i] = four.x, x[j][i + 1] = four.y, x[j][i + 2] = four.z, x[j][i + 3] = four.w;
+        *reinterpret_cast<float4*>(row + Layout::column(j, lane) + i) =
+            make_float4(x[j][i], x[j][i + 1], x[j][i + 2], x[j][i + 3]);
       }
     }
   }
@@ -55,6 +68,21 @@ struct LaneRow {
       for (int i = 0; i < Layout::kPacket; ++i) sum = fmaf(x[j][i], y.x[j][i], sum);
     }
     return sum;
+  }
+  __device__ void scale(float factor) {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) {
+#pragma unroll
+      for (int i = 0; i < Layout::kPacket; ++i) x[j][i] *= factor;
+    }
+  }
+  /// x + factor y
+  __device__ void add(float factor, const LaneRow& y) {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) {
+#pragma unroll
+      for (int i = 0; i < Layout::kPacket; ++i) x[j][i] = fmaf(factor, y.x[j][i], x[j][i]);
+    }
   }
   /// The decay of x, and factor y added.
   __device__ void decay_and_add(const Decay& decay, float factor, const LaneRow& y) {
@@ -112,19 +140,29 @@ class RowsInFlight {
     }
   }
   __device__ void widen(int stage, LaneRow<State, kDim> (&s)[kRows]) const {
-    const uint4* const from = mine_ + stage * kPieces * kThreads;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) widen(stage, r, s[r]);
+  }
+  __device__ void widen(int stage, int r, LaneRow<State, kDim>& row) const {
 #pragma unroll
-      for (int j = 0; j < Layout::kPackets; ++j) {
-        RawPackets<State, Layout::kPacket> packet;
-        packet.set(0, from[(r * Layout::kPackets + j) * kThreads]);
-        packet.widen(s[r].x[j]);
-      }
-    }
+    for (int j = 0; j < Layout::kPackets; ++j) widen(stage, r, j, row.x[j]);
+  }
+  __device__ void widen(int stage, int r, int packet, float (&x)[Layout::kPacket]) const {
+    RawPackets<State, Layout::kPacket> raw;
+    raw.set(0, *at(stage, r, packet));
+    raw.widen(x);
+  }
+  /// In place of row r of a stage.
+  __device__ void put(int stage, int r, const LaneRow<State, kDim>& row) {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) *at(stage, r, j) = packed(row.x[j]);
   }
 
  private:
+  __device__ uint4* at(int stage, int r, int packet) const {
+    return mine_ + (stage * kPieces + r * Layout::kPackets + packet) * kThreads;
+  }
+
   uint4* mine_;
 };
 
