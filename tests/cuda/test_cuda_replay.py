@@ -97,6 +97,11 @@ class TestOp:
         op_tests.test_one_sequences_nan_stays_its_own()
 
     @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("commit", [True, False], ids=["decode", "drafts"])
+    def test_a_fold_that_overflows_is_seen_in_its_output(self, state_dtype: torch.dtype, commit: bool) -> None:
+        op_tests.test_a_fold_that_overflows_is_seen_in_its_output(state_dtype, commit, "cuda")
+
+    @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("K", KEY_DIMS)
     def test_materialised_states(self, state_dtype: torch.dtype, K: int) -> None:
         op_tests.test_materialised_states(state_dtype, K, "cuda")

@@ -356,7 +356,8 @@ def test_one_sequences_nan_stays_its_own() -> None:
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("commit", [True, False], ids=["decode", "drafts"])
 def test_a_fold_that_overflows_is_seen_in_its_output(state_dtype: torch.dtype, commit: bool, backend: str) -> None:
-    """By its value head alone, with outputs that are finite otherwise; drafts leave the fold to the next call."""
+    """By its value head alone, of which cuda has the rows of one block, with outputs that are finite otherwise; drafts
+    leave the fold to the next call."""
     case = Case((1, 1), H=1, HV=2, K=64, V=48, state_dtype=state_dtype)
     x = make_inputs(case, prefill=False)
     x.k[..., 0] = x.q[..., 0] = x.g[:] = 0  # no output reads the first column of S
@@ -382,7 +383,7 @@ def test_a_fold_that_overflows_is_seen_in_its_output(state_dtype: torch.dtype, c
     assert want.isfinite().all()
     assert state[x.state_indices.long()].isfinite().all()
     got, _, lengths = outputs(0.6 * largest)
-    assert got[1, 1].isnan().all() == commit
+    assert got[1, 1, -1 if backend == "cuda" else 0 :].isnan().all() == commit
     assert lengths[:2].tolist() == [0, 0] if commit else [15, 15]
     got[1, 1] = want[1, 1]
     assert_bits_equal("other value heads and sequences", got, want)

@@ -7,6 +7,7 @@
 #include "core/kernels/cuda/replay_gated_delta_rule.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/element_types.h"
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kReplayThreads, 4)
 
   begin_overlapped();
   ReplaySequence s(a, n);
-  if (s.read < 0) return block.write_zeros(s.begin, s.len);
+  if (s.read < 0) return block.fill_outputs(s.begin, s.len, 0.0f);
   if (s.has_initial_state) {
     block.copy_checkpoint(s.read);
   } else {
@@ -44,7 +45,8 @@ __global__ void __launch_bounds__(kReplayThreads, 4)
   for (int t = 0;;) {
     if (block.room() == 0 && (!has_begun || a.commit || t < s.len)) {
       if (!has_begun) block.wait_for_copies();
-      block.fold(C, s.is_written && block.folded() + C == s.folded ? s.write : -1);
+      const bool is_finite = block.fold(C, s.is_written && block.folded() + C == s.folded ? s.write : -1);
+      if (!is_finite && has_begun && a.commit) block.fill_outputs(s.begin + t - 1, 1, NAN);
       if (!has_begun) {  // after a verification
         block.copy_ring(s.ring_read, C, s.in_ring - C);
         block.set_length(s.in_ring - C);

@@ -17,7 +17,11 @@
 // decay of a fold is near one the fold is S + (S (D - 1) + sum), rounded once.
 // Order of sums: over K as in state_rows.cuh; then the checkpoint's part, the window's tokens in ascending order, the
 // token itself. No sum depends on how a sequence is cut into calls and batches, on the grid, or on other sequences.
+// Where a fold that follows a committed token is not finite in a block's rows, the block's outputs of that token are
+// NaN.
 #pragma once
+
+#include <cfloat>
 
 #include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/state_rows.cuh"
@@ -70,8 +74,8 @@ struct ReplaySequence {
 };
 
 /// Decays from the rows of a window to one of them, `last`. A lane has two rows, whose gates are summed in double from
-/// the last row backwards, by halves: what a sum has depends on its rows alone. No difference is taken: of sums over the
-/// whole window it would be all noise behind a gate that wipes the state.
+/// the last row backwards, by halves: what a sum has depends on its rows alone. No difference is taken: of sums over
+/// the whole window it would be all noise behind a gate that wipes the state.
 struct WindowDecays {
   double of_all;  // the logarithm of the decay of S
 
@@ -155,10 +159,11 @@ class ReplayBlock {
     is_output_ = lane_ % (2 * kRows) >= kRows;
   }
 
-  __device__ void write_zeros(int64_t begin, int len) const {
+  /// x, as the block's outputs of tokens `begin` to `begin + len`.
+  __device__ void fill_outputs(int64_t begin, int len, float x) const {
     for (int t = 0; t < len; ++t) {
       for (int row = threadIdx.x; row < min(kBlockRows, V_ - first_row_); row += kReplayThreads) {
-        store_scalar(a_.out.dtype, row_of(a_.out, begin + t, head_), first_row_ + row, 0.0f);
+        store_scalar(a_.out.dtype, row_of(a_.out, begin + t, head_), first_row_ + row, x);
       }
     }
   }
@@ -286,15 +291,16 @@ class ReplayBlock {
   // ---- the fold ----
 
   /// S <- D S + sum_i D_i u_i k_i^T after the window's first `count` > 0 tokens; to slot `to` as well, unless negative.
-  /// Ends with a barrier.
-  __device__ void fold(int count, int32_t to) {
+  /// Ends with a barrier. Returns whether the block's rows of it are finite.
+  __device__ bool fold(int count, int32_t to) {
     const WindowDecays decays(gates_, count - 1);
     const Decay decay = decays.of_state();
+    bool all_finite = true;
 #pragma unroll 1
-    for (int r = 0; r < kRows; r += kFoldedRows) fold_rows(r, count, decays, decay, to);
+    for (int r = 0; r < kRows; r += kFoldedRows) all_finite &= fold_rows(r, count, decays, decay, to);
     base_ += count;
     length_ = 0;
-    __syncthreads();
+    return __syncthreads_and(all_finite) != 0;
   }
 
   // ---- what is written beside outputs, u and folds ----
@@ -440,9 +446,10 @@ class ReplayBlock {
   __device__ void store(int32_t slot, int r, const Row& s) const {
     if (r < num_rows_) s.store(rows_in(slot) + r * kGroups * kDim, lane_);
   }
-  /// The fold of rows r to r + kFoldedRows of a group.
-  __device__ void fold_rows(int r, int count, const WindowDecays& decays, const Decay& decay, int32_t to) {
+  /// The fold of rows r to r + kFoldedRows of a group. Returns whether they are finite.
+  __device__ bool fold_rows(int r, int count, const WindowDecays& decays, const Decay& decay, int32_t to) {
     const float* const u = u_ + (group_row_ - first_row_) + r * kGroups;
+    bool all_finite = true;
     Row s[kFoldedRows];
 #pragma unroll
     for (int i = 0; i < kFoldedRows; ++i) {
@@ -466,7 +473,20 @@ class ReplayBlock {
       }
       checkpoint_.put(0, r + i, s[i]);
       if (to >= 0) store(to, r + i, s[i]);
+      if (r + i < num_rows_) all_finite &= is_finite(s[i]);
     }
+    return all_finite;
+  }
+  /// Whether a State holds the row: no NaN, nothing that is infinite when it is rounded.
+  __device__ static bool is_finite(const Row& s) {
+    constexpr float kLargest = sizeof(State) == sizeof(float) ? FLT_MAX : 0x1.fefffep127f;
+    bool is_held = true;
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) {
+#pragma unroll
+      for (int i = 0; i < Layout::kPacket; ++i) is_held &= fabsf(s.x[j][i]) <= kLargest;
+    }
+    return is_held;
   }
   __device__ void normalise(Row& x) const {
     if (a_.normalise_qk) x.scale(rsqrtf(sum_over_lanes<kLanes>(x.dot(x)) + kNormEps));
