@@ -39,6 +39,12 @@ void bind_kernels(nb::module_& m) {
   m.def("start_op_profile", &kernel::start_op_profile, "Begin to time the ops that this thread calls.");
   m.def("stop_op_profile", &kernel::stop_op_profile, "End it; return the rows in the order of the first calls.");
   m.def(
+      "allocate_weight",
+      [](const std::vector<int64_t>& shape, const at::Tensor& like) {
+        return kernel::allocate_weight(shape, like.options());
+      },
+      "shape"_a, "like"_a, "Uninitialised, of the type and device of `like`; in huge pages where the system has them.");
+  m.def(
       "allocate_chunk_metadata",
       [](int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local, const DeviceArgument& device) {
         return kernel::allocate_chunk_metadata(max_sequences, max_tokens, num_v_heads_local,

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 import xgdn
 from cases import assert_bits_equal, i32
 from checkpoints import MOE, SMALL, one_thread, randomize
-from vllm_stand_in import LAYER, LAYERS, Metadata, Pools, StandIn
-from xgdn.integrations import calls, vllm_layer, vllm_plugin
+from vllm_stand_in import HEAD, HEADS, LAYER, LAYERS, Metadata, Pools, StandIn, UnquantizedEmbeddingMethod
+from xgdn.integrations import calls, vllm_layer, vllm_plugin, vllm_projections
 
 F32_BOUND = 2e-5  # of values around one
 NUM_SLOTS = 9
@@ -37,6 +38,8 @@ def counted() -> Iterator[None]:
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv(vllm_projections.VARIABLE, raising=False)
+    monkeypatch.setattr(vllm_projections, "_is_faster_here", lambda: True)
     stand_in = StandIn()
     stand_in.install(monkeypatch)
     return stand_in
@@ -96,7 +99,7 @@ class Engine:
         x = [self.sequences[i][self.done[i] : self.done[i] + counts[i]] for i in order]
         before = self.pools.memory.clone()
         with torch.inference_mode():
-            out = self.layer(torch.cat([*x, torch.full((padding, x[0].shape[1]), float("nan"))]))
+            out = self.layer(torch.cat([*x, x[0].new_full((padding, x[0].shape[1]), float("nan"))]))
         for i, part in zip(order, out[: sum(lengths)].split(lengths), strict=True):
             self.out[i].append(part)
             self.done[i] += counts[i]
@@ -239,6 +242,183 @@ def test_what_cannot_be_served_is_vllm_s_own_for_good_and_counted(
     assert [(f.function, f.served, f.fallbacks) for f in xgdn.report().functions] == [("GatedDeltaNet", 0, {reason: 2})]
 
 
+def bf16_layer(vllm: StandIn, kind: str = "qwen3_5") -> tuple[Any, Any]:
+    """As vLLM has loaded it, and what it is made of in float32."""
+    of = source(kind, torch.bfloat16)
+    layer = served_layer(vllm, of)
+    vllm.load(layer)
+    return layer, of.float()
+
+
+def num_own_products(layer: Any) -> list[int]:
+    return [projection.num_calls for projection in (layer.in_proj_qkvz, layer.in_proj_ba, layer.out_proj)]
+
+
+def assert_rows_near(got: Tensor, want: Tensor) -> None:
+    """Each row, of bfloat16; some are small differences of larger numbers."""
+    norms = want.norm(dim=1)
+    assert norms.min() > 0.1 * norms.mean()
+    assert ((got.float() - want).norm(dim=1) / norms).max() < 5e-2
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_next"])
+def test_few_tokens_and_many_are_projected_here(kind: str, vllm: StandIn) -> None:
+    layer, of = bf16_layer(vllm, kind)
+    engine = Engine(vllm, layer, [x.bfloat16() for x in sequences(1100, 40, 7)])
+    steps: tuple[tuple[tuple[int, ...], list[int]], ...] = (
+        ((1024, 13, 0), [0, 0, 1]),  # vLLM's product out of the layer for many
+        ((1, 15, 0), [0, 0, 1]),
+        ((1, 1, 5), [0, 0, 1]),
+        ((70, 10, 1), [1, 1, 2]),  # neither few nor many
+        ((4, 1, 1), [1, 1, 2]),
+    )
+    for counts, own in steps:
+        engine.step(*counts)
+        assert num_own_products(layer) == own
+    for x, parts in zip(engine.sequences, engine.out, strict=True):
+        assert_rows_near(torch.cat(parts), of(x.float().unsqueeze(0))[0])
+    served = {f.function: (f.served, f.fallbacks) for f in xgdn.report().functions}
+    assert served[vllm_layer.PROJECTIONS] == (4, {})
+
+
+def test_rows_behind_those_of_a_step_are_zero_with_projections_here(vllm: StandIn) -> None:
+    layer, _ = bf16_layer(vllm)
+    engine = Engine(vllm, layer, [x.bfloat16() for x in sequences(6)])
+    engine.step(4, padding=3)
+    assert num_own_products(layer) == [0, 0, 0]
+
+
+def quantize(layer: Any) -> None:
+    layer.in_proj_ba.quant_method = type("Fp8LinearMethod", (type(layer.in_proj_ba.quant_method),), {})()
+
+
+def share(layer: Any) -> None:
+    layer.out_proj.tp_size = 2
+
+
+def add_bias(layer: Any) -> None:
+    layer.out_proj.bias = torch.zeros(1)
+
+
+def wrap(layer: Any) -> None:
+    layer.in_proj_qkvz = torch.nn.Sequential(layer.in_proj_qkvz)
+
+
+def hook(layer: Any) -> None:
+    layer.out_proj.register_forward_hook(lambda *_: None)
+
+
+# What happens to a layer before its weights are loaded, or behind that.
+OWN_PRODUCTS: dict[str, tuple[Any, Any]] = {
+    "weights of Fp8LinearMethod": (quantize, None),
+    "tensor parallelism": (share, None),
+    "a bias": (add_bias, None),
+    "in_proj_qkvz has been replaced or has hooks": (None, wrap),
+    "out_proj has been replaced or has hooks": (None, hook),
+}
+
+
+@pytest.mark.parametrize("reason", OWN_PRODUCTS)
+def test_projections_that_are_not_plain_are_vllm_s_own_and_counted(
+    reason: str, vllm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, behind = OWN_PRODUCTS[reason]
+    host_init = vllm.layer_class.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        host_init(self, *args, **kwargs)
+        if before is not None:
+            before(self)
+
+    monkeypatch.setattr(vllm.layer_class, "__init__", init)
+    layer, of = bf16_layer(vllm)
+    if behind is not None:
+        behind(layer)
+    x = sequences(3)[0].bfloat16()
+    engine = Engine(vllm, layer, [x])
+    engine.step(3)
+    assert layer.out_proj.num_calls == 1
+    assert_rows_near(engine.out[0][0], of(x.float().unsqueeze(0))[0])
+    served = {f.function: (f.served, f.fallbacks) for f in xgdn.report().functions}
+    assert served == {vllm_layer.PREFILL: (1, {}), vllm_layer.PROJECTIONS: (0, {reason: 1})}
+
+
+def test_weights_that_vllm_has_not_loaded_are_its_own(vllm: StandIn) -> None:
+    engine = Engine(vllm, served_layer(vllm, source(dtype=torch.bfloat16)), [sequences(3)[0].bfloat16()])
+    engine.step(3)
+    served = {f.function: f.fallbacks for f in xgdn.report().functions}
+    assert served[vllm_layer.PROJECTIONS] == {"weights that vLLM has not loaded itself": 1}
+
+
+@pytest.mark.parametrize("why", ["variable", "processor", "float32"])
+def test_projections_that_are_not_wanted_are_vllm_s_own_and_not_counted(
+    why: str, vllm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "variable":
+        monkeypatch.setenv(vllm_projections.VARIABLE, "vllm")
+    elif why == "processor":
+        monkeypatch.setattr(vllm_projections, "_is_faster_here", lambda: False)
+    dtype = torch.float32 if why == "float32" else torch.bfloat16
+    layer = served_layer(vllm, source(dtype=dtype))
+    vllm.load(layer)
+    engine = Engine(vllm, layer, [sequences(3)[0].to(dtype)])
+    engine.step(3)
+    assert num_own_products(layer) == [1, 1, 1]
+    assert [f.function for f in xgdn.report().functions] == [vllm_layer.PREFILL]
+
+
+def head(dtype: torch.dtype = torch.bfloat16, size: int = 64) -> SimpleNamespace:
+    torch.manual_seed(5)
+    return SimpleNamespace(weight=torch.randn(48, size).to(dtype), quant_method=UnquantizedEmbeddingMethod())
+
+
+def hidden(count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(count, 64, generator=torch.Generator().manual_seed(6)).to(dtype)
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_head_multiplies_few_tokens_here(count: int, has_bias: bool, vllm: StandIn) -> None:
+    served_layer(vllm, source(dtype=torch.bfloat16))
+    of, x = head(), hidden(count)
+    bias = torch.randn(48, generator=torch.Generator().manual_seed(7)).bfloat16() if has_bias else None
+    got = vllm.head_class()(of, x, bias)
+    want = torch.nn.functional.linear(x.double(), of.weight.double(), None if bias is None else bias.double())
+    assert got.dtype == torch.bfloat16
+    assert ((got - want).abs() <= 2**-8 * want.abs() + 1e-4).all()
+    assert [(f.function, f.served, f.fallbacks) for f in xgdn.report().functions] == [(vllm_plugin.HEAD, 1, {})]
+
+
+OTHER_HEADS: dict[str, dict[str, Any]] = {
+    "more tokens": {"x": hidden(17)},
+    "float32": {"of": head(torch.float32), "x": hidden(3, torch.float32)},
+    "a head of float32": {"of": head(torch.float32)},
+    "logits of float32": {"head_dtype": torch.float32},
+    "quantized": {"of": SimpleNamespace(weight=head().weight, quant_method=object())},
+    "packed": {"of": SimpleNamespace(weight=torch.empty(0).bfloat16(), quant_method=UnquantizedEmbeddingMethod())},
+    "a bias of float32": {"bias": torch.zeros(48)},
+    "three dimensions": {"x": hidden(3)[None]},
+    "a model without such layers": {"layer": None},
+    "a layer that is vLLM's own": {"layer": {"num_spec": 2}},
+    "the variable": {"variable": "layers"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_HEADS)
+def test_any_other_product_of_a_head_is_vllm_s_own_and_not_counted(
+    name: str, vllm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm_plugin.register()
+    how = OTHER_HEADS[name]
+    if "variable" in how:
+        monkeypatch.setenv(vllm_projections.VARIABLE, how["variable"])
+    if (options := how.get("layer", {})) is not None:
+        served_layer(vllm, source(dtype=torch.bfloat16), **options)
+    processor = vllm.head_class(head_dtype=how.get("head_dtype"))
+    assert processor(how.get("of", head()), how.get("x", hidden(3)), how.get("bias")).eq(7).all()
+    assert xgdn.report().functions == ()
+
+
 def test_an_error_of_an_op_is_no_fallback(vllm: StandIn) -> None:
     engine = Engine(vllm, served_layer(vllm, source()), sequences(5))
     engine.slots[0] = NUM_SLOTS
@@ -248,15 +428,21 @@ def test_an_error_of_an_op_is_no_fallback(vllm: StandIn) -> None:
 
 def test_registering_again_changes_nothing(vllm: StandIn, caplog: pytest.LogCaptureFixture) -> None:
     vllm_plugin.register()
-    first = vllm.registry[LAYER]
+    first = dict(vllm.registry)
     vllm_plugin.register()
-    assert vllm.registry == {LAYER: first}
-    assert issubclass(first, vllm.layer_class)
+    assert vllm.registry == first
+    assert first.keys() == {LAYER, HEAD}
+    assert issubclass(first[LAYER], vllm.layer_class)
+    assert issubclass(first[HEAD], vllm.head_class)
     assert not caplog.records
 
 
 def of_another_plugin(vllm: StandIn) -> None:
     vllm.registry[LAYER] = type("TheirLayer", (vllm.layer_class,), {"__module__": "theirs"})
+
+
+def a_head_of_another_plugin(vllm: StandIn) -> None:
+    vllm.registry[HEAD] = type("TheirHead", (vllm.head_class,), {"__module__": "theirs"})
 
 
 def without(name: str) -> Any:
@@ -270,7 +456,9 @@ REFUSALS: dict[str, Any] = {
     "vllm: expected version 0.32, got dev": lambda vllm: setattr(vllm, "version", "dev"),
     "platform: expected vLLM on a CPU, got cuda": lambda vllm: setattr(vllm, "is_cpu", False),
     f"vllm 0.32.0: expected {LAYER}.fix_query_key_value_ordering, got none": without("fix_query_key_value_ordering"),
+    f"vllm 0.32.0: expected {HEAD}._apply_head, got none": lambda vllm: delattr(vllm.head_class, "_apply_head"),
     f"{LAYER}: expected vLLM's own class, got theirs.TheirLayer of another plugin": of_another_plugin,
+    f"{HEAD}: expected vLLM's own class, got theirs.TheirHead of another plugin": a_head_of_another_plugin,
 }
 
 
@@ -303,19 +491,22 @@ def test_a_range_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vllm_plugin._why_not_version("0.30.9") == "vllm: expected version 0.31 to 0.32, got 0.30.9"
 
 
-@pytest.mark.parametrize("missing", ["layer", "registry", "module"])
+@pytest.mark.parametrize("missing", ["layer", "head", "registry", "module"])
 def test_names_that_are_gone(missing: str, vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "xgdn")
     if missing == "layer":
         monkeypatch.delattr(sys.modules[LAYERS], LAYER)
+    elif missing == "head":
+        monkeypatch.delattr(sys.modules[HEADS], HEAD)
     elif missing == "registry":
         monkeypatch.delattr(sys.modules["vllm.model_executor.custom_op"], "op_registry_oot")
     else:
         monkeypatch.setitem(sys.modules, LAYERS, None)
     words = {
         "layer": f"expected {LAYERS}.{LAYER}, got none",
+        "head": f"expected {HEADS}.{HEAD}, got none",
         "registry": "expected vllm.model_executor.custom_op.op_registry_oot",
-        "module": f"expected {LAYERS}, got import of {LAYERS} halted",
+        "module": f"expected {LAYERS} and {HEADS}, got import of {LAYERS} halted",
     }[missing]
     with pytest.raises(xgdn.errors.UnsupportedError, match=words):
         vllm_plugin.register()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As much of vLLM as the plugin meets: its registry, its GDN layer, its pools and a step's metadata, a few lines each.
+"""As much of vLLM as the plugin meets: its registry, its GDN layer, what multiplies with a head, its pools and a step's
+metadata, a few lines each.
 
 The real one has tests of its own (tests/vllm). Its names and signatures are those of 0.32.
 """
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 VERSION = "0.32.0"
 LAYERS = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 LAYER = "QwenGatedDeltaNetAttention"
+HEADS = "vllm.model_executor.layers.logits_processor"
+HEAD = "LogitsProcessor"
 
 
 @dataclass
@@ -30,16 +33,33 @@ class Metadata:
     non_spec_state_indices_tensor: Tensor
 
 
+class UnquantizedLinearMethod:
+    """Keeps a weight that has been loaded in an order of its own alone."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.packed = layer.weight.data.T.contiguous()
+        layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
 class Linear(nn.Module):
     """Returns its bias beside the result, as vLLM's do."""
 
     def __init__(self, *weights: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-        self.bias = None
+        self.packed: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.tp_size = 1
+        self.quant_method: Any = UnquantizedLinearMethod()
+        self.num_calls = 0
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return x @ self.weight.T, None
+        self.num_calls += 1
+        return x @ (self.weight.T if self.packed is None else self.packed), None
+
+
+class UnquantizedEmbeddingMethod:
+    """Of weights as they were loaded."""
 
 
 class StandIn:
@@ -50,17 +70,21 @@ class StandIn:
         self.is_cpu = True
         self.is_conv_state_dim_first = False
         self.registry: dict[str, type] = {}
-        self.context = SimpleNamespace(no_compile_layers={}, attn_metadata=None)
+        layers: dict[str, Any] = {}
+        self.context = SimpleNamespace(no_compile_layers=layers, static_forward_context=layers, attn_metadata=None)
         self.layer_class = self._layer_class()
+        self.head_class = self._head_class()
 
     def install(self, monkeypatch: Any) -> None:
         custom_op = "vllm.model_executor.custom_op"
         modules: dict[str, dict[str, Any]] = {
             "vllm": {"__version__": self.version},
             "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: self.is_cpu, device_type="cuda")},
+            "vllm.config": {"get_current_vllm_config": lambda: SimpleNamespace(compilation_config=self.context)},
             "vllm.forward_context": {"get_forward_context": lambda: self.context},
             custom_op: {"op_registry_oot": self.registry, "PluggableLayer": self.layer_class.__bases__[0]},
             LAYERS: {LAYER: self.layer_class},
+            HEADS: {HEAD: self.head_class},
             "vllm.model_executor.layers.mamba.mamba_utils": {
                 "is_conv_state_dim_first": lambda: self.is_conv_state_dim_first
             },
@@ -72,6 +96,12 @@ class StandIn:
             module = ModuleType(name)
             vars(module).update(names)
             monkeypatch.setitem(sys.modules, name, module)
+
+    @staticmethod
+    def load(layer: Any) -> None:
+        """What follows the loading of weights."""
+        for projection in (layer.in_proj_qkvz, layer.in_proj_ba, layer.out_proj):
+            projection.quant_method.process_weights_after_loading(projection)
 
     def _layer_class(self) -> type:
         registry, context = self.registry, self.context
@@ -128,6 +158,22 @@ class StandIn:
                 return q, k, v.reshape(T, -1, V), z.reshape(T, -1, V), b.reshape(T, -1), a.reshape(T, -1)
 
         return QwenGatedDeltaNetAttention
+
+    def _head_class(self) -> type:
+        pluggable: Any = self.layer_class.__bases__[0]
+
+        class LogitsProcessor(pluggable):  # type: ignore[misc]
+            def __init__(self, head_dtype: torch.dtype | None = None) -> None:
+                super().__init__()
+                self.head_dtype = head_dtype
+
+            def forward(self, lm_head: Any, hidden_states: Tensor, embedding_bias: Tensor | None = None) -> Tensor:
+                return self._apply_head(lm_head, hidden_states, embedding_bias)  # type: ignore[no-any-return]
+
+            def _apply_head(self, lm_head: Any, hidden_states: Tensor, embedding_bias: Tensor | None) -> Tensor:
+                return hidden_states.new_full((len(hidden_states), 1), 7.0)  # the host's own result
+
+        return LogitsProcessor
 
 
 class Pools:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GDN layer of vLLM computes between its projections, by the ops here, on vLLM's own pools and metadata.
+"""What a GDN layer of vLLM computes, by the ops here, on vLLM's own pools and metadata; its projections are those of
+vllm_projections.py or vLLM's.
 
 A layer's `kv_cache` is its two pools, slots of one page each: `conv_state` `[S, R, D]` and `state` `[S, HV, V, K]`. A
 step's metadata names the decoded sequences first, then the prompts: where their tokens begin, the slot of each, and
@@ -8,7 +9,6 @@ which of the prompts continue. Pools are read and written where they are.
 vLLM's CPU kernels keep a state in the same slot as `[HV, K, V]`, so that a layer is always served or never.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor
 from xgdn import ops
 from xgdn.integrations import calls
 from xgdn.integrations.reasons import name_of, why_not_activation, why_not_dtype, why_not_taps
+from xgdn.integrations.vllm_projections import Projections, in_row_order, is_few
 
-__all__ = ["DECODE", "HOST", "PREFILL", "attend", "in_row_order", "why_not"]
+__all__ = ["DECODE", "HOST", "PREFILL", "PROJECTIONS", "forward", "why_not"]
 
 HOST = "vllm"
 DECODE = "GatedDeltaNet, decode"
 PREFILL = "GatedDeltaNet, prefill"
+PROJECTIONS = "GatedDeltaNet, projections"
 
 _STATE_DTYPES = (torch.float32, torch.bfloat16)
 _BATCH = "_xgdn_batch"  # on a step's metadata, which all layers of a group share
@@ -48,40 +50,77 @@ def why_not(layer: Any, *, is_conv_state_dim_first: bool) -> str | None:
     )
 
 
-def in_row_order(layer: Any, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor]:
-    """Return projections with rows `[q | k | v | z]` and `[b | a]`; in Qwen3-Next's a key head's parts are together."""
-    if not layer.gqa_interleaved_layout:
-        return qkvz, ba
-    q, k, v, z, b, a = (part.flatten(1) for part in layer.fix_query_key_value_ordering(qkvz, ba))
-    return torch.cat([q, k, v, z], dim=1), torch.cat([b, a], dim=1)
-
-
-def attend(layer: Any, qkvz: Tensor, ba: Tensor, metadata: Any) -> Tensor:
-    """Advance the sequences of a step by their tokens, the rows of `qkvz` and `ba`; return the gated norm of what is
-    read, `[T, HV, V]`. Rows behind those of the step are zero.
+def forward(layer: Any, hidden_states: Tensor, metadata: Any) -> Tensor:
+    """The layer's output for the tokens of a step, whose sequences it advances. Rows behind those of the step are
+    zero before the last projection.
     """
     batch = _batch_of(metadata)
+    projections = _projections(layer, hidden_states)
+    projected = _project(layer, hidden_states, projections, batch)
     state = layer.kv_cache[1]
-    o = qkvz.new_empty(qkvz.shape[0], *state.shape[1:3])
+    o = hidden_states.new_empty(hidden_states.shape[0], *state.shape[1:3])
     if batch.num_decodes > 0:
         rows = slice(batch.num_decodes)
-        _decode(layer, qkvz[rows], ba[rows], batch, o[rows])
+        _decode(layer, projected.row(rows), batch, o[rows])
         calls.count(HOST, DECODE, None, o.device)
     if batch.prefill is not None:
         rows = slice(batch.num_decodes, batch.num_tokens)
-        _prefill(layer, qkvz[rows], ba[rows], batch.prefill, o[rows])
+        _prefill(layer, projected.qkvz[rows], projected.ba[rows], batch.prefill, o[rows])
         calls.count(HOST, PREFILL, None, o.device)
     o[batch.num_tokens :].zero_()
-    return o
+    if projections is not None and is_few(o):
+        return projections.project_few_out(o.flatten(1))
+    return layer.out_proj(o.flatten(1))[0]  # type: ignore[no-any-return]
 
 
-@dataclass
-class _Prompts:
+def _projections(layer: Any, x: Tensor) -> Projections | None:
+    """Those that serve as many tokens as `x` `[T, D]` has; None: vLLM's do."""
+    projections: Projections | None = layer.xgdn_projections
+    if projections is None or not projections.can_serve(x):
+        return None
+    reason = projections.why_not(layer)
+    calls.count(HOST, PROJECTIONS, reason, x.device)
+    return projections if reason is None else None
+
+
+class _Projected(NamedTuple):
+    """Rows of `qkvz` and `ba`, and both `together` where they have come so."""
+
+    qkvz: Tensor
+    ba: Tensor
+    together: Tensor | None = None
+
+    def row(self, rows: slice) -> Tensor:
+        if self.together is not None:
+            return self.together[rows]
+        return torch.cat([self.qkvz[rows], self.ba[rows]], dim=1)
+
+
+def _project(layer: Any, x: Tensor, projections: Projections | None, batch: "_Batch") -> _Projected:
+    if projections is None:
+        return _Projected(*in_row_order(layer, layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]))
+    together = projections.project(x, batch.projected.of(x, x.shape[0], projections.row_size()))
+    num_gates = 2 * layer.kv_cache[1].shape[1]
+    return _Projected(together[:, :-num_gates], together[:, -num_gates:], together)
+
+
+class _Reused:
+    """Memory that one layer after another uses."""
+
+    _kept: Tensor | None = None
+
+    def of(self, like: Tensor, *sizes: int) -> Tensor:
+        if self._kept is None or self._kept.shape != sizes:
+            self._kept = like.new_empty(sizes)
+        return self._kept
+
+
+class _Prompts(NamedTuple):
     cu_seqlens: Tensor
     slots: Tensor
     has_initial_state: Tensor
     chunk: ops.ChunkMetadata
-    convolved: Tensor | None = None  # memory for [q | k | v], which one layer after another uses
+    convolved: _Reused  # [q | k | v]
 
 
 class _Batch(NamedTuple):
@@ -89,6 +128,7 @@ class _Batch(NamedTuple):
     num_tokens: int
     decode_slots: Tensor
     prefill: _Prompts | None
+    projected: _Reused
 
 
 def _batch_of(metadata: Any) -> _Batch:
@@ -111,15 +151,16 @@ def _read(metadata: Any) -> _Batch:
             slots[N : N + P].contiguous(),
             metadata.has_initial_state[N : N + P],
             ops.build_chunk_metadata(cu_seqlens.diff().tolist(), 1),
+            _Reused(),
         )
     num_tokens = metadata.num_decode_tokens + metadata.num_prefill_tokens
-    return _Batch(N, num_tokens, slots[:N].contiguous(), prefill)
+    return _Batch(N, num_tokens, slots[:N].contiguous(), prefill, _Reused())
 
 
-def _decode(layer: Any, qkvz: Tensor, ba: Tensor, batch: _Batch, out: Tensor) -> None:
+def _decode(layer: Any, projected: Tensor, batch: _Batch, out: Tensor) -> None:
     conv_state, state = layer.kv_cache
     ops.gdn_decode_step(
-        torch.cat([qkvz, ba], dim=1),
+        projected,
         _conv_weight(layer),
         conv_state,
         layer.A_log,
@@ -139,8 +180,6 @@ def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tenso
     HV, V, K = state.shape[1:]
     qkv, z = torch.split(qkvz, [qkvz.shape[1] - HV * V, HV * V], dim=1)
     b, a = torch.split(ba, HV, dim=1)
-    if prompts.convolved is None or prompts.convolved.shape != qkv.shape:
-        prompts.convolved = qkv.new_empty(qkv.shape)
     mixed = ops.causal_conv1d(
         qkv,
         _conv_weight(layer),
@@ -149,7 +188,7 @@ def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tenso
         state_indices=prompts.slots,
         bias=layer.conv1d.bias,
         has_initial_state=prompts.has_initial_state,
-        out=prompts.convolved,
+        out=prompts.convolved.of(qkv, *qkv.shape),
     )
     g, beta = ops.gdn_gating(a, b, layer.A_log, layer.dt_bias)
     heads, v = torch.split(mixed, [mixed.shape[1] - HV * V, HV * V], dim=1)
