@@ -38,7 +38,7 @@ def main() -> None:
     llm = LLM(
         model_dir,
         skip_tokenizer_init=True,
-        max_num_seqs=max(batches),
+        max_num_seqs=max(batches, default=1),
         max_model_len=max([2 * (prompt_tokens + steps), *(length + 1 for length in lengths)]),
         dtype="bfloat16",
         mamba_ssm_cache_dtype=os.environ.get("STATE_DTYPE", "float32"),

@@ -90,6 +90,8 @@ CALLS = [
     *(Call(T, D=D, O=width, bias=True) for T in (1, 17) for D in (32, 96, 1024, 40) for width in (80, 41, 8)),
     *(Call(T, dtype=dtype, bias=True) for T in TOKENS for dtype in (F32, F16)),
     *(Call(T, D=1024, O=80, dtype=dtype) for T in (1, 17) for dtype in (F32, F16)),
+    *(Call(T, O=width, dtype=F32, bias=True) for T in range(1, 18) for width in (1, 33)),
+    *(Call(T, dtype=F32, gaps=gaps) for T in (2, 7) for gaps in ((3, 0, 0), (0, 5, 0), (0, 0, 7))),
     *(Call(5, dtype=F16, out_dtype=F32, bias=bias) for bias in (False, True)),
     *(Call(T, O=80, bias=True, gaps=gaps) for T in (1, 3, 17, 33) for gaps in ((4, 0, 0), (0, 4, 0), (0, 0, 4))),
     *(Call(T, O=80, gaps=gaps) for T in (2, 17, 33) for gaps in ((3, 0, 0), (0, 3, 0), (0, 0, 3), (3, 3, 3))),

@@ -20,6 +20,7 @@
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/instruction_sets.h"
 #include "core/kernels/cpu/linear.h"
+#include "core/kernels/cpu/linear_f32.h"
 #include "core/kernels/cpu/linear_rows.h"
 #include "core/kernels/cpu/paged_attention.h"
 #include "core/kernels/cpu/quantized_linear.h"
@@ -180,6 +181,27 @@ void run_rows(const LinearParams& p, const LinearShape& s) {
   cpu::parallel_ahead(threads, (items + range - 1) / range, [&](int64_t index, int64_t next) {
     cpu::linear_rows(args, index * range, std::min((index + 1) * range, items), next * range);
   });
+}
+
+// Few tokens of f32 cost a pass over the weights, at twice to four times the speed of a library's product on a Zen 4.
+bool has_few_f32(const LinearParams& p, const LinearShape& s) {
+  return p.x.scalar_type() == at::kFloat && s.D % cpu::kLinearF32DepthStep == 0 && s.T > 0 &&
+         s.T <= cpu::kLinearF32MostTokens;
+}
+
+void run_few_f32(const LinearParams& p, const LinearShape& s) {
+  const cpu::LinearF32Args args = {.T = s.T,
+                                   .D = s.D,
+                                   .O = s.O,
+                                   .x = p.x.const_data_ptr<float>(),
+                                   .x_stride = p.x.stride(0),
+                                   .weight = p.weight.const_data_ptr<float>(),
+                                   .weight_stride = p.weight.stride(0),
+                                   .bias = p.bias ? p.bias->const_data_ptr<float>() : nullptr,
+                                   .out = p.out.mutable_data_ptr<float>(),
+                                   .out_stride = p.out.stride(0)};
+  cpu::parallel_ahead(threads_for(s.T * s.D * s.O), num_work_items(args),
+                      [&](int64_t item, int64_t next) { cpu::linear_f32(args, item, next); });
 }
 
 void run_products(const LinearParams& p, const LinearShape& s) {
@@ -483,6 +505,7 @@ class CpuBackend final : public HostBackend {
   }
 
   void run(const LinearParams& p, const LinearShape& s) const override {
+    if (has_few_f32(p, s)) return run_few_f32(p, s);
     if (!has_products(p, s)) return aten::linear(p);
     has_tiles(p, s) ? run_products(p, s) : run_rows(p, s);
   }
