@@ -153,6 +153,19 @@ def test_other_tokens_do_not_change_bits(
 
 
 @NEEDS_CPU
+def test_other_few_tokens_do_not_change_bits_of_f32(num_threads: Callable[[int], None]) -> None:
+    x = Call(16, D=1056, O=1041, dtype=F32, bias=True).make()
+    num_threads(1)
+    together = x.run("cpu")
+    for count in (2, 3, 5, 15):
+        assert_bits_equal(f"the first {count} tokens", x.run("cpu", slice(count)), together[:count])
+    for token in (0, 3, 4, 15):
+        assert_bits_equal(f"token {token}", x.run("cpu", slice(token, token + 1)), together[token : token + 1])
+    num_threads(3)
+    assert_bits_equal("three threads", x.run("cpu"), together)
+
+
+@NEEDS_CPU
 @pytest.mark.parametrize("T", [17, 257])
 def test_gaps_do_not_change_bits(T: int) -> None:
     x = Call(T, D=544, O=144, bias=True).make()

@@ -9,6 +9,7 @@ which of the prompts continue. Pools are read and written where they are.
 vLLM's CPU kernels keep a state in the same slot as `[HV, K, V]`, so that a layer is always served or never.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def forward(layer: Any, hidden_states: Tensor, metadata: Any) -> Tensor:
     """
     batch = _batch_of(metadata)
     projections = _projections(layer, hidden_states)
-    projected = _project(layer, hidden_states, projections, batch)
+    projected = _project(layer, hidden_states, projections)
     state = layer.kv_cache[1]
     o = hidden_states.new_empty(hidden_states.shape[0], *state.shape[1:3])
     if batch.num_decodes > 0:
@@ -68,15 +69,15 @@ def forward(layer: Any, hidden_states: Tensor, metadata: Any) -> Tensor:
         _prefill(layer, projected.qkvz[rows], projected.ba[rows], batch.prefill, o[rows])
         calls.count(HOST, PREFILL, None, o.device)
     o[batch.num_tokens :].zero_()
-    if projections is not None and is_few(o):
-        return projections.project_few_out(o.flatten(1))
+    if projections is not None:
+        return projections.project_out(o.flatten(1))
     return layer.out_proj(o.flatten(1))[0]  # type: ignore[no-any-return]
 
 
 def _projections(layer: Any, x: Tensor) -> Projections | None:
-    """Those that serve as many tokens as `x` `[T, D]` has; None: vLLM's do."""
+    """Those that serve the tokens `x` `[T, D]`; None: vLLM's do."""
     projections: Projections | None = layer.xgdn_projections
-    if projections is None or not projections.can_serve(x):
+    if projections is None or not is_few(x):
         return None
     reason = projections.why_not(layer)
     calls.count(HOST, PROJECTIONS, reason, x.device)
@@ -96,31 +97,21 @@ class _Projected(NamedTuple):
         return torch.cat([self.qkvz[rows], self.ba[rows]], dim=1)
 
 
-def _project(layer: Any, x: Tensor, projections: Projections | None, batch: "_Batch") -> _Projected:
+def _project(layer: Any, x: Tensor, projections: Projections | None) -> _Projected:
     if projections is None:
         return _Projected(*in_row_order(layer, layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]))
-    together = projections.project(x, batch.projected.of(x, x.shape[0], projections.row_size()))
+    together = projections.project(x)
     num_gates = 2 * layer.kv_cache[1].shape[1]
     return _Projected(together[:, :-num_gates], together[:, -num_gates:], together)
 
 
-class _Reused:
-    """Memory that one layer after another uses."""
-
-    _kept: Tensor | None = None
-
-    def of(self, like: Tensor, *sizes: int) -> Tensor:
-        if self._kept is None or self._kept.shape != sizes:
-            self._kept = like.new_empty(sizes)
-        return self._kept
-
-
-class _Prompts(NamedTuple):
+@dataclass
+class _Prompts:
     cu_seqlens: Tensor
     slots: Tensor
     has_initial_state: Tensor
     chunk: ops.ChunkMetadata
-    convolved: _Reused  # [q | k | v]
+    convolved: Tensor | None = None  # memory for [q | k | v], which one layer after another uses
 
 
 class _Batch(NamedTuple):
@@ -128,7 +119,6 @@ class _Batch(NamedTuple):
     num_tokens: int
     decode_slots: Tensor
     prefill: _Prompts | None
-    projected: _Reused
 
 
 def _batch_of(metadata: Any) -> _Batch:
@@ -151,10 +141,9 @@ def _read(metadata: Any) -> _Batch:
             slots[N : N + P].contiguous(),
             metadata.has_initial_state[N : N + P],
             ops.build_chunk_metadata(cu_seqlens.diff().tolist(), 1),
-            _Reused(),
         )
     num_tokens = metadata.num_decode_tokens + metadata.num_prefill_tokens
-    return _Batch(N, num_tokens, slots[:N].contiguous(), prefill, _Reused())
+    return _Batch(N, num_tokens, slots[:N].contiguous(), prefill)
 
 
 def _decode(layer: Any, projected: Tensor, batch: _Batch, out: Tensor) -> None:
@@ -180,6 +169,8 @@ def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tenso
     HV, V, K = state.shape[1:]
     qkv, z = torch.split(qkvz, [qkvz.shape[1] - HV * V, HV * V], dim=1)
     b, a = torch.split(ba, HV, dim=1)
+    if prompts.convolved is None or prompts.convolved.shape != qkv.shape:
+        prompts.convolved = qkv.new_empty(qkv.shape)
     mixed = ops.causal_conv1d(
         qkv,
         _conv_weight(layer),
@@ -188,7 +179,7 @@ def _prefill(layer: Any, qkvz: Tensor, ba: Tensor, prompts: _Prompts, out: Tenso
         state_indices=prompts.slots,
         bias=layer.conv1d.bias,
         has_initial_state=prompts.has_initial_state,
-        out=prompts.convolved.of(qkv, *qkv.shape),
+        out=prompts.convolved,
     )
     g, beta = ops.gdn_gating(a, b, layer.A_log, layer.dt_bias)
     heads, v = torch.split(mixed, [mixed.shape[1] - HV * V, HV * V], dim=1)

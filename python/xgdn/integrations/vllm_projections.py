@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The projections of a GDN layer of vLLM, and its model's head, where a product here is faster than the host's.
+"""The products of a GDN layer's projections and of its model's head for the few tokens of a decode step of vLLM.
 
-vLLM keeps a projection's weight in the order of its own product alone. For the tokens of a decode step that product
-takes longer than reading a weight does, so that copies are kept for `linear`; they are in huge pages where the system
-has them. Those of the projections into the layer are one, with the rows `[q | k | v | z | b | a]`, and serve long
-prompts too: torch's product into memory that one layer after another uses spares the pages of a new result. A head's
-weight vLLM keeps as it was loaded, so that nothing is copied for it.
+vLLM's own product takes longer for them than reading a weight does, and vLLM keeps a projection's weight in the order
+of that product alone. So copies are kept for `linear`, in huge pages where the system has them; those of the projections
+into the layer are one, with the rows `[q | k | v | z | b | a]`. A head's weight vLLM keeps as it was loaded, so that
+nothing is copied for it.
 """
 
 import os
@@ -21,9 +20,7 @@ __all__ = ["VARIABLE", "Projections", "can_multiply_head", "in_row_order", "is_f
 
 VARIABLE = "XGDN_VLLM_PROJECTIONS"  # `layers`: not the head's, `vllm`: none; else both
 
-# Between them vLLM's own product is as fast or faster.
-_MOST_FEW_TOKENS = 16
-_LEAST_MANY_TOKENS = 1024
+_MOST_TOKENS = 16  # with more vLLM's own product is as fast or faster
 
 _NAMES = ("in_proj_qkvz", "in_proj_ba", "out_proj")
 _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
@@ -31,7 +28,7 @@ _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 def is_few(x: Tensor) -> bool:
     """Whether the tokens of `x` `[T, D]` are as few as those of a decode step."""
-    return x.shape[0] <= _MOST_FEW_TOKENS
+    return x.shape[0] <= _MOST_TOKENS
 
 
 def in_row_order(layer: Any, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,13 +58,8 @@ class Projections:
         is_wanted = os.environ.get(VARIABLE) != "vllm"
         return cls(layer) if is_wanted and layer.model_config.dtype == torch.bfloat16 and _is_faster_here() else None
 
-    @staticmethod
-    def can_serve(x: Tensor) -> bool:
-        """Whether there is anything to be gained with as many tokens as those of `x` `[T, D]`."""
-        return is_few(x) or x.shape[0] >= _LEAST_MANY_TOKENS
-
     def why_not(self, layer: Any) -> str | None:
-        """Say why products are left to vLLM that can be served."""
+        """Say why few tokens are left to vLLM's products."""
         if self._why_not is not None:
             return self._why_not
         if self._into is None:
@@ -77,18 +69,12 @@ class Projections:
                 return f"{name} has been replaced or has hooks"
         return None
 
-    def row_size(self) -> int:
-        assert self._into is not None
-        return self._into.shape[0]
-
-    def project(self, x: Tensor, out: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """Rows `[q | k | v | z | b | a]` of `x` `[T, D]`."""
         assert self._into is not None
-        if is_few(x):
-            return ops.linear(x, self._into, has_constant_weight=True, out=out)
-        return torch.mm(x, self._into.T, out=out)
+        return ops.linear(x, self._into, has_constant_weight=True)
 
-    def project_few_out(self, o: Tensor) -> Tensor:
+    def project_out(self, o: Tensor) -> Tensor:
         """The layer's output `[T, D]` for `o` `[T, HV V]`."""
         assert self._out_of is not None
         return ops.linear(o, self._out_of, has_constant_weight=True)
