@@ -2,9 +2,9 @@
 """The products of a GDN layer's projections and of its model's head for the few tokens of a decode step of vLLM.
 
 vLLM's own product takes longer for them than reading a weight does, and vLLM keeps a projection's weight in the order
-of that product alone. So copies are kept for `linear`, in huge pages where the system has them; those of the
-projections into the layer are one, with the rows `[q | k | v | z | b | a]`. A head's weight vLLM keeps as it was
-loaded, so that nothing is copied for it.
+of that product alone. So copies are kept for `linear`, in huge pages where the system has them; of the projections into
+the layer they are one, with the rows `[q | k | v | z | b | a]`. A head's weight vLLM keeps as it was loaded: nothing is
+copied for it.
 """
 
 import os
