@@ -300,7 +300,7 @@ struct Float8Codes {
   static HWY_INLINE VF subtract(VF weights, VF) { return weights; }
 };
 
-// Calls f(Format()) for tokens of integers of so many bits.
+// Calls f(Format()) for tokens of i16, or of f32.
 template <bool kHasVnni, class F>
 void with_pairs(Codes format, const F& f) {
   switch (format) {
@@ -313,6 +313,7 @@ void with_pairs(Codes format, const F& f) {
   }
 }
 
+// Calls f(Format()).
 template <class F>
 void with_format(Codes format, bool has_byte_tokens, const F& f) {
 #ifdef XGDN_VNNI

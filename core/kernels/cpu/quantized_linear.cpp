@@ -4,16 +4,15 @@
 //            D ->
 //        +---------+   panels of     Few tokens: block of 32 outputs -> up to 6 tokens -> two vectors of outputs ->
 //   O    | codes   |   16 outputs,   groups of D -> rows of a panel (2, 4 or 8 of D). Codes are unpacked where they are
-//        +---------+   interleaved   multiplied, in the order in which they lie, and fetched ahead. One token on
-//        vectors
-//        +---------+                 of 16: panel by panel, which processors fetch by themselves.
-//   T    | tokens  |                 Many: block -> up to 96 tokens -> two vectors of outputs -> some groups of D,
-//   which
-//        +---------+                 are unpacked without their zeros, 16 KiB that stay in L1 -> 6 tokens -> groups ->
-//                                    rows.
+//        +---------+   interleaved   multiplied, in the order in which they lie, and fetched ahead.
+//        +---------+                 Many: block -> up to 96 tokens -> two vectors of outputs -> some groups of D,
+//   T    | tokens  |                 unpacked without their zeros, 16 KiB that stay in L1 -> 6 tokens -> groups.
+//
+// Integer codes where a panel is one of 32 vectors, any number of tokens: block -> up to 96 tokens -> panel -> up to 12
+// tokens, whose sums stay in registers -> groups -> rows.
 //
 // On tiles (integer_tiles.h), which multiply integer codes on machines that have them: tokens whose bytes stay in the
-// second-level cache -> block -> panel -> up to 1,024 of D, of int4 as bytes -> 8 tokens -> groups.
+// second-level cache -> block -> panel -> up to 1,024 of D, of int4 as bytes -> 16 rows of tokens -> groups.
 //
 // Integer codes: a token's group is integers of 16 or 8 bits times a scale of its own (its largest element becomes
 // 32639 or 127), so that a group's sum of products is exact in i32, whatever the instructions; one f32 multiply-add a
