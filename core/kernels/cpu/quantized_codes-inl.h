@@ -115,10 +115,6 @@ HWY_INLINE VI both_halves(VI x) {
 #undef XGDN_VNNI
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
 #define XGDN_VNNI
-HWY_INLINE VI dot_pairs(VI sum, VI a, VI b) {
-  asm("vpdpwssd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
-  return sum;
-}
 HWY_INLINE VI dot_pairs_at(VI sum, VI a, const int16_t* pair) {
   asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "m"(*reinterpret_cast<const int16_t(*)[2]>(pair)));
   return sum;
@@ -187,12 +183,7 @@ template <bool kHasVnni, int32_t kZero>
 struct PairCodes : IntegerCodes<int16_t, kZero> {
   using Base = IntegerCodes<int16_t, kZero>;
 
-  static HWY_INLINE VI add(VI sum, VI weights, VI x) {
-#ifdef XGDN_VNNI
-    if constexpr (kHasVnni) return dot_pairs(sum, weights, x);
-#endif
-    return add_pair_products(sum, weights, x);
-  }
+  static HWY_INLINE VI add(VI sum, VI weights, VI x) { return add_pair_products(sum, weights, x); }
   static HWY_INLINE VI add_at(VI sum, VI weights, const int16_t* x) {
 #ifdef XGDN_VNNI
     if constexpr (kHasVnni) return dot_pairs_at(sum, weights, x);
