@@ -93,14 +93,14 @@ inline void load_history(const CausalConv1dArgs& args, const ConvBlock& b, int32
 }
 
 template <int kW>
-void convolve_token(const ConvBlock& b, const float* HWY_RESTRICT window, bool silu) {
+void convolve_token(const ConvBlock& b, const float* HWY_RESTRICT window, bool has_silu) {
   const F32 d;
   for (size_t i = 0; i < padded(b.count); i += hn::Lanes(d)) {
     VF y = hn::Load(d, b.bias + i);
     for (int w = 0; w < kW; ++w) {
       y = hn::MulAdd(hn::Load(d, b.taps + w * kConvBlock + i), hn::Load(d, window + w * kConvBlock + i), y);
     }
-    hn::Store(silu ? hn::Mul(y, sigmoid(d, y)) : y, d, b.out + i);
+    hn::Store(has_silu ? silu(d, y) : y, d, b.out + i);
   }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Depthwise causal convolution with SiLU.
 //
-// Loop: block of channels -> sequence -> chunk of tokens -> channel lanes -> token, whose history stays in registers.
+// Loop: block of channels -> sequence -> token -> channel lanes.
 // The maths and its rounding: causal_conv1d-inl.h.
 #include "core/kernels/cpu/causal_conv1d.h"
 
@@ -18,9 +18,7 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr int64_t kTokens = 16;      // tokens widened at once: half of a first-level cache
-constexpr int64_t kTokensAhead = 4;  // that are on their way while one is computed
-constexpr size_t kConvScratch = kConvBlock * (kMaxTaps + 1 + kMaxHistory + kMaxHistory + kTokens + 1);
+constexpr size_t kConvScratch = kConvBlock * (kMaxTaps + 1 + kMaxHistory + kMaxTaps + 1 + 1);
 
 // The slot's rows become entries first, first + 1, ... of [history | inputs].
 void write_history(const CausalConv1dArgs& args, ConvBlock& b, int32_t slot, int64_t begin, int64_t first,
@@ -44,6 +42,10 @@ void copy_slot(const CausalConv1dArgs& args, const ConvBlock& b, int32_t from, i
   }
 }
 
+char* out_channels(const CausalConv1dArgs& args, const ConvBlock& b, int64_t token) {
+  return const_cast<char*>(channel(args.out.at(token, 0), args.out.dtype, b.first));
+}
+
 // A token's channels lie a row apart from the next one's, on a page of their own.
 void prefetch_token(const CausalConv1dArgs& args, const ConvBlock& b, int64_t token) {
   const auto count = static_cast<size_t>(b.count);
@@ -52,39 +54,54 @@ void prefetch_token(const CausalConv1dArgs& args, const ConvBlock& b, int64_t to
                              count * static_cast<size_t>(size_of(args.out.dtype)));
 }
 
-// Outputs of `count` tokens, in the places of the window's first rows: what convolve_token computes of each.
-template <int kW>
-void convolve_tokens(const ConvBlock& b, int64_t count, bool silu) {
+// What convolve_token computes, of one token or two, which share the loads of the taps. rows[w] is the window's row w;
+// the tokens' own rows are written.
+template <int kW, int kTokens, class Element>
+HWY_INLINE void convolve_tokens(const CausalConv1dArgs& args, const ConvBlock& b, int64_t token, float* const* rows) {
+  static_assert(kTokens == 1 || kTokens == 2);
   const F32 d;
-  for (size_t i = 0; i < padded(b.count); i += hn::Lanes(d)) {
-    const auto tap = [&](int w) HWY_ATTR { return hn::Load(d, b.taps + w * kConvBlock + i); };
-    float* const column = b.window + i;
-    const VF bias = hn::Load(d, b.bias + i);
-    const VF tap0 = tap(0), tap1 = tap(1), tap2 = tap(kW > 2 ? 2 : 1), tap3 = tap(kW - 1);
-    VF x0 = hn::Load(d, column), x1 = hn::Load(d, row(column, 1)), x2 = hn::Load(d, row(column, 2));
-    for (int64_t t = 0; t < count; ++t) {
-      const VF x3 = hn::Load(d, row(column, t + kW - 1));
-      VF y = hn::MulAdd(tap0, x0, bias);
-      if constexpr (kW > 2) y = hn::MulAdd(tap1, x1, y);
-      if constexpr (kW > 3) y = hn::MulAdd(tap2, x2, y);
-      y = hn::MulAdd(tap3, x3, y);
-      hn::Store(silu ? hn::Mul(y, sigmoid(d, y)) : y, d, row(column, t));
-      x0 = kW > 2 ? x1 : x3;
-      x1 = kW > 3 ? x2 : x3;
-      x2 = x3;
+  const auto count = static_cast<size_t>(b.count);
+  const auto in = [&](int t) {
+    return reinterpret_cast<const Element*>(channel(args.x.at(token + t, 0), args.x.dtype, b.first));
+  };
+  const auto out = [&](int t) { return reinterpret_cast<Element*>(out_channels(args, b, token + t)); };
+  const Element *x0 = in(0), *x1 = in(kTokens - 1);
+  Element *out0 = out(0), *out1 = out(kTokens - 1);
+  for (size_t i = 0; i < count; i += hn::Lanes(d)) {
+    const VF in0 = load_part(d, x0 + i, count - i);
+    hn::Store(in0, d, rows[kW - 1] + i);
+    VF in1 = in0;
+    if constexpr (kTokens == 2) {
+      in1 = load_part(d, x1 + i, count - i);
+      hn::Store(in1, d, rows[kW] + i);
     }
+    VF y0 = hn::Load(d, b.bias + i), y1 = y0;
+    for (int w = 0; w < kW; ++w) {
+      const VF tap = hn::Load(d, row(b.taps, w) + i);
+      y0 = hn::MulAdd(tap, w + 1 < kW ? hn::Load(d, rows[w] + i) : in0, y0);
+      if constexpr (kTokens == 2) {
+        y1 = hn::MulAdd(tap, w + 2 < kW ? hn::Load(d, rows[w + 1] + i) : w + 2 == kW ? in0 : in1, y1);
+      }
+    }
+    store_part(d, args.silu ? silu(d, y0) : y0, out0 + i, count - i);
+    if constexpr (kTokens == 2) store_part(d, args.silu ? silu(d, y1) : y1, out1 + i, count - i);
   }
 }
 
-void convolve_tokens(const CausalConv1dArgs& args, const ConvBlock& b, int64_t count) {
-  switch (args.W) {
-    case 2:
-      return convolve_tokens<2>(b, count, args.silu);
-    case 3:
-      return convolve_tokens<3>(b, count, args.silu);
-    default:
-      return convolve_tokens<4>(b, count, args.silu);
+// The window's first rows are the inputs before `begin`.
+template <int kW, class Element>
+void convolve_tokens(const CausalConv1dArgs& args, const ConvBlock& b, int64_t begin, int64_t end) {
+  constexpr int64_t kTokensAhead = 4;  // are on their way meanwhile
+  float* rows[kW + 1];
+  for (int w = 0; w <= kW; ++w) rows[w] = row(b.window, w);
+  int64_t token = begin;
+  for (; token + 2 <= end; token += 2) {
+    const int64_t ahead = token + kTokensAhead;
+    for (int64_t t = ahead; t < std::min(ahead + 2, end); ++t) prefetch_token(args, b, t);
+    convolve_tokens<kW, 2, Element>(args, b, token, rows);
+    std::rotate(rows, rows + 2, rows + kW + 1);
   }
+  if (token < end) convolve_tokens<kW, 1, Element>(args, b, token, rows);
 }
 
 void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
@@ -92,11 +109,9 @@ void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
   const int64_t len = args.cu_seqlens[n + 1] - begin;
   const int32_t read_slot = args.conv_state.read[n];
   const int32_t write_slot = args.conv_state.write[n];
-  const auto out_channels = [&](int64_t token) {
-    return const_cast<char*>(channel(args.out.at(token, 0), args.out.dtype, b.first));
-  };
   if (read_slot < 0) {
-    for (int64_t t = 0; t < len; ++t) std::memset(out_channels(begin + t), 0, b.count * size_of(args.out.dtype));
+    for (int64_t t = 0; t < len; ++t)
+      std::memset(out_channels(args, b, begin + t), 0, b.count * size_of(args.out.dtype));
     return;
   }
   if (args.is_update && len == 0) {
@@ -109,7 +124,7 @@ void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
   const bool has_initial_state = args.has_initial_state == nullptr || args.has_initial_state[n];
   if (args.is_update && len == 1) {
     convolve_decode(args, n, begin, first_row, b);
-    store_row(args.out.dtype, b.out, b.count, out_channels(begin));
+    store_row(args.out.dtype, b.out, b.count, out_channels(args, b, begin));
     return;
   }
   if (has_initial_state) {
@@ -118,19 +133,17 @@ void convolve_sequence(const CausalConv1dArgs& args, int64_t n, ConvBlock& b) {
     std::fill_n(b.history, history * kConvBlock, 0.0f);
   }
   std::copy_n(b.history, history * kConvBlock, b.window);
-  for (int64_t chunk = 0; chunk < len; chunk += kTokens) {
-    const int64_t count = std::min(kTokens, len - chunk);
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t token = begin + chunk + t;
-      if (chunk + t + kTokensAhead < len) prefetch_token(args, b, token + kTokensAhead);
-      load_input(args, b, token, row(b.window, history + t));
+  with_element_type(args.x.dtype, [&](auto element) {
+    using Element = decltype(element);
+    switch (args.W) {
+      case 2:
+        return convolve_tokens<2, Element>(args, b, begin, begin + len);
+      case 3:
+        return convolve_tokens<3, Element>(args, b, begin, begin + len);
+      default:
+        return convolve_tokens<4, Element>(args, b, begin, begin + len);
     }
-    convolve_tokens(args, b, count);
-    for (int64_t t = 0; t < count; ++t) {
-      store_row(args.out.dtype, row(b.window, t), b.count, out_channels(begin + chunk + t));
-    }
-    std::memmove(b.window, row(b.window, count), history * kConvBlock * sizeof(float));
-  }
+  });
   if (write_slot < 0) return;
   if (args.is_update) {
     write_history(args, b, write_slot, begin, /*first=*/1, /*count=*/history - 1 + len);
@@ -146,7 +159,7 @@ void causal_conv1d(const CausalConv1dArgs& args, int64_t begin, int64_t end) {
   b.bias = row(b.taps, kMaxTaps);
   b.history = row(b.bias, 1);
   b.window = row(b.history, kMaxHistory);
-  b.out = row(b.window, kMaxHistory + kTokens);
+  b.out = row(b.window, kMaxTaps + 1);
   int64_t loaded = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t block = item / args.N;

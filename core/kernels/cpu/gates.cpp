@@ -30,7 +30,7 @@ void gate_row(DType dtype, int64_t width, const void* gate, const void* x, void*
     load_row(dtype, static_cast<const char*>(x) + offset, count, gated);
     for (size_t j = 0; j < padded(count); j += hn::Lanes(d)) {
       const VF gj = hn::Load(d, g + j);
-      const VF factor = kIsSilu ? hn::Mul(gj, sigmoid(d, gj)) : sigmoid(d, gj);
+      const VF factor = kIsSilu ? silu(d, gj) : sigmoid(d, gj);
       hn::Store(hn::Mul(factor, hn::Load(d, gated + j)), d, gated + j);
     }
     store_row(dtype, gated, count, static_cast<char*>(out) + offset);

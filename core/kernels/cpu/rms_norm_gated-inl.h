@@ -22,7 +22,7 @@ inline void norm_row(const float* HWY_RESTRICT x, const float* HWY_RESTRICT weig
   const VF scale = inverse_rms(x, V, eps);
   for (size_t j = 0; j < padded(V); j += hn::Lanes(d)) {
     const VF zj = hn::Load(d, z + j);
-    const VF gate = hn::Mul(zj, sigmoid(d, zj));
+    const VF gate = silu(d, zj);
     const VF normed = hn::Mul(hn::Mul(hn::Load(d, x + j), scale), hn::Load(d, weight + j));
     hn::Store(hn::Mul(normed, gate), d, z + j);
   }

@@ -228,64 +228,63 @@ HWY_INLINE void store_float16(F32 d, VF x, uint16_t* p) {
   store_low_halves(hn::Or(sign, hn::IfThenElse(is_special, special, finite)), p);
 }
 
-// ---- rows -----------------------------------------------------------------------------------------------------------
+enum Float16Bits : uint16_t {};
 
-template <typename T, class Load>
-HWY_INLINE void load_row_with(const void* from, size_t n, float* HWY_RESTRICT to, const Load& load_vector) {
-  const F32 d;
-  const size_t lanes = hn::Lanes(d);
-  const T* p = static_cast<const T*>(from);
-  size_t i = 0;
-  for (; i + lanes <= n; i += lanes) hn::StoreU(load_vector(d, p + i), d, to + i);
-  if (i == n) return;
-  T tail[kMaxLanes] = {};
-  float wide[kMaxLanes];
-  std::memcpy(tail, p + i, (n - i) * sizeof(T));
-  hn::StoreU(load_vector(d, tail), d, wide);
-  std::memcpy(to + i, wide, (n - i) * sizeof(float));
+HWY_INLINE VF load(F32 d, const Float16Bits* p) {
+  return load_float16(d, reinterpret_cast<const uint16_t*>(p));
 }
 
-template <typename T, class Store>
-HWY_INLINE void store_row_with(const float* HWY_RESTRICT from, size_t n, void* to, const Store& store_vector) {
-  const F32 d;
-  const size_t lanes = hn::Lanes(d);
-  T* p = static_cast<T*>(to);
-  size_t i = 0;
-  for (; i + lanes <= n; i += lanes) store_vector(d, hn::LoadU(d, from + i), p + i);
-  if (i == n) return;
-  T tail[kMaxLanes];
-  float wide[kMaxLanes] = {};
-  std::memcpy(wide, from + i, (n - i) * sizeof(float));
-  store_vector(d, hn::LoadU(d, wide), tail);
-  std::memcpy(p + i, tail, (n - i) * sizeof(T));
+HWY_INLINE void store(F32 d, VF x, Float16Bits* p) {
+  store_float16(d, x, reinterpret_cast<uint16_t*>(p));
 }
 
-inline void load_row(DType dtype, const void* from, size_t n, float* HWY_RESTRICT to) {
+// Calls f(Element()) with the type of elements that are loaded and stored by vectors.
+template <class F>
+HWY_INLINE void with_element_type(DType dtype, const F& f) {
   switch (dtype) {
     case DType::kFloat32:
-      std::memcpy(to, from, n * sizeof(float));
-      return;
+      return f(float());
     case DType::kBFloat16:
-      load_row_with<uint16_t>(from, n, to, [](F32 d, const uint16_t* p) HWY_ATTR { return load(d, p); });
-      return;
+      return f(BFloat16Bits());
     case DType::kFloat16:
-      load_row_with<uint16_t>(from, n, to, [](F32 d, const uint16_t* p) HWY_ATTR { return load_float16(d, p); });
-      return;
+      return f(Float16Bits());
   }
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+// The first n elements if there are fewer than lanes, and zeros behind them.
+template <class Element>
+HWY_INLINE VF load_part(F32 d, const Element* p, size_t n) {
+  if (n >= hn::Lanes(d)) return load(d, p);
+  Element part[kMaxLanes] = {};
+  std::memcpy(part, p, n * sizeof(Element));
+  return load(d, part);
+}
+
+template <class Element>
+HWY_INLINE void store_part(F32 d, VF x, Element* p, size_t n) {
+  if (n >= hn::Lanes(d)) return store(d, x, p);
+  Element part[kMaxLanes];
+  store(d, x, part);
+  std::memcpy(p, part, n * sizeof(Element));
+}
+
+// Memory behind the first n floats stays.
+inline void load_row(DType dtype, const void* from, size_t n, float* HWY_RESTRICT to) {
+  const F32 d;
+  with_element_type(dtype, [&](auto element) HWY_ATTR {
+    const auto* p = static_cast<const decltype(element)*>(from);
+    for (size_t i = 0; i < n; i += hn::Lanes(d)) store_part(d, load_part(d, p + i, n - i), to + i, n - i);
+  });
 }
 
 inline void store_row(DType dtype, const float* HWY_RESTRICT from, size_t n, void* to) {
-  switch (dtype) {
-    case DType::kFloat32:
-      std::memcpy(to, from, n * sizeof(float));
-      return;
-    case DType::kBFloat16:
-      store_row_with<uint16_t>(from, n, to, [](F32 d, VF x, uint16_t* p) HWY_ATTR { store(d, x, p); });
-      return;
-    case DType::kFloat16:
-      store_row_with<uint16_t>(from, n, to, [](F32 d, VF x, uint16_t* p) HWY_ATTR { store_float16(d, x, p); });
-      return;
-  }
+  const F32 d;
+  with_element_type(dtype, [&](auto element) HWY_ATTR {
+    auto* p = static_cast<decltype(element)*>(to);
+    for (size_t i = 0; i < n; i += hn::Lanes(d)) store_part(d, load_part(d, from + i, n - i), p + i, n - i);
+  });
 }
 
 // Rounds a row of padded(n) elements as a store and a load would.
@@ -323,34 +322,55 @@ HWY_INLINE void split_exp(F32 d, VF x, VF& p, VF& n) {
   // ln 2 in two parts: n times the first is exact.
   const VF high = hn::NegMulAdd(n, hn::Set(d, 0.693145752f), x);
   const VF r = hn::NegMulAdd(n, hn::Set(d, 1.42860677e-6f), high);
-  p = hn::Set(d, 1.0f / 5040);
-  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 720));
-  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 120));
-  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 24));
-  p = hn::MulAdd(p, r, hn::Set(d, 1.0f / 6));
+  // 1 + r + r^2 q(r) is within 3e-9 of e^r there: q's least largest error.
+  p = hn::Set(d, 1.38145802e-3f);
+  p = hn::MulAdd(p, r, hn::Set(d, 8.36872589e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 4.16683890e-2f));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.166665211f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.5f));
   p = hn::MulAdd(hn::Mul(p, r), r, r);
   p = hn::Add(p, hn::Set(d, 1.0f));
 }
 
-// e^x to about one unit in the last place; 0 and infinity where it leaves f32.
-HWY_INLINE VF exp(F32 d, VF x) {
-  const auto clamped_above = hn::IfThenElse(hn::Gt(x, hn::Set(d, 100.0f)), hn::Set(d, 100.0f), x);
-  const auto clamped = hn::IfThenElse(hn::Lt(clamped_above, hn::Set(d, -120.0f)), hn::Set(d, -120.0f), clamped_above);
-  VF p, n;
-  split_exp(d, clamped, p, n);
-  // 2^n as two factors, each a normal number.
-  const I32 i;
+// p 2^n of a whole n, |n| <= 252, and a p near 1, rounded once; 0 and infinity where it leaves f32.
+HWY_INLINE VF multiply_by_power(F32 d, VF p, VF n) {
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+  (void)d;
+  return VF{_mm512_scalef_ps(p.raw, n.raw)};
+#else
+  const I32 i;  // 2^n as two factors, each a normal number
   const auto whole = hn::ConvertTo(i, n);
   const auto half = hn::ShiftRight<1>(whole);
   const auto power = [&](hn::Vec<I32> e)
                          HWY_ATTR { return hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(e, hn::Set(i, 127)))); };
   return hn::Mul(hn::Mul(p, power(half)), power(hn::Sub(whole, half)));
+#endif
+}
+
+// NaN stays.
+HWY_INLINE VF clamp(F32 d, VF x, float least, float most) {
+#if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR  // of two numbers that cannot be compared, x86 takes the second
+  return hn::Max(hn::Set(d, least), hn::Min(hn::Set(d, most), x));
+#else
+  const VF below = hn::IfThenElse(hn::Gt(x, hn::Set(d, most)), hn::Set(d, most), x);
+  return hn::IfThenElse(hn::Lt(below, hn::Set(d, least)), hn::Set(d, least), below);
+#endif
+}
+
+// e^x to about one unit in the last place; 0 and infinity where it leaves f32.
+HWY_INLINE VF exp(F32 d, VF x) {
+  VF p, n;
+  split_exp(d, clamp(d, x, -120.0f, 100.0f), p, n);
+  return multiply_by_power(d, p, n);
 }
 
 HWY_INLINE VF sigmoid(F32 d, VF x) {
   const VF one = hn::Set(d, 1.0f);
   return hn::Div(one, hn::Add(one, exp(d, hn::Neg(x))));
+}
+
+HWY_INLINE VF silu(F32 d, VF x) {
+  return hn::Div(x, hn::Add(hn::Set(d, 1.0f), exp(d, hn::Neg(x))));
 }
 
 // log(1 + e^x) = max(x, 0) + log1p(y), y = e^-|x| <= 1;  log1p(y) = 2 artanh(s), s = y / (2 + y) <= 1/3.
