@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gated delta rule in chunks of C = 64 tokens: chunk_gated_delta_rule. With b = cumsum g inside the chunk and
+// Gated delta rule in chunks of C tokens, 32 or 64: chunk_gated_delta_rule. With b = cumsum g inside the chunk and
 // D_ij = exp(b_i - b_j), i >= j, for rows i of K, Q, V, R, U, O in the chunk:
 //
 //   R = V - exp(b) (K S^T)                                what the old state gets wrong
@@ -16,7 +16,7 @@
 // 16 x 16, D_ij = exp(b_i - b_r) exp(b_r - b_j) with a token r between them.
 //
 // Rounding, f32 (exact): everything is f32, the state too, which is rounded to its own type after the last token. Where
-// exp(b_C) > 0.6 the state's step is S + (S expm1(b_C) + U^T K), rounded once.
+// exp(b_C) > 0.6 the state's step is S + (S expm1(b_C) + U^T K), rounded once, and in 64 tokens once.
 // Rounding, bf16 products (fast): sums, gates, norms, the inverse and the state are f32 as above. k and q are rounded
 // to bf16 (exact if they are bf16). Every other operand is a sum of two bf16 numbers, which hold 16 bits: S, the
 // inverse below its diagonal, R, tril(D Q K^T), U and exp(b_C - b) U. One bf16 does for none of them, because what
@@ -63,17 +63,18 @@ void prefetch_rows(const Rows& rows, int64_t token, int64_t end, int64_t head, i
 // While group `index` of a chunk's `total` is computed: the values that the next group reads, and its share of the next
 // chunk's keys. Tokens lie far apart in memory, where no hardware prefetcher follows; all of their rows at once would
 // fall into the same few sets of the cache.
+template <class M>
 void prefetch_next(const ChunkGatedDeltaRuleArgs& args, const Item& item, int64_t token, int64_t index, int64_t total) {
   const int64_t next = (index + 1) % total;
   const int64_t groups = total / item.num_heads;
-  const int64_t next_token = next > index ? token : token + kChunk;
-  const int64_t next_end = std::min<int64_t>(next_token + kChunk, item.end);
+  const int64_t next_token = next > index ? token : token + M::kChunk;
+  const int64_t next_end = std::min<int64_t>(next_token + M::kChunk, item.end);
   const int64_t column = next % groups * kGroup * kPanel;
   const int64_t size = std::min<int64_t>(kGroup * kPanel, item.num_panels * kPanel - column);
   prefetch_rows<0>(args.v, next_token, next_end, item.head + next / groups, item.v_begin + column, size);
   prefetch_rows<1>(args.out, next_token, next_end, item.head + next / groups, item.v_begin + column, size);
-  const int64_t begin = token + kChunk + kChunk * index / total;
-  const int64_t end = std::min<int64_t>(token + kChunk + kChunk * (index + 1) / total, item.end);
+  const int64_t begin = token + M::kChunk + M::kChunk * index / total;
+  const int64_t end = std::min<int64_t>(token + M::kChunk + M::kChunk * (index + 1) / total, item.end);
   prefetch_rows<0>(args.k, begin, end, item.key_head, 0, args.K);
   prefetch_rows<0>(args.q, begin, end, item.key_head, 0, args.K);
 }
@@ -97,34 +98,46 @@ void place(const ChunkGatedDeltaRuleArgs& args, const Item& item, Work<M>& w) {
   };
   const auto take_all = [&] {
     size = 0;
-    take(w.kk, kSquare);
-    take(w.qk, kSquare);
-    take(w.A, kSquare);
-    take(w.T, kSquare);
-    take(w.below, (kBlocks - 1) * kBlock * kPanel);
-    take(w.R, kGroupSize);
-    take(w.o_state, kGroupSize);
-    take(w.o_chunk, kGroupSize);
-    take(w.change, kGroupSize);
-    take(w.rows, kGroupSize);
+    take(w.kk, M::kSquare);
+    take(w.qk, M::kSquare);
+    take(w.A, M::kSquare);
+    take(w.T, M::kSquare);
+    take(w.below, (M::kBlocks - 1) * kBlock * kPanel);
+    take(w.R, M::kGroupSize);
+    take(w.o_state, M::kGroupSize);
+    take(w.o_chunk, M::kGroupSize);
+    take(w.change, M::kGroupSize);
+    take(w.rows, M::kGroupSize);
     take(w.k_rows, M::kKeys * keys);
     take(w.q_rows, M::kKeys * keys);
     take(w.k_panels, M::kKeys * keys);
-    take(w.k_columns, M::kKeys * w.K * kChunk);
-    take(w.inverse, M::kInverse * kSquare);
-    take(w.scores, M::kScores * kSquare);
+    take(w.k_columns, M::kKeys * w.K * M::kChunk);
+    take(w.inverse, M::kInverse * M::kSquare);
+    take(w.scores, M::kScores * M::kSquare);
     take(w.state, M::kState * w.state_part);
-    take(w.errors, M::kErrors * kGroupSize);
-    take(w.writes, M::kWrites * kGroupSize);
-    take(w.updates, M::kUpdates * kGroupSize);
+    take(w.errors, M::kErrors * M::kGroupSize);
+    take(w.writes, M::kWrites * M::kGroupSize);
+    take(w.updates, M::kUpdates * M::kGroupSize);
+    take(w.has_rest, item.num_heads);
   };
   take_all();
   const size_t fixed = size;
   const size_t state = item.num_heads * item.num_panels * w.K * kPanel;
-  memory = reinterpret_cast<char*>(scratch<Element>(fixed / sizeof(float) + state));
+  memory = reinterpret_cast<char*>(scratch<Element>(fixed / sizeof(float) + (M::kKeepsRest ? 2 : 1) * state));
   take_all();
   std::memset(memory, 0, fixed);
   w.S = reinterpret_cast<float*>(memory + fixed);
+  w.rest = M::kKeepsRest ? w.S + state : w.S;
+}
+
+// Of head i, at the chunk that begins at `token` of the call.
+template <class M>
+StateStep next_step(const Work<M>& w, int64_t i, int64_t token) {
+  const bool has_rest = w.has_rest[i];
+  w.has_rest[i] = M::kKeepsRest && w.gates.is_near && token % kStateTokens == 0;
+  if (!w.gates.is_near) return StateStep::kDecayed;
+  if (w.has_rest[i]) return StateStep::kNearToRest;
+  return has_rest ? StateStep::kNearWithRest : StateStep::kNear;
 }
 
 template <class M, typename State>
@@ -144,20 +157,22 @@ void run_sequence(const ChunkGatedDeltaRuleArgs& args, const Item& item) {
     }
   }
   pack_states(item, w);
-  for (int64_t token = item.begin; token < item.end; token += kChunk) {
-    const size_t count = std::min<int64_t>(kChunk, item.end - token);
-    const size_t rows = (count + kStrip - 1) / kStrip * kStrip;
+  for (int64_t token = item.begin; token < item.end; token += M::kChunk) {
+    const size_t count = std::min<int64_t>(M::kChunk, item.end - token);
+    const size_t rows = (count + M::kStrip - 1) / M::kStrip * M::kStrip;
     stage_keys(args, item.key_head, token, count, w);
     for (int64_t i = 0; i < item.num_heads; ++i) {
       const int64_t head = item.head + i;
       stage_head(args, head, token, count, rows, w);
+      const StateStep step = next_step(w, i, token - item.begin);
       for (size_t panel = 0; panel < panels; panel += kGroup) {
         const Group group = {head,  item.v_begin + static_cast<int64_t>(panel * kPanel),
                              token, count,
-                             rows,  std::min(kGroup, panels - panel)};
-        prefetch_next(args, item, token, i * groups + panel / kGroup, item.num_heads * groups);
-        step_group(args, group, w.S + i * state_size + panel * w.K * kPanel,
-                   w.state + (i * panels + panel) * w.depth * kPanel, w);
+                             rows,  std::min(kGroup, panels - panel),
+                             step};
+        prefetch_next<M>(args, item, token, i * groups + panel / kGroup, item.num_heads * groups);
+        const size_t at = i * state_size + panel * w.K * kPanel;
+        step_group(args, group, {w.S + at, w.rest + at, w.state + (i * panels + panel) * w.depth * kPanel}, w);
       }
     }
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gated delta rule on the CPU in chunks of 64 tokens, over pointers, strides and sizes: prefill.
+// The gated delta rule on the CPU in chunks of tokens, over pointers, strides and sizes: prefill.
 #pragma once
 
 #include <cstdint>

@@ -22,9 +22,9 @@ namespace HWY_NAMESPACE {
 template <class M>
 void stage_gates(const ChunkGatedDeltaRuleArgs& args, int64_t head, int64_t token, size_t count, Work<M>& w) {
   const F32 d;
-  Gates& gates = w.gates;
+  Gates<M>& gates = w.gates;
   double sum = 0;
-  for (size_t t = 0; t < kChunk; ++t) {
+  for (size_t t = 0; t < M::kChunk; ++t) {
     gates.beta[t] = 0;
     if (t < count) {
       const float g = load_scalar(args.g.dtype, args.g.at(token + t, head));
@@ -40,7 +40,7 @@ void stage_gates(const ChunkGatedDeltaRuleArgs& args, int64_t head, int64_t toke
   const auto difference = [&](size_t i, VF b, VF b_low) HWY_ATTR {
     return hn::Add(hn::Sub(hn::Set(d, gates.b[i]), b), hn::Sub(hn::Set(d, gates.b_low[i]), b_low));
   };
-  for (size_t t = 0; t < kChunk; t += hn::Lanes(d)) {
+  for (size_t t = 0; t < M::kChunk; t += hn::Lanes(d)) {
     const VF b = hn::Load(d, gates.b + t);
     const VF b_low = hn::Load(d, gates.b_low + t);
     const VF k_scale = hn::Load(d, w.k_scale + t);
@@ -49,7 +49,7 @@ void stage_gates(const ChunkGatedDeltaRuleArgs& args, int64_t head, int64_t toke
     const VF from_state = exp_decay(d, b);
     hn::Store(hn::Mul(from_state, k_scale), d, gates.k_from_state + t);
     hn::Store(hn::Mul(from_state, score), d, gates.q_from_state + t);
-    hn::Store(hn::Mul(exp_decay(d, difference(kChunk - 1, b, b_low)), k_scale), d, gates.to_state + t);
+    hn::Store(hn::Mul(exp_decay(d, difference(M::kChunk - 1, b, b_low)), k_scale), d, gates.to_state + t);
     hn::Store(system, d, gates.system_row[1] + t);
     hn::Store(score, d, gates.score_row[1] + t);
     if (t >= kBlock) {
@@ -57,7 +57,7 @@ void stage_gates(const ChunkGatedDeltaRuleArgs& args, int64_t head, int64_t toke
       hn::Store(hn::Mul(system, decay), d, gates.system_row[0] + t);
       hn::Store(hn::Mul(score, decay), d, gates.score_row[0] + t);
     }
-    for (size_t block = t / kBlock + 1; block < kBlocks; ++block) {
+    for (size_t block = t / kBlock + 1; block < M::kBlocks; ++block) {
       const VF decay = exp_decay(d, difference(block * kBlock - 1, b, b_low));
       hn::Store(hn::Mul(decay, k_scale), d, gates.column[block] + t);
     }
@@ -70,7 +70,7 @@ void stage_gates(const ChunkGatedDeltaRuleArgs& args, int64_t head, int64_t toke
 template <bool kIsDiagonal, class M>
 HWY_INLINE void weigh_block(size_t row, size_t column, const Work<M>& w) {
   const F32 d;
-  const Gates& gates = w.gates;
+  const Gates<M>& gates = w.gates;
   for (size_t lane = 0; lane < kBlock; lane += hn::Lanes(d)) {
     const size_t j = column + lane;
     const VF b = hn::Load(d, gates.b + j);
@@ -79,7 +79,7 @@ HWY_INLINE void weigh_block(size_t row, size_t column, const Work<M>& w) {
     const VF lanes = hn::Iota(d, static_cast<float>(lane));
     for (size_t r = 0; r < kBlock; ++r) {
       const size_t i = row + r;
-      const size_t at = column * kChunk + i * kPanel + lane;  // in a panel
+      const size_t at = column * M::kChunk + i * kPanel + lane;  // in a panel
       VF decay = hn::Zero(d);
       if constexpr (kIsDiagonal) {
         const VF log = hn::Add(hn::Sub(hn::Set(d, gates.b[i]), b), hn::Sub(hn::Set(d, gates.b_low[i]), b_low));
@@ -94,36 +94,39 @@ HWY_INLINE void weigh_block(size_t row, size_t column, const Work<M>& w) {
         a = hn::IfThenElseZero(hn::Lt(lanes, diagonal), a);
         p = hn::IfThenElseZero(hn::Le(lanes, diagonal), p);
       }
-      hn::Store(a, d, w.A + i * kChunk + j);
-      store_lanes<M::kScores>(d, p, w.scores + i * kChunk + j, kSquare);
+      hn::Store(a, d, w.A + i * M::kChunk + j);
+      store_lanes<M::kScores>(d, p, w.scores + i * M::kChunk + j, M::kSquare);
     }
   }
 }
 
 // ---- the inverse (FLA: solve_tril) ----------------------------------------------------------------------------------
 
-// T = (I - A)^-1 by blocks: the four on the diagonal by substitution, below them T_IJ = T_II sum_M A_IM T_MJ.
+// T = (I - A)^-1 by blocks: those on the diagonal by substitution, below them T_IJ = T_II sum_M A_IM T_MJ.
 template <class M>
 void invert(size_t rows, const Work<M>& w) {
+  static_assert(M::kBlocks == 2 || M::kBlocks == 4);
   const F32 d;
-  constexpr size_t kNext = kBlock * kChunk + kBlock;                // in A, from diagonal block to diagonal block
-  constexpr size_t kNextPanel = kChunk * kPanel + kBlock * kPanel;  // in T
+  constexpr size_t kNext = kBlock * M::kChunk + kBlock;                // in A, from diagonal block to diagonal block
+  constexpr size_t kNextPanel = M::kChunk * kPanel + kBlock * kPanel;  // in T
   for (size_t lane = 0; lane < kBlock; lane += hn::Lanes(d)) {
     const VF lanes = hn::Iota(d, static_cast<float>(lane));
     for (size_t i = 0; i < kBlock; ++i) {
       const VF unit = hn::IfThenElseZero(hn::Eq(lanes, hn::Set(d, static_cast<float>(i))), hn::Set(d, 1.0f));
       VF t0 = unit, t1 = unit, t2 = unit, t3 = unit;
-      const float* a = w.A + i * kChunk;
+      const float* a = w.A + i * M::kChunk;
       const float* t = w.T + lane;
       for (size_t j = 0; j < i; ++j) {
         t0 = hn::MulAdd(hn::Set(d, a[j]), hn::Load(d, t + j * kPanel), t0);
         t1 = hn::MulAdd(hn::Set(d, a[j + kNext]), hn::Load(d, t + j * kPanel + kNextPanel), t1);
+        if constexpr (M::kBlocks == 2) continue;
         t2 = hn::MulAdd(hn::Set(d, a[j + 2 * kNext]), hn::Load(d, t + j * kPanel + 2 * kNextPanel), t2);
         t3 = hn::MulAdd(hn::Set(d, a[j + 3 * kNext]), hn::Load(d, t + j * kPanel + 3 * kNextPanel), t3);
       }
       float* to = w.T + i * kPanel + lane;
       hn::Store(t0, d, to);
       hn::Store(t1, d, to + kNextPanel);
+      if constexpr (M::kBlocks == 2) continue;
       hn::Store(t2, d, to + 2 * kNextPanel);
       hn::Store(t3, d, to + 3 * kNextPanel);
     }
@@ -133,17 +136,17 @@ void invert(size_t rows, const Work<M>& w) {
   p.rows = kBlock;
   for (size_t row = kBlock; row < rows; row += kBlock) {
     p.panels = row / kBlock;
-    p.a_stride = kChunk;
-    p.b_stride = kChunk * kPanel;
-    p.terms[0] = {w.A + row * kChunk, w.T, row};
+    p.a_stride = M::kChunk;
+    p.b_stride = M::kChunk * kPanel;
+    p.terms[0] = {w.A + row * M::kChunk, w.T, row};
     p.c = w.below;
     p.c_stride = kBlock * kPanel;
     multiply(p);
     p.a_stride = kPanel;
     p.b_stride = kBlock * kPanel;
-    p.terms[0] = {w.T + row * kChunk + row * kPanel, w.below, kBlock};
+    p.terms[0] = {w.T + row * M::kChunk + row * kPanel, w.below, kBlock};
     p.c = w.T + row * kPanel;
-    p.c_stride = kChunk * kPanel;
+    p.c_stride = M::kChunk * kPanel;
     multiply(p);
   }
 }
@@ -154,9 +157,9 @@ void pack_inverse(size_t rows, const Work<M>& w) {
   const F32 d;
   for (size_t i = 0; i < rows; ++i) {
     for (size_t j = 0; j <= i; j += hn::Lanes(d)) {
-      const VF t = hn::Load(d, w.T + j / kPanel * kChunk * kPanel + i * kPanel + j % kPanel);
+      const VF t = hn::Load(d, w.T + j / kPanel * M::kChunk * kPanel + i * kPanel + j % kPanel);
       const auto below = hn::Lt(hn::Iota(d, static_cast<float>(j)), hn::Set(d, static_cast<float>(i)));
-      store_lanes<M::kInverse>(d, hn::IfThenElseZero(below, t), w.inverse + i * kChunk + j, kSquare);
+      store_lanes<M::kInverse>(d, hn::IfThenElseZero(below, t), w.inverse + i * M::kChunk + j, M::kSquare);
     }
   }
 }
@@ -167,7 +170,7 @@ template <class M>
 void stage_head(const ChunkGatedDeltaRuleArgs& args, int64_t head, int64_t token, size_t count, size_t rows,
                 Work<M>& w) {
   stage_gates(args, head, token, count, w);
-  for (size_t row = 0; row < kChunk; row += kBlock) {
+  for (size_t row = 0; row < M::kChunk; row += kBlock) {
     for (size_t column = 0; column < row; column += kBlock) weigh_block<false>(row, column, w);
     weigh_block<true>(row, row, w);
   }

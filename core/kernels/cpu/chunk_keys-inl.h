@@ -56,8 +56,8 @@ HWY_INLINE VF load_elements(F32 d, const float* from) {
 template <class M>
 void find_scales(bool normalise, Work<M>& w) {
   const F32 d;
-  for (size_t t = 0; t < kChunk; ++t) {
-    w.k_scale[t] = w.kk[t / kPanel * kChunk * kPanel + t * kPanel + t % kPanel];
+  for (size_t t = 0; t < M::kChunk; ++t) {
+    w.k_scale[t] = w.kk[t / kPanel * M::kChunk * kPanel + t * kPanel + t % kPanel];
     VF sum = hn::Zero(d);
     for (size_t i = 0; i < w.K; i += hn::Lanes(d)) {
       const VF x = load_elements(d, w.q_rows + t * w.depth + i);
@@ -66,7 +66,7 @@ void find_scales(bool normalise, Work<M>& w) {
     w.q_scale[t] = hn::GetLane(hn::SumOfLanes(d, sum));
   }
   const VF one = hn::Set(d, 1.0f), eps = hn::Set(d, kNormEps);
-  for (size_t t = 0; t < kChunk; t += hn::Lanes(d)) {
+  for (size_t t = 0; t < M::kChunk; t += hn::Lanes(d)) {
     for (float* scale : {w.k_scale + t, w.q_scale + t}) {
       const VF inverse = normalise ? hn::Div(one, hn::Sqrt(hn::Add(hn::Load(d, scale), eps))) : one;
       hn::Store(inverse, d, scale);
@@ -76,22 +76,24 @@ void find_scales(bool normalise, Work<M>& w) {
 
 // K^T as rows of A, from its panels.
 inline void split_columns(const Work<BFloat16Mode>& w) {
+  using M = BFloat16Mode;
   const U32 u;
   const uint32_t* panels = reinterpret_cast<const uint32_t*>(w.k_panels);
   for (size_t i = 0; i < w.K / 2; ++i) {
-    for (size_t t = 0; t < kChunk; t += hn::Lanes(u)) {
+    for (size_t t = 0; t < M::kChunk; t += hn::Lanes(u)) {
       const auto words = hn::LoadU(u, panels + (t / kPanel * (w.depth / 2) + i) * kPanel + t % kPanel);
-      uint16_t* to = w.k_columns + 2 * i * kChunk + t;
+      uint16_t* to = w.k_columns + 2 * i * M::kChunk + t;
       store_low_halves(hn::And(words, hn::Set(u, 0xFFFF)), to);
-      store_low_halves(hn::ShiftRight<16>(words), to + kChunk);
+      store_low_halves(hn::ShiftRight<16>(words), to + M::kChunk);
     }
   }
 }
 
 inline void split_columns(const Work<Float32Mode>& w) {
+  using M = Float32Mode;
   for (size_t i = 0; i < w.K; ++i) {
-    for (size_t t = 0; t < kChunk; t += kPanel) {
-      std::memcpy(w.k_columns + i * kChunk + t, w.k_panels + (t / kPanel * w.depth + i) * kPanel,
+    for (size_t t = 0; t < M::kChunk; t += kPanel) {
+      std::memcpy(w.k_columns + i * M::kChunk + t, w.k_panels + (t / kPanel * w.depth + i) * kPanel,
                   kPanel * sizeof(float));
     }
   }
@@ -100,13 +102,13 @@ inline void split_columns(const Work<Float32Mode>& w) {
 template <class M>
 void multiply_keys(const Work<M>& w, const typename M::Element* rows, float* c) {
   Product<typename M::Element> p;
-  p.rows = kStrip;
+  p.rows = M::kStrip;
   p.a_stride = w.depth;
   p.b_stride = w.depth * kPanel;
-  p.c_stride = kChunk * kPanel;
-  for (size_t token = 0; token < kChunk; token += kStrip) {
+  p.c_stride = M::kChunk * kPanel;
+  for (size_t token = 0; token < M::kChunk; token += M::kStrip) {
     set_terms<M::kKeys, M::kKeys>(p, w.depth, rows + token * w.depth, w.keys_size(), w.k_panels, w.keys_size());
-    p.panels = (token + kStrip) / kPanel;
+    p.panels = (token + M::kStrip) / kPanel;
     p.c = c + token * kPanel;
     run(w, p);
   }
@@ -119,7 +121,7 @@ void stage_keys(const ChunkGatedDeltaRuleArgs& args, int64_t key_head, int64_t t
   stage_rows(args.q, key_head, token, count, w, w.q_rows);
   const size_t words = w.depth / kElementsPerWord;
   for (size_t part = 0; part < M::kKeys; ++part) {
-    for (size_t t = 0; t < kChunk; t += kPanel) {
+    for (size_t t = 0; t < M::kChunk; t += kPanel) {
       transpose(w.k_rows + part * w.keys_size() + t * w.depth, kPanel, words, words,
                 w.k_panels + part * w.keys_size() + t * w.depth, kPanel);
     }

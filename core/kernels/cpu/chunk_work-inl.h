@@ -19,17 +19,28 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr size_t kChunk = 64;
-constexpr size_t kBlock = 16;  // tokens: the decay's and the solve's blocks
-constexpr size_t kBlocks = kChunk / kBlock;
-constexpr size_t kStrip = 32;  // tokens: the granularity of triangular products
+constexpr size_t kBlock = 16;        // tokens: the decay's and the solve's blocks
+constexpr size_t kStateTokens = 64;  // in which the state is rounded once, where it hardly decays
 constexpr size_t kMaxDim = 256;
 constexpr size_t kGroup = 2;               // panels of V that pass through a chunk together
 constexpr float kSmallestLog = -86.0f;     // below it a decay is zero: nothing here is subnormal
 constexpr float kSmallestGate = -1000.0f;  // of one token; its exp is zero many times over
 
+// Tokens of a chunk, and of a strip, the granularity of triangular products.
+template <size_t kChunkTokens, size_t kStripTokens>
+struct ChunkSizes {
+  static constexpr size_t kChunk = kChunkTokens;
+  static constexpr size_t kStrip = kStripTokens;
+  static constexpr size_t kBlocks = kChunk / kBlock;
+  static constexpr bool kKeepsRest = kChunk < kStateTokens;
+  static constexpr size_t kSquare = kChunk * kChunk;
+  static constexpr size_t kGroupSize = kGroup * kChunk * kPanel;
+  static_assert(kChunk == kStateTokens || 2 * kChunk == kStateTokens);
+  static_assert(kChunk == 2 * kStrip);  // a buffer of strips of tokens holds two strips of K
+};
+
 // How many bf16 parts stand for a value in each operand (see "Rounding").
-struct BFloat16Mode {
+struct BFloat16Mode : ChunkSizes<64, 32> {
   using Element = uint16_t;
   static constexpr size_t kDepthStep = 32;
   static constexpr size_t kKeys = 1;
@@ -41,7 +52,8 @@ struct BFloat16Mode {
   static constexpr size_t kUpdates = 2;
 };
 
-struct Float32Mode {
+// With 64 a token would take 1.2 times as many multiply-adds; tiles are fed by chunks of 64.
+struct Float32Mode : ChunkSizes<32, 16> {
   using Element = float;
   static constexpr size_t kDepthStep = 1;
   static constexpr size_t kKeys = 1;
@@ -66,17 +78,18 @@ struct Item {
 
 // Decays of one value head in a chunk. b is the cumulated gate, kept in two floats: near the chunk's end differences of
 // neighbours would lose to its rounding.
+template <class M>
 struct Gates {
-  HWY_ALIGN float b[kChunk];
-  HWY_ALIGN float b_low[kChunk];
-  HWY_ALIGN float beta[kChunk];
-  HWY_ALIGN float k_from_state[kChunk];     // exp(b_i) |k_i|^-1
-  HWY_ALIGN float q_from_state[kChunk];     // scale exp(b_i) |q_i|^-1
-  HWY_ALIGN float to_state[kChunk];         // exp(b_C - b_i) |k_i|^-1
-  HWY_ALIGN float system_row[2][kChunk];    // -beta_i |k_i|^-1; [0]: times exp(b_i - b_r), r the last token before i's
-  HWY_ALIGN float score_row[2][kChunk];     // scale |q_i|^-1         block; [1]: as it is
-  HWY_ALIGN float column[kBlocks][kChunk];  // [block] exp(b_r - b_j) |k_j|^-1, r the last token before the block
-  float whole = 0;                          // exp(b_C), or exp(b_C) - 1 where is_near
+  HWY_ALIGN float b[M::kChunk];
+  HWY_ALIGN float b_low[M::kChunk];
+  HWY_ALIGN float beta[M::kChunk];
+  HWY_ALIGN float k_from_state[M::kChunk];   // exp(b_i) |k_i|^-1
+  HWY_ALIGN float q_from_state[M::kChunk];   // scale exp(b_i) |q_i|^-1
+  HWY_ALIGN float to_state[M::kChunk];       // exp(b_C - b_i) |k_i|^-1
+  HWY_ALIGN float system_row[2][M::kChunk];  // -beta_i |k_i|^-1; [0]: times exp(b_i - b_r), r the last token before i's
+  HWY_ALIGN float score_row[2][M::kChunk];   // scale |q_i|^-1         block; [1]: as it is
+  HWY_ALIGN float column[M::kBlocks][M::kChunk];  // [block] exp(b_r - b_j) |k_j|^-1, r the last token before the block
+  float whole = 0;                                // exp(b_C), or exp(b_C) - 1 where is_near
   bool is_near = false;
 };
 
@@ -84,40 +97,39 @@ template <class M>
 struct Work {
   using Element = typename M::Element;
   size_t K;
-  size_t depth;  // K, padded for the products
-  float* S;      // [heads][panels][K, 16]
-  float* kk;     // [4][64, 16]    panels of K K^T, lower triangle
-  float* qk;     // [4][64, 16]    panels of Q K^T
-  float* A;      // [64, 64]       minus the system's strictly lower part
-  float* T;      // [4][64, 16]    panels of the system's inverse
-  float* below;  // [3][16, 16]
-  // Of a group, by strips [2][2][32, 16]:
+  size_t depth;    // K, padded for the products
+  float* S;        // [heads][panels][K, 16]
+  float* rest;     // as S: what the last step rounded away
+  bool* has_rest;  // [heads]
+  float* kk;       // [C / 16][C, 16]  panels of K K^T, lower triangle
+  float* qk;       // [C / 16][C, 16]  panels of Q K^T
+  float* A;        // [C, C]           minus the system's strictly lower part
+  float* T;        // [C / 16][C, 16]  panels of the system's inverse
+  float* below;    // [C / 16 - 1][16, 16]
+  // Of a group, by strips [2][2][C / 2, 16]:
   float* R;            // K S^T, then R, then U: each takes the place of the one before
   float* o_state;      // Q S^T
   float* o_chunk;      // tril(D Q K^T) U
-  float* change;       // [2][2][32, 16]  of S, two strips of K
-  float* rows;         // [64, 32]        of v or out where they are not bf16
-  Element* k_rows;     // [64, depth]
-  Element* q_rows;     // [64, depth]
-  Element* k_panels;   // [4][depth, 16]    K^T
-  Element* k_columns;  // [K, 64]           K^T
-  Element* inverse;    // [64, 64]          T - I
-  Element* scores;     // [64, 64]
+  float* change;       // [2][2][C / 2, 16]  of S, two strips of K
+  float* rows;         // [C, 32]            of v or out where they are not bf16
+  Element* k_rows;     // [C, depth]
+  Element* q_rows;     // [C, depth]
+  Element* k_panels;   // [C / 16][depth, 16]  K^T
+  Element* k_columns;  // [K, C]               K^T
+  Element* inverse;    // [C, C]               T - I
+  Element* scores;     // [C, C]
   Element* state;      // [heads][panels][depth, 16]
-  Element* errors;     // [2][64, 16]       R
-  Element* writes;     // [2][64, 16]       U
-  Element* updates;    // [2][64, 16]       exp(b_C - b) U
-  HWY_ALIGN float k_scale[kChunk];
-  HWY_ALIGN float q_scale[kChunk];
-  Gates gates;
+  Element* errors;     // [2][C, 16]           R
+  Element* writes;     // [2][C, 16]           U
+  Element* updates;    // [2][C, 16]           exp(b_C - b) U
+  HWY_ALIGN float k_scale[M::kChunk];
+  HWY_ALIGN float q_scale[M::kChunk];
+  Gates<M> gates;
   size_t state_part;  // elements from part to part of state
   const BFloat16Products* products;
 
-  size_t keys_size() const { return kChunk * depth; }
+  size_t keys_size() const { return M::kChunk * depth; }
 };
-
-constexpr size_t kSquare = kChunk * kChunk;
-constexpr size_t kGroupSize = kGroup * kChunk * kPanel;
 
 HWY_INLINE void run(const Work<BFloat16Mode>& w, const Product<uint16_t>& p) {
   w.products->multiply(p);

@@ -61,7 +61,7 @@ bool is_fast(const ChunkGatedDeltaRuleParams& p) {
   return p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
 }
 
-// The operands of "fast" are split (chunk_gated_delta_rule.cpp), so that it has 2.2 times the multiply-adds of "exact":
+// The operands of "fast" are split (chunk_gated_delta_rule.cpp), so that it has 2.4 times the multiply-adds of "exact":
 // only tiles make up for that.
 const cpu::BFloat16Products* chunk_products(const ChunkGatedDeltaRuleParams& p) {
   const cpu::BFloat16Products* products = cpu::bfloat16_products();
