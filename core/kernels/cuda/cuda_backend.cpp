@@ -81,10 +81,13 @@ bool is_fast(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
   return may_be && cuda::chunk_supports(s.K, s.V);
 }
 
-void run_recurrent(cuda::RecurrentGatedDeltaRuleArgs args, const at::Tensor& q, const at::Tensor& k) {
+void run_recurrent(cuda::RecurrentGatedDeltaRuleArgs args, const GdnShape& s, const at::Tensor& q,
+                   const at::Tensor& k) {
   const at::Tensor aligned_q = with_aligned_rows(q), aligned_k = with_aligned_rows(k);
   args.q = in_rows(aligned_q);
   args.k = in_rows(aligned_k);
+  args.T = s.T;
+  args.num_slots = s.S;
   cuda::recurrent_gated_delta_rule(args, current_stream(q));
 }
 
@@ -193,13 +196,13 @@ class CudaBackend final : public Backend {
   }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
-    run_recurrent({op_args(p, s)}, p.q, p.k);
+    run_recurrent({op_args(p, s)}, s, p.q, p.k);
   }
 
   // "exact" is the rule token by token.
   void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override {
     const bool* const has_initial_state = pointer<bool>(p.has_initial_state);
-    if (!is_fast(p, s)) return run_recurrent({{delta_rule_args(p, s)}, has_initial_state}, p.q, p.k);
+    if (!is_fast(p, s)) return run_recurrent({{delta_rule_args(p, s)}, has_initial_state}, s, p.q, p.k);
     const at::Tensor q = with_aligned_rows(p.q), k = with_aligned_rows(p.k), v = with_aligned_rows(p.v);
     cuda::ChunkGatedDeltaRuleArgs args = {delta_rule_args(p, s)};
     args.q = in_rows(q);
@@ -233,6 +236,8 @@ class CudaBackend final : public Backend {
     args.q = in_columns(row, 0, s.K);
     args.k = in_columns(row, s.H * s.K, s.K);
     args.v = in_columns(row, 2 * s.H * s.K, s.V);
+    args.T = s.T;
+    args.num_slots = s.S;
     cuda::recurrent_gated_delta_rule(args, current_stream(row));
   }
 

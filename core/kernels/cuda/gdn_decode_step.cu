@@ -8,7 +8,7 @@
 // Order: all blocks of a cluster have read the history of q and k before one of them writes it: a block sends its sums
 // of squares after it has read, and writes when it has those of all.
 // Time: for few sequences it is one way to memory and back, and the instructions in between, which a warp issues once.
-// So a call of the usual shape (kIsPlain) has code of its own without a choice in it; state, history and weights are
+// So a call of the usual shape (kIsPlain) has code of its own without a choice in it; what the block reads first is
 // brought to the second-level cache ahead of the wait for the kernel before, and all that is read after it is asked for
 // at once: the slots were read ahead too, which their tensors, that no kernel of ours writes, usually allow. They are
 // read again, and where another kernel had not yet written them, everything of the slots is.
@@ -42,6 +42,7 @@ constexpr int kChains = 4;  // of the sum of squares of a head
 constexpr int kMostCluster = 8;
 constexpr int kMostHeads = kThreads;  // of a key head
 constexpr int32_t kNoSlot = -1;
+constexpr int kBytesAhead = 32 << 10;  // of the state, of a block
 
 // Quotients of small numbers by one that the host knows.
 struct Divisor {
@@ -217,6 +218,8 @@ __global__ void __launch_bounds__(kThreads, Plan::kResident) step_kernel(const _
   constexpr int kPassRows = cuda::kPassRows<State, kDim, Plan>;
   constexpr int kGroups = Rows::kGroups;
   constexpr int kKeyQuads = 2 * kDim / kQuad;  // of q and k
+  // Passes that are brought to the second-level cache: with more, those of all blocks push each other out.
+  constexpr int kAhead = std::max(1, std::min(kStages, kBytesAhead / Rows::kStageBytes));
   static_assert(kKeyQuads <= kThreads && kPassRows % kQuad == 0 && kPassRows / kGroups % kChains == 0);
   const CausalConv1dArgs& conv = step.args.conv;
   const TokenDeltaRuleArgs& rule = step.args.rule;
@@ -303,22 +306,26 @@ __global__ void __launch_bounds__(kThreads, Plan::kResident) step_kernel(const _
   if (slots.state < 0 || slots.state >= step.num_slots || slots.conv < 0 || slots.conv >= step.num_conv_slots) {
     slots = {kNoSlot, kNoSlot};
   }
-  if (cluster > 1) {  // with many blocks memory is busy anyway
-    if (has_quad) {
-      prefetch_line(static_cast<const In*>(conv.weight) + own.channel * conv.W);
-      for (int w = 0; slots.conv != kNoSlot && w + 1 < conv.W; ++w) {
-        prefetch_line(Conv::history_of(conv, slots.conv, w) + own.channel);
-      }
-      if (static_cast<int>(threadIdx.x) >= kKeyQuads) {
-        prefetch_line(static_cast<const char*>(norm.weight.data) +
-                      own.place.row * (norm.weight.dtype == DType::kFloat32 ? 4 : 2));
-      }
+  if (has_quad) {
+    prefetch_line(row_of<In>(conv.x, n, 0) + own.channel);
+    prefetch_line(static_cast<const In*>(conv.weight) + own.channel * conv.W);
+    for (int w = 0; slots.conv != kNoSlot && w + 1 < conv.W; ++w) {
+      prefetch_line(Conv::history_of(conv, slots.conv, w) + own.channel);
     }
-    if (slots.state != kNoSlot && static_cast<int>(threadIdx.x) < min(num_passes, kStages)) {
-      const Place place = place_of(threadIdx.x * kPassRows);
-      const int count = min(kPassRows, V - place.row);
-      prefetch_row(state_rows(slots.state, place), static_cast<uint32_t>(count * kDim * sizeof(State)));
+    if (static_cast<int>(threadIdx.x) >= kKeyQuads) {
+      prefetch_line(row_of<In>(norm.z, n, own.place.head) + own.place.row);
+      prefetch_line(static_cast<const char*>(norm.weight.data) +
+                    own.place.row * (norm.weight.dtype == DType::kFloat32 ? 4 : 2));
     }
+  }
+  if (has_gates) {
+    prefetch_line(row_of(rule.g, n, key_head * step.ratio + first_head + gated));
+    prefetch_line(row_of(rule.beta, n, key_head * step.ratio + first_head + gated));
+  }
+  if (slots.state != kNoSlot && static_cast<int>(threadIdx.x) < min(num_passes, kAhead)) {
+    const Place place = place_of(threadIdx.x * kPassRows);
+    const int count = min(kPassRows, V - place.row);
+    prefetch_row(state_rows(slots.state, place), static_cast<uint32_t>(count * kDim * sizeof(State)));
   }
 #if __CUDA_ARCH__ >= 900
   if (cluster > 1) cg::this_cluster().sync();  // the barriers are there
@@ -465,10 +472,10 @@ __global__ void __launch_bounds__(kThreads, Plan::kResident) step_kernel(const _
     const int units = step.passes_of_head * (kPassRows / kGroups);
     const float* const of_units = squares + (place.head - key_head * step.ratio) * units;
     float sums[kChains] = {};
-#pragma unroll 1
+#pragma unroll 8
     for (int unit = 0; unit < units; unit += kChains) {
-#pragma unroll
-      for (int chain = 0; chain < kChains; ++chain) sums[chain] += of_units[unit + chain];
+      const float4 four = *reinterpret_cast<const float4*>(of_units + unit);
+      sums[0] += four.x, sums[1] += four.y, sums[2] += four.z, sums[3] += four.w;
     }
     const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     const float factor = rsqrtf(sum / static_cast<float>(V) + norm.eps);
@@ -556,7 +563,7 @@ void launch(const DecodeStepArgs& args, int64_t num_slots, int64_t num_conv_slot
   constexpr bool kIsWide = sizeof(State) == 4;
   using Alone = Plan<kRows, kIsWide ? 2 : 4, 3, true>;
   using Some = Plan<kRows, kIsWide ? 2 : 4, 5, false>;
-  using Many = Plan<kRows, kIsWide ? 3 : 4, 4, kIsWide>;
+  using Many = Plan<kRows, kIsWide ? 3 : 4, 4, true>;
   const TokenDeltaRuleArgs& rule = args.rule;
   const int64_t items = rule.N * rule.H;
   const int passes = static_cast<int>(rule.HV / rule.H * ceil_div(rule.V, kPassRows<State, kDim, Some>));

@@ -4,6 +4,9 @@
 //
 // Pass: the rows that a block works on at once, kRows for each group. All passes of a block lie in one head; those
 // behind the current one are on their way to shared memory.
+// Ahead of the wait for the kernel before, a block asks the second-level cache for what it will most likely read: its
+// rows of the slot that is written down by then, and the token of a sequence of one. It reads both slot and token again
+// after the wait. Rows so asked for come in one piece, which costs memory less than the copies' lines in any order.
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
 
 #include <algorithm>
@@ -44,6 +47,24 @@ struct Token {
   }
 };
 
+// Starts to bring a token to the second-level cache, by the block's first threads.
+template <class In, int kDim>
+__device__ void prefetch_token(const RecurrentGatedDeltaRuleArgs& a, int64_t t, int key_head, int head) {
+  constexpr int kLine = 128;  // bytes
+  constexpr int kStep = kLine / static_cast<int>(sizeof(In));
+  constexpr int kLines = ceil_div(kDim, kStep);
+  const int i = threadIdx.x;
+  if (i < 2 * kLines) {
+    prefetch_line(row_of<In>(i < kLines ? a.q : a.k, t, key_head) + i % kLines * kStep);
+  } else if (i == 2 * kLines) {
+    prefetch_line(row_of(a.g, t, head));
+  } else if (i == 2 * kLines + 1) {
+    prefetch_line(row_of(a.beta, t, head));
+  } else if (i >= 32 && (i - 32) * kLine < a.V * size_of(a.v.dtype)) {
+    prefetch_line(row_of(a.v, t, head) + (i - 32) * kLine);
+  }
+}
+
 template <class In, class State, int kDim, int kRows, int kStages>
 __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
     rule_kernel(const __grid_constant__ RecurrentGatedDeltaRuleArgs a, int64_t first_sequence, int passes) {
@@ -63,7 +84,22 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
   const int first = warp * passes * kRows * kGroups + threadIdx.x % 32 / Layout::kLanes;
   const int num_rows = (V - first + kGroups - 1) / kGroups;  // up to the end of the head
 
-  begin_overlapped();
+  const auto rows_in = [&](int32_t slot, int row) {
+    return static_cast<State*>(a.state.data) + slot * a.state.stride + (static_cast<int64_t>(head) * V + row) * kDim;
+  };
+
+  let_next_kernel_launch();
+  if (a.num_accepted == nullptr) {
+    const int32_t slot = __ldcg(a.state.read + n);
+    const int row = warp * passes * kRows * kGroups;
+    const int count = min(passes * kRows * kGroups, V - row);
+    if (threadIdx.x % 32 == 0 && count > 0 && slot >= 0 && slot < a.num_slots) {
+      prefetch_row(rows_in(slot, row), static_cast<uint32_t>(count * kDim * static_cast<int>(sizeof(State))));
+    }
+    if (n < a.T) prefetch_token<In, kDim>(a, n, key_head, head);
+  }
+  wait_for_kernel_before();
+
   const bool is_verification = a.num_accepted != nullptr;
   const int32_t* const slots = is_verification ? a.state.read + n * a.L : nullptr;
   const int64_t begin = a.cu_seqlens == nullptr ? n : a.cu_seqlens[n];
@@ -90,13 +126,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
     return;
   }
 
-  const auto rows_in = [&](int32_t slot) {
-    return static_cast<State*>(a.state.data) + slot * a.state.stride + (static_cast<int64_t>(head) * V + first) * kDim;
-  };
   constexpr int kPassElements = kRows * kGroups * kDim;
   const auto copy_pass = [&](int pass) {
     if (pass < passes && has_initial_state) {
-      on_its_way.copy(pass % kStages, rows_in(read) + pass * kPassElements, lane, num_rows - pass * kRows);
+      on_its_way.copy(pass % kStages, rows_in(read, first) + pass * kPassElements, lane, num_rows - pass * kRows);
     }
     commit_copies();
   };
@@ -110,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
   };
   const auto store_pass = [&](int32_t slot, int pass, const LaneRow<State, kDim>(&s)[kRows]) {
     if (slot < 0) return;
-    State* const rows = rows_in(slot) + pass * kPassElements;
+    State* const rows = rows_in(slot, first) + pass * kPassElements;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r < num_rows - pass * kRows) s[r].store(rows + r * kGroups * kDim, lane);
@@ -161,15 +194,18 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
   }
 }
 
-// Few blocks take few rows, so that every multiprocessor has some; many take more, which loads q and k less often.
+// Few blocks take few rows, so that every multiprocessor has some. Many take more, which loads q and k less often, but
+// no more than a few KB a warp: what is brought to the second-level cache must still be there when it is read.
 template <class In, class State, int kDim>
 void launch(const RecurrentGatedDeltaRuleArgs& a, cudaStream_t stream) {
   constexpr int kLanes = RowLayout<State, kDim>::kLanes;
   constexpr int kGroups = kThreads / kLanes;  // of a block
   constexpr int kMost = kDim < 64 ? 1 : kDim == 128 && sizeof(State) == 2 ? 4 : 2;
+  constexpr int kMostBytes = sizeof(State) == 4 ? 4096 : 8192;  // of a warp
+  constexpr int kPasses = std::min(kLanes / kMost, kMostBytes / RowsInFlight<State, kDim, kMost, 1, 32, 1>::kBytes);
   constexpr int kStages = 2;
   constexpr int64_t kManyBlocks = 512;
-  constexpr int64_t kManyHeads = 2048;
+  constexpr int64_t kManyHeads = 1024;
   constexpr int64_t kMostSequences = 65535;  // of a launch
   for (int64_t n = 0; n < a.N; n += kMostSequences) {
     const int64_t count = std::min(a.N - n, kMostSequences);
@@ -184,9 +220,7 @@ void launch(const RecurrentGatedDeltaRuleArgs& a, cudaStream_t stream) {
     if (count * a.HV * ceil_div(a.V, kGroups * kMost) < kManyBlocks) {
       launch_rows(std::integral_constant<int, 1>(), 1);
     } else {
-      const bool is_f32_verification = sizeof(State) == 4 && a.num_accepted != nullptr;
-      launch_rows(std::integral_constant<int, kMost>(),
-                  count * a.HV < kManyHeads || is_f32_verification ? 1 : kLanes / kMost);
+      launch_rows(std::integral_constant<int, kMost>(), count * a.HV < kManyHeads ? 1 : kPasses);
     }
   }
 }

@@ -14,6 +14,8 @@ namespace xgdn::kernel::cuda {
 /// Rows of q and k are aligned to 16 bytes.
 struct RecurrentGatedDeltaRuleArgs : TokenDeltaRuleArgs {
   const bool* has_initial_state = nullptr;  // [N]  null: all true
+  int64_t T = 0;                            // tokens
+  int64_t num_slots = 0;                    // of the state's pool
 };
 
 /// Whether there is a kernel for heads of these sizes.

@@ -212,13 +212,6 @@ __device__ inline uint4 packed(const float (&x)[8]) {
   return packet;
 }
 
-__device__ inline void store_once(float* to, const float (&x)[4]) {
-  __stcs(reinterpret_cast<uint4*>(to), packed(x));
-}
-__device__ inline void store_once(__nv_bfloat16* to, const float (&x)[8]) {
-  __stcs(reinterpret_cast<uint4*>(to), packed(x));
-}
-
 // ---- sums over lanes ------------------------------------------------------------------------------------------------
 
 /// The sum over kLanes neighbouring lanes, in each of them: lanes kLanes/2 apart first.

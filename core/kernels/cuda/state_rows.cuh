@@ -58,7 +58,9 @@ struct LaneRow {
   }
   __device__ void store(State* row, int lane) const {
 #pragma unroll
-    for (int j = 0; j < Layout::kPackets; ++j) store_once(row + Layout::column(j, lane), x[j]);
+    for (int j = 0; j < Layout::kPackets; ++j) {
+      *reinterpret_cast<uint4*>(row + Layout::column(j, lane)) = packed(x[j]);
+    }
   }
   __device__ float dot(const LaneRow& y) const {
     float sum = 0.0f;
