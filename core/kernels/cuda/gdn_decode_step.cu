@@ -436,9 +436,11 @@ __global__ void __launch_bounds__(kThreads, Plan::kResident) step_kernel(const _
     on_its_way.widen(pass % kStages, s);
     float& x = x_of_rows[pass * kPassRows + warp * Rows::kCount + lane % kRows * kGroups + group];
     const float v = x;
-    __syncwarp();  // x and the rows have been read by all lanes
-    copy_pass(pass + kStages);
     float o = token.step(s, gate.decay, gate.beta, v, lane);
+    // The sums are of all lanes, so all have x and the rows in registers. Ahead of them reads may still be under way,
+    // which no barrier of the warp waits for, and a bulk copy could be ahead of them.
+    __syncwarp();
+    copy_pass(pass + kStages);
     if (write >= 0) {
       State* const to = state_rows(write, place) + group * kDim;
 #pragma unroll

@@ -4,9 +4,9 @@
 //
 // Pass: the rows that a block works on at once, kRows for each group. All passes of a block lie in one head; those
 // behind the current one are on their way to shared memory.
-// Ahead of the wait for the kernel before, a block asks the second-level cache for what it will most likely read: its
-// rows of the slot that is written down by then, and the token of a sequence of one. It reads both slot and token again
-// after the wait. Rows so asked for come in one piece, which costs memory less than the copies' lines in any order.
+// Ahead of the wait for the kernel before, a block asks the second-level cache for what it will most likely read first:
+// the first pass of its rows in the slot that is written down by then, and the token of a sequence of one. It reads slot
+// and token again after the wait. That pays with many blocks too: memory gets a warp's rows in one piece.
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
 
 #include <algorithm>
@@ -65,7 +65,7 @@ __device__ void prefetch_token(const RecurrentGatedDeltaRuleArgs& a, int64_t t, 
   }
 }
 
-template <class In, class State, int kDim, int kRows, int kStages>
+template <class In, class State, int kDim, int kRows, int kStages, bool kIsVerification>
 __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
     rule_kernel(const __grid_constant__ RecurrentGatedDeltaRuleArgs a, int64_t first_sequence, int passes) {
   using Layout = RowLayout<State, kDim>;
@@ -89,10 +89,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
   };
 
   let_next_kernel_launch();
-  if (a.num_accepted == nullptr) {
+  if constexpr (!kIsVerification) {
     const int32_t slot = __ldcg(a.state.read + n);
     const int row = warp * passes * kRows * kGroups;
-    const int count = min(passes * kRows * kGroups, V - row);
+    const int count = min(kRows * kGroups, V - row);
     if (threadIdx.x % 32 == 0 && count > 0 && slot >= 0 && slot < a.num_slots) {
       prefetch_row(rows_in(slot, row), static_cast<uint32_t>(count * kDim * static_cast<int>(sizeof(State))));
     }
@@ -100,12 +100,11 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
   }
   wait_for_kernel_before();
 
-  const bool is_verification = a.num_accepted != nullptr;
-  const int32_t* const slots = is_verification ? a.state.read + n * a.L : nullptr;
+  const int32_t* const slots = a.state.read + n * a.L;  // of a verification
   const int64_t begin = a.cu_seqlens == nullptr ? n : a.cu_seqlens[n];
   const int len = a.cu_seqlens == nullptr ? 1 : static_cast<int>(a.cu_seqlens[n + 1] - begin);
-  const int32_t read = is_verification ? slots[a.num_accepted[n] - 1] : a.state.read[n];
-  const int32_t last_write = is_verification ? read : a.state.write[n];
+  const int32_t read = kIsVerification ? slots[a.num_accepted[n] - 1] : a.state.read[n];
+  const int32_t last_write = kIsVerification ? read : a.state.write[n];
   const bool has_initial_state = a.has_initial_state == nullptr || a.has_initial_state[n];
 
   RawToken<In, State, kDim> raw;
@@ -146,7 +145,12 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
     State* const rows = rows_in(slot, first) + pass * kPassElements;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (r < num_rows - pass * kRows) s[r].store(rows + r * kGroups * kDim, lane);
+      if (r >= num_rows - pass * kRows) continue;
+      if constexpr (kIsVerification) {  // writes several states for each that it reads
+        s[r].store_once(rows + r * kGroups * kDim, lane);
+      } else {
+        s[r].store(rows + r * kGroups * kDim, lane);
+      }
     }
   };
   const auto step = [&](const Token<State, kDim>& token, int t, int pass, LaneRow<State, kDim>(&s)[kRows]) {
@@ -174,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
       LaneRow<State, kDim> s[kRows] = {};
       take_pass(pass, s);
       step(token, 0, pass, s);
-      store_pass(is_verification ? slots[0] : last_write, pass, s);
+      store_pass(kIsVerification ? slots[0] : last_write, pass, s);
     }
   } else {
 #pragma unroll 1
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
       take_pass(pass, s);
 #pragma unroll 1
       for (int t = 0; t < len; ++t) {
-        const int32_t write = is_verification ? slots[t] : t + 1 == len ? last_write : -1;
+        const int32_t write = kIsVerification ? slots[t] : t + 1 == len ? last_write : -1;
         Token<State, kDim> token;
         token.widen(a, raw);
         load_token(t + 1 < len ? t + 1 : 0);
@@ -194,8 +198,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
   }
 }
 
-// Few blocks take few rows, so that every multiprocessor has some. Many take more, which loads q and k less often, but
-// no more than a few KB a warp: what is brought to the second-level cache must still be there when it is read.
+// Few blocks take few rows, so that every multiprocessor has some; many take more, which loads q and k less often, up to
+// what measured best.
 template <class In, class State, int kDim>
 void launch(const RecurrentGatedDeltaRuleArgs& a, cudaStream_t stream) {
   constexpr int kLanes = RowLayout<State, kDim>::kLanes;
@@ -211,11 +215,13 @@ void launch(const RecurrentGatedDeltaRuleArgs& a, cudaStream_t stream) {
     const int64_t count = std::min(a.N - n, kMostSequences);
     const auto launch_rows = [&](auto rows, int passes) {
       constexpr int kRows = decltype(rows)::value;
+      const auto kernel = a.num_accepted == nullptr ? rule_kernel<In, State, kDim, kRows, kStages, false>
+                                                    : rule_kernel<In, State, kDim, kRows, kStages, true>;
       constexpr int kStageBytes = RowsInFlight<State, kDim, kRows, 1, kThreads, 1>::kBytes;
       const dim3 grid(static_cast<unsigned>(ceil_div(a.V, kGroups * kRows * passes)), static_cast<unsigned>(a.HV),
                       static_cast<unsigned>(count));
-      launch_overlapping(rule_kernel<In, State, kDim, kRows, kStages>, grid, kThreads,
-                         static_cast<size_t>(kStageBytes * std::min(passes, kStages)), 1, stream, a, n, passes);
+      launch_overlapping(kernel, grid, kThreads, static_cast<size_t>(kStageBytes * std::min(passes, kStages)), 1,
+                         stream, a, n, passes);
     };
     if (count * a.HV * ceil_div(a.V, kGroups * kMost) < kManyBlocks) {
       launch_rows(std::integral_constant<int, 1>(), 1);

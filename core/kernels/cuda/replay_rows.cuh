@@ -444,7 +444,7 @@ class ReplayBlock {
            (static_cast<int64_t>(head_) * V_ + group_row_) * kDim;
   }
   __device__ void store(int32_t slot, int r, const Row& s) const {
-    if (r < num_rows_) s.store(rows_in(slot) + r * kGroups * kDim, lane_);
+    if (r < num_rows_) s.store_once(rows_in(slot) + r * kGroups * kDim, lane_);
   }
   /// The fold of rows r to r + kFoldedRows of a group. Returns whether they are finite.
   __device__ bool fold_rows(int r, int count, const WindowDecays& decays, const Decay& decay, int32_t to) {

@@ -62,6 +62,13 @@ struct LaneRow {
       *reinterpret_cast<uint4*>(row + Layout::column(j, lane)) = packed(x[j]);
     }
   }
+  /// What is not read again soon should not push other things out of the cache.
+  __device__ void store_once(State* row, int lane) const {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) {
+      __stcs(reinterpret_cast<uint4*>(row + Layout::column(j, lane)), packed(x[j]));
+    }
+  }
   __device__ float dot(const LaneRow& y) const {
     float sum = 0.0f;
 #pragma unroll
@@ -195,8 +202,8 @@ class WarpRows {
     __syncwarp();
   }
 
-  /// Starts to copy the first `count` of the warp's rows, at most kCount, or none; all lanes have read what was there
-  /// before.
+  /// Starts to copy the first `count` of the warp's rows, at most kCount, or none; all lanes have what was there before
+  /// in registers.
   __device__ void copy(int stage, const State* rows, int count) const {
     State* const to = mine_ + stage * kStageElements;
     if constexpr (kIsBulk) {
