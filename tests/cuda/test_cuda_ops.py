@@ -289,6 +289,28 @@ def test_a_decoded_sequence_has_the_bits_that_it_has_alone(packed: bool, state_d
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_of_many_sequences_has_the_same_bits_every_time(state_dtype: torch.dtype) -> None:
+    """Blocks that fill a stage of shared memory again while the memory is busy, which delays what still reads it."""
+    H, HV, K, V, N = 16, 32, 128, 128, 64
+    projected = torch.randn(N, 2 * H * K + 2 * HV * V + 2 * HV).bfloat16().cuda()
+    slots = torch.randperm(N).int().cuda()
+    pools = step_pools(N, H, HV, K, V, state_dtype)
+    before = {name: pools[name].clone() for name in ("state", "conv")}
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        for name, t in before.items():
+            pools[name].copy_(t)
+        out = torch.full((N, HV, V), torch.nan, dtype=torch.bfloat16, device="cuda")
+        decode_step(projected, pools, slots, out)
+        return out, pools["state"].clone()
+
+    want = run()
+    for _ in range(100):
+        for name, got, expected in zip(("out", "state"), run(), want, strict=True):
+            assert_bits_equal(name, got, expected)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("H", "HV", "V"), [(1, 1, 160), (2, 6, 96), (1, 2, 72), (16, 16, 128)])
 def test_clusters_of_any_size_give_a_step_the_same_bits(H: int, HV: int, V: int, state_dtype: torch.dtype) -> None:
     """Passes that blocks share unevenly, and the last of a head that is not full. 600 sequences have no clusters."""

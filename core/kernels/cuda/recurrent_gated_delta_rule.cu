@@ -5,8 +5,8 @@
 // Pass: the rows that a block works on at once, kRows for each group. All passes of a block lie in one head; those
 // behind the current one are on their way to shared memory.
 // Ahead of the wait for the kernel before, a block asks the second-level cache for what it will most likely read first:
-// the first pass of its rows in the slot that is written down by then, and the token of a sequence of one. It reads slot
-// and token again after the wait. That pays with many blocks too: memory gets a warp's rows in one piece.
+// the first pass of its rows in the slot that is written down by then, and the token of a sequence of one. It reads
+// slot and token again after the wait. That pays with many blocks too: memory gets a warp's rows in one piece.
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
 
 #include <algorithm>
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 4 : 5)
   }
 }
 
-// Few blocks take few rows, so that every multiprocessor has some; many take more, which loads q and k less often, up to
-// what measured best.
+// Few blocks take few rows, so that every multiprocessor has some; many take more, which loads q and k less often, up
+// to what measured best.
 template <class In, class State, int kDim>
 void launch(const RecurrentGatedDeltaRuleArgs& a, cudaStream_t stream) {
   constexpr int kLanes = RowLayout<State, kDim>::kLanes;

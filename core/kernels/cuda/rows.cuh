@@ -212,6 +212,13 @@ __device__ inline uint4 packed(const float (&x)[8]) {
   return packet;
 }
 
+/// Stores a packet in one piece, which an assignment may take apart.
+__device__ inline void store_whole(void* to, uint4 packet) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(packet.x),
+               "r"(packet.y), "r"(packet.z), "r"(packet.w)
+               : "memory");
+}
+
 // ---- sums over lanes ------------------------------------------------------------------------------------------------
 
 /// The sum over kLanes neighbouring lanes, in each of them: lanes kLanes/2 apart first.

@@ -58,9 +58,7 @@ struct LaneRow {
   }
   __device__ void store(State* row, int lane) const {
 #pragma unroll
-    for (int j = 0; j < Layout::kPackets; ++j) {
-      *reinterpret_cast<uint4*>(row + Layout::column(j, lane)) = packed(x[j]);
-    }
+    for (int j = 0; j < Layout::kPackets; ++j) store_whole(row + Layout::column(j, lane), packed(x[j]));
   }
   /// What is not read again soon should not push other things out of the cache.
   __device__ void store_once(State* row, int lane) const {
