@@ -437,8 +437,8 @@ __global__ void __launch_bounds__(kThreads, Plan::kResident) step_kernel(const _
     float& x = x_of_rows[pass * kPassRows + warp * Rows::kCount + lane % kRows * kGroups + group];
     const float v = x;
     float o = token.step(s, gate.decay, gate.beta, v, lane);
-    // The sums are of all lanes, so all have x and the rows in registers. Ahead of them reads may still be under way,
-    // which no barrier of the warp waits for, and a bulk copy could be ahead of them.
+    // A barrier of the warp waits for no read that is under way, and a bulk copy could overtake one. The step's sums
+    // take what all lanes read, so behind it no read is.
     __syncwarp();
     copy_pass(pass + kStages);
     if (write >= 0) {
