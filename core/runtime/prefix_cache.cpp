@@ -126,13 +126,14 @@ void PrefixCache::keep(RequestId id, std::span<const int32_t> tokens, SequenceMe
   for (const uint64_t hash : kept->hashes) ++num_beginning_with_[hash];
 }
 
-void PrefixCache::keep_checkpoint(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {
-  if (!make_room(tokens)) return;
+bool PrefixCache::keep_checkpoint(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {
+  if (!make_room(tokens)) return false;
   const int64_t num_blocks = memory.num_missing_to_checkpoint();
   evict_for(num_blocks);
   // A slot that was given up is free only when the sequences that go on from it have read it.
-  if (states_.num_free() == 0 || kv_.num_free() < num_blocks) return;
+  if (states_.num_free() == 0 || kv_.num_free() < num_blocks) return false;
   keep(id, tokens, memory.checkpoint());
+  return true;
 }
 
 void PrefixCache::keep_rolling(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {
@@ -140,9 +141,7 @@ void PrefixCache::keep_rolling(RequestId id, std::span<const int32_t> tokens, Se
     return prefix.made_by == id && prefix.is_rolling && !prefix.is_shared && prefix.num_pins == 0;
   });
   if (last != prefixes_.end()) drop(last);
-  const int64_t next_id = next_id_;
-  keep_checkpoint(id, tokens, memory);
-  if (next_id_ > next_id) prefixes_.back().is_rolling = true;
+  if (keep_checkpoint(id, tokens, memory)) prefixes_.back().is_rolling = true;
 }
 
 void PrefixCache::keep_rest(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {

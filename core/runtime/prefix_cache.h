@@ -67,9 +67,9 @@ class PrefixCache {
   /// is left costs too much. Ascending.
   std::vector<int64_t> checkpoints(std::span<const int32_t> prompt, int64_t num_computed) const;
 
-  /// Keeps the state after `tokens`, which `memory` has computed and goes on from as a fork. Does nothing where there
-  /// is no room for another state.
-  void keep_checkpoint(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory);
+  /// Keeps the state after `tokens`, which `memory` has computed and goes on from as a fork. Returns whether it did:
+  /// not where there is no room for another state, or one of them is held.
+  bool keep_checkpoint(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory);
 
   /// The same for a state that takes the place of the last one that the request has kept so, unless others go on from
   /// that.

@@ -22,6 +22,7 @@
 #include "core/kernels/cpu/gdn_decode_step.h"
 #include "core/kernels/cpu/gdn_gating.h"
 #include "core/kernels/cpu/linear.h"
+#include "core/kernels/cpu/linear_f32.h"
 #include "core/kernels/cpu/linear_rows.h"
 #include "core/kernels/cpu/paged_attention.h"
 #include "core/kernels/cpu/quantized_linear.h"
@@ -862,6 +863,41 @@ void test_linear_with(const LinearKernel& kernel) {
   test_linear(/*T=*/13, /*D=*/2080, /*O=*/48, DType::kFloat32, /*has_bias=*/false, kernel);  // several pieces of D
 }
 
+// All tokens at once, and each by itself with the same bits. Rows of x, weight and out lie apart.
+void test_linear_f32(int64_t T, int64_t D, int64_t O, bool has_bias) {
+  constexpr int64_t kGap = 3;
+  const std::string name = "linear of f32, T=" + std::to_string(T) + ", O=" + std::to_string(O);
+  Numbers x = Numbers::random(DType::kFloat32, T * (D + kGap));
+  Numbers weight = Numbers::random(DType::kFloat32, O * (D + kGap));
+  Numbers bias = Numbers::random(DType::kFloat32, O, 10.0f);
+  Numbers out(DType::kFloat32, T * (O + kGap)), one_by_one(DType::kFloat32, T * (O + kGap));
+  const auto multiply = [&](int64_t token, int64_t count, Numbers& to) {
+    LinearF32Args args = {.T = count, .D = D, .O = O, .x_stride = D + kGap, .weight_stride = D + kGap};
+    args.x = static_cast<const float*>(x.data()) + token * (D + kGap);
+    args.weight = static_cast<const float*>(weight.data());
+    args.bias = has_bias ? static_cast<const float*>(bias.data()) : nullptr;
+    args.out = static_cast<float*>(to.data()) + token * (O + kGap);
+    args.out_stride = O + kGap;
+    const int64_t items = num_work_items(args);
+    for (int64_t item = 0; item < items; ++item) linear_f32(args, item, item + 1);
+  };
+  multiply(0, T, out);
+  for (int64_t t = 0; t < T; ++t) multiply(t, 1, one_by_one);
+  expect(out.has_bits_of(one_by_one), name + ": a token's bits depend on the tokens beside it");
+  Numbers inside(DType::kFloat32, T * O);
+  Doubles want;
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t o = 0; o < O; ++o) {
+      double sum = has_bias ? bias[o] : 0;
+      for (int64_t i = 0; i < D; ++i) sum += x[t * (D + kGap) + i] * weight[o * (D + kGap) + i];
+      want.push_back(sum);
+      inside.set(t * O + o, static_cast<float>(out[t * (O + kGap) + o]));
+    }
+    for (int64_t o = O; o < O + kGap; ++o) expect(std::isnan(out[t * (O + kGap) + o]), name + ": writes beside out");
+  }
+  expect_close(name, inside, want, tolerance(DType::kFloat32));
+}
+
 // Any number of outputs, weights without gaps, and few tokens of a D that a cache does not hold.
 void test_linear_by_rows(const LinearKernel& kernel) {
   test_linear_with(kernel);
@@ -1228,7 +1264,7 @@ void test_target(int64_t target) {
         for (const int64_t tokens : {1, 4}) {
           test_rule("delta rule", &Rule::args, tokens, K, /*V=*/32, dtype, state_dtype);
         }
-        for (const int64_t tokens : {1, 64, 70}) {
+        for (const int64_t tokens : {1, 33, 64, 70}) {
           test_rule("chunks", &Rule::chunk_args, tokens, K, /*V=*/48, dtype, state_dtype);
         }
         for (const int64_t tokens : {1, 15, 16, 40}) test_replay(tokens, K, /*V=*/48, dtype, state_dtype);
@@ -1260,6 +1296,9 @@ void test_target(int64_t target) {
   }
   test_quantized_linears(Codes::kFloat8, /*bits=*/16);
   for (const size_t size : {1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 100, 1000, 1024}) test_logits(size);
+  for (const int64_t T : {1, 2, 3, 4, 5, 8, 11, 16}) {
+    for (const int64_t O : {1, 16, 41}) test_linear_f32(T, /*D=*/T == 5 ? 2080 : 96, O, /*has_bias=*/T % 2 == 1);
+  }
   test_linear_by_rows(linear_by_widened_rows);
   const bool has_pairs = target == HWY_AVX3 && bfloat16_products() != nullptr;
   for (const int64_t T : {1, 7, 45}) {
