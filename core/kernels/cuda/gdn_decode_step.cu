@@ -25,6 +25,7 @@
 #include "core/kernels/cuda/conv_taps.cuh"
 #include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/device_facts.h"
+#include "core/kernels/cuda/divisor.cuh"
 #include "core/kernels/cuda/element_products.cuh"
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/launch.h"
@@ -43,15 +44,6 @@ constexpr int kMostCluster = 8;
 constexpr int kMostHeads = kThreads;  // of a key head
 constexpr int32_t kNoSlot = -1;
 constexpr int kBytesAhead = 32 << 10;  // of the state, of a block
-
-// Quotients of small numbers by one that the host knows.
-struct Divisor {
-  uint32_t value;
-  uint32_t inverse;  // 2^32 / value, rounded up
-
-  explicit Divisor(uint32_t divisor) : value(divisor), inverse(UINT32_MAX / divisor + 1) {}
-  __device__ int quotient(int x) const { return value == 1 ? x : __umulhi(x, inverse); }
-};
 
 struct Step {
   DecodeStepArgs args;
