@@ -17,15 +17,19 @@
 namespace xgdn::kernel::cuda {
 namespace {
 
-template <class State, int kDim, int kRows, int kTokens>
-__global__ void __launch_bounds__(kReplayThreads, 4)
-    replay_kernel(const __grid_constant__ ReplayGatedDeltaRuleArgs a, int64_t first_sequence) {
+template <class State, int kDim, class Plan>
+__global__ void __launch_bounds__(kReplayThreads, Plan::kBlocks)
+    replay_kernel(const __grid_constant__ ReplayGatedDeltaRuleArgs a, Divisor heads_of_key, int64_t first_sequence) {
+  constexpr int kTokens = Plan::kTokens;
+  using Block = ReplayBlock<State, kDim, Plan>;
   // Few blocks have bandwidth to spare: they read whole rings, and so need not wait for the lengths.
-  constexpr bool kIsEager = kRows == 1;
+  constexpr bool kIsEager = Plan::kRows == 1;
+  // Whether tokens are loaded ahead of the length: with f32 checkpoints it was measured to be slower.
+  constexpr bool kLoadsFirst = kIsEager || sizeof(State) == 2;
   extern __shared__ uint4 shared[];
-  const auto C = static_cast<int>(a.C);
+  __shared__ typename Block::Checkpoint::Barriers barriers;
   const int64_t n = first_sequence + blockIdx.z;
-  ReplayBlock<State, kDim, kRows, kTokens> block(a, shared);
+  Block block(a, heads_of_key, shared, barriers);
 
   begin_overlapped();
   ReplaySequence s(a, n);
@@ -35,46 +39,59 @@ __global__ void __launch_bounds__(kReplayThreads, 4)
   } else {
     block.clear_checkpoint();
   }
-  if constexpr (kIsEager) block.copy_ring(s.ring_read, 0, C);
+  if constexpr (kIsEager) block.copy_ring(s.ring_read, 0, block.C());
+  typename Block::RawTokens raw;
+  const auto load_tokens = [&](int t) {
+    raw = {};  // nothing is kept of the batch before
+    if (t < s.len) block.load_tokens(s, t, raw);
+  };
+  if constexpr (kLoadsFirst) load_tokens(0);
   s.read_length(a, n);
-  block.load_tokens(s, 0);
-  if constexpr (!kIsEager) block.copy_ring(s.ring_read, 0, min(s.in_ring, C));
-  block.set_length(min(s.in_ring, C));
+  if constexpr (!kIsEager) block.copy_ring(s.ring_read, 0, min(s.in_ring, block.C()));
+  if constexpr (!kLoadsFirst) load_tokens(0);
+  block.set_length(min(s.in_ring, block.C()));
 
-  bool has_begun = false, has_read_last = false;
+  bool has_begun = false;
+  unsigned readers = 0;  // before this block, in the upper bits
   for (int t = 0;;) {
     if (block.room() == 0 && (!has_begun || a.commit || t < s.len)) {
       if (!has_begun) block.wait_for_copies();
-      const bool is_finite = block.fold(C, s.is_written && block.folded() + C == s.folded ? s.write : -1);
+      const bool is_finite =
+          block.fold(block.C(), s.is_written && block.folded() + block.C() == s.folded ? s.write : -1);
       if (!is_finite && has_begun && a.commit) block.fill_outputs(s.begin + t - 1, 1, NAN);
       if (!has_begun) {  // after a verification
-        block.copy_ring(s.ring_read, C, s.in_ring - C);
-        block.set_length(s.in_ring - C);
+        block.copy_ring(s.ring_read, block.C(), s.in_ring - block.C());
+        block.set_length(s.in_ring - block.C());
       }
+      load_tokens(t);  // not kept during the fold
+    } else if (has_begun && t < s.len) {
+      load_tokens(t);
+      __syncthreads();  // the batch before has been read
     }
     if (has_begun && t == s.len) break;
     const int count = min(min(kTokens, block.room()), s.len - t);
     if (kIsEager && !has_begun) block.wait_for_copies();  // of rows where tokens go
-    if (count > 0) block.stage_tokens(count);
-    block.load_tokens(s, t + count);
+    if (count > 0) block.stage_tokens(raw, count);
+    block.prefetch_tokens(s, t + count);
     block.wait_for_copies();
     if (!has_begun) {
       if (s.is_written && s.is_in_place() && threadIdx.x == 0) {
-        const unsigned before =
-            atomicAdd(reinterpret_cast<unsigned*>(a.ring.length + s.ring_read), 1u << kRingLengthBits);
-        has_read_last = (before >> kRingLengthBits) + 1 == gridDim.x * gridDim.y;
+        readers = atomicAdd(reinterpret_cast<unsigned*>(a.ring.length + s.ring_read), 1u << kRingLengthBits);
       }
       if (s.is_written && s.folded == 0 && !(s.has_initial_state && s.write == s.read)) block.store_checkpoint(s.write);
       block.write_old_updates(s);
       block.write_keys(s, 0, block.length());
       has_begun = true;
     }
-    if (count == 0) continue;
+    if (count == 0) {
+      block.wait_for_checkpoint();  // its copy may not outlast the block
+      continue;
+    }
     float products[kTokens];
     block.multiply(count, products);
     block.write_keys(s, block.length(), count);
     __syncthreads();
-    block.add_tokens(s, t, count, products);
+    block.add_tokens(s, raw, t, count, products);
     t += count;
   }
 
@@ -82,18 +99,22 @@ __global__ void __launch_bounds__(kReplayThreads, 4)
   const int32_t length = s.written_length(a.commit);
   if (!s.is_in_place()) {  // nobody reads it
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) a.ring.length[s.ring_write] = length;
-  } else if (__syncthreads_or(has_read_last)) {
-    if (threadIdx.x == 0) a.ring.length[s.ring_write] = length;
-    if (s.overwrites()) block.write_all_keys(s);
+    return;
   }
+  const bool has_read_last = threadIdx.x == 0 && (readers >> kRingLengthBits) + 1 == gridDim.x * gridDim.y;
+  if (has_read_last) a.ring.length[s.ring_write] = length;
+  if (s.overwrites() && __syncthreads_or(has_read_last)) block.write_all_keys(s);
 }
 
-template <class State, int kDim, int kRows>
+template <class State, int kDim, class Plan>
 __global__ void __launch_bounds__(kReplayThreads)
-    materialize_kernel(const __grid_constant__ ReplayGatedDeltaRuleArgs a, const int32_t* lengths, int64_t first) {
+    materialize_kernel(const __grid_constant__ ReplayGatedDeltaRuleArgs a, Divisor heads_of_key, const int32_t* lengths,
+                       int64_t first) {
+  using Block = ReplayBlock<State, kDim, Plan>;
   extern __shared__ uint4 shared[];
+  __shared__ typename Block::Checkpoint::Barriers barriers;
   const int64_t n = first + blockIdx.z;
-  ReplayBlock<State, kDim, kRows, 1> block(a, shared);
+  Block block(a, heads_of_key, shared, barriers);
   begin_overlapped();
   const int32_t read = a.state.read[n], write = a.state.write[n], count = lengths[n];
   if (read < 0 || write < 0) return;
@@ -105,27 +126,60 @@ __global__ void __launch_bounds__(kReplayThreads)
 }
 
 // Few blocks take few rows, so that every multiprocessor has some; many take more, which read the ring's keys less
-// often. `run` gets a block, its grid and the first sequence, for at most kMostSequences at once.
+// often.
+template <class State, int kDim>
+constexpr int kMostRows = std::min(4, RowLayout<State, kDim>::kLanes / 2);
+constexpr int64_t kManyBlocks = 512;
+
+template <class State, int kDim, int kRows>
+constexpr int kBlockRows = ReplayBlock<State, kDim, ReplayPlan<void, kRows, 1, 0, 4>>::kBlockRows;
+
+// A plan that serves any types and C. `run` gets it.
 template <class State, int kDim, int kTokens, class Run>
-void launch(const ReplayGatedDeltaRuleArgs& a, const Run& run) {
-  constexpr int kMost = std::min(4, RowLayout<State, kDim>::kLanes / 2);
-  constexpr int64_t kManyBlocks = 512;
+void with_plan(int64_t blocks, const Run& run) {
+  if (blocks < kManyBlocks) {
+    run(ReplayPlan<void, 1, kTokens, 0, 4>());
+  } else {
+    run(ReplayPlan<void, kMostRows<State, kDim>, kTokens, 0, 4>());
+  }
+}
+
+// A plan for what models have, K = 128 and C = 16. Shared memory holds more than 4 blocks of decode; where there are no
+// more, their registers go to folds.
+template <class State, class In, int kTokens, class Run>
+void with_own_plan(int64_t blocks, const Run& run) {
+  constexpr int kC = 16, kRows = kMostRows<State, 128>;
+  if (blocks < kManyBlocks) return run(ReplayPlan<In, 1, kTokens, kC, 4>());
+  if constexpr (kTokens == 1) {
+    constexpr int kBlocks = sizeof(State) == 4 ? 5 : 6;
+    if (blocks > 4 * num_multiprocessors()) return run(ReplayPlan<In, kRows, kTokens, kC, kBlocks>());
+  }
+  run(ReplayPlan<In, kRows, kTokens, kC, 4>());
+}
+
+// Whether q, k, v and out are of one type.
+bool has_one_input_type(const ReplayGatedDeltaRuleArgs& a) {
+  return a.k.dtype == a.q.dtype && a.v.dtype == a.q.dtype && a.out.dtype == a.q.dtype;
+}
+
+// Calls run(first, count, blocks) for sequences that go into one launch, with their blocks of most rows.
+template <class State, int kDim, class Run>
+void for_launches(const ReplayGatedDeltaRuleArgs& a, const Run& run) {
   constexpr int64_t kMostSequences = 65535;
   for (int64_t n = 0; n < a.N; n += kMostSequences) {
     const int64_t count = std::min(a.N - n, kMostSequences);
-    const auto launch_rows = [&](auto rows) {
-      using Block = ReplayBlock<State, kDim, decltype(rows)::value, kTokens>;
-      const dim3 grid(static_cast<unsigned>(ceil_div(a.V, Block::kBlockRows)), static_cast<unsigned>(a.HV),
-                      static_cast<unsigned>(count));
-      run(rows, grid, Block::bytes(a.C), n);
-    };
-    const int64_t blocks = count * a.HV * ceil_div(a.V, ReplayBlock<State, kDim, kMost, kTokens>::kBlockRows);
-    if (blocks < kManyBlocks) {
-      launch_rows(std::integral_constant<int, 1>());
-    } else {
-      launch_rows(std::integral_constant<int, kMost>());
-    }
+    run(n, count, count * a.HV * ceil_div(a.V, kBlockRows<State, kDim, kMostRows<State, kDim>>));
   }
+}
+
+template <class State, int kDim, class Plan>
+dim3 grid_of(const ReplayGatedDeltaRuleArgs& a, int64_t sequences) {
+  return dim3(static_cast<unsigned>(ceil_div(a.V, kBlockRows<State, kDim, Plan::kRows>)), static_cast<unsigned>(a.HV),
+              static_cast<unsigned>(sequences));
+}
+
+Divisor heads_of_key(const ReplayGatedDeltaRuleArgs& a) {
+  return Divisor(static_cast<uint32_t>(a.HV / a.H));
 }
 
 // Calls f with an element of the checkpoints and with K.
@@ -140,17 +194,27 @@ void replay_gated_delta_rule(const ReplayGatedDeltaRuleArgs& args, int64_t T, cu
   with_sizes(args, [&](auto state, auto dim) {
     using State = decltype(state);
     constexpr int kDim = dim();
-    const auto launch_batches = [&](auto tokens) {
+    const auto launch = [&](auto tokens) {
       constexpr int kTokens = decltype(tokens)::value;
-      launch<State, kDim, kTokens>(args, [&](auto rows, dim3 grid, size_t bytes, int64_t first) {
-        launch_overlapping(replay_kernel<State, kDim, decltype(rows)::value, kTokens>, grid, kReplayThreads, bytes, 1,
-                           stream, args, first);
+      for_launches<State, kDim>(args, [&](int64_t first, int64_t count, int64_t blocks) {
+        const auto run = [&](auto plan) {
+          using Plan = decltype(plan);
+          launch_overlapping(replay_kernel<State, kDim, Plan>, grid_of<State, kDim, Plan>(args, count), kReplayThreads,
+                             ReplayBlock<State, kDim, Plan>::bytes(args.C), 1, stream, args, heads_of_key(args), first);
+        };
+        if constexpr (kDim == 128) {
+          if (args.C == 16 && has_one_input_type(args)) {
+            return with_element(args.q.dtype,
+                                [&](auto in) { with_own_plan<State, decltype(in), kTokens>(blocks, run); });
+          }
+        }
+        with_plan<State, kDim, kTokens>(blocks, run);
       });
     };
     if (T <= args.N) {
-      launch_batches(std::integral_constant<int, 1>());
+      launch(std::integral_constant<int, 1>());
     } else {
-      launch_batches(std::integral_constant<int, std::min(4, RowLayout<State, kDim>::kLanes / 2)>());
+      launch(std::integral_constant<int, std::min(4, RowLayout<State, kDim>::kLanes / 2)>());
     }
   });
   check_launch("replay_gated_delta_rule");
@@ -160,9 +224,13 @@ void materialize_state(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
   with_sizes(args, [&](auto state, auto dim) {
     using State = decltype(state);
     constexpr int kDim = dim();
-    launch<State, kDim, 1>(args, [&](auto rows, dim3 grid, size_t bytes, int64_t first) {
-      launch_overlapping(materialize_kernel<State, kDim, decltype(rows)::value>, grid, kReplayThreads, bytes, 1, stream,
-                         args, lengths, first);
+    for_launches<State, kDim>(args, [&](int64_t first, int64_t count, int64_t blocks) {
+      with_plan<State, kDim, 1>(blocks, [&](auto plan) {
+        using Plan = decltype(plan);
+        launch_overlapping(materialize_kernel<State, kDim, Plan>, grid_of<State, kDim, Plan>(args, count),
+                           kReplayThreads, ReplayBlock<State, kDim, Plan>::bytes(args.C), 1, stream, args,
+                           heads_of_key(args), lengths, first);
+      });
     });
   });
   check_launch("materialize_state");

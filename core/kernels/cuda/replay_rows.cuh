@@ -6,7 +6,7 @@
 // those rows of the checkpoint S, and the window: the tokens since the checkpoint, up to C of them. The tokens of a
 // call join the window in batches; once it is full it is folded into S, if more tokens follow or all are committed.
 //
-//   batch:  keys, queries and gates of its tokens -> window | barrier |
+//   batch:  keys, queries and gates of its tokens -> window, decays up to them | barrier |
 //           products with the window's keys (a group of lanes a key), and with S (a group a row) | barrier |
 //           per row and token: u and o, summed over the window
 //
@@ -21,9 +21,13 @@
 // NaN.
 #pragma once
 
+#include <algorithm>
 #include <cfloat>
 
+#include "core/kernels/cuda/dependent_launch.cuh"
+#include "core/kernels/cuda/divisor.cuh"
 #include "core/kernels/cuda/gates.cuh"
+#include "core/kernels/cuda/replay_sequence.cuh"
 #include "core/kernels/cuda/state_rows.cuh"
 #include "core/kernels/op_args.h"
 
@@ -31,70 +35,31 @@ namespace xgdn::kernel::cuda {
 
 inline constexpr int kReplayWarps = 4;
 inline constexpr int kReplayThreads = kReplayWarps * 32;
-inline constexpr unsigned kRingLengthBits = 8;  // of a ring's length; those above count blocks
-
-/// A sequence of the call. Its tokens are numbered from its checkpoint on: first those of the ring, then the call's.
-struct ReplaySequence {
-  int64_t begin;  // among the call's tokens
-  int len;
-  int32_t read, write, ring_read, ring_write;
-  bool has_initial_state;
-  int in_ring;  // tokens
-  int folded;   // tokens that the written checkpoint contains beyond the one that is read
-  bool is_written;
-
-  __device__ ReplaySequence(const ReplayGatedDeltaRuleArgs& a, int64_t n)
-      : begin(a.cu_seqlens[n]),
-        len(static_cast<int>(a.cu_seqlens[n + 1] - begin)),
-        read(a.state.read[n]),
-        write(a.state.write[n]),
-        ring_read(a.ring.read[n]),
-        ring_write(a.ring.write[n]),
-        has_initial_state(a.has_initial_state == nullptr || a.has_initial_state[n]),
-        is_written(read >= 0 && write >= 0 && ring_write >= 0) {}
-
-  __device__ void read_length(const ReplayGatedDeltaRuleArgs& a, int64_t n) {
-    const auto C = static_cast<int>(a.C);
-    in_ring = 0;
-    if (has_initial_state) {
-      const auto word = static_cast<unsigned>(__ldcg(a.ring.length + ring_read));
-      in_ring =
-          static_cast<int>(word & ((1u << kRingLengthBits) - 1)) + (a.num_accepted == nullptr ? 0 : a.num_accepted[n]);
-    }
-    folded = a.commit ? (in_ring + len) & -C : in_ring >= C ? C : 0;  // C is a power of two
-  }
-
-  __device__ int end() const { return in_ring + len; }
-  __device__ int written_length(bool commit) const { return (commit ? end() : in_ring) - folded; }
-  __device__ bool is_in_place() const { return has_initial_state && ring_read == ring_write; }
-  /// The first token that the written ring lacks.
-  __device__ int first_written() const { return is_in_place() && folded == 0 ? in_ring : folded; }
-  /// Whether rows are written that other blocks may still have to read.
-  __device__ bool overwrites() const { return is_in_place() && folded > 0 && end() > folded; }
-};
 
 /// Decays from the rows of a window to one of them, `last`. A lane has two rows, whose gates are summed in double from
 /// the last row backwards, by halves: what a sum has depends on its rows alone. No difference is taken: of sums over
 /// the whole window it would be all noise behind a gate that wipes the state.
 struct WindowDecays {
-  double of_all;  // the logarithm of the decay of S
+  double of_all;    // the logarithm of the decay of S
+  float even, odd;  // from rows 2 lane and 2 lane + 1 on
 
-  WindowDecays() = default;
-  __device__ WindowDecays(const float* gates, int last) {
-    const int lane = threadIdx.x % 32;
+  /// For each `lanes` neighbouring lanes a `last` of their own, below 2 lanes; a power of two.
+  __device__ WindowDecays(const float* gates, int last, int lanes) {
+    const int lane = threadIdx.x % lanes;
     const auto gate = [&](int row) { return row <= last ? static_cast<double>(gates[row]) : 0.0; };
-    const double odd = gate(2 * lane + 1);
-    double sum = gate(2 * lane) + odd;  // of the lane's rows and those behind
+    const double odd_gate = gate(2 * lane + 1);
+    double sum = gate(2 * lane) + odd_gate;  // of the lane's rows and those behind
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
+      if (step >= lanes) break;
       const double behind = __shfl_down_sync(0xffffffffu, sum, step);
-      sum += lane + step < 32 ? behind : 0.0;
+      sum += lane + step < lanes ? behind : 0.0;
     }
-    of_all = __shfl_sync(0xffffffffu, sum, 0);
+    of_all = __shfl_sync(0xffffffffu, sum, 0, lanes);
     const double next = __shfl_down_sync(0xffffffffu, sum, 1);
-    const double behind = lane == 31 ? 0.0 : next;
-    odd_ = expf(static_cast<float>(behind));
-    even_ = expf(static_cast<float>(behind + odd));
+    const double behind = lane == lanes - 1 ? 0.0 : next;
+    odd = expf(static_cast<float>(behind));
+    even = expf(static_cast<float>(behind + odd_gate));
   }
   /// That of S, as if it were computed in double: what it lacks would come back at every fold.
   __device__ Decay of_state() const {
@@ -105,20 +70,21 @@ struct WindowDecays {
     decay.factor = fmaf(rest, decay.kept + decay.factor, decay.factor);
     return decay;
   }
-  /// All lanes of the warp, which may ask for different rows, none behind the last.
-  __device__ float of_row(int row) const {
-    const float even = __shfl_sync(0xffffffffu, even_, row / 2);
-    const float odd = __shfl_sync(0xffffffffu, odd_, row / 2);
-    return row % 2 == 0 ? even : odd;
-  }
+};
 
- private:
-  float even_, odd_;
+/// What a kernel is made for: the element of q, k, v and out, or void where it is known at run time; rows of a group of
+/// lanes; tokens of a batch; C, or 0 where it is known at run time; blocks that a multiprocessor's registers hold.
+template <class InOfPlan, int kRowsOfPlan, int kTokensOfPlan, int kCOfPlan, int kBlocksOfPlan>
+struct ReplayPlan {
+  using In = InOfPlan;
+  static constexpr int kRows = kRowsOfPlan, kTokens = kTokensOfPlan, kC = kCOfPlan, kBlocks = kBlocksOfPlan;
 };
 
 /// Rows of a head of a sequence, and the window, which lies in shared memory behind S.
-template <class State, int kDim, int kRows, int kTokens>
+template <class State, int kDim, class Plan>
 class ReplayBlock {
+  static constexpr int kRows = Plan::kRows, kTokens = Plan::kTokens;
+
  public:
   using Layout = RowLayout<State, kDim>;
   static constexpr int kLanes = Layout::kLanes;
@@ -126,32 +92,35 @@ class ReplayBlock {
   static constexpr int kBlockRows = kReplayWarps * kGroups * kRows;
   static constexpr int kBlockGroups = kReplayWarps * kGroups;
   static_assert(2 * kRows <= kLanes && 2 * kTokens <= kLanes && 2 * kTokens <= kBlockGroups);
-  using Checkpoint = RowsInFlight<State, kDim, kRows, 1, kReplayThreads, kGroups>;
+  using Checkpoint = WarpRows<State, kDim, kRows, 1, kReplayWarps, true>;
   using Row = LaneRow<State, kDim>;
+
+  /// What a batch needs, on its way.
+  struct RawTokens {
+    RawElements<Layout::kPacket> key[Layout::kPackets];  // or query
+    RawScalar v[kTokens], gate, beta;
+  };
 
   /// Of shared memory.
   static size_t bytes(int64_t C) {
-    return Checkpoint::kBytes + sizeof(float) * (C * (kDim + kBlockRows + 1) + kTokens * (kDim + 2 * C));
+    return Checkpoint::kStageBytes +
+           sizeof(float) * (C * (kDim + 1) + (C - 1) * kBlockRows + kQueries + kTokens * (2 * C + 2));
   }
 
-  __device__ ReplayBlock(const ReplayGatedDeltaRuleArgs& args, uint4* shared)
+  __device__ ReplayBlock(const ReplayGatedDeltaRuleArgs& args, Divisor heads_of_key, uint4* shared,
+                         typename Checkpoint::Barriers& barriers)
       : a_(args),
-        C_(static_cast<int>(args.C)),
         V_(static_cast<int>(args.V)),
         head_(blockIdx.y),
-        heads_of_key_(static_cast<int>(args.HV) / static_cast<int>(args.H)),
-        key_head_(head_ / heads_of_key_),
+        key_head_(heads_of_key.quotient(head_)),
+        is_of_key_(key_head_ * static_cast<int>(heads_of_key.value) == head_),
+        warp_(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0)),
         lane_(threadIdx.x % kLanes),
         group_(threadIdx.x / kLanes),
-        checkpoint_(shared) {
-    keys_ = reinterpret_cast<float*>(shared + Checkpoint::kBytes / sizeof(uint4));
-    queries_ = keys_ + C_ * kDim;
-    u_ = queries_ + kTokens * kDim;
-    to_u_ = reinterpret_cast<Weights*>(u_ + C_ * kBlockRows);
-    to_o_ = to_u_ + C_;
-    gates_ = reinterpret_cast<float*>(to_o_ + C_);
+        shared_(reinterpret_cast<float*>(shared)),
+        checkpoint_(shared, barriers) {
     first_row_ = blockIdx.x * kBlockRows;
-    const int first_of_group = threadIdx.x / 32 * kGroups * kRows + group_ % kGroups;
+    const int first_of_group = warp_ * Checkpoint::kCount + group_ % kGroups;
     group_row_ = first_row_ + first_of_group;
     num_rows_ = (V_ - group_row_ + kGroups - 1) / kGroups;  // of the group, kGroups apart, up to the end of the head
     own_row_ = first_of_group + lane_ % kRows * kGroups;
@@ -161,36 +130,64 @@ class ReplayBlock {
 
   /// x, as the block's outputs of tokens `begin` to `begin + len`.
   __device__ void fill_outputs(int64_t begin, int len, float x) const {
+#pragma unroll 1
     for (int t = 0; t < len; ++t) {
+#pragma unroll 1
       for (int row = threadIdx.x; row < min(kBlockRows, V_ - first_row_); row += kReplayThreads) {
         store_scalar(a_.out.dtype, row_of(a_.out, begin + t, head_), first_row_ + row, x);
       }
     }
   }
 
-  // ---- copies to shared memory, which wait_for_copies() awaits ----
+  // ---- copies to shared memory: S, which wait_for_checkpoint() awaits, and the ring, wait_for_copies() ----
 
   __device__ void copy_checkpoint(int32_t slot) {
-    checkpoint_.copy(0, rows_in(slot), lane_, num_rows_);
-    commit_copies();
+    const int first = warp_ * Checkpoint::kCount;
+    checkpoint_.copy(0, rows_in(slot, first_row_ + first), V_ - first_row_ - first);
   }
   __device__ void clear_checkpoint() {
+    checkpoint_.copy(0, nullptr, 0);
+#pragma unroll 1
     for (int r = 0; r < kRows; ++r) checkpoint_.put(0, r, Row{});
   }
-  /// Rows `first` to `first + count` of a ring, at most C of them, to the begin of the window.
+  /// Rows `first` to `first + count` of a ring, at most C of them, to the begin of the window: u and gates by a warp
+  /// each.
   __device__ void copy_ring(int32_t slot, int first, int count) {
-    const float* const keys = a_.ring.keys(slot, key_head_, kDim) + first * kDim;
-    for (int i = 4 * threadIdx.x; i < count * kDim; i += 4 * kReplayThreads)
-      copy_async(shared_address(keys_ + i), keys + i);
-    const float* const u = a_.ring.updates(slot, head_, V_) + static_cast<int64_t>(first) * V_ + first_row_;
-    for (int i = threadIdx.x; i < count * kBlockRows; i += kReplayThreads) {
-      const int row = i % kBlockRows;
-      if (first_row_ + row < V_) copy_async_word(shared_address(u_ + i), u + i / kBlockRows * V_ + row);
+    const int lane = threadIdx.x % 32;
+    if (!kHasKeyWarp || warp_ == kKeyWarp) {
+      const float* const keys = a_.ring.keys(slot, key_head_, kDim) + first * kDim;
+      const int thread = kHasKeyWarp ? lane : threadIdx.x;
+      constexpr int kThreads = kHasKeyWarp ? 32 : kReplayThreads;
+#pragma unroll 1
+      for (int i = 4 * thread; i < count * kDim; i += 4 * kThreads) {
+        copy_async(shared_address(window_keys() + i), keys + i);
+      }
     }
-    const float* const gates = a_.ring.gates(slot, head_) + first;
-    if (static_cast<int>(threadIdx.x) < count)
-      copy_async_word(shared_address(gates_ + threadIdx.x), gates + threadIdx.x);
+    if (warp_ == kUpdateWarp) {
+      constexpr int kNeighbours = 128 / kBlockRows;  // rows of u that the warp copies at once
+      const float* const u = a_.ring.updates(slot, head_, V_) + static_cast<int64_t>(first) * V_ + first_row_;
+      const int column = 4 * lane % kBlockRows;
+      if (V_ % 4 == 0 && reinterpret_cast<uintptr_t>(u) % 16 == 0) {
+#pragma unroll 1
+        for (int i = 4 * lane / kBlockRows; i < count && first_row_ + column < V_; i += kNeighbours) {
+          copy_async(shared_address(window_u() + i * kBlockRows + column), u + i * V_ + column);
+        }
+      } else {
+#pragma unroll 1
+        for (int i = lane; i < count * kBlockRows; i += 32) {
+          const int row = i % kBlockRows;
+          if (first_row_ + row < V_) copy_async_word(shared_address(window_u() + i), u + i / kBlockRows * V_ + row);
+        }
+      }
+    } else if (warp_ == kGateWarp) {
+      const float* const gates = a_.ring.gates(slot, head_) + first;
+#pragma unroll 1
+      for (int i = lane; i < count; i += 32) copy_async_word(shared_address(window_gates() + i), gates + i);
+    }
     commit_copies();
+  }
+  __device__ void wait_for_checkpoint() const {
+    checkpoint_.wait(0, 0);
   }
   __device__ void wait_for_copies() const {
     wait_copies<0>();
@@ -199,44 +196,77 @@ class ReplayBlock {
 
   // ---- tokens ----
 
-  /// Loads what a batch from token t of the sequence on needs.
-  __device__ void load_tokens(const ReplaySequence& s, int t) {
+  /// Starts to bring what load_tokens() reads to the second-level cache.
+  __device__ void prefetch_tokens(const ReplaySequence& s, int t) const {
     if (t >= s.len) return;
-    const auto token = [&](int i) { return s.begin + min(t + i, s.len - 1); };
-    const InRows& rows = group_ % 2 == 0 ? a_.k : a_.q;
-    const void* const row = row_of(rows, token(min(group_ / 2, kTokens - 1)), key_head_);
+    const int64_t token = s.begin + min(t + lane_ % kTokens, s.len - 1);
+    if (stages_keys()) {
+      const InRows& rows = staged_rows();
+      const char* const row = input_row(rows, s.begin + min(t + staged_token(), s.len - 1), key_head_);
 #pragma unroll
-    for (int j = 0; j < Layout::kPackets; ++j) raw_key_[j].load(rows.dtype, true, row, Layout::column(j, lane_));
+      for (int j = 0; j < Layout::kPackets; ++j) prefetch_line(row + Layout::column(j, lane_) * element_size(rows));
+    }
+    prefetch_line(input_row(a_.v, token, head_) + first_row_ * element_size(a_.v));
+    prefetch_line(row_of(a_.beta, token, head_));
+    prefetch_line(row_of(a_.g, token, head_));
+  }
+  /// Loads what a batch from token t < len of the sequence on needs: a row of k or q for a group, gates for a warp.
+  __device__ void load_tokens(const ReplaySequence& s, int t, RawTokens& raw) const {
+    const int last = s.len - 1 - t;
+    if (stages_keys()) {
+      const InRows& rows = staged_rows();
+      const void* const row = input_row(rows, s.begin + t + min(staged_token(), last), key_head_);
+#pragma unroll
+      for (int j = 0; j < Layout::kPackets; ++j) raw.key[j].load(input_type(rows), true, row, Layout::column(j, lane_));
+    }
+    if (warp_ == kGateWarp) {
+      const int64_t token = s.begin + t + min(min(static_cast<int>(threadIdx.x) % 32, kTokens - 1), last);
+      raw.gate.load(a_.g.dtype, row_of(a_.g, token, head_), 0);
+      raw.beta.load(a_.beta.dtype, row_of(a_.beta, token, head_), 0);
+    }
+    const char* const v = input_row(a_.v, s.begin + t, head_);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      raw_v_[i].load(a_.v.dtype, row_of(a_.v, token(i), head_), min(first_row_ + own_row_, V_ - 1));
-      raw_beta_[i].load(a_.beta.dtype, row_of(a_.beta, token(i), head_), 0);
+      raw.v[i].load(input_type(a_.v), v + min(i, last) * token_bytes(a_.v), min(first_row_ + own_row_, V_ - 1));
     }
-    raw_gate_.load(a_.g.dtype, row_of(a_.g, token(min(static_cast<int>(threadIdx.x), kTokens - 1)), head_), 0);
   }
-  /// Appends the first `count` of them to the window: a group makes the key of a token, the next one its query.
-  __device__ void stage_tokens(int count) {
-    Row x;
+  /// Appends the first `count` of them to the window: a group makes the key of a token, the next one its query, a warp
+  /// the decays up to all tokens.
+  __device__ void stage_tokens(const RawTokens& raw, int count) {
+    if (stages_keys()) {
+      Row x;
 #pragma unroll
-    for (int j = 0; j < Layout::kPackets; ++j) raw_key_[j].widen(a_.k.dtype, x.x[j]);
-    normalise(x);
-    const int i = group_ / 2;
-    if (i < count) x.write(group_ % 2 == 0 ? keys_ + (length_ + i) * kDim : queries_ + i * kDim, lane_);
-    if (static_cast<int>(threadIdx.x) < count) gates_[length_ + threadIdx.x] = raw_gate_.widened(a_.g.dtype);
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      v_[t] = raw_v_[t].widened(a_.v.dtype);
-      beta_[t] = raw_beta_[t].widened(a_.beta.dtype);
+      for (int j = 0; j < Layout::kPackets; ++j) raw.key[j].widen(input_type(a_.k), x.x[j]);
+      normalise(x);
+      const int i = group_ / 2;
+      if (i < count) x.write(group_ % 2 == 0 ? window_keys() + (length_ + i) * kDim : queries() + i * kDim, lane_);
+    }
+    if (warp_ == kGateWarp) {
+      const int lane = threadIdx.x % 32, lanes = C() / 2;
+      wait_copies<0>();  // of the window's gates, which this warp has copied
+      __syncwarp();
+      if (lane < count) {
+        window_gates()[length_ + lane] = raw.gate.widened(a_.g.dtype);
+        betas()[lane] = raw.beta.widened(a_.beta.dtype);
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int first = 0; first < count; first += 32 / lanes) {
+        const int t = first + lane / lanes, pair = lane % lanes, last = length_ + min(t, count - 1);
+        const WindowDecays decays(window_gates(), last, lanes);
+        if (t >= count) continue;
+        if (2 * pair <= last) to_u()[2 * pair].x[t] = decays.even;
+        if (2 * pair < last) to_u()[2 * pair + 1].x[t] = decays.odd;
+        if (pair == 0) of_checkpoint()[t] = expf(static_cast<float>(decays.of_all));
+      }
     }
   }
 
   /// What `count` > 0 staged tokens take from the window's keys and, decayed, from S. A barrier before it, and behind.
   /// It computes for kTokens tokens, whatever lies behind the last one.
   __device__ void multiply(int count, float (&products)[kTokens]) {
-    WindowDecays decays[kTokens];
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) decays[t] = WindowDecays(gates_, min(length_ + t, C_ - 1));
-    multiply_window(count, decays);
+    multiply_window(count);
+    wait_for_checkpoint();
     float sums[kTokens][2 * kRows] = {};  // of a token: S k of each row, then S q
 #pragma unroll
     for (int j = 0; j < Layout::kPackets; ++j) {
@@ -255,13 +285,13 @@ class ReplayBlock {
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      products[t] = expf(static_cast<float>(decays[t].of_all)) * sums_over_lanes<kLanes>(sums[t], lane_);
+      products[t] = of_checkpoint()[t] * sums_over_lanes<kLanes>(sums[t], lane_);
     }
   }
   /// u and o of those tokens, from token t of the sequence on. Rows of u stay with the lanes of a warp.
-  __device__ void add_tokens(const ReplaySequence& s, int t, int count, float (&sums)[kTokens]) {
-    const float* const u = u_ + own_row_;
-    const Weights* const weights = is_output_ ? to_o_ : to_u_;
+  __device__ void add_tokens(const ReplaySequence& s, const RawTokens& raw, int t, int count, float (&sums)[kTokens]) {
+    const float* const u = window_u() + own_row_;
+    const Weights* const weights = is_output_ ? to_o() : to_u();
 #pragma unroll 4
     for (int i = 0; i < length_; ++i) {
       const Weights w = weights[i];
@@ -269,19 +299,22 @@ class ReplayBlock {
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) sums[j] = fmaf(w.x[j], ui, sums[j]);
     }
+    char* const out = input_row(a_.out, s.begin + t, head_);
+    float* const kept = ring_u(s, length_) + own_row_;
+    const int first_kept = s.is_written ? s.first_written() - base_ - length_ : kTokens;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       if (i >= count) break;
-      const int row = length_ + i;
-      const Weights w = weights[row];
-      const float written = __shfl_sync(0xffffffffu, beta_[i] * (v_[i] - sums[i]), lane_ % kRows, kLanes);
+      const Weights w = weights[length_ + i];
+      const float u_of_row = betas()[i] * (raw.v[i].widened(input_type(a_.v)) - sums[i]);
+      const float written = __shfl_sync(0xffffffffu, u_of_row, lane_ % kRows, kLanes);
 #pragma unroll
       for (int j = i; j < kTokens; ++j) sums[j] = fmaf(w.x[j], written, sums[j]);
-      if (lane_ < kRows) u_[row * kBlockRows + own_row_] = written;
+      if (lane_ < kRows) window_u()[(length_ + i) * kBlockRows + own_row_] = written;
       if (has_row_ && is_output_) {
-        store_scalar(a_.out.dtype, row_of(a_.out, s.begin + t + i, head_), first_row_ + own_row_, a_.scale * sums[i]);
-      } else if (has_row_ && is_kept(s, row)) {
-        ring_u(s, row)[own_row_] = written;
+        store_scalar(input_type(a_.out), out + i * token_bytes(a_.out), first_row_ + own_row_, a_.scale * sums[i]);
+      } else if (has_row_ && i >= first_kept) {
+        kept[i * V_] = written;
       }
     }
     __syncwarp();
@@ -293,7 +326,8 @@ class ReplayBlock {
   /// S <- D S + sum_i D_i u_i k_i^T after the window's first `count` > 0 tokens; to slot `to` as well, unless negative.
   /// Ends with a barrier. Returns whether the block's rows of it are finite.
   __device__ bool fold(int count, int32_t to) {
-    const WindowDecays decays(gates_, count - 1);
+    wait_for_checkpoint();
+    const WindowDecays decays(window_gates(), count - 1, C() / 2);
     const Decay decay = decays.of_state();
     bool all_finite = true;
 #pragma unroll 1
@@ -307,6 +341,8 @@ class ReplayBlock {
 
   /// The checkpoint as it was read.
   __device__ void store_checkpoint(int32_t to) const {
+    wait_for_checkpoint();
+#pragma unroll 1
     for (int r = 0; r < kRows; ++r) {
       Row s;
       checkpoint_.widen(0, r, s);
@@ -316,9 +352,10 @@ class ReplayBlock {
   /// u of rows that were in the ring, where the written ring lacks them.
   __device__ void write_old_updates(const ReplaySequence& s) const {
     if (length_ == 0 || !is_kept(s, 0)) return;
+#pragma unroll 1
     for (int i = threadIdx.x; i < length_ * kBlockRows; i += kReplayThreads) {
       const int row = i % kBlockRows;
-      if (first_row_ + row < V_) ring_u(s, i / kBlockRows)[row] = u_[i];
+      if (first_row_ + row < V_) ring_u(s, i / kBlockRows)[row] = window_u()[i];
     }
   }
   /// Keys and gates of `count` rows of the window from `first` on, of which one block of a head or key head has charge.
@@ -326,16 +363,19 @@ class ReplayBlock {
     if (count == 0 || blockIdx.x != 0 || s.overwrites() || !is_kept(s, first)) return;
     const int to = ring_row(s, first);
     float* const gates = a_.ring.gates(s.ring_write, head_) + to;
-    for (int i = threadIdx.x; i < count; i += kReplayThreads) gates[i] = gates_[first + i];
-    if (head_ % heads_of_key_ != 0) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kReplayThreads) gates[i] = window_gates()[first + i];
+    if (!is_of_key_) return;
     auto* const keys = reinterpret_cast<float4*>(a_.ring.keys(s.ring_write, key_head_, kDim) + to * kDim);
-    const auto* const from = reinterpret_cast<const float4*>(keys_ + first * kDim);
+    const auto* const from = reinterpret_cast<const float4*>(window_keys() + first * kDim);
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * kDim / 4; i += kReplayThreads) keys[i] = from[i];
   }
   /// Those of all rows and heads that the written ring has, by the block that has read the old ring last.
   __device__ void write_all_keys(const ReplaySequence& s) const {
     const int H = static_cast<int>(a_.H), HV = static_cast<int>(a_.HV);
     const int num_old = max(0, s.in_ring - s.folded), num_new = s.end() - s.folded - num_old;
+#pragma unroll 1
     for (int i = threadIdx.x; i < HV * num_old; i += kReplayThreads) {
       const int head = i / num_old, row = i % num_old;
       a_.ring.gates(s.ring_write, head)[row] = a_.ring.gates(s.ring_read, head)[s.folded + row];
@@ -346,6 +386,7 @@ class ReplayBlock {
       return reinterpret_cast<float4*>(keys) + i % head_packets;
     };
     constexpr int kAtOnce = 4;  // loads under way
+#pragma unroll 1
     for (int first = threadIdx.x; first < H * head_packets; first += kAtOnce * kReplayThreads) {
       float4 packets[kAtOnce];
 #pragma unroll
@@ -359,11 +400,13 @@ class ReplayBlock {
       }
     }
     __syncthreads();  // new rows may go where old ones were
+#pragma unroll 1
     for (int i = threadIdx.x; i < HV * num_new; i += kReplayThreads) {
       const int head = i / num_new, row = num_old + i % num_new;
       a_.ring.gates(s.ring_write, head)[row] =
           load_scalar(a_.g.dtype, row_of(a_.g, s.begin + s.folded + row - s.in_ring, head), 0);
     }
+#pragma unroll 1
     for (int first = 0; first < H * num_new; first += kBlockGroups) {
       const int i = min(first + group_, H * num_new - 1), row = num_old + i % num_new;
       const void* const from = row_of(a_.k, s.begin + s.folded + row - s.in_ring, i / num_new);
@@ -378,11 +421,14 @@ class ReplayBlock {
     }
   }
 
+  __device__ int C() const {
+    return Plan::kC > 0 ? Plan::kC : static_cast<int>(a_.C);
+  }
   __device__ int length() const {
     return length_;
   }
   __device__ int room() const {
-    return C_ - length_;
+    return C() - length_;
   }
   __device__ int folded() const {
     return base_;
@@ -405,22 +451,24 @@ class ReplayBlock {
   __device__ void read_tokens(int j, Packet (&k)[kTokens], Packet (&q)[kTokens]) const {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      Layout::read(keys_ + (length_ + t) * kDim, j, lane_, k[t].x);
-      Layout::read(queries_ + t * kDim, j, lane_, q[t].x);
+      Layout::read(window_keys() + (length_ + t) * kDim, j, lane_, k[t].x);
+      Layout::read(queries() + t * kDim, j, lane_, q[t].x);
     }
   }
   /// The weights of the window's u in u and o of the batch's tokens.
-  __device__ void multiply_window(int count, const WindowDecays (&decays)[kTokens]) const {
+  __device__ void multiply_window(int count) const {
     const int last = length_ + count - 1;
     const int own = lane_ % (2 * kTokens) / 2;  // the token, of which a lane gets a product
 #pragma unroll 1
-    for (int first = 0; first <= last; first += kBlockGroups) {
-      const int i = min(first + group_, last);
+    for (int first = group_ - group_ % kGroups; first <= last; first += kBlockGroups) {  // of the warp
+      const int i = min(first + group_ % kGroups, last);
+      const bool has_product = lane_ < 2 * kTokens && own < count && first + group_ % kGroups <= length_ + own;
+      const float decay = has_product ? to_u()[i].x[own] : 0.0f;  // which the weight replaces
       float sums[2 * kTokens] = {};
 #pragma unroll
       for (int j = 0; j < Layout::kPackets; ++j) {
         Packet key, k[kTokens], q[kTokens];
-        Layout::read(keys_ + i * kDim, j, lane_, key.x);
+        Layout::read(window_keys() + i * kDim, j, lane_, key.x);
         read_tokens(j, k, q);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
@@ -429,26 +477,20 @@ class ReplayBlock {
         }
       }
       const float product = sums_over_lanes<kLanes>(sums, lane_);
-      float decay = 1.0f;
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        const float of_row = decays[t].of_row(i);
-        if (t == own) decay = of_row;
-      }
-      if (lane_ >= 2 * kTokens || own >= count || first + group_ > length_ + own) continue;
-      (lane_ % 2 == 0 ? to_u_ : to_o_)[i].x[own] = decay * product;
+      __syncwarp();
+      if (has_product) (lane_ % 2 == 0 ? to_u() : to_o())[i].x[own] = decay * product;
     }
   }
-  __device__ State* rows_in(int32_t slot) const {
+  __device__ State* rows_in(int32_t slot, int row) const {
     return static_cast<State*>(a_.state.data) + slot * a_.state.stride +
-           (static_cast<int64_t>(head_) * V_ + group_row_) * kDim;
+           (static_cast<int64_t>(head_) * V_ + row) * kDim;
   }
   __device__ void store(int32_t slot, int r, const Row& s) const {
-    if (r < num_rows_) s.store_once(rows_in(slot) + r * kGroups * kDim, lane_);
+    if (r < num_rows_) s.store_once(rows_in(slot, group_row_ + r * kGroups), lane_);
   }
   /// The fold of rows r to r + kFoldedRows of a group. Returns whether they are finite.
   __device__ bool fold_rows(int r, int count, const WindowDecays& decays, const Decay& decay, int32_t to) {
-    const float* const u = u_ + (group_row_ - first_row_) + r * kGroups;
+    const float* const u = window_u() + (group_row_ - first_row_) + r * kGroups;
     bool all_finite = true;
     Row s[kFoldedRows];
 #pragma unroll
@@ -456,13 +498,17 @@ class ReplayBlock {
       checkpoint_.widen(0, r + i, s[i]);
       s[i].scale(decay.factor);
     }
-#pragma unroll 2
-    for (int c = 0; c < count; ++c) {
-      const float of_row = decays.of_row(c);
+    const auto add = [&](int c, float of_row) {
       Row key;
-      key.read(keys_ + c * kDim, lane_);
+      key.read(window_keys() + c * kDim, lane_);
 #pragma unroll
       for (int i = 0; i < kFoldedRows; ++i) s[i].add(of_row * u[c * kBlockRows + i * kGroups], key);
+    };
+#pragma unroll 1
+    for (int pair = 0; 2 * pair < count; ++pair) {
+      const float even = __shfl_sync(0xffffffffu, decays.even, pair), odd = __shfl_sync(0xffffffffu, decays.odd, pair);
+      add(2 * pair, even);
+      if (2 * pair + 1 < count) add(2 * pair + 1, odd);
     }
 #pragma unroll
     for (int i = 0; i < kFoldedRows; ++i) {
@@ -502,39 +548,104 @@ class ReplayBlock {
     return a_.ring.updates(s.ring_write, head_, V_) + static_cast<int64_t>(ring_row(s, row)) * V_ + first_row_;
   }
 
+  /// Whether the warp stages keys and queries: those of the batch's tokens, in turn, over the block's first groups.
+  __device__ bool stages_keys() const {
+    return warp_ * kGroups < 2 * kTokens;
+  }
+  __device__ const InRows& staged_rows() const {
+    return group_ % 2 == 0 ? a_.k : a_.q;
+  }
+  __device__ int staged_token() const {
+    return min(group_ / 2, kTokens - 1);
+  }
+  /// Of q, k, v and out.
+  template <class Rows>
+  __device__ static DType input_type(const Rows& rows) {
+    using In = typename Plan::In;
+    if constexpr (std::is_void_v<In>) return rows.dtype;
+    return std::is_same_v<In, float>    ? DType::kFloat32
+           : std::is_same_v<In, __half> ? DType::kFloat16
+                                        : DType::kBFloat16;
+  }
+  template <class Rows>
+  __device__ static int element_size(const Rows& rows) {
+    return input_type(rows) == DType::kFloat32 ? 4 : 2;
+  }
+  __device__ static const char* input_row(const InRows& rows, int64_t token, int64_t head) {
+    return static_cast<const char*>(rows.data) +
+           (token * rows.token_stride + head * rows.head_stride) * element_size(rows);
+  }
+  __device__ static char* input_row(const OutRows& rows, int64_t token, int64_t head) {
+    return static_cast<char*>(rows.data) + (token * rows.token_stride + head * rows.head_stride) * element_size(rows);
+  }
+  template <class Rows>
+  __device__ static int64_t token_bytes(const Rows& rows) {
+    return rows.token_stride * element_size(rows);
+  }
+
   struct alignas(sizeof(float) * kTokens) Weights {
     float x[kTokens];
   };
-  static constexpr int kFoldedRows = kRows < 2 ? 1 : 2;  // at once
+
+  // ---- shared memory behind S: the window, and a batch ----
+
+  /// [C, K]
+  __device__ float* window_keys() const {
+    return shared_ + Checkpoint::kStageBytes / sizeof(float);
+  }
+  /// [C, kBlockRows]. The last row lies over the queries, which are read before it is written.
+  __device__ float* window_u() const {
+    return window_keys() + C() * kDim;
+  }
+  /// [kTokens, K]
+  __device__ float* queries() const {
+    return window_u() + (C() - 1) * kBlockRows;
+  }
+  /// [C] of the window's u in the tokens' u; first the decays up to the tokens.
+  __device__ Weights* to_u() const {
+    return reinterpret_cast<Weights*>(queries() + kQueries);
+  }
+  /// [C] and in the tokens' o
+  __device__ Weights* to_o() const {
+    return to_u() + C();
+  }
+  /// [C]
+  __device__ float* window_gates() const {
+    return reinterpret_cast<float*>(to_o() + C());
+  }
+  /// [kTokens] the decay of S
+  __device__ float* of_checkpoint() const {
+    return window_gates() + C();
+  }
+  /// [kTokens]
+  __device__ float* betas() const {
+    return of_checkpoint() + kTokens;
+  }
+
+  // Which copy the parts of a ring. That blocks of bf16 checkpoints leave the keys to a warp, and those of f32 to all,
+  // was measured.
+  static constexpr bool kHasKeyWarp = sizeof(State) == 2;
+  static constexpr int kKeyWarp = 1, kUpdateWarp = 2, kGateWarp = 3;
+  static_assert(kReplayWarps > kGateWarp);
+  /// Rows of a group that are folded at once: few where a multiprocessor's registers hold many blocks.
+  static constexpr int kFoldedRows = Plan::kBlocks <= 4 || kRows < 2 ? kRows : sizeof(State) == 4 ? 1 : 2;
+  static constexpr int kQueries = std::max(kTokens * kDim, kBlockRows);
 
   const ReplayGatedDeltaRuleArgs& a_;
-  int C_, V_, head_;
-  int heads_of_key_;  // value heads of a key head
-  int key_head_, lane_, group_;
+  int V_, head_;
+  int key_head_;
+  bool is_of_key_;  // the first value head of its key head
+  int warp_, lane_, group_;
   int first_row_;  // of the block
   int group_row_;  // the first of the group; num_rows_ of them, kGroups apart, up to the end of the head
   int num_rows_;
   int own_row_;  // of the block, whose u or o the lane computes
   bool has_row_, is_output_;
+  float* shared_;  // S, and behind it the window
   Checkpoint checkpoint_;
 
-  // The window, in shared memory.
-  float* keys_;     // [C, K]
-  float* u_;        // [C, kBlockRows]
-  float* gates_;    // [C]
-  int length_ = 0;  // tokens
-  int base_ = 0;    // tokens before them, which have been folded
-
-  // A batch, in shared memory.
-  float* queries_;  // [kTokens, K]
-  Weights* to_u_;   // [C]           of the window's u in the tokens' u
-  Weights* to_o_;   // [C]           and o
-
-  float v_[kTokens], beta_[kTokens];
-
-  // On its way.
-  RawElements<Layout::kPacket> raw_key_[Layout::kPackets];  // or the query
-  RawScalar raw_v_[kTokens], raw_beta_[kTokens], raw_gate_;
+  int length_ = 0;  // of the window
+  int base_ = 0;    // tokens before it, which have been folded
 };
 
 }  // namespace xgdn::kernel::cuda

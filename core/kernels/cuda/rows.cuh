@@ -196,8 +196,10 @@ class RawElements {
   }
 
  private:
-  RawPackets<float, kCount> wide_;
-  RawPackets<__nv_bfloat16, kCount> narrow_;  // bf16 or f16
+  union {
+    RawPackets<float, kCount> wide_;
+    RawPackets<__nv_bfloat16, kCount> narrow_;  // bf16 or f16
+  };
 };
 
 /// A packet of 16 bytes: x as f32, or rounded to bf16.

@@ -148,28 +148,17 @@ class RowsInFlight {
   }
   __device__ void widen(int stage, LaneRow<State, kDim> (&s)[kRows]) const {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) widen(stage, r, s[r]);
-  }
-  __device__ void widen(int stage, int r, LaneRow<State, kDim>& row) const {
+    for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-    for (int j = 0; j < Layout::kPackets; ++j) widen(stage, r, j, row.x[j]);
-  }
-  __device__ void widen(int stage, int r, int packet, float (&x)[Layout::kPacket]) const {
-    RawPackets<State, Layout::kPacket> raw;
-    raw.set(0, *at(stage, r, packet));
-    raw.widen(x);
-  }
-  /// In place of row r of a stage.
-  __device__ void put(int stage, int r, const LaneRow<State, kDim>& row) {
-#pragma unroll
-    for (int j = 0; j < Layout::kPackets; ++j) *at(stage, r, j) = packed(row.x[j]);
+      for (int j = 0; j < Layout::kPackets; ++j) {
+        RawPackets<State, Layout::kPacket> raw;
+        raw.set(0, mine_[(stage * kPieces + r * Layout::kPackets + j) * kThreads]);
+        raw.widen(s[r].x[j]);
+      }
+    }
   }
 
  private:
-  __device__ uint4* at(int stage, int r, int packet) const {
-    return mine_ + (stage * kPieces + r * Layout::kPackets + packet) * kThreads;
-  }
-
   uint4* mine_;
 };
 
@@ -237,11 +226,21 @@ class WarpRows {
   }
   __device__ void widen(int stage, LaneRow<State, kDim> (&s)[kRows]) const {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      RawLaneRow<State, State, kDim> row;
-      row.load(mine_ + stage * kStageElements + (r * kGroups + group_) * kDim, lane_);
-      row.widen(s[r]);
-    }
+    for (int r = 0; r < kRows; ++r) widen(stage, r, s[r]);
+  }
+  __device__ void widen(int stage, int r, LaneRow<State, kDim>& row) const {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) widen(stage, r, j, row.x[j]);
+  }
+  __device__ void widen(int stage, int r, int packet, float (&x)[Layout::kPacket]) const {
+    RawPackets<State, Layout::kPacket> raw;
+    raw.load(at(stage, r, packet));
+    raw.widen(x);
+  }
+  /// In place of row r of a stage.
+  __device__ void put(int stage, int r, const LaneRow<State, kDim>& row) const {
+#pragma unroll
+    for (int j = 0; j < Layout::kPackets; ++j) *reinterpret_cast<uint4*>(at(stage, r, j)) = packed(row.x[j]);
   }
 
  private:
@@ -251,6 +250,10 @@ class WarpRows {
   static constexpr bool kIsBulk = false;
 #endif
   static constexpr int kStageElements = kWarps * kCount * kDim;
+
+  __device__ State* at(int stage, int r, int packet) const {
+    return mine_ + stage * kStageElements + (r * kGroups + group_) * kDim + Layout::column(packet, lane_);
+  }
 
   State* mine_;
   uint32_t barriers_;
