@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ ROUTES = [
     *(case for case in op_tests.ROUTES if case.K in KEY_DIMS),
     Case((100, 33), H=1, HV=2, K=256, V=40, dtype=torch.bfloat16),
     Case((100, 33), H=2, HV=2, K=16, V=48, dtype=torch.float16, state_dtype=torch.bfloat16),
+    Case((100, 33), H=1, HV=2, K=128, V=33, dtype=torch.float16),
+    Case((100, 33), H=1, HV=3, K=128, V=64, state_dtype=torch.bfloat16),
 ]
 
 
@@ -141,42 +144,50 @@ class Pools:
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("N", [16, 40])
 @pytest.mark.parametrize("tokens", [1, 3, 21])
-def test_a_sequence_has_the_bits_that_it_has_alone(tokens: int, state_dtype: torch.dtype) -> None:
-    """Beside enough others that a block takes several rows for a group, where it takes one for a single sequence."""
-    case = Case((tokens,) * 40, H=8, HV=16, K=128, V=128, dtype=torch.bfloat16, state_dtype=state_dtype)
+def test_a_sequence_has_the_bits_that_it_has_alone(
+    tokens: int, N: int, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    """Beside enough others that a block takes several rows for a group, where it takes one for a single sequence: 512
+    blocks of 16 sequences, and 1,280 of 40, more than four for each multiprocessor. Some sequences have no tokens."""
+    lengths = tuple(0 if n % 7 == 3 else tokens for n in range(N))
+    case = Case(lengths, H=8, HV=16, K=128, V=128, dtype=dtype, state_dtype=state_dtype)
     x = make_inputs(case, prefill=False)
     given = [t.cuda() for t in x.tensors()[:5]]
-    before = Pools(40, case, 32)
+    before = Pools(N, case, 32)
     together, alone = before.copy(), before.copy()
-    slots = torch.randperm(40, dtype=torch.int32)
-    accepted = torch.randint(0, 17, (40,), dtype=torch.int32)
+    slots = torch.randperm(N, dtype=torch.int32)
+    accepted = torch.randint(0, 17, (N,), dtype=torch.int32)
     commit = tokens != 3
 
-    def run(pools: Pools, chosen: slice) -> Tensor:
-        rows = slice(chosen.start * tokens, chosen.stop * tokens)
-        count = chosen.stop - chosen.start
+    def run(pools: Pools, chosen: range) -> Tensor:
+        starts = list(itertools.accumulate((lengths[n] for n in chosen), initial=0))
+        rows = slice(case.rows[chosen.start].start, case.rows[chosen.start].start + starts[-1])
+        of_call = slots[chosen.start : chosen.stop].cuda()
         return ops.replay_gated_delta_rule(
             *(t[rows] for t in given),
             pools.state,
             pools.ring,
-            cu_seqlens=i32(range(0, count * tokens + 1, tokens)).cuda(),
-            state_indices=slots[chosen].cuda(),
-            ring_indices=slots[chosen].cuda(),
-            num_accepted=accepted[chosen].cuda(),
+            cu_seqlens=i32(starts).cuda(),
+            state_indices=of_call,
+            ring_indices=of_call,
+            num_accepted=accepted[chosen.start : chosen.stop].cuda(),
             commit=commit,
-            out=torch.full((count * tokens, case.HV, case.V), torch.nan, dtype=torch.bfloat16, device="cuda"),
+            out=torch.full((starts[-1], case.HV, case.V), torch.nan, dtype=case.result_dtype, device="cuda"),
         )
 
-    want = run(together, slice(0, 40))
+    want = run(together, range(N))
     assert xgdn.last_backend("replay_gated_delta_rule") == "cuda"
     assert xgdn.last_is_batch_invariant("replay_gated_delta_rule")
     assert want.isfinite().all()
-    got = torch.cat([run(alone, slice(n, n + 1)) for n in range(40)])
+    got = torch.cat([run(alone, range(n, n + 1)) for n in range(N)])
     assert_bits_equal("out", got.cpu(), want.cpu())
     alone.assert_same(together)
-    lengths = before.ring.length.cpu()[slots.long()] + accepted + (tokens if commit else 0)
-    assert_bits_equal("lengths", together.ring.length.cpu()[slots.long()], lengths % 16)
+    counts = before.ring.length.cpu()[slots.long()] + accepted + (torch.tensor(lengths) if commit else 0)
+    # What a call folds is whole chunks of what is committed, or the first one of what drafts have left.
+    assert_bits_equal("lengths", together.ring.length.cpu()[slots.long()], (counts % 16).int())
 
 
 def test_a_captured_call_is_replayed_with_other_slots_and_padding() -> None:
