@@ -37,7 +37,8 @@ struct RingView {
   constexpr float* gates(int32_t slot, int64_t head) const { return g + slot * g_stride + head * R; }
 };
 
-/// The delta rule on replay states. To make them plain takes sizes, state and ring alone.
+/// The delta rule on replay states. To make them plain takes sizes, state and ring alone. cu_seqlens may be null: one
+/// token a sequence.
 struct ReplayGatedDeltaRuleArgs : DeltaRuleArgs {
   RingView ring;
   const int32_t* num_accepted = nullptr;    // [N]  null: 0
@@ -92,7 +93,19 @@ struct DecodeStepArgs {
   CausalConv1dArgs conv;    // one token a sequence
   TokenDeltaRuleArgs rule;  // with A_log: g and beta are logits
   RmsNormGatedArgs norm;
+  RingView ring;  // of replay states; no data: plain ones
+  int64_t C = 0;  // beside ring
+
+  bool has_replay_states() const { return ring.k != nullptr; }
 };
+
+/// The rule of a step on replay states. Its tokens are not in memory.
+inline ReplayGatedDeltaRuleArgs replay_args(const DecodeStepArgs& step) {
+  ReplayGatedDeltaRuleArgs args = {step.rule};
+  args.ring = step.ring;
+  args.C = step.C;
+  return args;
+}
 
 struct RmsNormArgs {
   int64_t H = 0;

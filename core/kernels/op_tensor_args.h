@@ -126,6 +126,8 @@ inline DecodeStepArgs op_args(const GdnDecodeStepParams& p, const DecodeStepShap
   args.rule.beta = in_columns(p.projected, b, 1);
   args.rule.A_log = in_heads(p.A_log);
   args.rule.dt_bias = in_heads(p.dt_bias);
+  if (p.ring) args.ring = ring_view(*p.ring, conv_slots.read, conv_slots.write.value_or(conv_slots.read));
+  args.C = p.chunk_size;
   return args;
 }
 

@@ -39,6 +39,8 @@ struct ConvShape {
 struct DecodeStepShape {
   GdnShape rule;
   ConvShape conv;
+  int64_t B = 0;  // slots of rings; 0: plain states
+  int64_t R = 0;  // rows of a ring
 };
 
 /// Sizes of a norm over the last dimension, or of a gate of heads.

@@ -191,7 +191,7 @@ at::Tensor Qwen3GatedDeltaNet::forward(const LayerInput& hidden, const GdnBatch&
       kernel::allocate_temporary({projected.size(0), local_.num_v_heads, local_.head_v_dim}, projected.options());
   for (const Segment& segment : batch.segments) {
     const auto rows = [&](const at::Tensor& t) { return t.narrow(0, segment.token_begin, segment.num_tokens); };
-    if (segment.kind == SegmentKind::kDecode && !local_.has_replay_states) {
+    if (segment.kind == SegmentKind::kDecode) {
       decode(segment, rows(projected), state, rows(o));
     } else {
       attend(segment, rows(projected), state, rows(o));
@@ -225,13 +225,15 @@ void Qwen3GatedDeltaNet::decode(const Segment& segment, const at::Tensor& projec
                            .conv_bias = conv_bias_,
                            .write_indices = segment.state_slots.write,
                            .conv_slots = segment.conv_slots,
+                           .ring = local_.has_replay_states ? std::optional(state.ring()) : std::nullopt,
+                           .chunk_size = kReplayChunk,
                            .cu_seqlens = segment.cu_seqlens,
                            .host = segment.host,
                            .norm_eps = local_.rms_norm_eps,
                            .backend = backends_.decode});
 }
 
-// Prefill, verification, and whatever is done on replay states, op by op.
+// Prefill and verification, op by op.
 void Qwen3GatedDeltaNet::attend(const Segment& segment, const at::Tensor& projected, GdnState& state,
                                 const at::Tensor& o) const {
   const Projected in = split(projected);

@@ -239,7 +239,9 @@ def chunk_gated_delta_rule(
 
 
 class ReplayRing(NamedTuple):
-    """Pools of rings, for `replay_gated_delta_rule`: the tokens of a sequence since its checkpoint, in float32."""
+    """Pools of rings, which replay states have beside their checkpoints: the tokens of a sequence since its checkpoint,
+    in float32.
+    """
 
     k: Tensor  # [B, H, R, K]   normalised keys; R rows: C for tokens, up to C more for drafts
     u: Tensor  # [B, HV, R, V]  what the tokens write
@@ -531,6 +533,8 @@ def gdn_decode_step(
     write_indices: Tensor | None = None,
     conv_indices: Tensor | None = None,
     conv_write_indices: Tensor | None = None,
+    ring: ReplayRing | None = None,
+    chunk_size: int = 16,
     cu_seqlens: Tensor | None = None,
     may_have_padding: bool = True,
     norm_eps: float = 1e-6,
@@ -544,6 +548,10 @@ def gdn_decode_step(
     A row of `projected` is `[q | k | v | z | b | a]`. `conv_indices` and `conv_write_indices` are the slots of
     `conv_state` to read and to write. Without either they are `state_indices` and `write_indices`; with one of them,
     `conv_indices` defaults to `state_indices` and `conv_write_indices` to `conv_indices`.
+
+    With `ring` the states are replay states, of which `ring` has the tokens since the last multiple of `chunk_size`:
+    `gdn_gating` and `replay_gated_delta_rule` take the place of `packed_decode`, and a sequence's ring has the slots of
+    its convolution.
     """
     out = projected.new_empty((projected.shape[0], state.shape[1], state.shape[2])) if out is None else out
     torch.ops.xgdn.gdn_decode_step(
@@ -560,6 +568,11 @@ def gdn_decode_step(
         write_indices=write_indices,
         conv_indices=conv_indices,
         conv_write_indices=conv_write_indices,
+        ring_k=None if ring is None else ring.k,
+        ring_u=None if ring is None else ring.u,
+        ring_g=None if ring is None else ring.g,
+        ring_length=None if ring is None else ring.length,
+        chunk_size=chunk_size,
         cu_seqlens=cu_seqlens,
         may_have_padding=may_have_padding,
         norm_eps=norm_eps,

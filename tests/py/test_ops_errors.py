@@ -182,6 +182,7 @@ QUANTIZED = "quantized_linear"
 QUANTIZED_EXPERTS = "quantized_moe_experts"
 STORE = "store_kv"
 COPY = "copy_slots"
+RINGS = ops.ReplayRing(torch.randn(3, 2, 20, 16), torch.randn(3, 4, 20, 32), -torch.rand(3, 4, 20), i32([15, 2, 0]))
 VERIFY = {"state_indices": i32([[0, 1, 2], [3, 4, 5]]), "num_accepted": i32([1, 3]), "state": torch.randn(6, 4, 32, 16)}
 
 # (op, changed arguments, exception, words of the message)
@@ -599,6 +600,34 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
     (STEP, {"conv_indices": i32([3, 4])}, IndexError, ("conv_indices", "0..3", "got 4")),
     (STEP, {"conv_write_indices": i32([3, 4])}, IndexError, ("conv_write_indices", "0..3", "got 4")),
     (STEP, {"conv_indices": i32([-1, 3])}, IndexError, ("conv_indices", "where state_indices has one", "got -1")),
+    *(
+        (STEP, {"ring": RINGS, **changes}, error, words)
+        for changes, error, words in (
+            ({"chunk_size": 8}, NotImplementedError, ("chunk_size", "16, 32 or 64", "8")),
+            ({"chunk_size": 32}, ValueError, ("ring_k", "C..2C", "C=32", "R=20")),
+            ({"ring": RINGS._replace(k=torch.randn(3, 4, 20, 16))}, ValueError, ("ring_k", "H=2", "[3, 4, 20, 16]")),
+            ({"ring": RINGS._replace(u=torch.randn(3, 4, 19, 32))}, ValueError, ("ring_u", "R=20", "[3, 4, 19, 32]")),
+            ({"ring": RINGS._replace(g=torch.randn(3, 4, 20).bfloat16())}, TypeError, ("ring_g", "Float", "BFloat16")),
+            ({"ring": RINGS._replace(g=None)}, ValueError, ("ring_g", "B, HV, R", "no tensor")),
+            ({"ring": RINGS._replace(length=i32([0, 1]))}, ValueError, ("ring_length", "B=3", "[2]")),
+            ({"ring": RINGS._replace(length=i32([16, 0, 0]))}, IndexError, ("ring_length", "0..C-1=15", "16")),
+            ({"ring": RINGS._replace(length=i32([0, 0, -1]))}, IndexError, ("ring_length", "0..C-1=15", "-1")),
+            ({"conv_indices": i32([0, 3])}, IndexError, ("conv_indices", "0..2", "got 3")),
+            ({"conv_write_indices": i32([1, 3])}, IndexError, ("conv_write_indices", "0..2", "got 3")),
+            ({"state_indices": i32([0, 4])}, IndexError, ("state_indices", "0..3", "got 4")),
+            # Sequence 0 folds into its checkpoint, which another one reads; into one that another one writes.
+            (
+                {"state_indices": i32([0, 0]), "conv_indices": i32([0, 1])},
+                IndexError,
+                ("state_indices", "no other row writes", "got 0"),
+            ),
+            (
+                {"write_indices": i32([1, 1]), "conv_indices": i32([0, 1])},
+                IndexError,
+                ("write_indices", "once", "got 1"),
+            ),
+        )
+    ),
     # chunk metadata
     ("chunk_gated_delta_rule", {"chunk": None}, ValueError, ("chunk_indices", "chunk metadata", "never recomputed")),
     (
@@ -739,8 +768,9 @@ OPTIONAL: dict[str, Arguments] = {
     STEP: {
         "conv_bias": torch.randn(192),
         "write_indices": i32([1, 3]),
-        "conv_indices": i32([0, 2]),
-        "conv_write_indices": i32([1, 3]),
+        "conv_indices": i32([1, 2]),
+        "conv_write_indices": i32([1, 0]),
+        "ring": RINGS,
         "cu_seqlens": i32([0, 1, 2]),
     },
 }
@@ -783,7 +813,8 @@ WRITTEN = {op: ["g", "beta"] if op == "gdn_gating" else [*UPDATED.get(op, ["out"
 for _op in OPS:
     WRITTEN[_op] += [name for name in ("state", "conv_state", "residual_out") if name in tensors(_op)]
 WRITTEN["rms_norm"] += ["residual"]
-WRITTEN[REPLAY] += [f"ring_{field}" for field in ops.ReplayRing._fields]
+for _op in (REPLAY, STEP):
+    WRITTEN[_op] += [f"ring_{field}" for field in ops.ReplayRing._fields]
 
 # The inputs that an op may replace element by element.
 IN_PLACE = {

@@ -62,10 +62,11 @@ def _samples(dtype: torch.dtype, state_dtype: torch.dtype) -> dict[str, list[Sam
         torch.randn(V),
     )
     step_options = {**more, "conv_bias": torch.randn(channels).to(dtype), "cu_seqlens": i32([0, 1, 2, 3])}
+    ring = (torch.randn(S, H, 24, K), torch.randn(S, HV, 24, V), -torch.rand(S, HV, 24), i32([15] * S))
+    step_rings = {**more, **dict(zip(("ring_k", "ring_u", "ring_g", "ring_length"), ring, strict=True))}
     table = torch.arange(9, dtype=torch.int32).flip(0).view(3, 3)
     verify = (*x, i32([0, 3, 3, 6]), table, out[:6])
     verify = (*(t[:6] for t in verify[:5]), *verify[5:])
-    ring = (torch.randn(S, H, 24, K), torch.randn(S, HV, 24, V), -torch.rand(S, HV, 24), i32([15] * S))
     cache = [torch.randn(9, 4, H, K).to(dtype) for _ in range(2)]
     attention = (torch.randn(T, HV, K).to(dtype), *cache, i32([[4, -1, -1], [1, 0, 6]]), i32([3, 9]), i32([0, 3, 7]))
     heads_out = torch.zeros(T, HV, K, dtype=dtype)
@@ -107,7 +108,7 @@ def _samples(dtype: torch.dtype, state_dtype: torch.dtype) -> dict[str, list[Sam
             ((*conv, conv_out), {"max_len": 4}),
             ((*conv, conv_out), {"max_len": 4, "bias": bias, "num_accepted": i32([1, 3, 2])}),
         ],
-        "gdn_decode_step": [((*step, slots, out[:3]), {}), ((*step, slots, out[:3]), step_options)],
+        "gdn_decode_step": [((*step, slots, out[:3]), kwargs) for kwargs in ({}, step_options, step_rings)],
         "gdn_gating": [((packed[1], packed[2], *heads, torch.zeros(3, HV), torch.zeros(3, HV)), {})],
         "l2_norm": [((x[0], torch.zeros_like(x[0])), {}), ((x[0], torch.zeros_like(x[0])), {"eps": 0.1})],
         "rms_norm_gated": [((x[2], x[2].flip(0), torch.randn(V), out), {"eps": 1e-5})],
@@ -230,6 +231,9 @@ def test_opcheck_where_a_gradient_is_wanted() -> None:
     )
 
 
+RINGS = {f"ring_{field}" for field in ops.ReplayRing._fields}  # one argument of the functions
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_schema_names_what_is_written(op: str) -> None:
     written = {a.name for a in written_arguments(op)}
@@ -238,7 +242,8 @@ def test_schema_names_what_is_written(op: str) -> None:
         "gdn_gating": {"g", "beta"},
         "store_kv": {"k_cache", "v_cache"},
         "copy_slots": {"pools"},
-        "replay_gated_delta_rule": {"out", "state", "ring_k", "ring_u", "ring_g", "ring_length"},
+        "replay_gated_delta_rule": {"out", "state", *RINGS},
+        "gdn_decode_step": {"out", "state", "conv_state", *RINGS},
         "materialize_state": {"state"},
         "rms_norm_linear": {"out", "residual_out"},
     }
@@ -252,7 +257,7 @@ def test_the_function_has_the_defaults_of_the_schema(op: str) -> None:
     assert op in ops.__all__
     parameters = inspect.signature(OPS[op]).parameters
     defaults = {a.name: a.default_value for a in packet(op)._schema.arguments if a.has_default_value()}
-    assert {name: parameters[name].default for name in defaults} == defaults
+    assert {name: parameters["ring" if name in RINGS else name].default for name in defaults} == defaults
 
 
 @pytest.mark.parametrize("op", OPS)

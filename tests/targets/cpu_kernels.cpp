@@ -438,9 +438,36 @@ void test_norm_and_gating(DType dtype) {
   expect_close("beta", beta, want_beta, 2e-6);
 }
 
-// The fused step has the bits of convolution, rule and norm one after the other.
-void test_decode_step(int64_t K, int64_t V, DType dtype, DType state_dtype) {
-  constexpr int64_t N = 3, H = 2, HV = 6, W = 4;
+// Rings of the slots of a test.
+struct Rings {
+  int64_t H, HV, K, V, R;
+  std::vector<int32_t> lengths;
+  Numbers k = Numbers::random(DType::kFloat32, lengths.size() * H * R * K, 0.1f);
+  Numbers u = Numbers::random(DType::kFloat32, lengths.size() * HV * R * V);
+  Numbers g = Numbers::random(DType::kFloat32, lengths.size() * HV * R);
+
+  RingView view(const int32_t* slots) {
+    return {.k = static_cast<float*>(k.data()),
+            .u = static_cast<float*>(u.data()),
+            .g = static_cast<float*>(g.data()),
+            .length = lengths.data(),
+            .R = R,
+            .k_stride = H * R * K,
+            .u_stride = HV * R * V,
+            .g_stride = HV * R,
+            .read = slots,
+            .write = slots};
+  }
+  bool has_bits_of(const Rings& other) const {
+    return lengths == other.lengths && k.has_bits_of(other.k) && u.has_bits_of(other.u) && g.has_bits_of(other.g);
+  }
+};
+
+// The fused step has the bits of convolution, rule and norm one after the other; on replay states too, where one of the
+// rings fills up.
+void test_decode_step(int64_t K, int64_t V, DType dtype, DType state_dtype, bool has_replay_states) {
+  constexpr int64_t N = 3, H = 2, HV = 6, W = 4, C = 16;
+  const std::string name = has_replay_states ? "decode step on replay states" : "decode step";
   const int64_t D = 2 * H * K + HV * V, width = D + HV * V + 2 * HV;
   const Numbers projected = Numbers::random(dtype, N * width);
   Numbers weight = Numbers::random(dtype, D * W, 0.5f), pool = Numbers::random(dtype, N * (W - 1) * D);
@@ -461,20 +488,45 @@ void test_decode_step(int64_t K, int64_t V, DType dtype, DType state_dtype) {
   a.norm.HV = HV, a.norm.V = V, a.norm.eps = 1e-6f;
   a.norm.z = projected.in(width, V, D), a.norm.weight = norm_weight.in(0, 1), a.norm.out = a.rule.out;
 
+  Rings rings = {H, HV, K, V, C, {C - 1, 0, 7}};
+  for (size_t i = 0; i < rings.g.size(); ++i) rings.g.set(i, -std::abs(static_cast<float>(rings.g[i])));
+  Rings other_rings = rings;
+  if (has_replay_states) a.ring = rings.view(slots), a.C = C;
+
   Numbers other_pool = pool, other_state = state, other_out = out, mixed(dtype, N * D), o(dtype, N * HV * V);
   gdn_decode_step(a, 0, num_work_items(a));
+  if (has_replay_states) write_ring_lengths(replay_args(a));
 
   a.conv.conv_state.data = other_pool.data(), a.conv.out = mixed.out(D, 0);
   a.rule.state.data = other_state.data(), a.rule.out = o.out(HV * V, V);
   a.rule.q = mixed.in(D, K), a.rule.k = mixed.in(D, K, H * K), a.rule.v = mixed.in(D, V, 2 * H * K);
   a.norm.x = o.in(HV * V, V), a.norm.out = other_out.out(HV * V, V);
   causal_conv1d(a.conv, 0, num_work_items(a.conv));
-  run({a.rule, /*v_block=*/V});
+  if (has_replay_states) {
+    Numbers g(DType::kFloat32, N * HV), beta(DType::kFloat32, N * HV);
+    gdn_gating({.HV = HV,
+                .a = a.rule.g,
+                .b = a.rule.beta,
+                .A_log = a.rule.A_log,
+                .dt_bias = a.rule.dt_bias,
+                .g = g.out(HV, 1),
+                .beta = beta.out(HV, 1)},
+               0, N);
+    a.ring = other_rings.view(slots);
+    ReplayGatedDeltaRuleArgs rule = replay_args(a);
+    rule.g = g.in(HV, 1), rule.beta = beta.in(HV, 1);
+    replay_gated_delta_rule(rule, 0, num_work_items(rule));
+    write_ring_lengths(rule);
+    expect(rings.lengths == std::vector<int32_t>({0, 0, 8}), name + ": lengths of the rings");
+    expect(rings.has_bits_of(other_rings), name + ": a ring differs from the ops'");
+  } else {
+    run({a.rule, /*v_block=*/V});
+  }
   rms_norm_gated(a.norm, 0, N * HV);
   bool same = true;
   for (int64_t i = 0; i < N * HV * V; ++i) same = same && out[i] == other_out[i];  // 0 may be -0 in the padded row
-  expect(same, "decode step: out differs from the ops'");
-  expect(state.has_bits_of(other_state) && pool.has_bits_of(other_pool), "decode step: a pool differs from the ops'");
+  expect(same, name + ": out differs from the ops'");
+  expect(state.has_bits_of(other_state) && pool.has_bits_of(other_pool), name + ": a pool differs from the ops'");
 }
 
 // ---- the ops of a whole model ---------------------------------------------------------------------------------------
@@ -1269,7 +1321,9 @@ void test_target(int64_t target) {
         }
         for (const int64_t tokens : {1, 15, 16, 40}) test_replay(tokens, K, /*V=*/48, dtype, state_dtype);
         test_verification(K, /*V=*/32, state_dtype);
-        test_decode_step(K, /*V=*/48, dtype, state_dtype);
+        for (const bool has_replay_states : {false, true}) {
+          test_decode_step(K, /*V=*/48, dtype, state_dtype, has_replay_states);
+        }
       }
     }
     for (const int64_t W : {2, 3, 4}) test_conv(W, dtype);

@@ -488,6 +488,7 @@ class CpuBackend final : public HostBackend {
     const DecodeStepArgs args = op_args(p, shape);
     parallel_dynamic(threads_for(s.N * s.HV * s.V * s.K), cpu::num_work_items(args),
                      [&](int64_t begin, int64_t end) { cpu::gdn_decode_step(args, begin, end); });
+    if (args.has_replay_states()) cpu::write_ring_lengths(replay_args(args));
   }
 
   void run(const RmsNormParams& p, const NormShape& s) const override { run_norm(op_args(p, s), s.T * s.H); }

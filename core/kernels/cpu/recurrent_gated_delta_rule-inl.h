@@ -27,6 +27,7 @@
 #include <type_traits>
 
 #include "core/kernels/cpu/simd-inl.h"
+#include "core/kernels/op_args.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
@@ -337,12 +338,26 @@ inline void multiply_by(float* HWY_RESTRICT x, size_t K, float factor) {
   for (size_t i = 0; i < K; i += hn::Lanes(d)) hn::StoreU(hn::Mul(hn::LoadU(d, x + i), hn::Set(d, factor)), d, x + i);
 }
 
-// The gates of a token from its logits.
-inline void stage_logits(float a, float b, float A_log, float dt_bias, Token& token) {
+// Of a token in a value head.
+struct TokenGates {
+  float g;
+  float beta;
+};
+
+// Given, or from their logits with the bits of gdn_gating.
+inline TokenGates load_gates(const TokenDeltaRuleArgs& args, int64_t token, int64_t h) {
   const F32 d;
-  const VF rate = decay_rate(d, hn::Set(d, A_log));
-  token.decay = make_decay(hn::GetLane(log_decay(d, hn::Set(d, a), rate, hn::Set(d, dt_bias))));
-  token.beta = hn::GetLane(sigmoid(d, hn::Set(d, b)));
+  const float g = load_scalar(args.g.dtype, args.g.at(token, h));
+  const float beta = load_scalar(args.beta.dtype, args.beta.at(token, h));
+  if (args.A_log.data == nullptr) return {g, beta};
+  const VF rate = decay_rate(d, hn::Set(d, load_scalar(args.A_log.dtype, args.A_log.at(0, h))));
+  const VF dt_bias = hn::Set(d, load_scalar(args.dt_bias.dtype, args.dt_bias.at(0, h)));
+  return {hn::GetLane(log_decay(d, hn::Set(d, g), rate, dt_bias)), hn::GetLane(sigmoid(d, hn::Set(d, beta)))};
+}
+
+inline void stage_gates(const TokenGates& gates, Token& token) {
+  token.decay = make_decay(gates.g);
+  token.beta = gates.beta;
 }
 
 // Normalises the widened k and q of a key head where asked for, brings them into the pool's order, returns k.q.

@@ -52,19 +52,6 @@ State* state_rows(const RecurrentGatedDeltaRuleArgs& args, const Item& item, int
   return args.state.slot<State>(slot) + (item.h * args.V + item.v_begin) * args.K;
 }
 
-void stage_gates(const RecurrentGatedDeltaRuleArgs& args, const Item& item, int64_t index, Token& token) {
-  const float g = load_scalar(args.g.dtype, args.g.at(index, item.h));
-  const float beta = load_scalar(args.beta.dtype, args.beta.at(index, item.h));
-  if (args.A_log.data == nullptr) {
-    token.decay = make_decay(g);
-    token.beta = beta;
-    return;
-  }
-  const float A_log = load_scalar(args.A_log.dtype, args.A_log.at(0, item.h));
-  const float dt_bias = load_scalar(args.dt_bias.dtype, args.dt_bias.at(0, item.h));
-  stage_logits(/*a=*/g, /*b=*/beta, A_log, dt_bias, token);
-}
-
 // Stages up to kChunk tokens from `first`; returns how many.
 template <typename State>
 size_t stage(const RecurrentGatedDeltaRuleArgs& args, const Item& item, int64_t first, Chunk& c) {
@@ -85,7 +72,7 @@ size_t stage(const RecurrentGatedDeltaRuleArgs& args, const Item& item, int64_t 
     token.o = c.o + t * args.v_block;
     token.kq = stage_keys<State>(k, q, args.K, args.normalise_qk);
     token.scale = args.scale;
-    stage_gates(args, item, first + t, token);
+    stage_gates(load_gates(args, first + t, item.h), token);
   }
   return count;
 }

@@ -13,6 +13,16 @@ inline bool is_written(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
   return args.state.read[n] >= 0 && args.state.write[n] >= 0 && args.ring.write[n] >= 0;
 }
 
+/// The first token of sequence n in the call.
+inline int64_t token_begin(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
+  return args.cu_seqlens == nullptr ? n : args.cu_seqlens[n];
+}
+
+/// Tokens of sequence n in the call.
+inline int64_t num_tokens(const ReplayGatedDeltaRuleArgs& args, int64_t n) {
+  return args.cu_seqlens == nullptr ? 1 : args.cu_seqlens[n + 1] - args.cu_seqlens[n];
+}
+
 /// Tokens of sequence n in its ring when the call begins.
 int64_t first_length(const ReplayGatedDeltaRuleArgs& args, int64_t n);
 

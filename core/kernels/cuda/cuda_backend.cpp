@@ -75,6 +75,11 @@ Sentence why_not_replay(const Params& p, const ReplayShape& s) {
   return "its kernels want slots of state and ring_k at multiples of 16 bytes, got others";
 }
 
+// Whether the kernel of a decode step serves it; others are made of their ops.
+bool has_decode_step(const DecodeStepArgs& args) {
+  return !args.has_replay_states() && cuda::decode_step_supports(args);
+}
+
 // "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
 bool is_fast(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
   const bool may_be = p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
@@ -171,8 +176,8 @@ class CudaBackend final : public Backend {
   Sentence why_not(const PackedDecodeParams&, const GdnShape& s) const override {
     return why_not_key_dim(s.K);
   }
-  Sentence why_not(const GdnDecodeStepParams&, const DecodeStepShape& s) const override {
-    return why_not_key_dim(s.rule.K);
+  Sentence why_not(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
+    return p.ring ? aten::why_not_decode_step(*this, p, s) : why_not_key_dim(s.rule.K);
   }
 
   // A sequence's sums do not depend on the grid, and where it is cut depends on itself, the heads and the device.
@@ -192,7 +197,7 @@ class CudaBackend final : public Backend {
     return true;
   }
   bool is_batch_invariant(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
-    return cuda::decode_step_supports(op_args(p, s));
+    return has_decode_step(op_args(p, s));
   }
 
   void run(const RecurrentGatedDeltaRuleParams& p, const GdnShape& s) const override {
@@ -243,7 +248,7 @@ class CudaBackend final : public Backend {
 
   void run(const GdnDecodeStepParams& p, const DecodeStepShape& s) const override {
     const DecodeStepArgs args = op_args(p, s);
-    if (!cuda::decode_step_supports(args)) return aten::gdn_decode_step(*this, p, s);
+    if (!has_decode_step(args)) return aten::gdn_decode_step(*this, p, s);
     cuda::gdn_decode_step(args, s.rule.S, s.conv.S, current_stream(p.projected));
   }
 

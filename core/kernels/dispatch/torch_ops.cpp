@@ -482,18 +482,28 @@ struct TorchOp<GdnDecodeStepParams> {
       "(Tensor projected, Tensor conv_weight, Tensor(a!) conv_state, Tensor A_log, Tensor dt_bias, "
       "Tensor(b!) state, Tensor norm_weight, Tensor state_indices, Tensor(c!) out, *, Tensor? conv_bias=None, "
       "Tensor? write_indices=None, Tensor? conv_indices=None, Tensor? conv_write_indices=None, "
-      "Tensor? cu_seqlens=None, bool may_have_padding=True, float norm_eps=1e-6, float? scale=None, str "
-      "backend=\"auto\") -> ()";
+      "Tensor(d!)? ring_k=None, Tensor(e!)? ring_u=None, Tensor(f!)? ring_g=None, Tensor(g!)? ring_length=None, "
+      "int chunk_size=16, Tensor? cu_seqlens=None, bool may_have_padding=True, float norm_eps=1e-6, "
+      "float? scale=None, str backend=\"auto\") -> ()";
   static GdnDecodeStepParams params(const Tensor& projected, const Tensor& conv_weight, const Tensor& conv_state,
                                     const Tensor& A_log, const Tensor& dt_bias, const Tensor& state,
                                     const Tensor& norm_weight, const Tensor& state_indices, const Tensor& out,
                                     const MaybeTensor& conv_bias, const MaybeTensor& write_indices,
                                     const MaybeTensor& conv_indices, const MaybeTensor& conv_write_indices,
-                                    const MaybeTensor& cu_seqlens, bool may_have_padding, double norm_eps,
-                                    std::optional<double> scale, std::string backend) {
+                                    const MaybeTensor& ring_k, const MaybeTensor& ring_u, const MaybeTensor& ring_g,
+                                    const MaybeTensor& ring_length, int64_t chunk_size, const MaybeTensor& cu_seqlens,
+                                    bool may_have_padding, double norm_eps, std::optional<double> scale,
+                                    std::string backend) {
     std::optional<SlotIndices> conv_slots;
     if (conv_indices || conv_write_indices) {
       conv_slots = {.read = conv_indices.value_or(state_indices), .write = conv_write_indices};
+    }
+    std::optional<ReplayRing> ring;  // all of it or nothing: the checks miss what is not there
+    if (ring_k || ring_u || ring_g || ring_length) {
+      ring = {.k = ring_k.value_or(Tensor()),
+              .u = ring_u.value_or(Tensor()),
+              .g = ring_g.value_or(Tensor()),
+              .length = ring_length.value_or(Tensor())};
     }
     return {.projected = projected,
             .conv_weight = conv_weight,
@@ -507,6 +517,8 @@ struct TorchOp<GdnDecodeStepParams> {
             .conv_bias = conv_bias,
             .write_indices = write_indices,
             .conv_slots = std::move(conv_slots),
+            .ring = std::move(ring),
+            .chunk_size = chunk_size,
             .cu_seqlens = cu_seqlens,
             .host = {.may_have_padding = may_have_padding},
             .norm_eps = norm_eps,

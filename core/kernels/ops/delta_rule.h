@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/kernels/ops/contract.h"
+#include "core/kernels/ops/replay.h"
 
 namespace xgdn::kernel {
 
@@ -111,6 +112,10 @@ struct SlotIndices {
 
 /// A layer's decode step between its two projections: causal_conv1d_update, packed_decode and rms_norm_gated, one token
 /// per sequence. Row of projected = [q: H K | k: H K | v: HV V | z: HV V | b: HV | a: HV]; D = 2HK+HVV.
+///
+/// With a ring, on replay states: gdn_gating and replay_gated_delta_rule in place of packed_decode, with the bits that
+/// they give one after the other on backends that promise them. A sequence's ring has the slot of its convolution; the
+/// checkpoint is written, and may be shared, as ReplayGatedDeltaRuleParams says.
 struct GdnDecodeStepParams {
   at::Tensor projected;      // [N, D+HVV+2HV]  f32 | bf16 | f16, strided
   at::Tensor conv_weight;    // [D, W]          as projected, W = 2..4, tap W-1 is the current token
@@ -123,7 +128,9 @@ struct GdnDecodeStepParams {
   at::Tensor out;            // [N, HV, V]      as projected, strided, written
   std::optional<at::Tensor> conv_bias = {};      // [D]    as projected
   std::optional<at::Tensor> write_indices = {};  // [N]    i32; default state_indices
-  std::optional<SlotIndices> conv_slots = {};    // slots of the conv pool; default those of the state
+  std::optional<SlotIndices> conv_slots = {};    // of conv_state and ring; default those of the state
+  std::optional<ReplayRing> ring = {};           // updated in place
+  int64_t chunk_size = 16;                       // C, beside ring: 16, 32 or 64
   std::optional<at::Tensor> cu_seqlens =
       {};  // [N+1]  i32, 0, 1, ..., N; spares a backend that composes the step to make it
   HostFacts host = {};

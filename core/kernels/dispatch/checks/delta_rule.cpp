@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <c10/util/StringUtil.h>
 
+#include <algorithm>
+
 #include "core/kernels/dispatch/checks/delta_rule.h"
 #include "core/kernels/dispatch/checks/index_checker.h"
 #include "core/kernels/dispatch/checks/match.h"
+#include "core/kernels/dispatch/checks/replay.h"
 #include "core/kernels/dispatch/op_checks.h"
 
 namespace xgdn::kernel {
@@ -220,9 +223,9 @@ Dims match(const GdnDecodeStepParams& p) {
   const at::ScalarType in = p.projected.scalar_type();
   match_taps(d, "conv_weight", p.conv_weight, in);
   match_contiguous(d, "conv_bias", p.conv_bias, "D", {in});
-  match_pool(d, "conv_state", p.conv_state, "conv_S R D", {in, at::kFloat});
-  d.require(d.sym("R") >= d.sym("W") - 1, "conv_state: expected R >= ", d.sym("W") - 1, " rows for W=", d.sym("W"),
-            ", got ", d.sym("R"));
+  match_pool(d, "conv_state", p.conv_state, "conv_S conv_R D", {in, at::kFloat});
+  d.require(d.sym("conv_R") >= d.sym("W") - 1, "conv_state: expected R >= ", d.sym("W") - 1, " rows for W=", d.sym("W"),
+            ", got ", d.sym("conv_R"));
   match_gate_weights(d, p, in);
   match_delta_state(d, p.state);
   match_contiguous(d, "norm_weight", p.norm_weight, "V", {at::kFloat, in});
@@ -242,13 +245,19 @@ Dims match(const GdnDecodeStepParams& p) {
   const c10::SymInt width = d.sym("D") + d.sym("HV") * d.sym("V") + d.sym("HV") * 2;
   d.require(d.sym("P") == width, "projected: expected a width of D + HV V + 2 HV = ", width, " with D=", d.sym("D"),
             " (set by conv_weight), HV=", d.sym("HV"), ", V=", d.sym("V"), ", got ", d.sym("P"));
+  if (p.ring) {
+    match_ring(d, *p.ring, /*is_written=*/true);
+    require_chunk_size(d, p.chunk_size);
+  }
   return d;
 }
 
-DecodeStepShape shape(const GdnDecodeStepParams&, const Dims& d) {
+DecodeStepShape shape(const GdnDecodeStepParams& p, const Dims& d) {
   const int64_t N = d["N"];
   return {.rule = {.T = N, .N = N, .S = d["S"], .H = d["H"], .HV = d["HV"], .K = d["K"], .V = d["V"]},
-          .conv = {.T = N, .N = N, .S = d["conv_S"], .D = d["D"], .W = d["W"], .R = d["R"]}};
+          .conv = {.T = N, .N = N, .S = d["conv_S"], .D = d["D"], .W = d["W"], .R = d["conv_R"]},
+          .B = p.ring ? d["B"] : 0,
+          .R = p.ring ? d["R"] : 0};
 }
 
 template <>
@@ -267,18 +276,18 @@ GdnDecodeStepParams sample(const TypicalTensors& t) {
 void check_indices(const GdnDecodeStepParams& p) {
   const DecodeStepShape s = checked_shape(p);
   const IndexChecker c(Op<GdnDecodeStepParams>::name);
-  check_pool_indices(c, p, s.rule.S);
   const SlotIndices conv_slots = conv_slots_of(p);
   const at::Tensor& reads = conv_slots.read;
   const at::Tensor writes = conv_slots.write.value_or(reads);
-  c.slots("conv_indices", reads, s.conv.S);
-  c.slots("conv_write_indices", writes, s.conv.S);
-  c.writes("conv_indices", writes, "conv_indices", reads, s.conv.S);
-  for (int64_t n = 0; n < s.rule.N; ++n) {
-    const int32_t slot = reads.data_ptr<int32_t>()[n];
-    if ((slot == kPadSlot) != (p.state_indices.data_ptr<int32_t>()[n] == kPadSlot)) {
-      c.fail("conv_indices", "a slot exactly where state_indices has one", slot, n);
-    }
+  const int64_t num_slots = p.ring ? std::min(s.conv.S, s.B) : s.conv.S;
+  p.ring ? check_pool_slots(c, p, s.rule.S) : check_pool_indices(c, p, s.rule.S);
+  check_own_slots(c, "conv_indices", reads, p.state_indices, num_slots);
+  c.slots("conv_write_indices", writes, num_slots);
+  c.writes("conv_indices", writes, "conv_indices", reads, num_slots);
+  if (p.ring) {
+    check_checkpoint_writes(c, p, s.rule.S, [&](int64_t n) {
+      return ring_length(c, *p.ring, reads.const_data_ptr<int32_t>()[n], p.chunk_size) + 1 == p.chunk_size;
+    });
   }
   if (p.cu_seqlens) c.range_of_ones("cu_seqlens", *p.cu_seqlens);
 }

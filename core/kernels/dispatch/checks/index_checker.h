@@ -108,11 +108,22 @@ class IndexChecker {
 };
 
 template <typename Params>
-void check_pool_indices(const IndexChecker& c, const Params& p, int64_t num_slots) {
+void check_pool_slots(const IndexChecker& c, const Params& p, int64_t num_slots) {
   c.slots("state_indices", p.state_indices, num_slots);
   if (p.write_indices) c.slots("write_indices", *p.write_indices, num_slots);
-  c.writes(p.write_indices ? "write_indices" : "state_indices", p.write_indices.value_or(p.state_indices),
-           "state_indices", p.state_indices, num_slots);
+}
+
+// The slots have been checked. `writes`: what is written of those that write_indices or, by default, state_indices
+// name.
+template <typename Params>
+void check_pool_writes(const IndexChecker& c, const Params& p, const at::Tensor& writes, int64_t num_slots) {
+  c.writes(p.write_indices ? "write_indices" : "state_indices", writes, "state_indices", p.state_indices, num_slots);
+}
+
+template <typename Params>
+void check_pool_indices(const IndexChecker& c, const Params& p, int64_t num_slots) {
+  check_pool_slots(c, p, num_slots);
+  check_pool_writes(c, p, p.write_indices.value_or(p.state_indices), num_slots);
 }
 
 }  // namespace xgdn::kernel

@@ -4,48 +4,14 @@
 #include "core/kernels/dispatch/checks/delta_rule.h"
 #include "core/kernels/dispatch/checks/index_checker.h"
 #include "core/kernels/dispatch/checks/match.h"
+#include "core/kernels/dispatch/checks/replay.h"
 #include "core/kernels/dispatch/op_checks.h"
 
 namespace xgdn::kernel {
 namespace {
 
-// Of a ring that is written, or read alone.
-void match_ring(Dims& d, const ReplayRing& ring, bool is_written) {
-  const auto match_one = [&](std::string_view arg, const at::Tensor& t, std::string_view names, at::ScalarType dtype) {
-    d.match(arg, t, names).dtype(arg, t, {dtype}).contiguous(arg, t, 1);
-    if (is_written) d.written(arg);
-  };
-  match_one("ring_k", ring.k, "B H R K", at::kFloat);
-  match_one("ring_u", ring.u, "B HV R V", at::kFloat);
-  match_one("ring_g", ring.g, "B HV R", at::kFloat);
-  match_contiguous(d, "ring_length", ring.length, "B", {at::kInt});
-  if (is_written) d.written("ring_length");
-}
-
-void require_chunk_size(const Dims& d, int64_t C) {
-  if (C != 16 && C != 32 && C != 64) {
-    throw UnsupportedError(c10::str("[", d.op(), "] chunk_size: expected 16, 32 or 64, got ", C));
-  }
-  if (d.sym("R") >= C && d.sym("R") <= 2 * C) return;
-  throw ShapeError(c10::str("[", d.op(), "] ring_k: expected R of C..2C rows with C=", C,
-                            " (set by chunk_size), got R=", d.sym("R")));
-}
-
 ReplayShape replay_shape(const GdnShape& rule, const Dims& d) {
   return {.rule = rule, .B = d["B"], .R = d["R"]};
-}
-
-// Both index tensors name a slot, or neither does.
-void check_ring_indices(const IndexChecker& c, const at::Tensor& ring_indices, const at::Tensor& state_indices,
-                        int64_t num_rings) {
-  c.slots("ring_indices", ring_indices, num_rings);
-  const int32_t* rings = ring_indices.const_data_ptr<int32_t>();
-  const int32_t* states = state_indices.const_data_ptr<int32_t>();
-  for (int64_t n = 0; n < ring_indices.numel(); ++n) {
-    if ((rings[n] == kPadSlot) != (states[n] == kPadSlot)) {
-      c.fail("ring_indices", "a slot exactly where state_indices has one", rings[n], n);
-    }
-  }
 }
 
 }  // namespace
@@ -89,9 +55,8 @@ void check_indices(const ReplayGatedDeltaRuleParams& p) {
   const ReplayShape s = checked_shape(p);
   const IndexChecker c(Op<ReplayGatedDeltaRuleParams>::name);
   c.cu_seqlens(p.cu_seqlens, s.rule.T);
-  c.slots("state_indices", p.state_indices, s.rule.S);
-  if (p.write_indices) c.slots("write_indices", *p.write_indices, s.rule.S);
-  check_ring_indices(c, p.ring_indices, p.state_indices, s.B);
+  check_pool_slots(c, p, s.rule.S);
+  check_own_slots(c, "ring_indices", p.ring_indices, p.state_indices, s.B);
   if (p.ring_write_indices) c.slots("ring_write_indices", *p.ring_write_indices, s.B);
   const at::Tensor ring_writes = p.ring_write_indices.value_or(p.ring_indices);
   c.writes(p.ring_write_indices ? "ring_write_indices" : "ring_indices", ring_writes, "ring_indices", p.ring_indices,
@@ -100,21 +65,13 @@ void check_indices(const ReplayGatedDeltaRuleParams& p) {
   const int64_t num_drafts = s.R - C;
   if (p.num_accepted) c.range("num_accepted", *p.num_accepted, 0, num_drafts, c10::str("0..R-C=", num_drafts));
   if (!p.commit) c.lengths(p.cu_seqlens, "R-C", num_drafts);
-  // A checkpoint that stays in its slot is written by a fold alone, and by a sequence that starts.
-  at::Tensor writes = p.write_indices.value_or(p.state_indices).clone();
-  for (int64_t n = 0; n < s.rule.N; ++n) {
-    const int32_t slot = p.ring_indices.const_data_ptr<int32_t>()[n];
-    if (slot == kPadSlot) continue;
-    if (p.has_initial_state && !p.has_initial_state->const_data_ptr<bool>()[n]) continue;
-    int64_t length = p.ring.length.const_data_ptr<int32_t>()[slot];
-    if (length < 0 || length >= C) c.fail("ring_length", c10::str("0..C-1=", C - 1), length, slot);
+  const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
+  check_checkpoint_writes(c, p, s.rule.S, [&](int64_t n) {
+    if (p.has_initial_state && !p.has_initial_state->const_data_ptr<bool>()[n]) return true;
+    int64_t length = ring_length(c, p.ring, p.ring_indices.const_data_ptr<int32_t>()[n], C);
     if (p.num_accepted) length += p.num_accepted->const_data_ptr<int32_t>()[n];
-    const int32_t* cu = p.cu_seqlens.const_data_ptr<int32_t>();
-    const bool is_folded = length >= C || (p.commit && length + cu[n + 1] - cu[n] >= C);
-    int32_t& write = writes.mutable_data_ptr<int32_t>()[n];
-    if (!is_folded && write == p.state_indices.const_data_ptr<int32_t>()[n]) write = kPadSlot;
-  }
-  c.writes(p.write_indices ? "write_indices" : "state_indices", writes, "state_indices", p.state_indices, s.rule.S);
+    return length >= C || (p.commit && length + cu[n + 1] - cu[n] >= C);
+  });
 }
 
 // ---- materialize_state ----------------------------------------------------------------------------------------------
@@ -153,7 +110,7 @@ void check_indices(const MaterializeStateParams& p) {
   c.slots("state_indices", p.state_indices, s.rule.S);
   c.slots("write_indices", p.write_indices, s.rule.S);
   c.writes("write_indices", p.write_indices, "state_indices", p.state_indices, s.rule.S);
-  check_ring_indices(c, p.ring_indices, p.state_indices, s.B);
+  check_own_slots(c, "ring_indices", p.ring_indices, p.state_indices, s.B);
   c.range("lengths", p.lengths, 0, p.chunk_size, c10::str("0..C=", p.chunk_size));
 }
 
