@@ -64,9 +64,13 @@ def _packed_decode(case: DecodeCase) -> Provider:
 def _replay_decode(case: DecodeCase) -> Provider:
     """On rings whose tokens write nothing, so that the truth is that of the states; as many are full in each call."""
     pool = case.pool.make()
+    return _replay(case, pool, _staggered_rings(pool), case.pool.slots, case.batch, state_tolerance=_STATE[pool.dtype])
+
+
+def _staggered_rings(pool: Tensor) -> xgdn.ops.ReplayRing:
     rings = _rings(pool)
     rings.length.copy_(torch.arange(len(pool)) % CHUNK)
-    return _replay(case, pool, rings, case.pool.slots, case.batch, state_tolerance=_STATE[pool.dtype])
+    return rings
 
 
 def _rings(pool: Tensor) -> xgdn.ops.ReplayRing:
@@ -106,8 +110,26 @@ def _replay(
             out=out,
         )
 
+    return _replay_provider(
+        "xgdn replay_gated_delta_rule", call, out, pool, ring, slots(0), count, state_tolerance=state_tolerance
+    )
+
+
+def _replay_provider(
+    name: str,
+    call: Callable[[int], None],
+    out: Tensor,
+    pool: Tensor,
+    ring: xgdn.ops.ReplayRing,
+    first: Tensor,
+    count: int,
+    *,
+    state_tolerance: float,
+) -> Provider:
+    """Of `count` sequences, which have the slots `first` in the first call."""
+
     def result() -> tuple[Tensor, Tensor]:
-        states, first = pool[:count].clone(), slots(0)
+        states = pool[:count].clone()
         xgdn.ops.materialize_state(
             states,
             ring,
@@ -120,18 +142,39 @@ def _replay(
         return out, states
 
     return Provider(
-        name="xgdn replay_gated_delta_rule",
-        call=call,
-        result=result,
-        out_tolerance=_OUT[out.dtype],
-        state_tolerance=state_tolerance,
+        name=name, call=call, result=result, out_tolerance=_OUT[out.dtype], state_tolerance=state_tolerance
     )
 
 
 def decode_step(case: DecodeStepCase) -> list[Provider]:
-    """The fused step; decode() has the rule alone to compare it with."""
-    pool, conv_pool = case.pool.make(), case.make_conv_pool()
-    out = torch.full_like(case.v, torch.nan)
+    """The fused step; decode() has the rules alone to compare it with."""
+    # The rule's input and output are rounded to bf16, as they are between the ops that the step consists of; a few
+    # values lie so close to the middle of two that they round the other way than the truth does.
+    return [
+        dataclasses.replace(provider, out_tolerance=5e-3, state_tolerance=provider.state_tolerance + 1e-4)
+        for provider in (_decode_step(case), _replay_decode_step(case))
+    ]
+
+
+def _decode_step(case: DecodeStepCase) -> Provider:
+    pool, out = case.pool.make(), torch.full_like(case.v, torch.nan)
+    call = _step_call(case, pool, None, out)
+    return _provider("xgdn gdn_decode_step", call, out, pool, case.batch)
+
+
+def _replay_decode_step(case: DecodeStepCase) -> Provider:
+    """With rings as those of _replay_decode."""
+    pool, out = case.pool.make(), torch.full_like(case.v, torch.nan)
+    rings = _staggered_rings(pool)
+    call, first = _step_call(case, pool, rings, out), case.pool.slots(0)
+    name, tolerance = "xgdn gdn_decode_step, replay", _STATE[pool.dtype]
+    return _replay_provider(name, call, out, pool, rings, first, case.batch, state_tolerance=tolerance)
+
+
+def _step_call(
+    case: DecodeStepCase, pool: Tensor, ring: xgdn.ops.ReplayRing | None, out: Tensor
+) -> Callable[[int], None]:
+    conv_pool = case.make_conv_pool()
 
     def call(i: int) -> None:
         xgdn.ops.gdn_decode_step(
@@ -143,15 +186,13 @@ def decode_step(case: DecodeStepCase) -> list[Provider]:
             pool,
             case.norm_weight,
             state_indices=case.pool.slots(i),
+            ring=ring,
+            chunk_size=CHUNK,
             norm_eps=NORM_EPS,
             out=out,
         )
 
-    # The rule's input and output are rounded to bf16, as they are between the ops that the step consists of; a few
-    # values lie so close to the middle of two that they round the other way than the truth does.
-    provider = _provider("xgdn gdn_decode_step", call, out, pool, case.batch)
-    state_tolerance = provider.state_tolerance + 1e-4
-    return [dataclasses.replace(provider, out_tolerance=5e-3, state_tolerance=state_tolerance)]
+    return call
 
 
 def verify(case: VerifyCase) -> list[Provider]:

@@ -124,25 +124,23 @@ class TokensInMemory {
   const ReplayGatedDeltaRuleArgs& args_;
 };
 
-// What a value head reads and writes beside S, for the first token of a call.
+// What an item reads and writes beside S for the first token of a call: a share with each of its value heads, by which
+// the item before it fetches them. The ring of all heads is read before the first of them is computed.
 template <class Tokens>
-void add_value_head(const ReplayGatedDeltaRuleArgs& args, const Tokens& tokens, int64_t n, int64_t h, Fetches& ahead) {
-  const auto rows = static_cast<size_t>(first_length(args, n)) + 1;
-  const int32_t slot = args.ring.read[n];
-  tokens.add_value(token_begin(args, n), h, ahead);
+void add_share(const ReplayGatedDeltaRuleArgs& args, const Tokens& tokens, ReplayItem item, int64_t head,
+               Fetches& ahead) {
+  if (args.state.read[item.n] < 0 || num_tokens(args, item.n) == 0) return;
+  const auto rows = static_cast<size_t>(first_length(args, item.n)) + 1;
+  const int64_t token = token_begin(args, item.n);
+  const int32_t slot = args.ring.read[item.n];
+  if (head == 0) {
+    tokens.add_keys(token, item.key_head, ahead);
+    ahead.add(args.ring.keys(slot, item.key_head, args.K), rows * static_cast<size_t>(args.K) * sizeof(float));
+  }
+  const int64_t h = item.key_head * (args.HV / args.H) + head;
   ahead.add(args.ring.gates(slot, h), rows * sizeof(float));
   ahead.add(args.ring.updates(slot, h, args.V), rows * static_cast<size_t>(args.V) * sizeof(float));
-}
-
-// An item that comes next, with the first of its value heads.
-template <class Tokens>
-void add_item(const ReplayGatedDeltaRuleArgs& args, const Tokens& tokens, ReplayItem next, Fetches& ahead) {
-  if (args.state.read[next.n] < 0 || num_tokens(args, next.n) == 0) return;
-  const auto rows = static_cast<size_t>(first_length(args, next.n)) + 1;
-  tokens.add_keys(token_begin(args, next.n), next.key_head, ahead);
-  ahead.add(args.ring.keys(args.ring.read[next.n], next.key_head, args.K),
-            rows * static_cast<size_t>(args.K) * sizeof(float));
-  add_value_head(args, tokens, next.n, next.key_head * (args.HV / args.H), ahead);
+  tokens.add_value(token, h, ahead);
 }
 
 // ---- a work item ----------------------------------------------------------------------------------------------------
@@ -524,11 +522,7 @@ void replay_tokens(Replay<State>& r, Tokens& tokens, int64_t first, size_t count
   for (size_t i = 0; i < r.num_heads; ++i) {
     ValueHead<State>& head = r.heads[i];
     Fetches ahead;
-    if (i + 1 < r.num_heads) {
-      add_value_head(r.args, tokens, r.n, r.heads[i + 1].h, ahead);
-    } else if (r.next != nullptr) {
-      add_item(r.args, tokens, r.following, ahead);
-    }
+    if (r.next != nullptr) add_share(r.args, tokens, r.following, static_cast<int64_t>(i), ahead);
     read_checkpoint(r, head.S, count, r.after(i), ahead);
     for (size_t t = 0; t < count; ++t) {
       const int64_t token = first + static_cast<int64_t>(t);
