@@ -141,9 +141,7 @@ def _replay_provider(
         )
         return out, states
 
-    return Provider(
-        name=name, call=call, result=result, out_tolerance=_OUT[out.dtype], state_tolerance=state_tolerance
-    )
+    return Provider(name=name, call=call, result=result, out_tolerance=_OUT[out.dtype], state_tolerance=state_tolerance)
 
 
 def decode_step(case: DecodeStepCase) -> list[Provider]:

@@ -60,6 +60,7 @@ CASES = [
     Case(N=1),
     Case(N=0),
     Case(N=9, H=1, HV=2, K=128, V=128),
+    Case(N=12, H=8, HV=16),  # several heads and sequences for each range of a thread
     *(Case(H=H, HV=H * ratio) for H, ratio in ((2, 1), (3, 2), (1, 3), (2, 4), (1, 8))),
     *(Case(N=2, H=1, HV=2, K=K, V=V) for K, V in ((16, 48), (96, 64), (256, 128), (64, 256), (112, 144), (48, 256))),
     *(Case(W=W, more_rows=rows, bias=bias) for W in (2, 3, 4) for rows, bias in ((0, False), (2, True))),
@@ -87,6 +88,7 @@ REPLAY_CASES = [
     Case(N=1, lengths=(15,)),
     Case(N=0, lengths=(0,)),
     Case(N=9, H=1, HV=2, K=128, V=128, lengths=(0, 15, 1, 2, 14, 15, 8, 3, 0)),
+    Case(N=12, H=8, HV=16, lengths=(0, 15, 1, 2, 14, 15, 8, 3, 0, 7, 15, 4)),
     Case(N=4, lengths=(31, 3, 16, 0), C=32),
     Case(N=4, lengths=(63, 3, 16, 0), C=64, drafts=9),
     *(Case(H=H, HV=H * ratio, lengths=LENGTHS) for H, ratio in ((2, 1), (3, 2), (1, 3), (1, 8))),
