@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the two emulated libraries share: device memory, the launch ledger, switches, the last error.
+// What the emulated libraries share: device memory, streams, the launch ledger, switches, the last error.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -22,6 +24,14 @@ inline constexpr int kPoison = 0xFB;
 
 // Whether the bytes lie inside one live device allocation.
 bool on_device(const void* begin, size_t bytes);
+// The device of that allocation.
+std::optional<int> device_of(const void* begin, size_t bytes);
+
+// Work that waits for other processes. Everything else has happened when its call returns. Returns what went wrong, or "".
+using Job = std::function<std::string()>;
+void enqueue(void* stream, Job job);
+// Until the stream's jobs have run: before anything else happens on it.
+void await_stream(void* stream);
 
 // Remembers the sentence for aclGetRecentErrMsg, writes it to the ledger and returns `status`.
 int fail(int status, const std::string& sentence);
@@ -36,5 +46,6 @@ void record(std::string line);
 // The same, in the place of the last line if that is `last`.
 void replace_last(std::string_view last, std::string line);
 std::string quoted(std::string_view text);
+std::string sync_line(std::string_view what);
 
 }  // namespace emulated_cann

@@ -123,8 +123,9 @@ int guarded(const std::string& name, const std::function<void()>& work) {
   }
 }
 
-int launch(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, void*) {
+int launch(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, void* stream) {
   const std::unique_ptr<aclOpExecutor> owned(executor);
+  await_stream(stream);
   return guarded(owned->name, [&] {
     record(owned->ledger_line);
     if (workspace_size != kWorkspaceBytes || !on_device(workspace, workspace_size)) {

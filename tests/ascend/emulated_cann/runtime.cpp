@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The runtime over host memory: one device, allocations that are poisoned and known, copies that are checked against
-// them, streams and events on which everything has already happened. The functions that torch_npu calls in this
-// project's tests; the others are in unsupported.c and say so.
+// The runtime over host memory: as many devices as the switch DEVICES says, allocations that are poisoned and known,
+// copies that are checked against them. The functions that torch_npu calls in this project's tests; the others are in
+// unsupported.c and say so.
 #include <acl/acl.h>
 #include <acl/acl_op_compiler.h>
 
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "emulated.h"
@@ -18,6 +18,16 @@ namespace emulated_cann {
 namespace {
 
 constexpr size_t kDeviceBytes = size_t{64} << 30;
+constexpr int kNoDevice = -1;
+
+bool device_is_set = false;
+int current_device = 0;
+int context = 0;
+
+int num_devices() {
+  const std::string count = setting("DEVICES");
+  return count.empty() ? 1 : std::stoi(count);
+}
 
 class Memory {
  public:
@@ -29,7 +39,7 @@ class Memory {
     if (begin == nullptr) return nullptr;
     std::memset(begin, kPoison, rounded);
     const std::lock_guard lock(mutex_);
-    sizes_[static_cast<char*>(begin)] = bytes;
+    allocations_[static_cast<char*>(begin)] = {bytes, device_is_set ? current_device : kNoDevice};
     used_ += bytes;
     return begin;
   }
@@ -37,22 +47,28 @@ class Memory {
   bool release(void* begin) {
     {
       const std::lock_guard lock(mutex_);
-      const auto found = sizes_.find(static_cast<char*>(begin));
-      if (found == sizes_.end()) return false;
-      used_ -= found->second;
-      sizes_.erase(found);
+      const auto found = allocations_.find(static_cast<char*>(begin));
+      if (found == allocations_.end()) return false;
+      used_ -= found->second.bytes;
+      allocations_.erase(found);
     }
     std::free(begin);
     return true;
   }
 
-  bool holds(const void* begin, size_t bytes) {
+  // The device of the allocation that the bytes lie in, if they do.
+  std::optional<int> device_of(const void* begin, size_t bytes) {
     const auto* first = static_cast<const char*>(begin);
     const std::lock_guard lock(mutex_);
-    auto after = sizes_.upper_bound(const_cast<char*>(first));
-    if (after == sizes_.begin()) return false;
-    const auto& [allocation, size] = *--after;
-    return first + bytes <= allocation + size;
+    auto after = allocations_.upper_bound(const_cast<char*>(first));
+    if (after == allocations_.begin()) return std::nullopt;
+    const auto& [address, allocation] = *--after;
+    if (first + bytes > address + allocation.bytes) return std::nullopt;
+    return allocation.device;
+  }
+
+  bool holds(const void* begin, size_t bytes) {
+    return device_of(begin, bytes).has_value();
   }
 
   size_t used() {
@@ -61,8 +77,13 @@ class Memory {
   }
 
  private:
+  struct Allocation {
+    size_t bytes;
+    int device;
+  };
+
   std::mutex mutex_;
-  std::map<char*, size_t> sizes_;
+  std::map<char*, Allocation> allocations_;
   size_t used_ = 0;
 };
 
@@ -138,35 +159,17 @@ int fill(const char* call, void* begin, size_t room, int32_t value, size_t bytes
   return ACL_SUCCESS;
 }
 
-std::string sync_line(const char* what) {
-  return "{\"kind\": \"sync\", \"what\": \"" + std::string(what) + "\"}";
-}
-
-int synchronised(const char* what) {
-  record(sync_line(what));
-  return ACL_SUCCESS;
-}
-
-struct Event {
-  std::chrono::steady_clock::time_point recorded;
-};
-
-// A handle is the address of an object of its own.
-template <typename T, typename Handle>
-int create(Handle* handle) {
-  *handle = new T{};
-  return ACL_SUCCESS;
-}
-
 std::mutex options_mutex;
 std::map<int, int64_t> system_options;
-bool device_is_set = false;
-int context = 0;
 
 }  // namespace
 
 bool on_device(const void* begin, size_t bytes) {
   return device_memory().holds(begin, bytes);
+}
+
+std::optional<int> device_of(const void* begin, size_t bytes) {
+  return device_memory().device_of(begin, bytes);
 }
 
 }  // namespace emulated_cann
@@ -189,12 +192,16 @@ aclError aclFinalize() {
 // The device. Before it is set there is no context, and torch_npu relies on being told so.
 
 aclError aclrtGetDevice(int32_t* device) {
-  *device = 0;
+  *device = current_device;
   return device_is_set ? ACL_SUCCESS : ACL_ERROR_RT_CONTEXT_NULL;
 }
 aclError aclrtSetDevice(int32_t device) {
-  if (device != 0) return fail(ACL_ERROR_RT_INVALID_DEVICEID, "there is device 0 only");
+  if (device < 0 || device >= num_devices()) {
+    return fail(ACL_ERROR_RT_INVALID_DEVICEID, "expected a device below " + std::to_string(num_devices()) + ", got " +
+                                                   std::to_string(device));
+  }
   device_is_set = true;
+  current_device = device;
   return ACL_SUCCESS;
 }
 aclError aclrtResetDevice(int32_t) {
@@ -202,7 +209,7 @@ aclError aclrtResetDevice(int32_t) {
   return ACL_SUCCESS;
 }
 aclError aclrtGetDeviceCount(uint32_t* count) {
-  *count = 1;
+  *count = static_cast<uint32_t>(num_devices());
   return ACL_SUCCESS;
 }
 const char* aclrtGetSocName() {
@@ -215,12 +222,6 @@ aclError aclrtGetCurrentContext(aclrtContext* current) {
 }
 aclError aclrtSetCurrentContext(aclrtContext) {
   return ACL_SUCCESS;
-}
-aclError aclrtSynchronizeDevice() {
-  return synchronised("device");
-}
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t) {
-  return synchronised("device");
 }
 aclError aclrtDeviceCanAccessPeer(int32_t* can, int32_t, int32_t) {
   *can = 0;
@@ -246,6 +247,9 @@ aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode) {
   return ACL_SUCCESS;
 }
 aclError aclrtSetOpExecuteTimeOut(uint32_t) {
+  return ACL_SUCCESS;
+}
+aclError aclrtSetOpWaitTimeout(uint32_t) {
   return ACL_SUCCESS;
 }
 aclError aclSetCompileopt(aclCompileOpt, const char*) {
@@ -290,71 +294,16 @@ aclError aclrtGetMemInfo(aclrtMemAttr, size_t* free, size_t* total) {
 aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind) {
   return copy("aclrtMemcpy", to, room, from, bytes, kind, false);
 }
-aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind, aclrtStream) {
+aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind,
+                          aclrtStream stream) {
+  await_stream(stream);
   return copy("aclrtMemcpyAsync", to, room, from, bytes, kind, true);
 }
 aclError aclrtMemset(void* begin, size_t room, int32_t value, size_t bytes) {
   return fill("aclrtMemset", begin, room, value, bytes);
 }
-aclError aclrtMemsetAsync(void* begin, size_t room, int32_t value, size_t bytes, aclrtStream) {
+aclError aclrtMemsetAsync(void* begin, size_t room, int32_t value, size_t bytes, aclrtStream stream) {
+  await_stream(stream);
   return fill("aclrtMemsetAsync", begin, room, value, bytes);
-}
-
-// Streams and events.
-
-aclError aclrtCreateStream(aclrtStream* stream) {
-  return create<int>(stream);
-}
-aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) {
-  return create<int>(stream);
-}
-aclError aclrtDestroyStream(aclrtStream stream) {
-  delete static_cast<int*>(stream);
-  return ACL_SUCCESS;
-}
-aclError aclrtDestroyStreamForce(aclrtStream stream) {
-  return aclrtDestroyStream(stream);
-}
-aclError aclrtSynchronizeStream(aclrtStream) {
-  return synchronised("stream");
-}
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream, int32_t) {
-  return synchronised("stream");
-}
-aclError aclrtStreamQuery(aclrtStream, aclrtStreamStatus* status) {
-  *status = ACL_STREAM_STATUS_COMPLETE;
-  return ACL_SUCCESS;
-}
-aclError aclrtStreamWaitEvent(aclrtStream, aclrtEvent) {
-  return ACL_SUCCESS;
-}
-aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t) {
-  return create<Event>(event);
-}
-aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t) {
-  return create<Event>(event);
-}
-aclError aclrtDestroyEvent(aclrtEvent event) {
-  delete static_cast<Event*>(event);
-  return ACL_SUCCESS;
-}
-aclError aclrtRecordEvent(aclrtEvent event, aclrtStream) {
-  static_cast<Event*>(event)->recorded = std::chrono::steady_clock::now();
-  return ACL_SUCCESS;
-}
-aclError aclrtResetEvent(aclrtEvent, aclrtStream) {
-  return ACL_SUCCESS;
-}
-aclError aclrtQueryEventStatus(aclrtEvent, aclrtEventRecordedStatus* status) {
-  *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
-  return ACL_SUCCESS;
-}
-aclError aclrtSynchronizeEvent(aclrtEvent) {
-  return synchronised("event");
-}
-aclError aclrtEventElapsedTime(float* milliseconds, aclrtEvent begin, aclrtEvent end) {
-  const auto elapsed = static_cast<Event*>(end)->recorded - static_cast<Event*>(begin)->recorded;
-  *milliseconds = std::chrono::duration<float, std::milli>(elapsed).count();
-  return ACL_SUCCESS;
 }
 }

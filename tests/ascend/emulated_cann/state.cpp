@@ -44,6 +44,10 @@ std::string quoted(std::string_view text) {
   return out + '"';
 }
 
+std::string sync_line(std::string_view what) {
+  return "{\"kind\": \"sync\", \"what\": \"" + std::string(what) + "\"}";
+}
+
 void record(std::string line) {
   const std::lock_guard lock(state().mutex);
   state().ledger.push_back(std::move(line));
