@@ -39,8 +39,11 @@ std::string Leader::error() const {
 }
 
 void Leader::fail(const std::string& error) {
-  const std::lock_guard lock(mutex_);
-  if (error_.empty()) error_ = error;
+  {
+    const std::lock_guard lock(mutex_);
+    if (error_.empty()) error_ = error;
+  }
+  group_->end();
 }
 
 }  // namespace xgdn

@@ -6,6 +6,8 @@
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
+#include <atomic>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -18,6 +20,7 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kForever = std::chrono::hours(24 * 365);
 constexpr milliseconds kLoadingTime = std::chrono::hours(1);
+constexpr milliseconds kStartingTime{1000};
 
 // The first line of what a backend says.
 std::string sentence_of(const std::exception& error) {
@@ -31,12 +34,23 @@ std::string sentence_of(const std::exception& error) {
 struct ProcessGroup::Group {
   c10::intrusive_ptr<c10d::ProcessGroup> ranks;
   milliseconds timeout;
+  mutable std::timed_mutex starting;  // held by who starts something
+  std::atomic<bool> has_ended = false;
+
+  Group(c10::intrusive_ptr<c10d::ProcessGroup> group, milliseconds limit) : ranks(std::move(group)), timeout(limit) {}
+
+  template <class F>
+  auto start(const F& f) const {
+    const std::lock_guard lock(starting);
+    TORCH_CHECK(!has_ended, "the group has ended");
+    return f();
+  }
 
   // Starts what `f` starts, and waits for it: of tensors on a device, lets the device wait.
   template <class F>
   void run(const char* what, const F& f) const {
     try {
-      f()->wait();
+      start(f)->wait();
     } catch (const std::exception& error) {
       throw RankError(c10::str("[ProcessGroup] ", what, ": expected all ", ranks->getSize(),
                                " ranks to answer, got on rank ", ranks->getRank(), ": ", sentence_of(error)));
@@ -60,7 +74,7 @@ struct ProcessGroup::Group {
 };
 
 ProcessGroup::ProcessGroup(const c10::intrusive_ptr<c10d::ProcessGroup>& group, milliseconds timeout)
-    : group_(std::make_unique<Group>(Group{group, timeout})) {}
+    : group_(std::make_unique<Group>(group, timeout)) {}
 
 ProcessGroup::~ProcessGroup() = default;
 
@@ -79,6 +93,11 @@ int64_t ProcessGroup::rank() const {
 
 int64_t ProcessGroup::world() const {
   return group_->ranks->getSize();
+}
+
+void ProcessGroup::end() {
+  group_->has_ended = true;
+  if (group_->starting.try_lock_for(kStartingTime)) group_->starting.unlock();
 }
 
 void ProcessGroup::sum(at::Tensor& tensor) {

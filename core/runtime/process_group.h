@@ -20,7 +20,7 @@ namespace xgdn {
 
 /// Exchanges tensors between ranks: those on the host through a backend for hosts (gloo), which the group must have,
 /// and those on a device through the device's own (NCCL, HCCL). Every rank makes the same calls in the same order. For
-/// one thread at a time. Every member throws RankError when a rank has ended or does not answer in time; the group is
+/// one thread at a time, except for end(). Every member throws RankError when a rank has ended or does not answer in time; the group is
 /// of no use then.
 class ProcessGroup : public AllReduce {
  public:
@@ -32,6 +32,10 @@ class ProcessGroup : public AllReduce {
 
   int64_t rank() const;   // of this process
   int64_t world() const;  // number of ranks
+
+  /// Nothing is started any more, so that nothing joins a group of the device's anew after that has been aborted.
+  /// Waits up to a second for what another thread is starting.
+  void end();
 
   /// Adds in the order of the ranks, reduced precision in float32, whatever the tensor's size: an element's bits do not
   /// depend on its place, as they do where rings add, and are the same on all ranks.

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -111,11 +111,10 @@ def start_ranks(
         name = _join(store, 0, world, device)
         of_rank = torch.device(device)
         abort = _nothing if of_rank.type == "cpu" else partial(_abort_device, of_rank)
-        return Ranks(processes, dist.destroy_process_group, abort), engine_options(options, runner, name, local_rank=0)
+        return Ranks(processes, _leave_world, abort), engine_options(options, runner, name, local_rank=0)
     except BaseException:
         _end(processes, seconds=0)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave_world()
         raise
 
 
@@ -187,8 +186,11 @@ class Ranks:
             self._is_closing = True
         if engine is not None:
             engine.shut_down()
-        _end(self._processes, _END_SECONDS if engine is not None and not self._failure else 0)
-        self._leave()
+        has_failed = bool(self._failure)
+        _end(self._processes, _END_SECONDS if engine is not None and not has_failed else 0)
+        # A device that has waited for the ended rank says so again.
+        with suppress(RuntimeError) if has_failed else nullcontext():
+            self._leave()
 
 
 def _join_torchrun(world: int, device: str) -> tuple[dist.ProcessGroup, Callable[[], None]]:
@@ -203,12 +205,17 @@ def _join_torchrun(world: int, device: str) -> tuple[dist.ProcessGroup, Callable
         group = dist.new_group(backend=backend)
         return group, partial(dist.destroy_process_group, group)
     dist.init_process_group(backend)
-    return _world_group(), dist.destroy_process_group
+    return _world_group(), _leave_world
 
 
 def _join(store: TCPStore, rank: int, world: int, device: str) -> str:
     dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world)
     return str(_world_group().group_name)
+
+
+def _leave_world() -> None:
+    if dist.is_initialized():  # torch_npu leaves every group itself where the process ends before the engine does
+        dist.destroy_process_group()
 
 
 def _world_group() -> dist.ProcessGroup:
@@ -254,10 +261,13 @@ def _nothing() -> None:
 
 def _abort_device(device: torch.device) -> None:
     """End what waits on a device; a connection between hosts tells of its end by itself."""
-    if dist.is_initialized():
-        abort = getattr(_world_group()._get_backend(device), "abort", None)
-        if abort is not None:
-            abort()
+    if not dist.is_initialized():
+        return
+    backend = _world_group()._get_backend(device)
+    if device.type == "npu":  # whose abort is not Backend's: torch_npu gives it another name
+        backend.abort_hccl_comm("a rank has ended")
+    else:
+        backend.abort()
 
 
 def _here(rank: int) -> str:
