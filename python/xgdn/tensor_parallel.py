@@ -16,6 +16,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ def engine_options(options: dict[str, Any], runner: RunnerOptions, group: str, l
         getattr(torch, device.type).set_device(device)  # for what NCCL and the like do without a tensor
     given = {**options, "device": str(device)}
     return _C.EngineOptions(runner=runner, process_group=group, **given)
+
+
+def _name_device(device: str) -> None:
+    """Import the package that makes the device known, as rank 0's program has done."""
+    if device.partition(":")[0] == "npu":
+        import_module("torch_npu")
 
 
 def device_of(device: str, local_rank: int) -> str:
@@ -120,6 +127,7 @@ def start_ranks(
 
 def follow_invitation(invitation: Invitation) -> None:
     """Be the rank that another process has invited, until its engine ends. Raises what loading and steps raise."""
+    _name_device(str(invitation.options["device"]))
     torch.set_num_threads(invitation.threads)
     store = TCPStore(
         "127.0.0.1",

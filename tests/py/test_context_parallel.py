@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_tensor_parallel import run_ranks
+from rank_processes import run_ranks
 
 
 def test_slices_of_a_prompt() -> None:
-    document = run_ranks(3, program=Path(__file__).parent / "context_parallel_ranks.py")
+    document = run_ranks(3, Path(__file__).parent / "context_parallel_ranks.py")
     assert len(document["seen"]) == 4
     for name, seen in document["seen"].items():
         for rank, (got, want) in enumerate(zip(seen["ranks"], seen["one"], strict=True)):

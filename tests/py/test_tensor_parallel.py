@@ -4,10 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import torch
 
 import checkpoints
 import xgdn
+from rank_processes import run_ranks
 
 PROGRAM = Path(__file__).parent / "tensor_parallel_ranks.py"
 WORLDS = (2, 4)
@@ -37,47 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def run_ranks(world: int, *args: str | Path, program: Path = PROGRAM) -> dict[str, Any]:
-    """Rank 0's document, when all processes have ended well."""
-    variables = {
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(program), *map(str, args)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        output, _ = processes[0].communicate(timeout=150)
-        assert [process.wait(timeout=20) for process in processes] == [0] * world
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    document: dict[str, Any] = json.loads(output)
-    return document
-
-
 @pytest.fixture(scope="module", params=WORLDS, ids="{}-ranks".format)
 def seen(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     world: int = request.param
     files = tmp_path_factory.mktemp("files")
     checkpoints.make(EVEN, files)
-    return {"world": world, **run_ranks(world, folder, files)}
+    return {"world": world, **run_ranks(world, PROGRAM, folder, files)}
 
 
 def of_both(seen: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:

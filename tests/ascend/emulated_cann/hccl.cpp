@@ -357,8 +357,34 @@ class Communicator {
 
 using CommunicatorPointer = std::shared_ptr<Communicator>;
 
-Communicator* communicator_of(HcclComm handle) {
-  return handle == nullptr ? nullptr : static_cast<CommunicatorPointer*>(handle)->get();
+// Those that have not been destroyed: torch_npu's task queue may still use a handle that an abort has ended.
+class Communicators {
+ public:
+  HcclComm add(CommunicatorPointer communicator) {
+    const std::lock_guard lock(mutex_);
+    HcclComm handle = communicator.get();
+    live_[handle] = std::move(communicator);
+    return handle;
+  }
+  CommunicatorPointer find(HcclComm handle) {
+    const std::lock_guard lock(mutex_);
+    const auto found = live_.find(handle);
+    return found == live_.end() ? nullptr : found->second;
+  }
+  CommunicatorPointer remove(HcclComm handle) {
+    const std::lock_guard lock(mutex_);
+    const auto found = live_.extract(handle);
+    return found.empty() ? nullptr : found.mapped();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<HcclComm, CommunicatorPointer> live_;
+};
+
+Communicators& communicators() {
+  static auto* const all = new Communicators;
+  return *all;
 }
 
 // The sockets of HcclGetRootInfo, until their communicator takes them.
@@ -457,15 +483,15 @@ HcclResult initialise(uint32_t world, const HcclRootInfo* root, uint32_t rank, s
   if (listener >= 0) ::close(listener);
   record("{\"kind\": \"communicator\", \"rank\": " + std::to_string(rank) + ", \"world\": " + std::to_string(world) +
          ", \"device\": " + std::to_string(device) + "}");
-  *handle = new CommunicatorPointer(std::move(communicator));
+  *handle = communicators().add(std::move(communicator));
   return HCCL_SUCCESS;
 }
 
 HcclResult start(const Call& call, const void* from, void* to, HcclComm handle, aclrtStream stream) {
-  Communicator* const communicator = communicator_of(handle);
+  const CommunicatorPointer communicator = communicators().find(handle);
   const std::string name = std::string("Hccl") + name_of(call.kind) + ": ";
   if (communicator == nullptr || stream == nullptr) {
-    return refuse(HCCL_E_PTR, name + "expected a communicator and a stream, got null");
+    return refuse(HCCL_E_PTR, name + "expected a stream and a communicator that is not destroyed");
   }
   if (!type_of(call.type) || (call.kind == Kind::kAllReduce && adder(call.type) == nullptr)) {
     return refuse(HCCL_E_NOT_SUPPORT, name + "data type " + std::to_string(call.type) + " is not supported");
@@ -482,9 +508,7 @@ HcclResult start(const Call& call, const void* from, void* to, HcclComm handle, 
   record("{\"kind\": \"collective\", \"name\": " + quoted(name_of(call.kind)) +
          ", \"count\": " + std::to_string(call.count) + ", \"dtype\": " + quoted(type_of(call.type)->name) +
          ", \"root\": " + std::to_string(call.root) + "}");
-  enqueue(stream, [kept = *static_cast<CommunicatorPointer*>(handle), call, from, to] {
-    return kept->run(call, from, to);
-  });
+  enqueue(stream, [communicator, call, from, to] { return communicator->run(call, from, to); });
   return HCCL_SUCCESS;
 }
 
@@ -534,14 +558,15 @@ HcclResult HcclGetCommName(HcclComm, char* name) {
 
 // Calls that wait end with an error; the last of them frees it.
 HcclResult HcclCommDestroy(HcclComm handle) {
-  if (handle == nullptr) return refuse(HCCL_E_PTR, "HcclCommDestroy: expected a communicator, got null");
-  communicator_of(handle)->shut();
-  delete static_cast<CommunicatorPointer*>(handle);
+  const CommunicatorPointer communicator = communicators().remove(handle);
+  if (communicator == nullptr) return refuse(HCCL_E_PTR, "HcclCommDestroy: there is no such communicator");
+  communicator->shut();
   return HCCL_SUCCESS;
 }
 HcclResult HcclGetCommAsyncError(HcclComm handle, HcclResult* status) {
-  if (handle == nullptr) return refuse(HCCL_E_PTR, "HcclGetCommAsyncError: expected a communicator, got null");
-  *status = communicator_of(handle)->status();
+  const CommunicatorPointer communicator = communicators().find(handle);
+  if (communicator == nullptr) return refuse(HCCL_E_PTR, "HcclGetCommAsyncError: there is no such communicator");
+  *status = communicator->status();
   return HCCL_SUCCESS;
 }
 
