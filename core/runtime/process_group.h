@@ -20,8 +20,8 @@ namespace xgdn {
 
 /// Exchanges tensors between ranks: those on the host through a backend for hosts (gloo), which the group must have,
 /// and those on a device through the device's own (NCCL, HCCL). Every rank makes the same calls in the same order. For
-/// one thread at a time, except for end(). Every member throws RankError when a rank has ended or does not answer in time; the group is
-/// of no use then.
+/// one thread at a time, except for end(). Every member throws RankError when a rank has ended or does not answer in
+/// time; the group is of no use then.
 class ProcessGroup : public AllReduce {
  public:
   /// `timeout`: within which every rank answers.

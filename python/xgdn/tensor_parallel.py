@@ -271,7 +271,7 @@ def _abort_device(device: torch.device) -> None:
     """End what waits on a device; a connection between hosts tells of its end by itself."""
     if not dist.is_initialized():
         return
-    backend = _world_group()._get_backend(device)
+    backend: Any = _world_group()._get_backend(device)
     if device.type == "npu":  # whose abort is not Backend's: torch_npu gives it another name
         backend.abort_hccl_comm("a rank has ended")
     else:

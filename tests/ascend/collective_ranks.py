@@ -65,9 +65,9 @@ def everything() -> dict[str, Any]:
     entries = ledger.read()
     seen["communicators"] = [[it["rank"], it["world"], it["device"]] for it in entries.of("communicator")]
     seen["collectives"] = [it["name"] for it in entries.of("collective")]
-    seen["float64"] = error_of(lambda: summed(torch.float64))
-    # The last: the group has failed then.
-    seen["counts"] = error_of(lambda: dist.all_reduce(torch.ones(4 + RANK // 2, device=DEVICE)))
+    # The last: the group has failed then. As many bytes on all ranks, of another type on one.
+    dtype = torch.int32 if RANK == 2 else torch.float32
+    seen["dtypes"] = error_of(lambda: dist.all_reduce(torch.ones(4, dtype=dtype, device=DEVICE)))
     return seen
 
 

@@ -20,8 +20,9 @@ Entry = dict[str, Any]
 class Ledger:
     """What reached the emulated CANN, in order.
 
-    An entry's `kind` is op (name, args), copy (direction, bytes, async), sync (what), fill, alloc, free or refusal
-    (status, message). A tensor among the args has shape, strides, dtype and data (its address).
+    An entry's `kind` is op (name, args), copy (direction, bytes, async), sync (what), fill, alloc, free, communicator
+    (rank, world, device), collective (name, count, dtype, root) or refusal (status, message). A tensor among the args
+    has shape, strides, dtype and data (its address).
     """
 
     def __init__(self, entries: list[Entry]) -> None:

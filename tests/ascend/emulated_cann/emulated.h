@@ -27,7 +27,8 @@ bool on_device(const void* begin, size_t bytes);
 // The device of that allocation.
 std::optional<int> device_of(const void* begin, size_t bytes);
 
-// Work that waits for other processes. Everything else has happened when its call returns. Returns what went wrong, or "".
+// Work that waits for other processes. Everything else has happened when its call returns. Returns what went wrong, or
+// "".
 using Job = std::function<std::string()>;
 void enqueue(void* stream, Job job);
 // Until the stream's jobs have run: before anything else happens on it.

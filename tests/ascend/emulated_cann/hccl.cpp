@@ -35,7 +35,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Bytes = std::vector<char>;
 
-constexpr std::chrono::seconds kConnectTime{120};    // HCCL_CONNECT_TIMEOUT's default
+constexpr std::chrono::seconds kConnectTime{120};     // HCCL_CONNECT_TIMEOUT's default
 constexpr std::chrono::seconds kExecutionTime{1836};  // HCCL_EXEC_TIMEOUT's default
 
 struct Failure {
@@ -145,9 +145,7 @@ struct Call {
   HcclDataType type;
 
   bool operator==(const Call&) const = default;
-  size_t bytes() const {
-    return count * type_of(type)->size;
-  }
+  size_t bytes() const { return count * type_of(type)->size; }
 };
 
 std::string show(const Call& call) {
@@ -169,9 +167,7 @@ struct Answer {
 class Connection {
  public:
   explicit Connection(int socket) : socket_(socket) {}
-  ~Connection() {
-    ::close(socket_);
-  }
+  ~Connection() { ::close(socket_); }
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
 
@@ -229,24 +225,12 @@ class Communicator {
   Communicator(uint32_t rank, uint32_t world, int device, std::chrono::seconds time)
       : rank_(rank), device_(device), time_(time), peers_(world) {}
 
-  void connect(uint32_t peer, std::unique_ptr<Connection> connection) {
-    peers_[peer] = std::move(connection);
-  }
-  Connection& peer(uint32_t rank) {
-    return *peers_[rank];
-  }
-  uint32_t rank() const {
-    return rank_;
-  }
-  uint32_t world() const {
-    return static_cast<uint32_t>(peers_.size());
-  }
-  int device() const {
-    return device_;
-  }
-  HcclResult status() const {
-    return status_;
-  }
+  void connect(uint32_t peer, std::unique_ptr<Connection> connection) { peers_[peer] = std::move(connection); }
+  Connection& peer(uint32_t rank) { return *peers_[rank]; }
+  uint32_t rank() const { return rank_; }
+  uint32_t world() const { return static_cast<uint32_t>(peers_.size()); }
+  int device() const { return device_; }
+  HcclResult status() const { return status_; }
 
   void shut() {
     for (const auto& peer : peers_) {

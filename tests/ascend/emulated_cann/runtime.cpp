@@ -67,9 +67,7 @@ class Memory {
     return allocation.device;
   }
 
-  bool holds(const void* begin, size_t bytes) {
-    return device_of(begin, bytes).has_value();
-  }
+  bool holds(const void* begin, size_t bytes) { return device_of(begin, bytes).has_value(); }
 
   size_t used() {
     const std::lock_guard lock(mutex_);
@@ -197,8 +195,8 @@ aclError aclrtGetDevice(int32_t* device) {
 }
 aclError aclrtSetDevice(int32_t device) {
   if (device < 0 || device >= num_devices()) {
-    return fail(ACL_ERROR_RT_INVALID_DEVICEID, "expected a device below " + std::to_string(num_devices()) + ", got " +
-                                                   std::to_string(device));
+    return fail(ACL_ERROR_RT_INVALID_DEVICEID,
+                "expected a device below " + std::to_string(num_devices()) + ", got " + std::to_string(device));
   }
   device_is_set = true;
   current_device = device;

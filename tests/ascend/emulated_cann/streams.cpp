@@ -100,9 +100,7 @@ struct Event {
   uint64_t num_jobs = 0;
   std::chrono::steady_clock::time_point recorded;
 
-  std::string await() const {
-    return stream == nullptr ? "" : stream->await(num_jobs);
-  }
+  std::string await() const { return stream == nullptr ? "" : stream->await(num_jobs); }
 };
 
 std::mutex streams_mutex;
