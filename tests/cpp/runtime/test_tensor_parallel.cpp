@@ -69,6 +69,19 @@ TEST(TensorParallel, PoolsTellWhatTheyChange) {
   EXPECT_EQ(std::get<LogitsCommand>(told[2]).count, 2);
 }
 
+TEST(TensorParallel, NothingStartsInAGroupAfterAFailure) {
+  const auto group = c10::make_intrusive<RecordingGroup>();
+  const auto ranks = std::make_shared<ProcessGroup>(group, std::chrono::seconds(1));
+  Leader leader(ranks);
+  at::Tensor words = at::ones({2}, at::kInt);
+  ranks->broadcast(words);
+  EXPECT_EQ(group->sent, std::vector<int32_t>{1});
+  group->sent.clear();
+  leader.fail("rank 1 has ended");
+  EXPECT_THROW(ranks->broadcast(words), RankError);
+  EXPECT_TRUE(group->sent.empty());
+}
+
 TEST(TensorParallel, SizesDivideWhatIsSplit) {
   ModelConfig c = tiny_config();  // 2 query heads, 1 KV head, 1 key head, 2 value heads, 48, vocabulary of 64
   EXPECT_EQ(tensor_parallel_sizes(c), (std::vector<int64_t>{1, 2}));
