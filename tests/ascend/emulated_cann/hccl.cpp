@@ -304,9 +304,9 @@ class Communicator {
       try {
         Call theirs{};
         peer(rank).receive(&theirs, sizeof theirs, end);
+        parts.emplace_back(theirs.bytes());
+        peer(rank).receive(parts.back().data(), theirs.bytes(), end);
         if (theirs != call) throw Failure{HCCL_E_PARA, "expected " + show(call) + ", got " + show(theirs)};
-        parts.emplace_back(call.bytes());
-        peer(rank).receive(parts.back().data(), call.bytes(), end);
       } catch (const Failure& failure) {
         throw Failure{failure.status, who + failure.sentence};
       }
