@@ -116,11 +116,11 @@ print(Path(f"/proc/{rank_1}").exists())
 
 
 def test_a_killed_rank_ends_every_request(tmp_path: Path) -> None:
-    """With torch_npu's cache of memory, while the device waits for a rank that looks as if it were computing."""
+    """In torch_npu's default mode, while the device waits for a rank that looks as if it were computing."""
     directory, _ = checkpoints.make(MODELS["one_key_head"], tmp_path)
     code = f"DIRECTORY = {str(directory)!r}\n{KILLED}"
     served, in_time, all_have, errors, is_left = run_python(
-        code, environment=task_queue_environment() | {"TASK_QUEUE_ENABLE": "0"}, SILENT_PEERS="1", DEVICES="2"
+        code, environment=task_queue_environment(), SILENT_PEERS="1", DEVICES="2"
     )[-5:]
     assert (served, in_time, all_have, is_left) == ("served", "True", "True", "False")
     assert "expected all 2 ranks to compute, got one that failed" in errors
