@@ -12,7 +12,6 @@ import torch
 
 import checkpoints
 import xgdn
-from child_process import run_python, task_queue_environment
 from collective_ranks import part
 from rank_processes import run_ranks
 from test_backend_model import HEAD_DIMS, NEW_TOKENS, Engines, compared_tokens, make_prompts
@@ -79,48 +78,3 @@ def test_tokens_are_those_of_one_device(name: str, tmp_path: Path) -> None:
         engine.close()
     assert got == again == sampled[0] == sampled[1]
     assert sum(equal) >= len(prompts) * NEW_TOKENS // 2, equal
-
-
-KILLED = """
-import os, signal, threading, time
-from pathlib import Path
-import ledger
-engine = xgdn.Engine(
-    DIRECTORY, device="npu:0", dtype=torch.bfloat16, state_dtype=torch.bfloat16,
-    runner=xgdn.RunnerOptions(max_batch_size=8, max_cached_tokens=4096), tensor_parallel=2,
-)
-(rank_1,) = engine.rank_process_ids
-print(engine.generate([[1, 2, 3]], max_new_tokens=4, ignore_eos=True)[0].error or "served")
-ids = [engine.submit(xgdn.Request([1, 2, 3], max_new_tokens=1000, ignore_eos=True)) for _ in range(3)]
-for _ in range(4):
-    engine.step()
-os.kill(rank_1, signal.SIGSTOP)
-ledger.reset()
-
-def kill():
-    while not ledger.read().of("collective"):  # rank 0 waits in it
-        time.sleep(0.01)
-    os.kill(rank_1, signal.SIGKILL)
-
-threading.Thread(target=kill).start()
-began = time.monotonic()
-errors = {}
-while not engine.is_idle():
-    errors |= {event.id: event.error for event in engine.step() if event.error}
-engine.close()
-print(time.monotonic() - began < 10.0)
-print(sorted(errors) == ids)
-print(set(errors.values()))
-print(Path(f"/proc/{rank_1}").exists())
-"""
-
-
-def test_a_killed_rank_ends_every_request(tmp_path: Path) -> None:
-    """In torch_npu's default mode, while the device waits for a rank that looks as if it were computing."""
-    directory, _ = checkpoints.make(MODELS["one_key_head"], tmp_path)
-    code = f"DIRECTORY = {str(directory)!r}\n{KILLED}"
-    served, in_time, all_have, errors, is_left = run_python(
-        code, environment=task_queue_environment(), SILENT_PEERS="1", DEVICES="2"
-    )[-5:]
-    assert (served, in_time, all_have, is_left) == ("served", "True", "True", "False")
-    assert "expected all 2 ranks to compute, got one that failed" in errors

@@ -9,6 +9,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceType.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <c10/util/Logging.h>
 #include <c10/util/StringUtil.h>
@@ -24,10 +25,13 @@
 namespace xgdn::kernel::npu {
 namespace {
 
-const c10::Device kDevice(c10::DeviceType::PrivateUse1, 0);
+// The process's own, on whose stream its calls run: fills and copies on another would have no order with them.
+c10::Device current_device() {
+  return c10::impl::VirtualGuardImpl(c10::DeviceType::PrivateUse1).getDevice();
+}
 
 at::TensorOptions on_device(at::ScalarType dtype) {
-  return at::TensorOptions().dtype(dtype).device(kDevice);
+  return at::TensorOptions().dtype(dtype).device(current_device());
 }
 
 // What torch_npu and CANN have to say in their error: which call failed, from the first line, behind torch_npu's own
@@ -145,9 +149,13 @@ std::string try_attention() {
     const at::Tensor v = at::zeros({4, 1, 16}, on_device(at::kBFloat16));
     for (int64_t row = 0; row < 4; ++row) v.select(0, row).fill_(static_cast<double>(row));
     // Rows 0 and 1 are the first sequence's, which ends with one token: it sees both. Rows 2 and 3 are the second's.
-    const at::Tensor out =
-        attention({.q = q, .k = k, .v = v, .mask = causal_mask(kDevice), .token_ends = {1, 3}, .context_ends = {2, 4}})
-            .cpu();
+    const at::Tensor out = attention({.q = q,
+                                      .k = k,
+                                      .v = v,
+                                      .mask = causal_mask(current_device()),
+                                      .token_ends = {1, 3},
+                                      .context_ends = {2, 4}})
+                               .cpu();
     const bool is_right = is_near(out, {0, 1, 5}, 0.5) && is_near(out, {1, 1, 5}, 2.0) && is_near(out, {2, 1, 5}, 2.5);
     return is_right ? "" : c10::str(kAttentionOp, " returned other numbers than attention gives");
   });
@@ -160,12 +168,12 @@ std::string try_experts() {
     constexpr int64_t kDim = 16;
     const at::Tensor x = at::ones({2, kDim}, on_device(at::kBFloat16));
     x.select(0, 0).fill_(0.5);
-    const at::Tensor chosen = at::eye(2, at::kInt).to(kDevice);
+    const at::Tensor chosen = at::eye(2, at::kInt).to(current_device());
     const at::Tensor weights = at::ones({2, 2}, on_device(at::kBFloat16));
     weights.select(1, 1).fill_(0.5);
     const at::Tensor eye = at::eye(kDim, at::kBFloat16);
-    const at::Tensor gate_up = at::stack({at::cat({eye, eye}), at::cat({eye, eye})}).to(kDevice);
-    const at::Tensor down = at::stack({eye * 2.0, eye * 4.0}).to(kDevice);
+    const at::Tensor gate_up = at::stack({at::cat({eye, eye}), at::cat({eye, eye})}).to(current_device());
+    const at::Tensor down = at::stack({eye * 2.0, eye * 4.0}).to(current_device());
     const Routed routed = route(x, chosen, 2);
     const at::Tensor between = swiglu(grouped_matmul(routed.rows, gate_up.transpose(1, 2), routed.counts));
     const at::Tensor rows = grouped_matmul(between, down.transpose(1, 2), routed.counts);

@@ -198,7 +198,6 @@ class Connection {
       } else if (moved < 0 && (errno == EAGAIN || errno == EINTR)) {
         await(what, end);
       } else {
-        if (is_on("SILENT_PEERS")) await_shut(end);
         throw Failure{HCCL_E_REMOTE, is_shut_ ? "the communicator was destroyed" : "the process has ended"};
       }
     }
@@ -209,11 +208,6 @@ class Connection {
     if (left.count() <= 0) throw Failure{HCCL_E_TIMEOUT, "no answer in time"};
     pollfd one{socket_, what, 0};
     ::poll(&one, 1, static_cast<int>(left.count()));
-  }
-
-  // As on a device, which takes a peer that has ended for a slow one.
-  void await_shut(Clock::time_point end) {
-    while (!is_shut_ && Clock::now() < end) ::usleep(1000);
   }
 
   int socket_;
