@@ -56,14 +56,14 @@ def test_answers_are_those_without_drafts(
 ) -> None:
     """Greedy and sampled, alone and in a batch; branches of one prompt too."""
     drafting, plain = (engine(checkpoint, n, quantize=quantize) for n in (draft_tokens, 0))
-    for given in [*([p] for p in prompts()), prompts() * 3]:
+    for given in [*([p] for p in prompts()), prompts() * 4]:
         want = answers(plain, given, temperature=temperature, ignore_eos=True)
         assert answers(drafting, given, temperature=temperature, ignore_eos=True) == want
     branches = {"temperature": temperature, "n": 3, "ignore_eos": True}
     assert answers(drafting, prompts(), **branches) == answers(plain, prompts(), **branches)
     stats = drafting.speculation_stats
     if checkpoint == CHECKPOINT:
-        assert 10 < stats.num_right < stats.num_drafted
+        assert 20 < stats.num_right < stats.num_drafted
     assert plain.speculation_stats.num_drafted == 0
 
 
