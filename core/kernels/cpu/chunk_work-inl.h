@@ -140,13 +140,11 @@ HWY_INLINE void run(const Work<Float32Mode>&, const Product<float>& p) {
 
 // e^x for x <= 0, zero below kSmallestLog.
 HWY_INLINE VF exp_decay(F32 d, VF x) {
-  const I32 i;
   const auto is_zero = hn::Lt(x, hn::Set(d, kSmallestLog));
   const VF clamped = hn::IfThenElse(is_zero, hn::Set(d, kSmallestLog), x);
   VF p, n;
   split_exp(d, clamped, p, n);
-  const VF power = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(i, n), hn::Set(i, 127))));
-  return hn::IfThenZeroElse(is_zero, hn::Mul(p, power));
+  return hn::IfThenZeroElse(is_zero, multiply_by_power(d, p, n));
 }
 
 }  // namespace HWY_NAMESPACE

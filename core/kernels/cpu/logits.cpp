@@ -66,14 +66,12 @@ class Weigher {
   explicit HWY_INLINE Weigher(const LogitWeights& by) : by_(by), rate_(static_cast<float>(by.rate)) {}
 
   HWY_INLINE VF operator()(F32 d, VF x) const {
-    constexpr float kLeast = -87.0f;  // above ln 2^-126, so that 2^n below is a normal number
+    constexpr float kLeast = -87.0f;  // above ln 2^-126: a weight is a normal number
     const VF exponent = hn::Mul(hn::Sub(x, hn::Set(d, by_.largest)), hn::Set(d, rate_));
     VF p, n;
     split_exp(d, hn::Max(exponent, hn::Set(d, kLeast)), p, n);
-    const I32 i;
-    const VF power = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(i, n), hn::Set(i, 127))));
     const auto is_kept = hn::And(hn::Ge(x, hn::Set(d, by_.least)), hn::Ge(exponent, hn::Set(d, kLeast)));
-    return hn::IfThenElseZero(is_kept, hn::Mul(p, power));
+    return hn::IfThenElseZero(is_kept, multiply_by_power(d, p, n));
   }
 
  private:
