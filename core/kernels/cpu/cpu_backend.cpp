@@ -172,7 +172,7 @@ void run_rows(const LinearParams& p, const LinearShape& s) {
     parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::stage_tokens(args, begin, end); });
   }
   if (s.T >= 2 * kTokensOfPart) {  // tokens, too, may be split among the threads
-    return parallel_products(args, cpu::kLinearRowsPair, [](const auto& part, int64_t begin, int64_t end) {
+    return parallel_products(args, cpu::num_neighbours(args), [](const auto& part, int64_t begin, int64_t end) {
       cpu::linear_rows(part, begin, end, cpu::num_work_items(part));
     });
   }

@@ -4,13 +4,16 @@
 //            D ->
 //        +---------+   Loop: block of 16 or 32 outputs -> up to 6 tokens -> piece of D -> 4 outputs, or 2 of more than
 //   O    | weight  |   3 tokens -> lanes. Their sums stay in registers: weights are widened once for all tokens, a
-//        +---------+   token's vector is loaded once for all outputs. The piece of the tokens stays in the first-level
-//        +---------+   cache, the block of weights in the second. Weights come from memory once, while the block before
-//   T    | tokens  |   is multiplied: each group of tokens fetches a share of them, so that memory never rests; for
-//        +---------+   one or two tokens row by row, without a word about it (is_in_order).
+//        +---------+   token's vector is loaded once for all outputs. The piece of the tokens stays in a cache near by,
+//        +---------+   the block of weights in the second-level one. Weights come from memory once, while the block
+//   T    | tokens  |   before is multiplied: each group of tokens fetches a share of them, so that memory never rests;
+//        +---------+   for one or two tokens row by row, without a word about it (is_in_order).
 //                      Rounding: weights and tokens are widened exactly; sums are f32: of every lane in ascending D,
 //                      the even element of a pair before the odd one, then over the lanes, whatever tokens are beside
 //                      it; the bias is added in f32; out is rounded once.
+//
+// Many tokens: as many outputs as the second-level cache holds the weights of -> 48 tokens -> block. Tokens come as
+// often as that from memory, before they are multiplied, and so do the rows of out, which lie in as many pages.
 //
 // With AVX512-BF16 pairs are multiplied as they lie, tokens too, in the processor's own order within a pair. The sums
 // of 4 outputs for 6 tokens fit into 32 registers, or of 3 for 8. bf16 below 2^-126 counts as zero there.
@@ -32,9 +35,12 @@ HWY_BEFORE_NAMESPACE();
 namespace xgdn::kernel::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr size_t kSumsAtOnce = 12;     // what 16 registers leave room for
-inline constexpr size_t kFoldedRows = 16;     // whose lanes are summed at once
-inline constexpr int64_t kTokensInOrder = 2;  // at most, for which weights are read in the order of memory
+inline constexpr size_t kSumsAtOnce = 12;      // what 16 registers leave room for
+inline constexpr size_t kTokensOfLanes = 4;    // at most, for which memory is slower: lanes are summed after the block
+inline constexpr int64_t kTokensInOrder = 2;   // at most, for which weights are read in the order of memory
+inline constexpr int64_t kTokensOfGroup = 48;  // of many, that are multiplied by all outputs of a call
+
+inline constexpr size_t kLine = 64;  // of a cache
 
 // The next block of weights, brought to the second-level cache while one is multiplied: with each group of tokens a
 // share of it, as many lines at once as keep pace.
@@ -62,11 +68,22 @@ class Ahead {
   }
 
  private:
-  static constexpr size_t kLine = 64;
-
   const char* next_;
   const char* end_;
   size_t lines_;
+};
+
+// In the place of it: nothing is fetched.
+struct NotAhead {
+  template <size_t kOutputs>
+  HWY_INLINE void fetch() {}
+};
+
+// Where the sums of a piece of D go.
+struct PieceSums {
+  float* lanes;    // [outputs, tokens] vectors, of the pieces so far
+  bool is_first;   // of the pieces: nothing has been summed
+  float* outputs;  // [tokens, kBlockOutputs], sums over the lanes; null: lanes are kept
 };
 
 void widen_row(const uint16_t* from, int64_t D, float* to) {
@@ -111,15 +128,15 @@ HWY_INLINE VF add_product(VF sum, VF w0, VF w1, VF w2, VF w3, VF x0, VF x1, VF x
   }
 }
 
-// Adds a piece of D to sums [kOutputs, kTokens] of vectors, which begin at zero where the piece is the first.
-template <size_t kOutputs, size_t kTokens>
+// Adds a piece of D to sums.
+template <size_t kOutputs, size_t kTokens, class AheadOf>
 HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_stride, const float* HWY_RESTRICT tokens,
-                          size_t token_stride, size_t depth, bool is_first, Ahead& ahead, float* HWY_RESTRICT sums) {
+                          size_t token_stride, size_t depth, AheadOf& ahead, const PieceSums& sums) {
   static_assert(kOutputs <= 4 && kTokens <= kTokensAtOnce && kOutputs * kTokens <= kSumsAtOnce);
   const F32 d;
   const size_t lanes = hn::Lanes(d);
   const auto sum = [&](size_t i) HWY_ATTR {
-    return is_first || i >= kOutputs * kTokens ? hn::Zero(d) : hn::Load(d, sums + i * lanes);
+    return sums.is_first || i >= kOutputs * kTokens ? hn::Zero(d) : hn::Load(d, sums.lanes + i * lanes);
   };
   VF s0 = sum(0), s1 = sum(1), s2 = sum(2), s3 = sum(3), s4 = sum(4), s5 = sum(5);
   VF s6 = sum(6), s7 = sum(7), s8 = sum(8), s9 = sum(9), s10 = sum(10), s11 = sum(11);
@@ -144,7 +161,7 @@ HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_str
     const auto load_row_of = [&](size_t output, VF& even, VF& odd) HWY_ATTR {
       load_pair(d, weight + (output < kOutputs ? output : 0) * weight_stride + i, even, odd);
     };
-    ahead.fetch<kOutputs>();
+    ahead.template fetch<kOutputs>();
     load_row_of(0, even0, odd0);
     load_row_of(1, even1, odd1);
     load_row_of(2, even2, odd2);
@@ -153,7 +170,12 @@ HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_str
     add(odd0, odd1, odd2, odd3, tokens + i + lanes);
   }
   const auto keep = [&](size_t i, VF s) HWY_ATTR {
-    if (i < kOutputs * kTokens) hn::Store(s, d, sums + i * lanes);
+    if (i >= kOutputs * kTokens) return;
+    if (sums.outputs != nullptr) {
+      sums.outputs[i % kTokens * kBlockOutputs + i / kTokens] = hn::GetLane(hn::SumOfLanes(d, s));
+    } else {
+      hn::Store(s, d, sums.lanes + i * lanes);
+    }
   };
   keep(0, s0), keep(1, s1), keep(2, s2), keep(3, s3), keep(4, s4), keep(5, s5);
   keep(6, s6), keep(7, s7), keep(8, s8), keep(9, s9), keep(10, s10), keep(11, s11);
@@ -162,7 +184,8 @@ HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_str
 // Products of widened rows.
 struct WidenedRows {
   static constexpr size_t kTokensAtOnce = HWY_NAMESPACE::kTokensAtOnce;
-  static constexpr size_t kTokenElements = 6144;  // of the tokens at once: 24 KiB
+  static constexpr size_t kTokenElements = 6144;            // that stay in the first-level cache: 24 KiB
+  static constexpr size_t kPieceElements = kTokenElements;  // of the tokens at once
   static constexpr size_t outputs_at_once(size_t tokens) { return tokens > 3 ? 2 : 4; }
 
   static int64_t token_stride(const LinearRowsArgs& args) { return staged_stride(args.D); }
@@ -170,17 +193,16 @@ struct WidenedRows {
     return args.widened + token * token_stride(args);
   }
 
-  static void fold(const float* sums, size_t stride, float* folded) {
+  static void sum_lanes_of_sixteen(const float* lanes, size_t stride, float* sums) {
     const F32 d;
-    for (size_t row = 0; row < kFoldedRows; ++row)
-      folded[row] = hn::GetLane(hn::SumOfLanes(d, hn::Load(d, sums + row * stride)));
+    for (int64_t row = 0; row < kLinearRowsStep; ++row)
+      sums[row] = hn::GetLane(hn::SumOfLanes(d, hn::Load(d, lanes + static_cast<size_t>(row) * stride)));
   }
 
-  template <size_t kOutputs, size_t kTokens>
+  template <size_t kOutputs, size_t kTokens, class AheadOf>
   static HWY_INLINE void add_piece(const uint16_t* weight, size_t weight_stride, const float* tokens,
-                                   size_t token_stride, size_t depth, bool is_first, Ahead& ahead, float* sums) {
-    HWY_NAMESPACE::add_piece<kOutputs, kTokens>(weight, weight_stride, tokens, token_stride, depth, is_first, ahead,
-                                                sums);
+                                   size_t token_stride, size_t depth, AheadOf& ahead, const PieceSums& sums) {
+    HWY_NAMESPACE::add_piece<kOutputs, kTokens>(weight, weight_stride, tokens, token_stride, depth, ahead, sums);
   }
 };
 
@@ -194,7 +216,8 @@ HWY_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
 // Products of pairs as they lie.
 struct PairedRows {
   static constexpr size_t kTokensAtOnce = 8;
-  static constexpr size_t kTokenElements = 8192;  // of the tokens at once: 16 KiB
+  static constexpr size_t kTokenElements = 8192;   // that stay in the first-level cache: 16 KiB
+  static constexpr size_t kPieceElements = 24576;  // of the tokens at once; the second-level cache keeps pace
   static constexpr size_t outputs_at_once(size_t tokens) { return tokens > 6 ? 3 : 4; }
 
   static int64_t token_stride(const LinearRowsArgs& args) {
@@ -205,19 +228,22 @@ struct PairedRows {
                                   : static_cast<const uint16_t*>(args.x.at(token, 0));
   }
 
-  static void fold(const float* sums, size_t stride, float* folded) { sum_lanes_of_sixteen(sums, stride, folded); }
+  static void sum_lanes_of_sixteen(const float* lanes, size_t stride, float* sums) {
+    HWY_NAMESPACE::sum_lanes_of_sixteen(lanes, stride, sums);
+  }
 
-  template <size_t kOutputs, size_t kTokens>
+  template <size_t kOutputs, size_t kTokens, class AheadOf>
   static HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_stride,
                                    const uint16_t* HWY_RESTRICT tokens, size_t token_stride, size_t depth,
-                                   bool is_first, Ahead& ahead, float* HWY_RESTRICT sums) {
+                                   AheadOf& ahead, const PieceSums& sums) {
     constexpr size_t kLanes = 16;
     __m512 s[kOutputs][kTokens];
 #pragma GCC unroll 4
     for (size_t output = 0; output < kOutputs; ++output) {
 #pragma GCC unroll 8
       for (size_t t = 0; t < kTokens; ++t) {
-        s[output][t] = is_first ? _mm512_setzero_ps() : _mm512_load_ps(sums + (output * kTokens + t) * kLanes);
+        s[output][t] =
+            sums.is_first ? _mm512_setzero_ps() : _mm512_load_ps(sums.lanes + (output * kTokens + t) * kLanes);
       }
     }
     for (size_t i = 0; i < depth; i += 2 * kLanes) {
@@ -236,21 +262,46 @@ struct PairedRows {
         }
       }
     }
+    if (sums.outputs != nullptr) return sum_lanes(s, sums.outputs);
 #pragma GCC unroll 4
     for (size_t output = 0; output < kOutputs; ++output) {
 #pragma GCC unroll 8
-      for (size_t t = 0; t < kTokens; ++t) _mm512_store_ps(sums + (output * kTokens + t) * kLanes, s[output][t]);
+      for (size_t t = 0; t < kTokens; ++t) _mm512_store_ps(sums.lanes + (output * kTokens + t) * kLanes, s[output][t]);
+    }
+  }
+
+ private:
+  // outputs [kTokens, kBlockOutputs]: four outputs of four tokens at once, the last ones for those that there are not.
+  template <size_t kOutputs, size_t kTokens>
+  static HWY_INLINE void sum_lanes(const __m512 (&s)[kOutputs][kTokens], float* outputs) {
+    constexpr __mmask8 kMask = (1u << kOutputs) - 1;
+    const auto output = [](size_t i) { return std::min(i, kOutputs - 1); };
+#pragma GCC unroll 2
+    for (size_t begin = 0; begin < kTokens; begin += 4) {
+      __m512 fours[4];
+#pragma GCC unroll 4
+      for (size_t i = 0; i < 4; ++i) {
+        const size_t t = std::min(begin + i, kTokens - 1);
+        fours[i] = sum_fours(s[0][t], s[output(1)][t], s[output(2)][t], s[output(3)][t]);
+      }
+      const __m512 of_tokens = sum_of_fours(fours);
+      float* at = outputs + begin * kBlockOutputs;
+      _mm_mask_storeu_ps(at, kMask, _mm512_castps512_ps128(of_tokens));
+      if (begin + 1 < kTokens) _mm_mask_storeu_ps(at + kBlockOutputs, kMask, _mm512_extractf32x4_ps(of_tokens, 1));
+      if (begin + 2 < kTokens) _mm_mask_storeu_ps(at + 2 * kBlockOutputs, kMask, _mm512_extractf32x4_ps(of_tokens, 2));
+      if (begin + 3 < kTokens) _mm_mask_storeu_ps(at + 3 * kBlockOutputs, kMask, _mm512_extractf32x4_ps(of_tokens, 3));
     }
   }
 };
 
 #endif
 
-// A block's dot products; `sums` is memory for those of the lanes.
-template <class Rows, size_t kTokens, size_t kOutputs>
-void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, Ahead ahead, float* sums) {
-  constexpr size_t kPiece = Rows::kTokenElements / kTokens / (2 * kMaxLanes) * (2 * kMaxLanes);
-  const size_t lanes = hn::Lanes(F32());
+// A block's dot products; `lanes` is memory for those of the lanes.
+template <class Rows, size_t kTokens, size_t kOutputs, class AheadOf>
+void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, AheadOf ahead, float* lanes) {
+  constexpr bool kIsLater = kTokens <= kTokensOfLanes;
+  constexpr size_t kPiece = Rows::kPieceElements / kTokens / (2 * kMaxLanes) * (2 * kMaxLanes);
+  const size_t vector = hn::Lanes(F32());
   const auto stride = static_cast<size_t>(args.weight_stride);
   const auto depth = static_cast<size_t>(args.D);
   const uint16_t* weight = args.weight + block.output * args.weight_stride;
@@ -258,19 +309,33 @@ void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, Ahead 
   const auto token_stride = static_cast<size_t>(Rows::token_stride(args));
   for (size_t begin = 0; begin < depth; begin += kPiece) {
     const auto add_rows = [&]<size_t kCount>(size_t row) {
-      Rows::template add_piece<kCount, kTokens>(weight + row * stride + begin, stride, tokens + begin, token_stride,
-                                                std::min(kPiece, depth - begin), begin == 0, ahead,
-                                                sums + row * kTokens * lanes);
+      Rows::template add_piece<kCount, kTokens>(
+          weight + row * stride + begin, stride, tokens + begin, token_stride, std::min(kPiece, depth - begin), ahead,
+          {.lanes = lanes + row * kTokens * vector,
+           .is_first = begin == 0,
+           .outputs = begin + kPiece < depth || kIsLater ? nullptr : block.sums + row});
     };
     size_t row = 0;
     for (; row + kOutputs <= block.rows; row += kOutputs) add_rows.template operator()<kOutputs>(row);
     for (; row < block.rows; ++row) add_rows.template operator()<1>(row);
   }
-  for (size_t row = 0; row < block.rows; row += kFoldedRows) {
-    for (size_t t = 0; t < kTokens; ++t) {
-      Rows::fold(sums + (row * kTokens + t) * lanes, kTokens * lanes, block.sums + t * kBlockOutputs + row);
+  if constexpr (kIsLater) {
+    for (size_t row = 0; row < block.rows; row += kLinearRowsStep) {
+      for (size_t t = 0; t < kTokens; ++t) {
+        Rows::sum_lanes_of_sixteen(lanes + (row * kTokens + t) * vector, kTokens * vector,
+                                   block.sums + t * kBlockOutputs + row);
+      }
     }
   }
+}
+
+// The same for up to kMost tokens.
+template <class Rows, size_t kMost, class AheadOf>
+void multiply_tokens(const LinearRowsArgs& args, const OutputBlock& block, int64_t num_tokens, const AheadOf& ahead,
+                     float* lanes) {
+  with_count<kMost>(num_tokens, [&]<size_t kTokens>() {
+    multiply_block<Rows, kTokens, Rows::outputs_at_once(kTokens)>(args, block, ahead, lanes);
+  });
 }
 
 // One or two tokens that stay in the first-level cache: weights are read row by row as they lie in memory. Processors
@@ -294,7 +359,7 @@ std::span<const uint16_t> block_weights(const LinearRowsArgs& args, int64_t outp
 template <class Rows>
 void multiply_rows(const LinearRowsArgs& args, int64_t output, int64_t end_output, int64_t following) {
   constexpr auto kOutputs = static_cast<int64_t>(kBlockOutputs);
-  float* sums = scratch<LinearRowsArgs>(kBlockOutputs * Rows::kTokensAtOnce * kMaxLanes);
+  float* lanes = scratch<LinearRowsArgs>(kBlockOutputs * Rows::kTokensAtOnce * kMaxLanes);
   const bool in_order = is_in_order<Rows>(args), is_fetched = !in_order && args.weight_stride == args.D;
   for (int64_t next; output < end_output; output = next) {
     next = std::min(output + kOutputs, end_output);
@@ -303,26 +368,91 @@ void multiply_rows(const LinearRowsArgs& args, int64_t output, int64_t end_outpu
     multiply_block_outputs<Rows::kTokensAtOnce>(
         args, output, static_cast<size_t>(next - output), [&](const OutputBlock& block, int64_t num_tokens) {
           const Ahead ahead(fetched, block.token, num_tokens, args.T);
-          with_count<Rows::kTokensAtOnce>(num_tokens, [&]<size_t kTokens>() {
-            if constexpr (kTokens <= kTokensInOrder) {
-              if (in_order) return multiply_block<Rows, kTokens, 1>(args, block, ahead, sums);
-            }
-            multiply_block<Rows, kTokens, Rows::outputs_at_once(kTokens)>(args, block, ahead, sums);
-          });
+          if (in_order) {
+            with_count<kTokensInOrder>(
+                num_tokens, [&]<size_t kTokens>() { multiply_block<Rows, kTokens, 1>(args, block, ahead, lanes); });
+          } else {
+            multiply_tokens<Rows, Rows::kTokensAtOnce>(args, block, num_tokens, ahead, lanes);
+          }
         });
   }
 }
 
+// Staged tokens, brought to the second-level cache in `shares`.
+template <class Rows>
+class TokensAhead {
+ public:
+  TokensAhead(const LinearRowsArgs& args, int64_t token, int64_t end_token, int64_t shares)
+      : next_(reinterpret_cast<const char*>(Rows::tokens(args, token))),
+        end_(reinterpret_cast<const char*>(Rows::tokens(args, end_token))),
+        share_((end_ - next_ + shares - 1) / shares) {}
+
+  void fetch() {
+    for (const char* end = next_ + std::min(share_, end_ - next_); next_ < end; next_ += kLine) {
+      __builtin_prefetch(next_, 0, 2);
+    }
+  }
+
+ private:
+  const char* next_;
+  const char* end_;
+  int64_t share_;  // bytes
+};
+
+// Many tokens for outputs whose weights stay in the second-level cache.
+template <class Rows>
+void multiply_many(const LinearRowsArgs& args, int64_t first_output, int64_t end_output) {
+  constexpr auto kOutputs = static_cast<int64_t>(kBlockOutputs);
+  constexpr size_t kMost = 6;  // tokens at once, of which tiles of four outputs leave no rest
+  const auto element = static_cast<size_t>(size_of(args.out.dtype));
+  const int64_t num_blocks = (end_output - first_output + kOutputs - 1) / kOutputs;
+  float* lanes = scratch<LinearRowsArgs>(kBlockOutputs * kMost * kMaxLanes);
+  for_even_parts(args.T, kTokensOfGroup, [&](int64_t token, int64_t num_tokens) {
+    const LinearRowsArgs group = of_tokens(args, token, num_tokens);
+    const int64_t tiles = (num_tokens + static_cast<int64_t>(kMost) - 1) / static_cast<int64_t>(kMost);
+    TokensAhead<Rows> next(args, token + num_tokens, std::min(args.T, token + 2 * num_tokens), tiles * num_blocks);
+    const auto fetch = [&](const OutputBlock& block, int64_t count) {
+      for (int64_t t = block.token; t < block.token + count; ++t) {
+        prefetch<1>(group.out.at(t, block.output), block.rows * element);
+      }
+      next.fetch();
+    };
+    for (int64_t output = first_output; output < end_output; output += kOutputs) {
+      const auto rows = static_cast<size_t>(std::min(kOutputs, end_output - output));
+      if (token > 0 || args.weight_stride != args.D) {
+        multiply_block_outputs<kMost>(group, output, rows, [&](const OutputBlock& block, int64_t count) {
+          fetch(block, count);
+          multiply_tokens<Rows, kMost>(group, block, count, NotAhead(), lanes);
+        });
+      } else {
+        const std::span<const uint16_t> weights = block_weights(args, output + kOutputs);
+        multiply_block_outputs<kMost>(group, output, rows, [&](const OutputBlock& block, int64_t count) {
+          fetch(block, count);
+          multiply_tokens<Rows, kMost>(group, block, count, Ahead(weights, block.token, count, num_tokens), lanes);
+        });
+      }
+    }
+  });
+}
+
+template <class Rows>
+void multiply(const LinearRowsArgs& args, int64_t output, int64_t end_output, int64_t following) {
+  if (args.T >= kManyRowTokens) {
+    multiply_many<Rows>(args, output, end_output);
+  } else {
+    multiply_rows<Rows>(args, output, end_output, following);
+  }
+}
+
 static_assert(kLinearRowsStep * kLinearRowsPair == static_cast<int64_t>(kBlockOutputs));
-static_assert(kLinearRowsStep == static_cast<int64_t>(kFoldedRows));
 
 void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item) {
   const int64_t output = begin_item * kLinearRowsStep, end_output = std::min(end_item * kLinearRowsStep, args.O);
   const int64_t following = next_item * kLinearRowsStep;
 #ifdef XGDN_HARDWARE_BFLOAT16
-  if (args.widened == nullptr) return multiply_rows<PairedRows>(args, output, end_output, following);
+  if (args.widened == nullptr) return multiply<PairedRows>(args, output, end_output, following);
 #endif
-  multiply_rows<WidenedRows>(args, output, end_output, following);
+  multiply<WidenedRows>(args, output, end_output, following);
 }
 
 }  // namespace HWY_NAMESPACE

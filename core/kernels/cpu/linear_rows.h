@@ -2,6 +2,7 @@
 // Products with bf16 weights row by row, for processors without tiles: linear.h on every other instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/kernels/cpu/linear.h"
@@ -23,9 +24,17 @@ inline int64_t staged_stride(int64_t D) {
 
 inline constexpr int64_t kLinearRowsStep = 16;  // outputs of a work item
 inline constexpr int64_t kLinearRowsPair = 2;   // work items that are multiplied at once, if a call has them
+inline constexpr int64_t kManyRowTokens = 64;   // from which on neighbours share loads
 
 inline int64_t num_work_items(const LinearRowsArgs& args) {
   return (args.O + kLinearRowsStep - 1) / kLinearRowsStep;
+}
+
+/// How many neighbours share loads of many tokens: as much of the weights as half a second-level cache holds. Even.
+inline int64_t num_neighbours(const LinearRowsArgs& args) {
+  constexpr int64_t kPairBytes = kLinearRowsPair * kLinearRowsStep * size_of(DType::kBFloat16);
+  constexpr int64_t kBytes = 512 * 1024;
+  return std::max<int64_t>(kBytes / (kPairBytes * args.D), 1) * kLinearRowsPair;
 }
 
 /// The same for `count` of the tokens.
