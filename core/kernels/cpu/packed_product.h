@@ -28,7 +28,7 @@ struct Product {
   };
   Term terms[kMaxTerms] = {};
   size_t num_terms = 0;
-  size_t rows = 0;      // bf16: multiple of 16
+  size_t rows = 0;      // bf16: multiple of BFloat16Products::row_step
   size_t panels = 0;    // of B and C
   size_t a_stride = 0;  // elements from row to row
   size_t b_stride = 0;  // elements from panel to panel
@@ -44,6 +44,7 @@ struct BFloat16Products {
   void (*begin)();
   void (*end)();
   void (*multiply)(const Product<uint16_t>&);
+  size_t row_step;
   bool are_tiles;  // many times the rate of f32 vectors; else about twice at best, which splitting operands uses up
 };
 

@@ -118,14 +118,12 @@ XGDN_AMX void multiply_amx(const Product<uint16_t>& p) {
 
 // ---- AVX512-BF16: 8 rows x 2 panels are sixteen accumulators
 
-constexpr size_t kVectorRows = 8;
-
-template <size_t kPanels>
+template <size_t kRows, size_t kPanels>
 XGDN_AVX512_BF16 inline void multiply_vectors(const Product<uint16_t>& p, size_t row, size_t panel) {
   float* c = p.c + panel * p.c_stride + row * kPanel;
-  __m512 sums[kVectorRows][kPanels];
+  __m512 sums[kRows][kPanels];
 #pragma GCC unroll 8
-  for (size_t r = 0; r < kVectorRows; ++r) {
+  for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
     for (size_t i = 0; i < kPanels; ++i) {
       sums[r][i] = p.accumulate ? _mm512_loadu_ps(c + i * p.c_stride + r * kPanel) : _mm512_setzero_ps();
@@ -141,7 +139,7 @@ XGDN_AVX512_BF16 inline void multiply_vectors(const Product<uint16_t>& p, size_t
         columns[i] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + i * p.b_stride + d * kPanel));
       }
 #pragma GCC unroll 8
-      for (size_t r = 0; r < kVectorRows; ++r) {
+      for (size_t r = 0; r < kRows; ++r) {
         int32_t pair;
         std::memcpy(&pair, a + r * p.a_stride + d, sizeof(pair));
         const __m512bh pairs = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
@@ -151,26 +149,32 @@ XGDN_AVX512_BF16 inline void multiply_vectors(const Product<uint16_t>& p, size_t
     }
   }
 #pragma GCC unroll 8
-  for (size_t r = 0; r < kVectorRows; ++r) {
+  for (size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
     for (size_t i = 0; i < kPanels; ++i) _mm512_storeu_ps(c + i * p.c_stride + r * kPanel, sums[r][i]);
   }
 }
 
+template <size_t kPanels>
+XGDN_AVX512_BF16 inline void multiply_vector_rows(const Product<uint16_t>& p, size_t panel) {
+  size_t row = 0;
+  for (; row + 8 <= p.rows; row += 8) multiply_vectors<8, kPanels>(p, row, panel);
+  const size_t rest = p.rows - row;
+  if ((rest & 4) != 0) multiply_vectors<4, kPanels>(p, row, panel);
+  if ((rest & 2) != 0) multiply_vectors<2, kPanels>(p, row + (rest & 4), panel);
+  if ((rest & 1) != 0) multiply_vectors<1, kPanels>(p, row + (rest & 6), panel);
+}
+
 XGDN_AVX512_BF16 void multiply_avx512(const Product<uint16_t>& p) {
   size_t panel = 0;
-  for (; panel + 2 <= p.panels; panel += 2) {
-    for (size_t row = 0; row < p.rows; row += kVectorRows) multiply_vectors<2>(p, row, panel);
-  }
-  if (panel < p.panels) {
-    for (size_t row = 0; row < p.rows; row += kVectorRows) multiply_vectors<1>(p, row, panel);
-  }
+  for (; panel + 2 <= p.panels; panel += 2) multiply_vector_rows<2>(p, panel);
+  if (panel < p.panels) multiply_vector_rows<1>(p, panel);
 }
 
 // ---- what the machine has -------------------------------------------------------------------------------------------
 
-constexpr BFloat16Products kAmx = {begin_tiles, end_tiles, multiply_amx, /*are_tiles=*/true};
-constexpr BFloat16Products kAvx512 = {[] {}, [] {}, multiply_avx512, /*are_tiles=*/false};
+constexpr BFloat16Products kAmx = {begin_tiles, end_tiles, multiply_amx, /*row_step=*/kTileRows, /*are_tiles=*/true};
+constexpr BFloat16Products kAvx512 = {[] {}, [] {}, multiply_avx512, /*row_step=*/1, /*are_tiles=*/false};
 
 const BFloat16Products* find_products() {
   const InstructionSet best = best_allowed_instruction_set();

@@ -42,9 +42,11 @@ template <class Element>
 inline constexpr bool kIsBFloat16 = std::is_same_v<Element, uint16_t>;
 // What the products take at once.
 template <class Element>
-inline constexpr size_t kRowStep = kIsBFloat16<Element> ? 16 : 1;
-template <class Element>
 inline constexpr size_t kDepthStep = kIsBFloat16<Element> ? 32 : 1;
+template <class Element>
+size_t row_step(const PagedAttentionArgs& args) {
+  return kIsBFloat16<Element> ? args.products->row_step : 1;
+}
 
 inline size_t round_up(size_t n, size_t step) {
   return (n + step - 1) / step * step;
@@ -77,7 +79,7 @@ struct Work {
         block(tokens),
         head(key_head),
         group(static_cast<size_t>(call.HQ / call.HKV)),
-        rows(round_up(num_queries(), kRowStep<Element>)),
+        rows(round_up(num_queries(), row_step<Element>(call))),
         width(padded(call.D)),
         depth(round_up(width, kDepthStep<Element>)) {
     constexpr size_t kPerFloat = sizeof(float) / sizeof(Element);
@@ -113,7 +115,8 @@ struct Work {
   // The first query that sees row i of a tile, or one before it where a product can begin.
   size_t first_query(const TileRows& tile, size_t i) const {
     const int64_t token = static_cast<int64_t>(tile.begin + i) + 1 - block.context_len;
-    return static_cast<size_t>(std::max<int64_t>(token, 0)) * group / kRowStep<Element> * kRowStep<Element>;
+    const size_t step = row_step<Element>(args);
+    return static_cast<size_t>(std::max<int64_t>(token, 0)) * group / step * step;
   }
 };
 
