@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode, verification and prompts on replay states are one kernel; replay_rows.cuh has what a block does.
+// Verifications of few tokens of many sequences have one of their own, with the same bits: replay_verification.cuh.
 //
 // Blocks of a sequence share its ring: the keys (and the gates of a head), and its length. Each reads them once, at its
 // begin. Where what is written would overwrite what others still read, the last block to have read writes. Blocks are
@@ -13,9 +14,32 @@
 #include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/launch.h"
 #include "core/kernels/cuda/replay_rows.cuh"
+#include "core/kernels/cuda/replay_verification.cuh"
 
 namespace xgdn::kernel::cuda {
 namespace {
+
+// Counts the block, by its first thread, among those that have read the ring. That gets the count before it, in the
+// upper bits.
+__device__ unsigned count_reader(const ReplayGatedDeltaRuleArgs& a, const ReplaySequence& s) {
+  if (threadIdx.x != 0) return 0;
+  return atomicAdd(reinterpret_cast<unsigned*>(a.ring.length + s.ring_read), 1u << kRingLengthBits);
+}
+
+// Writes the ring's length, and keys where others had to read what was there.
+template <class Block>
+__device__ void end_ring(const ReplayGatedDeltaRuleArgs& a, const ReplaySequence& s, unsigned readers,
+                         const Block& block) {
+  if (!s.is_written) return;
+  const int32_t length = s.written_length(a.commit);
+  if (!s.is_in_place()) {  // nobody reads it
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) a.ring.length[s.ring_write] = length;
+    return;
+  }
+  const bool has_read_last = threadIdx.x == 0 && (readers >> kRingLengthBits) + 1 == gridDim.x * gridDim.y;
+  if (has_read_last) a.ring.length[s.ring_write] = length;
+  if (s.overwrites() && __syncthreads_or(has_read_last)) block.write_all_keys(s);
+}
 
 template <class State, int kDim, class Plan>
 __global__ void __launch_bounds__(kReplayThreads, Plan::kBlocks)
@@ -75,9 +99,7 @@ __global__ void __launch_bounds__(kReplayThreads, Plan::kBlocks)
     block.prefetch_tokens(s, t + count);
     block.wait_for_copies();
     if (!has_begun) {
-      if (s.is_written && s.is_in_place() && threadIdx.x == 0) {
-        readers = atomicAdd(reinterpret_cast<unsigned*>(a.ring.length + s.ring_read), 1u << kRingLengthBits);
-      }
+      if (s.is_written && s.is_in_place()) readers = count_reader(a, s);
       if (s.is_written && s.folded == 0 && !(s.has_initial_state && s.write == s.read)) block.store_checkpoint(s.write);
       block.write_old_updates(s);
       block.write_keys(s, 0, block.length());
@@ -95,15 +117,55 @@ __global__ void __launch_bounds__(kReplayThreads, Plan::kBlocks)
     t += count;
   }
 
-  if (!s.is_written) return;
-  const int32_t length = s.written_length(a.commit);
-  if (!s.is_in_place()) {  // nobody reads it
-    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) a.ring.length[s.ring_write] = length;
-    return;
+  end_ring(a, s, readers, block);
+}
+
+template <class State, int kDim, class Plan>
+__global__ void __launch_bounds__(kReplayThreads, Plan::kBlocks)
+    verification_kernel(const __grid_constant__ ReplayGatedDeltaRuleArgs a, Divisor heads_of_key,
+                        int64_t first_sequence) {
+  using Block = VerificationBlock<State, kDim, Plan>;
+  extern __shared__ uint4 shared[];
+  __shared__ typename Block::Checkpoint::Barriers barriers;
+  __shared__ unsigned readers;  // of the first thread, which has no register for it
+  const int64_t n = first_sequence + blockIdx.z;
+  Block block(a, heads_of_key, shared, barriers);
+
+  begin_overlapped();
+  ReplaySequence s(a, n);
+  if (s.read < 0) return block.clear_outputs(s);
+  block.take_pass(0);
+  block.copy_pass(s, 0);
+  s.read_length(a, n);
+  block.copy_keys(s);
+  block.copy_updates(s);
+  block.set_length(s.in_ring);
+  if (s.len > 0) {
+    typename Block::RawTokens raw;
+    typename Block::RawValues values;
+    block.load_tokens(s, 0, raw);
+    block.load_values(s, values);
+    if constexpr (Plan::kPasses > 1) block.prefetch_pass(s, 1);
+    block.stage_tokens(raw, s.len);
+    block.stage_values(values);
   }
-  const bool has_read_last = threadIdx.x == 0 && (readers >> kRingLengthBits) + 1 == gridDim.x * gridDim.y;
-  if (has_read_last) a.ring.length[s.ring_write] = length;
-  if (s.overwrites() && __syncthreads_or(has_read_last)) block.write_all_keys(s);
+  block.wait_for_copies();
+  if (s.is_written && s.is_in_place() && threadIdx.x == 0) readers = count_reader(a, s);
+  block.write_keys(s);
+  if (s.len > 0) block.weigh(s.len);
+  __syncthreads();
+#pragma unroll 1
+  for (int pass = 0; pass < Plan::kPasses; ++pass) {
+    const bool is_last = pass + 1 == Plan::kPasses;
+    block.step(s, pass, [&] {
+      __syncwarp();
+      if (!is_last) block.copy_pass(s, pass + 1);
+    });
+    if (is_last) break;
+    block.take_pass(pass + 1);
+    block.copy_updates(s);
+  }
+  end_ring(a, s, readers, block);
 }
 
 template <class State, int kDim, class Plan>
@@ -172,14 +234,37 @@ void for_launches(const ReplayGatedDeltaRuleArgs& a, const Run& run) {
   }
 }
 
-template <class State, int kDim, class Plan>
+template <class Block>
 dim3 grid_of(const ReplayGatedDeltaRuleArgs& a, int64_t sequences) {
-  return dim3(static_cast<unsigned>(ceil_div(a.V, kBlockRows<State, kDim, Plan::kRows>)), static_cast<unsigned>(a.HV),
+  return dim3(static_cast<unsigned>(ceil_div(a.V, Block::kBlockRows)), static_cast<unsigned>(a.HV),
               static_cast<unsigned>(sequences));
 }
 
 Divisor heads_of_key(const ReplayGatedDeltaRuleArgs& a) {
   return Divisor(static_cast<uint32_t>(a.HV / a.H));
+}
+
+// Whether no sequence has more than `most` tokens, all of them drafts: a ring would have no room.
+bool is_short_verification(const ReplayGatedDeltaRuleArgs& a, int64_t most) {
+  return !a.commit && a.C == 16 && a.ring.R - a.C <= most && has_one_input_type(a);
+}
+
+template <class State, class In, int kTokens, int kPasses>
+void launch_passes(const ReplayGatedDeltaRuleArgs& a, int64_t first, int64_t count, cudaStream_t stream) {
+  using Plan = VerificationPlan<In, kMostRows<State, 128>, kTokens, 16, 4, kPasses>;
+  using Block = VerificationBlock<State, 128, Plan>;
+  launch_overlapping(verification_kernel<State, 128, Plan>, grid_of<Block>(a, count), kReplayThreads, Block::bytes(a.C),
+                     1, stream, a, heads_of_key(a), first);
+}
+
+// Two passes share what tokens need beside S; where there are few blocks, half as many would leave multiprocessors
+// without one.
+template <class State, class In, int kTokens>
+void launch_verification(const ReplayGatedDeltaRuleArgs& a, int64_t first, int64_t count, int64_t blocks,
+                         cudaStream_t stream) {
+  constexpr int64_t kBlocksForPasses = 4096;
+  if (blocks < kBlocksForPasses) return launch_passes<State, In, kTokens, 1>(a, first, count, stream);
+  launch_passes<State, In, kTokens, 2>(a, first, count, stream);
 }
 
 // Calls f with an element of the checkpoints and with K.
@@ -199,9 +284,17 @@ void replay_gated_delta_rule(const ReplayGatedDeltaRuleArgs& args, int64_t T, cu
       for_launches<State, kDim>(args, [&](int64_t first, int64_t count, int64_t blocks) {
         const auto run = [&](auto plan) {
           using Plan = decltype(plan);
-          launch_overlapping(replay_kernel<State, kDim, Plan>, grid_of<State, kDim, Plan>(args, count), kReplayThreads,
-                             ReplayBlock<State, kDim, Plan>::bytes(args.C), 1, stream, args, heads_of_key(args), first);
+          launch_overlapping(replay_kernel<State, kDim, Plan>, grid_of<ReplayBlock<State, kDim, Plan>>(args, count),
+                             kReplayThreads, ReplayBlock<State, kDim, Plan>::bytes(args.C), 1, stream, args,
+                             heads_of_key(args), first);
         };
+        if constexpr (kDim == 128 && kTokens > 1) {
+          if (is_short_verification(args, kTokens) && blocks >= kManyBlocks) {
+            return with_element(args.q.dtype, [&](auto in) {
+              launch_verification<State, decltype(in), kTokens>(args, first, count, blocks, stream);
+            });
+          }
+        }
         if constexpr (kDim == 128) {
           if (args.C == 16 && has_one_input_type(args)) {
             return with_element(args.q.dtype,
@@ -227,7 +320,7 @@ void materialize_state(const ReplayGatedDeltaRuleArgs& args, const int32_t* leng
     for_launches<State, kDim>(args, [&](int64_t first, int64_t count, int64_t blocks) {
       with_plan<State, kDim, 1>(blocks, [&](auto plan) {
         using Plan = decltype(plan);
-        launch_overlapping(materialize_kernel<State, kDim, Plan>, grid_of<State, kDim, Plan>(args, count),
+        launch_overlapping(materialize_kernel<State, kDim, Plan>, grid_of<ReplayBlock<State, kDim, Plan>>(args, count),
                            kReplayThreads, ReplayBlock<State, kDim, Plan>::bytes(args.C), 1, stream, args,
                            heads_of_key(args), lengths, first);
       });

@@ -78,12 +78,13 @@ template <class InOfPlan, int kRowsOfPlan, int kTokensOfPlan, int kCOfPlan, int 
 struct ReplayPlan {
   using In = InOfPlan;
   static constexpr int kRows = kRowsOfPlan, kTokens = kTokensOfPlan, kC = kCOfPlan, kBlocks = kBlocksOfPlan;
+  static constexpr int kNextRows = 0;  // of the window behind C: the window after a fold
 };
 
 /// Rows of a head of a sequence, and the window, which lies in shared memory behind S.
 template <class State, int kDim, class Plan>
 class ReplayBlock {
-  static constexpr int kRows = Plan::kRows, kTokens = Plan::kTokens;
+  static constexpr int kRows = Plan::kRows, kTokens = Plan::kTokens, kNextRows = Plan::kNextRows;
 
  public:
   using Layout = RowLayout<State, kDim>;
@@ -103,8 +104,9 @@ class ReplayBlock {
 
   /// Of shared memory.
   static size_t bytes(int64_t C) {
+    const int64_t rows = C + kNextRows;
     return Checkpoint::kStageBytes +
-           sizeof(float) * (C * (kDim + 1) + (C - 1) * kBlockRows + kQueries + kTokens * (2 * C + 2));
+           sizeof(float) * (rows * (kDim + 1) + (rows - 1) * kBlockRows + kQueries + kTokens * (2 * rows + 2));
   }
 
   __device__ ReplayBlock(const ReplayGatedDeltaRuleArgs& args, Divisor heads_of_key, uint4* shared,
@@ -119,12 +121,7 @@ class ReplayBlock {
         group_(threadIdx.x / kLanes),
         shared_(reinterpret_cast<float*>(shared)),
         checkpoint_(shared, barriers) {
-    first_row_ = blockIdx.x * kBlockRows;
-    const int first_of_group = warp_ * Checkpoint::kCount + group_ % kGroups;
-    group_row_ = first_row_ + first_of_group;
-    num_rows_ = (V_ - group_row_ + kGroups - 1) / kGroups;  // of the group, kGroups apart, up to the end of the head
-    own_row_ = first_of_group + lane_ % kRows * kGroups;
-    has_row_ = lane_ < 2 * kRows && first_row_ + own_row_ < V_;
+    take_rows(blockIdx.x * kBlockRows);
     is_output_ = lane_ % (2 * kRows) >= kRows;
   }
 
@@ -153,41 +150,16 @@ class ReplayBlock {
   /// Rows `first` to `first + count` of a ring, at most C of them, to the begin of the window: u and gates by a warp
   /// each.
   __device__ void copy_ring(int32_t slot, int first, int count) {
-    const int lane = threadIdx.x % 32;
-    if (!kHasKeyWarp || warp_ == kKeyWarp) {
-      const float* const keys = a_.ring.keys(slot, key_head_, kDim) + first * kDim;
-      const int thread = kHasKeyWarp ? lane : threadIdx.x;
-      constexpr int kThreads = kHasKeyWarp ? 32 : kReplayThreads;
-#pragma unroll 1
-      for (int i = 4 * thread; i < count * kDim; i += 4 * kThreads) {
-        copy_async(shared_address(window_keys() + i), keys + i);
-      }
-    }
+    copy_keys(slot, first, count);
     if (warp_ == kUpdateWarp) {
-      constexpr int kNeighbours = 128 / kBlockRows;  // rows of u that the warp copies at once
-      const float* const u = a_.ring.updates(slot, head_, V_) + static_cast<int64_t>(first) * V_ + first_row_;
-      const int column = 4 * lane % kBlockRows;
-      if (V_ % 4 == 0 && reinterpret_cast<uintptr_t>(u) % 16 == 0) {
-#pragma unroll 1
-        for (int i = 4 * lane / kBlockRows; i < count && first_row_ + column < V_; i += kNeighbours) {
-          copy_async(shared_address(window_u() + i * kBlockRows + column), u + i * V_ + column);
-        }
-      } else {
-#pragma unroll 1
-        for (int i = lane; i < count * kBlockRows; i += 32) {
-          const int row = i % kBlockRows;
-          if (first_row_ + row < V_) copy_async_word(shared_address(window_u() + i), u + i / kBlockRows * V_ + row);
-        }
-      }
+      copy_updates<kBlockRows>(slot, first, count, 0);
     } else if (warp_ == kGateWarp) {
-      const float* const gates = a_.ring.gates(slot, head_) + first;
-#pragma unroll 1
-      for (int i = lane; i < count; i += 32) copy_async_word(shared_address(window_gates() + i), gates + i);
+      copy_gates(slot, first, count);
     }
     commit_copies();
   }
   __device__ void wait_for_checkpoint() const {
-    checkpoint_.wait(0, 0);
+    checkpoint_.wait(0, turn_);
   }
   __device__ void wait_for_copies() const {
     wait_copies<0>();
@@ -224,10 +196,14 @@ class ReplayBlock {
       raw.gate.load(a_.g.dtype, row_of(a_.g, token, head_), 0);
       raw.beta.load(a_.beta.dtype, row_of(a_.beta, token, head_), 0);
     }
+    load_values(s, t, raw.v);
+  }
+  __device__ void load_values(const ReplaySequence& s, int t, RawScalar (&values)[kTokens]) const {
+    const int last = s.len - 1 - t;
     const char* const v = input_row(a_.v, s.begin + t, head_);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      raw.v[i].load(input_type(a_.v), v + min(i, last) * token_bytes(a_.v), min(first_row_ + own_row_, V_ - 1));
+      values[i].load(input_type(a_.v), v + min(i, last) * token_bytes(a_.v), min(first_row_ + own_row_, V_ - 1));
     }
   }
   /// Appends the first `count` of them to the window: a group makes the key of a token, the next one its query, a warp
@@ -252,72 +228,27 @@ class ReplayBlock {
       __syncwarp();
 #pragma unroll 1
       for (int first = 0; first < count; first += 32 / lanes) {
-        const int t = first + lane / lanes, pair = lane % lanes, last = length_ + min(t, count - 1);
-        const WindowDecays decays(window_gates(), last, lanes);
+        const int t = first + lane / lanes, pair = lane % lanes;
+        const int begin = window_of(min(t, count - 1)), last = length_ + min(t, count - 1) - begin;
+        const WindowDecays decays(window_gates() + begin, last, lanes);
         if (t >= count) continue;
-        if (2 * pair <= last) to_u()[2 * pair].x[t] = decays.even;
-        if (2 * pair < last) to_u()[2 * pair + 1].x[t] = decays.odd;
+        if (2 * pair <= last) to_u()[begin + 2 * pair].x[t] = decays.even;
+        if (2 * pair < last) to_u()[begin + 2 * pair + 1].x[t] = decays.odd;
         if (pair == 0) of_checkpoint()[t] = expf(static_cast<float>(decays.of_all));
       }
     }
   }
 
   /// What `count` > 0 staged tokens take from the window's keys and, decayed, from S. A barrier before it, and behind.
-  /// It computes for kTokens tokens, whatever lies behind the last one.
   __device__ void multiply(int count, float (&products)[kTokens]) {
     multiply_window(count);
     wait_for_checkpoint();
-    float sums[kTokens][2 * kRows] = {};  // of a token: S k of each row, then S q
-#pragma unroll
-    for (int j = 0; j < Layout::kPackets; ++j) {
-      Packet s[kRows], k[kTokens], q[kTokens];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) checkpoint_.widen(0, r, j, s[r].x);
-      read_tokens(j, k, q);
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          s[r].add_products(k[t], sums[t][r]);
-          s[r].add_products(q[t], sums[t][kRows + r]);
-        }
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      products[t] = of_checkpoint()[t] * sums_over_lanes<kLanes>(sums[t], lane_);
-    }
+    multiply_checkpoint<0, kTokens>(products);
   }
   /// u and o of those tokens, from token t of the sequence on. Rows of u stay with the lanes of a warp.
   __device__ void add_tokens(const ReplaySequence& s, const RawTokens& raw, int t, int count, float (&sums)[kTokens]) {
-    const float* const u = window_u() + own_row_;
-    const Weights* const weights = is_output_ ? to_o() : to_u();
-#pragma unroll 4
-    for (int i = 0; i < length_; ++i) {
-      const Weights w = weights[i];
-      const float ui = u[i * kBlockRows];
-#pragma unroll
-      for (int j = 0; j < kTokens; ++j) sums[j] = fmaf(w.x[j], ui, sums[j]);
-    }
-    char* const out = input_row(a_.out, s.begin + t, head_);
-    float* const kept = ring_u(s, length_) + own_row_;
-    const int first_kept = s.is_written ? s.first_written() - base_ - length_ : kTokens;
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (i >= count) break;
-      const Weights w = weights[length_ + i];
-      const float u_of_row = betas()[i] * (raw.v[i].widened(input_type(a_.v)) - sums[i]);
-      const float written = __shfl_sync(0xffffffffu, u_of_row, lane_ % kRows, kLanes);
-#pragma unroll
-      for (int j = i; j < kTokens; ++j) sums[j] = fmaf(w.x[j], written, sums[j]);
-      if (lane_ < kRows) window_u()[(length_ + i) * kBlockRows + own_row_] = written;
-      if (has_row_ && is_output_) {
-        store_scalar(input_type(a_.out), out + i * token_bytes(a_.out), first_row_ + own_row_, a_.scale * sums[i]);
-      } else if (has_row_ && i >= first_kept) {
-        kept[i * V_] = written;
-      }
-    }
-    __syncwarp();
+    add_tokens(
+        s, t, 0, 0, count, [&](int i) { return raw.v[i].widened(input_type(a_.v)); }, sums);
     length_ += count;
   }
 
@@ -326,12 +257,7 @@ class ReplayBlock {
   /// S <- D S + sum_i D_i u_i k_i^T after the window's first `count` > 0 tokens; to slot `to` as well, unless negative.
   /// Ends with a barrier. Returns whether the block's rows of it are finite.
   __device__ bool fold(int count, int32_t to) {
-    wait_for_checkpoint();
-    const WindowDecays decays(window_gates(), count - 1, C() / 2);
-    const Decay decay = decays.of_state();
-    bool all_finite = true;
-#pragma unroll 1
-    for (int r = 0; r < kRows; r += kFoldedRows) all_finite &= fold_rows(r, count, decays, decay, to);
+    const bool all_finite = fold_warp(count, to);
     base_ += count;
     length_ = 0;
     return __syncthreads_and(all_finite) != 0;
@@ -437,22 +363,149 @@ class ReplayBlock {
     length_ = count;
   }
 
- private:
+ protected:
+  /// Takes the rows of the head from `first_row` on, by the block's threads in turn.
+  __device__ void take_rows(int first_row) {
+    first_row_ = first_row;
+    const int first_of_group = warp_ * Checkpoint::kCount + group_ % kGroups;
+    group_row_ = first_row_ + first_of_group;
+    num_rows_ = (V_ - group_row_ + kGroups - 1) / kGroups;  // of the group, kGroups apart, up to the end of the head
+    own_row_ = first_of_group + lane_ % kRows * kGroups;
+    has_row_ = lane_ < 2 * kRows && first_row_ + own_row_ < V_;
+  }
+  /// The row of the window at which that of token t of the batch begins: there may be one after a fold.
+  __device__ int window_of(int t) const {
+    return kNextRows > 0 && length_ + t >= C() ? C() : 0;
+  }
+
+  // ---- the parts of copy_ring ----
+
+  __device__ void copy_keys(int32_t slot, int first, int count) const {
+    if (kHasKeyWarp && warp_ != kKeyWarp) return;
+    const float* const keys = a_.ring.keys(slot, key_head_, kDim) + first * kDim;
+    const int thread = kHasKeyWarp ? threadIdx.x % 32 : threadIdx.x;
+    constexpr int kThreads = kHasKeyWarp ? 32 : kReplayThreads;
+#pragma unroll 1
+    for (int i = 4 * thread; i < count * kDim; i += 4 * kThreads) {
+      copy_async(shared_address(window_keys() + i), keys + i);
+    }
+  }
+  __device__ void copy_gates(int32_t slot, int first, int count) const {
+    const float* const gates = a_.ring.gates(slot, head_) + first;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < count; i += 32) copy_async_word(shared_address(window_gates() + i), gates + i);
+  }
+  /// u of kColumns of the block's rows, from `column` on, by a warp.
+  template <int kColumns>
+  __device__ void copy_updates(int32_t slot, int first, int count, int column) const {
+    constexpr int kNeighbours = 128 / kColumns;  // rows of u that the warp copies at once
+    const int lane = threadIdx.x % 32;
+    const float* const u = a_.ring.updates(slot, head_, V_) + static_cast<int64_t>(first) * V_ + first_row_;
+    if (V_ % 4 == 0 && reinterpret_cast<uintptr_t>(u) % 16 == 0) {
+      column += 4 * lane % kColumns;
+#pragma unroll 1
+      for (int i = 4 * lane / kColumns; i < count && first_row_ + column < V_; i += kNeighbours) {
+        copy_async(shared_address(window_u() + i * kBlockRows + column), u + i * V_ + column);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = lane; i < count * kColumns; i += 32) {
+        const int token = i / kColumns, row = column + i % kColumns;
+        if (first_row_ + row >= V_) continue;
+        copy_async_word(shared_address(window_u() + token * kBlockRows + row), u + token * V_ + row);
+      }
+    }
+  }
+
+  // ---- the parts of a batch ----
+
+  /// What kCount tokens of the batch from kFirst on take from S, decayed, whatever lies behind the last one. Packets of
+  /// a row, kUnrolled at once.
+  template <int kFirst, int kCount, int kUnrolled = Layout::kPackets>
+  __device__ void multiply_checkpoint(float (&products)[kTokens]) const {
+    float sums[kCount][2 * kRows] = {};  // of a token: S k of each row, then S q
+#pragma unroll kUnrolled
+    for (int j = 0; j < Layout::kPackets; ++j) {
+      Packet s[kRows], k[kCount], q[kCount];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) checkpoint_.widen(0, r, j, s[r].x);
+      read_tokens<kFirst>(j, k, q);
+#pragma unroll
+      for (int t = 0; t < kCount; ++t) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          s[r].add_products(k[t].x, sums[t][r]);
+          s[r].add_products(q[t].x, sums[t][kRows + r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) {
+      products[kFirst + t] = of_checkpoint()[kFirst + t] * sums_over_lanes<kLanes>(sums[t], lane_);
+    }
+  }
+  /// u and o of tokens `first` to `end` of the batch, which is from token t of the sequence on, with the window's u
+  /// from row `begin` on. value(i) is v of token i.
+  template <class Value>
+  __device__ void add_tokens(const ReplaySequence& s, int t, int begin, int first, int end, const Value& value,
+                             float (&sums)[kTokens]) const {
+    const float* const u = window_u() + own_row_;
+    const Weights* const weights = is_output_ ? to_o() : to_u();
+#pragma unroll 4
+    for (int i = begin; i < length_; ++i) {
+      const Weights w = weights[i];
+      const float ui = u[i * kBlockRows];
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) sums[j] = fmaf(w.x[j], ui, sums[j]);
+    }
+    char* const out = input_row(a_.out, s.begin + t, head_);
+    float* const kept = ring_u(s, length_) + own_row_;
+    const int first_kept = s.is_written ? s.first_written() - base_ - length_ : kTokens;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (i < first) continue;
+      if (i >= end) break;
+      const Weights w = weights[length_ + i];
+      const float u_of_row = betas()[i] * (value(i) - sums[i]);
+      const float written = __shfl_sync(0xffffffffu, u_of_row, lane_ % kRows, kLanes);
+#pragma unroll
+      for (int j = i; j < kTokens; ++j) sums[j] = fmaf(w.x[j], written, sums[j]);
+      if (lane_ < kRows) window_u()[(length_ + i) * kBlockRows + own_row_] = written;
+      if (has_row_ && is_output_) {
+        store_scalar(input_type(a_.out), out + i * token_bytes(a_.out), first_row_ + own_row_, a_.scale * sums[i]);
+      } else if (has_row_ && i >= first_kept) {
+        kept[i * V_] = written;
+      }
+    }
+    __syncwarp();
+  }
+  /// The fold of the warp's rows, as fold() is that of the block's.
+  __device__ bool fold_warp(int count, int32_t to) {
+    wait_for_checkpoint();
+    const WindowDecays decays(window_gates(), count - 1, C() / 2);
+    const Decay decay = decays.of_state();
+    bool all_finite = true;
+#pragma unroll 1
+    for (int r = 0; r < kRows; r += kFoldedRows) all_finite &= fold_rows(r, count, decays, decay, to);
+    return all_finite;
+  }
+
   // A lane's packet of a row.
   struct Packet {
     float x[Layout::kPacket];
 
-    __device__ void add_products(const Packet& y, float& sum) const {
+    __device__ void add_products(const float (&y)[Layout::kPacket], float& sum) const {
 #pragma unroll
-      for (int i = 0; i < Layout::kPacket; ++i) sum = fmaf(x[i], y.x[i], sum);
+      for (int i = 0; i < Layout::kPacket; ++i) sum = fmaf(x[i], y[i], sum);
     }
   };
-  /// Packet j of the batch's keys and queries.
-  __device__ void read_tokens(int j, Packet (&k)[kTokens], Packet (&q)[kTokens]) const {
+  /// Packet j of the keys and queries of the batch's tokens from kFirst on.
+  template <int kFirst, int kCount>
+  __device__ void read_tokens(int j, Packet (&k)[kCount], Packet (&q)[kCount]) const {
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      Layout::read(window_keys() + (length_ + t) * kDim, j, lane_, k[t].x);
-      Layout::read(queries() + t * kDim, j, lane_, q[t].x);
+    for (int t = 0; t < kCount; ++t) {
+      Layout::read(window_keys() + (length_ + kFirst + t) * kDim, j, lane_, k[t].x);
+      Layout::read(queries() + (kFirst + t) * kDim, j, lane_, q[t].x);
     }
   }
   /// The weights of the window's u in u and o of the batch's tokens.
@@ -469,11 +522,11 @@ class ReplayBlock {
       for (int j = 0; j < Layout::kPackets; ++j) {
         Packet key, k[kTokens], q[kTokens];
         Layout::read(window_keys() + i * kDim, j, lane_, key.x);
-        read_tokens(j, k, q);
+        read_tokens<0>(j, k, q);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
-          key.add_products(k[t], sums[2 * t]);
-          key.add_products(q[t], sums[2 * t + 1]);
+          key.add_products(k[t].x, sums[2 * t]);
+          key.add_products(q[t].x, sums[2 * t + 1]);
         }
       }
       const float product = sums_over_lanes<kLanes>(sums, lane_);
@@ -589,17 +642,21 @@ class ReplayBlock {
 
   // ---- shared memory behind S: the window, and a batch ----
 
-  /// [C, K]
+  __device__ int window_rows() const {
+    return C() + kNextRows;
+  }
+
+  /// [window_rows(), K]
   __device__ float* window_keys() const {
     return shared_ + Checkpoint::kStageBytes / sizeof(float);
   }
-  /// [C, kBlockRows]. The last row lies over the queries, which are read before it is written.
+  /// [window_rows(), kBlockRows]. The last row lies over the queries, which are read before it is written.
   __device__ float* window_u() const {
-    return window_keys() + C() * kDim;
+    return window_keys() + window_rows() * kDim;
   }
   /// [kTokens, K]
   __device__ float* queries() const {
-    return window_u() + (C() - 1) * kBlockRows;
+    return window_u() + (window_rows() - 1) * kBlockRows;
   }
   /// [C] of the window's u in the tokens' u; first the decays up to the tokens.
   __device__ Weights* to_u() const {
@@ -607,15 +664,15 @@ class ReplayBlock {
   }
   /// [C] and in the tokens' o
   __device__ Weights* to_o() const {
-    return to_u() + C();
+    return to_u() + window_rows();
   }
   /// [C]
   __device__ float* window_gates() const {
-    return reinterpret_cast<float*>(to_o() + C());
+    return reinterpret_cast<float*>(to_o() + window_rows());
   }
   /// [kTokens] the decay of S
   __device__ float* of_checkpoint() const {
-    return window_gates() + C();
+    return window_gates() + window_rows();
   }
   /// [kTokens]
   __device__ float* betas() const {
@@ -644,6 +701,7 @@ class ReplayBlock {
   float* shared_;  // S, and behind it the window
   Checkpoint checkpoint_;
 
+  int turn_ = 0;    // of the copies of S, the last one
   int length_ = 0;  // of the window
   int base_ = 0;    // tokens before it, which have been folded
 };
