@@ -190,6 +190,51 @@ def test_a_sequence_has_the_bits_that_it_has_alone(
     assert_bits_equal("lengths", together.ring.length.cpu()[slots.long()], (counts % 16).int())
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("V", [128, 40])
+@pytest.mark.parametrize("N", [36, 140])
+def test_few_drafts_have_the_bits_of_many(N: int, V: int, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    """Rings with room for 4 drafts, beside rings with room for more: of up to 4 tokens of enough sequences a kernel of
+    its own takes rows in one pass (36 sequences) or in two (140 of 128 rows a head). Some sequences begin, some move to
+    other slots, some write nothing."""
+    C, drafts, wide = 16, 4, 32
+    lengths = tuple(n % 5 for n in range(N))
+    case = Case(lengths, H=8, HV=16, K=128, V=V, dtype=dtype, state_dtype=state_dtype)
+    given = [t.cuda() for t in make_inputs(case, prefill=False).tensors()[:5]]
+    many = Pools(N + N // 7 + 1, case, wide)
+    few = many.copy()
+    few.ring = ops.ReplayRing(*(t[:, :, : C + drafts].contiguous() for t in few.ring[:3]), few.ring.length)
+    slots = torch.randperm(N + N // 7 + 1, dtype=torch.int32).cuda()
+    n = torch.arange(N, device="cuda")
+    written = torch.where(n % 7 == 2, slots[N:][n // 7], slots[:N])
+    written = torch.where(n % 6 == 5, xgdn.PAD_SLOT_ID, written).int()
+    accepted = torch.randint(0, drafts + 1, (N,), dtype=torch.int32).cuda()
+    has_state = n % 11 != 3
+
+    def run(pools: Pools) -> Tensor:
+        return ops.replay_gated_delta_rule(
+            *given,
+            pools.state,
+            pools.ring,
+            cu_seqlens=i32([0, *itertools.accumulate(lengths)]).cuda(),
+            state_indices=slots[:N],
+            ring_indices=slots[:N],
+            write_indices=written,
+            ring_write_indices=written,
+            has_initial_state=has_state,
+            num_accepted=torch.where(has_state, accepted, 0).int(),
+            commit=False,
+            out=torch.full((case.T, case.HV, case.V), torch.nan, dtype=case.result_dtype, device="cuda"),
+        )
+
+    want, got = run(many), run(few)
+    assert want.isfinite().all()
+    assert_bits_equal("out", got.cpu(), want.cpu())
+    many.ring = ops.ReplayRing(*(t[:, :, : C + drafts].contiguous() for t in many.ring[:3]), many.ring.length)
+    few.assert_same(many)
+
+
 def test_a_captured_call_is_replayed_with_other_slots_and_padding() -> None:
     """The graph is of eight sequences; it is replayed for fewer, the others being padding. Thirty steps of some."""
     case = Case((1,) * 8, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16)
