@@ -282,32 +282,6 @@ def test_few_tokens_are_projected_here(kind: str, vllm: StandIn) -> None:
     assert served[vllm_layer.PROJECTIONS] == (5, {})
 
 
-def test_rows_into_the_layer_of_very_many_tokens_are_made_here(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_projections, "_FRESH_BYTES", 1 << 14)
-    layer, of = bf16_layer(vllm)
-    engine = Engine(vllm, layer, [x.bfloat16() for x in sequences(90, 40, 30)])
-    engine.step(80, 39, 29)
-    assert num_own_products(layer) == [0, 0, 1]
-    engine.step(10, 1, 1)
-    assert num_own_products(layer) == [0, 0, 1]
-    for x, parts in zip(engine.sequences, engine.out, strict=True):
-        assert_rows_near(torch.cat(parts), of(x.float().unsqueeze(0))[0])
-
-
-def test_rows_into_the_layer_use_memory_of_their_shape(vllm: StandIn) -> None:
-    layer, _ = bf16_layer(vllm)
-    projections = layer.xgdn_projections
-    x = sequences(5)[0].bfloat16()
-    first = projections.project(x, None)
-    want = first.clone()
-    first.fill_(torch.nan)
-    again = projections.project(x, first)
-    assert again.data_ptr() == first.data_ptr()
-    assert torch.equal(again, want)
-    assert projections.project(x[:3], first).shape == (3, want.shape[1])
-    assert torch.equal(first, want)
-
-
 def test_rows_behind_those_of_a_step_are_zero_with_projections_here(vllm: StandIn) -> None:
     layer, _ = bf16_layer(vllm)
     engine = Engine(vllm, layer, [x.bfloat16() for x in sequences(6)])

@@ -18,7 +18,7 @@ from torch import Tensor
 from xgdn import ops
 from xgdn.integrations import calls
 from xgdn.integrations.reasons import name_of, why_not_activation, why_not_dtype, why_not_taps
-from xgdn.integrations.vllm_projections import Projections, in_row_order
+from xgdn.integrations.vllm_projections import Projections, in_row_order, is_few
 
 __all__ = ["DECODE", "HOST", "PREFILL", "PROJECTIONS", "forward", "why_not"]
 
@@ -57,7 +57,7 @@ def forward(layer: Any, hidden_states: Tensor, metadata: Any) -> Tensor:
     """
     batch = _batch_of(metadata)
     projections = _projections(layer, hidden_states)
-    projected = _project(layer, hidden_states, projections, batch)
+    projected = _project(layer, hidden_states, projections)
     state = layer.kv_cache[1]
     o = hidden_states.new_empty(hidden_states.shape[0], *state.shape[1:3])
     if batch.num_decodes > 0:
@@ -69,7 +69,7 @@ def forward(layer: Any, hidden_states: Tensor, metadata: Any) -> Tensor:
         _prefill(layer, projected.qkvz[rows], projected.ba[rows], batch.prefill, o[rows])
         calls.count(HOST, PREFILL, None, o.device)
     o[batch.num_tokens :].zero_()
-    if projections is not None and projections.is_for_output(o):
+    if projections is not None:
         return projections.project_out(o.flatten(1))
     return layer.out_proj(o.flatten(1))[0]  # type: ignore[no-any-return]
 
@@ -77,7 +77,7 @@ def forward(layer: Any, hidden_states: Tensor, metadata: Any) -> Tensor:
 def _projections(layer: Any, x: Tensor) -> Projections | None:
     """Those that serve the tokens `x` `[T, D]`; None: vLLM's do."""
     projections: Projections | None = layer.xgdn_projections
-    if projections is None or not projections.is_for(x):
+    if projections is None or not is_few(x):
         return None
     reason = projections.why_not(layer)
     calls.count(HOST, PROJECTIONS, reason, x.device)
@@ -97,10 +97,10 @@ class _Projected(NamedTuple):
         return torch.cat([self.qkvz[rows], self.ba[rows]], dim=1)
 
 
-def _project(layer: Any, x: Tensor, projections: Projections | None, batch: "_Batch") -> _Projected:
+def _project(layer: Any, x: Tensor, projections: Projections | None) -> _Projected:
     if projections is None:
         return _Projected(*in_row_order(layer, layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]))
-    together = batch.projected = projections.project(x, batch.projected)
+    together = projections.project(x)
     num_gates = 2 * layer.kv_cache[1].shape[1]
     return _Projected(together[:, :-num_gates], together[:, -num_gates:], together)
 
@@ -114,13 +114,11 @@ class _Prompts:
     convolved: Tensor | None = None  # memory for [q | k | v], which one layer after another uses
 
 
-@dataclass
-class _Batch:
+class _Batch(NamedTuple):
     num_decodes: int
     num_tokens: int
     decode_slots: Tensor
     prefill: _Prompts | None
-    projected: Tensor | None = None  # rows [q | k | v | z | b | a], whose memory one layer after another uses
 
 
 def _batch_of(metadata: Any) -> _Batch:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of a GDN layer's projections and of its model's head for the few tokens of a decode step of vLLM, and of
-the projections into the layer for a long prompt.
+"""The products of a GDN layer's projections and of its model's head for the few tokens of a decode step of vLLM.
 
-vLLM's own product takes longer for few tokens than reading a weight does, and for very many it waits for fresh pages of
-memory. vLLM keeps a projection's weight in the order of that product alone. So copies are kept for `linear`, in huge
-pages where the system has them; of the projections into the layer they are one, with the rows
-`[q | k | v | z | b | a]`. A head's weight vLLM keeps as it was loaded: nothing is copied for it.
+vLLM's own product takes longer for them than reading a weight does, and vLLM keeps a projection's weight in the order
+of that product alone. So copies are kept for `linear`, in huge pages where the system has them; of the projections into
+the layer they are one, with the rows `[q | k | v | z | b | a]`. A head's weight vLLM keeps as it was loaded: nothing is
+copied for it.
 """
 
 import os
@@ -17,15 +16,19 @@ from torch import Tensor
 
 from xgdn import _C, ops
 
-__all__ = ["VARIABLE", "Projections", "can_multiply_head", "in_row_order", "multiply_head", "serves_heads"]
+__all__ = ["VARIABLE", "Projections", "can_multiply_head", "in_row_order", "is_few", "multiply_head", "serves_heads"]
 
 VARIABLE = "XGDN_VLLM_PROJECTIONS"  # `layers`: not the head's, `vllm`: none; else both
 
 _MOST_TOKENS = 16  # with more vLLM's own product is as fast or faster
-_FRESH_BYTES = 32 << 20  # from which on an allocator takes every tensor's pages from the system, and gives them back
 
 _NAMES = ("in_proj_qkvz", "in_proj_ba", "out_proj")
 _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether the tokens of `x` `[T, D]` are as few as those of a decode step."""
+    return x.shape[0] <= _MOST_TOKENS
 
 
 def in_row_order(layer: Any, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,19 +69,10 @@ class Projections:
                 return f"{name} has been replaced or has hooks"
         return None
 
-    def is_for(self, x: Tensor) -> bool:
-        """Whether the tokens of `x` `[T, D]` are few, or so many that memory for their rows is best used again."""
-        return _is_few(x) or (self._into is not None and len(x) * len(self._into) * x.element_size() >= _FRESH_BYTES)
-
-    def project(self, x: Tensor, used: Tensor | None) -> Tensor:
-        """Rows `[q | k | v | z | b | a]` of `x` `[T, D]`, in the memory of `used`, if that has their shape."""
+    def project(self, x: Tensor) -> Tensor:
+        """Rows `[q | k | v | z | b | a]` of `x` `[T, D]`."""
         assert self._into is not None
-        out = used if used is not None and used.shape == (len(x), len(self._into)) else None
-        return ops.linear(x, self._into, has_constant_weight=True, out=out)
-
-    def is_for_output(self, o: Tensor) -> bool:
-        """Whether `project_out` is to be called for `o` `[T, HV V]`."""
-        return _is_few(o)
+        return ops.linear(x, self._into, has_constant_weight=True)
 
     def project_out(self, o: Tensor) -> Tensor:
         """The layer's output `[T, D]` for `o` `[T, HV V]`."""
@@ -116,7 +110,7 @@ def can_multiply_head(head: Any, x: Tensor, head_dtype: torch.dtype | None, bias
         x.dtype == torch.bfloat16
         and head_dtype in (None, torch.bfloat16)
         and x.dim() == 2
-        and _is_few(x)
+        and is_few(x)
         and type(head.quant_method).__name__ in _PLAIN
         and head.weight.dtype == torch.bfloat16
         and head.weight.shape[1:] == x.shape[1:]  # not if vLLM has kept its own copy alone
@@ -127,11 +121,6 @@ def can_multiply_head(head: Any, x: Tensor, head_dtype: torch.dtype | None, bias
 def multiply_head(head: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """Logits `[T, vocabulary]` of `x` `[T, D]`."""
     return ops.linear(x, head.weight, bias=bias, has_constant_weight=True)
-
-
-def _is_few(x: Tensor) -> bool:
-    """Whether the tokens of `x` `[T, D]` are as few as those of a decode step."""
-    return len(x) <= _MOST_TOKENS
 
 
 def _is_faster_here() -> bool:
