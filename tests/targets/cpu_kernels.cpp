@@ -147,7 +147,12 @@ void multiply_plainly(const Product<uint16_t>& p) {
     c = sum;
   }
 }
-constexpr BFloat16Products kPlainProducts = {[] {}, [] {}, multiply_plainly, /*row_step=*/16, /*are_tiles=*/false};
+constexpr BFloat16Products kPlainProducts = {[] {},
+                                             [] {},
+                                             multiply_plainly,
+                                             /*row_step=*/16,
+                                             /*are_tiles=*/false,
+                                             /*are_faster=*/false};
 
 // ---- the delta rule -------------------------------------------------------------------------------------------------
 

@@ -339,7 +339,8 @@ cpu::KvRows cache_rows(const at::Tensor& cache) {
 
 // Without tiles the rate of f32 vectors is about that of bf16 products, which round the weights.
 const cpu::BFloat16Products* attention_products(const PagedAttentionParams& p) {
-  return p.q.scalar_type() == at::kBFloat16 ? cpu::bfloat16_products() : nullptr;
+  const cpu::BFloat16Products* products = cpu::bfloat16_products();
+  return p.q.scalar_type() == at::kBFloat16 && products != nullptr && products->are_faster ? products : nullptr;
 }
 
 // Pairs of a token and a row that it sees.

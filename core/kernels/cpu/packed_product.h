@@ -45,7 +45,8 @@ struct BFloat16Products {
   void (*end)();
   void (*multiply)(const Product<uint16_t>&);
   size_t row_step;
-  bool are_tiles;  // many times the rate of f32 vectors; else about twice at best, which splitting operands uses up
+  bool are_tiles;   // many times the rate of f32 vectors; else about twice at best, which splitting operands uses up
+  bool are_faster;  // than f32 vectors where operands are bf16 as they come
 };
 
 /// The fastest bf16 products that this machine has and instruction_sets.h allows; null: there are none.

@@ -173,14 +173,22 @@ XGDN_AVX512_BF16 void multiply_avx512(const Product<uint16_t>& p) {
 
 // ---- what the machine has -------------------------------------------------------------------------------------------
 
-constexpr BFloat16Products kAmx = {begin_tiles, end_tiles, multiply_amx, /*row_step=*/kTileRows, /*are_tiles=*/true};
-constexpr BFloat16Products kAvx512 = {[] {}, [] {}, multiply_avx512, /*row_step=*/1, /*are_tiles=*/false};
+constexpr BFloat16Products kAmx = {begin_tiles,        end_tiles, multiply_amx, /*row_step=*/kTileRows,
+                                   /*are_tiles=*/true,
+                                   /*are_faster=*/true};
+
+// A prompt's attention takes 0.55 of the time of f32 vectors on a Zen 4, and 1.75 times as long on a Sapphire Rapids.
+BFloat16Products vector_products() {
+  return {
+      [] {}, [] {}, multiply_avx512, /*row_step=*/1, /*are_tiles=*/false, /*are_faster=*/__builtin_cpu_is("amd") != 0};
+}
 
 const BFloat16Products* find_products() {
   const InstructionSet best = best_allowed_instruction_set();
   if (best >= InstructionSet::kAmx && has_tile_products(TileProducts::kBFloat16)) return &kAmx;
-  if (best >= InstructionSet::kAvx512BFloat16 && __builtin_cpu_supports("avx512bf16")) return &kAvx512;
-  return nullptr;
+  if (best < InstructionSet::kAvx512BFloat16 || !__builtin_cpu_supports("avx512bf16")) return nullptr;
+  static const BFloat16Products vectors = vector_products();
+  return &vectors;
 }
 
 }  // namespace
