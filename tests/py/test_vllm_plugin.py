@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import sys
@@ -20,8 +21,20 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 import xgdn
 from cases import assert_bits_equal, i32
 from checkpoints import MOE, SMALL, one_thread, randomize
-from vllm_stand_in import HEAD, HEADS, LAYER, LAYERS, Metadata, Pools, StandIn, UnquantizedEmbeddingMethod
-from xgdn.integrations import calls, vllm_layer, vllm_plugin, vllm_projections
+from vllm_stand_in import (
+    ATTENTION,
+    BACKENDS,
+    HEAD,
+    HEADS,
+    LAYER,
+    LAYERS,
+    AttentionMetadata,
+    Metadata,
+    Pools,
+    StandIn,
+    UnquantizedEmbeddingMethod,
+)
+from xgdn.integrations import calls, vllm_attention, vllm_layer, vllm_plugin, vllm_projections
 
 F32_BOUND = 2e-5  # of values around one
 NUM_SLOTS = 9
@@ -39,7 +52,9 @@ def counted() -> Iterator[None]:
 def vllm(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.delenv(vllm_projections.VARIABLE, raising=False)
-    monkeypatch.setattr(vllm_projections, "_is_faster_here", lambda: True)
+    monkeypatch.delenv(vllm_attention.VARIABLE, raising=False)
+    monkeypatch.delitem(sys.modules, "xgdn.integrations.vllm_attention_backend", raising=False)
+    monkeypatch.setattr(vllm_projections, "is_faster_here", lambda: True)
     stand_in = StandIn()
     stand_in.install(monkeypatch)
     return stand_in
@@ -358,7 +373,7 @@ def test_projections_that_are_not_wanted_are_vllm_s_own_and_not_counted(
     if why == "variable":
         monkeypatch.setenv(vllm_projections.VARIABLE, "vllm")
     elif why == "processor":
-        monkeypatch.setattr(vllm_projections, "_is_faster_here", lambda: False)
+        monkeypatch.setattr(vllm_projections, "is_faster_here", lambda: False)
     dtype = torch.float32 if why == "float32" else torch.bfloat16
     layer = served_layer(vllm, source(dtype=dtype))
     vllm.load(layer)
@@ -492,13 +507,105 @@ def test_a_range_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vllm_plugin._why_not_version("0.30.9") == "vllm: expected version 0.31 to 0.32, got 0.30.9"
 
 
-@pytest.mark.parametrize("missing", ["layer", "head", "registry", "module"])
+def attention_of(vllm: StandIn, **changes: Any) -> Any:
+    """What the class that is registered makes for a layer of 4 query and 2 key heads of 32."""
+    vllm_plugin.register()
+    (path,) = vllm.backends.values()
+    module, name = path.rsplit(".", 1)
+    backend = getattr(importlib.import_module(module), name)
+    assert issubclass(backend, sys.modules[ATTENTION].CPUAttentionBackend)
+    return backend.get_impl_cls()(num_heads=4, head_size=32, **changes)
+
+
+def attend(
+    attention: Any, lengths: list[int], before: list[int], dtype: torch.dtype = torch.bfloat16, causal: bool = True
+) -> list[Tensor]:
+    """Queries, keys and values of a step with sequences of so many tokens, behind so many from before, and the output,
+    all with three rows of padding; the output begins as NaN.
+    """
+    generator = torch.Generator().manual_seed(8)
+    T = sum(lengths)
+    mixed = torch.randn(T + 3, 8, 32, generator=generator).to(dtype)  # one tensor, as vLLM's are
+    query, key, value = mixed.split([4, 2, 2], dim=1)
+    starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    metadata = AttentionMetadata(T, starts, i32([a + b for a, b in zip(lengths, before, strict=True)]), causal)
+    output = torch.full((T + 3, 4, 32), torch.nan, dtype=dtype)
+    returned = attention.forward(None, query, key, value, torch.empty(0), metadata, output)
+    assert returned is output
+    return [query, key, value, output]
+
+
+def test_attention_of_prompts(vllm: StandIn) -> None:
+    served_layer(vllm, source(dtype=torch.bfloat16))
+    attention = attention_of(vllm)
+    lengths = [70, 1, 33]
+    query, key, value, output = attend(attention, lengths, [0, 0, 0])
+    assert output[sum(lengths) :].isnan().all()
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        q, k, v = (x[rows].double().transpose(0, 1) for x in (query, key, value))
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(output[rows].double(), want.transpose(0, 1), rtol=1e-2, atol=4e-3)
+        begin += length
+    served = {f.function: (f.served, f.fallbacks) for f in xgdn.report().functions}
+    assert served[vllm_attention.PROMPTS] == (1, {})
+
+
+OTHER_ATTENTION: dict[str, dict[str, Any]] = {
+    "a window": {"sliding_window": 8},
+    "slopes": {"alibi_slopes": torch.ones(4)},
+    "a cap": {"logits_soft_cap": 30.0},
+    "sinks": {"sinks": torch.zeros(4)},
+    "an encoder": {"attn_type": "encoder"},
+    "another layer's keys": {"kv_sharing_target_layer_name": "layers.0"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ATTENTION)
+def test_other_attention_is_vllm_s(name: str, vllm: StandIn) -> None:
+    served_layer(vllm, source(dtype=torch.bfloat16))
+    *_, output = attend(attention_of(vllm, **OTHER_ATTENTION[name]), [5, 6], [0, 0])
+    assert output.eq(7.0).all()
+
+
+@pytest.mark.parametrize("case", ["continued", "decoded", "float32", "no such layer", "warm up", "not causal"])
+def test_steps_whose_attention_is_vllm_s(case: str, vllm: StandIn) -> None:
+    if case != "no such layer":
+        served_layer(vllm, source(dtype=torch.bfloat16))
+    attention = attention_of(vllm)
+    if case == "warm up":
+        output = torch.zeros(3, 4, 32, dtype=torch.bfloat16)
+        attention.forward(None, output, output, output, torch.empty(0), None, output)
+    else:
+        before = {"continued": [0, 64], "decoded": [9, 0]}.get(case, [0, 0])
+        lengths = [1, 6] if case == "decoded" else [5, 6]
+        dtype = torch.float32 if case == "float32" else torch.bfloat16
+        *_, output = attend(attention, lengths, before, dtype, causal=case != "not causal")
+    assert output.eq(7.0).all()
+    assert vllm_attention.PROMPTS not in {f.function for f in xgdn.report().functions}
+
+
+def test_attention_is_left_to_vllm_where_that_is_wanted(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(vllm_attention.VARIABLE, "vllm")
+    vllm_plugin.register()
+    assert vllm.backends == {}
+    monkeypatch.delenv(vllm_attention.VARIABLE)
+    theirs = sys.modules[BACKENDS].AttentionBackendEnum.CPU_ATTN
+    vllm.backends[theirs] = "theirs"
+    vllm_plugin.register()
+    assert vllm.backends == {theirs: "theirs"}
+
+
+@pytest.mark.parametrize("missing", ["layer", "head", "registry", "module", "backends"])
 def test_names_that_are_gone(missing: str, vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "xgdn")
     if missing == "layer":
         monkeypatch.delattr(sys.modules[LAYERS], LAYER)
     elif missing == "head":
         monkeypatch.delattr(sys.modules[HEADS], HEAD)
+    elif missing == "backends":
+        monkeypatch.delattr(sys.modules[BACKENDS], "register_backend")
     elif missing == "registry":
         monkeypatch.delattr(sys.modules["vllm.model_executor.custom_op"], "op_registry_oot")
     else:
@@ -507,7 +614,8 @@ def test_names_that_are_gone(missing: str, vllm: StandIn, monkeypatch: pytest.Mo
         "layer": f"expected {LAYERS}.{LAYER}, got none",
         "head": f"expected {HEADS}.{HEAD}, got none",
         "registry": "expected vllm.model_executor.custom_op.op_registry_oot",
-        "module": f"expected {LAYERS} and {HEADS}, got import of {LAYERS} halted",
+        "module": f"expected {LAYERS} and {HEADS} and {BACKENDS}, got import of {LAYERS} halted",
+        "backends": f"expected {BACKENDS}.register_backend and AttentionBackendEnum.CPU_ATTN, got none",
     }[missing]
     with pytest.raises(xgdn.errors.UnsupportedError, match=words):
         vllm_plugin.register()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As much of vLLM as the plugin meets: its registry, its GDN layer, what multiplies with a head, its pools and a step's
-metadata, a few lines each.
+"""As much of vLLM as the plugin meets: its registries, its GDN layer, what multiplies with a head, attention, pools and
+a step's metadata, a few lines each.
 
 The real one has tests of its own (tests/vllm). Its names and signatures are those of 0.32.
 """
@@ -20,6 +20,8 @@ LAYERS = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 LAYER = "QwenGatedDeltaNetAttention"
 HEADS = "vllm.model_executor.layers.logits_processor"
 HEAD = "LogitsProcessor"
+BACKENDS = "vllm.v1.attention.backends.registry"
+ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 
 
 @dataclass
@@ -58,8 +60,55 @@ class Linear(nn.Module):
         return x @ (self.weight.T if self.packed is None else self.packed), None
 
 
+@dataclass
+class AttentionMetadata:
+    num_actual_tokens: int
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    causal: bool = True
+    dynamic_causal: Tensor | None = None
+
+
+class CPUAttentionBackendImpl:
+    def __init__(self, num_heads: int, head_size: int, **changes: Any) -> None:
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, head_size**-0.5
+        self.attn_type, self.sliding_window, self.logits_soft_cap = "decoder", -1, 0.0
+        self.kv_sharing_target_layer_name = self.alibi_slopes = self.sinks = None
+        vars(self).update(changes)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: AttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        return output.fill_(7.0)  # the host's own result
+
+
+class CPUAttentionBackend:
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return CPUAttentionBackendImpl
+
+
 class UnquantizedEmbeddingMethod:
     """Of weights as they were loaded."""
+
+
+class Backend:
+    """A member of the enumeration of backends of attention."""
+
+    def __init__(self, overrides: dict[Any, str]) -> None:
+        self._overrides = overrides
+
+    def is_overridden(self) -> bool:
+        return self in self._overrides
 
 
 class StandIn:
@@ -70,6 +119,7 @@ class StandIn:
         self.is_cpu = True
         self.is_conv_state_dim_first = False
         self.registry: dict[str, type] = {}
+        self.backends: dict[Any, str] = {}  # that others have been put in the place of
         layers: dict[str, Any] = {}
         self.context = SimpleNamespace(no_compile_layers=layers, static_forward_context=layers, attn_metadata=None)
         self.layer_class = self._layer_class()
@@ -85,6 +135,14 @@ class StandIn:
             custom_op: {"op_registry_oot": self.registry, "PluggableLayer": self.layer_class.__bases__[0]},
             LAYERS: {LAYER: self.layer_class},
             HEADS: {HEAD: self.head_class},
+            BACKENDS: {
+                "AttentionBackendEnum": SimpleNamespace(CPU_ATTN=Backend(self.backends)),
+                "register_backend": self.backends.__setitem__,
+            },
+            ATTENTION: {
+                "CPUAttentionBackend": CPUAttentionBackend,
+                "CPUAttentionBackendImpl": CPUAttentionBackendImpl,
+            },
             "vllm.model_executor.layers.mamba.mamba_utils": {
                 "is_conv_state_dim_first": lambda: self.is_conv_state_dim_first
             },

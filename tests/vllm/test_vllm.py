@@ -104,7 +104,7 @@ def requests(count: int, seed: int, longest: int = 200, tokens: int = 16) -> Req
 
 LAYERS = {"vllm GatedDeltaNet, decode", "vllm GatedDeltaNet, prefill"}
 # What else is computed in bfloat16, where it is faster.
-PRODUCTS = {"vllm GatedDeltaNet, projections", "vllm lm_head"}
+PRODUCTS = {"vllm GatedDeltaNet, projections", "vllm lm_head", "vllm attention, prompts"}
 HAS_PRODUCTS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 

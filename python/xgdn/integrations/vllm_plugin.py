@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin of vLLM: `register` is the entry point `xgdn` of `vllm.general_plugins`, which vLLM calls in each process.
 
-It registers classes in the place of vLLM's: the GDN layer, which differs in what it runs on a CPU, and the layer that
-multiplies with a model's head, which differs for the few tokens of a decode step of models with such layers.
+It registers classes in the place of vLLM's: the GDN layer, which differs in what it runs on a CPU, the layer that
+multiplies with a model's head, which differs for the few tokens of a decode step of models with such layers, and the
+attention on a CPU, which differs for prompts of such models.
 """
 
 import importlib
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xgdn import errors
-from xgdn.integrations import calls, vllm_layer, vllm_projections
+from xgdn.integrations import calls, vllm_attention, vllm_layer, vllm_projections
 
 __all__ = ["WorkerExtension", "register"]
 
@@ -24,6 +25,9 @@ NAME = "xgdn"
 LOGGER = "vllm.xgdn"  # a child of vLLM's own, which prints it
 HEAD = "lm_head"
 OLDEST, NEWEST = (0, 32), (0, 32)
+
+_BACKENDS = "vllm.v1.attention.backends.registry"
+_ATTENTION = "xgdn.integrations.vllm_attention_backend.XgdnAttentionBackend"
 
 _log = logging.getLogger(LOGGER)
 
@@ -64,9 +68,10 @@ def _install() -> str | None:
     try:
         custom_op = importlib.import_module("vllm.model_executor.custom_op")
         modules = [importlib.import_module(replaced.module) for replaced in _REPLACED]
+        backends = importlib.import_module(_BACKENDS)
     except ImportError as e:
-        return f"vllm {vllm.__version__}: expected {' and '.join(r.module for r in _REPLACED)}, got {e}"
-    if missing := _missing(custom_op, modules):
+        return f"vllm {vllm.__version__}: expected {' and '.join(r.module for r in _REPLACED)} and {_BACKENDS}, got {e}"
+    if missing := _missing(custom_op, modules, backends):
         return f"vllm {vllm.__version__}: expected {missing}, got none"
     registry = custom_op.op_registry_oot
     for replaced in _REPLACED:
@@ -78,6 +83,9 @@ def _install() -> str | None:
         if replaced.name not in registry:
             bases = (replaced.ours, getattr(module, replaced.name))
             custom_op.PluggableLayer.register_oot(type(f"Xgdn{replaced.name}", bases, {}), name=replaced.name)
+    attention = backends.AttentionBackendEnum.CPU_ATTN
+    if vllm_attention.is_wanted() and not attention.is_overridden():  # by another plugin, which knows more about it
+        backends.register_backend(attention, _ATTENTION)
     return None
 
 
@@ -90,7 +98,7 @@ def _why_not_version(version: str) -> str | None:
     return f"vllm: expected version {supported}, got {version}"
 
 
-def _missing(custom_op: ModuleType, modules: list[ModuleType]) -> str | None:
+def _missing(custom_op: ModuleType, modules: list[ModuleType], backends: ModuleType) -> str | None:
     if not hasattr(custom_op, "op_registry_oot") or not hasattr(custom_op, "PluggableLayer"):
         return "vllm.model_executor.custom_op.op_registry_oot and PluggableLayer"
     for replaced, module in zip(_REPLACED, modules, strict=True):
@@ -100,6 +108,9 @@ def _missing(custom_op: ModuleType, modules: list[ModuleType]) -> str | None:
         for name in replaced.methods:
             if not hasattr(host, name):
                 return f"{replaced.name}.{name}"
+    known = getattr(backends, "AttentionBackendEnum", None)
+    if not hasattr(backends, "register_backend") or not hasattr(known, "CPU_ATTN"):
+        return f"{_BACKENDS}.register_backend and AttentionBackendEnum.CPU_ATTN"
     return None
 
 

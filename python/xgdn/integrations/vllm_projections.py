@@ -16,7 +16,16 @@ from torch import Tensor
 
 from xgdn import _C, ops
 
-__all__ = ["VARIABLE", "Projections", "can_multiply_head", "in_row_order", "is_few", "multiply_head", "serves_heads"]
+__all__ = [
+    "VARIABLE",
+    "Projections",
+    "can_multiply_head",
+    "in_row_order",
+    "is_faster_here",
+    "is_few",
+    "multiply_head",
+    "serves_heads",
+]
 
 VARIABLE = "XGDN_VLLM_PROJECTIONS"  # `layers`: not the head's, `vllm`: none; else both
 
@@ -24,6 +33,11 @@ _MOST_TOKENS = 16  # with more vLLM's own product is as fast or faster
 
 _NAMES = ("in_proj_qkvz", "in_proj_ba", "out_proj")
 _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+
+
+def is_faster_here() -> bool:
+    """Whether it was measured on such a processor: bf16 dot products and no tiles, for which vLLM has kernels."""
+    return bool(torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
 
 
 def is_few(x: Tensor) -> bool:
@@ -56,7 +70,7 @@ class Projections:
     def of(cls, layer: Any) -> "Projections | None":
         """None: with this type of weights, on this processor or by the variable's word all products are vLLM's."""
         is_wanted = os.environ.get(VARIABLE) != "vllm"
-        return cls(layer) if is_wanted and layer.model_config.dtype == torch.bfloat16 and _is_faster_here() else None
+        return cls(layer) if is_wanted and layer.model_config.dtype == torch.bfloat16 and is_faster_here() else None
 
     def why_not(self, layer: Any) -> str | None:
         """Say why few tokens are left to vLLM's products."""
@@ -121,11 +135,6 @@ def can_multiply_head(head: Any, x: Tensor, head_dtype: torch.dtype | None, bias
 def multiply_head(head: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """Logits `[T, vocabulary]` of `x` `[T, D]`."""
     return ops.linear(x, head.weight, bias=bias, has_constant_weight=True)
-
-
-def _is_faster_here() -> bool:
-    """Whether it was measured on such a processor: bf16 dot products and no tiles, for which vLLM has kernels."""
-    return bool(torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
 
 
 def _why_not(modules: Iterable[Any]) -> str | None:

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's attention on a CPU with prompts computed here, as classes that vLLM finds by their path."""
+
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+from xgdn.integrations.vllm_attention import PromptAttention
+
+__all__ = ["XgdnAttention", "XgdnAttentionBackend"]
+
+
+class XgdnAttention(PromptAttention, CPUAttentionBackendImpl):
+    pass
+
+
+class XgdnAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[XgdnAttention]:
+        return XgdnAttention
