@@ -8,11 +8,11 @@ from xgdn.integrations.vllm_attention import PromptAttention
 __all__ = ["XgdnAttention", "XgdnAttentionBackend"]
 
 
-class XgdnAttention(PromptAttention, CPUAttentionBackendImpl):
+class XgdnAttention(PromptAttention, CPUAttentionBackendImpl):  # type: ignore[misc]  # vLLM is not installed
     pass
 
 
-class XgdnAttentionBackend(CPUAttentionBackend):
+class XgdnAttentionBackend(CPUAttentionBackend):  # type: ignore[misc]
     @staticmethod
     def get_impl_cls() -> type[XgdnAttention]:
         return XgdnAttention
