@@ -916,8 +916,10 @@ void test_linear_with(const LinearKernel& kernel) {
       for (const int64_t O : {16, 80}) test_linear(T, /*D=*/96, O, out_dtype, /*has_bias=*/T % 2 == 1, kernel);
     }
   }
-  test_linear(/*T=*/257, /*D=*/544, /*O=*/144, DType::kBFloat16, /*has_bias=*/true, kernel);
-  test_linear(/*T=*/13, /*D=*/2080, /*O=*/48, DType::kFloat32, /*has_bias=*/false, kernel);  // several pieces of D
+  for (const int64_t gap : {0, 2}) {
+    test_linear(/*T=*/257, /*D=*/544, /*O=*/144, DType::kBFloat16, /*has_bias=*/true, kernel, gap);
+  }
+  test_linear(/*T=*/13, /*D=*/4256, /*O=*/48, DType::kFloat32, /*has_bias=*/false, kernel);  // several pieces of D
 }
 
 // All tokens at once, and each by itself with the same bits. Rows of x, weight and out lie apart.
