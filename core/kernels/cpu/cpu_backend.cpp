@@ -337,7 +337,7 @@ cpu::KvRows cache_rows(const at::Tensor& cache) {
           .bytes = cache.size(3) * static_cast<int64_t>(cache.itemsize())};
 }
 
-// Without tiles the rate of f32 vectors is about that of bf16 products, which round the weights.
+// Products of bf16 round the weights; where f32 vectors are as fast, nothing is had for it.
 const cpu::BFloat16Products* attention_products(const PagedAttentionParams& p) {
   const cpu::BFloat16Products* products = cpu::bfloat16_products();
   return p.q.scalar_type() == at::kBFloat16 && products != nullptr && products->are_faster ? products : nullptr;

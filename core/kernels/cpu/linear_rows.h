@@ -24,13 +24,13 @@ inline int64_t staged_stride(int64_t D) {
 
 inline constexpr int64_t kLinearRowsStep = 16;  // outputs of a work item
 inline constexpr int64_t kLinearRowsPair = 2;   // work items that are multiplied at once, if a call has them
-inline constexpr int64_t kManyRowTokens = 64;   // from which on neighbours share loads
+inline constexpr int64_t kManyRowTokens = 64;   // from which on all outputs of a call share loads of tokens
 
 inline int64_t num_work_items(const LinearRowsArgs& args) {
   return (args.O + kLinearRowsStep - 1) / kLinearRowsStep;
 }
 
-/// How many neighbours share loads of many tokens: as much of the weights as half a second-level cache holds. Even.
+/// Work items to be given to one call, of many tokens: as much of the weights as half a second-level cache holds. Even.
 inline int64_t num_neighbours(const LinearRowsArgs& args) {
   constexpr int64_t kPairBytes = kLinearRowsPair * kLinearRowsStep * size_of(DType::kBFloat16);
   constexpr int64_t kBytes = 512 * 1024;
