@@ -87,14 +87,16 @@ def fallbacks() -> dict[str, dict[str, int]]:
     return {f.function: f.fallbacks for f in xgdn.report(reset=True).functions if f.fallbacks}
 
 
-def linear_layers(model: Any) -> int:
-    return sum(type(module).__name__.endswith("GatedDeltaNet") for module in model.modules())
+def number_of(model: Any, end: str) -> int:
+    """Of layers whose class's name ends so, without those of the vision part."""
+    names = [type(module).__name__ for module in model.modules()]
+    return sum(name.endswith(end) and "Vision" not in name for name in names)
 
 
 @pytest.mark.parametrize("tiny", [*CHECKPOINTS, *OTHERS], ids=str)
 def test_tokens_are_the_same_and_every_call_is_counted(tiny: Tiny) -> None:
     model = build(tiny)
-    L = linear_layers(model)
+    L, A = number_of(model, "GatedDeltaNet"), number_of(model, "Attention")
     for side in ("left", "right"):
         want = generate(model, prompts(side))
         assert xgdn.report().functions == ()
@@ -108,7 +110,8 @@ def test_tokens_are_the_same_and_every_call_is_counted(tiny: Tiny) -> None:
         assert torch.equal(generate(model, prompts(side)), want)
         served = counts()
         served.pop("MLP", None)
-        assert served == {"GatedDeltaNet": L, "GatedDeltaNet, one token": steps}
+        attention = {} if tiny in OTHERS else {"Attention": A * NEW_TOKENS}
+        assert served == {"GatedDeltaNet": L, "GatedDeltaNet, one token": steps, "head": NEW_TOKENS, **attention}
         xgdn.unpatch_transformers()
 
 
@@ -262,7 +265,8 @@ def test_gradients_are_those_of_the_host_and_counted() -> None:
     for got, expected in zip(gradients(), want, strict=True):
         assert_bits_equal("gradient", got, expected)
     reasons = fallbacks()
-    assert set(reasons) == {"GatedDeltaNet", "MLP", "chunk_gated_delta_rule", "causal_conv1d_fn", "RMSNormGated"}
+    functions = {"chunk_gated_delta_rule", "causal_conv1d_fn", "RMSNormGated"}
+    assert set(reasons) == {"GatedDeltaNet", "MLP", "Attention", "head", *functions}
     assert all(set(r) == {"a gradient is required"} for r in reasons.values())
 
 
@@ -466,6 +470,132 @@ def test_an_mlp_that_is_not_served_is_the_hosts_own(reason: str) -> None:
     assert fallbacks() == {"MLP": {reason: 1}}
 
 
+def attention_of(**changes: Any) -> tuple[Any, transformers.Qwen3_5TextConfig]:
+    config = transformers.Qwen3_5TextConfig(**SMALL | changes)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(6)
+    attention = modeling.Qwen3_5Attention(config, layer_idx=3).eval()
+    randomize(attention)
+    return attention, config
+
+
+def positions(config: Any, x: Tensor, begin: int = 0) -> tuple[Tensor, Tensor]:
+    ids = torch.arange(begin, begin + x.shape[1]).expand(x.shape[0], -1)
+    return modeling.Qwen3_5TextRotaryEmbedding(config)(x, ids)
+
+
+def test_attention_with_and_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that begins, more of it and a token behind the cache; and a prompt in which every token sees all."""
+    attention, config = attention_of()
+    pieces = torch.randn(3, 75, SMALL["hidden_size"]).split([70, 4, 1], dim=1)
+    softmax, begun = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    monkeypatch.setitem(
+        modeling.ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *a, **k: begun.append(a[1].shape[2]) or softmax(*a, **k)
+    )
+
+    def run() -> list[Tensor]:
+        cache, out, begin = transformers.DynamicCache(config=config), [], 0
+        for x in pieces:
+            T = x.shape[1]
+            mask = torch.ones(T, begin + T).tril(begin).bool().expand(3, 1, -1, -1) if begin else None
+            out.append(attention(x, positions(config, x, begin), mask, past_key_values=cache)[0])
+            begin += T
+        out += [cache.layers[3].keys, cache.layers[3].values]
+        return [*out, attention(pieces[0], positions(config, pieces[0]), None, is_causal=False)[0]]
+
+    with torch.no_grad():
+        want = run()
+        assert begun == [70, 4, 1, 70]
+        begun.clear()
+        xgdn.patch_transformers(layers=True)
+        got = run()
+    assert begun == [4, 1, 70]
+    assert counts() == {"Attention": 4}
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() < F32_BOUND * b.norm()
+    assert (got[-1] - got[0]).norm() > 0.1 * got[0].norm()
+
+
+@pytest.mark.parametrize(
+    "reason", ["attention by eager", "autocast", "dropout", "mixed dtypes", "a gradient is required"]
+)
+def test_attention_that_is_not_served_is_the_hosts_own(reason: str) -> None:
+    attention, config = attention_of(attention_dropout=0.1)
+    x = torch.randn(2, 5, SMALL["hidden_size"])
+    cos, sin = positions(config, x)
+    attention.train(reason == "dropout")
+    if reason == "attention by eager":
+        config._attn_implementation = "eager"
+    if reason == "mixed dtypes":
+        cos, sin = cos.bfloat16(), sin.bfloat16()
+
+    def run() -> Tensor:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+            return attention(x, (cos, sin), None)[0].detach()
+
+    with torch.set_grad_enabled("gradient" in reason):
+        want = run()
+        xgdn.patch_transformers(layers=True)
+        assert_bits_equal("attention", run(), want)
+    assert fallbacks() == {"Attention": {reason: 1}}
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "hook", "16 bits", "error"])
+def test_a_head_is_the_module_that_it_was(kind: str) -> None:
+    model, heard = build(CHECKPOINTS[0]), []
+    head, ids = model.lm_head, prompts("left")["input_ids"][:2, -8:]
+    if kind == "bias":
+        head.bias = nn.Parameter(torch.randn(head.weight.shape[0]))
+    if kind == "hook":
+        head.register_forward_hook(lambda module, args, out: heard.append(out) or out * 2)
+    if kind == "16 bits":
+        head.bfloat16()
+        model.model.norm.register_forward_hook(lambda module, args, out: out.bfloat16())
+    before = dict(vars(head))
+
+    def run() -> Tensor:
+        return model(ids[:, : 0 if kind == "error" else None], logits_to_keep=3).logits
+
+    with torch.no_grad():
+        if kind == "error":
+            xgdn.patch_transformers(layers=True)
+            with pytest.raises((ValueError, RuntimeError, IndexError)):
+                run()
+        else:
+            want = run()
+            xgdn.patch_transformers(layers=True)
+            got = run()
+            assert got.dtype == want.dtype
+            assert (got - want).norm() < (1e-2 if kind == "16 bits" else F32_BOUND) * want.norm()
+            assert counts().get("head", 0) == (kind != "hook")
+            assert len(heard) == (2 if kind == "hook" else 0)
+    assert vars(head) == before
+    assert copy.deepcopy(model).lm_head.forward.__func__ is nn.Linear.forward
+
+
+def test_a_compiled_model_with_a_static_cache() -> None:
+    """One graph of all that is served, the head too."""
+    sizes = {**SMALL, "num_hidden_layers": 2, "layer_types": TYPES[:2]}
+    model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**sizes)).eval()
+    randomize(model)
+    ids = prompts("left")["input_ids"][:2, -9:]
+
+    def run(call: Any) -> Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        model(ids, past_key_values=cache)
+        return call(ids[:, :1], past_key_values=cache).logits
+
+    with torch.no_grad():
+        want = run(model)
+        xgdn.patch_transformers(layers=True)
+        torch._dynamo.reset()
+        got = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    served = counts()
+    assert (served["head"], served["Attention"], served["GatedDeltaNet, one token"]) == (2, 2, 1)
+    assert (got - want).norm() < F32_BOUND * want.norm()
+
+
 def test_layers_that_cannot_be_served_whole_are_served_in_parts() -> None:
     model = olmo_hybrid(linear_allow_neg_eigval=True).eval()
     inputs = {name: t[:2] for name, t in prompts("left").items()}
@@ -496,6 +626,7 @@ def test_projections_of_other_kinds_are_called() -> None:
 
 def test_again_and_back() -> None:
     owners = (modeling, modeling.Qwen3_5GatedDeltaNet, modeling.Qwen3_5RMSNormGated, modeling.Qwen3_5MLP)
+    owners += (modeling.Qwen3_5Attention, modeling.Qwen3_5ForCausalLM)
     before = [dict(vars(owner)) for owner in owners]
     functions = xgdn.patch_transformers()
     patched = dict(vars(modeling))

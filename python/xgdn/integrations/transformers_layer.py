@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `forward` of transformers' GDN layers, computed by the ops here from the projections to the output, and of the
-MLPs beside them, whose products in 16 bits torch has no quick kernels for on many CPUs.
+"""The `forward` of transformers' GDN layers, computed by the ops here from the projections to the output.
 
 A decoded token is one `gdn_decode_step` between the projections. The tensors of the cache are the kernels' pools:
 sequence `n` of the batch is slot `n`. Outside `torch.compile` a tensor of the cache whose memory is laid out otherwise
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xgdn import ops
 from xgdn.integrations.reasons import why_not_activation, why_not_taps
@@ -23,8 +22,9 @@ from xgdn.integrations.transformers_functions import (
     why_not_options,
     why_not_tensors,
 )
+from xgdn.integrations.transformers_modules import is_trained, linear
 
-__all__ = ["CACHE_METHODS", "PARAMETERS", "forward", "mlp_forward"]
+__all__ = ["CACHE_METHODS", "PARAMETERS", "forward"]
 
 # What a layer's `forward` is called with, whose cache has another name since transformers 5.24, and what is asked of
 # the cache.
@@ -46,7 +46,6 @@ _IN_ROW_ORDER = (
         **{"b_proj": "num_v_heads", "a_proj": "num_v_heads"},
     },
 )
-_SILU = ("SiLU", "SiLUActivation")
 _BY_KEY_HEAD = ("in_proj_qkvz", "in_proj_ba")  # Qwen3-Next's, in which a key head's parts are neighbours
 
 
@@ -71,27 +70,7 @@ def forward(
         hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
     projected = _project(self, hidden_states.flatten(0, 1))
     o = (_step if is_step else _prefill)(self, projected, hidden_states.shape[:2], cache)
-    return _linear(_out_proj(self), o.flatten(1)).view(hidden_states.shape)
-
-
-def mlp_forward(original: Callable[..., Any], self: Any, x: Tensor) -> Tensor:
-    """`down(silu(gate(x)) * up(x))`."""
-    if torch.compiler.is_exporting():
-        return original(self, x)  # type: ignore[no-any-return]
-    projections = (self.gate_proj, self.up_proj, self.down_proj)
-    reason = why_not_tensors(x, *(getattr(p, "weight", None) for p in projections))
-    if reason is None and _is_trained(self):
-        reason = "a gradient is required"
-    if reason is None and type(self.act_fn).__name__ not in _SILU:
-        reason = f"activation {type(self.act_fn).__name__}"
-    if reason is None and torch.is_autocast_enabled(x.device.type):
-        reason = "autocast"
-    count_of("MLP", reason, x)
-    if reason is not None:
-        return original(self, x)  # type: ignore[no-any-return]
-    rows = x.reshape(-1, x.shape[-1])
-    gate, up = _linear(self.gate_proj, rows), _linear(self.up_proj, rows)
-    return _linear(self.down_proj, ops.silu_and_mul(gate, up, out=gate)).view(*x.shape[:-1], -1)
+    return linear(_out_proj(self), o.flatten(1)).view(hidden_states.shape)
 
 
 def _step(layer: Any, projected: Tensor, sizes: torch.Size, cache: Any) -> Tensor:
@@ -221,34 +200,19 @@ def _project(layer: Any, x: Tensor) -> Tensor:
     HV = layer.num_v_heads
     projections = _projections(layer)
     if projections is None:
-        qkvz, ba = (_linear(getattr(layer, name), x).unsqueeze(1) for name in _BY_KEY_HEAD)
+        qkvz, ba = (linear(getattr(layer, name), x).unsqueeze(1) for name in _BY_KEY_HEAD)
         return torch.cat([part.reshape(x.shape[0], -1) for part in layer.fix_query_key_value_ordering(qkvz, ba)], dim=1)
     row = x.new_empty(x.shape[0], layer.conv_dim + layer.value_dim + 2 * HV)
     begin = 0
     for name, width in projections.items():
         end = begin + getattr(layer, width)
-        _linear(getattr(layer, name), x, row[:, begin:end])
+        linear(getattr(layer, name), x, row[:, begin:end])
         begin = end
     return row
 
 
 def _projections(layer: Any) -> dict[str, str] | None:
     return next((names for names in _IN_ROW_ORDER if all(hasattr(layer, name) for name in names)), None)
-
-
-def _linear(projection: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """A projection of `x` `[N, C]`; by its own `forward` unless it is known to be the plain one."""
-    is_plain = (
-        type(projection) is nn.Linear
-        and "forward" not in projection.__dict__
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
-        and projection.weight.dtype == x.dtype
-    )
-    if is_plain:
-        return ops.linear(x, projection.weight, bias=projection.bias, out=out)
-    result: Tensor = projection(x)
-    return result if out is None else out.copy_(result)
 
 
 def _norm(layer: Any) -> Any:
@@ -272,7 +236,7 @@ def _why_not(layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> str |
         return "weights offloaded by accelerate"
     if reason := why_not_tensors(x, conv.weight, conv.bias, norm.weight, layer.A_log, layer.dt_bias):
         return reason
-    if _is_trained(layer):
+    if is_trained(layer):
         return "a gradient is required"
     if reason := why_not_options(kwargs, _OPTIONS):
         return reason
@@ -295,11 +259,6 @@ def _why_not(layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> str |
     if cache is not None and _state_dtype(layer, cache) not in (None, torch.float32):
         return "states that are not float32"
     return None
-
-
-def _is_trained(module: nn.Module) -> bool:
-    """Whether any of its weights is: adapters and projections too."""
-    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
 def _state_dtype(layer: Any, cache: Any) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from xgdn import errors
-from xgdn.integrations import calls, transformers_functions, transformers_layer
+from xgdn.integrations import calls, transformers_functions, transformers_layer, transformers_modules
 
 __all__ = ["patch_transformers", "unpatch_transformers"]
 
@@ -27,7 +27,17 @@ _CONVOLUTIONS: dict[str, Callable[..., Any]] = {
 _NORMS: dict[str, Callable[..., Any]] = {"RMSNormGated": transformers_functions.rms_norm_gated}
 _LAYERS: dict[str, Callable[..., Any]] = {
     "GatedDeltaNet": transformers_layer.forward,
-    "MLP": transformers_layer.mlp_forward,
+    "MLP": transformers_modules.mlp_forward,
+    "ForCausalLM": transformers_modules.causal_lm_forward,
+    "ForConditionalGeneration": transformers_modules.causal_lm_forward,
+    # Others have attention of other kinds.
+    "Qwen3NextAttention": transformers_modules.attention_forward,
+    "Qwen3_5Attention": transformers_modules.attention_forward,
+    "Qwen3_5MoeAttention": transformers_modules.attention_forward,
+}
+_PARAMETERS = {
+    transformers_layer.forward: transformers_layer.PARAMETERS,
+    transformers_modules.attention_forward: transformers_modules.ATTENTION_PARAMETERS,
 }
 _NOT_OF_THE_TEXT_MODEL = "Vision"
 _OLDEST = "5.16"
@@ -58,8 +68,9 @@ def patch_transformers(*, layers: bool = False) -> list[str]:
 
     Replaced are the two functions of the rule, the causal convolution and the gated norm of every model that has them;
     with `layers` also the `forward` of the layers, so that a decoded token is one fused step on the cache's own
-    tensors, and of these models' dense MLPs. Calls that cannot be served go to the host's own code and are counted with
-    the reason, see `xgdn.report`, which is logged once when the process ends. A second call only changes the mode.
+    tensors, of these models' dense MLPs, their heads, and Qwen's attention. Calls that cannot be served go to
+    the host's own code and are counted with the reason, see `xgdn.report`, which is logged once when the process ends.
+    A second call only changes the mode.
 
     Raises:
         xgdn.errors.UnsupportedError: This version of transformers has none of the functions, or not by these names; or,
@@ -100,11 +111,11 @@ def _replacements(layers: bool) -> list[_Replaced]:
             raise _unsupported(transformers, f"{module.__name__} without {' and '.join(missing)}")
         functions = {**_RULES, **_CONVOLUTIONS}
         found += [_replace(module, name, functions[name]) for name in functions if callable(vars(module).get(name))]
-        forwards = {**_NORMS, **(_LAYERS if layers else {})}
-        if layers:
-            _check_layers(transformers, module)
-        for end, function in forwards.items():
-            found += [_replace(c, "forward", function) for c in _classes(module) if c.__name__.endswith(end)]
+        for end, function in {**_NORMS, **(_LAYERS if layers else {})}.items():
+            for owner in _classes(module):
+                if owner.__name__.endswith(end):
+                    _check_parameters(transformers, owner, function)
+                    found.append(_replace(owner, "forward", function))
     if not found:
         raise _unsupported(transformers, "no model with them")
     return found
@@ -113,16 +124,19 @@ def _replacements(layers: bool) -> list[_Replaced]:
 def _check_caches(transformers: ModuleType) -> None:
     missing = [n for n in transformers_layer.CACHE_METHODS if not hasattr(transformers.cache_utils.Cache, n)]
     if missing:
-        raise _unsupported_layers(transformers, f"caches without {' and '.join(missing)}")
+        wanted = f"caches with {', '.join(transformers_layer.CACHE_METHODS)}"
+        raise _unsupported_layers(transformers, wanted, f"caches without {' and '.join(missing)}")
 
 
-def _check_layers(transformers: ModuleType, module: ModuleType) -> None:
-    for layer in _classes(module):
-        parameters = tuple(inspect.signature(vars(layer)["forward"]).parameters)[
-            : len(transformers_layer.PARAMETERS[0])
-        ]
-        if layer.__name__.endswith("GatedDeltaNet") and parameters not in transformers_layer.PARAMETERS:
-            raise _unsupported_layers(transformers, f"{layer.__name__}.forward({', '.join(parameters)}, ...)")
+def _check_parameters(transformers: ModuleType, owner: type, function: Callable[..., Any]) -> None:
+    known = _PARAMETERS.get(function)
+    if known is None:
+        return
+    parameters = tuple(inspect.signature(vars(owner)["forward"]).parameters)[: len(known[0])]
+    if parameters not in known:
+        wanted = " or ".join(f"({', '.join(names)})" for names in known)
+        got = f"{owner.__name__}.forward({', '.join(parameters)}, ...)"
+        raise _unsupported_layers(transformers, f"layers called with {wanted}", got)
 
 
 def _models(transformers: ModuleType) -> list[ModuleType]:
@@ -147,11 +161,9 @@ def _replace(owner: Any, name: str, function: Callable[..., Any]) -> _Replaced:
     return _Replaced(owner, name, original, replacement)
 
 
-def _unsupported_layers(transformers: ModuleType, got: str) -> errors.UnsupportedError:
-    wanted = " or ".join(f"({', '.join(names)})" for names in transformers_layer.PARAMETERS)
+def _unsupported_layers(transformers: ModuleType, wanted: str, got: str) -> errors.UnsupportedError:
     return errors.UnsupportedError(
-        f"[patch_transformers] layers=True: expected layers called with {wanted} and caches with "
-        f"{', '.join(transformers_layer.CACHE_METHODS)} (transformers {_OLDEST_WITH_LAYERS} or newer), got "
+        f"[patch_transformers] layers=True: expected {wanted} (transformers {_OLDEST_WITH_LAYERS} or newer), got "
         f"{transformers.__version__}, {got}; layers=False replaces functions alone"
     )
 
