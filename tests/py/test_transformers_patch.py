@@ -487,6 +487,7 @@ def positions(config: Any, x: Tensor, begin: int = 0) -> tuple[Tensor, Tensor]:
 def test_attention_with_and_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt that begins, more of it and a token behind the cache; and a prompt in which every token sees all."""
     attention, config = attention_of()
+    attention.scaling *= 2
     pieces = torch.randn(3, 75, SMALL["hidden_size"]).split([70, 4, 1], dim=1)
     softmax, begun = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"], []
     monkeypatch.setitem(
