@@ -47,9 +47,9 @@ struct ChunkTables {
 /// allocated, for a length below 0 and for more than kMaxIndex tokens and sequences together.
 ChunkTables build_chunk_tables(const std::vector<int64_t>& lengths, SequenceIds ids = SequenceIds::kTrue);
 
-/// Builds all six as views of one arena on `device`. Throws RangeError as build_chunk_tables, UnsupportedError as
-/// cumsum_block.
-ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t num_v_heads_local,
+/// Builds all six as views of one arena on `device`. num_v_heads_local: of block_indices_cumsum alone, which no op of
+/// this library reads; for kernels that do. Throws RangeError as build_chunk_tables, UnsupportedError as cumsum_block.
+ChunkMetadata build_chunk_metadata(const std::vector<int64_t>& lengths, int64_t num_v_heads_local = 1,
                                    SequenceIds ids = SequenceIds::kTrue, c10::Device device = c10::kCPU);
 
 /// Tables with room for every step of at most max_sequences sequences and max_tokens tokens, uninitialised: pooled

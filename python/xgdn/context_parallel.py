@@ -63,7 +63,7 @@ def prefill_slice(
         state_indices=index,
         conv_indices=index,
         has_initial_state=torch.tensor([rank > 0], device=hidden.device),
-        chunk=build_chunk_metadata([num_tokens], layer.local_config.num_v_heads, device=hidden.device),
+        chunk=build_chunk_metadata([num_tokens], device=hidden.device),
         may_have_padding=False,
     )
     out = layer.forward(hidden, GdnBatch([segment]), state)

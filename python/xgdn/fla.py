@@ -64,8 +64,7 @@ def chunk_gated_delta_rule(
     _check_tokens(name, q, k, v, g, beta)
     cu_seqlens = cu_seqlens_cpu if cu_seqlens is None else cu_seqlens
     lengths = _lengths(name, q, cu_seqlens, cu_seqlens_cpu)
-    # One head: the tables of these functions' kernels do not depend on the heads, and large head counts stay legal.
-    chunk = ops.build_chunk_metadata(lengths, 1, device=q.device)
+    chunk = ops.build_chunk_metadata(lengths, device=q.device)
     if chunk_indices is not None:
         num_chunks = sum((length + chunk_size - 1) // chunk_size for length in lengths)
         if tuple(chunk_indices.shape) != (num_chunks, 2):

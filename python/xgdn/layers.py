@@ -5,7 +5,7 @@ layer = Qwen3GatedDeltaNet(config, state_dict, prefix="model.layers.0.linear_att
 state = GdnState.allocate(layer.state_specs(), num_slots)
 out = layer.forward(hidden, GdnBatch([Segment(kind=SegmentKind.DECODE, ...)]), state)
 
-A segment of prompts (`SegmentKind.PREFILL`) takes `chunk=build_chunk_metadata(lengths, num_v_heads)`.
+A segment of prompts (`SegmentKind.PREFILL`) takes `chunk=build_chunk_metadata(lengths)`.
 """
 
 from xgdn._C import (

@@ -102,7 +102,7 @@ class ChunkMetadata(NamedTuple):
 
 def build_chunk_metadata(
     lengths: Sequence[int],
-    num_v_heads_local: int,
+    num_v_heads_local: int = 1,
     *,
     sequence_ids: Literal["true", "compact_ranks"] = "true",
     device: torch.device | str | None = None,
@@ -110,8 +110,10 @@ def build_chunk_metadata(
     """Build the tables of one prefill step on `device` (default: the CPU), which must be that of `q`. Build them once
     per step and pass them to every layer's op.
 
-    `sequence_ids="compact_ranks"` numbers non-empty sequences only, as vllm-ascend's kernels expect. A negative length,
-    and more than 2^31 - 1 tokens and sequences together, are an `IndexError`.
+    `num_v_heads_local`, 1..64, sets the block length of `block_indices_cumsum` alone, which no op of this library
+    reads: give it for kernels that do. `sequence_ids="compact_ranks"` numbers non-empty sequences only, as
+    vllm-ascend's kernels expect. A negative length, and more than 2^31 - 1 tokens and sequences together, are an
+    `IndexError`.
     """
     if sequence_ids not in ("true", "compact_ranks"):
         raise ValueError(
@@ -125,7 +127,7 @@ def build_chunk_metadata(
 
 @torch.library.register_fake("xgdn::build_chunk_metadata")  # type: ignore[untyped-decorator]
 def _(
-    lengths: Sequence[int], num_v_heads_local: int, compact_ranks: bool = False, device: torch.device | None = None
+    lengths: Sequence[int], num_v_heads_local: int = 1, compact_ranks: bool = False, device: torch.device | None = None
 ) -> list[Tensor]:
     def rows(chunk: int) -> int:
         return sum((length + chunk - 1) // chunk for length in lengths)

@@ -340,7 +340,7 @@ def test_limits_of_the_recurrent_op(name: str) -> None:
 def test_limits_of_the_chunk_op(name: str) -> None:
     changes, sentence = CHUNK_LIMITS.get(name, ({}, "the lengths must be known on the host: pass cu_seqlens_cpu"))
     sizes = {"T": 1, "H": 1, "HV": 1, "K": 128, "V": 128, "S": 1, "state_dtype": torch.bfloat16} | changes
-    chunk = ops.build_chunk_metadata([1], 1, device="npu")
+    chunk = ops.build_chunk_metadata([1], device="npu")
     with pytest.raises(NotImplementedError, match=f"backend npu cannot serve this call: .*{sentence}"):
         ops.chunk_gated_delta_rule(
             **delta_tensors(**sizes),

@@ -32,6 +32,15 @@ def test_cumsum_block_is_the_next_power_of_two(heads: int, block: int) -> None:
         assert ops.build_chunk_metadata([length], heads).block_indices_cumsum.shape == (rows, 2)
 
 
+def test_heads_are_of_one_table_alone() -> None:
+    lengths = [130, 4097]
+    m, of_eight = ops.build_chunk_metadata(lengths), ops.build_chunk_metadata(lengths, 8)
+    for name in set(m._fields) - {"block_indices_cumsum"}:
+        assert getattr(m, name).equal(getattr(of_eight, name)), name
+    assert m.block_indices_cumsum.tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert len(of_eight.block_indices_cumsum) == 1 + 9
+
+
 def test_empty_sequences_keep_their_number() -> None:
     m = ops.build_chunk_metadata([0, 65, 0, 0, 1, 0], 4)
     assert m.chunk_indices_chunk64.tolist() == [[1, 0], [1, 1], [4, 0]]
@@ -55,7 +64,7 @@ def test_compact_ranks_count_the_others() -> None:
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
 def test_nothing_to_do(lengths: list[int]) -> None:
-    m = ops.build_chunk_metadata(lengths, 1)
+    m = ops.build_chunk_metadata(lengths)
     assert m.chunk_indices_chunk64.shape == (0, 2)
     assert m.chunk_offsets_chunk64.tolist() == [0] * (len(lengths) + 1)
     assert m.final_chunk_indices_chunk64.tolist() == list(range(len(lengths)))

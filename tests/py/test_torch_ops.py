@@ -222,6 +222,7 @@ def test_opcheck_of_the_chunk_metadata() -> None:
     for heads in (1, 3, 8, 31, 64):
         torch.library.opcheck(op, ([130, 0, 64, 4000], heads), {})
     torch.library.opcheck(op, ([0, 5], 8, True), {})
+    torch.library.opcheck(op, ([4000, 5000],), {})
 
 
 def test_opcheck_where_a_gradient_is_wanted() -> None:

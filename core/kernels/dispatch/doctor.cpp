@@ -54,7 +54,7 @@ TypicalTensors::TypicalTensors() {
   packed = {.codes = zeros({D / 16, D / 4, 16, 4}, at::kChar), .scales = zeros({D / 16, 1, 16})};
   packed_gate_up = {.codes = zeros({1, D / 8, D / 4, 16, 4}, at::kChar), .scales = zeros({1, D / 8, 1, 16})};
   packed_down = {.codes = packed.codes.unsqueeze(0), .scales = packed.scales.unsqueeze(0)};
-  chunk = build_chunk_metadata({1}, /*num_v_heads_local=*/1);
+  chunk = build_chunk_metadata({1});
 }
 
 std::vector<BackendReport> doctor() {

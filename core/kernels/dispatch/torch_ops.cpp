@@ -619,8 +619,8 @@ TORCH_LIBRARY(xgdn, m) {
   // Without tensor arguments there is no key to choose by: one implementation serves all. The fake implementation of
   // build_chunk_metadata is in python/xgdn/ops.py.
   m.def(
-      "build_chunk_metadata(int[] lengths, int num_v_heads_local, bool compact_ranks=False, *, Device? device=None) "
-      "-> Tensor[]",
+      "build_chunk_metadata(int[] lengths, int num_v_heads_local=1, bool compact_ranks=False, *, "
+      "Device? device=None) -> Tensor[]",
       tags);
   m.impl("build_chunk_metadata", c10::DispatchKey::CompositeExplicitAutograd, build_chunk_metadata_op);
   m.def("set_default_backend(str phase, str name) -> ()", [](const std::string& phase, const std::string& name) {

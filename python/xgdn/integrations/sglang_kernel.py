@@ -123,7 +123,7 @@ class GDNKernel:
             ssm_states,
             cu_seqlens=query_start_loc.int(),
             state_indices=slots,
-            chunk=ops.build_chunk_metadata(lengths, 1, device=q.device),  # the op reads no table that depends on heads
+            chunk=ops.build_chunk_metadata(lengths, device=q.device),
             write_indices=None if inplace_update else torch.full_like(slots, ops.PAD_SLOT_ID),
             out=out[0, rows],
             backend=self.backend,

@@ -140,7 +140,7 @@ def _read(metadata: Any) -> _Batch:
             cu_seqlens,
             slots[N : N + P].contiguous(),
             metadata.has_initial_state[N : N + P],
-            ops.build_chunk_metadata(cu_seqlens.diff().tolist(), 1),
+            ops.build_chunk_metadata(cu_seqlens.diff().tolist()),
         )
     num_tokens = metadata.num_decode_tokens + metadata.num_prefill_tokens
     return _Batch(N, num_tokens, slots[:N].contiguous(), prefill)

@@ -202,7 +202,7 @@ TEST(BatchBuilder, ChunkMetadataIsThatOfThePrefillSequences) {
   const BuiltStep built = BatchBuilder(limits, c10::kCPU).build(sequences);
   ASSERT_EQ(built.input.gdn.segments.size(), 2u);
   const Segment& got = built.input.gdn.segments[1];
-  const kernel::ChunkMetadata want = kernel::build_chunk_metadata(lengths, /*num_v_heads_local=*/1);
+  const kernel::ChunkMetadata want = kernel::build_chunk_metadata(lengths);
   EXPECT_TRUE(same_bits(got.chunk_indices.value(), want.chunk_indices_chunk64));
   EXPECT_TRUE(same_bits(got.chunk_offsets.value(), want.chunk_offsets_chunk64));
   expect_rows(got.chunk_offsets.value(), {0, 3, 4, 5, 26});
