@@ -150,9 +150,7 @@ std::vector<int32_t> LogitRow::list(const LikeliestTokens& tokens) const {
     }
   }
   std::sort(found.begin(), found.end(), [&](int32_t x, int32_t y) {
-    const float of_x = logits_[static_cast<size_t>(x)];
-    const float of_y = logits_[static_cast<size_t>(y)];
-    return of_x != of_y ? of_x > of_y : x < y;
+    return is_likelier({logits_[static_cast<size_t>(x)], x}, {logits_[static_cast<size_t>(y)], y});
   });
   return found;
 }

@@ -2,6 +2,7 @@
 // One row of logits, in the order of likelihood: larger ones first, equal ones by token id.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -10,6 +11,20 @@ namespace xgdn {
 
 /// Throws NumericsError unless `logit`, the largest of a row or one of its NaNs, is finite.
 void check_largest_logit(float logit, int64_t token);
+
+/// A token of a row, and its logit.
+struct TokenLogit {
+  float logit;
+  int64_t token;
+};
+
+/// Whether x comes before y in the order of likelihood. NaNs come first.
+inline bool is_likelier(const TokenLogit& x, const TokenLogit& y) {
+  if (x.logit > y.logit) return true;
+  if (x.logit < y.logit) return false;
+  if (std::isnan(x.logit) != std::isnan(y.logit)) return std::isnan(x.logit);
+  return x.token < y.token;
+}
 
 /// The likeliest tokens of a row down to one of them: those with a logit above `least`, and of those equal to it the
 /// ones before token `end`. Of two such sets one holds the other.

@@ -2,15 +2,15 @@
 #include "core/runtime/model_runner.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/index_select.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <stdexcept>
 #include <utility>
+
+#include "core/runtime/select_rows.h"
 
 namespace xgdn {
 namespace {
@@ -138,8 +138,7 @@ at::Tensor ModelRunner::logits_on_host(const std::vector<SampleRow>& rows, std::
     for (int64_t i = 0; i <= std::ssize(row.drafts); ++i) wanted.push_back(first + i);
   }
   if (wanted.empty()) return {};
-  const at::Tensor indices = at::tensor(wanted, at::kLong).to(result_.logits.device());
-  return at::index_select(result_.logits, 0, indices).to(at::kCPU);
+  return select_rows(result_.logits, wanted).to(at::kCPU);
 }
 
 // The next token of a row of all logits, which is row `place` of those on the host.

@@ -2,12 +2,12 @@
 #include "core/runtime/mtp_drafter.h"
 
 #include <ATen/ops/argmax.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <set>
 #include <utility>
+
+#include "core/runtime/select_rows.h"
 
 namespace xgdn {
 namespace {
@@ -16,10 +16,6 @@ namespace {
 BatchLimits limits_of(BatchLimits limits) {
   limits.decode_buckets = {};
   return limits;
-}
-
-at::Tensor rows_of(const at::Tensor& table, const std::vector<int64_t>& rows) {
-  return at::index_select(table, 0, at::tensor(rows, at::kLong).to(table.device()));
 }
 
 }  // namespace
@@ -87,7 +83,7 @@ at::Tensor MtpDrafter::forward(const at::Tensor& hidden, std::vector<Draft>& dra
     drafts[i].row = first + count - 1;
   }
   const kernel::StepMemory::Use use(memory_);
-  return model_->forward_mtp(built.input, rows_of(hidden, rows), state_);
+  return model_->forward_mtp(built.input, select_rows(hidden, rows), state_);
 }
 
 std::vector<int32_t> MtpDrafter::largest(const at::Tensor& hidden) const {
@@ -108,7 +104,7 @@ std::vector<std::vector<int32_t>> MtpDrafter::run(const at::Tensor& hidden, cons
     if (drafts.empty()) break;
     std::vector<int64_t> rows;
     for (const Draft& draft : drafts) rows.push_back(draft.row);
-    last = rows_of(last, rows);
+    last = select_rows(last, rows);
     const std::vector<int32_t> tokens = largest(last);
     for (size_t i = 0; i < drafts.size(); ++i) {
       Draft& draft = drafts[i];

@@ -3,40 +3,26 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/index_select.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <limits>
 #include <numeric>
 
-#include "core/runtime/sampler.h"
+#include "core/runtime/logit_row.h"
+#include "core/runtime/select_rows.h"
 
 namespace xgdn {
 namespace {
 
 constexpr int64_t kMostCandidates = 256;
 
-at::Tensor rows_of(const at::Tensor& table, const std::vector<int64_t>& rows) {
-  if (std::ssize(rows) == table.size(0)) return table;  // in their order
-  return at::index_select(table, 0, at::tensor(rows, at::kLong).to(table.device()));
+// `rows` in ascending order, each once.
+at::Tensor part_of(const at::Tensor& table, const std::vector<int64_t>& rows) {
+  return std::ssize(rows) == table.size(0) ? table : select_rows(table, rows);
 }
-
-// Whether token x comes before y: by its logit, those that are no numbers first, of equal ones by the token.
-struct Likelier {
-  const float* logits;
-
-  bool operator()(int32_t x, int32_t y) const {
-    const float a = logits[x];
-    const float b = logits[y];
-    if (std::isnan(a) || std::isnan(b)) return std::isnan(a) != std::isnan(b) ? std::isnan(a) : x < y;
-    return a != b ? a > b : x < y;
-  }
-};
 
 // The `count` likeliest tokens of each row: their logits' bits and themselves, [n, 2, count] i32.
 at::Tensor likeliest_on_host(const at::Tensor& logits, int64_t count) {
@@ -48,7 +34,9 @@ at::Tensor likeliest_on_host(const at::Tensor& logits, int64_t count) {
     for (int64_t row = begin; row < end; ++row) {
       const float* of_row = rows.const_data_ptr<float>() + row * size;
       std::iota(tokens.begin(), tokens.end(), 0);
-      std::partial_sort(tokens.begin(), tokens.begin() + count, tokens.end(), Likelier{of_row});
+      std::partial_sort(tokens.begin(), tokens.begin() + count, tokens.end(), [of_row](int32_t x, int32_t y) {
+        return is_likelier({of_row[x], x}, {of_row[y], y});
+      });
       int32_t* const out = found.mutable_data_ptr<int32_t>() + row * 2 * count;
       for (int64_t i = 0; i < count; ++i) {
         out[i] = std::bit_cast<int32_t>(of_row[tokens[static_cast<size_t>(i)]]);
@@ -90,9 +78,9 @@ ShardedLogits::ShardedLogits(const at::Tensor& local, const std::vector<int64_t>
     num_candidates_ = std::max(num_candidates_, needs[row]);
   }
   num_candidates_ = std::min(num_candidates_, part_);
-  if (!whole.empty()) whole_ = group.all_gather(rows_of(local, whole));
+  if (!whole.empty()) whole_ = group.all_gather(part_of(local, whole));
   if (!with_candidates.empty()) {
-    candidates_ = group.all_gather(likeliest(rows_of(local, with_candidates), num_candidates_));
+    candidates_ = group.all_gather(likeliest(part_of(local, with_candidates), num_candidates_));
   }
 }
 
@@ -128,17 +116,15 @@ std::span<const float> ShardedLogits::row(int64_t row, std::vector<float>& memor
 }
 
 int32_t ShardedLogits::largest(int64_t row) const {
-  float largest = 0;
-  int64_t token = -1;
-  for (int64_t rank = 0; rank < candidates_.size(0); ++rank) {
-    const float logit = candidates(row, rank).front();
-    const bool is_larger = token < 0 || logit > largest || (std::isnan(logit) && !std::isnan(largest));
-    if (!is_larger) continue;
-    largest = logit;
-    token = rank * part_ + tokens(row, rank).front();
+  const auto of_rank = [&](int64_t rank) {
+    return TokenLogit{candidates(row, rank).front(), rank * part_ + tokens(row, rank).front()};
+  };
+  TokenLogit largest = of_rank(0);
+  for (int64_t rank = 1; rank < candidates_.size(0); ++rank) {
+    if (const TokenLogit other = of_rank(rank); is_likelier(other, largest)) largest = other;
   }
-  check_largest_logit(largest, token);
-  return static_cast<int32_t>(token);
+  check_largest_logit(largest.logit, largest.token);
+  return static_cast<int32_t>(largest.token);
 }
 
 at::Tensor gather_logits(const at::Tensor& local, ProcessGroup& group) {
