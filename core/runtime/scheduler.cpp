@@ -145,7 +145,8 @@ void Scheduler::admit() {
 }
 
 // The branches of a request are admitted together, with a slot for each. Blocks must be there for the first; the others
-// become resident like those that were preempted.
+// become resident like those that were preempted. A prefix may hold a block that the prompt does not share and without
+// which it has no room: where nobody runs, so that none will be free, it goes without the prefix.
 bool Scheduler::admit_first() {
   const auto begin = waiting_.begin();
   Sequence& first = **begin;
@@ -154,7 +155,11 @@ bool Scheduler::admit_first() {
   const bool looks_up = !first.request->prompt_logprobs;
   PrefixCache::Prefix* cached = looks_up ? prefixes_.find(first.tokens) : nullptr;
   const int64_t num_shared = cached == nullptr ? 0 : cached->memory.num_full_blocks();
-  if (!can_take(first.memory.num_missing(room(first)) - num_shared, cached)) return false;
+  const int64_t num_blocks = first.memory.num_missing(room(first));
+  if (!can_take(num_blocks - num_shared, cached)) {
+    if (!running_.empty() || !can_take(num_blocks)) return false;
+    cached = nullptr;
+  }
   for (auto branch = begin; branch != end; ++branch) (*branch)->memory.allocate_state();
   first.memory.grow(0);
   if (looks_up) prefixes_.use(cached, first.tokens, first.memory);

@@ -130,6 +130,31 @@ TEST_P(PrefixCacheTest, RunningSequencesTakeItsBlocks) {
   EXPECT_GT(engine->prefix_cache_stats().num_evictions, 0);
 }
 
+// A prefix whose last block is partly filled holds that one for itself, beside the copy of the prompt that goes on.
+TEST_P(PrefixCacheTest, APromptThatNeedsItsPrefixsBlocksRunsWithoutIt) {
+  Engine engine(model_, {.max_batch_size = 4,
+                         .max_cached_tokens = 3 * 96,
+                         .kv_block_size = 96,
+                         .max_tokens_per_step = 256,
+                         .prefix_cache_slots = 1,
+                         .poison_freed_slots = true});
+  std::vector<int32_t> prompt = random_tokens(1, 128);  // its state is kept, and two blocks
+  engine.generate({{.prompt = prompt, .max_new_tokens = 0}});
+  ASSERT_EQ(engine.prefix_cache_stats().num_prefixes, 1);
+  prompt = joined(prompt, random_tokens(2, 120));  // three blocks, one of them shared
+  const RequestId id = engine.submit({.prompt = prompt, .max_new_tokens = 8});
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < 20 && !engine.is_idle(); ++i) {
+    for (const RequestEvent& event : engine.step()) {
+      EXPECT_EQ(event.id, id);
+      EXPECT_EQ(event.num_cached, 0);
+      tokens.insert(tokens.end(), event.tokens.begin(), event.tokens.end());
+    }
+  }
+  EXPECT_TRUE(engine.is_idle());
+  EXPECT_EQ(tokens, this->engine(0)->generate({{.prompt = prompt, .max_new_tokens = 8}}).at(0).tokens);
+}
+
 TEST_P(PrefixCacheTest, AFailedRequestLeavesNothing) {
   weights_.at(config_.weight_prefix + "embed_tokens.weight")[kNaNToken].fill_(std::numeric_limits<float>::quiet_NaN());
   model_ = tiny_model(config_, weights_, {.has_replay_states = has_replay_states()});
