@@ -22,7 +22,8 @@ class TokenMatcher {
   /// Takes tokens that came, in order; not the one that ends the reply.
   virtual void accept(std::span<const int32_t> tokens) = 0;
 
-  /// The tokens that must come next, as far as there is only one way to go on; may be empty though there is one.
+  /// The tokens that must come next, as far as there is only one way to go on; may be empty though there is one. One
+  /// that is none of the vocabulary ends the sequence with an error.
   virtual std::vector<int32_t> forced() { return {}; }
 };
 

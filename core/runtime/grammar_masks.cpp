@@ -17,10 +17,18 @@ namespace {
 
 constexpr int64_t kWordBits = 32;
 
+void check_tokens(const std::vector<int32_t>& forced, int64_t vocab_size) {
+  for (const int32_t token : forced) {
+    if (token >= 0 && token < vocab_size) continue;
+    throw RangeError(c10::str("forced: expected token ids 0..", vocab_size - 1, ", got ", token));
+  }
+}
+
 }  // namespace
 
 struct GrammarMasks::Shared {
   std::shared_ptr<const Grammar> grammar;
+  int64_t vocab_size = 0;
   std::unique_ptr<TokenMatcher> matcher;  // null: not begun
   std::vector<uint32_t> mask;
   std::vector<int32_t> forced;
@@ -34,6 +42,7 @@ struct GrammarMasks::Shared {
 GrammarMasks::GrammarMasks(std::shared_ptr<const Grammar> grammar, int64_t vocab_size)
     : shared_(std::make_shared<Shared>()) {
   shared_->grammar = std::move(grammar);
+  shared_->vocab_size = vocab_size;
   shared_->mask.resize(static_cast<size_t>((vocab_size + kWordBits - 1) / kWordBits));
   launch({});
 }
@@ -50,8 +59,11 @@ void GrammarMasks::run(const std::shared_ptr<Shared>& shared, const std::vector<
     if (!tokens.empty()) shared->matcher->accept(tokens);
     shared->matcher->write_mask(shared->mask);
     shared->forced = shared->matcher->forced();
+    check_tokens(shared->forced, shared->vocab_size);
   } catch (const std::exception& error) {
     shared->error = c10::str("[Grammar] ", error.what());
+  } catch (...) {  // else next() would wait for ever
+    shared->error = "[Grammar] an exception without a message";
   }
   {
     const std::lock_guard lock(shared->mutex);

@@ -7,9 +7,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/runtime/engine.h"
@@ -202,6 +205,48 @@ TEST_P(GrammarTest, AMatcherThatFailsEndsItsOwnReply) {
   EXPECT_NE(results[1].error.find("[Grammar] the matcher broke"), std::string::npos) << results[1].error;
   EXPECT_GE(results[1].tokens.size(), 5u);
   EXPECT_EQ(engine.num_free_slots(), 4);
+}
+
+// Token 5 alone, and what a caller of forced() gets.
+class Fives : public Grammar {
+ public:
+  explicit Fives(std::function<std::vector<int32_t>()> forced) : forced_(std::move(forced)) {}
+  std::unique_ptr<TokenMatcher> matcher() const override { return std::make_unique<Matcher>(forced_); }
+
+ private:
+  class Matcher : public TokenMatcher {
+   public:
+    explicit Matcher(std::function<std::vector<int32_t>()> forced) : forced_(std::move(forced)) {}
+    void write_mask(std::span<uint32_t> mask) override {
+      std::fill(mask.begin(), mask.end(), 0u);
+      mask[0] = 1u << 5;
+    }
+    void accept(std::span<const int32_t>) override {}
+    std::vector<int32_t> forced() override { return forced_(); }
+
+   private:
+    std::function<std::vector<int32_t>()> forced_;
+  };
+
+  std::function<std::vector<int32_t>()> forced_;
+};
+
+TEST_P(GrammarTest, WhatAMatcherMayNotSayEndsItsOwnReply) {
+  Request good = request(nullptr, 2);
+  const std::vector<int32_t> want = Engine(model_, options_).generate({good}).at(0).tokens;
+  const auto expect_alone = [&](std::function<std::vector<int32_t>()> forced, const std::string& words) {
+    Engine engine(model_, options_);
+    Request bad = request(std::make_shared<const Fives>(std::move(forced)), 3);
+    bad.sampling.logit_bias.clear();
+    const std::vector<GenerationResult> results = engine.generate({good, bad}, {.throw_on_error = false});
+    EXPECT_EQ(results[0].tokens, want);
+    EXPECT_EQ(results[1].finish_reason, FinishReason::kError);
+    EXPECT_NE(results[1].error.find(words), std::string::npos) << results[1].error;
+    EXPECT_EQ(engine.num_free_slots(), options_.max_batch_size);
+  };
+  expect_alone([] { return std::vector<int32_t>{5, 64}; }, "[Grammar] forced: expected token ids 0..63, got 64");
+  expect_alone([] { return std::vector<int32_t>{5, -1}; }, "got -1");
+  expect_alone([]() -> std::vector<int32_t> { throw 5; }, "[Grammar] an exception without a message");
 }
 
 TEST_P(GrammarTest, ACancelledOneLeavesNothingBehind) {
