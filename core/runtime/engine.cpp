@@ -509,9 +509,11 @@ void Engine::draft_by_mtp(const std::vector<SequenceStep>& computed, const std::
   for (size_t i = 0; i < drafting.size(); ++i) drafting[i]->drafts = std::move(drafts[i]);
 }
 
-// The states of every sequence in the step may be half written, and with them what was to be forked. Where scheduling
-// itself failed, or the device is lost, nobody can go on.
-std::vector<RequestEvent> Engine::fail(const std::vector<ScheduledStep>& steps, const std::string& error) {
+// The states of every sequence in the step may be half written, and with them what was to be forked; what has been is
+// among those that `moved`, whose tokens come with no event. Where scheduling itself failed, or the device is lost,
+// nobody can go on.
+std::vector<RequestEvent> Engine::fail(const std::vector<ScheduledStep>& steps, const std::vector<RequestEvent>& moved,
+                                       const std::string& error) {
   if (device_error_.empty()) device_error_ = rank_error();
   if (device_error_.empty() && !kernel::is_alive(model_->device())) {
     device_error_ = c10::str("[step] device: expected one that computes, got ", model_->device(),
@@ -523,6 +525,12 @@ std::vector<RequestEvent> Engine::fail(const std::vector<ScheduledStep>& steps, 
   } else {
     for (const ScheduledStep& step : steps) {
       for (const Sequence* branch : with_tokenless_branches(*step.sequence)) ended.push_back(branch);
+    }
+    for (const Sequence* sequence : scheduler_.youngest_first()) {
+      const bool has_moved = std::ranges::any_of(moved, [&](const RequestEvent& event) {
+        return event.id == sequence->id && event.branch == sequence->branch;
+      });
+      if (has_moved && std::ranges::find(ended, sequence) == ended.end()) ended.push_back(sequence);
     }
   }
   std::vector<RequestEvent> events;
@@ -607,7 +615,7 @@ std::vector<RequestEvent> Engine::run_step() {
     for (size_t i = 0; i < choices.size(); ++i) book(choices[i], std::move(sampled[i]), moved[choices[i].event]);
     draft(sequences, choices);
   } catch (const std::exception& error) {
-    moved = fail(steps, error.what());
+    moved = fail(steps, moved, error.what());
   }
   for (const RequestEvent& event : moved) {
     if (event.finish_reason == FinishReason::kRunning) continue;

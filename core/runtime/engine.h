@@ -194,7 +194,8 @@ class Engine {
   int64_t num_drafts(const Sequence& sequence, size_t num_choices) const;
   void fill_mtp_cache(const std::vector<ScheduledStep>& steps);
   void draft_by_mtp(const std::vector<SequenceStep>& computed, const std::vector<Choice>& choices);
-  std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::string& error);
+  std::vector<RequestEvent> fail(const std::vector<ScheduledStep>& steps, const std::vector<RequestEvent>& moved,
+                                 const std::string& error);
   std::vector<int32_t> stop_tokens(const Request& request) const;
 
   std::string rank_error() const;

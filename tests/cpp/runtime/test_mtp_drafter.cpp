@@ -2,12 +2,16 @@
 // Drafts of an MTP head, of pieces in any order and number, and where there is room for no more of them.
 #include "core/runtime/mtp_drafter.h"
 
+#include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <set>
+#include <string_view>
 #include <vector>
 
+#include "core/runtime/engine.h"
 #include "tests/cpp/support/tiny_model.h"
 
 namespace xgdn::testing {
@@ -104,6 +108,40 @@ TEST(MtpDrafter, OfPiecesThatShareARowTheFirstDrafts) {
   const auto drafts = Drafting().run({kShort, second});
   EXPECT_EQ(drafts[0], Drafting().run({kShort})[0]);
   EXPECT_TRUE(drafts[1].empty());
+}
+
+/// A weight of the head, which changes its shape as soon as a first draft is chosen.
+at::Tensor broken_weight;
+
+std::unique_ptr<at::ObserverContext> break_weight(const at::RecordFunction& op) {
+  if (std::string_view(op.name()) == "aten::argmax") broken_weight.resize_({3});
+  return nullptr;
+}
+
+TEST(MtpDrafter, WhatFailsWhileItDraftsEndsTheForksOfThatStepToo) {
+  const Weights weights = weights_with_head(tiny_config());
+  const RunnerOptions options{.max_batch_size = 4, .max_cached_tokens = 256};
+  Engine engine(
+      tiny_model(tiny_config(), weights, {.has_replay_states = true, .max_draft_tokens = 3, .has_mtp_head = true}),
+      options);
+  const RequestId id = engine.submit({.prompt = {1, 2, 3, 4, 5}, .max_new_tokens = 8, .n = 3});
+  broken_weight = weights.at("mtp.norm.weight");
+  const at::Tensor sound = broken_weight.clone();
+  const at::CallbackHandle callback = at::addThreadLocalCallback(at::RecordFunctionCallback(break_weight));
+  const std::vector<RequestEvent> events = engine.step();
+  at::removeCallback(callback);
+  EXPECT_EQ(broken_weight.numel(), 3);
+  std::set<int64_t> branches;
+  for (const RequestEvent& event : events) {
+    EXPECT_EQ(event.id, id);
+    EXPECT_EQ(event.finish_reason, FinishReason::kError);
+    branches.insert(event.branch);
+  }
+  EXPECT_EQ(events.size(), 3u);
+  EXPECT_EQ(branches, (std::set<int64_t>{0, 1, 2})) << "a branch that went on would miss its first token";
+  EXPECT_TRUE(engine.is_idle());
+  EXPECT_EQ(engine.num_free_slots(), options.max_batch_size);
+  broken_weight.resize_({sound.size(0)}).copy_(sound);
 }
 
 TEST(MtpDrafter, NothingButTheHeadsLayerIsWritten) {
