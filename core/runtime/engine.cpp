@@ -291,6 +291,7 @@ SessionSpecs Engine::session_specs() const {
   const KvCacheSpec kv = kv_spec(*model_, kv_.block_size());
   return {.model_digest = model_->digest(),
           .vocab_size = model_->config().vocab_size,
+          .least_kept = scheduler_.prefixes().least_tokens(),
           .states = sharded_ ? sharded_->whole_specs() : model_->state_specs(),
           .num_attention_layers = kv.num_layers,
           .num_kv_heads = model_->config().num_key_value_heads,

@@ -96,7 +96,7 @@ class PrefixCache {
   SequenceMemory make_memory(int64_t num_tokens);
   /// Whether the state after these tokens is held.
   bool holds(std::span<const int32_t> tokens);
-  /// Takes in such a memory, which has computed the tokens, as many as a prefix has at least.
+  /// Takes in such a memory, which has computed the tokens, at least least_tokens().
   void adopt(std::span<const int32_t> tokens, SequenceMemory memory);
 
   /// Blocks that prefixes alone hold, those of `spared` not counted.
@@ -107,6 +107,7 @@ class PrefixCache {
   /// Held, and done so far.
   PrefixCacheStats stats() const;
   int64_t num_slots() const { return num_slots_; }  // of each group
+  int64_t least_tokens() const { return chunk_; }   // of a prefix
 
  private:
   using Prefixes = std::list<Prefix>;

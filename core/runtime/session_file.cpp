@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -23,6 +24,7 @@ namespace {
 
 const std::string kFormat = "xgdn.session";
 const std::string kVersion = "1";
+const std::string kDigest = ".digest";
 
 struct ComponentName {
   const char* name;
@@ -107,6 +109,15 @@ class Reader {
     return tokens;
   }
 
+  /// Whether there are tensors of no other names, as there are where states are of another kind.
+  void check_names(const std::set<std::string>& names) const {
+    for (const auto& [name, entry] : file_.entries()) {
+      const bool is_digest = name.ends_with(kDigest);
+      if (names.contains(is_digest ? name.substr(0, name.size() - kDigest.size()) : name)) continue;
+      throw error(name, "no tensor of that name", "one");
+    }
+  }
+
   CheckpointError error(const std::string& subject, const std::string& expected, const std::string& got) const {
     return CheckpointError(
         c10::str("[Session] ", path_.string(), ": ", subject, ": expected ", expected, ", got ", got));
@@ -124,7 +135,7 @@ class Reader {
   }
 
   void check_digests(const std::string& name, const at::Tensor& tensor, int64_t heads_dim) const {
-    const at::Tensor want = read_any(name + ".digest", 1, at::kLong);
+    const at::Tensor want = read_any(name + kDigest, 1, at::kLong);
     const at::Tensor got = digests(tensor, heads_dim);
     for (int64_t head = 0; head < got.size(0); ++head) {
       if (want.size(0) == got.size(0) && want[head].equal(got[head])) continue;
@@ -165,7 +176,7 @@ void write_session(const std::filesystem::path& path, const SavedSession& sessio
   std::map<std::string, at::Tensor> tensors;
   const auto put = [&](const std::string& name, const at::Tensor& tensor, int64_t heads_dim) {
     tensors[name] = tensor;
-    tensors[name + ".digest"] = digests(tensor, heads_dim);
+    tensors[name + kDigest] = digests(tensor, heads_dim);
   };
   put("tokens", at::tensor(session.tokens, at::kInt), -1);
   put("num_kept", at::tensor({session.num_kept}, at::kLong), -1);
@@ -192,13 +203,19 @@ SavedSession read_session(const std::filesystem::path& path, const SessionSpecs&
     }
   }
   session.num_kept = reader.read("num_kept", -1, {1}, at::kLong).item<int64_t>();
-  if (session.num_kept < 0 || session.num_kept > std::ssize(session.tokens)) {
-    throw reader.error("num_kept", c10::str("0..", session.tokens.size(), " tokens"), std::to_string(session.num_kept));
-  }
   if (session.num_kept == 0) return session;
+  if (session.num_kept < specs.least_kept || session.num_kept > std::ssize(session.tokens)) {
+    throw reader.error("num_kept", c10::str("0 or ", specs.least_kept, "..", session.tokens.size(), " tokens"),
+                       std::to_string(session.num_kept));
+  }
+  std::set<std::string> names{"tokens", "num_kept"};
   for_tensors(specs, session,
               [&](const std::string& name, int64_t heads_dim, const std::vector<int64_t>& shape, at::ScalarType dtype,
-                  at::Tensor& tensor) { tensor = reader.read(name, heads_dim, shape, dtype); });
+                  at::Tensor& tensor) {
+                tensor = reader.read(name, heads_dim, shape, dtype);
+                names.insert(name);
+              });
+  reader.check_names(names);
   check_states(reader, specs, session);
   return session;
 }

@@ -22,6 +22,7 @@ struct SavedSession {
 struct SessionSpecs {
   uint64_t model_digest = 0;
   int64_t vocab_size = 0;
+  int64_t least_kept = 1;                      // tokens that a state is of, where there is one
   std::vector<std::vector<StateSpec>> states;  // of each GDN layer
   int64_t num_attention_layers = 0;
   int64_t num_kv_heads = 0;
@@ -34,7 +35,8 @@ struct SessionSpecs {
 void write_session(const std::filesystem::path& path, const SavedSession& session, const SessionSpecs& specs);
 
 /// Throws CheckpointError for a file that is damaged, of another version or of another model, and where its states or
-/// keys and values have other shapes or dtypes than the specs; the sentence names file, tensor, expected and found.
+/// keys and values have other shapes or dtypes than the specs, are of another kind, or of fewer tokens; the sentence
+/// names file, tensor, expected and found.
 SavedSession read_session(const std::filesystem::path& path, const SessionSpecs& specs);
 
 }  // namespace xgdn

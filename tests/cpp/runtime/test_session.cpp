@@ -221,6 +221,45 @@ TEST_P(SessionTest, AFileWithOtherStatesIsRefused) {
   std::filesystem::remove(file());
 }
 
+// A checkpoint with a ring, or a plain state.
+TEST_P(SessionTest, AFileOfTheOtherKindOfStatesIsRefused) {
+  Session session(*engine_);
+  go_on(session, 1, 300);
+  session.save(file());
+  const ModelConfig config = tiny_config();
+  Engine other(tiny_model(config, tiny_weights(config), {.has_replay_states = !has_replay_states()}),
+               {.prefix_cache_slots = 2});
+  expect_error<CheckpointError>([&] { Session::load(other, file()); }, {file().string(), "layers.0.ring."});
+  EXPECT_EQ(other.prefix_cache_stats().num_prefixes, 0);
+  std::filesystem::remove(file());
+}
+
+TEST_P(SessionTest, AFileOfFewerTokensThanAPrefixHasIsRefused) {
+  Session session(*engine_);
+  go_on(session, 1, 300);
+  session.save(file());
+  const ModelConfig config = tiny_config();
+  const std::shared_ptr<const HybridDecoder> model =
+      tiny_model(config, tiny_weights(config), {.has_replay_states = has_replay_states()});
+  const SessionSpecs specs = {.model_digest = model->digest(),
+                              .vocab_size = config.vocab_size,
+                              .states = model->state_specs(),
+                              .num_attention_layers = 1,
+                              .num_kv_heads = config.num_key_value_heads,
+                              .kv_row_size = config.head_dim};
+  SavedSession saved = read_session(file(), specs);
+  saved.num_kept = 15;
+  for (KvPool& pool : saved.memory.kv) {
+    pool = {pool.k.narrow(0, 0, saved.num_kept).contiguous(), pool.v.narrow(0, 0, saved.num_kept).contiguous()};
+  }
+  for (auto& layer : saved.memory.states) {
+    if (has_replay_states()) layer.back().fill_(saved.num_kept);  // the length of the ring
+  }
+  write_session(file(), saved, specs);
+  expect_error<CheckpointError>([&] { Session::load(*engine_, file()); }, {file().string(), "num_kept", "got 15"});
+  std::filesystem::remove(file());
+}
+
 TEST_P(SessionTest, EveryByteThatIsWrongIsFound) {
   Session session(*engine_);
   go_on(session, 1, 300);
