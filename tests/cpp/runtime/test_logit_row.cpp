@@ -90,6 +90,20 @@ TEST(LogitRow, AShareOfTheBestProbabilityIsThatOfDouble) {
   }
 }
 
+TEST(LogitRow, TheOrderIsStrictAndNaNsComeFirst) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<float> logits{1.0f, nan, -0.0f, kInfinity, 0.0f, nan, 1.0f, -kInfinity};
+  std::vector<int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto comes_before = [&](int32_t x, int32_t y) { return is_likelier({logits[x], x}, {logits[y], y}); };
+  std::sort(order.begin(), order.end(), comes_before);
+  EXPECT_EQ(order, (std::vector<int32_t>{1, 5, 3, 0, 6, 2, 4, 7}));
+  for (const int32_t x : order) {
+    EXPECT_FALSE(comes_before(x, x));
+    for (const int32_t y : order) EXPECT_FALSE(comes_before(x, y) && comes_before(y, x));
+  }
+}
+
 TEST(LogitRow, OfTwoSetsTheSmallerOneIsInBoth) {
   const std::vector<float> logits{1, 3, 3, 0, 3};
   const LogitRow row(logits);
