@@ -90,7 +90,7 @@ def chunk_gated_delta_rule(
         state,
         cu_seqlens=cu_seqlens,
         state_indices=slots,
-        chunk=ops.build_chunk_metadata([T] * B, 1, device=query.device),
+        chunk=ops.build_chunk_metadata([T] * B, device=query.device),
         may_have_padding=False,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
     )

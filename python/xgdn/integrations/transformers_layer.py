@@ -132,7 +132,7 @@ def _rule(layer: Any, projected: Tensor, sizes: torch.Size, cache: Any) -> Tenso
         state,
         cu_seqlens=cu_seqlens,
         state_indices=slots,
-        chunk=ops.build_chunk_metadata([T] * B, 1, device=projected.device),
+        chunk=ops.build_chunk_metadata([T] * B, device=projected.device),
         may_have_padding=False,
     )
     if cache is not None:
