@@ -1056,7 +1056,7 @@ void run_quantized_linear(QuantizedLinearArgs args) {
   args.token_scales = reinterpret_cast<float*>(scales.data());
   args.token_starts = reinterpret_cast<int32_t*>(sums.data());
   prepare_tokens(args, 0, args.T);
-  quantized_linear(args, 0, num_work_items(args));
+  quantized_linear(args, 0, num_work_items(args), num_work_items(args));
 }
 
 // All tokens at once, and each by itself with the same bits. Rows of x and out lie apart.

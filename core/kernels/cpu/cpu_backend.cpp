@@ -143,6 +143,21 @@ void parallel_products(const Args& args, int64_t neighbours, const F& f) {
   });
 }
 
+// Calls f(args, begin, end, next item) over the blocks of outputs of few tokens, for which weights are read at the
+// memory's pace: in ranges that are long enough for it, and so many that threads end at the same time.
+template <class Args, class F>
+void parallel_streams(const Args& args, const F& f) {
+  constexpr int64_t kLeastRanges = 4, kMostRanges = 16;  // of a thread
+  constexpr int64_t kLongItems = 8;
+  const int64_t threads = threads_for(std::max<int64_t>(args.T, 1) * args.D * args.O);
+  const int64_t items = cpu::num_work_items(args);
+  const int64_t least = std::clamp<int64_t>(items / (kLeastRanges * threads), 1, kLongItems);
+  const int64_t range = std::max(items / (kMostRanges * threads), least);
+  cpu::parallel_ahead(threads, (items + range - 1) / range, [&](int64_t index, int64_t next) {
+    f(args, index * range, std::min((index + 1) * range, items), next * range);
+  });
+}
+
 cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
   return {.T = s.T,
           .D = s.D,
@@ -157,8 +172,6 @@ cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
 // Without tiles. One token costs a pass over the weights, where products of panels would cost what 16 tokens do.
 void run_rows(const LinearParams& p, const LinearShape& s) {
   constexpr int64_t kTokensInPlace = 2;  // they compete for no sets of a cache
-  constexpr int64_t kRangesPerThread = 4;
-  constexpr int64_t kMostItems = 8;  // of a range, at which weights are read at full speed
   cpu::LinearRowsArgs args = {linear_call(p, s)};
   const bool has_pairs = cpu::bfloat16_products() != nullptr, is_staged = !has_pairs || s.T > kTokensInPlace;
   const at::Tensor staged = allocate_temporary({is_staged ? s.T : 0, cpu::staged_stride(s.D)},
@@ -176,11 +189,7 @@ void run_rows(const LinearParams& p, const LinearShape& s) {
       cpu::linear_rows(part, begin, end, cpu::num_work_items(part));
     });
   }
-  const int64_t threads = threads_for(std::max<int64_t>(s.T, 1) * s.D * s.O), items = cpu::num_work_items(args);
-  const int64_t range = std::clamp<int64_t>(items / (kRangesPerThread * threads), 1, kMostItems);
-  cpu::parallel_ahead(threads, (items + range - 1) / range, [&](int64_t index, int64_t next) {
-    cpu::linear_rows(args, index * range, std::min((index + 1) * range, items), next * range);
-  });
+  parallel_streams(args, cpu::linear_rows);
 }
 
 // Few tokens of f32 cost a pass over the weights; on a Zen 4 MKL takes 1.2 to 4.5 times as long for 1 to 8 of them.
@@ -226,6 +235,8 @@ cpu::Codes format_of(const at::Tensor& codes) {
   }
 }
 
+constexpr int64_t kFewQuantized = 4;
+
 void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s) {
   const int64_t groups = s.D / s.group_size;
   const at::Tensor& scales = p.weight.scales;
@@ -251,7 +262,10 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
   args.token_scales = token_scales.mutable_data_ptr<float>();
   args.token_starts = token_starts.mutable_data_ptr<int32_t>();
   parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::prepare_tokens(args, begin, end); });
-  parallel_products(args, num_neighbours(args), cpu::quantized_linear);
+  if (s.T <= kFewQuantized && !args.by_tiles) return parallel_streams(args, cpu::quantized_linear);
+  parallel_products(args, num_neighbours(args), [](const auto& part, int64_t begin, int64_t end) {
+    cpu::quantized_linear(part, begin, end, cpu::num_work_items(part));
+  });
 }
 
 // Which experts the cpu backend computes itself.

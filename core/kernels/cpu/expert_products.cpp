@@ -170,7 +170,7 @@ void QuantizedExperts::multiply(const ExpertVisits::Group& group, int64_t output
   args.scales.data = args.scales.at(panel, 0);
   if (args.zeros != nullptr) args.zeros += panel * num_groups(args) * kQuantizedPanel;
   args.out = out;
-  quantized_linear(args, 0, num_work_items(args));
+  quantized_linear(args, 0, num_work_items(args), num_work_items(args));
 }
 
 // ---- work items -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ inline constexpr size_t kManyTokens = 96;    // for which a weight is unpacked o
 // Some 24 lines can be on their way to the first level when a program asks for them, more to the second one.
 inline constexpr size_t kPanelBytesAhead = 8192;
 inline constexpr int kToSecondLevel = 2;
+inline constexpr size_t kNextBytes = 4096;  // of the codes that a thread takes next
 inline constexpr size_t kPanelTokens = 12;  // at once: two of 32 registers each
 inline constexpr auto kPanelOutputs = static_cast<size_t>(kQuantizedPanel);
 static_assert(kQuantizedLinearBlock == kBlockOutputs);
@@ -600,9 +601,15 @@ void multiply_items(const QuantizedLinearArgs& args, int64_t begin_item, int64_t
   }
 }
 
-void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
-  with_format(args.format, has_byte_tokens(args),
-              [&](auto format) { multiply_items<decltype(format)>(args, begin_item, end_item); });
+void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item) {
+  with_format(args.format, has_byte_tokens(args), [&](auto format) {
+    using Format = decltype(format);
+    if (next_item < num_work_items(args)) {
+      const Outputs next = outputs_at<Format>(args, next_item * kQuantizedLinearBlock);
+      prefetch</*kIsWritten=*/0, kToSecondLevel>(next.codes, kNextBytes);
+    }
+    multiply_items<Format>(args, begin_item, end_item);
+  });
 }
 
 }  // namespace HWY_NAMESPACE
@@ -624,8 +631,8 @@ void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_
   HWY_DYNAMIC_DISPATCH(prepare_tokens)(args, begin_token, end_token);
 }
 
-void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item) {
-  HWY_DYNAMIC_DISPATCH(quantized_linear)(args, begin_item, end_item);
+void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item) {
+  HWY_DYNAMIC_DISPATCH(quantized_linear)(args, begin_item, end_item, next_item);
 }
 
 }  // namespace xgdn::kernel::cpu

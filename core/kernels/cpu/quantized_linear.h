@@ -76,7 +76,8 @@ bool takes_tiles(Codes format, int64_t tokens);
 /// Brings tokens into the form in which they are multiplied.
 void prepare_tokens(const QuantizedLinearArgs& args, int64_t begin_token, int64_t end_token);
 
-/// Computes blocks of outputs for all tokens.
-void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item);
+/// Computes blocks of outputs for all tokens. Of `next_item`, num_work_items or more for none, the first codes are
+/// fetched meanwhile: processors read ahead by themselves, but not from block to block.
+void quantized_linear(const QuantizedLinearArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item);
 
 }  // namespace xgdn::kernel::cpu

@@ -406,11 +406,13 @@ inline constexpr float kNormEps = 1e-6f;  // of the l2norm
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-// kIsWritten: 1 for what is written next, else 0.
-template <int kIsWritten = 0>
+// kIsWritten: 1 for what is written next, else 0. kLocality: 3 for the first-level cache, 2 for the second.
+template <int kIsWritten = 0, int kLocality = 3>
 HWY_INLINE void prefetch(const void* from, size_t bytes) {
   constexpr size_t kCacheLine = 64;
-  for (size_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(static_cast<const char*>(from) + i, kIsWritten);
+  for (size_t i = 0; i < bytes; i += kCacheLine) {
+    __builtin_prefetch(static_cast<const char*>(from) + i, kIsWritten, kLocality);
+  }
 }
 
 inline constexpr size_t kScratchAlignment = 128;  // a pair of cache lines, and any vector
