@@ -68,8 +68,10 @@ install_system_packages missing_packages
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 
 export PATH="$PWD/.venv/bin:$PATH"
-has_cmake || python -m pip install -q "cmake>=3.25,<4"
+# Python compiles a module when it is first imported; most of torch's and transformers' never are.
+pip_install=(python -m pip install -q --no-compile)
+has_cmake || "${pip_install[@]}" "cmake>=3.25,<4"
 # By itself: the other packages must find torch in place, or they fetch another build of it.
 # shellcheck disable=SC2086
-python -m pip install -q torch==2.13.0 --constraint "$requirements" ${TORCH_INSTALL_ARGS:-}
-python -m pip install -q -r "$requirements"
+"${pip_install[@]}" torch==2.13.0 --constraint "$requirements" ${TORCH_INSTALL_ARGS:-}
+"${pip_install[@]}" -r "$requirements"
