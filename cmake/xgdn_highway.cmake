@@ -27,6 +27,6 @@ if(xgdn_highway_type STREQUAL "SHARED_LIBRARY")
 else()
   target_link_libraries(xgdn_highway INTERFACE hwy::hwy)
 endif()
-# Every kernel is compiled once per instruction set. Between plain code and SSE4.1 there is none worth it: processors with
-# SSSE3 alone are of before 2011.
+# Every kernel is compiled once per instruction set. Processors that have SSSE3 without SSE4.1 (Core 2, the first Atoms)
+# run plain code.
 target_compile_definitions(xgdn_highway INTERFACE HWY_DISABLED_TARGETS=HWY_SSSE3)
