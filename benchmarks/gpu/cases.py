@@ -411,8 +411,8 @@ class Prefill(Case):
         self.cu_seqlens = self.cu_seqlens_cpu.to(device)
         # At least 6KV + 2CV + 2CK H/HV flops per token and value head, C = 64 (kernels/cases.py).
         flops = total * heads.HV * (6 * K * V + 2 * 64 * V + 2 * 64 * K * heads.H / heads.HV)
-        tokens_bytes = total * (4 * heads.H * K + 4 * heads.HV * V + 8 * heads.HV)
-        self.work = Work(bytes=tokens_bytes + 8 * N * heads.HV * V * K, flops=flops)
+        self.tokens_bytes = total * (4 * heads.H * K + 4 * heads.HV * V + 8 * heads.HV)
+        self.work = Work(bytes=self.tokens_bytes + 8 * N * heads.HV * V * K, flops=flops)
 
     def truth(self) -> tuple[Tensor, ...]:
         """The op's exact form in f32, after a check of its first tokens against the recurrence."""
@@ -468,6 +468,86 @@ class Prefill(Case):
             )
 
         return [Provider("xgdn chunk_gated_delta_rule", call, lambda: (out[0], pool[:N]), (8e-3, 8e-3))]
+
+
+class ReplayPrefill(Prefill):
+    """The same on checkpoints and rings of `in_ring` tokens, of which the call leaves as many: lengths are multiples of
+    C."""
+
+    C = 16
+
+    def __init__(
+        self, lengths: Sequence[int], state_dtype: torch.dtype, *, in_ring: int, name: str, heads: Heads = Heads()
+    ) -> None:
+        super().__init__(lengths, heads=heads, name=f"{name} {SHORT[state_dtype]} ring {in_ring}")
+        self.title = f"replay {self.title}"
+        N, H, HV = len(lengths), heads.H, heads.HV
+        slots = self.parts * N
+        self.initial = self.initial.to(state_dtype)
+        self.ring = xgdn.ops.ReplayRing(
+            F.normalize(torch.randn(slots, H, self.C, K, device=self.device), dim=-1),
+            torch.randn(slots, HV, self.C, V, device=self.device),
+            -torch.rand(slots, HV, self.C, device=self.device),
+            torch.full((slots,), in_ring, dtype=torch.int32, device=self.device),
+        )
+        states, rows = HV * V * K * state_dtype.itemsize, 4 * in_ring * (H * K + HV * V + HV)
+        self.work = Work(bytes=self.tokens_bytes + 2 * N * (states + rows), flops=self.work.flops)
+
+    def truth(self) -> tuple[Tensor, ...]:
+        first = slice(0, min(self.lengths[0], _CHECKED_TOKENS))
+        inputs = (self.q, self.k, self.v, self.g, self.beta)
+        begun = _plain_states(self.initial[0, :1], self._rings(slice(1)), torch.zeros(1, device=self.device))
+        want, _ = recurrence(*(x[0, first].unsqueeze(0) for x in inputs), begun)
+        call, result = self._route("exact", *(x[:1].float() for x in inputs))
+        call(0)
+        out, states = result()
+        most = 1e-5 if self.initial.dtype == torch.float32 else 4e-3
+        if not (error := relative_error(out[first], want[0])) <= most:
+            raise WrongResult(
+                f"{self.title}, exact: error {error:.1e} from the recurrence, expected at most {most:.0e}"
+            )
+        return out, states
+
+    def _rings(self, slots: slice) -> xgdn.ops.ReplayRing:
+        return xgdn.ops.ReplayRing(*(pool[slots].clone() for pool in self.ring))
+
+    def _route(
+        self, accuracy: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+    ) -> tuple[Callable[[int], None], Callable[[], tuple[Tensor, ...]]]:
+        """Calls on states of their own, and what the first leaves."""
+        N = len(self.lengths)
+        parts = len(q)
+        pool, ring = self.initial[:parts].flatten(0, 1).clone(), self._rings(slice(parts * N))
+        slots = torch.arange(parts * N, dtype=torch.int32, device=self.device).view(parts, N)
+        out = torch.full_like(v, torch.nan)
+
+        def call(i: int) -> None:
+            xgdn.ops.replay_gated_delta_rule(
+                *(x[i] for x in (q, k, v, g, beta)),
+                pool,
+                ring,
+                cu_seqlens=self.cu_seqlens,
+                cu_seqlens_cpu=self.cu_seqlens_cpu,
+                state_indices=slots[i],
+                ring_indices=slots[i],
+                chunk_size=self.C,
+                out=out[i],
+                use_qk_l2norm_in_kernel=False,
+                accuracy=accuracy,
+            )
+
+        def result() -> tuple[Tensor, ...]:
+            first = xgdn.ops.ReplayRing(*(t[:N] for t in ring))
+            return out[0], _plain_states(pool[:N], first, torch.zeros(N, device=self.device))
+
+        return call, result
+
+    def providers(self) -> list[Provider]:
+        inputs = (self.q, self.k, self.v, self.g, self.beta)
+        return [
+            Provider(f"xgdn replay_gated_delta_rule {accuracy}", *self._route(accuracy, *inputs), (8e-3, 8e-3))
+            for accuracy in ("fast", "exact")
+        ]
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------

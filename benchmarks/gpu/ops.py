@@ -19,7 +19,19 @@ import torch
 import typer
 from rich.table import Table
 
-from gpu.cases import Attention, Case, Decode, DecodeStep, Heads, Prefill, Provider, ReplayDecode, check, ragged
+from gpu.cases import (
+    Attention,
+    Case,
+    Decode,
+    DecodeStep,
+    Heads,
+    Prefill,
+    Provider,
+    ReplayDecode,
+    ReplayPrefill,
+    check,
+    ragged,
+)
 from gpu.peers import PEERS
 from gpu.report import device_facts, write_json
 from xgdn.bench.report import print_wide
@@ -40,6 +52,9 @@ PREFILL = [
     (Heads(4, 8), 4096, 8),
     (Heads(4, 8), 65536, 1),
 ]
+# (tokens, sequences) of prompts on replay states, from rings of none and of some tokens
+REPLAY_PREFILL = [(4096, 1), (4096, 8), (16384, 1)]
+RINGS = (0, 5)
 # (sequences, tokens of each, context)
 ATTENTION = [(1, 1, 16384), (32, 1, 4096), (128, 1, 2048), (1, 2048, 2048), (1, 16384, 16384)]
 
@@ -96,6 +111,16 @@ def case_makers(decode: Sequence[int]) -> Iterator[tuple[str, Callable[[], Case]
             f"prefill {heads} {name}",
             lambda n=lengths, h=heads, title=name: Prefill(n, heads=h, name=title),
         )
+    for name, dtype in dtypes.items():
+        for total, count in REPLAY_PREFILL:
+            for in_ring in RINGS:
+                title = f"{total // 1024}K x{count}"
+                yield (
+                    f"replay prefill {title} {name} ring {in_ring}",
+                    lambda n=[total // count] * count, d=dtype, r=in_ring, t=title: ReplayPrefill(
+                        n, d, in_ring=r, name=t
+                    ),
+                )
     for batch, tokens, context in ATTENTION:
         yield (
             f"attention B={batch} T={tokens} C={context}",

@@ -12,7 +12,7 @@ namespace xgdn {
 struct BackendSelection {
   std::string prefill = "auto";
   std::string decode = "auto";
-  std::string prefill_accuracy = "auto";  // of chunk_gated_delta_rule
+  std::string prefill_accuracy = "auto";  // of chunk_gated_delta_rule, of replay_gated_delta_rule for prompts
 };
 
 }  // namespace xgdn

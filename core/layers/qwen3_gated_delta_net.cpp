@@ -307,6 +307,7 @@ void Qwen3GatedDeltaNet::delta_rule(const Segment& segment, const at::Tensor& mi
                                      .host = segment.host,
                                      .chunk_size = kReplayChunk,
                                      .commit = segment.kind != SegmentKind::kVerify,
+                                     .accuracy = is_prefill ? backends_.prefill_accuracy : "exact",
                                      .backend = is_prefill ? backends_.prefill : backends_.decode});
   } else if (is_prefill) {
     kernel::chunk_gated_delta_rule({.q = q,

@@ -41,7 +41,7 @@ void check_options(const EngineOptions& options) {
   options.runner.check();
   kernel::check_backend_name(options.backends.prefill);
   kernel::check_backend_name(options.backends.decode);
-  kernel::check_accuracy_name(options.backends.prefill_accuracy);
+  kernel::check_accuracy_name("Engine", "prefill_accuracy", options.backends.prefill_accuracy);
   constexpr int64_t kMostDrafts = kReplayChunk - 1;  // with the token before them as many as a ring has
   if (options.draft_tokens < 0 || options.draft_tokens > kMostDrafts) {
     throw RequestError(c10::str("[Engine] draft_tokens: expected 0..", kMostDrafts, ", got ", options.draft_tokens));

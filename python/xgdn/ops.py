@@ -293,11 +293,13 @@ def replay_gated_delta_rule(
     ring_write_indices: Tensor | None = None,
     num_accepted: Tensor | None = None,
     has_initial_state: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int = 16,
     commit: bool = True,
     out: Tensor | None = None,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = True,
+    accuracy: str = "exact",
     backend: str = "auto",
 ) -> Tensor:
     """Decode, verification and prefill on replay states, return `[T, HV, V]`: `state` holds checkpoints, formed after
@@ -311,6 +313,11 @@ def replay_gated_delta_rule(
     Drafts: with `commit=False` the call's tokens, at most `R - chunk_size` a sequence, stay behind the ring's length;
     `num_accepted` `[N]` i32 of the sequence's next call says how many of them count. `has_initial_state` `[N]` bool: if
     false, the sequence starts from zero with an empty ring, whatever its slots hold.
+
+    `accuracy`: with `"fast"`, and `"auto"` for bf16 inputs, a backend (`cuda`) may compute what lies between the folds
+    of a long call as `chunk_gated_delta_rule` does with that accuracy: many times as fast, and then the bits of a
+    sequence depend on how it is cut into calls. `cu_seqlens_cpu`: the lengths on the host; where all are short, a
+    "fast" call costs no more than an exact one.
     """
     out = v.new_empty(v.shape) if out is None else out
     torch.ops.xgdn.replay_gated_delta_rule(
@@ -332,10 +339,12 @@ def replay_gated_delta_rule(
         ring_write_indices=ring_write_indices,
         num_accepted=num_accepted,
         has_initial_state=has_initial_state,
+        cu_seqlens_cpu=cu_seqlens_cpu,
         chunk_size=chunk_size,
         commit=commit,
         scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        accuracy=accuracy,
         backend=backend,
     )
     return out

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import test_ops_replay as op_tests
 import xgdn
 from cases import Case, assert_bits_equal, assert_close, i32, make_inputs
 from checkpoints import CHECKPOINTS, Tiny, make, qwen3_5
-from cuda_calls import on_device
+from cuda_calls import OnCuda, Pools
 from test_replay_states import generated, prompts
 from xgdn import ops
 
@@ -29,32 +28,6 @@ ROUTES = [
     Case((100, 33), H=1, HV=2, K=128, V=33, dtype=torch.float16),
     Case((100, 33), H=1, HV=3, K=128, V=64, state_dtype=torch.bfloat16),
 ]
-
-
-def memory_of(t: Tensor) -> Tensor:
-    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
-
-
-class OnCuda:
-    """`xgdn.ops` for tests whose tensors lie on the CPU: calls take copies on the device, all of whose memory comes
-    back."""
-
-    ReplayRing = ops.ReplayRing
-
-    def replay_gated_delta_rule(self, *args: Any, out: Tensor | None = None, backend: str, **kwargs: Any) -> Tensor:
-        out = torch.full_like(args[2], torch.nan) if out is None else out
-        self._call(ops.replay_gated_delta_rule, *args, out=out, **kwargs)
-        return out
-
-    def materialize_state(self, *args: Any, backend: str, **kwargs: Any) -> None:
-        self._call(ops.materialize_state, *args, **kwargs)
-
-    def _call(self, op: Any, *args: Any, **kwargs: Any) -> None:
-        moved = tree_map_only(Tensor, on_device, (args, kwargs))
-        op(*moved[0], backend="cuda", **moved[1])
-        for host, device in zip(tree_leaves((args, kwargs)), tree_leaves(moved), strict=True):
-            if isinstance(host, Tensor):
-                memory_of(host).copy_(memory_of(device))
 
 
 @pytest.fixture
@@ -117,30 +90,6 @@ class TestOp:
 
 
 # ---- the op on the device --------------------------------------------------------------------------------------------
-
-
-class Pools:
-    """Checkpoints and rings of random contents on the device, `num_slots` of each."""
-
-    def __init__(self, num_slots: int, case: Case, rows: int) -> None:
-        self.state = torch.randn(num_slots, case.HV, case.V, case.K).to(case.state_dtype).cuda()
-        self.ring = ops.ReplayRing(
-            torch.nn.functional.normalize(torch.randn(num_slots, case.H, rows, case.K), dim=-1).cuda(),
-            torch.randn(num_slots, case.HV, rows, case.V).cuda(),
-            -torch.rand(num_slots, case.HV, rows).cuda(),
-            torch.randint(0, 16, (num_slots,), dtype=torch.int32).cuda(),
-        )
-
-    def copy(self) -> Pools:
-        other = Pools.__new__(Pools)
-        other.state, other.ring = self.state.clone(), ops.ReplayRing(*(t.clone() for t in self.ring))
-        return other
-
-    def assert_same(self, other: Pools) -> None:
-        for name, a, b in zip(
-            ("state", *self.ring._fields), (self.state, *self.ring), (other.state, *other.ring), strict=True
-        ):
-            assert_bits_equal(name, a.cpu(), b.cpu())
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -461,6 +461,27 @@ def test_a_ring_length_out_of_range_is_an_error() -> None:
             ops.replay_gated_delta_rule(*x.tensors(), ring, **x.shared(), ring_indices=i32([0]))
 
 
+def test_an_accuracy_changes_no_bits_of_a_backend_that_is_exact(backend: str) -> None:
+    case = Case((130, 5), H=1, HV=2, dtype=torch.bfloat16, initial="none")
+    x = make_inputs(case, prefill=True)
+
+    def call(accuracy: str) -> tuple[Tensor, ...]:
+        state, ring = x.before.clone(), nan_ring(2, case, 16)
+        out = ops.replay_gated_delta_rule(
+            *x.tensors()[:5], state, ring, cu_seqlens=x.cu_seqlens, state_indices=x.state_indices,
+            ring_indices=i32([1, 0]), has_initial_state=x.has_initial_state, accuracy=accuracy, backend=backend,
+        )  # fmt: skip
+        return out, state, *ring
+
+    for accuracy in ("auto", "fast"):
+        assert_same(call(accuracy), call("exact"))
+    with pytest.raises(
+        NotImplementedError,
+        match=r"\[replay_gated_delta_rule\] accuracy: expected auto, fast or exact, got 'precise'",
+    ):
+        call("precise")
+
+
 def test_long_decays_keep_their_digits(backend: str) -> None:
     """Where nothing is written S is what the gates leave of it. A sum of gates rounded to f32 would cost it its last
     digits, in the same direction at each fold.

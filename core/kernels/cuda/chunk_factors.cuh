@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kFactorThreads, 4)
   const int n = a.chunk_indices[2 * chunk];
   if (n < 0 || a.state.read[n] < 0) return;
   const int64_t token = a.cu_seqlens[n] + static_cast<int64_t>(a.chunk_indices[2 * chunk + 1]) * kChunk;
-  const int64_t rest = a.cu_seqlens[n + 1] - token;
+  const int64_t rest = a.ends[n] - token;
   const int count = rest < kChunk ? static_cast<int>(rest) : kChunk;
   const int warp = threadIdx.x / 32;
   const int half = threadIdx.x / 16 % 2;

@@ -14,6 +14,8 @@ namespace xgdn::kernel::cuda {
 /// T is the number of rows of q, k, v and out. M is the number of rows of chunk_indices; a row below 0 names no chunk.
 struct ChunkGatedDeltaRuleArgs : DeltaRuleArgs {
   const bool* has_initial_state = nullptr;  // [N]  null: all true
+  const int32_t* ends = nullptr;            // [N]  where sequences end that begin at cu_seqlens
+  bool shows_overflow = false;              // a final state that is not finite makes the last output NaN, in its rows
 
   int64_t T = 0;
   int64_t M = 0;

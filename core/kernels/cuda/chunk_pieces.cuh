@@ -4,7 +4,7 @@
 //
 // Cuts are numbered sequence by sequence. A piece of a sequence, but for the last, is the one ahead of a cut: it is
 // scanned for states. A piece but for the first is the one behind a cut; for outputs, all first pieces come first, then
-// those behind the cuts. Which sequence has a cut is found on the device, from cu_seqlens.
+// those behind the cuts. Which sequence has a cut is found on the device, from cu_seqlens and ends.
 #pragma once
 
 #include <cuda.h>
@@ -87,7 +87,7 @@ struct GroupPart {
 };
 
 __device__ inline int chunks_of(const ScanKernel& kernel, int64_t n) {
-  return (kernel.args.cu_seqlens[n + 1] - kernel.args.cu_seqlens[n] + kChunk - 1) / kChunk;
+  return (kernel.args.ends[n] - kernel.args.cu_seqlens[n] + kChunk - 1) / kChunk;
 }
 
 __device__ inline int cuts_of(const ScanKernel& kernel, int64_t n) {
@@ -153,8 +153,8 @@ __device__ inline bool find_item(const ScanKernel& kernel, int64_t index, int64_
   const int first = kernel.split.first_chunk(chunks, item.num_pieces, item.piece);
   const int last = kernel.split.first_chunk(chunks, item.num_pieces, item.piece + 1);
   item.begin = a.cu_seqlens[item.n] + static_cast<int64_t>(first) * kChunk;
-  item.end = item.piece + 1 < item.num_pieces ? a.cu_seqlens[item.n] + static_cast<int64_t>(last) * kChunk
-                                              : a.cu_seqlens[item.n + 1];
+  item.end =
+      item.piece + 1 < item.num_pieces ? a.cu_seqlens[item.n] + static_cast<int64_t>(last) * kChunk : a.ends[item.n];
   item.chunk = a.chunk_offsets[item.n] + first;
   item.num_chunks = last - first;
   return !(item.is_map && item.piece == 0);  // its end is no sum of two

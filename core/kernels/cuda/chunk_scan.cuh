@@ -27,6 +27,7 @@
 
 #include "core/kernels/cuda/chunk_outputs.cuh"
 #include "core/kernels/cuda/dependent_launch.cuh"
+#include "core/kernels/cuda/element_types.h"
 
 namespace xgdn::kernel::cuda {
 
@@ -94,6 +95,25 @@ __device__ inline void store_final_state(const ScanKernel& kernel, const ScanIte
   } else {
     store_state(S, static_cast<__nv_bfloat16*>(a.state.data) + slot);
   }
+}
+
+/// NaN as the last output in the warp's columns, where the state's rows are not finite. The group's threads call
+/// together.
+template <int kTiles>
+__device__ inline void show_overflow(const ScanKernel& kernel, const ScanItem& item, const GroupPart& part,
+                                     const float (&S)[kTiles][4]) {
+  const ChunkGatedDeltaRuleArgs& a = kernel.args;
+  const float largest = a.state.dtype == DType::kFloat32 ? kLargestState<float> : kLargestState<__nv_bfloat16>;
+  bool is_held = true;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) is_held &= fabsf(S[tile][i]) <= largest;
+  }
+  sync_group(part.group);  // the output has been stored, by whatever threads
+  if (__all_sync(kFullWarp, is_held)) return;
+  const int lane = threadIdx.x % 32;
+  if (lane < 16) store_scalar(a.out.dtype, row_of(a.out, item.end - 1, item.head), part.column + lane, NAN);
 }
 
 /// x in two bf16 parts, pairs as round_sums packs them.
@@ -367,7 +387,9 @@ __device__ inline void scan_for_outputs(const ScanKernel& kernel, const ScanItem
     jump_to_piece<kK>(kernel, item, first_element, stages, tail.barriers, at, S);
   }
   scan_chunks<kK, kGroups, kByBoxes, true>(kernel, item, part, stages, tail, at, S);
-  if (item.piece + 1 == item.num_pieces) store_final_state(kernel, item, of_slot, S);
+  if (item.piece + 1 < item.num_pieces) return;
+  store_final_state(kernel, item, of_slot, S);
+  if (kernel.args.shows_overflow) show_overflow(kernel, item, part, S);
 }
 
 /// Where there are cuts, a scan for states comes between the factors and the scan with outputs. It lets the latter

@@ -31,6 +31,7 @@
 #include "core/kernels/cuda/paged_attention.h"
 #include "core/kernels/cuda/recurrent_gated_delta_rule.h"
 #include "core/kernels/cuda/replay_gated_delta_rule.h"
+#include "core/kernels/cuda/replay_prompt.h"
 #include "core/kernels/cuda/rms_norm.h"
 #include "core/kernels/cuda/rms_norm_gated.h"
 #include "core/kernels/cuda/store_kv.h"
@@ -81,9 +82,9 @@ bool has_decode_step(const DecodeStepArgs& args) {
 }
 
 // "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
-bool is_fast(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) {
-  const bool may_be = p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
-  return may_be && cuda::chunk_supports(s.K, s.V);
+template <class Params>
+bool may_be_fast(const Params& p) {
+  return p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
 }
 
 void run_recurrent(cuda::RecurrentGatedDeltaRuleArgs args, const GdnShape& s, const at::Tensor& q,
@@ -207,13 +208,16 @@ class CudaBackend final : public Backend {
   // "exact" is the rule token by token.
   void run(const ChunkGatedDeltaRuleParams& p, const GdnShape& s) const override {
     const bool* const has_initial_state = pointer<bool>(p.has_initial_state);
-    if (!is_fast(p, s)) return run_recurrent({{delta_rule_args(p, s)}, has_initial_state}, s, p.q, p.k);
+    if (!may_be_fast(p) || !cuda::chunk_supports(s.K, s.V)) {
+      return run_recurrent({{delta_rule_args(p, s)}, has_initial_state}, s, p.q, p.k);
+    }
     const at::Tensor q = with_aligned_rows(p.q), k = with_aligned_rows(p.k), v = with_aligned_rows(p.v);
     cuda::ChunkGatedDeltaRuleArgs args = {delta_rule_args(p, s)};
     args.q = in_rows(q);
     args.k = in_rows(k);
     args.v = in_rows(v);
     args.has_initial_state = has_initial_state;
+    args.ends = args.cu_seqlens + 1;
     args.T = v.size(0);
     args.M = p.chunk_indices.size(0);
     args.max_len = max_len(p.host, s.N, args.T);
@@ -225,11 +229,20 @@ class CudaBackend final : public Backend {
   }
 
   void run(const ReplayGatedDeltaRuleParams& p, const ReplayShape& s) const override {
-    ReplayGatedDeltaRuleArgs args = op_args(p, s);
+    cuda::ReplayPromptArgs args = {op_args(p, s)};
     const at::Tensor q = with_aligned_rows(p.q), k = with_aligned_rows(p.k);
     args.q = in_rows(q);
     args.k = in_rows(k);
-    cuda::replay_gated_delta_rule(args, s.rule.T, current_stream(q));
+    args.T = s.rule.T;
+    args.max_len = max_len(p.host, s.rule.N, s.rule.T);
+    if (!may_be_fast(p) || !cuda::replay_prompt_supports(args)) {
+      return cuda::replay_gated_delta_rule({args, args.cu_seqlens + 1}, s.rule.T, current_stream(q));
+    }
+    const at::Tensor v = with_aligned_rows(p.v);
+    args.v = in_rows(v);
+    const at::Tensor memory = scratch(cuda::workspace_bytes(args), q);
+    args.workspace = memory.mutable_data_ptr();
+    cuda::replay_prompt(args, current_stream(q));
   }
   void run(const MaterializeStateParams& p, const ReplayShape& s) const override {
     cuda::materialize_state(op_args(p, s), p.lengths.const_data_ptr<int32_t>(), current_stream(p.state));

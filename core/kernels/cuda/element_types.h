@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
 #include <cstdint>
 #include <type_traits>
 
@@ -30,6 +31,10 @@ template <class F>
 void with_state_element(DType dtype, const F& f) {
   dtype == DType::kFloat32 ? f(float()) : f(__nv_bfloat16());
 }
+
+/// The largest f32 number that does not become infinite as an element of a state.
+template <class State>
+inline constexpr float kLargestState = sizeof(State) == sizeof(float) ? FLT_MAX : 0x1.fefffep127f;
 
 inline constexpr bool is_key_dim(int64_t K) {
   return K == 16 || K == 32 || K == 64 || K == 128 || K == 256;

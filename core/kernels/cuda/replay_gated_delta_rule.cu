@@ -43,7 +43,7 @@ __device__ void end_ring(const ReplayGatedDeltaRuleArgs& a, const ReplaySequence
 
 template <class State, int kDim, class Plan>
 __global__ void __launch_bounds__(kReplayThreads, Plan::kBlocks)
-    replay_kernel(const __grid_constant__ ReplayGatedDeltaRuleArgs a, Divisor heads_of_key, int64_t first_sequence) {
+    replay_kernel(const __grid_constant__ ReplayPartArgs a, Divisor heads_of_key, int64_t first_sequence) {
   constexpr int kTokens = Plan::kTokens;
   using Block = ReplayBlock<State, kDim, Plan>;
   // Few blocks have bandwidth to spare: they read whole rings, and so need not wait for the lengths.
@@ -122,8 +122,7 @@ __global__ void __launch_bounds__(kReplayThreads, Plan::kBlocks)
 
 template <class State, int kDim, class Plan>
 __global__ void __launch_bounds__(kReplayThreads, Plan::kBlocks)
-    verification_kernel(const __grid_constant__ ReplayGatedDeltaRuleArgs a, Divisor heads_of_key,
-                        int64_t first_sequence) {
+    verification_kernel(const __grid_constant__ ReplayPartArgs a, Divisor heads_of_key, int64_t first_sequence) {
   using Block = VerificationBlock<State, kDim, Plan>;
   extern __shared__ uint4 shared[];
   __shared__ typename Block::Checkpoint::Barriers barriers;
@@ -250,7 +249,7 @@ bool is_short_verification(const ReplayGatedDeltaRuleArgs& a, int64_t most) {
 }
 
 template <class State, class In, int kTokens, int kPasses>
-void launch_passes(const ReplayGatedDeltaRuleArgs& a, int64_t first, int64_t count, cudaStream_t stream) {
+void launch_passes(const ReplayPartArgs& a, int64_t first, int64_t count, cudaStream_t stream) {
   using Plan = VerificationPlan<In, kMostRows<State, 128>, kTokens, 16, 4, kPasses>;
   using Block = VerificationBlock<State, 128, Plan>;
   launch_overlapping(verification_kernel<State, 128, Plan>, grid_of<Block>(a, count), kReplayThreads, Block::bytes(a.C),
@@ -260,8 +259,7 @@ void launch_passes(const ReplayGatedDeltaRuleArgs& a, int64_t first, int64_t cou
 // Two passes share what tokens need beside S; where there are few blocks, half as many would leave multiprocessors
 // without one.
 template <class State, class In, int kTokens>
-void launch_verification(const ReplayGatedDeltaRuleArgs& a, int64_t first, int64_t count, int64_t blocks,
-                         cudaStream_t stream) {
+void launch_verification(const ReplayPartArgs& a, int64_t first, int64_t count, int64_t blocks, cudaStream_t stream) {
   constexpr int64_t kBlocksForPasses = 4096;
   if (blocks < kBlocksForPasses) return launch_passes<State, In, kTokens, 1>(a, first, count, stream);
   launch_passes<State, In, kTokens, 2>(a, first, count, stream);
@@ -275,7 +273,7 @@ void with_sizes(const ReplayGatedDeltaRuleArgs& a, const F& f) {
 
 }  // namespace
 
-void replay_gated_delta_rule(const ReplayGatedDeltaRuleArgs& args, int64_t T, cudaStream_t stream) {
+void replay_gated_delta_rule(const ReplayPartArgs& args, int64_t T, cudaStream_t stream) {
   with_sizes(args, [&](auto state, auto dim) {
     using State = decltype(state);
     constexpr int kDim = dim();

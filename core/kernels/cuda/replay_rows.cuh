@@ -22,10 +22,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
 
 #include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/divisor.cuh"
+#include "core/kernels/cuda/element_types.h"
 #include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/replay_sequence.cuh"
 #include "core/kernels/cuda/state_rows.cuh"
@@ -578,12 +578,11 @@ class ReplayBlock {
   }
   /// Whether a State holds the row: no NaN, nothing that is infinite when it is rounded.
   __device__ static bool is_finite(const Row& s) {
-    constexpr float kLargest = sizeof(State) == sizeof(float) ? FLT_MAX : 0x1.fefffep127f;
     bool is_held = true;
 #pragma unroll
     for (int j = 0; j < Layout::kPackets; ++j) {
 #pragma unroll
-      for (int i = 0; i < Layout::kPacket; ++i) is_held &= fabsf(s.x[j][i]) <= kLargest;
+      for (int i = 0; i < Layout::kPacket; ++i) is_held &= fabsf(s.x[j][i]) <= kLargestState<State>;
     }
     return is_held;
   }

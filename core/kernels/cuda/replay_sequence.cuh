@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "core/kernels/op_args.h"
+#include "core/kernels/cuda/replay_gated_delta_rule.h"
 
 namespace xgdn::kernel::cuda {
 
@@ -20,9 +20,9 @@ struct ReplaySequence {
   int folded;   // tokens that the written checkpoint contains beyond the one that is read
   bool is_written;
 
-  __device__ ReplaySequence(const ReplayGatedDeltaRuleArgs& a, int64_t n)
+  __device__ ReplaySequence(const ReplayPartArgs& a, int64_t n)
       : begin(a.cu_seqlens[n]),
-        len(static_cast<int>(a.cu_seqlens[n + 1] - begin)),
+        len(static_cast<int>(a.ends[n] - begin)),
         read(a.state.read[n]),
         write(a.state.write[n]),
         ring_read(a.ring.read[n]),

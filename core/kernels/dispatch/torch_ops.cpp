@@ -128,17 +128,15 @@ struct TorchOp<ReplayGatedDeltaRuleParams> {
       "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor(b!) ring_k, Tensor(c!) ring_u, "
       "Tensor(d!) ring_g, Tensor(e!) ring_length, Tensor cu_seqlens, Tensor state_indices, Tensor ring_indices, "
       "Tensor(f!) out, *, Tensor? write_indices=None, Tensor? ring_write_indices=None, Tensor? num_accepted=None, "
-      "Tensor? has_initial_state=None, int chunk_size=16, bool commit=True, float? scale=None, "
-      "bool use_qk_l2norm_in_kernel=True, str backend=\"auto\") -> ()";
-  static ReplayGatedDeltaRuleParams params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                                           const Tensor& beta, const Tensor& state, const Tensor& ring_k,
-                                           const Tensor& ring_u, const Tensor& ring_g, const Tensor& ring_length,
-                                           const Tensor& cu_seqlens, const Tensor& state_indices,
-                                           const Tensor& ring_indices, const Tensor& out,
-                                           const MaybeTensor& write_indices, const MaybeTensor& ring_write_indices,
-                                           const MaybeTensor& num_accepted, const MaybeTensor& has_initial_state,
-                                           int64_t chunk_size, bool commit, std::optional<double> scale,
-                                           bool use_qk_l2norm_in_kernel, std::string backend) {
+      "Tensor? has_initial_state=None, Tensor? cu_seqlens_cpu=None, int chunk_size=16, bool commit=True, "
+      "float? scale=None, bool use_qk_l2norm_in_kernel=True, str accuracy=\"exact\", str backend=\"auto\") -> ()";
+  static ReplayGatedDeltaRuleParams params(
+      const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& state,
+      const Tensor& ring_k, const Tensor& ring_u, const Tensor& ring_g, const Tensor& ring_length,
+      const Tensor& cu_seqlens, const Tensor& state_indices, const Tensor& ring_indices, const Tensor& out,
+      const MaybeTensor& write_indices, const MaybeTensor& ring_write_indices, const MaybeTensor& num_accepted,
+      const MaybeTensor& has_initial_state, const MaybeTensor& cu_seqlens_cpu, int64_t chunk_size, bool commit,
+      std::optional<double> scale, bool use_qk_l2norm_in_kernel, std::string accuracy, std::string backend) {
     return {.q = q,
             .k = k,
             .v = v,
@@ -154,10 +152,12 @@ struct TorchOp<ReplayGatedDeltaRuleParams> {
             .ring_write_indices = ring_write_indices,
             .num_accepted = num_accepted,
             .has_initial_state = has_initial_state,
+            .host = {.cu_seqlens = cu_seqlens_cpu},
             .chunk_size = chunk_size,
             .commit = commit,
             .scale = scale,
             .use_qk_l2norm_in_kernel = use_qk_l2norm_in_kernel,
+            .accuracy = std::move(accuracy),
             .backend = std::move(backend)};
   }
 };

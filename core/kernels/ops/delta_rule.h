@@ -69,8 +69,9 @@ struct ChunkGatedDeltaRuleParams {
 void chunk_gated_delta_rule(const ChunkGatedDeltaRuleParams& p);
 void check_indices(const ChunkGatedDeltaRuleParams& p);
 
-/// Throws UnsupportedError unless `accuracy` is one of ChunkGatedDeltaRuleParams.
-void check_accuracy_name(const std::string& accuracy);
+/// Throws UnsupportedError unless `accuracy` is one of ChunkGatedDeltaRuleParams. `of`: the op, or what else was given
+/// it, and the argument's name.
+void check_accuracy_name(std::string_view of, std::string_view arg, const std::string& accuracy);
 
 /// One token per sequence straight from the conv output and the raw gates: gating, l2norm and recurrence in one kernel.
 /// H follows from the widths: row of mixed_qkv = [q: H K | k: H K | v: HV V].

@@ -26,7 +26,8 @@ struct ReplayRing {
 };
 
 /// Advances each sequence by its tokens: decode, verification of drafts and prefill alike. A token's output, and all
-/// that is written, has the same bits however a sequence is cut into calls, on backends that promise it.
+/// that is written, has the same bits however a sequence is cut into calls, on backends that promise it, as long as
+/// `accuracy` is "exact".
 ///
 /// Sequence n reads the checkpoint state_indices[n] and the ring ring_indices[n]; afterwards write_indices[n] and
 /// ring_write_indices[n] hold them. The ring grows by the tokens; each time it has C committed ones they are folded
@@ -59,6 +60,10 @@ struct ReplayGatedDeltaRuleParams {
   bool commit = true;                // false: at most R-C tokens a sequence
   std::optional<double> scale = {};  // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
+  // Of what lies between the folds of a long call that commits its tokens, as ChunkGatedDeltaRuleParams::accuracy.
+  // Other than "exact", a sequence's bits may depend on how it is cut into calls, within the rounding of "fast"; the
+  // rest of the call is exact.
+  std::string accuracy = "exact";
   std::string backend = "auto";
 };
 void replay_gated_delta_rule(const ReplayGatedDeltaRuleParams& p);

@@ -108,7 +108,7 @@ Dims match(const ChunkGatedDeltaRuleParams& p) {
   require_metadata(d, "chunk_offsets", p.chunk_offsets);
   match_indices(d, "chunk_indices", p.chunk_indices, "M 2");
   match_indices(d, "chunk_offsets", p.chunk_offsets, "N+1");
-  check_accuracy_name(p.accuracy);
+  check_accuracy_name(Op<ChunkGatedDeltaRuleParams>::name, "accuracy", p.accuracy);
   return d;
 }
 
@@ -292,10 +292,9 @@ void check_indices(const GdnDecodeStepParams& p) {
   if (p.cu_seqlens) c.range_of_ones("cu_seqlens", *p.cu_seqlens);
 }
 
-void check_accuracy_name(const std::string& accuracy) {
+void check_accuracy_name(std::string_view of, std::string_view arg, const std::string& accuracy) {
   if (accuracy == "auto" || accuracy == "fast" || accuracy == "exact") return;
-  throw UnsupportedError(
-      c10::str("[chunk_gated_delta_rule] accuracy: expected auto, fast or exact, got '", accuracy, "'"));
+  throw UnsupportedError(c10::str("[", of, "] ", arg, ": expected auto, fast or exact, got '", accuracy, "'"));
 }
 
 }  // namespace xgdn::kernel

@@ -29,6 +29,7 @@ Dims match(const ReplayGatedDeltaRuleParams& p) {
   match_contiguous(d, "has_initial_state", p.has_initial_state, "N", {at::kBool});
   d.bind("L", 1, "state_indices");
   require_chunk_size(d, p.chunk_size);
+  check_accuracy_name(Op<ReplayGatedDeltaRuleParams>::name, "accuracy", p.accuracy);
   return d;
 }
 
