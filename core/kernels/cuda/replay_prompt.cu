@@ -39,7 +39,6 @@ struct Parts {
   int32_t* tail_read;      // [N]
   int32_t* chunk_offsets;  // [N+1]
   int32_t* chunk_indices;  // [M, 2]
-  bool* has_state;         // [N]  of middles
 
   static constexpr int kRows = 7;
 };
@@ -83,7 +82,6 @@ __global__ void __launch_bounds__(kThreads)
       parts.head_read[n] = has_head ? s.read : kNoSlot;
       parts.middle_read[n] = middle == 0 ? kNoSlot : has_head ? s.write : s.read;
       parts.tail_read[n] = head + middle < s.len ? s.write : kNoSlot;
-      parts.has_state[n] = has_head || s.has_initial_state;
       if (!has_head) a.ring.length[s.ring_write] = 0;  // a head would have left that
     }
   }
@@ -108,12 +106,11 @@ Parts parts_at(const ReplayPromptArgs& a, void* memory) {
   }
   parts.chunk_offsets = take(a.N + 1);
   parts.chunk_indices = take(2 * num_chunks(a));
-  parts.has_state = reinterpret_cast<bool*>(next);
   return parts;
 }
 
 size_t parts_bytes(const ReplayPromptArgs& a) {
-  return sizeof(int32_t) * (Parts::kRows * a.N + a.N + 1 + 2 * num_chunks(a)) + a.N;
+  return sizeof(int32_t) * (Parts::kRows * a.N + a.N + 1 + 2 * num_chunks(a));
 }
 
 ChunkGatedDeltaRuleArgs middle_of(const ReplayPromptArgs& a, const Parts& parts) {
@@ -121,7 +118,7 @@ ChunkGatedDeltaRuleArgs middle_of(const ReplayPromptArgs& a, const Parts& parts)
   middle.cu_seqlens = parts.middle_begin;
   middle.ends = parts.tail_begin;
   middle.state.read = parts.middle_read;
-  middle.has_initial_state = parts.has_state;
+  middle.has_initial_state = a.has_initial_state;
   middle.shows_overflow = true;
   middle.T = a.T;
   middle.M = num_chunks(a);
