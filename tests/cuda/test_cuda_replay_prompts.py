@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts on replay states on the GPU with accuracy="fast", whose tokens between folds go through the chunk kernels:
-against the float64 recurrence, beside the exact route, alone and beside others, captured, in an engine."""
+"""Prompts on replay states on the GPU with accuracy="fast", most of whose tokens go through the chunk kernels: against
+the float64 recurrence, beside the exact route, alone and beside others, captured, in an engine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from test_replay_states import generated
 from xgdn import ops
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-LEAST = 32  # tokens between folds for which the chunk kernels are taken
+LEAST = 32  # tokens for which the chunk kernels are taken
 TOLERANCE = 4e-3  # of bf16 operands
 
 
-def tokens_between_folds(in_ring: int, length: int, C: int) -> int:
-    """How many of a sequence's tokens go through the chunk kernels."""
-    whole = max(length - -in_ring % C, 0) // C * C
-    return whole if whole >= LEAST else 0
+def is_divided(in_ring: int, length: int, C: int) -> bool:
+    """Whether tokens of a sequence go through the chunk kernels: those up to the last fold, if they are enough."""
+    return in_ring <= C and length - (in_ring + length) % C >= LEAST
 
 
 # ---- against the recurrence ------------------------------------------------------------------------------------------
@@ -78,17 +77,15 @@ def test_a_prompt_goes_on_from_any_ring(
     results = {accuracy: session.finish()[1:] for accuracy, session in sessions.items()}
     for n, rows in enumerate(case.rows):
         got, want = (results[accuracy][4 * n : 4 * n + 4] for accuracy in ("fast", "exact"))
-        middle = tokens_between_folds(begun[n] % C, more[n], C)
-        before = rows.stop - more[n] + (-begun[n] % C if middle else more[n])
-        assert_bits_equal("before them", fast.out[rows.start : before], exact.out[rows.start : before])
         assert_bits_equal("ring k", got[0], want[0])
         assert_bits_equal("ring g", got[2], want[2])
-        if middle == 0:
+        if not is_divided(begun[n] % C, more[n], C):
+            assert_bits_equal("out", fast.out[rows], exact.out[rows])
             assert_bits_equal("ring u", got[1], want[1])
             assert_bits_equal("checkpoint", got[3], want[3])
             continue
         assert not torch.equal(got[3], want[3]), f"sequence {n} of {more[n]} tokens took the exact route"
-        assert_close("checkpoint", got[3], want[3], TOLERANCE, parts=(0,))
+        assert_close("checkpoint", got[3], want[3], 2 * TOLERANCE, parts=(0,))  # bf16 ones are both rounded
         assert_close("ring u", got[1], want[1], TOLERANCE, parts=(0, 1))
     for name, session in sessions.items():
         assert session.state[0::2].isnan().all(), f"{name}: slots of no sequence"
@@ -118,7 +115,7 @@ def call(
 @pytest.mark.parametrize("state_dtype", [F32, BF16], ids=str)
 def test_a_prompt_has_the_bits_that_it_has_alone(state_dtype: torch.dtype) -> None:
     """From rings of any length with drafts that count, into other slots, into none, from nothing; some too short to be
-    taken apart, one long enough to be scanned in pieces."""
+    divided, one long enough to be scanned in pieces."""
     lengths = (200, 0, 32, 1, 700, 31, 47, 79, 4500, 130, 64, 300)
     N, C = len(lengths), 16
     case = Case(lengths, H=1, HV=2, K=128, V=128, dtype=BF16, state_dtype=state_dtype)
@@ -153,10 +150,12 @@ def test_a_prompt_has_the_bits_that_it_has_alone(state_dtype: torch.dtype) -> No
     for i, rows in enumerate(case.rows):
         in_ring = int(before.ring.length[slots[i]] + table["num_accepted"][i]) if table["has_initial_state"][i] else 0
         write = int(table["write_indices"][i])
-        if write >= 0 and tokens_between_folds(in_ring, lengths[i], C):
+        if write >= 0 and is_divided(in_ring, lengths[i], C):
             assert not torch.equal(got[rows], want[rows])
             assert_close(f"out of {i}", got[rows].cpu(), want[rows].cpu(), 2 * TOLERANCE)
-            assert_close(f"state of {i}", together.state[write].cpu(), exact.state[write].cpu(), TOLERANCE, parts=(0,))
+            assert_close(
+                f"state of {i}", together.state[write].cpu(), exact.state[write].cpu(), 2 * TOLERANCE, parts=(0,)
+            )
         else:
             assert_bits_equal(f"out of {i}", got[rows].cpu(), want[rows].cpu())
             assert_bits_equal(f"state of {i}", together.state[write].cpu(), exact.state[write].cpu())
@@ -275,7 +274,7 @@ def test_a_state_that_overflows_behind_the_last_token_is_seen_in_its_output(
 
 
 def test_an_engine_takes_its_accuracy_for_prompts(tmp_path: Path) -> None:
-    """Log probabilities are those of f32 products within rounding, whichever; "auto" is "fast" for a bf16 model."""
+    """Log probabilities are those of plain states within rounding, whichever; "auto" is "fast" for a bf16 model."""
     heads = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
     directory, _ = make(Tiny("qwen3_5-wide-heads", qwen3_5, heads, dtype=BF16), tmp_path)
     draw = random.Random(4)
@@ -292,5 +291,5 @@ def test_an_engine_takes_its_accuracy_for_prompts(tmp_path: Path) -> None:
     for length, exact, fast, auto, other in zip(map(len, prompts), *found.values(), plain, strict=True):
         assert_bits_equal(f"auto of {length} tokens", auto, fast)
         assert torch.equal(fast, exact) == (length < LEAST), f"a prompt of {length} tokens"
-        assert_close("fast", fast, other, 2e-2)
-        assert_close("exact", exact, other, 2e-2)
+        assert_close("fast", fast, other, 5e-2)  # a step of a bf16 logit
+        assert_close("exact", exact, other, 5e-2)
