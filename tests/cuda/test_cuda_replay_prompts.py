@@ -116,18 +116,19 @@ def call(
 def test_a_prompt_has_the_bits_that_it_has_alone(state_dtype: torch.dtype) -> None:
     """From rings of any length with drafts that count, into other slots, into none, from nothing; some too short to be
     divided, one long enough to be scanned in pieces."""
-    lengths = (200, 0, 32, 1, 700, 31, 47, 79, 4500, 130, 64, 300)
+    lengths = (200, 150, 32, 1, 700, 31, 47, 79, 4500, 130, 64, 0)
     N, C = len(lengths), 16
     case = Case(lengths, H=1, HV=2, K=128, V=128, dtype=BF16, state_dtype=state_dtype)
     given = [t.cuda() for t in make_inputs(case, prefill=False).tensors()[:5]]
     before = Pools(2 * N, case, C + 4)
     slots = torch.randperm(2 * N, dtype=torch.int32)
+    before.ring.length[int(slots[4])] = C - 1  # with drafts more than C tokens
     n = torch.arange(N)
     table = {
         "state_indices": slots[:N],
         "ring_indices": slots[:N],
-        "write_indices": torch.where(n % 5 == 4, slots[N:], slots[:N]),
-        "ring_write_indices": torch.where(n % 5 >= 3, slots[N:], slots[:N]),
+        "write_indices": torch.where((n % 4 == 1) | (n % 4 == 2), slots[N:], slots[:N]),
+        "ring_write_indices": torch.where(n % 4 >= 2, slots[N:], slots[:N]),
         "has_initial_state": n % 6 != 5,
         "num_accepted": torch.where(n % 6 != 5, n % 5, 0).int(),
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Prompts on replay states, on CUDA, by the chunk kernels: what a prompt has between its folds, on tensor cores.
+// Prompts on replay states, on CUDA, most of whose tokens go through the chunk kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -24,8 +24,8 @@ bool replay_prompt_supports(const ReplayPromptArgs& args);
 /// Bytes of scratch memory; depends on sizes alone.
 size_t workspace_bytes(const ReplayPromptArgs& args);
 
-/// What replay_gated_delta_rule() does with a call that commits its tokens, within rounding: q, k and v of most of them
-/// are rounded to bf16 where they are not.
+/// What replay_gated_delta_rule() does with a call that commits its tokens, within the rounding of
+/// chunk_gated_delta_rule().
 void replay_prompt(const ReplayPromptArgs& args, cudaStream_t stream);
 
 }  // namespace xgdn::kernel::cuda

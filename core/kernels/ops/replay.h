@@ -60,9 +60,9 @@ struct ReplayGatedDeltaRuleParams {
   bool commit = true;                // false: at most R-C tokens a sequence
   std::optional<double> scale = {};  // default K^-0.5
   bool use_qk_l2norm_in_kernel = true;
-  // Of what lies between the folds of a long call that commits its tokens, as ChunkGatedDeltaRuleParams::accuracy.
-  // Other than "exact", a sequence's bits may depend on how it is cut into calls, within the rounding of "fast"; the
-  // rest of the call is exact.
+  // As ChunkGatedDeltaRuleParams::accuracy, of a call that commits its tokens. With any but "exact", a backend may
+  // compute the tokens up to a sequence's last fold as chunk_gated_delta_rule does: then the bits depend on how a
+  // sequence is cut into calls.
   std::string accuracy = "exact";
   std::string backend = "auto";
 };
