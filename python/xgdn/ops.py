@@ -314,10 +314,10 @@ def replay_gated_delta_rule(
     `num_accepted` `[N]` i32 of the sequence's next call says how many of them count. `has_initial_state` `[N]` bool: if
     false, the sequence starts from zero with an empty ring, whatever its slots hold.
 
-    `accuracy`: with `"fast"`, and `"auto"` for bf16 inputs, a backend (`cuda`) may compute the tokens up to a sequence's
-    last fold as `chunk_gated_delta_rule` does: many times as fast, and then the bits depend on how a sequence is cut
-    into calls. `cu_seqlens_cpu`: the lengths on the host; where all are short, a "fast" call costs no more than an exact
-    one.
+    `accuracy`: with `"fast"`, and `"auto"` for bf16 inputs, a backend (`cuda`) may compute the tokens up to a
+    sequence's last fold as `chunk_gated_delta_rule` does: many times as fast, and then the bits depend on how a
+    sequence is cut into calls. `cu_seqlens_cpu`: the lengths on the host; where all are short, a "fast" call costs no
+    more than an exact one.
     """
     out = v.new_empty(v.shape) if out is None else out
     torch.ops.xgdn.replay_gated_delta_rule(
