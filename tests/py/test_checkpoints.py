@@ -282,9 +282,14 @@ def test_convolutions_that_no_backend_has_are_refused_at_load(tmp_path: Path, wi
         load(directory)
 
 
-def test_a_backend_that_cannot_serve_is_refused_at_load(dense: tuple[Path, nn.Module]) -> None:
+def test_a_backend_that_cannot_serve_and_an_unknown_accuracy_are_refused_at_load(dense: tuple[Path, nn.Module]) -> None:
     with pytest.raises(xgdn.errors.UnsupportedError, match="backend"):
         xgdn.Engine(dense[0], prefill_backend="npu", runner=OPTIONS)
+    with pytest.raises(
+        xgdn.errors.UnsupportedError,
+        match=r"\[Engine\] prefill_accuracy: expected auto, fast or exact, got 'precise'",
+    ):
+        xgdn.Engine(dense[0], prefill_accuracy="precise", runner=OPTIONS)
 
 
 @pytest.mark.parametrize("changes", [{"pad_token_id": -1}, {"bos_token_id": 10**6}], ids=str)
