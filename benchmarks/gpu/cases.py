@@ -476,12 +476,10 @@ class ReplayPrefill(Prefill):
 
     C = 16
 
-    def __init__(
-        self, lengths: Sequence[int], state_dtype: torch.dtype, *, in_ring: int, name: str, heads: Heads = Heads()
-    ) -> None:
-        super().__init__(lengths, heads=heads, name=f"{name} {SHORT[state_dtype]} ring {in_ring}")
-        self.title = f"replay {self.title}"
-        N, H, HV = len(lengths), heads.H, heads.HV
+    def __init__(self, lengths: Sequence[int], state_dtype: torch.dtype, *, in_ring: int, **options: Any) -> None:
+        super().__init__(lengths, **options)
+        self.title = f"replay {self.title} {SHORT[state_dtype]} ring {in_ring}"
+        N, H, HV = len(lengths), self.heads.H, self.heads.HV
         slots = self.parts * N
         self.initial = self.initial.to(state_dtype)
         self.ring = xgdn.ops.ReplayRing(

@@ -116,7 +116,7 @@ def case_makers(decode: Sequence[int]) -> Iterator[tuple[str, Callable[[], Case]
             for in_ring in RINGS:
                 title = f"{total // 1024}K x{count}"
                 yield (
-                    f"replay prefill {title} {name} ring {in_ring}",
+                    f"replay prefill {Heads()} {title} {name} ring {in_ring}",
                     lambda n=[total // count] * count, d=dtype, r=in_ring, t=title: ReplayPrefill(
                         n, d, in_ring=r, name=t
                     ),

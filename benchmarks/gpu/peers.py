@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.cases import Attention, Case, Decode, DecodeStep, K, Prefill, Provider, ReplayDecode
+from gpu.cases import Attention, Case, Decode, DecodeStep, K, Prefill, Provider, ReplayDecode, ReplayPrefill
 
 _SCALE = K**-0.5
 
@@ -20,10 +20,15 @@ def _is_decode(case: Case) -> TypeGuard[Decode]:
     return isinstance(case, Decode) and not isinstance(case, DecodeStep | ReplayDecode) and case.tokens == 1
 
 
+def _is_prefill(case: Case) -> TypeGuard[Prefill]:
+    """Whether it is a prompt on plain states."""
+    return isinstance(case, Prefill) and not isinstance(case, ReplayPrefill)
+
+
 def fla(case: Case) -> list[Provider]:
     """flash-linear-attention. Its decode writes new states out of place."""
     rule = importlib.import_module("fla.ops.gated_delta_rule")
-    if isinstance(case, Prefill):
+    if _is_prefill(case):
         return [_fla_prefill(case, rule.chunk_gated_delta_rule)]
     if _is_decode(case):
         return [_fla_decode(case, rule.fused_recurrent_gated_delta_rule)]
@@ -107,7 +112,7 @@ def vllm(case: Case) -> list[Provider]:
 
 def flashinfer(case: Case) -> list[Provider]:
     """FlashInfer's decode in place and its prefill, which chooses among its kernels."""
-    if isinstance(case, Prefill):
+    if _is_prefill(case):
         return [_flashinfer_prefill(case)]
     if not _is_decode(case):
         return []

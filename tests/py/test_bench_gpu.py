@@ -21,7 +21,18 @@ import gpu.ops
 import gpu.peers
 import gpu.replay
 import xgdn
-from gpu.cases import Attention, Case, Decode, DecodeStep, Heads, Prefill, ReplayDecode, check, ragged
+from gpu.cases import (
+    Attention,
+    Case,
+    Decode,
+    DecodeStep,
+    Heads,
+    Prefill,
+    ReplayDecode,
+    ReplayPrefill,
+    check,
+    ragged,
+)
 from kernels.compare import WrongResult
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_model" / "checkpoint"
@@ -38,6 +49,8 @@ CASES = {
     "decode step f32": lambda: DecodeStep(2, torch.float32, **SMALL),
     "decode step bf16": lambda: DecodeStep(2, torch.bfloat16, **SMALL),
     "prefill": lambda: Prefill([70, 0, 3], **FEW),
+    "replay prefill f32": lambda: ReplayPrefill([64, 16], torch.float32, in_ring=0, **FEW),
+    "replay prefill bf16": lambda: ReplayPrefill([64, 0, 16], torch.bfloat16, in_ring=5, **FEW),
     "attention of decodes": lambda: Attention(2, 1, 37, device="cpu", rotated_bytes=1),
     "attention of a prompt": lambda: Attention(1, 21, 21, device="cpu", rotated_bytes=1),
 }
@@ -150,11 +163,17 @@ def test_peers_get_no_case_when_their_time_is_over() -> None:
 def test_names_of_cases_are_their_titles() -> None:
     names = [name for name, _ in gpu.ops.case_makers([1, 8])]
     assert len(set(names)) == len(names)
-    assert {"decode B=8 bf16", "decode step B=1 f32", "verify T=4 B=128 bf16", "prefill 16x32 64K ragged 32"} <= {
-        *names
-    }
+    assert {
+        "decode B=8 bf16",
+        "decode step B=1 f32",
+        "verify T=4 B=128 bf16",
+        "prefill 16x32 64K ragged 32",
+        "replay prefill 16x32 4K x8 bf16 ring 5",
+    } <= {*names}
     assert Decode(1, torch.float32, **SMALL).title == "decode B=1 2x4 f32"
     assert Decode(2, torch.bfloat16, tokens=4, **SMALL).title == "verify T=4 B=2 2x4 bf16"
+    prefill = ReplayPrefill([16, 16], torch.float32, in_ring=5, **FEW)
+    assert prefill.title == "replay prefill 2x4 32 x2 f32 ring 5"
 
 
 def test_bytes_of_a_step() -> None:
