@@ -146,7 +146,7 @@ void PrefixCache::keep_rolling(RequestId id, std::span<const int32_t> tokens, Se
 
 void PrefixCache::keep_rest(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {
   if (!has_replay_states_ || !memory.is_resident() || memory.has_unread_state() || !make_room(tokens)) return;
-  memory.truncate(memory.num_computed());
+  memory.release_empty_blocks();
   keep(id, tokens, std::move(memory));
 }
 

@@ -13,7 +13,7 @@
 namespace xgdn {
 
 /// A branch of a request on its way. The tokens that are not computed yet are its work, whatever they are: a prompt,
-/// the token just generated, or what has to be computed again.
+/// the token just generated, or what a grammar left no choice about.
 ///
 /// From admission to the end it owns a slot. It may lose its blocks to an older sequence, and then its state waits in
 /// its slot. The oldest branch of a request computes the prompt; the others are parked until it is done.
@@ -44,11 +44,6 @@ struct Sequence {
   int64_t num_computed() const { return memory.num_computed(); }  // of `tokens`, in state and cache
   /// Whether it decodes from now on.
   bool is_prefilled() const { return num_computed() >= prefill_end; }
-
-  /// Takes back the tokens behind the first num_tokens. Those that stay are computed again unless the state is that of
-  /// some of them, and at least the last one, for its logits. Throws RangeError for fewer than the prompt has or more
-  /// than there are.
-  void truncate(int64_t num_tokens);
 };
 
 }  // namespace xgdn

@@ -127,7 +127,7 @@ void SequenceMemory::own_state() {
 
 void SequenceMemory::swap_out() {
   if (is_resident_) {
-    truncate(num_computed_);  // what is empty is not saved
+    release_empty_blocks();  // they are not saved
     release_blocks(0, /*is_needed=*/true);
     is_resident_ = false;
   }
@@ -214,14 +214,8 @@ void SequenceMemory::load(const SavedMemory& saved, int64_t num_tokens) {
   advance(num_tokens);
 }
 
-void SequenceMemory::truncate(int64_t num_tokens) {
-  if (num_tokens < num_computed_) {
-    num_computed_ = 0;
-    forked_from_ = {};
-    release_blocks(0, /*is_needed=*/false);
-    return;
-  }
-  const auto num_blocks = static_cast<size_t>(kv_->blocks_for(num_tokens));
+void SequenceMemory::release_empty_blocks() {
+  const auto num_blocks = static_cast<size_t>(kv_->blocks_for(num_computed_));
   if (num_blocks < blocks_.size()) release_blocks(num_blocks, /*is_needed=*/false);
 }
 

@@ -99,10 +99,8 @@ class SequenceMemory {
   /// Takes what such a copy holds, after num_tokens tokens. Only with nothing computed, and with a slot and room.
   void load(const SavedMemory& saved, int64_t num_tokens);
 
-  /// Forgets all tokens behind the first num_tokens and frees the blocks that are left over. A recurrent state cannot
-  /// go back: unless it is that of at most num_tokens tokens, it is forgotten as a whole and num_computed() is 0, so
-  /// that all tokens have to be computed again, into other blocks than those that forks share.
-  void truncate(int64_t num_tokens);
+  /// Frees the blocks behind those of the computed tokens.
+  void release_empty_blocks();
 
   /// Takes the first num_accepted of the last num_uncommitted tokens, which a verification has left in the ring, and
   /// forgets the others. Only while a step has followed its last fork.

@@ -649,7 +649,8 @@ class ReplayBlock {
   __device__ float* window_keys() const {
     return shared_ + Checkpoint::kStageBytes / sizeof(float);
   }
-  /// [window_rows(), kBlockRows]. The last row lies over the queries, which are read before it is written.
+  /// [window_rows(), kBlockRows]. The last row lies over the queries: a batch reads them before it writes the row, and a
+  /// verification, whose warps do not wait for each other, has too few tokens to write it.
   __device__ float* window_u() const {
     return window_keys() + window_rows() * kDim;
   }
@@ -657,15 +658,15 @@ class ReplayBlock {
   __device__ float* queries() const {
     return window_u() + (window_rows() - 1) * kBlockRows;
   }
-  /// [C] of the window's u in the tokens' u; first the decays up to the tokens.
+  /// [window_rows()] of the window's u in the tokens' u; first the decays up to the tokens.
   __device__ Weights* to_u() const {
     return reinterpret_cast<Weights*>(queries() + kQueries);
   }
-  /// [C] and in the tokens' o
+  /// [window_rows()] and in the tokens' o
   __device__ Weights* to_o() const {
     return to_u() + window_rows();
   }
-  /// [C]
+  /// [window_rows()]
   __device__ float* window_gates() const {
     return reinterpret_cast<float*>(to_o() + window_rows());
   }

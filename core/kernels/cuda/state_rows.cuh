@@ -278,11 +278,7 @@ struct TokenKeys {
     kq *= q_factor * k_factor;
   }
 
-  /// The row of o that a lane gets from step(): that of s[row], where is_output.
-  template <int kRows>
-  __device__ static int output_row(int lane) {
-    return lane % kRows;
-  }
+  /// Whether a lane gets an element of o from step(): that of s[lane % kRows].
   template <int kRows>
   __device__ static bool is_output(int lane) {
     return lane >= kRows && lane < 2 * kRows;

@@ -222,31 +222,6 @@ TEST_F(SchedulerTest, APieceThatBeginsWithinAChunkEndsWithIt) {
   EXPECT_EQ(pieces, (std::vector<std::pair<int64_t, int64_t>>{{10, 54}, {64, 192}, {256, 44}}));
 }
 
-TEST_F(SchedulerTest, WhatATruncateForgetsIsComputedAgain) {
-  make(/*max_tokens_per_step=*/64, /*num_slots=*/2, /*num_blocks=*/20);
-  add(1, 60, 40);
-  for (int i = 0; i < 20; ++i) step();
-  Sequence& sequence = *sequences_.at(1);
-  EXPECT_EQ(sequence.num_tokens(), 80);
-  sequence.drafts = {5, 6};
-  sequence.truncate(80);
-  EXPECT_EQ(sequence.num_computed(), 79) << "the last token is the work";
-  EXPECT_TRUE(sequence.drafts.empty());
-  sequence.truncate(70);
-  EXPECT_EQ(sequence.num_computed(), 0);
-  std::vector<std::pair<int64_t, int64_t>> pieces;
-  while (sequence.num_computed() < 70) {
-    for (const ScheduledStep& piece : scheduler_->schedule()) {
-      EXPECT_EQ(piece.kind, SegmentKind::kPrefill) << "whatever of it was generated";
-      pieces.emplace_back(sequence.num_computed(), piece.num_tokens);
-      sequence.memory.advance(piece.num_tokens);
-    }
-  }
-  EXPECT_EQ(pieces, (std::vector<std::pair<int64_t, int64_t>>{{0, 64}, {64, 6}}));
-  expect_error<RangeError>([&] { sequence.truncate(59); }, {"[Sequence] truncate", "60..70", "got 59"});
-  expect_error<RangeError>([&] { sequence.truncate(71); }, {"got 71"});
-}
-
 TEST_F(SchedulerTest, TheYoungestGivesItsBlocksAndComesBackFirst) {
   make(/*max_tokens_per_step=*/2048, /*num_slots=*/4, /*num_blocks=*/6);
   add(1, 31, 40);  // 2 blocks

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a sequence holds: room, forks, what a truncate forgets, swapping; and all of it in random order against a
+// What a sequence holds: room, forks, what is empty, swapping; and all of it in random order against a
 // pretended model, in which a token's key is a number and a state the fold of the tokens so far.
 #include "core/runtime/sequence_memory.h"
 
@@ -181,36 +181,25 @@ TEST_F(SequenceMemoryTest, ACheckpointThatHasNoRoomChangesNothing) {
   check(told);
   std::vector<Told> others(5);
   for (Told& other : others) other = make();
-  told.memory.truncate(0);
-  told.tokens.clear();
+  told.memory.clear();
+  told = make();
   told.memory.grow(8);
   compute(told, 8);
   expect_error<OutOfSlots>([&] { told.memory.checkpoint(); }, {"a free slot", "0 of 6"});
   check(told);
 }
 
-TEST_F(SequenceMemoryTest, TruncateKeepsTheStateOrForgetsAll) {
+TEST_F(SequenceMemoryTest, EmptyBlocksAreReleased) {
   Told told = make();
   told.memory.grow(20);
   compute(told, 9);
-  told.memory.truncate(9);
+  told.memory.release_empty_blocks();
   EXPECT_EQ(told.memory.blocks().size(), 3u) << "room for 20 tokens, and 9 are computed";
+  EXPECT_EQ(kv_.num_free(), 12 - 3);
   check(told);
-  Told fork = make();
-  fork.memory.grow(1);
-  told.memory.fork(fork.memory);
-  fork.tokens = told.tokens;
-  told.memory.truncate(8);
-  told.tokens.clear();
-  EXPECT_EQ(told.memory.num_computed(), 0) << "there is no state of 8 tokens";
-  EXPECT_TRUE(told.memory.blocks().empty()) << "what the fork shares must not be written again";
-  check(fork);
-  told.memory.grow(8);
-  fork.memory.grow(10);
-  compute(fork, 1);
-  compute(told, 8);
+  told.memory.release_empty_blocks();
+  EXPECT_EQ(told.memory.blocks().size(), 3u);
   check(told);
-  check(fork);
 }
 
 TEST_F(SequenceMemoryTest, SwappedOutBlocksComeBackOnceForAll) {
@@ -255,8 +244,6 @@ TEST_F(SequenceMemoryTest, WithoutAttentionThereIsAStateAlone) {
   EXPECT_TRUE(fork.blocks().empty());
   fork.swap_out();
   EXPECT_FALSE(memory.is_read_by_forks());
-  memory.truncate(50);
-  EXPECT_EQ(memory.num_computed(), 0);
 }
 
 class RandomSequenceMemory : public SequenceMemoryTest {
@@ -286,12 +273,8 @@ class RandomSequenceMemory : public SequenceMemoryTest {
       }
       case 1:
         return told.memory.swap_out();
-      case 2: {
-        const int64_t num_tokens = draw(computed + 4);
-        told.memory.truncate(num_tokens);
-        if (num_tokens < computed) told.tokens.clear();
-        return;
-      }
+      case 2:
+        return told.memory.release_empty_blocks();
       case 3:
         std::swap(told, all.front());
         if (draw(3) == 0) all.pop_back();
