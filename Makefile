@@ -33,7 +33,7 @@ PY_SERVING_TESTS := $(sort $(wildcard $(addprefix tests/py/test_,server*.py benc
 	logprobs.py ray_serve.py sampling_defaults.py)))
 PY_CORE_TESTS := $(filter-out $(PY_SERVING_TESTS),$(wildcard tests/py/test_*.py))
 # In the order in which they begin, the longest first.
-SUITES := py-core-test ascend-test py-serving-test cuda-test cpp-test install-test xllm-test
+SUITES := py-core-test py-serving-test cuda-test ascend-test cpp-test install-test xllm-test
 # Most tests use one core, so two suites run at a time. Each prints when it has ended.
 SIDE_BY_SIDE := --jobs=2 --output-sync=target IS_PREPARED=yes
 
