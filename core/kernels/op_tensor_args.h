@@ -16,6 +16,13 @@ inline TokenDeltaRuleArgs op_args(const RecurrentGatedDeltaRuleParams& p, const 
   return args;
 }
 
+/// Whether the op's accuracy lets a backend multiply in bf16. "auto" keeps what the inputs can show: f16 has more bits
+/// than the products of "fast".
+template <class Params>
+bool may_be_fast(const Params& p) {
+  return p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
+}
+
 inline RingView ring_view(const ReplayRing& ring, const at::Tensor& read, const at::Tensor& write) {
   return {.k = ring.k.mutable_data_ptr<float>(),
           .u = ring.u.mutable_data_ptr<float>(),

@@ -56,16 +56,11 @@ void run_delta_rule(cpu::RecurrentGatedDeltaRuleArgs args, const GdnShape& s) {
                    [&](int64_t begin, int64_t end) { cpu::recurrent_gated_delta_rule(args, begin, end); });
 }
 
-// "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
-bool is_fast(const ChunkGatedDeltaRuleParams& p) {
-  return p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
-}
-
 // The operands of "fast" are split (chunk_gated_delta_rule.cpp), so that it has 2.4 times the multiply-adds of "exact":
 // only tiles make up for that.
 const cpu::BFloat16Products* chunk_products(const ChunkGatedDeltaRuleParams& p) {
   const cpu::BFloat16Products* products = cpu::bfloat16_products();
-  return is_fast(p) && products != nullptr && products->are_tiles ? products : nullptr;
+  return may_be_fast(p) && products != nullptr && products->are_tiles ? products : nullptr;
 }
 
 // The value heads of a key head share an item unless their states outgrow the cache or threads would have nothing to
@@ -235,8 +230,6 @@ cpu::Codes format_of(const at::Tensor& codes) {
   }
 }
 
-constexpr int64_t kFewQuantized = 4;
-
 void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s) {
   const int64_t groups = s.D / s.group_size;
   const at::Tensor& scales = p.weight.scales;
@@ -262,7 +255,7 @@ void run_quantized(const QuantizedLinearParams& p, const QuantizedLinearShape& s
   args.token_scales = token_scales.mutable_data_ptr<float>();
   args.token_starts = token_starts.mutable_data_ptr<int32_t>();
   parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::prepare_tokens(args, begin, end); });
-  if (s.T <= kFewQuantized && !args.by_tiles) return parallel_streams(args, cpu::quantized_linear);
+  if (s.T <= cpu::kQuantizedFewTokens) return parallel_streams(args, cpu::quantized_linear);
   parallel_products(args, num_neighbours(args), [](const auto& part, int64_t begin, int64_t end) {
     cpu::quantized_linear(part, begin, end, cpu::num_work_items(part));
   });

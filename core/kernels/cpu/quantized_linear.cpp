@@ -54,8 +54,7 @@ static_assert(kQuantizedLinearBlock == kBlockOutputs);
 // Tiles go with AVX-512, whose multiply-adds they scale with: those of fewer instructions may not be fused.
 bool takes_tiles(Codes format, int64_t tokens) {
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
-  constexpr int64_t kFewTokens = 4;  // memory keeps up with as many in vectors
-  return format != Codes::kFloat8 && tokens > kFewTokens && has_byte_products() && integer_tiles() != nullptr;
+  return format != Codes::kFloat8 && tokens > kQuantizedFewTokens && has_byte_products() && integer_tiles() != nullptr;
 #else
   (void)format, (void)tokens;
   return false;

@@ -12,6 +12,7 @@ enum class Codes : uint8_t { kInt8, kInt4, kFloat8 };
 
 inline constexpr int64_t kQuantizedPanel = 16;        // outputs whose codes lie side by side
 inline constexpr int64_t kQuantizedLinearBlock = 32;  // outputs of a work item
+inline constexpr int64_t kQuantizedFewTokens = 4;     // that vectors multiply at the memory's pace
 
 /// Letters as in core/kernels/ops; G is D / group_size and P the number of panels.
 struct QuantizedLinearArgs {
@@ -69,8 +70,8 @@ inline QuantizedLinearArgs of_tokens(QuantizedLinearArgs args, int64_t begin, in
   return args;
 }
 
-/// Whether this machine has tiles for weights of the format, and so many tokens of each weight are worth them. Bits are
-/// the same either way.
+/// Whether this machine has tiles for weights of the format, and so many tokens of each weight are worth them: more
+/// than kQuantizedFewTokens. Bits are the same either way.
 bool takes_tiles(Codes format, int64_t tokens);
 
 /// Brings tokens into the form in which they are multiplied.

@@ -81,12 +81,6 @@ bool has_decode_step(const DecodeStepArgs& args) {
   return !args.has_replay_states() && cuda::decode_step_supports(args);
 }
 
-// "auto" keeps what the inputs can show: f16 has more bits than the bf16 products of "fast".
-template <class Params>
-bool may_be_fast(const Params& p) {
-  return p.accuracy == "fast" || (p.accuracy == "auto" && p.q.scalar_type() == at::kBFloat16);
-}
-
 void run_recurrent(cuda::RecurrentGatedDeltaRuleArgs args, const GdnShape& s, const at::Tensor& q,
                    const at::Tensor& k) {
   const at::Tensor aligned_q = with_aligned_rows(q), aligned_k = with_aligned_rows(k);

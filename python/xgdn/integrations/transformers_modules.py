@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xgdn import ops
+from xgdn.integrations.prompt_attention import attend, prompts_of
 from xgdn.integrations.transformers_functions import count_of, sequences, why_not_options, why_not_tensors
 
 __all__ = [
@@ -81,7 +82,8 @@ def attention_forward(
         by_head[1:] = cache.update(*by_head[1:], self.layer_idx)
     begins = T > 1 and attention_mask is None and by_head[1].shape[2] == T
     if begins and kwargs.get("is_causal") is not False and why_not_options(kwargs, _ATTENTION_OPTIONS) is None:
-        o = _attend(q, k, v, B, self.scaling)
+        prompts = prompts_of(sequences(B, T, x.device)[0], T)
+        o = attend(prompts, q, k, v, scale=self.scaling)
     else:
         function = _attention_function(self)
         o, _ = function(self, *by_head, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
@@ -123,21 +125,6 @@ def _head_forward(head: nn.Linear, x: Tensor) -> Tensor:
     if reason is not None:
         return nn.Linear.forward(head, x)
     return ops.linear(x.reshape(-1, x.shape[-1]), head.weight, bias=head.bias).view(*x.shape[:-1], -1)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, batch: int, scale: float) -> Tensor:
-    """Causal attention of sequences of one length, `[B T, H, D]`; a token's row is a block of the cache."""
-    length = q.shape[0] // batch
-    cu_seqlens, _ = sequences(batch, length, q.device)
-    return ops.paged_attention(
-        q,
-        k.unsqueeze(1),
-        v.unsqueeze(1),
-        block_table=torch.arange(batch * length, dtype=torch.int32, device=q.device).view(batch, length),
-        context_lens=cu_seqlens.diff(),
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-    )
 
 
 def _attention_function(attention: Any) -> Callable[..., tuple[Tensor, Any]]:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of the prompts that begin in a step of vLLM, by `paged_attention` on the step's own keys and values: a pool
-of as many blocks as there are tokens, of one row each.
+"""Attention of the prompts that begin in a step of vLLM, on the step's own keys and values.
 
 Steps in which any sequence has tokens from before are vLLM's, and so is the cache, which it writes by itself: its rows
 lie in the order of its own kernels.
@@ -8,13 +7,13 @@ lie in the order of its own kernels.
 
 import os
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xgdn import ops
 from xgdn.integrations import calls, vllm_layer, vllm_projections
+from xgdn.integrations.prompt_attention import Prompts, attend, prompts_of
 
 __all__ = ["PROMPTS", "VARIABLE", "PromptAttention", "is_wanted"]
 
@@ -27,12 +26,6 @@ _PROMPTS = "_xgdn_prompts"  # on a step's metadata, which all layers share
 def is_wanted() -> bool:
     """Whether it was measured on such a processor, and the variable has no word against it."""
     return os.environ.get(VARIABLE) != "vllm" and vllm_projections.is_faster_here()
-
-
-class _Prompts(NamedTuple):
-    block_table: Tensor
-    context_lens: Tensor
-    cu_seqlens: Tensor
 
 
 class PromptAttention:
@@ -59,16 +52,7 @@ class PromptAttention:
             theirs = (layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
             return super().forward(*theirs)  # type: ignore[misc,no-any-return]
         rows = slice(attn_metadata.num_actual_tokens)
-        ops.paged_attention(
-            query[rows],
-            key[rows].unsqueeze(1).contiguous(),
-            value[rows].unsqueeze(1).contiguous(),
-            block_table=prompts.block_table,
-            context_lens=prompts.context_lens,
-            cu_seqlens=prompts.cu_seqlens,
-            out=output[rows],
-            scale=self.scale,
-        )
+        attend(prompts, query[rows], key[rows], value[rows], scale=self.scale, out=output[rows])
         calls.count(vllm_layer.HOST, PROMPTS, None, output.device)
         return output
 
@@ -97,16 +81,15 @@ def _has_served_layer(layers: Iterable[Any]) -> bool:
     return any(getattr(layer, "xgdn_why_not", "not such a layer") is None for layer in layers)
 
 
-def _prompts_of(metadata: Any) -> _Prompts | None:
+def _prompts_of(metadata: Any) -> Prompts | None:
     """None: a sequence of the step has tokens from before."""
     if _PROMPTS not in vars(metadata):
         setattr(metadata, _PROMPTS, _read(metadata))
     return vars(metadata)[_PROMPTS]  # type: ignore[no-any-return]
 
 
-def _read(metadata: Any) -> _Prompts | None:
+def _read(metadata: Any) -> Prompts | None:
     starts, lengths = metadata.query_start_loc, metadata.seq_lens
     if not metadata.causal or metadata.dynamic_causal is not None or not torch.equal(starts.diff(), lengths):
         return None
-    rows = torch.arange(int(lengths.max()), dtype=torch.int32)
-    return _Prompts(starts[:-1, None] + rows, lengths, starts)
+    return prompts_of(starts, int(lengths.max()))
