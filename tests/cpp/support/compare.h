@@ -24,14 +24,19 @@ inline at::Tensor i32(const std::vector<int32_t>& values) {
   return at::tensor(values, at::kInt);
 }
 
-/// ||got - want|| / ||want|| in double; infinity where `got` is not finite or shaped otherwise.
-inline double relative_error(const at::Tensor& got, const at::Tensor& want) {
+/// ||got - want|| / ||scale|| in double; infinity where `got` is not finite or shaped otherwise.
+inline double relative_error(const at::Tensor& got, const at::Tensor& want, const at::Tensor& scale) {
   if (got.sizes() != want.sizes() || !at::isfinite(got).all().item<bool>()) {
     return std::numeric_limits<double>::infinity();
   }
   const at::Tensor truth = want.to(at::kDouble);
   const double difference = at::linalg_vector_norm(got.to(at::kDouble) - truth).item<double>();
-  return difference == 0 ? 0 : difference / std::max(at::linalg_vector_norm(truth).item<double>(), 1e-300);
+  return difference == 0 ? 0
+                         : difference / std::max(at::linalg_vector_norm(scale.to(at::kDouble)).item<double>(), 1e-300);
+}
+
+inline double relative_error(const at::Tensor& got, const at::Tensor& want) {
+  return relative_error(got, want, want);
 }
 
 /// Bits, so that NaN equals itself and -0 does not equal 0.

@@ -8,6 +8,7 @@
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <cmath>
 #include <cstdint>
@@ -59,13 +60,20 @@ struct DeltaRule {
     out = at::full({T, c.HV, c.V}, kNaN).to(dtype);
   }
 
-  /// Outputs [T, HV, V] and final states [N, HV, V, K] of the token recurrence, q and k normalised.
-  std::pair<at::Tensor, at::Tensor> truth() const {
+  struct Truth {
+    at::Tensor o;  // [T, HV, V]
+    at::Tensor S;  // [N, HV, V, K]  final states
+    at::Tensor
+        terms;  // [T, HV, V]     sums of the magnitudes of what o's sums add: what o would be if nothing cancelled
+  };
+
+  /// The token recurrence, q and k normalised.
+  Truth truth() const {
     const at::Tensor Q = normalised(q), Key = normalised(k), value = v.to(at::kDouble), gate = g.to(at::kDouble),
                      rate = beta.to(at::kDouble);
     const int64_t N = static_cast<int64_t>(c.lengths.size());
     const at::Tensor S = before.narrow(0, 1, N).to(at::kDouble).contiguous();
-    const at::Tensor o = at::zeros({q.size(0), c.HV, c.V}, at::kDouble);
+    const at::Tensor o = at::zeros({q.size(0), c.HV, c.V}, at::kDouble), terms = at::zeros_like(o);
     const double scale = 1.0 / std::sqrt(static_cast<double>(c.K));
     int64_t t = 0;
     for (int64_t n = 0; n < N; ++n) {
@@ -79,19 +87,22 @@ struct DeltaRule {
           const double b = rate.const_data_ptr<double>()[t * c.HV + h];
           for (int64_t row = 0; row < c.V; ++row) {
             double* s = S.mutable_data_ptr<double>() + ((n * c.HV + h) * c.V + row) * c.K;
-            double predicted = 0, read = 0;
+            double predicted = 0, read = 0, magnitude = 0;
             for (int64_t i = 0; i < c.K; ++i) predicted += alpha * s[i] * k_row[i];
             const double u = b * (v_row[row] - predicted);
             for (int64_t i = 0; i < c.K; ++i) {
               s[i] = alpha * s[i] + u * k_row[i];
               read += s[i] * q_row[i];
+              magnitude += std::abs(s[i] * q_row[i]);
             }
-            o.mutable_data_ptr<double>()[(t * c.HV + h) * c.V + row] = scale * read;
+            const int64_t at = (t * c.HV + h) * c.V + row;
+            o.mutable_data_ptr<double>()[at] = scale * read;
+            terms.mutable_data_ptr<double>()[at] = scale * magnitude;
           }
         }
       }
     }
-    return {o, S};
+    return {o, S, terms};
   }
 
   /// The sequences' slots as the call left them.
