@@ -42,7 +42,7 @@ build_test() {
 # of prompts, experts, rows in int8, replayed graphs.
 SELECTED='writes_what_the_reference_writes or captured_decode_step or captured_call or verification_writes
   or (TestOp and (1+2+1 or materialised or forks or leaves_its_slots or (any_schedule and K128 and bf16-1)))
-  or (bits_that_it_has_alone and 3-torch.float32) or (goes_on_from_any_ring and bf16-16)
+  or (bits_that_it_has_alone and 3-torch.float32) or (goes_on_from_any_ring and bf16-16 and not state_bf16)
   or (test_decode_matches and 1+2+1) or (test_prefill_matches and (130+5 or 67+3)) or a_sequence_of_a_prefill
   or (a_cut_sequence_has_the_bits and True and (0+4200+0 or 4500+4096))
   or (attention_is_the_formula and True and (1of1+1of15 or 8of8+9of9 or 65of300))

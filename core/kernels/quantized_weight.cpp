@@ -160,7 +160,8 @@ at::Tensor packed_groups(const at::Tensor& groups) {
   const int64_t panels = (O + kPackedOutputs - 1) / kPackedOutputs;
   at::Tensor whole = at::zeros({panels * kPackedOutputs, groups.size(1)}, groups.options());
   whole.narrow(0, 0, O).copy_(groups);
-  return whole.view({panels, kPackedOutputs, -1}).transpose(1, 2).contiguous();
+  at::Tensor packed = allocate_weight({panels, groups.size(1), kPackedOutputs}, groups.options());
+  return packed.copy_(whole.view({panels, kPackedOutputs, -1}).transpose(1, 2));
 }
 
 // [P, G, 16] to [O, D].

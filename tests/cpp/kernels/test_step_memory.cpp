@@ -1,50 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory of a step's temporaries: what it lends, keeps and gives back.
 #include <ATen/ops/empty.h>
-#include <c10/core/Allocator.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <memory>
 #include <optional>
-#include <random>
 #include <thread>
 #include <vector>
 
 #include "core/kernels/ops_api.h"
+#include "tests/cpp/support/random_lives.h"
+#include "tests/cpp/support/system_allocations.h"
 
 namespace xgdn::kernel::testing {
 namespace {
 
-// Counts what this thread asks the system's allocator for.
-class SystemAllocations : public c10::MemoryReportingInfoBase {
- public:
-  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override {
-    held += size;
-    most = std::max(most, held);
-    count += size > 0 ? 1 : 0;
-  }
-  bool memoryProfilingEnabled() const override { return true; }
-
-  int64_t held = 0;
-  int64_t most = 0;
-  int64_t count = 0;
-};
+using ::xgdn::testing::expect_no_overlap;
+using ::xgdn::testing::SystemAllocations;
 
 class StepMemoryTest : public ::testing::Test {
  protected:
   at::Tensor bytes(int64_t count) { return allocate_temporary({count}, at::kByte); }
 
-  std::shared_ptr<SystemAllocations> system_ = std::make_shared<SystemAllocations>();
-  c10::DebugInfoGuard guard_{c10::DebugInfoKind::PROFILER_STATE, system_};
+  SystemAllocations system_;
 };
 
 TEST_F(StepMemoryTest, WithoutOneATemporaryIsATensorAsAnyOther) {
   const at::Tensor t = allocate_temporary({3, 5}, at::kFloat);
-  EXPECT_EQ(system_->count, 1);
+  EXPECT_EQ(system_.count(), 1);
   EXPECT_EQ(t.sizes(), at::IntArrayRef({3, 5}));
   EXPECT_EQ(t.scalar_type(), at::kFloat);
 }
@@ -90,11 +73,11 @@ TEST_F(StepMemoryTest, LikeStepsAskTheSystemForNothingMore) {
   StepMemory memory;
   const StepMemory::Use use(memory);
   for (int i = 0; i < 3; ++i) run_step(1 << 16);
-  const int64_t count = system_->count, held = system_->held;
+  const int64_t count = system_.count(), held = system_.held();
   for (int i = 0; i < 5; ++i) run_step(1 << 16);
   for (int i = 0; i < 5; ++i) run_step(1 << 10);
-  EXPECT_EQ(system_->count, count);
-  EXPECT_EQ(system_->held, held);
+  EXPECT_EQ(system_.count(), count);
+  EXPECT_EQ(system_.held(), held);
   EXPECT_EQ(memory.bytes(), held);
 }
 
@@ -108,10 +91,10 @@ TEST_F(StepMemoryTest, NeighboursThatAreFreeBecomeOneBlock) {
   };
   for (int i = 0; i < 2; ++i) take_parts();
   EXPECT_EQ(memory.bytes(), 8 * 1024);
-  const int64_t count = system_->count;
+  const int64_t count = system_.count();
   bytes(8 * 1024);
   take_parts();
-  EXPECT_EQ(system_->count, count);
+  EXPECT_EQ(system_.count(), count);
 }
 
 TEST_F(StepMemoryTest, HoldsWhatTheLargestStepTakesAtOnce) {
@@ -123,7 +106,7 @@ TEST_F(StepMemoryTest, HoldsWhatTheLargestStepTakesAtOnce) {
   const int64_t taken = (1 + 3 + 9) << 16;
   EXPECT_GE(memory.bytes(), taken);
   EXPECT_LE(memory.bytes(), taken + (9 << 16)) << "a layer's last tensor does not fit where its first one was";
-  EXPECT_LE(system_->most, 2 * taken);
+  EXPECT_LE(system_.most(), 2 * taken);
 }
 
 TEST_F(StepMemoryTest, AStepLiesWhereTheOneBeforeLay) {
@@ -161,30 +144,15 @@ TEST_F(StepMemoryTest, GivesEverythingBack) {
     StepMemory memory;
     const StepMemory::Use use(memory);
     for (int i = 0; i < 3; ++i) run_step(1 << 12);
-    EXPECT_GT(system_->held, 0);
+    EXPECT_GT(system_.held(), 0);
   }
-  EXPECT_EQ(system_->held, 0);
+  EXPECT_EQ(system_.held(), 0);
 }
 
-// Random lives: every tensor keeps what is written into it, whatever comes and goes beside it.
 TEST_F(StepMemoryTest, TensorsDoNotOverlap) {
-  std::mt19937 random(1);
   StepMemory memory;
   const StepMemory::Use use(memory);
-  std::vector<at::Tensor> alive;
-  for (int i = 0; i < 20'000; ++i) {
-    if (alive.size() < 20 && random() % 5 < 3) {
-      const auto mark = static_cast<uint8_t>(random());
-      alive.push_back(bytes(1 + random() % (random() % 8 == 0 ? 20'000 : 500)));
-      std::memset(alive.back().mutable_data_ptr(), mark, alive.back().nbytes());
-    } else if (!alive.empty()) {
-      std::swap(alive[random() % alive.size()], alive.back());
-      const auto* data = alive.back().const_data_ptr<uint8_t>();
-      ASSERT_TRUE(std::all_of(data, data + alive.back().numel(), [&](uint8_t byte) { return byte == *data; }));
-      alive.pop_back();
-    }
-    if (random() % 500 == 0) alive.clear();
-  }
+  expect_no_overlap([&](int64_t count) { return bytes(count); });
   EXPECT_LE(memory.bytes(), 4 * 20 * 20'000);
 }
 

@@ -3,7 +3,6 @@
 #include "core/runtime/engine.h"
 
 #include <ATen/ops/argmax.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 #include "tests/cpp/support/checkpoint_files.h"
 #include "tests/cpp/support/compare.h"
 #include "tests/cpp/support/expect_error.h"
+#include "tests/cpp/support/system_allocations.h"
 #include "tests/cpp/support/tiny_checkpoint.h"
 #include "tests/cpp/support/tiny_model.h"
 
@@ -186,21 +186,6 @@ TEST_F(EngineTest, PlansWhatItAllocates) {
   }
 }
 
-// Counts what this thread holds of tensors' memory, and the most of it.
-class AllocationPeak : public c10::MemoryReportingInfoBase {
- public:
-  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override {
-    held_ += size;
-    peak_ = std::max(peak_, held_);
-  }
-  bool memoryProfilingEnabled() const override { return true; }
-  int64_t peak() const { return peak_; }
-
- private:
-  int64_t held_ = 0;
-  int64_t peak_ = 0;
-};
-
 TEST_F(EngineTest, TheStepBuffersTakeWhatIsPlanned) {
   const BatchLimits limits{.num_slots = 7,
                            .num_kv_blocks = 40,
@@ -209,13 +194,10 @@ TEST_F(EngineTest, TheStepBuffersTakeWhatIsPlanned) {
                            .max_tokens = 300,
                            .max_context = 500,
                            .decode_buckets = {4, 9}};
-  const auto peak = std::make_shared<AllocationPeak>();
-  {
-    const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, peak);
-    const BatchBuilder builder(limits, c10::kCPU);
-  }
-  EXPECT_EQ(peak->peak(), BatchBuilder::buffer_bytes(limits, c10::kCPU));
-  EXPECT_GE(peak->peak(), (7 + 9) * 32 * 4) << "the block table";
+  const SystemAllocations system;
+  const BatchBuilder builder(limits, c10::kCPU);
+  EXPECT_EQ(system.most(), BatchBuilder::buffer_bytes(limits, c10::kCPU));
+  EXPECT_GE(system.most(), (7 + 9) * 32 * 4) << "the block table";
 }
 
 TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
@@ -236,14 +218,11 @@ TEST_F(EngineTest, StepsStayWithinThePlannedWorkspace) {
                                     .backends = {.decode = backend},
                                     .kv_dtype = kv_dtype};
         const std::unique_ptr<Engine> engine = Engine::load(dir_.path(), options);
-        const auto peak = std::make_shared<AllocationPeak>();
-        {
-          const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, peak);
-          engine->generate(requests);
-        }
+        const SystemAllocations system;
+        engine->generate(requests);
         const int64_t planned = Engine::plan(dir_.path(), options).workspace_bytes();
-        EXPECT_LE(peak->peak(), planned) << name;
-        EXPECT_GE(peak->peak() * 20, planned) << "a bound that tells nothing, " << name;
+        EXPECT_LE(system.most(), planned) << name;
+        EXPECT_GE(system.most() * 20, planned) << "a bound that tells nothing, " << name;
       }
     }
   }
