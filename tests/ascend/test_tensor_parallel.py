@@ -13,7 +13,7 @@ import torch
 import checkpoints
 import xgdn
 from collective_ranks import part
-from rank_processes import run_ranks
+from rank_processes import expect_errors_after_a_kill, run_ranks
 from test_backend_model import HEAD_DIMS, NEW_TOKENS, Engines, compared_tokens, make_prompts
 
 MOE, ONE_KEY_HEAD = (checkpoints.CHECKPOINTS[i] for i in (2, 3))
@@ -78,3 +78,10 @@ def test_tokens_are_those_of_one_device(name: str, tmp_path: Path) -> None:
         engine.close()
     assert got == again == sampled[0] == sampled[1]
     assert sum(equal) >= len(prompts) * NEW_TOKENS // 2, equal
+
+
+def test_a_killed_rank_ends_every_request(tmp_path: Path) -> None:
+    directory, _ = checkpoints.make(MODELS["one_key_head"], tmp_path)
+    engine = xgdn.Engine(directory, tensor_parallel=2, **OPTIONS)
+    expect_errors_after_a_kill(engine)
+    engine.close()

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,13 @@ import torch
 
 import checkpoints
 import xgdn
+from rank_processes import expect_errors_after_a_kill
 
 OPTIONS: dict[str, Any] = {
     "device": "cuda:0",
     "dtype": torch.float32,
     "runner": xgdn.RunnerOptions(max_batch_size=8, max_cached_tokens=4096, prefix_cache_slots=2),
 }
-SECONDS = 10.0
 
 
 @pytest.fixture(autouse=True)
@@ -81,15 +78,5 @@ def test_a_session_goes_on_at_another_degree(tmp_path: Path) -> None:
 def test_a_killed_rank_ends_every_request(tmp_path: Path) -> None:
     directory, _ = checkpoints.make(checkpoints.CHECKPOINTS[0], tmp_path)
     engine = xgdn.Engine(directory, tensor_parallel=2, **OPTIONS)
-    ids = [engine.submit(xgdn.Request([1, 2, 3], max_new_tokens=1000, ignore_eos=True)) for _ in range(3)]
-    for _ in range(4):
-        engine.step()
-    os.kill(engine.rank_process_ids[0], signal.SIGKILL)
-    began = time.monotonic()
-    errors = {}
-    while not engine.is_idle():
-        errors |= {event.id: event.error for event in engine.step() if event.error}
-    assert time.monotonic() - began < SECONDS
-    assert sorted(errors) == ids
-    assert all("expected all 2 ranks to compute" in error for error in errors.values())
+    expect_errors_after_a_kill(engine)
     engine.close()

@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import xgdn
+
+SECONDS_AFTER_A_KILL = 10.0  # within which everything has ended after a rank has
 
 
 def free_port() -> int:
@@ -52,3 +58,22 @@ def run_ranks(world: int, program: Path, *args: str | Path) -> dict[str, Any]:
             process.wait()
     document: dict[str, Any] = json.loads(output.splitlines()[-1])
     return document
+
+
+def expect_errors_after_a_kill(engine: xgdn.Engine) -> int:
+    """Kills the last rank in the midst of a step's collectives: every request ends with a typed error, in time. Returns
+    the rank's process.
+    """
+    rank = engine.rank_process_ids[-1]
+    ids = [engine.submit(xgdn.Request([1, 2, 3], max_new_tokens=1000, ignore_eos=True)) for _ in range(3)]
+    for _ in range(4):
+        engine.step()
+    os.kill(rank, signal.SIGKILL)
+    began = time.monotonic()
+    errors = {}
+    while not engine.is_idle():
+        errors |= {event.id: event.error for event in engine.step() if event.error}
+    assert time.monotonic() - began < SECONDS_AFTER_A_KILL
+    assert sorted(errors) == ids
+    assert all("expected all 2 ranks to compute, got one that failed" in error for error in errors.values())
+    return rank
