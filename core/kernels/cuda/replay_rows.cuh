@@ -649,8 +649,8 @@ class ReplayBlock {
   __device__ float* window_keys() const {
     return shared_ + Checkpoint::kStageBytes / sizeof(float);
   }
-  /// [window_rows(), kBlockRows]. The last row lies over the queries: a batch reads them before it writes the row, and a
-  /// verification, whose warps do not wait for each other, has too few tokens to write it.
+  /// [window_rows(), kBlockRows]. The last row lies over the queries: a batch reads them before it writes the row, and
+  /// a verification, whose warps do not wait for each other, has too few tokens to write it.
   __device__ float* window_u() const {
     return window_keys() + window_rows() * kDim;
   }
