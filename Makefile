@@ -22,7 +22,7 @@ BUILD := build/python
 # -v shows the progress of the compiler.
 PIP_INSTALL := python -m pip install -v --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD) \
 	--config-settings=cmake.define.CMAKE_UNITY_BUILD=$(UNITY) --config-settings=cmake.define.CMAKE_UNITY_BUILD_BATCH_SIZE=8
-CXX_FILES = $(shell git ls-files '*.h' '*.cpp')
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 # The kernels, a layer, a model and the engine; a server with its clients.
 QUICK_TESTS := test_ops_backends test_ops_recurrent test_ops_decode_step test_batch_invariance test_fork test_layering test_plan \
