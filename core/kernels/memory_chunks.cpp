@@ -3,10 +3,12 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/util/accumulate.h>
 
 #include <cstdint>
 #include <iterator>
+#include <memory>
 #include <utility>
 
 #ifdef __linux__
@@ -49,8 +51,8 @@ std::byte* MemoryChunks::take(size_t bytes) {
 }
 
 void MemoryChunks::give_back(std::byte* begin, size_t bytes) {
-  const auto touches = [&](const auto& block, const std::byte* next) {
-    return block.first + block.second == next && !chunks_.contains(const_cast<std::byte*>(next));
+  const auto touches = [&](const auto& block, std::byte* next) {
+    return block.first + block.second == next && !chunks_.contains(next);
   };
   auto block = free_.emplace(begin, bytes).first;
   if (block != free_.begin() && touches(*std::prev(block), block->first)) {
@@ -99,7 +101,12 @@ at::Tensor tensor_of(std::byte* begin, at::IntArrayRef sizes, const at::TensorOp
   using Call = std::function<void()>;
   const auto call = [](void* context) { (*std::unique_ptr<Call>(static_cast<Call*>(context)))(); };
   auto context = std::make_unique<Call>(std::move(give_back));
-  return at::for_blob(begin, sizes).context(context.release(), call).options(options).make_tensor();
+  return at::for_blob(begin, sizes)
+      .context(context.release(), call)
+      .options(options)
+      .resizeable_storage()
+      .allocator(c10::GetCPUAllocator())
+      .make_tensor();
 }
 
 size_t block_bytes(at::IntArrayRef sizes, const at::TensorOptions& options) {

@@ -7,8 +7,6 @@
 #include <cstddef>
 #include <functional>
 #include <map>
-#include <memory>
-#include <vector>
 
 namespace xgdn::kernel {
 
@@ -47,7 +45,8 @@ class MemoryChunks {
   std::map<std::byte*, Chunk> chunks_;  // by begin
 };
 
-/// A tensor of `bytes` or less of the host from `begin` on, which calls `give_back` when nobody has it any more.
+/// A tensor of the host from `begin` on, which calls `give_back` when nobody has it any more. Its storage can be
+/// resized, as those of other tensors, and leaves this memory then.
 at::Tensor tensor_of(std::byte* begin, at::IntArrayRef sizes, const at::TensorOptions& options,
                      std::function<void()> give_back);
 

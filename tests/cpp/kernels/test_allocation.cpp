@@ -75,6 +75,16 @@ TEST(Allocation, GoesBackToTheSystemWithTheLastTensor) {
   EXPECT_EQ(system.held(), 0);
 }
 
+// As hosts do that put their weights aside.
+TEST(Allocation, AStorageThatIsResizedGivesItsMemoryBack) {
+  const SystemAllocations system;
+  const at::Tensor t = bytes(80 * kMiB);
+  EXPECT_EQ(t.storage().nbytes(), 80 * kMiB);
+  EXPECT_TRUE(t.storage().resizable());
+  t.storage().set_data_ptr_noswap(c10::DataPtr());
+  EXPECT_LT(system.held(), 80 * kMiB);
+}
+
 TEST(Allocation, TensorsDoNotOverlap) {
   expect_no_overlap(bytes);
 }
