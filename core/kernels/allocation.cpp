@@ -18,11 +18,8 @@ class LastingMemory {
  public:
   at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options, size_t bytes) {
     const std::lock_guard lock(mutex_);
-    std::byte* begin = chunks_.take(bytes);
-    if (begin == nullptr) {
-      chunks_.grow(std::max(bytes, std::clamp(chunks_.bytes() / 8, kLeast, kMost)));
-      begin = chunks_.take(bytes);
-    }
+    const size_t chunk = std::max(bytes, std::clamp(chunks_.bytes() / 8, kLeast, kMost));
+    std::byte* const begin = chunks_.take(bytes, chunk);
     return tensor_of(begin, sizes, options, [this, begin, bytes] { give_back(begin, bytes); });
   }
 

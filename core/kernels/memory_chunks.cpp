@@ -38,12 +38,12 @@ void prefer_huge_pages([[maybe_unused]] std::byte* memory, [[maybe_unused]] size
 
 }  // namespace
 
-std::byte* MemoryChunks::take(size_t bytes) {
+std::byte* MemoryChunks::take(size_t bytes, size_t chunk_bytes) {
   auto block = free_.end();
   for (auto other = free_.begin(); other != free_.end(); ++other) {
     if (other->second >= bytes && (block == free_.end() || other->second < block->second)) block = other;
   }
-  if (block == free_.end()) return nullptr;
+  if (block == free_.end()) block = grow(chunk_bytes);
   const auto [begin, size] = *block;
   free_.erase(block);
   if (size > bytes) free_.emplace(begin + bytes, size - bytes);
@@ -67,7 +67,7 @@ void MemoryChunks::give_back(std::byte* begin, size_t bytes) {
   }
 }
 
-void MemoryChunks::grow(size_t bytes) {
+MemoryChunks::Free::iterator MemoryChunks::grow(size_t bytes) {
   const bool are_whole = pages_ == Pages::kWhole;
   if (are_whole) bytes = up_to(bytes, kHugePage);
   at::Tensor memory = at::empty({static_cast<int64_t>(are_whole ? bytes + kHugePage : bytes)}, at::kByte);
@@ -75,7 +75,7 @@ void MemoryChunks::grow(size_t bytes) {
   if (are_whole) begin += up_to(reinterpret_cast<uintptr_t>(begin), kHugePage) - reinterpret_cast<uintptr_t>(begin);
   prefer_huge_pages(begin, bytes);  // before the first touch
   chunks_.emplace(begin, Chunk{std::move(memory), bytes});
-  free_.emplace(begin, bytes);
+  return free_.emplace(begin, bytes).first;
 }
 
 void MemoryChunks::shrink() {

@@ -18,15 +18,12 @@ class MemoryChunks {
 
   explicit MemoryChunks(Pages pages) : pages_(pages) {}
 
-  /// Takes the smallest free block that suffices, of equal ones the lowest; null if there is none. Blocks begin at
-  /// multiples of 64 bytes if `bytes` is one in every call.
-  std::byte* take(size_t bytes);
+  /// Takes the smallest free block that suffices, of equal ones the lowest, or one of a new chunk of `chunk_bytes`,
+  /// which are `bytes` or more. Blocks begin at multiples of 64 bytes if `bytes` is one in every call.
+  std::byte* take(size_t bytes, size_t chunk_bytes);
 
   /// Frees what `take` gave, and joins it with its neighbours.
   void give_back(std::byte* block, size_t bytes);
-
-  /// Gets a chunk from the system, which is free.
-  void grow(size_t bytes);
 
   /// Gives chunks in which nothing is taken back to the system.
   void shrink();
@@ -40,8 +37,13 @@ class MemoryChunks {
     size_t bytes;
   };
 
+  using Free = std::map<std::byte*, size_t>;  // sizes by begin
+
+  // The one block of a new chunk.
+  Free::iterator grow(size_t bytes);
+
   Pages pages_;
-  std::map<std::byte*, size_t> free_;   // sizes by begin
+  Free free_;
   std::map<std::byte*, Chunk> chunks_;  // by begin
 };
 

@@ -26,12 +26,8 @@ class StepMemory::Blocks {
  public:
   std::byte* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
-    std::byte* begin = chunks_.take(bytes);
-    if (begin == nullptr) {
-      chunks_.grow(std::max(bytes, std::exchange(wanted_, 0)));
-      if (chunks_.count() == 1) first_ = chunks_.bytes();
-      begin = chunks_.take(bytes);
-    }
+    std::byte* const begin = chunks_.take(bytes, std::max(bytes, std::exchange(wanted_, 0)));
+    if (chunks_.count() == 1) first_ = chunks_.bytes();
     taken_ += bytes;
     most_taken_ = std::max(most_taken_, taken_);
     return begin;
@@ -57,7 +53,7 @@ class StepMemory::Blocks {
   size_t taken_ = 0;  // bytes
   size_t most_taken_ = 0;
   size_t first_ = 0;   // of the chunks there are
-  size_t wanted_ = 0;  // of the next one
+  size_t wanted_ = 0;  // of the next one, if there is none
 };
 
 StepMemory::StepMemory() : blocks_(std::make_shared<Blocks>()) {}

@@ -61,8 +61,8 @@ def run_ranks(world: int, program: Path, *args: str | Path) -> dict[str, Any]:
 
 
 def expect_errors_after_a_kill(engine: xgdn.Engine) -> int:
-    """Kills the last rank in the midst of a step's collectives: every request ends with a typed error, in time. Returns
-    the rank's process.
+    """Kills the other one of two ranks between steps: every request ends with a typed error, in time. The process
+    that was the rank is returned.
     """
     rank = engine.rank_process_ids[-1]
     ids = [engine.submit(xgdn.Request([1, 2, 3], max_new_tokens=1000, ignore_eos=True)) for _ in range(3)]

@@ -60,11 +60,11 @@ struct DeltaRule {
     out = at::full({T, c.HV, c.V}, kNaN).to(dtype);
   }
 
+  /// `terms`: what o would be if nothing cancelled, sums of the magnitudes of what its sums add.
   struct Truth {
-    at::Tensor o;  // [T, HV, V]
-    at::Tensor S;  // [N, HV, V, K]  final states
-    at::Tensor
-        terms;  // [T, HV, V]     sums of the magnitudes of what o's sums add: what o would be if nothing cancelled
+    at::Tensor o;      // [T, HV, V]
+    at::Tensor S;      // [N, HV, V, K]  final states
+    at::Tensor terms;  // [T, HV, V]
   };
 
   /// The token recurrence, q and k normalised.
