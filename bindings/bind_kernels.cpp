@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <tuple>
 
 #include "bindings/bind.h"
@@ -18,6 +19,24 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace xgdn {
+namespace {
+
+// Enters and leaves a scope of C++.
+class StepMemoryScope {
+ public:
+  void enter() { entered_.emplace(); }
+  void exit() { entered_.reset(); }
+
+ private:
+  struct Entered {
+    kernel::StepMemory memory;
+    kernel::StepMemory::Use use{memory};
+  };
+
+  std::optional<Entered> entered_;
+};
+
+}  // namespace
 
 void bind_kernels(nb::module_& m) {
   m.def(
@@ -44,6 +63,18 @@ void bind_kernels(nb::module_& m) {
         return kernel::allocate_weight(shape, like.options());
       },
       "shape"_a, "like"_a, "Uninitialised, of the type and device of `like`; in huge pages where the system has them.");
+  nb::class_<StepMemoryScope>(m, "StepMemory", "Memory for the temporaries of a step, for as long as it is entered.")
+      .def(nb::init<>())
+      .def("__enter__", &StepMemoryScope::enter)
+      .def(
+          "__exit__", [](StepMemoryScope& scope, const nb::args&) { scope.exit(); },
+          nb::sig("def __exit__(self, *error: object) -> None"));
+  m.def(
+      "allocate_temporary",
+      [](const std::vector<int64_t>& shape, const at::Tensor& like, std::optional<at::ScalarType> dtype) {
+        return kernel::allocate_temporary(shape, like.options().dtype(dtype.value_or(like.scalar_type())));
+      },
+      "shape"_a, "like"_a, "dtype"_a.none(), "Uninitialised, in the step memory that this thread has entered, if any.");
   m.def(
       "allocate_chunk_metadata",
       [](int64_t max_sequences, int64_t max_tokens, int64_t num_v_heads_local, const DeviceArgument& device) {

@@ -37,8 +37,16 @@ class StepMemory::Blocks {
     const std::lock_guard lock(mutex_);
     chunks_.give_back(begin, bytes);
     taken_ -= bytes;
+    if (has_ended_) return chunks_.shrink();
     if (taken_ > 0 || chunks_.count() == 1) return;
     wanted_ = first_ < most_taken_ ? most_taken_ : chunks_.bytes();
+    chunks_.shrink();
+  }
+
+  // Nothing more will be taken.
+  void end() {
+    const std::lock_guard lock(mutex_);
+    has_ended_ = true;
     chunks_.shrink();
   }
 
@@ -54,11 +62,14 @@ class StepMemory::Blocks {
   size_t most_taken_ = 0;
   size_t first_ = 0;   // of the chunks there are
   size_t wanted_ = 0;  // of the next one, if there is none
+  bool has_ended_ = false;
 };
 
 StepMemory::StepMemory() : blocks_(std::make_shared<Blocks>()) {}
 
-StepMemory::~StepMemory() = default;
+StepMemory::~StepMemory() {
+  blocks_->end();
+}
 
 int64_t StepMemory::bytes() const {
   return static_cast<int64_t>(blocks_->bytes());

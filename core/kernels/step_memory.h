@@ -11,7 +11,7 @@ namespace xgdn::kernel {
 
 /// Memory of the temporaries of one step after the other. Steps of like tensors find theirs where it was: pages are
 /// made once and not in every step, as those of large tensors from the system's allocator are. Grows to what the
-/// largest step holds at once and goes back to the system with the last tensor in it.
+/// largest step holds at once. When it ends, what no tensor lies in goes back to the system, the rest with the tensors.
 class StepMemory {
  public:
   StepMemory();

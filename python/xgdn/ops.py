@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from xgdn import _C
+from xgdn.step_memory import empty, step_memory
 
 __all__ = [
     "PAD_SLOT_ID",
@@ -57,6 +58,7 @@ __all__ = [
     "rms_norm_linear",
     "sigmoid_and_mul",
     "silu_and_mul",
+    "step_memory",
     "store_kv",
 ]
 
@@ -164,7 +166,7 @@ def recurrent_gated_delta_rule(
     `table[n, t]` after its token `t`. `cu_seqlens_cpu`: the same lengths on the host, for backends whose kernels limit
     them (npu). `may_have_padding=False` promises that no slot is `PAD_SLOT_ID`.
     """
-    out = v.new_empty(v.shape) if out is None else out
+    out = empty(v.shape, v) if out is None else out
     torch.ops.xgdn.recurrent_gated_delta_rule(
         q,
         k,
@@ -215,7 +217,7 @@ def chunk_gated_delta_rule(
     f32 throughout; `"auto"` is fast for bf16 inputs, else exact. A backend may be more exact than asked.
     `cu_seqlens_cpu`, `may_have_padding`: as in `recurrent_gated_delta_rule`.
     """
-    out = v.new_empty(v.shape) if out is None else out
+    out = empty(v.shape, v) if out is None else out
     torch.ops.xgdn.chunk_gated_delta_rule(
         q,
         k,
@@ -319,7 +321,7 @@ def replay_gated_delta_rule(
     sequence is cut into calls. `cu_seqlens_cpu`: the lengths on the host; where all are short, a "fast" call costs no
     more than an exact one.
     """
-    out = v.new_empty(v.shape) if out is None else out
+    out = empty(v.shape, v) if out is None else out
     torch.ops.xgdn.replay_gated_delta_rule(
         q,
         k,
@@ -398,7 +400,7 @@ def packed_decode(
     """Decode one token per sequence straight from the conv output `[N, 2HK + HV V]` and the raw gates `[N, HV]`;
     returns `[N, HV, V]`. Gating, l2norm and recurrence in one kernel.
     """
-    out = mixed_qkv.new_empty((mixed_qkv.shape[0], state.shape[1], state.shape[2])) if out is None else out
+    out = empty((mixed_qkv.shape[0], state.shape[1], state.shape[2]), mixed_qkv) if out is None else out
     torch.ops.xgdn.packed_decode(
         mixed_qkv,
         a,
@@ -434,7 +436,7 @@ def causal_conv1d(
     """Depthwise causal convolution of `x` `[T, D]` with `weight` `[D, W]` (tap `W - 1` is the current token) and SiLU
     over packed sequences. Continues from the last `W - 1` inputs in `conv_state` and leaves the new ones there.
     """
-    out = x.new_empty(x.shape) if out is None else out
+    out = empty(x.shape, x) if out is None else out
     torch.ops.xgdn.causal_conv1d(
         x,
         weight,
@@ -472,7 +474,7 @@ def causal_conv1d_update(
     With `num_accepted` the history starts at row `num_accepted[n] - 1` of the slot. Afterwards the slot holds history
     and inputs without the oldest row, so that any number of accepted drafts can be resumed.
     """
-    out = x.new_empty(x.shape) if out is None else out
+    out = empty(x.shape, x) if out is None else out
     torch.ops.xgdn.causal_conv1d_update(
         x,
         weight,
@@ -502,15 +504,15 @@ def gdn_gating(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`g = -exp(A_log) softplus(a + dt_bias)` and `beta = sigmoid(b)`, both `[T, HV]` f32."""
-    g = a.new_empty(a.shape, dtype=torch.float32) if g is None else g
-    beta = a.new_empty(a.shape, dtype=torch.float32) if beta is None else beta
+    g = empty(a.shape, a, torch.float32) if g is None else g
+    beta = empty(a.shape, a, torch.float32) if beta is None else beta
     torch.ops.xgdn.gdn_gating(a, b, A_log, dt_bias, g, beta, backend=backend)
     return g, beta
 
 
 def l2_norm(x: Tensor, *, eps: float = 1e-6, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last dimension of `[T, H, K]`, computed in f32."""
-    out = x.new_empty(x.shape) if out is None else out
+    out = empty(x.shape, x) if out is None else out
     torch.ops.xgdn.l2_norm(x, out, eps=eps, backend=backend)
     return out
 
@@ -525,7 +527,7 @@ def rms_norm_gated(
     backend: str = "auto",
 ) -> Tensor:
     """`weight * (x / rms(x)) * silu(z)` over the last dimension of `[T, HV, V]`, in the dtype of `z`."""
-    out = z.new_empty(z.shape) if out is None else out
+    out = empty(z.shape, z) if out is None else out
     torch.ops.xgdn.rms_norm_gated(x, z, weight, out, eps=eps, backend=backend)
     return out
 
@@ -564,7 +566,7 @@ def gdn_decode_step(
     `gdn_gating` and `replay_gated_delta_rule` take the place of `packed_decode`, and a sequence's ring has the slots of
     its convolution.
     """
-    out = projected.new_empty((projected.shape[0], state.shape[1], state.shape[2])) if out is None else out
+    out = empty((projected.shape[0], state.shape[1], state.shape[2]), projected) if out is None else out
     torch.ops.xgdn.gdn_decode_step(
         projected,
         conv_weight,
@@ -608,7 +610,7 @@ def linear(
     `has_constant_weight` promises that no call which may still run writes `weight` or `bias`, so that a device may read
     them ahead of the calls before.
     """
-    out = x.new_empty(x.shape[:1] + weight.shape[:1]) if out is None else out
+    out = empty(x.shape[:1] + weight.shape[:1], x) if out is None else out
     torch.ops.xgdn.linear(x, weight, out, bias=bias, has_constant_weight=has_constant_weight, backend=backend)
     return out
 
@@ -635,7 +637,7 @@ def rms_norm_linear(
     product is the backend's own and not a library's.
     """
     if out is None:
-        out = x.new_empty(x.shape[0], weight.shape[0] // 2 if use_silu_and_mul else weight.shape[0])
+        out = empty((x.shape[0], weight.shape[0] // 2 if use_silu_and_mul else weight.shape[0]), x)
     torch.ops.xgdn.rms_norm_linear(
         x,
         norm_weight,
@@ -673,7 +675,7 @@ def quantized_linear(
     behind a scale for each group, so that a group's sum is exact.
     """
     if out is None:
-        out = x.new_empty(x.shape[0], 16 * codes.shape[0] if num_outputs is None else num_outputs)
+        out = empty((x.shape[0], 16 * codes.shape[0] if num_outputs is None else num_outputs), x)
     torch.ops.xgdn.quantized_linear(
         x,
         codes,
@@ -707,21 +709,21 @@ def rms_norm(
     `cos` and `sin` `[T, P]`, as `x`, with an even P of at most D, rotate the first P elements of a normed row `n`,
     halves and not pairs: `n * cos + (-n[P/2:P], n[:P/2]) * sin`. `n` and both products are rounded to the dtype.
     """
-    out = x.new_empty(x.shape) if out is None else out
+    out = empty(x.shape, x) if out is None else out
     torch.ops.xgdn.rms_norm(x, weight, out, residual=residual, cos=cos, sin=sin, eps=eps, backend=backend)
     return out
 
 
 def sigmoid_and_mul(x: Tensor, gate: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """`x * sigmoid(gate)`, all `[T, H, D]` of one dtype: the output gate of attention. `out` may be `x` or `gate`."""
-    out = x.new_empty(x.shape) if out is None else out
+    out = empty(x.shape, x) if out is None else out
     torch.ops.xgdn.sigmoid_and_mul(x, gate, out, backend=backend)
     return out
 
 
 def silu_and_mul(gate: Tensor, up: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """`silu(gate) * up`, all `[T, I]` of one dtype. `out` may be `gate` or `up`."""
-    out = gate.new_empty(gate.shape) if out is None else out
+    out = empty(gate.shape, gate) if out is None else out
     torch.ops.xgdn.silu_and_mul(gate, up, out, backend=backend)
     return out
 
@@ -756,7 +758,7 @@ def paged_attention(
     A context that is shorter than its tokens or longer than its blocks is an `IndexError` where the lengths are on the
     CPU.
     """
-    out = q.new_empty(q.shape) if out is None else out
+    out = empty(q.shape, q) if out is None else out
     torch.ops.xgdn.paged_attention(
         q,
         k,
@@ -828,7 +830,7 @@ def moe_experts(
     then `up`. `gate_up` `[E, 2 I, D]`, `down` `[E, D, I]` and `weights` `[T, A]` are of the dtype of `x`; everything
     but `x` is contiguous.
     """
-    out = x.new_empty(x.shape) if out is None else out
+    out = empty(x.shape, x) if out is None else out
     torch.ops.xgdn.moe_experts(x, weights, chosen, gate_up, down, out, backend=backend)
     return out
 
@@ -851,7 +853,7 @@ def quantized_moe_experts(
     """`moe_experts` with weights in 8 or 4 bits: the tensors of `quantized_linear`, each with a dimension `E` before
     its own. `2 I` and `D` are multiples of 16; the columns have no order.
     """
-    out = x.new_empty(x.shape) if out is None else out
+    out = empty(x.shape, x) if out is None else out
     torch.ops.xgdn.quantized_moe_experts(
         x,
         weights,

@@ -166,18 +166,13 @@ cpu::LinearCall linear_call(const LinearParams& p, const LinearShape& s) {
 
 // Without tiles. One token costs a pass over the weights, where products of panels would cost what 16 tokens do.
 void run_rows(const LinearParams& p, const LinearShape& s) {
-  constexpr int64_t kTokensInPlace = 2;  // they compete for no sets of a cache
   cpu::LinearRowsArgs args = {linear_call(p, s)};
-  const bool has_pairs = cpu::bfloat16_products() != nullptr, is_staged = !has_pairs || s.T > kTokensInPlace;
-  const at::Tensor staged = allocate_temporary({is_staged ? s.T : 0, cpu::staged_stride(s.D)},
-                                               p.x.options().dtype(has_pairs ? at::kBFloat16 : at::kFloat));
-  if (is_staged) {
-    if (has_pairs) {
-      args.copied = static_cast<uint16_t*>(staged.mutable_data_ptr());
-    } else {
-      args.widened = staged.mutable_data_ptr<float>();
-    }
-    parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::stage_tokens(args, begin, end); });
+  const bool is_widened = cpu::bfloat16_products() == nullptr;
+  const at::Tensor widened =
+      allocate_temporary({is_widened ? s.T : 0, cpu::widened_stride(s.D)}, p.x.options().dtype(at::kFloat));
+  if (is_widened) {
+    args.widened = widened.mutable_data_ptr<float>();
+    parallel_ranges(s.T, s.D, [&](int64_t begin, int64_t end) { cpu::widen_tokens(args, begin, end); });
   }
   if (s.T >= 2 * kTokensOfPart) {  // tokens, too, may be split among the threads
     return parallel_products(args, cpu::num_neighbours(args), [](const auto& part, int64_t begin, int64_t end) {

@@ -56,17 +56,17 @@ void ExpertProduct::set_memory(void* memory, const ExpertVisits& visits) {
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
 int64_t ExpertRows::num_bytes(const ExpertVisits& visits) const {
-  return visits.size() * staged_bytes();
+  return visits.size() * stride();
 }
 
 LinearRowsArgs ExpertRows::of_visits(int64_t visit, int64_t count) const {
   LinearRowsArgs args = args_;
   args.T = count;
-  char* staged = memory_ + visit * staged_bytes();
+  char* const tokens = memory_ + visit * stride();
   if (widens_) {
-    args.widened = reinterpret_cast<float*>(staged);
+    args.widened = reinterpret_cast<float*>(tokens);
   } else {
-    args.copied = reinterpret_cast<uint16_t*>(staged);
+    args.x = {.data = tokens, .dtype = DType::kBFloat16, .token_stride = args.D};
   }
   return args;
 }
@@ -74,9 +74,14 @@ LinearRowsArgs ExpertRows::of_visits(int64_t visit, int64_t count) const {
 void ExpertRows::arrange(const InRows& x, const int64_t* rows, int64_t panel) const {
   const auto [begin, count] = visits_->panels[static_cast<size_t>(panel)];
   for (int64_t visit = begin; visit < begin + count; ++visit) {
-    LinearRowsArgs row = of_visits(visit, 1);
-    row.x = {.data = row_of(x, rows, visit), .dtype = x.dtype};
-    stage_tokens(row, 0, 1);
+    const void* const from = row_of(x, rows, visit);
+    if (widens_) {
+      LinearRowsArgs row = of_visits(visit, 1);
+      row.x = {.data = from, .dtype = x.dtype};
+      widen_tokens(row, 0, 1);
+    } else {
+      std::memcpy(memory_ + visit * stride(), from, static_cast<size_t>(stride()));
+    }
   }
 }
 

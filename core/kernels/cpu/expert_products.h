@@ -65,7 +65,7 @@ class ExpertProduct {
 /// bf16 weights by linear_rows.h.
 class ExpertRows final : public ExpertProduct {
  public:
-  /// `args` has D, O and the weight [E, O, D]. `widens`: tokens are staged in f32.
+  /// `args` has D, O and the weight [E, O, D]. `widens`: tokens are widened, else copied.
   ExpertRows(const LinearRowsArgs& args, bool widens) : args_(args), widens_(widens) {}
 
   int64_t num_bytes(const ExpertVisits& visits) const override;
@@ -74,8 +74,8 @@ class ExpertRows final : public ExpertProduct {
 
  private:
   LinearRowsArgs of_visits(int64_t visit, int64_t count) const;
-  int64_t staged_bytes() const {  // of a visit
-    return staged_stride(args_.D) * size_of(widens_ ? DType::kFloat32 : DType::kBFloat16);
+  int64_t stride() const {  // bytes, from visit to visit
+    return widens_ ? widened_stride(args_.D) * size_of(DType::kFloat32) : args_.D * size_of(DType::kBFloat16);
   }
 
   LinearRowsArgs args_;

@@ -12,7 +12,7 @@
 //                      the even element of a pair before the odd one, then over the lanes, whatever tokens are beside
 //                      it; the bias is added in f32; out is rounded once.
 //
-// Many tokens: as many outputs as the second-level cache holds the weights of -> 48 tokens -> block. Tokens come as
+// Many tokens: as many outputs as the second-level cache holds the weights of -> 24 tokens -> block. Tokens come as
 // often as that from memory, before they are multiplied, and so do the rows of out, which lie in as many pages.
 //
 // With AVX512-BF16 pairs are multiplied as they lie, tokens too, in the processor's own order within a pair. The sums
@@ -38,7 +38,7 @@ namespace HWY_NAMESPACE {
 inline constexpr size_t kSumsAtOnce = 12;      // what 16 registers leave room for
 inline constexpr size_t kTokensOfLanes = 4;    // at most, for which memory is slower: lanes are summed after the block
 inline constexpr int64_t kTokensInOrder = 2;   // at most, for which weights are read in the order of memory
-inline constexpr int64_t kTokensOfGroup = 48;  // of many, that are multiplied by all outputs of a call
+inline constexpr int64_t kTokensOfGroup = 24;  // of many, that are multiplied by all outputs of a call
 
 inline constexpr size_t kLine = 64;  // of a cache
 
@@ -97,15 +97,9 @@ void widen_row(const uint16_t* from, int64_t D, float* to) {
   }
 }
 
-void stage_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
-  const int64_t stride = staged_stride(args.D);
+void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
   for (int64_t token = begin_token; token < end_token; ++token) {
-    const auto* from = static_cast<const uint16_t*>(args.x.at(token, 0));
-    if (args.widened != nullptr) {
-      widen_row(from, args.D, args.widened + token * stride);
-    } else {
-      std::copy_n(from, args.D, args.copied + token * stride);
-    }
+    widen_row(static_cast<const uint16_t*>(args.x.at(token, 0)), args.D, args.widened + token * widened_stride(args.D));
   }
 }
 
@@ -188,7 +182,7 @@ struct WidenedRows {
   static constexpr size_t kPieceElements = kTokenElements;  // of the tokens at once
   static constexpr size_t outputs_at_once(size_t tokens) { return tokens > 3 ? 2 : 4; }
 
-  static int64_t token_stride(const LinearRowsArgs& args) { return staged_stride(args.D); }
+  static int64_t token_stride(const LinearRowsArgs& args) { return widened_stride(args.D); }
   static const float* tokens(const LinearRowsArgs& args, int64_t token) {
     return args.widened + token * token_stride(args);
   }
@@ -220,12 +214,9 @@ struct PairedRows {
   static constexpr size_t kPieceElements = 24576;  // of the tokens at once; the second-level cache keeps pace
   static constexpr size_t outputs_at_once(size_t tokens) { return tokens > 6 ? 3 : 4; }
 
-  static int64_t token_stride(const LinearRowsArgs& args) {
-    return args.copied != nullptr ? staged_stride(args.D) : args.x.token_stride;
-  }
+  static int64_t token_stride(const LinearRowsArgs& args) { return args.x.token_stride; }
   static const uint16_t* tokens(const LinearRowsArgs& args, int64_t token) {
-    return args.copied != nullptr ? args.copied + token * token_stride(args)
-                                  : static_cast<const uint16_t*>(args.x.at(token, 0));
+    return static_cast<const uint16_t*>(args.x.at(token, 0));
   }
 
   static void sum_lanes_of_sixteen(const float* lanes, size_t stride, float* sums) {
@@ -378,13 +369,15 @@ void multiply_rows(const LinearRowsArgs& args, int64_t output, int64_t end_outpu
   }
 }
 
-// Staged tokens, brought to the second-level cache in `shares`.
+// Tokens that lie side by side, brought to the second-level cache in `shares`.
 template <class Rows>
 class TokensAhead {
  public:
   TokensAhead(const LinearRowsArgs& args, int64_t token, int64_t end_token, int64_t shares)
       : next_(reinterpret_cast<const char*>(Rows::tokens(args, token))),
-        end_(reinterpret_cast<const char*>(Rows::tokens(args, end_token))),
+        end_(Rows::token_stride(args) > widened_stride(args.D)
+                 ? next_
+                 : reinterpret_cast<const char*>(Rows::tokens(args, end_token))),
         share_((end_ - next_ + shares - 1) / shares) {}
 
   void fetch() {
@@ -462,11 +455,11 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace xgdn::kernel::cpu {
 
-HWY_EXPORT(stage_tokens);
+HWY_EXPORT(widen_tokens);
 HWY_EXPORT(linear_rows);
 
-void stage_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
-  HWY_DYNAMIC_DISPATCH(stage_tokens)(args, begin_token, end_token);
+void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token) {
+  HWY_DYNAMIC_DISPATCH(widen_tokens)(args, begin_token, end_token);
 }
 
 void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item) {

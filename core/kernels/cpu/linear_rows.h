@@ -9,16 +9,14 @@
 
 namespace xgdn::kernel::cpu {
 
-/// Tokens are staged: widened to f32, or, for AVX512-BF16, which multiplies pairs of bf16 as they lie, copied. There x
-/// itself can be multiplied too.
+/// Tokens are widened to f32 first, but for AVX512-BF16, which multiplies pairs of bf16 as they lie.
 struct LinearRowsArgs : LinearCall {
-  float* widened = nullptr;    // [T, staged_stride(D)], at best 64-byte aligned
-  uint16_t* copied = nullptr;  // the same
+  float* widened = nullptr;  // [T, widened_stride(D)], at best 64-byte aligned; null: x is multiplied
 };
 
-/// Elements from one staged token to the next. Tokens a power of two apart would compete for the same sets of the
+/// Elements from one widened token to the next. Tokens a power of two apart would compete for the same sets of the
 /// first-level cache.
-inline int64_t staged_stride(int64_t D) {
+inline int64_t widened_stride(int64_t D) {
   return D + kLinearDepthStep;
 }
 
@@ -40,13 +38,12 @@ inline int64_t num_neighbours(const LinearRowsArgs& args) {
 /// The same for `count` of the tokens.
 inline LinearRowsArgs of_tokens(LinearRowsArgs args, int64_t begin, int64_t count) {
   static_cast<LinearCall&>(args) = of_tokens(static_cast<const LinearCall&>(args), begin, count);
-  if (args.widened != nullptr) args.widened += begin * staged_stride(args.D);
-  if (args.copied != nullptr) args.copied += begin * staged_stride(args.D);
+  if (args.widened != nullptr) args.widened += begin * widened_stride(args.D);
   return args;
 }
 
-/// Fills `widened`, in the order in which the weights are read, or `copied`.
-void stage_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token);
+/// Fills `widened`, in the order in which the weights are read.
+void widen_tokens(const LinearRowsArgs& args, int64_t begin_token, int64_t end_token);
 
 /// Computes outputs for all tokens, and brings weights from `next_item` on, if there is one, to the second-level cache.
 void linear_rows(const LinearRowsArgs& args, int64_t begin_item, int64_t end_item, int64_t next_item);

@@ -23,6 +23,7 @@ from xgdn.integrations.transformers_functions import (
     why_not_tensors,
 )
 from xgdn.integrations.transformers_modules import is_trained, linear
+from xgdn.step_memory import empty
 
 __all__ = ["CACHE_METHODS", "PARAMETERS", "forward"]
 
@@ -202,7 +203,7 @@ def _project(layer: Any, x: Tensor) -> Tensor:
     if projections is None:
         qkvz, ba = (linear(getattr(layer, name), x).unsqueeze(1) for name in _BY_KEY_HEAD)
         return torch.cat([part.reshape(x.shape[0], -1) for part in layer.fix_query_key_value_ordering(qkvz, ba)], dim=1)
-    row = x.new_empty(x.shape[0], layer.conv_dim + layer.value_dim + 2 * HV)
+    row = empty((x.shape[0], layer.conv_dim + layer.value_dim + 2 * HV), x)
     begin = 0
     for name, width in projections.items():
         end = begin + getattr(layer, width)

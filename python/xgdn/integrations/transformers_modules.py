@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `forward` of what stands beside the GDN layers in transformers' models: MLPs and heads, whose products of few
-tokens, and in 16 bits of many, torch has no quick kernels for on many CPUs, and Qwen's attention.
+tokens, and in 16 bits of many, torch has no quick kernels for on many CPUs, and Qwen's attention and norms.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "is_trained",
     "linear",
     "mlp_forward",
+    "rms_norm_forward",
 ]
 
 # What an attention's `forward` is called with, whose cache has another name since transformers 5.24.
@@ -48,6 +50,19 @@ def mlp_forward(original: Callable[..., Any], self: Any, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     gate, up = linear(self.gate_proj, rows), linear(self.up_proj, rows)
     return linear(self.down_proj, ops.silu_and_mul(gate, up, out=gate)).view(*x.shape[:-1], -1)
+
+
+def rms_norm_forward(original: Callable[..., Any], self: Any, x: Tensor) -> Tensor:
+    """Qwen's norm, whose weight is around zero, in one pass and not in one for each of its operations."""
+    if torch.compiler.is_exporting():
+        return original(self, x)  # type: ignore[no-any-return]
+    reason = why_not_tensors(x, self.weight) or _why_not_now(self, x)
+    if reason is None and self.weight.dtype not in (x.dtype, torch.float32):
+        reason = "mixed dtypes"
+    count_of("RMSNorm", reason, x)
+    if reason is not None:
+        return original(self, x)  # type: ignore[no-any-return]
+    return ops.rms_norm(x.reshape(-1, 1, x.shape[-1]), self.weight, eps=self.eps).view(x.shape)
 
 
 def attention_forward(
@@ -93,13 +108,14 @@ def attention_forward(
 
 
 def causal_lm_forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The `forward` of a model with a head, which is computed here."""
+    """The `forward` of a model with a head, which is computed here. Its layers share memory."""
     head = self.get_output_embeddings()
     if torch.compiler.is_exporting() or not _is_plain(head):
         return original(self, *args, **kwargs)
     head.forward = functools.partial(_head_forward, head)
     try:
-        return original(self, *args, **kwargs)
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else ops.step_memory():
+            return original(self, *args, **kwargs)
     finally:
         vars(head).pop("forward", None)  # another thread may have been quicker
 

@@ -25,15 +25,15 @@ _CONVOLUTIONS: dict[str, Callable[..., Any]] = {
 }
 # By what the names of the classes end with, `forward`.
 _NORMS: dict[str, Callable[..., Any]] = {"RMSNormGated": transformers_functions.rms_norm_gated}
+_QWEN = ("Qwen3Next", "Qwen3_5", "Qwen3_5Moe")
 _LAYERS: dict[str, Callable[..., Any]] = {
     "GatedDeltaNet": transformers_layer.forward,
     "MLP": transformers_modules.mlp_forward,
     "ForCausalLM": transformers_modules.causal_lm_forward,
     "ForConditionalGeneration": transformers_modules.causal_lm_forward,
-    # Others have attention of other kinds.
-    "Qwen3NextAttention": transformers_modules.attention_forward,
-    "Qwen3_5Attention": transformers_modules.attention_forward,
-    "Qwen3_5MoeAttention": transformers_modules.attention_forward,
+    # Others have attention and norms of other kinds.
+    **{f"{name}Attention": transformers_modules.attention_forward for name in _QWEN},
+    **{f"{name}RMSNorm": transformers_modules.rms_norm_forward for name in _QWEN},
 }
 _PARAMETERS = {
     transformers_layer.forward: transformers_layer.PARAMETERS,
@@ -68,7 +68,7 @@ def patch_transformers(*, layers: bool = False) -> list[str]:
 
     Replaced are the two functions of the rule, the causal convolution and the gated norm of every model that has them;
     with `layers` also the `forward` of the layers, so that a decoded token is one fused step on the cache's own
-    tensors, of these models' dense MLPs, their heads, and Qwen's attention. Calls that cannot be served go to
+    tensors, of these models' dense MLPs, their heads, and Qwen's attention and norms. Calls that cannot be served go to
     the host's own code and are counted with the reason, see `xgdn.report`, which is logged once when the process ends.
     A second call only changes the mode.
 

@@ -125,6 +125,20 @@ TEST_F(StepMemoryTest, AStepLiesWhereTheOneBeforeLay) {
   EXPECT_EQ(reinterpret_cast<uintptr_t>(small.data_ptr()) % 64, 0U);
 }
 
+TEST_F(StepMemoryTest, WhatNoTensorLiesInEndsWithIt) {
+  at::Tensor first, second;
+  {
+    StepMemory memory;
+    const StepMemory::Use use(memory);
+    bytes(1 << 20);
+    first = bytes(1 << 20), second = bytes(1 << 21);
+    bytes(1 << 22);
+  }
+  EXPECT_EQ(system_.held(), (1 << 20) + (1 << 21));
+  second.reset();
+  EXPECT_EQ(system_.held(), 1 << 20) << "the other tensor keeps more than its own";
+}
+
 TEST_F(StepMemoryTest, ATensorOutlivesIt) {
   at::Tensor kept;
   {
