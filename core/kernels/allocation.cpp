@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <memory>
 #include <mutex>
 
 #include "core/kernels/memory_chunks.h"
@@ -17,18 +19,31 @@ namespace {
 class LastingMemory {
  public:
   at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options, size_t bytes) {
-    const std::lock_guard lock(mutex_);
-    const size_t chunk = std::max(bytes, std::clamp(chunks_.bytes() / 8, kLeast, kMost));
-    std::byte* const begin = chunks_.take(bytes, chunk);
-    return tensor_of(begin, sizes, options, [this, begin, bytes] { give_back(begin, bytes); });
+    const auto block = std::make_shared<const Block>(*this, bytes);
+    return tensor_of(block->begin, sizes, options, block);
   }
 
  private:
   static constexpr size_t kLeast = 2 << 20, kMost = 64 << 20;  // of a chunk for several tensors
 
-  void give_back(std::byte* begin, size_t bytes) {
+  struct Block {
+    Block(LastingMemory& from, size_t bytes) : memory(from), begin(from.take(bytes)) {}
+    ~Block() { memory.give_back(begin); }
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+
+    LastingMemory& memory;
+    std::byte* const begin;
+  };
+
+  std::byte* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
-    chunks_.give_back(begin, bytes);
+    return chunks_.take(bytes, std::max(bytes, std::clamp(chunks_.bytes() / 8, kLeast, kMost)));
+  }
+
+  void give_back(std::byte* begin) {
+    const std::lock_guard lock(mutex_);
+    chunks_.give_back(begin);
     chunks_.shrink();
   }
 

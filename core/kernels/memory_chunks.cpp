@@ -45,16 +45,18 @@ std::byte* MemoryChunks::take(size_t bytes, size_t chunk_bytes) {
   }
   if (block == free_.end()) block = grow(chunk_bytes);
   const auto [begin, size] = *block;
-  free_.erase(block);
   if (size > bytes) free_.emplace(begin + bytes, size - bytes);
+  block->second = bytes;
+  taken_.insert(free_.extract(block));
   return begin;
 }
 
-void MemoryChunks::give_back(std::byte* begin, size_t bytes) {
+size_t MemoryChunks::give_back(std::byte* begin) noexcept {
   const auto touches = [&](const auto& block, std::byte* next) {
     return block.first + block.second == next && !chunks_.contains(next);
   };
-  auto block = free_.emplace(begin, bytes).first;
+  auto block = free_.insert(taken_.extract(begin)).position;
+  const size_t bytes = block->second;
   if (block != free_.begin() && touches(*std::prev(block), block->first)) {
     const auto before = std::prev(block);
     before->second += block->second;
@@ -65,17 +67,19 @@ void MemoryChunks::give_back(std::byte* begin, size_t bytes) {
     block->second += next->second;
     free_.erase(next);
   }
+  return bytes;
 }
 
-MemoryChunks::Free::iterator MemoryChunks::grow(size_t bytes) {
+MemoryChunks::Blocks::iterator MemoryChunks::grow(size_t bytes) {
   const bool are_whole = pages_ == Pages::kWhole;
   if (are_whole) bytes = up_to(bytes, kHugePage);
   at::Tensor memory = at::empty({static_cast<int64_t>(are_whole ? bytes + kHugePage : bytes)}, at::kByte);
   auto* begin = static_cast<std::byte*>(memory.mutable_data_ptr());
   if (are_whole) begin += up_to(reinterpret_cast<uintptr_t>(begin), kHugePage) - reinterpret_cast<uintptr_t>(begin);
   prefer_huge_pages(begin, bytes);  // before the first touch
+  Blocks whole{{begin, bytes}};
   chunks_.emplace(begin, Chunk{std::move(memory), bytes});
-  return free_.emplace(begin, bytes).first;
+  return free_.insert(whole.extract(begin)).position;
 }
 
 void MemoryChunks::shrink() {
@@ -97,12 +101,11 @@ size_t MemoryChunks::bytes() const {
 }
 
 at::Tensor tensor_of(std::byte* begin, at::IntArrayRef sizes, const at::TensorOptions& options,
-                     std::function<void()> give_back) {
-  using Call = std::function<void()>;
-  const auto call = [](void* context) { (*std::unique_ptr<Call>(static_cast<Call*>(context)))(); };
-  auto context = std::make_unique<Call>(std::move(give_back));
+                     std::shared_ptr<const void> owner) {
+  using Owner = std::shared_ptr<const void>;
+  auto context = std::make_unique<Owner>(std::move(owner));
   return at::for_blob(begin, sizes)
-      .context(context.release(), call)
+      .context(context.release(), [](void* held) { delete static_cast<Owner*>(held); })
       .options(options)
       .resizeable_storage()
       .allocator(c10::GetCPUAllocator())

@@ -5,8 +5,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstddef>
-#include <functional>
 #include <map>
+#include <memory>
 
 namespace xgdn::kernel {
 
@@ -22,8 +22,9 @@ class MemoryChunks {
   /// which are `bytes` or more. Blocks begin at multiples of 64 bytes if `bytes` is one in every call.
   std::byte* take(size_t bytes, size_t chunk_bytes);
 
-  /// Frees what `take` gave, and joins it with its neighbours.
-  void give_back(std::byte* block, size_t bytes);
+  /// Frees what `take` gave, and joins it with its neighbours; returns its bytes. Asks for no memory, so that
+  /// destructors may call it.
+  size_t give_back(std::byte* block) noexcept;
 
   /// Gives chunks in which nothing is taken back to the system.
   void shrink();
@@ -37,20 +38,21 @@ class MemoryChunks {
     size_t bytes;
   };
 
-  using Free = std::map<std::byte*, size_t>;  // sizes by begin
+  using Blocks = std::map<std::byte*, size_t>;  // sizes by begin
 
   // The one block of a new chunk.
-  Free::iterator grow(size_t bytes);
+  Blocks::iterator grow(size_t bytes);
 
   Pages pages_;
-  Free free_;
+  Blocks free_;
+  Blocks taken_;
   std::map<std::byte*, Chunk> chunks_;  // by begin
 };
 
-/// A tensor of the host from `begin` on, which calls `give_back` when nobody has it any more. Its storage can be
-/// resized, as those of other tensors, and leaves this memory then.
+/// A tensor of the host from `begin` on, which holds `owner` as long as anybody has it. Its storage can be resized, as
+/// those of other tensors, and leaves this memory then.
 at::Tensor tensor_of(std::byte* begin, at::IntArrayRef sizes, const at::TensorOptions& options,
-                     std::function<void()> give_back);
+                     std::shared_ptr<const void> owner);
 
 /// Bytes of such a tensor, up to a multiple of 64.
 size_t block_bytes(at::IntArrayRef sizes, const at::TensorOptions& options);

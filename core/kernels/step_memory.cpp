@@ -33,10 +33,9 @@ class StepMemory::Blocks {
     return begin;
   }
 
-  void give_back(std::byte* begin, size_t bytes) {
+  void give_back(std::byte* begin) {
     const std::lock_guard lock(mutex_);
-    chunks_.give_back(begin, bytes);
-    taken_ -= bytes;
+    taken_ -= chunks_.give_back(begin);
     if (has_ended_) return chunks_.shrink();
     if (taken_ > 0 || chunks_.count() == 1) return;
     wanted_ = first_ < most_taken_ ? most_taken_ : chunks_.bytes();
@@ -65,6 +64,17 @@ class StepMemory::Blocks {
   bool has_ended_ = false;
 };
 
+// Taken for one tensor.
+struct StepMemory::Block {
+  Block(std::shared_ptr<Blocks> from, size_t bytes) : blocks(std::move(from)), begin(blocks->take(bytes)) {}
+  ~Block() { blocks->give_back(begin); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  const std::shared_ptr<Blocks> blocks;
+  std::byte* const begin;
+};
+
 StepMemory::StepMemory() : blocks_(std::make_shared<Blocks>()) {}
 
 StepMemory::~StepMemory() {
@@ -84,9 +94,8 @@ StepMemory::Use::~Use() {
 at::Tensor allocate_temporary(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const size_t bytes = block_bytes(sizes, options);
   if (in_use == nullptr || !options.device().is_cpu() || bytes == 0) return at::empty(sizes, options);
-  const std::shared_ptr<StepMemory::Blocks> blocks = in_use->blocks_;
-  std::byte* const begin = blocks->take(bytes);
-  return tensor_of(begin, sizes, options, [blocks, begin, bytes] { blocks->give_back(begin, bytes); });
+  const auto block = std::make_shared<const StepMemory::Block>(in_use->blocks_, bytes);
+  return tensor_of(block->begin, sizes, options, block);
 }
 
 }  // namespace xgdn::kernel

@@ -5,6 +5,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <iterator>
 #include <span>
 #include <utility>
 
@@ -199,21 +200,29 @@ RequestStream Engine::stream(const std::vector<Request>& requests) {
   return stream;
 }
 
+// All branches or, where there is no memory for them, none.
 RequestId Engine::enqueue(Request request) {
-  const RequestId id = next_id_++;
+  const RequestId id = next_id_;
   const auto shared = std::make_shared<const Request>(std::move(request));
+  std::list<std::unique_ptr<Sequence>> sequences;
+  std::set<int64_t> branches;
   for (int64_t branch = 0; branch < shared->n; ++branch) {
-    submitted_.push_back(
+    sequences.push_back(
         std::make_unique<Sequence>(id, shared, branch, stop_tokens(*shared), model_->config().vocab_size));
-    alive_[id].insert(branch);
+    branches.insert(branch);
   }
+  alive_.emplace(id, std::move(branches));
+  submitted_.splice(submitted_.end(), sequences);
+  ++next_id_;
   return id;
 }
 
 void Engine::forget(RequestId id, int64_t branch) {
   const auto branches = alive_.find(id);
   branches->second.erase(branch);
-  if (branches->second.empty()) alive_.erase(branches);
+  if (!branches->second.empty()) return;
+  alive_.erase(branches);
+  mailboxes_.erase(id);
 }
 
 bool Engine::cancel(RequestId id, std::optional<int64_t> branch) {
@@ -232,20 +241,20 @@ bool Engine::is_idle() const {
 }
 
 // Hands new sequences to the scheduler and takes cancelled ones out.
-std::vector<RequestEvent> Engine::take_inbox() {
+void Engine::take_inbox() {
   std::lock_guard lock(mutex_);
-  for (auto& sequence : submitted_) scheduler_.add(std::move(sequence));
-  submitted_.clear();
-  std::vector<RequestEvent> events;
-  for (const auto& [id, branch] : to_cancel_) {
+  while (!submitted_.empty()) {
+    scheduler_.add(std::move(submitted_.front()));
+    submitted_.pop_front();
+  }
+  undelivered_.reserve(undelivered_.size() + to_cancel_.size());
+  for (; !to_cancel_.empty(); to_cancel_.erase(to_cancel_.begin())) {
+    const auto [id, branch] = *to_cancel_.begin();
     const std::unique_ptr<Sequence> removed = scheduler_.remove(id, branch);
     if (!removed) continue;  // it ended in the step that was under way
-    events.push_back(event_of(*removed));
-    events.back().finish_reason = FinishReason::kCancelled;
-    forget(id, branch);
+    undelivered_.push_back(event_of(*removed));
+    undelivered_.back().finish_reason = FinishReason::kCancelled;
   }
-  to_cancel_.clear();
-  return events;
 }
 
 SequenceStep Engine::describe(const ScheduledStep& step) const {
@@ -543,32 +552,48 @@ std::vector<RequestEvent> Engine::fail(const std::vector<ScheduledStep>& steps, 
   return events;
 }
 
-// Hands each event to the stream that waits for it. A request's mailbox goes with its last event.
-void Engine::deliver(std::vector<RequestEvent>&& events) {
+// Hands each event to the stream that waits for it; a branch is alive until its last one is. Room for all of them comes
+// first: without it they wait for the next time.
+void Engine::deliver() {
   std::lock_guard lock(mutex_);
-  std::set<RequestId> finished;
-  for (RequestEvent& event : events) {
-    if (!alive_.contains(event.id)) finished.insert(event.id);
+  const auto mailbox_of = [&](const RequestEvent& event) -> std::optional<std::shared_ptr<Mailbox>> {
     const auto mailbox = mailboxes_.find(event.id);
-    if (mailbox == mailboxes_.end()) {
+    if (mailbox == mailboxes_.end()) return std::nullopt;
+    return mailbox->second.lock();  // null: nobody waits any more
+  };
+  unclaimed_.reserve(unclaimed_.size() + undelivered_.size());
+  for (const RequestEvent& event : undelivered_) {
+    const auto mailbox = mailbox_of(event);
+    if (mailbox && *mailbox) (*mailbox)->reserve((*mailbox)->size() + undelivered_.size());
+  }
+  for (RequestEvent& event : undelivered_) {
+    const auto mailbox = mailbox_of(event);
+    if (!mailbox) {
       unclaimed_.push_back(std::move(event));
-    } else if (const std::shared_ptr<Mailbox> wanted = mailbox->second.lock()) {
-      wanted->push_back(std::move(event));
+    } else if (*mailbox) {
+      (*mailbox)->push_back(std::move(event));
     }
   }
-  for (const RequestId id : finished) mailboxes_.erase(id);
+  for (const RequestEvent& event : undelivered_) {
+    if (event.finish_reason != FinishReason::kRunning) forget(event.id, event.branch);
+  }
+  undelivered_.clear();
 }
 
 std::vector<RequestEvent> Engine::step() {
   std::lock_guard step(step_mutex_);
-  deliver(run_step());
+  run_step();
+  deliver();
   return std::exchange(unclaimed_, {});
 }
 
 std::vector<RequestEvent> RequestStream::next() {
   while (mailbox_ && num_running_ > 0) {
     const std::lock_guard step(engine_->step_mutex_);
-    if (mailbox_->empty()) engine_->deliver(engine_->run_step());
+    if (mailbox_->empty()) {
+      engine_->run_step();
+      engine_->deliver();
+    }
     std::vector<RequestEvent> events = std::exchange(*mailbox_, {});
     if (events.empty()) continue;
     num_running_ -= std::ranges::count_if(
@@ -585,20 +610,21 @@ void RequestStream::close() {
   for (const RequestId id : ids_) engine_->cancel(id);
   const c10::InferenceMode inference;
   const std::lock_guard step(engine_->step_mutex_);  // their slots and blocks are free from here on
-  engine_->deliver(engine_->take_inbox());
+  engine_->take_inbox();
+  engine_->deliver();
 }
 
-std::vector<RequestEvent> Engine::run_step() {
+void Engine::run_step() {
   const c10::InferenceMode inference;
   const Stopwatch stopwatch;
-  std::vector<RequestEvent> events = take_inbox();
+  take_inbox();
   std::vector<ScheduledStep> steps;
   std::vector<RequestEvent> moved;
   try {
     if (device_error_.empty()) device_error_ = rank_error();
     if (!device_error_.empty()) throw Error(device_error_);
     steps = scheduler_.schedule();
-    if (steps.empty()) return events;
+    if (steps.empty()) return;
     last_step_ = count(steps);
     std::vector<SequenceStep> sequences;
     for (const ScheduledStep& step : steps) sequences.push_back(describe(step));
@@ -615,8 +641,10 @@ std::vector<RequestEvent> Engine::run_step() {
     std::vector<std::vector<SampledToken>> sampled = runner_.sample(rows);
     for (size_t i = 0; i < choices.size(); ++i) book(choices[i], std::move(sampled[i]), moved[choices[i].event]);
     draft(sequences, choices);
+    undelivered_.reserve(undelivered_.size() + moved.size());
   } catch (const std::exception& error) {
     moved = fail(steps, moved, error.what());
+    undelivered_.reserve(undelivered_.size() + moved.size());
   }
   for (const RequestEvent& event : moved) {
     if (event.finish_reason == FinishReason::kRunning) continue;
@@ -625,12 +653,9 @@ std::vector<RequestEvent> Engine::run_step() {
     } else {
       scheduler_.remove(event.id, event.branch);
     }
-    std::lock_guard lock(mutex_);
-    forget(event.id, event.branch);
   }
-  events.insert(events.end(), moved.begin(), moved.end());
+  std::ranges::move(moved, std::back_inserter(undelivered_));
   last_step_.seconds = stopwatch.seconds();
-  return events;
 }
 
 std::vector<GenerationResult> Engine::generate(const std::vector<Request>& requests, const GenerateOptions& options) {

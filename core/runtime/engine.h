@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -173,9 +174,10 @@ class Engine {
   void check(const Request& request) const;
   RequestId enqueue(Request request);         // with mutex_ held
   void forget(RequestId id, int64_t branch);  // with mutex_ held
-  std::vector<RequestEvent> take_inbox();
-  std::vector<RequestEvent> run_step();              // with step_mutex_ held
-  void deliver(std::vector<RequestEvent>&& events);  // to mailboxes, else to unclaimed_; with step_mutex_ held
+  // With step_mutex_ held; the first two add to undelivered_, which the third empties to mailboxes, else to unclaimed_.
+  void take_inbox();
+  void run_step();
+  void deliver();
   SequenceStep describe(const ScheduledStep& step) const;
   // A sequence whose next tokens the step's logits choose, and the event that tells of them.
   struct Choice {
@@ -218,12 +220,13 @@ class Engine {
   std::optional<MtpDrafter> mtp_drafter_;  // where the model has an MTP head
   StepStats last_step_;
   SpeculationStats speculation_;
-  std::string device_error_;             // empty while the device computes
-  std::vector<RequestEvent> unclaimed_;  // of requests without a stream, for the next step()
+  std::string device_error_;               // empty while the device computes
+  std::vector<RequestEvent> undelivered_;  // of steps and cancelled requests
+  std::vector<RequestEvent> unclaimed_;    // of requests without a stream, for the next step()
 
   mutable std::mutex mutex_;  // guards what follows
   RequestId next_id_ = 1;
-  std::vector<std::unique_ptr<Sequence>> submitted_;   // not yet with the scheduler
+  std::list<std::unique_ptr<Sequence>> submitted_;     // not yet with the scheduler
   std::map<RequestId, std::set<int64_t>> alive_;       // branches, submitted and not finished
   std::set<std::pair<RequestId, int64_t>> to_cancel_;  // branches that were alive when asked
   // Of alive requests that were streamed; expired where nobody wants the events any more.

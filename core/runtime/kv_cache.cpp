@@ -87,7 +87,7 @@ void KvCache::share(const std::vector<int32_t>& blocks) {
   for (int32_t block : blocks) change("share", block, 1, 0);
 }
 
-void KvCache::release(const std::vector<int32_t>& blocks) {
+void KvCache::release(std::span<const int32_t> blocks) {
   for (int32_t block : blocks) change("release", block, -1, 0);
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "core/errors.h"
@@ -54,7 +55,7 @@ class KvCache {
   /// One more holder of each block. Throws RangeError for a block that nobody holds.
   void share(const std::vector<int32_t>& blocks);
   /// One holder less of each block; the last one frees it. Throws RangeError for a block that nobody holds.
-  void release(const std::vector<int32_t>& blocks);
+  void release(std::span<const int32_t> blocks);
 
   /// Throws RangeError for a block that nobody holds.
   int64_t ref_count(int32_t block) const { return held("ref_count", block); }

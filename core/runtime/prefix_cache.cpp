@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <new>
 #include <utility>
 
 #include "core/kernels/ops_api.h"
@@ -111,19 +112,36 @@ bool PrefixCache::make_room(std::span<const int32_t> tokens) {
   return has_free_slot();
 }
 
+// The prefix is in all three tables or in none.
 void PrefixCache::keep(RequestId id, std::span<const int32_t> tokens, SequenceMemory&& memory) {
   std::vector<uint64_t> hashes = hashes_of(tokens);
   const bool is_shared = std::ssize(tokens) % chunk_ == 0 && num_beginning_with_.contains(hashes.back());
-  prefixes_.push_back({.tokens = {tokens.begin(), tokens.end()},
-                       .memory = std::move(memory),
-                       .hashes = std::move(hashes),
-                       .id = next_id_++,
-                       .made_by = id,
-                       .is_shared = is_shared});
-  const auto kept = std::prev(prefixes_.end());
+  Prefixes added;
+  added.push_back({.tokens = {tokens.begin(), tokens.end()},
+                   .memory = std::move(memory),
+                   .hashes = std::move(hashes),
+                   .id = next_id_++,
+                   .made_by = id,
+                   .is_shared = is_shared});
+  const auto kept = added.begin();
+  const auto by_chunks = by_chunks_.emplace(kept->hashes.back(), kept);
+  auto next = kept->hashes.begin();
+  try {
+    for (; next != kept->hashes.end(); ++next) ++num_beginning_with_[*next];
+  } catch (const std::bad_alloc&) {
+    uncount(std::span(kept->hashes.begin(), next));
+    by_chunks_.erase(by_chunks);
+    throw;
+  }
   kv_.add_idle(kept->memory.blocks(), 1);
-  by_chunks_.emplace(kept->hashes.back(), kept);
-  for (const uint64_t hash : kept->hashes) ++num_beginning_with_[hash];
+  prefixes_.splice(prefixes_.end(), added);
+}
+
+void PrefixCache::uncount(std::span<const uint64_t> hashes) {
+  for (const uint64_t hash : hashes) {
+    const auto count = num_beginning_with_.find(hash);
+    if (--count->second == 0) num_beginning_with_.erase(count);
+  }
 }
 
 bool PrefixCache::keep_checkpoint(RequestId id, std::span<const int32_t> tokens, SequenceMemory& memory) {
@@ -168,10 +186,7 @@ PrefixCache::Prefixes::iterator PrefixCache::first_to_go(const Prefix* spared, b
 PrefixCache::Prefixes::iterator PrefixCache::drop(Prefixes::iterator prefix) {
   const auto [begin, end] = by_chunks_.equal_range(prefix->hashes.back());
   by_chunks_.erase(std::find_if(begin, end, [&](const auto& held) { return held.second == prefix; }));
-  for (const uint64_t hash : prefix->hashes) {
-    const auto count = num_beginning_with_.find(hash);
-    if (--count->second == 0) num_beginning_with_.erase(count);
-  }
+  uncount(prefix->hashes);
   kv_.add_idle(prefix->memory.blocks(), -1);
   return prefixes_.erase(prefix);
 }

@@ -116,6 +116,7 @@ class PrefixCache {
   Prefix* longest(std::span<const int32_t> tokens);
   Prefixes::iterator find_equal(std::span<const int32_t> tokens, uint64_t hash);
   bool has_free_slot();
+  void uncount(std::span<const uint64_t> hashes);
   bool make_room(std::span<const int32_t> tokens);
   void keep(RequestId id, std::span<const int32_t> tokens, SequenceMemory&& memory);
   Prefixes::iterator first_to_go(const Prefix* spared, bool is_for_sequences);

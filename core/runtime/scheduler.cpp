@@ -4,6 +4,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <new>
 #include <span>
 
 #include "core/kernels/ops_api.h"
@@ -78,7 +79,7 @@ void Scheduler::check_fits(const Request& request) const {
   }
 }
 
-void Scheduler::add(std::unique_ptr<Sequence> sequence) {
+void Scheduler::add(std::unique_ptr<Sequence>&& sequence) {
   sequence->is_parked = !waiting_.empty() && waiting_.back()->id == sequence->id;
   sequence->memory = SequenceMemory(states_, kv_);
   waiting_.push_back(std::move(sequence));
@@ -263,7 +264,10 @@ std::vector<const Sequence*> Scheduler::youngest_first() const {
 std::unique_ptr<Sequence> Scheduler::remove(RequestId id, int64_t branch) {
   std::unique_ptr<Sequence> removed = take_out(id, branch);
   if (!removed) return removed;
-  if (settle(*removed)) prefixes_.keep_rest(id, computed_tokens(*removed), removed->memory);
+  try {
+    if (settle(*removed)) prefixes_.keep_rest(id, computed_tokens(*removed), removed->memory);
+  } catch (const std::bad_alloc&) {  // then no later request finds it
+  }
   removed->memory.clear();
   return removed;
 }

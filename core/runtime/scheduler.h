@@ -46,7 +46,7 @@ class Scheduler {
   void check_fits(const Request& request) const;
 
   /// The branches of a request are added one after the other, from the first.
-  void add(std::unique_ptr<Sequence> sequence);
+  void add(std::unique_ptr<Sequence>&& sequence);
 
   /// Gives every resident sequence room for its next token and its drafts, at the cost of cached prefixes and then of
   /// the youngest where blocks run out; brings the others back while blocks last, the oldest first; then admits waiting

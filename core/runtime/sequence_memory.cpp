@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <span>
 #include <utility>
 
 namespace xgdn {
@@ -51,27 +52,42 @@ int64_t SequenceMemory::num_missing(int64_t num_tokens) const {
   return num_new + std::ranges::count_if(blocks_, [](const auto& block) { return block->id < 0; });
 }
 
+void SequenceMemory::reserve(int64_t num_more) {
+  const size_t num_blocks = blocks_.size() + static_cast<size_t>(num_more);
+  blocks_.reserve(num_blocks);
+  block_ids_.reserve(num_blocks);
+}
+
+// Here and in fork and checkpoint, what needs memory of the host comes first, so that blocks and ids agree without it.
 void SequenceMemory::grow(int64_t num_tokens) {
-  const std::vector<int32_t> free = kv_->allocate(num_missing(num_tokens));
-  auto next = free.begin();
+  Blocks added, saved;
+  const int64_t num_new = kv_->blocks_for(num_tokens) - std::ssize(blocks_);
+  for (int64_t i = 0; i < num_new; ++i) added.push_back(std::make_shared<Block>());
+  reserve(std::ssize(added));
+  std::vector<int32_t> shared;
   if (!is_resident_) {
-    Blocks saved;
     for (const auto& block : blocks_) {
-      if (block->id >= 0) {
-        kv_->share({block->id});
-      } else {
-        block->id = *next++;
+      if (block->id < 0) {
         saved.push_back(block);
+      } else {
+        shared.push_back(block->id);
       }
-      block_ids_.push_back(block->id);
     }
+  }
+  const std::vector<int32_t> free = kv_->allocate(num_missing(num_tokens));
+  kv_->share(shared);
+  auto next = free.begin();
+  for (const auto& block : saved) block->id = *next++;
+  if (!is_resident_) {
+    for (const auto& block : blocks_) block_ids_.push_back(block->id);
     is_resident_ = true;
-    restore(saved);
   }
-  for (; next != free.end(); ++next) {
-    blocks_.push_back(std::make_shared<Block>(Block{.id = *next}));
-    block_ids_.push_back(*next);
+  for (auto& block : added) {
+    block->id = *next++;
+    block_ids_.push_back(block->id);
+    blocks_.push_back(std::move(block));
   }
+  restore(saved);
 }
 
 // Writes saved blocks to the cache, those that were saved together at once.
@@ -109,7 +125,7 @@ void SequenceMemory::release_blocks(size_t first, bool is_needed) {
     }
   }
   if (is_resident_) {
-    kv_->release({block_ids_.begin() + static_cast<std::ptrdiff_t>(first), block_ids_.end()});
+    kv_->release(std::span(block_ids_).subspan(first));
     block_ids_.resize(first);
   }
   if (!is_needed) blocks_.resize(first);
@@ -156,6 +172,8 @@ void SequenceMemory::fork(SequenceMemory& fork) {
   const int64_t num_full = num_full_blocks();
   const auto begin = blocks_.begin();
   const auto end_of_full = begin + num_full;
+  const std::vector<int32_t> shared(block_ids_.begin(), block_ids_.begin() + (fork.is_resident_ ? num_full : 0));
+  fork.reserve(num_full + 1);
   const bool is_partly_filled = kv_->blocks_for(num_computed_) > num_full;
   if (is_partly_filled) {
     const std::shared_ptr<Block>& last = *end_of_full;
@@ -169,11 +187,8 @@ void SequenceMemory::fork(SequenceMemory& fork) {
     }
   }
   fork.blocks_.insert(fork.blocks_.begin(), begin, end_of_full);
-  if (fork.is_resident_) {
-    const std::vector<int32_t> shared(block_ids_.begin(), block_ids_.begin() + num_full);
-    kv_->share(shared);
-    fork.block_ids_.insert(fork.block_ids_.begin(), shared.begin(), shared.end());
-  }
+  kv_->share(shared);
+  fork.block_ids_.insert(fork.block_ids_.begin(), shared.begin(), shared.end());
   fork.num_computed_ = num_computed_;
   for (const SlotGroup group : kSlotGroups) fork.forked_from_[index(group)] = read_slot(group).share();
   if (!fork.is_resident_) fork.own_state();
@@ -189,6 +204,7 @@ SequenceMemory SequenceMemory::checkpoint() {
   rest.allocate_state();
   rest.grow(num_missing_to_checkpoint());  // a token's room is the block that the last one is copied to
   const auto num_filled = static_cast<std::ptrdiff_t>(kv_->blocks_for(num_computed_));
+  rest.reserve(std::ssize(blocks_) - num_filled);
   rest.blocks_.insert(rest.blocks_.end(), blocks_.begin() + num_filled, blocks_.end());
   rest.block_ids_.insert(rest.block_ids_.end(), block_ids_.begin() + num_filled, block_ids_.end());
   blocks_.resize(static_cast<size_t>(num_filled));

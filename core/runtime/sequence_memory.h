@@ -143,6 +143,7 @@ class SequenceMemory {
   static size_t index(SlotGroup group) { return static_cast<size_t>(group); }
 
   void release_blocks(size_t first, bool is_needed);
+  void reserve(int64_t num_more);  // blocks
   void restore(const Blocks& blocks) const;
   void own_state();
 

@@ -53,7 +53,7 @@ TEST(KvCache, ASharedBlockIsFreedByItsLastHolder) {
     EXPECT_NE(block, blocks[0]);
     EXPECT_NE(block, blocks[2]);
   }
-  cache.release({blocks[0], blocks[2]});
+  cache.release(std::vector{blocks[0], blocks[2]});
   EXPECT_EQ(cache.num_free(), 2);
 }
 
@@ -63,7 +63,7 @@ TEST(KvCache, ABlockThatNobodyHoldsCannotBeReleasedOrShared) {
   cache.release(blocks);
   for (int32_t block : {blocks[0], -1, 3}) {
     const std::string name = std::to_string(block);
-    expect_error<RangeError>([&] { cache.release({block}); }, {"[KvCache] release", "held block", name});
+    expect_error<RangeError>([&] { cache.release(std::vector{block}); }, {"[KvCache] release", "held block", name});
     expect_error<RangeError>([&] { cache.share({block}); }, {"[KvCache] share", "held block", name});
   }
   EXPECT_EQ(cache.num_free(), 3);
