@@ -261,7 +261,9 @@ void bind_decoder(nb::module_& m) {
       .def("allocate", &KvCache::allocate, "count"_a,
            "Allocate blocks and return their ids; raises OutOfBlocks, and takes none, if fewer are free.")
       .def("share", &KvCache::share, "blocks"_a, "Add a reference to each block.")
-      .def("release", &KvCache::release, "blocks"_a, "Drop a reference to each block.")
+      .def(
+          "release", [](KvCache& kv, const std::vector<int32_t>& blocks) { kv.release(blocks); }, "blocks"_a,
+          "Drop a reference to each block.")
       .def("blocks_for", &KvCache::blocks_for, "tokens"_a)
       .def_prop_ro("num_blocks", &KvCache::num_blocks)
       .def_prop_ro("num_free", &KvCache::num_free)
