@@ -93,6 +93,19 @@ def test_second_run_with_smaller_pools_and_another_order(loaded: Loaded) -> None
     assert engine.num_free_kv_blocks == blocks
 
 
+def test_blocks_of_a_cache(tmp_path: Path) -> None:
+    directory, _ = make(CHECKPOINTS[0], tmp_path)
+    kv = _C.KvCache(_C.load_decoder(str(directory), state_dtype=torch.float32), num_blocks=4, block_size=16)
+    blocks = kv.allocate(3)
+    kv.share(blocks[:1])
+    kv.release(blocks)
+    assert kv.num_free == 3
+    kv.release(blocks[:1])
+    assert kv.num_free == kv.num_blocks == 4
+    with pytest.raises(IndexError, match="held block"):
+        kv.release(blocks[:1])
+
+
 def pieces_logits(decoder: _C.HybridDecoder, prompt: list[int], sizes: list[int], kind: _C.SegmentKind) -> torch.Tensor:
     """Logits after the last token of each piece, when a prompt is fed in pieces."""
     states = _C.StatePool(decoder.state_specs(), num_slots=2, poison_freed=True)
