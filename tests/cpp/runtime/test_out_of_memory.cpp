@@ -29,17 +29,17 @@ class FailingAllocation {
 }  // namespace
 }  // namespace xgdn::testing
 
-// Of the whole program, also where the library calls it.
-void* operator new(size_t size) {
+// Of the whole program, also where the library calls it. Inlined, GCC takes the pair for a mismatch.
+[[gnu::noinline]] void* operator new(size_t size) {
   int64_t& left = xgdn::testing::calls_until_failure;
   if (left >= 0 && left-- == 0) throw std::bad_alloc();
   if (void* const memory = std::malloc(size == 0 ? 1 : size)) return memory;
   throw std::bad_alloc();
 }
-void operator delete(void* memory) noexcept {
+[[gnu::noinline]] void operator delete(void* memory) noexcept {
   std::free(memory);
 }
-void operator delete(void* memory, size_t) noexcept {
+[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept {
   std::free(memory);
 }
 
