@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <memory>
 #include <mutex>
 
 #include "core/kernels/memory_chunks.h"
@@ -18,24 +17,6 @@ namespace {
 // back to the system.
 class LastingMemory {
  public:
-  at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options, size_t bytes) {
-    const auto block = std::make_shared<const Block>(*this, bytes);
-    return tensor_of(block->begin, sizes, options, block);
-  }
-
- private:
-  static constexpr size_t kLeast = 2 << 20, kMost = 64 << 20;  // of a chunk for several tensors
-
-  struct Block {
-    Block(LastingMemory& from, size_t bytes) : memory(from), begin(from.take(bytes)) {}
-    ~Block() { memory.give_back(begin); }
-    Block(const Block&) = delete;
-    Block& operator=(const Block&) = delete;
-
-    LastingMemory& memory;
-    std::byte* const begin;
-  };
-
   std::byte* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
     return chunks_.take(bytes, std::max(bytes, std::clamp(chunks_.bytes() / 8, kLeast, kMost)));
@@ -46,6 +27,9 @@ class LastingMemory {
     chunks_.give_back(begin);
     chunks_.shrink();
   }
+
+ private:
+  static constexpr size_t kLeast = 2 << 20, kMost = 64 << 20;  // of a chunk for several tensors
 
   std::mutex mutex_;  // any thread may load, and free a tensor
   MemoryChunks chunks_{MemoryChunks::Pages::kWhole};
@@ -61,7 +45,7 @@ at::Tensor allocate_weight(at::IntArrayRef sizes, const at::TensorOptions& optio
   static auto* const memory = new LastingMemory;  // tensors may outlive whatever is destroyed at exit
   const size_t bytes = block_bytes(sizes, options);
   if (!options.device().is_cpu() || bytes == 0) return at::empty(sizes, options);
-  return memory->allocate(sizes, options, bytes);
+  return tensor_in(memory, sizes, options, bytes);
 }
 
 }  // namespace xgdn::kernel

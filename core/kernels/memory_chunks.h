@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <map>
 #include <memory>
+#include <utility>
 
 namespace xgdn::kernel {
 
@@ -53,6 +54,22 @@ class MemoryChunks {
 /// those of other tensors, and leaves this memory then.
 at::Tensor tensor_of(std::byte* begin, at::IntArrayRef sizes, const at::TensorOptions& options,
                      std::shared_ptr<const void> owner);
+
+/// A tensor in `bytes` that `memory` lends: it points to what has take(bytes) and give_back(begin).
+template <class Memory>
+at::Tensor tensor_in(Memory memory, at::IntArrayRef sizes, const at::TensorOptions& options, size_t bytes) {
+  struct Block {
+    Block(Memory from, size_t size) : memory(std::move(from)), begin(memory->take(size)) {}
+    ~Block() { memory->give_back(begin); }
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+
+    const Memory memory;
+    std::byte* const begin;
+  };
+  const auto block = std::make_shared<const Block>(std::move(memory), bytes);
+  return tensor_of(block->begin, sizes, options, block);
+}
 
 /// Bytes of such a tensor, up to a multiple of 64.
 size_t block_bytes(at::IntArrayRef sizes, const at::TensorOptions& options);

@@ -64,17 +64,6 @@ class StepMemory::Blocks {
   bool has_ended_ = false;
 };
 
-// Taken for one tensor.
-struct StepMemory::Block {
-  Block(std::shared_ptr<Blocks> from, size_t bytes) : blocks(std::move(from)), begin(blocks->take(bytes)) {}
-  ~Block() { blocks->give_back(begin); }
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-
-  const std::shared_ptr<Blocks> blocks;
-  std::byte* const begin;
-};
-
 StepMemory::StepMemory() : blocks_(std::make_shared<Blocks>()) {}
 
 StepMemory::~StepMemory() {
@@ -94,8 +83,7 @@ StepMemory::Use::~Use() {
 at::Tensor allocate_temporary(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const size_t bytes = block_bytes(sizes, options);
   if (in_use == nullptr || !options.device().is_cpu() || bytes == 0) return at::empty(sizes, options);
-  const auto block = std::make_shared<const StepMemory::Block>(in_use->blocks_, bytes);
-  return tensor_of(block->begin, sizes, options, block);
+  return tensor_in(in_use->blocks_, sizes, options, bytes);
 }
 
 }  // namespace xgdn::kernel

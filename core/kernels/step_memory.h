@@ -38,7 +38,6 @@ class StepMemory {
  private:
   friend at::Tensor allocate_temporary(at::IntArrayRef sizes, const at::TensorOptions& options);
   class Blocks;
-  struct Block;
 
   std::shared_ptr<Blocks> blocks_;  // which tensors own, too: one may outlive the step, and whoever ran it
 };
