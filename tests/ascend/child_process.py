@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 
 import pytest
+
+import forked
 
 # Less than pytest's own timeout: a child that does not come back ends with the stacks of its threads.
 SECONDS = 105
@@ -33,16 +34,14 @@ def run_python(
     """The lines that the code printed after `preamble` and an import of xgdn, with these switches of the emulation."""
     watched = f"import faulthandler\nfaulthandler.enable()\nfaulthandler.dump_traceback_later({SECONDS}, exit=True)"
     try:
-        result = subprocess.run(
-            [sys.executable, "-c", f"{watched}\n{preamble}\nimport xgdn\nprint('imported')\n{code}"],
-            env={**environment, **{"EMULATED_CANN_" + name: value for name, value in switches.items()}},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SECONDS + 8,  # it has then ended without its stacks
+        ended = forked.run_one(
+            f"{watched}\n{preamble}\nimport xgdn\nprint('imported')\n{code}",
+            {**environment, **{"EMULATED_CANN_" + name: value for name, value in switches.items()}},
+            seconds=SECONDS + 8,  # it has then ended without its stacks
+            modules=("torch",),
         )
     except subprocess.TimeoutExpired as expired:
         pytest.fail(f"{expired}; it printed {expired.stdout!r} and {expired.stderr!r}")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    assert ended.status == 0, ended.stderr
+    lines = ended.stdout.splitlines()
     return lines[lines.index("imported") + 1 :]
