@@ -99,6 +99,8 @@ def test_experts_are_the_formula(call: ExpertsCall) -> None:
         *((1, 32, 16), (3, 1024, 100), (8, 96, 33), (9, 2048, 16), (16, 3584, 40), (17, 64, 24), (33, 64, 24)),
         *((5, 4000, 40), (8, 6144, 24), (7, 8192, 24), (1, 12288, 24)),  # much shared memory, the most, none, some
         *((1, 1024, 4107), (5, 3584, 4107), (11, 1024, 4107), (16, 5120, 4107), (25, 1024, 4107), (32, 3584, 4107)),
+        *((13, 1024, 4300), (16, 96, 5003), (17, 512, 8000), (31, 1024, 5003)),  # a block an SM, or two
+        *((2, 1024, 9003), (8, 992, 20000)),  # blocks in turns
     ],
 )
 @pytest.mark.parametrize("is_constant", [True, False])
@@ -141,7 +143,7 @@ def test_linear_waits_for_a_weight_that_an_op_writes() -> None:
 
 
 @pytest.mark.parametrize("T", [1, 7, 13, 30])
-@pytest.mark.parametrize(("D", "width"), [(1024, 1024), (3584, 1024), (1024, 5000)])
+@pytest.mark.parametrize(("D", "width"), [(1024, 1024), (3584, 1024), (1024, 5000), (512, 9000)])
 def test_tokens_of_linear_have_the_bits_that_they_have_alone(D: int, width: int, T: int) -> None:
     """Up to 32 tokens: how many there are changes what is loaded together, not what is added."""
     x, weight = torch.randn(T, D).bfloat16().cuda(), torch.randn(width, D).bfloat16().cuda()

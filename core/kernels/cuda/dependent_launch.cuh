@@ -52,7 +52,7 @@ __device__ inline void prefetch_line(const void* address) {
 }
 
 // Shared memory that a kernel gets without asking, less what those launched here have beside the launch's own.
-inline constexpr size_t kUnaskedSharedBytes = 36 << 10;
+inline constexpr size_t kUnaskedSharedBytes = 14 << 10;
 
 /// A launch that overlaps with the one before it, in clusters of `cluster` blocks along x.
 template <class... Params, class... Args>

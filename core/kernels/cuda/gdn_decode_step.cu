@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "core/kernels/cuda/conv_taps.cuh"
 #include "core/kernels/cuda/dependent_launch.cuh"
@@ -522,7 +523,7 @@ bool is_plain(const DecodeStepArgs& a) {
          is_quad(a.norm.out.data, {a.norm.out.token_stride, a.norm.out.head_stride});
 }
 
-template <class In, class State, int kDim, class Plan>
+template <class In, class State, int kDim, class Plan, bool kIsPlain>
 void launch_plan(const DecodeStepArgs& args, int64_t num_slots, int64_t num_conv_slots, int cluster,
                  cudaStream_t stream) {
   using Rows = cuda::Rows<State, kDim, Plan>;
@@ -544,13 +545,12 @@ void launch_plan(const DecodeStepArgs& args, int64_t num_slots, int64_t num_conv
   const size_t floats = 3 * static_cast<size_t>(step.passes_of_block) * kPassRows +
                         static_cast<size_t>(passes) * (kPassRows / Rows::kGroups);
   const size_t bytes = static_cast<size_t>(stages) * Rows::kStageBytes + sizeof(float) * floats;
-  const auto kernel =
-      is_plain<In>(args) ? step_kernel<In, State, kDim, Plan, true> : step_kernel<In, State, kDim, Plan, false>;
-  launch_overlapping(kernel, grid, kThreads, bytes, cluster, stream, step);
+  launch_overlapping(step_kernel<In, State, kDim, Plan, kIsPlain>, grid, kThreads, bytes, cluster, stream, step);
 }
 
 // Few blocks have a multiprocessor's registers for themselves, more leave some to the next kernel's. Many blocks keep
-// as much on its way as shared memory holds.
+// as much on its way as shared memory holds. Calls as models make them are planned so, plain and K = 128; one plan
+// serves any number of blocks of the others.
 template <class In, class State, int kDim>
 void launch(const DecodeStepArgs& args, int64_t num_slots, int64_t num_conv_slots, cudaStream_t stream) {
   constexpr int kRows = kDim == 64 || kDim == 128 ? 2 : 1;
@@ -562,13 +562,15 @@ void launch(const DecodeStepArgs& args, int64_t num_slots, int64_t num_conv_slot
   const int64_t items = rule.N * rule.H;
   const int passes = static_cast<int>(rule.HV / rule.H * ceil_div(rule.V, kPassRows<State, kDim, Some>));
   const int cluster = cluster_size(items, passes);
-  if (cluster == 1) {
-    launch_plan<In, State, kDim, Many>(args, num_slots, num_conv_slots, cluster, stream);
-  } else if (items * cluster <= num_multiprocessors()) {
-    launch_plan<In, State, kDim, Alone>(args, num_slots, num_conv_slots, cluster, stream);
-  } else {
-    launch_plan<In, State, kDim, Some>(args, num_slots, num_conv_slots, cluster, stream);
+  const auto run = [&](auto plan, auto plain) {
+    launch_plan<In, State, kDim, decltype(plan), plain()>(args, num_slots, num_conv_slots, cluster, stream);
+  };
+  if (!is_plain<In>(args)) return run(Some(), std::false_type());
+  if constexpr (kDim == 128) {
+    if (cluster == 1) return run(Many(), std::true_type());
+    if (items * cluster <= num_multiprocessors()) return run(Alone(), std::true_type());
   }
+  run(Some(), std::true_type());
 }
 
 }  // namespace

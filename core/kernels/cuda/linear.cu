@@ -56,8 +56,10 @@ struct Form {
   static constexpr int kPieces = kTiles == 1 ? 8 : 4;                // of a warp in flight
   static constexpr int kResultTiles = kGates ? kTiles / 2 : kTiles;  // gate before up
   static constexpr int kResults = kTile * kResultTiles;              // of a token and block
-  // Few tokens go through shared memory, others to registers.
-  static constexpr bool kIsStaged = kTokens == kFewTokens;
+  // Tokens go through shared memory where they are few, or where the registers hold all of the weights; else to
+  // registers.
+  static constexpr bool kIsStaged = kTokens == kFewTokens || kTiles == 4;
+  static_assert(kTokens == kFewTokens || kTiles < 4 || kPiece * kPieces * kWarps >= kMostOfFewWarps);
   // Registers are what bounds how much of the weights is on its way ahead of the wait: beside a block of a kernel there
   // is room for one of the next. With four tiles that is for two blocks, and 128 threads of 96 registers.
   static constexpr int kRegisters = kTiles == 4 ? 104 : kIsStaged ? 64 : 128;
@@ -252,34 +254,37 @@ __global__ void __launch_bounds__(F::kThreads) __maxnreg__(F::kRegisters)
     if constexpr (F::kIsStaged) rows.bring();
   }
 
-  if constexpr (F::kIsStaged) {  // products with two tiles of outputs at once and the tokens
-    const BFloat16* const token = rows.row(min(static_cast<int64_t>(row), a.T - 1)) + column;
-    constexpr int kPairs = (F::kTiles + 1) / 2;
-    float sums[2][kPairs][4] = {};  // of first and of second halves
-    for (int first = warp; first < num_pieces; first += F::kWarps * F::kPieces) {
-      if (first != warp) load_weight(first);
+  if constexpr (F::kIsStaged) {  // products with two tiles of outputs at once and a tile of tokens
+#pragma unroll 1
+    for (int first_token = 0; first_token < F::kTokens; first_token += kTile) {
+      const BFloat16* const token = rows.row(min(static_cast<int64_t>(first_token + row), a.T - 1)) + column;
+      constexpr int kPairs = (F::kTiles + 1) / 2;
+      float sums[2][kPairs][4] = {};  // of first and of second halves
+      for (int first = warp; first < num_pieces; first += F::kWarps * F::kPieces) {
+        if (first != warp) load_weight(first);
 #pragma unroll
-      for (int i = 0; i < F::kPieces; ++i) {
-        const int piece = first + i * F::kWarps;
-        if (piece >= num_pieces) break;
-        const uint4 x = *reinterpret_cast<const uint4*>(token + piece * kPiece);
+        for (int i = 0; i < F::kPieces; ++i) {
+          const int piece = first + i * F::kWarps;
+          if (piece >= num_pieces) break;
+          const uint4 x = *reinterpret_cast<const uint4*>(token + piece * kPiece);
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-          const uint4 low = w[i][2 * p];
-          const uint4 high = F::kTiles == 1 ? uint4{} : w[i][(2 * p + 1) % F::kTiles];
-          const uint32_t even[4] = {low.x, high.x, low.y, high.y};
-          const uint32_t odd[4] = {low.z, high.z, low.w, high.w};
-          multiply_bf16(sums[0][p], even, x.x, x.y);
-          multiply_bf16(sums[1][p], odd, x.z, x.w);
+          for (int p = 0; p < kPairs; ++p) {
+            const uint4 low = w[i][2 * p];
+            const uint4 high = F::kTiles == 1 ? uint4{} : w[i][(2 * p + 1) % F::kTiles];
+            const uint32_t even[4] = {low.x, high.x, low.y, high.y};
+            const uint32_t odd[4] = {low.z, high.z, low.w, high.w};
+            multiply_bf16(sums[0][p], even, x.x, x.y);
+            multiply_bf16(sums[1][p], odd, x.z, x.w);
+          }
         }
       }
-    }
 #pragma unroll
-    for (int t = 0; t < F::kTiles; ++t) {
+      for (int t = 0; t < F::kTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int from = t % 2 * 2 + i;
-        parts[warp][lane % 4 * 2 + i][t * kTile + row] = sums[0][t / 2][from] + sums[1][t / 2][from];
+        for (int i = 0; i < 2; ++i) {
+          const int from = t % 2 * 2 + i;
+          parts[warp][first_token + lane % 4 * 2 + i][t * kTile + row] = sums[0][t / 2][from] + sums[1][t / 2][from];
+        }
       }
     }
   } else {
@@ -378,9 +383,20 @@ void launch_warps(const LinearArgs& args, cudaStream_t stream) {
   }
 }
 
-// Blocks of 8 outputs where blocks of 16 would leave multiprocessors idle.
+// Blocks of 8 outputs where blocks of 16 would leave multiprocessors idle. Every block brings all tokens, so with
+// several of them blocks have 32 outputs where there are enough: of few tokens so many that blocks run in turns, which
+// hides what bringing them takes; of more tokens, whose blocks leave little room to others, one or two for a
+// multiprocessor.
 template <int kTokens>
 void launch_plain(const LinearArgs& args, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(args.O, 4 * kTile);
+  const bool run_at_once = blocks <= 2 * num_multiprocessors();
+  const bool are_wide =
+      kTokens == kFewTokens ? args.T > 1 && !run_at_once : run_at_once && blocks >= num_multiprocessors();
+  if (are_wide && args.D <= kMostOfFewWarps) {
+    return args.silu_and_mul ? launch<Form<kTokens, 4, kFewWarps, false, true>>(args, stream)
+                             : launch<Form<kTokens, 4, kFewWarps, false, false>>(args, stream);
+  }
   if (args.silu_and_mul) return launch_warps<kTokens, 2, 2, false, true>(args, stream);
   if (ceil_div(args.O, 2 * kTile) < num_multiprocessors()) {
     launch_warps<kTokens, 1, 1, false, false>(args, stream);
