@@ -6,8 +6,8 @@
 
 The model has the shape of Qwen3.5-0.8B and random weights. "functions" is `patch_transformers()`, "layers"
 `patch_transformers(layers=True)`. The three take turns in one process; a time is the shortest of the rounds, of which
-short cases have more, in milliseconds. Of a prompt the products with the layers' weights alone are timed too, by torch
-and by `linear`: no prompt takes less. What `xgdn.report()` counted comes last.
+short cases have more, in milliseconds. The products with the weights alone, of a prompt those of the layers, are timed
+too, by torch and by `linear`: no step and no prompt takes less. What `xgdn.report()` counted comes last.
 """
 
 import argparse
@@ -88,18 +88,19 @@ def model_cases(model: Any, args: argparse.Namespace) -> dict[str, dict[str, Cal
                 cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
                 calls[mode] = partial(model, ids[:, :1], past_key_values=cache, use_cache=True)
             cases[f"decode step, batch {batch}"] = calls
+            cases[f"the products of batch {batch}"] = products(model, batch)
     if "prompt" in args.cases:
         ids = torch.randint(1, model.config.vocab_size, (1, args.prompt))
         call = partial(model, ids, use_cache=True, logits_to_keep=1)
         cases[f"prompt of {args.prompt:,} tokens"] = dict.fromkeys(MODES, call)
-        cases[f"the products of {args.prompt:,} tokens"] = products(model, args.prompt)
+        cases[f"the products of {args.prompt:,} tokens"] = products(model.model, args.prompt)
     return cases
 
 
-def products(model: Any, length: int) -> dict[str, Callable[[], Any]]:
-    """Each product of a token with weights but for the head's, on other tokens."""
-    linears = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
-    tokens = {n: torch.randn(length, n).to(model.dtype) for n in {module.in_features for module in linears}}
+def products(model: Any, count: int) -> dict[str, Callable[[], Any]]:
+    """Each product of `count` tokens with the weights, on other tokens."""
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    tokens = {n: torch.randn(count, n).to(model.dtype) for n in {module.in_features for module in linears}}
 
     def multiply(product: Callable[[Tensor, Tensor], Tensor]) -> None:
         for module in linears:
