@@ -32,8 +32,9 @@ QUICK_TESTS := test_ops_backends test_ops_recurrent test_ops_decode_step test_ba
 PY_SERVING_TESTS := $(sort $(wildcard $(addprefix tests/py/test_,server*.py bench*.py cli.py demo.py chat_template.py detokenizer.py \
 	logprobs.py ray_serve.py sampling_defaults.py)))
 PY_CORE_TESTS := $(filter-out $(PY_SERVING_TESTS),$(wildcard tests/py/test_*.py))
-# In the order in which they begin, the longest first.
-SUITES := py-core-test py-serving-test cuda-test ascend-test cpp-test install-test xllm-test
+# In the order in which they begin, the longest first, so that none is left alone at the end.
+LONG_SUITES := py-core-test ascend-test py-serving-test
+SUITES := $(LONG_SUITES) cpp-test install-test cuda-test xllm-test
 # Most tests use one core, so two suites run at a time. Each prints when it has ended.
 SIDE_BY_SIDE := --jobs=2 --output-sync=target IS_PREPARED=yes
 
@@ -75,7 +76,7 @@ check: .venv/.dev
 	python -m pytest -q --noconftest tests/py/test_layering.py
 	tools/docs.sh --if-present
 	$(MAKE) package-with-tests browser
-	$(MAKE) $(SIDE_BY_SIDE) types cuda $(SUITES)
+	$(MAKE) $(SIDE_BY_SIDE) $(LONG_SUITES) cuda types $(SUITES)
 
 # Of the installed package.
 types:
