@@ -16,7 +16,8 @@
 // often as that from memory, before they are multiplied, and so do the rows of out, which lie in as many pages.
 //
 // With AVX512-BF16 pairs are multiplied as they lie, tokens too, in the processor's own order within a pair. The sums
-// of 4 outputs for 6 tokens fit into 32 registers, or of 3 for 8. bf16 below 2^-126 counts as zero there.
+// of 4 outputs for 6 tokens fit into 32 registers, or of 3 for 8, by which a step of 8 reads its weights once. bf16
+// below 2^-126 counts as zero there.
 #include "core/kernels/cpu/linear_rows.h"
 
 #include <algorithm>
@@ -38,6 +39,7 @@ namespace HWY_NAMESPACE {
 inline constexpr size_t kSumsAtOnce = 12;      // what 16 registers leave room for
 inline constexpr size_t kTokensOfLanes = 4;    // at most, for which memory is slower: lanes are summed after the block
 inline constexpr int64_t kTokensInOrder = 2;   // at most, for which weights are read in the order of memory
+inline constexpr size_t kTokensOfTile = 6;     // of several tiles: those of four outputs leave no rest of a block
 inline constexpr int64_t kTokensOfGroup = 24;  // of many, that are multiplied by all outputs of a call
 
 inline constexpr size_t kLine = 64;  // of a cache
@@ -52,8 +54,7 @@ class Ahead {
     const auto line = [&](int64_t t) { return reinterpret_cast<const char*>(next.data()) + lines * t / T * kLine; };
     next_ = line(token);
     end_ = line(token + num_tokens);
-    const int64_t groups = (T + num_tokens - 1) / num_tokens;
-    lines_ = groups > 3 ? 1 : groups > 1 ? 2 : 4;
+    lines_ = static_cast<size_t>((4 * num_tokens + T - 1) / T);
   }
 
   void fetch_before_group() {}
@@ -366,24 +367,25 @@ std::span<const uint16_t> block_weights(const LinearRowsArgs& args, int64_t outp
   return {args.weight + output * args.D, static_cast<size_t>(rows * args.D)};
 }
 
-// Blocks of outputs from `output` on, the weights of each while the one before is multiplied.
-template <class Rows>
+// Blocks of outputs from `output` on for up to kMost tokens at once, the weights of each block while the one before is
+// multiplied.
+template <class Rows, size_t kMost>
 void multiply_rows(const LinearRowsArgs& args, int64_t output, int64_t end_output, int64_t following) {
   constexpr auto kOutputs = static_cast<int64_t>(kBlockOutputs);
-  float* lanes = scratch<LinearRowsArgs>(kBlockOutputs * Rows::kTokensAtOnce * kMaxLanes);
+  float* lanes = scratch<LinearRowsArgs>(kBlockOutputs * kMost * kMaxLanes);
   const bool in_order = is_in_order<Rows>(args), is_fetched = !in_order && args.weight_stride == args.D;
   for (int64_t next; output < end_output; output = next) {
     next = std::min(output + kOutputs, end_output);
     std::span<const uint16_t> fetched;
     if (is_fetched) fetched = block_weights(args, next < end_output ? next : following);
-    multiply_block_outputs<Rows::kTokensAtOnce>(
+    multiply_block_outputs<kMost>(
         args, output, static_cast<size_t>(next - output), [&](const OutputBlock& block, int64_t num_tokens) {
           const Ahead ahead(fetched, block.token, num_tokens, args.T);
           if (in_order) {
             with_count<kTokensInOrder>(
                 num_tokens, [&]<size_t kTokens>() { multiply_block<Rows, kTokens, 1>(args, block, ahead, lanes); });
           } else {
-            multiply_tokens<Rows, Rows::kTokensAtOnce>(args, block, num_tokens, ahead, lanes);
+            multiply_tokens<Rows, kMost>(args, block, num_tokens, ahead, lanes);
           }
         });
   }
@@ -416,7 +418,7 @@ class TokensAhead {
 template <class Rows>
 void multiply_many(const LinearRowsArgs& args, int64_t first_output, int64_t end_output) {
   constexpr auto kOutputs = static_cast<int64_t>(kBlockOutputs);
-  constexpr size_t kMost = 6;  // tokens at once, of which tiles of four outputs leave no rest
+  constexpr size_t kMost = kTokensOfTile;
   const auto element = static_cast<size_t>(size_of(args.out.dtype));
   const int64_t num_blocks = (end_output - first_output + kOutputs - 1) / kOutputs;
   float* lanes = scratch<LinearRowsArgs>(kBlockOutputs * kMost * kMaxLanes);
@@ -451,8 +453,10 @@ template <class Rows>
 void multiply(const LinearRowsArgs& args, int64_t output, int64_t end_output, int64_t following) {
   if (args.T >= kManyRowTokens) {
     multiply_many<Rows>(args, output, end_output);
+  } else if (args.T > static_cast<int64_t>(Rows::kTokensAtOnce)) {
+    multiply_rows<Rows, kTokensOfTile>(args, output, end_output, following);
   } else {
-    multiply_rows<Rows>(args, output, end_output, following);
+    multiply_rows<Rows, Rows::kTokensAtOnce>(args, output, end_output, following);
   }
 }
 
