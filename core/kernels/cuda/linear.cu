@@ -6,7 +6,7 @@
 // turns with pieces of 32 of D, and their sums are added in order at the end. A lane reads 8 neighbours of a row at
 // once, 16 bytes, and gives them to the tensor core as if they were the pairs that it wants of two depths of 16: tokens
 // and weights are read in the same order, and a sum does not mind. A product has sixteen rows of tokens and eight of
-// outputs, or, of at most eight tokens, sixteen of outputs and eight of tokens.
+// outputs, or, of tokens in shared memory, sixteen of outputs and eight of tokens.
 //
 // Norm: every block norms all tokens for itself, into shared memory, which costs it less than a kernel in between costs
 // all. Block 0 writes residual_out, which is other memory, since any block may still read the residual.
