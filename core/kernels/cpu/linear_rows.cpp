@@ -54,7 +54,7 @@ class Ahead {
     const auto line = [&](int64_t t) { return reinterpret_cast<const char*>(next.data()) + lines * t / T * kLine; };
     next_ = line(token);
     end_ = line(token + num_tokens);
-    lines_ = static_cast<size_t>((4 * num_tokens + T - 1) / T);
+    lines_ = static_cast<size_t>((4 * num_tokens + T - 1) / T);  // with lines of 4 outputs, the most at once
   }
 
   void fetch_before_group() {}
