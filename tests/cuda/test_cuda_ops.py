@@ -101,6 +101,7 @@ def test_experts_are_the_formula(call: ExpertsCall) -> None:
         *((1, 1024, 4107), (5, 3584, 4107), (11, 1024, 4107), (16, 5120, 4107), (25, 1024, 4107), (32, 3584, 4107)),
         *((13, 1024, 4300), (16, 96, 5003), (17, 512, 8000), (31, 1024, 5003)),  # a block an SM, or two
         *((2, 1024, 9003), (8, 992, 20000)),  # blocks in turns
+        *((9, 96, 36_001), (12, 1024, 40_003), (24, 2048, 34_000), (32, 1024, 34_000)),  # a vocabulary
     ],
 )
 @pytest.mark.parametrize("is_constant", [True, False])
@@ -143,7 +144,13 @@ def test_linear_waits_for_a_weight_that_an_op_writes() -> None:
 
 
 @pytest.mark.parametrize("T", [1, 7, 13, 30])
-@pytest.mark.parametrize(("D", "width"), [(1024, 1024), (3584, 1024), (1024, 5000), (512, 9000)])
+@pytest.mark.parametrize(
+    ("D", "width"),
+    [
+        *((1024, 1024), (3584, 1024), (1024, 5000), (512, 9000)),
+        *((1024, 40_001), (2048, 40_000), (288, 36_000), (2560, 40_000)),  # a vocabulary
+    ],
+)
 def test_tokens_of_linear_have_the_bits_that_they_have_alone(D: int, width: int, T: int) -> None:
     """Up to 32 tokens: how many there are changes what is loaded together, not what is added."""
     x, weight = torch.randn(T, D).bfloat16().cuda(), torch.randn(width, D).bfloat16().cuda()

@@ -54,6 +54,17 @@ __device__ inline void prefetch_line(const void* address) {
 // Shared memory that a kernel gets without asking, less what those launched here have beside the launch's own.
 inline constexpr size_t kUnaskedSharedBytes = 14 << 10;
 
+/// Lets a kernel have all shared memory that the device gives to a block: the same wish from every thread and for every
+/// launch, so that none undoes another's.
+template <class... Params>
+void ask_for_shared_memory(void (*kernel)(Params...)) {
+  cudaFuncAttributes facts = {};
+  cudaFuncGetAttributes(&facts, kernel);
+  const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       most - static_cast<int>(facts.sharedSizeBytes));
+}
+
 /// A launch that overlaps with the one before it, in clusters of `cluster` blocks along x.
 template <class... Params, class... Args>
 void launch_overlapping(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, int cluster,
@@ -75,9 +86,7 @@ void launch_overlapping(void (*kernel)(Params...), dim3 grid, int threads, size_
     clusters.id = cudaLaunchAttributeClusterDimension;
     clusters.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
-  if (shared_bytes > kUnaskedSharedBytes) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  }
+  if (shared_bytes > kUnaskedSharedBytes) ask_for_shared_memory(kernel);
   cudaLaunchKernelEx(&config, kernel, args...);
 }
 

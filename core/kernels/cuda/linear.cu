@@ -2,20 +2,19 @@
 // out = y weight^T + bias of few tokens, where y is x, or n = rms_norm(residual + x);
 // with silu_and_mul out = silu(gate) * up of outputs [gate | up].
 //
-// A block takes 8, 16 or 32 outputs for all tokens, half of them of gate and the same of up; its 8 or 16 warps take
-// turns with pieces of 32 of D, and their sums are added in order at the end. A lane reads 8 neighbours of a row at
-// once, 16 bytes, and gives them to the tensor core as if they were the pairs that it wants of two depths of 16: tokens
-// and weights are read in the same order, and a sum does not mind. A product has sixteen rows of tokens and eight of
-// outputs, or, of tokens in shared memory, sixteen of outputs and eight of tokens.
+// A block takes 8, 16 or 32 outputs for all tokens, half of them of gate and the same of up; a warp has a class of
+// pieces of D (linear_pieces.cuh), and the classes' sums are added in order at the end. A lane reads 8 neighbours of a
+// row at once, 16 bytes, and gives them to the tensor core as if they were the pairs that it wants of two depths of 16:
+// tokens and weights are read in the same order, and a sum does not mind. A product has sixteen rows of tokens and
+// eight of outputs, or, of tokens in shared memory, sixteen of outputs and eight of tokens.
 //
 // Norm: every block norms all tokens for itself, into shared memory, which costs it less than a kernel in between costs
 // all. Block 0 writes residual_out, which is other memory, since any block may still read the residual.
 // Time: that of a small product is the way of the weight. What the registers of the blocks hold is on its way before
 // the wait for the kernel before where the weight is constant; rows that are longer, or of a weight that an op may have
 // written, start for the second-level cache.
-// Rounding: products and sums are f32: a warp's pieces in order, of each first and second halves of lanes' packets
-// apart, then the warps; rounded once. Around them as if the ops ran one after the other: the sum with the residual, n,
-// gate and up are rounded. A token's bits depend on neither the other tokens nor the number of outputs of a block.
+// Rounding: products and sums are f32, rounded once. Around them as if the ops ran one after the other: the sum with
+// the residual, n, gate and up are rounded.
 #include "core/kernels/cuda/linear.h"
 
 #include "core/kernels/cuda/alignment.h"
@@ -23,6 +22,8 @@
 #include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/gates.cuh"
 #include "core/kernels/cuda/launch.h"
+#include "core/kernels/cuda/linear_many.h"
+#include "core/kernels/cuda/linear_pieces.cuh"
 #include "core/kernels/cuda/norm_rows.cuh"
 #include "core/kernels/cuda/rows.cuh"
 #include "core/kernels/cuda/tensor_cores.cuh"
@@ -32,11 +33,6 @@ namespace {
 
 using BFloat16 = __nv_bfloat16;
 
-constexpr int kFewWarps = 8;
-constexpr int kManyWarps = 16;
-constexpr int kMostOfFewWarps = 1024;  // of D
-constexpr int kPiece = 32;             // of D
-constexpr int kTile = 8;               // outputs, or tokens, of a fragment
 constexpr int kMostTokens = 32;
 constexpr int kFewTokens = 8;
 constexpr int64_t kMostStaged = 48 << 10;  // elements of all tokens in shared memory
@@ -59,7 +55,7 @@ struct Form {
   // Tokens go through shared memory where they are few, or where the registers hold all of the weights; else to
   // registers.
   static constexpr bool kIsStaged = kTokens == kFewTokens || kTiles == 4;
-  static_assert(kTokens == kFewTokens || kTiles < 4 || kPiece * kPieces * kWarps >= kMostOfFewWarps);
+  static_assert(kTokens == kFewTokens || kTiles < 4 || kPiece * kPieces * kWarps >= kMostOfFewClasses);
   // Registers are what bounds how much of the weights is on its way ahead of the wait: beside a block of a kernel there
   // is room for one of the next. With four tiles that is for two blocks, and 128 threads of 96 registers.
   static constexpr int kRegisters = kTiles == 4 ? 104 : kIsStaged ? 64 : 128;
@@ -136,59 +132,57 @@ class TokenRows {
     __syncthreads();
   }
 
-  // Waits for the kernel before, too: where a thread's packets are is found ahead of that. Rows come to shared memory
-  // all at once, for registers are full of the weight.
+  // Waits for the kernel before, too. Rows come to shared memory all at once, for registers are full of the weight. A
+  // warp norms a token, or several norm one and take turns with its runs of 256 columns: where they are is found ahead
+  // of the wait.
   __device__ void norm() {
-    constexpr int kMostOfWarp = static_cast<int>(kMostNormed) / (32 * kPacket) / F::kWarps;
+    constexpr int kRun = 32 * kPacket;
     const bool has_residual = a_.residual.data != nullptr;
-    const int rows_of_packets = packets_ / 32;  // of a token; a warp takes one after the other
-    const int count = static_cast<int>(a_.T) * rows_of_packets;
-    const int lane = threadIdx.x % 32;
-    int token[kMostOfWarp], column[kMostOfWarp];
-#pragma unroll
-    for (int i = 0; i < kMostOfWarp; ++i) {
-      const int at = i * F::kWarps + static_cast<int>(threadIdx.x) / 32;
-      token[i] = at < count ? at / rows_of_packets : -1;
-      column[i] = (at % rows_of_packets * 32 + lane) * kPacket;
-    }
+    const int D = static_cast<int>(a_.D), T = static_cast<int>(a_.T);
+    int shift = 0;  // of the number of warps that norm a token
+    while ((T << (shift + 1)) <= F::kWarps && (kRun << (shift + 1)) <= D) ++shift;
+    const int warp = threadIdx.x / 32;
+    const int first_token = warp >> shift, token_step = F::kWarps >> shift;
+    const int first_column = (warp & ((1 << shift) - 1)) * kRun + threadIdx.x % 32 * kPacket;
+    const int column_step = kRun << shift;
     wait_for_kernel_before();
-#pragma unroll
-    for (int i = 0; i < kMostOfWarp; ++i) {
-      if (token[i] < 0) continue;
-      copy_async(shared_address(row(token[i]) + column[i]), row_of<BFloat16>(a_.x, token[i], 0) + column[i]);
-      if (has_residual) {
-        copy_async(shared_address(residual_row(token[i]) + column[i]),
-                   row_of<BFloat16>(a_.residual, token[i], 0) + column[i]);
+    for (int token = first_token; token < T; token += token_step) {
+#pragma unroll 4
+      for (int i = first_column; i < D; i += column_step) {
+        copy_async(shared_address(row(token) + i), row_of<BFloat16>(a_.x, token, 0) + i);
+        if (has_residual) {
+          copy_async(shared_address(residual_row(token) + i), row_of<BFloat16>(a_.residual, token, 0) + i);
+        }
       }
     }
     commit_copies();
     wait_copies<0>();
-#pragma unroll
-    for (int i = 0; i < kMostOfWarp; ++i) {
-      if (token[i] < 0) continue;
-      float x[kPacket];
-      widen(row(token[i]) + column[i], x);
-      if (has_residual) {
-        float residual[kPacket];
-        widen(residual_row(token[i]) + column[i], residual);
-        add_residual<BFloat16>(residual, x);
-        store_packet<true>(row(token[i]), column[i], column[i] + 1, x);  // for this thread alone
-        if (blockIdx.x == 0) {
-          store_packet<true>(row_of<BFloat16>(a_.residual_out, token[i], 0), column[i], column[i] + 1, x);
+    for (int token = first_token; token < T; token += token_step) {
+#pragma unroll 4
+      for (int i = first_column; i < D; i += column_step) {
+        float x[kPacket];
+        widen(row(token) + i, x);
+        if (has_residual) {
+          float residual[kPacket];
+          widen(residual_row(token) + i, residual);
+          add_residual<BFloat16>(residual, x);
+          store_packet<true>(row(token), i, i + 1, x);  // for this thread alone
+          if (blockIdx.x == 0) store_packet<true>(row_of<BFloat16>(a_.residual_out, token, 0), i, i + 1, x);
         }
+        squares_[token * packets_ + i / kPacket] = sum_of_squares(x);
       }
-      squares_[token[i] * packets_ + column[i] / kPacket] = sum_of_squares(x);
     }
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kMostOfWarp; ++i) {
-      if (token[i] < 0) continue;
-      const float scale = norm_scale(sum_over_packets(squares_ + token[i] * packets_, packets_), a_.D, a_.eps);
-      float x[kPacket], weight[kPacket];
-      widen(row(token[i]) + column[i], x);
-      widen(weight_ + column[i], weight);
-      apply_norm(scale, weight, x);
-      store_packet<true>(row(token[i]), column[i], column[i] + 1, x);
+    for (int token = first_token; token < T; token += token_step) {
+      const float scale = norm_scale(sum_over_packets(squares_ + token * packets_, packets_), a_.D, a_.eps);
+#pragma unroll 4
+      for (int i = first_column; i < D; i += column_step) {
+        float x[kPacket], weight[kPacket];
+        widen(row(token) + i, x);
+        widen(weight_ + i, weight);
+        apply_norm(scale, weight, x);
+        store_packet<true>(row(token), i, i + 1, x);
+      }
     }
     __syncthreads();
   }
@@ -376,10 +370,10 @@ void launch(const LinearArgs& args, cudaStream_t stream) {
 // With long rows more warps, so that few outputs too have enough bytes on their way; their blocks have `kTiles` tiles.
 template <int kTokens, int kTiles, int kTilesOfFewWarps, bool kNorms, bool kGates>
 void launch_warps(const LinearArgs& args, cudaStream_t stream) {
-  if (args.D > kMostOfFewWarps) {
-    launch<Form<kTokens, kTiles, kManyWarps, kNorms, kGates>>(args, stream);
+  if (args.D > kMostOfFewClasses) {
+    launch<Form<kTokens, kTiles, kManyClasses, kNorms, kGates>>(args, stream);
   } else {
-    launch<Form<kTokens, kTilesOfFewWarps, kFewWarps, kNorms, kGates>>(args, stream);
+    launch<Form<kTokens, kTilesOfFewWarps, kFewClasses, kNorms, kGates>>(args, stream);
   }
 }
 
@@ -393,9 +387,9 @@ void launch_plain(const LinearArgs& args, cudaStream_t stream) {
   const bool run_at_once = blocks <= 2 * num_multiprocessors();
   const bool are_wide =
       kTokens == kFewTokens ? args.T > 1 && !run_at_once : run_at_once && blocks >= num_multiprocessors();
-  if (are_wide && args.D <= kMostOfFewWarps) {
-    return args.silu_and_mul ? launch<Form<kTokens, 4, kFewWarps, false, true>>(args, stream)
-                             : launch<Form<kTokens, 4, kFewWarps, false, false>>(args, stream);
+  if (are_wide && args.D <= kMostOfFewClasses) {
+    return args.silu_and_mul ? launch<Form<kTokens, 4, kFewClasses, false, true>>(args, stream)
+                             : launch<Form<kTokens, 4, kFewClasses, false, false>>(args, stream);
   }
   if (args.silu_and_mul) return launch_warps<kTokens, 2, 2, false, true>(args, stream);
   if (ceil_div(args.O, 2 * kTile) < num_multiprocessors()) {
@@ -428,7 +422,9 @@ bool linear_supports(const LinearArgs& args) {
 
 void linear(const LinearArgs& args, cudaStream_t stream) {
   if (args.T == 0 || args.O == 0) return;
-  if (args.norm_weight.data != nullptr) {
+  if (linear_has_many(args)) {
+    linear_of_many(args, stream);
+  } else if (args.norm_weight.data != nullptr) {
     args.silu_and_mul ? launch_normed<true>(args, stream) : launch_normed<false>(args, stream);
   } else if (args.T <= kFewTokens && args.T * args.D <= kMostStaged) {
     launch_plain<kFewTokens>(args, stream);

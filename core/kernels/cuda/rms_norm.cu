@@ -17,7 +17,10 @@ namespace xgdn::kernel::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kBlock = 256;
+
+// Threads of a block: rows of a warp each, or one row.
+template <int kThreads>
+constexpr int kBlock = kThreads == kWarp ? 256 : kThreads;
 
 // The sum of a row in each of its threads, which have one number for each of their packets: packet i * kThreads +
 // thread.
@@ -65,11 +68,11 @@ class RawWeight {
 
 // kThreads of a row, which has at most kPackets packets for each.
 template <class Element, int kThreads, int kPackets, bool kIsWhole, bool kIsRotated>
-__global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t num_rows) {
+__global__ void __launch_bounds__(kBlock<kThreads>) norm_rows(RmsNormArgs args, int64_t num_rows) {
   extern __shared__ float to_rotate[];  // the first P normed elements of each row of the block
   const int thread = threadIdx.x % kThreads;
   const int row_of_block = threadIdx.x / kThreads;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / kThreads) + row_of_block;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock<kThreads> / kThreads) + row_of_block;
   const int64_t token = row / args.H;
   const int64_t head = row % args.H;
   const auto first_of = [thread](int i) { return static_cast<int64_t>(i * kThreads + thread) * kPacket; };
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(kBlock) norm_rows(RmsNormArgs args, int64_t nu
 
 template <class Element, int kThreads, int kPackets>
 void launch(const RmsNormArgs& args, int64_t num_rows, cudaStream_t stream) {
-  constexpr int kRows = kBlock / kThreads;
+  constexpr int kRows = kBlock<kThreads> / kThreads;
   const bool is_rotated = args.P > 0;
   const bool is_whole =
       args.D % kPacket == 0 && is_aligned(args.x) && is_aligned(args.out) &&
@@ -159,8 +162,8 @@ void launch(const RmsNormArgs& args, int64_t num_rows, cudaStream_t stream) {
                                : (is_rotated ? norm_rows<Element, kThreads, kPackets, false, true>
                                              : norm_rows<Element, kThreads, kPackets, false, false>);
   const auto bytes = static_cast<size_t>(kRows * args.P) * sizeof(float);
-  launch_overlapping(kernel, static_cast<unsigned>(ceil_div(num_rows, kRows)), kBlock, bytes, /*cluster=*/1, stream,
-                     args, num_rows);
+  launch_overlapping(kernel, static_cast<unsigned>(ceil_div(num_rows, kRows)), kBlock<kThreads>, bytes, /*cluster=*/1,
+                     stream, args, num_rows);
 }
 
 }  // namespace
@@ -172,8 +175,10 @@ void rms_norm(const RmsNormArgs& args, int64_t num_tokens, cudaStream_t stream) 
     using Element = decltype(element);
     if (args.D <= 256) {
       launch<Element, 32, 1>(args, num_rows, stream);
-    } else if (args.D <= 1024) {
+    } else if (args.D <= 1024 && num_rows > num_multiprocessors()) {
       launch<Element, 32, 4>(args, num_rows, stream);
+    } else if (args.D <= 1024) {  // few rows: what counts is how soon one is done
+      launch<Element, 128, 1>(args, num_rows, stream);
     } else if (args.D <= 2048) {
       launch<Element, 256, 1>(args, num_rows, stream);
     } else {
