@@ -198,8 +198,8 @@ HWY_INLINE void add_piece(const uint16_t* HWY_RESTRICT weight, size_t weight_str
 // Products of widened rows.
 struct WidenedRows {
   static constexpr size_t kTokensAtOnce = HWY_NAMESPACE::kTokensAtOnce;
-  static constexpr size_t kTokenElements = 6144;            // that stay in the first-level cache: 24 KiB
-  static constexpr size_t kPieceElements = kTokenElements;  // of the tokens at once
+  static constexpr size_t kTokenElements = 6144;  // that stay in the first-level cache: 24 KiB
+  static constexpr size_t piece_elements(size_t, size_t) { return kTokenElements; }
   static constexpr size_t outputs_at_once(size_t tokens) { return tokens > 3 ? 2 : 4; }
 
   static int64_t token_stride(const LinearRowsArgs& args) { return widened_stride(args.D); }
@@ -230,8 +230,13 @@ HWY_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
 // Products of pairs as they lie.
 struct PairedRows {
   static constexpr size_t kTokensAtOnce = 8;
-  static constexpr size_t kTokenElements = 8192;   // that stay in the first-level cache: 16 KiB
-  static constexpr size_t kPieceElements = 24576;  // of the tokens at once; the second-level cache keeps pace
+  static constexpr size_t kTokenElements = 8192;  // that stay in the first-level cache: 16 KiB
+  // Of the tokens at once. For groups of four outputs the second-level cache keeps pace; for those of three, tokens
+  // that the first-level cache does not hold are cut.
+  static constexpr size_t piece_elements(size_t tokens, size_t depth) {
+    if (outputs_at_once(tokens) > 3) return 3 * kTokenElements;
+    return tokens * depth > 2 * kTokenElements ? kTokenElements : 2 * kTokenElements;
+  }
   static constexpr size_t outputs_at_once(size_t tokens) { return tokens > 6 ? 3 : 4; }
 
   static int64_t token_stride(const LinearRowsArgs& args) { return args.x.token_stride; }
@@ -311,21 +316,21 @@ struct PairedRows {
 template <class Rows, size_t kTokens, size_t kOutputs, class AheadOf>
 void multiply_block(const LinearRowsArgs& args, const OutputBlock& block, AheadOf ahead, float* lanes) {
   constexpr bool kIsLater = kTokens <= kTokensOfLanes;
-  constexpr size_t kPiece = Rows::kPieceElements / kTokens / (2 * kMaxLanes) * (2 * kMaxLanes);
   const size_t vector = hn::Lanes(F32());
   const auto stride = static_cast<size_t>(args.weight_stride);
   const auto depth = static_cast<size_t>(args.D);
   const uint16_t* weight = args.weight + block.output * args.weight_stride;
   const auto* tokens = Rows::tokens(args, block.token);
   const auto token_stride = static_cast<size_t>(Rows::token_stride(args));
-  for (size_t begin = 0; begin < depth; begin += kPiece) {
+  const size_t piece = Rows::piece_elements(kTokens, depth) / kTokens / (2 * kMaxLanes) * (2 * kMaxLanes);
+  for (size_t begin = 0; begin < depth; begin += piece) {
     const auto add_rows = [&]<size_t kCount>(size_t row) {
       ahead.fetch_before_group();
       Rows::template add_piece<kCount, kTokens>(
-          weight + row * stride + begin, stride, tokens + begin, token_stride, std::min(kPiece, depth - begin), ahead,
+          weight + row * stride + begin, stride, tokens + begin, token_stride, std::min(piece, depth - begin), ahead,
           {.lanes = lanes + row * kTokens * vector,
            .is_first = begin == 0,
-           .outputs = begin + kPiece < depth || kIsLater ? nullptr : block.sums + row});
+           .outputs = begin + piece < depth || kIsLater ? nullptr : block.sums + row});
     };
     size_t row = 0;
     for (; row + kOutputs <= block.rows; row += kOutputs) add_rows.template operator()<kOutputs>(row);
