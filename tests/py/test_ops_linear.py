@@ -82,6 +82,7 @@ class Inputs:
 TOKENS = (0, 1, 2, 3, 5, 15, 16, 17, 33, 130)
 # From 241 tokens on the cpu backend takes blocks of 128 outputs and, after the first 32 tokens, pieces of 256 of D.
 MANY_TOKENS = (240, 241, 256, 257, 275)
+LONG_ROWS = (2048, 3584, 6176)  # of which the cpu backend cuts tokens to what a cache holds
 CALLS = [
     *(Call(T, O=width) for T in TOKENS for width in (16, 32, 48, 80)),
     *(Call(T, O=width, bias=bias) for T in TOKENS for width in (1, 6, 33, 35) for bias in (False, True)),
@@ -90,6 +91,7 @@ CALLS = [
     *(Call(T, D=D, O=width, bias=True) for T in (1, 17) for D in (32, 96, 1024, 40) for width in (80, 41, 8)),
     *(Call(T, dtype=dtype, bias=True) for T in TOKENS for dtype in (F32, F16)),
     *(Call(T, D=1024, O=80, dtype=dtype) for T in (1, 17) for dtype in (F32, F16)),
+    *(Call(T, D=D, O=35, bias=True) for T in (1, 2, 4, 6, 7, 8, 13, 65) for D in LONG_ROWS),
     *(Call(T, O=width, dtype=F32, bias=True) for T in range(1, 18) for width in (1, 33)),
     *(Call(T, dtype=F32, gaps=gaps) for T in (2, 7) for gaps in ((3, 0, 0), (0, 5, 0), (0, 0, 7))),
     *(Call(5, dtype=F16, out_dtype=F32, bias=bias) for bias in (False, True)),
@@ -150,6 +152,15 @@ def test_other_tokens_do_not_change_bits(
         assert_bits_equal(f"token {token}", x.run("cpu", slice(token, token + 1)), together[token : token + 1])
     num_threads(3)
     assert_bits_equal("three threads", x.run("cpu"), together)
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("D", LONG_ROWS)
+def test_other_tokens_do_not_change_bits_of_long_rows(D: int) -> None:
+    x = Call(65, D=D, O=35, out_dtype=F32, bias=True).make()
+    together = x.run("cpu")
+    for count in (1, 2, 3, 4, 6, 7, 8, 9, 12, 16, 33):
+        assert_bits_equal(f"the first {count} tokens", x.run("cpu", slice(count)), together[:count])
 
 
 @NEEDS_CPU
