@@ -8,9 +8,11 @@
 
 #include <cuda_bf16.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/kernels/cuda/dependent_launch.cuh"
+#include "core/kernels/cuda/device_facts.h"
 #include "core/kernels/cuda/launch.h"
 #include "core/kernels/cuda/linear_pieces.cuh"
 #include "core/kernels/cuda/rows.cuh"
@@ -238,9 +240,10 @@ int64_t shared_bytes(const LinearArgs& args) {
 }  // namespace
 
 bool linear_has_many(const LinearArgs& args) {
-  constexpr int64_t kMostBytes = 144 << 10;
+  constexpr int kMostBytes = 144 << 10;  // beside them the first-level cache has room for the weights under way
+  const int most = std::min(kMostBytes, device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>());
   return args.T > kTile && args.norm_weight.data == nullptr && !args.silu_and_mul &&
-         args.O >= int64_t{2 * kTile} * kWarps<1> * num_multiprocessors() && shared_bytes(args) <= kMostBytes;
+         args.O >= int64_t{2 * kTile} * kWarps<1> * num_multiprocessors() && shared_bytes(args) <= most;
 }
 
 void linear_of_many(const LinearArgs& args, cudaStream_t stream) {

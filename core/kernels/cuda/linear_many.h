@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of 2 to 32 tokens with a weight of very many outputs on CUDA.
+// Products of 9 to 32 tokens with a weight of very many outputs on CUDA.
 #pragma once
 
 #include "core/kernels/cuda/linear.h"
