@@ -78,19 +78,21 @@ void bind_options(nb::module_& m) {
       .def(
           "__init__",
           [](RunnerOptions* self, int64_t max_batch_size, int64_t max_cached_tokens, int64_t kv_block_size,
-             int64_t max_tokens_per_step, int64_t prefix_cache_slots, bool poison_freed_slots) {
+             int64_t max_tokens_per_step, int64_t prefix_cache_slots, bool poison_freed_slots,
+             std::optional<bool> run_ahead) {
             new (self) RunnerOptions{.max_batch_size = max_batch_size,
                                      .max_cached_tokens = max_cached_tokens,
                                      .kv_block_size = kv_block_size,
                                      .max_tokens_per_step = max_tokens_per_step,
                                      .prefix_cache_slots = prefix_cache_slots,
-                                     .poison_freed_slots = poison_freed_slots};
+                                     .poison_freed_slots = poison_freed_slots,
+                                     .run_ahead = run_ahead};
           },
           nb::kw_only(), "max_batch_size"_a = defaults.runner.max_batch_size,
           "max_cached_tokens"_a = defaults.runner.max_cached_tokens, "kv_block_size"_a = defaults.runner.kv_block_size,
           "max_tokens_per_step"_a = defaults.runner.max_tokens_per_step,
           "prefix_cache_slots"_a = defaults.runner.prefix_cache_slots,
-          "poison_freed_slots"_a = defaults.runner.poison_freed_slots)
+          "poison_freed_slots"_a = defaults.runner.poison_freed_slots, "run_ahead"_a = defaults.runner.run_ahead)
       .def_ro("max_batch_size", &RunnerOptions::max_batch_size, "State slots: sequences that run at once.")
       .def_ro("max_cached_tokens", &RunnerOptions::max_cached_tokens, "Capacity of the KV cache, over all sequences.")
       .def_ro("kv_block_size", &RunnerOptions::kv_block_size, "Tokens in a block of the KV cache.")
@@ -98,7 +100,10 @@ void bind_options(nb::module_& m) {
               "Token budget of a step: decodes and prompt chunks together.")
       .def_ro("prefix_cache_slots", &RunnerOptions::prefix_cache_slots,
               "State slots of cached prefixes, beside those of running sequences; 0: no prefix is cached.")
-      .def_ro("poison_freed_slots", &RunnerOptions::poison_freed_slots, "Fill freed slots with NaN, to find bugs.");
+      .def_ro("poison_freed_slots", &RunnerOptions::poison_freed_slots, "Fill freed slots with NaN, to find bugs.")
+      .def_ro("run_ahead", &RunnerOptions::run_ahead,
+              "Whether greedy decodes may start before the tokens of the step before are on the host; None: where the "
+              "device finds them.");
 
   nb::class_<EngineOptions>(m, "EngineOptions", "How a model is loaded and served.")
       .def(
@@ -202,7 +207,9 @@ void bind_reports(nb::module_& m) {
   nb::class_<StepStats>(m, "StepStats", "Counts and times of a step.")
       .def_ro("num_decodes", &StepStats::num_decodes, "Sequences that computed one token.")
       .def_ro("num_prefill_tokens", &StepStats::num_prefill_tokens, "Tokens of prompts.")
-      .def_ro("seconds", &StepStats::seconds, "Time of the whole step.")
+      .def_ro("seconds", &StepStats::seconds, "Time of the whole step, from when it was asked for.")
+      .def_ro("started_ahead", &StepStats::started_ahead,
+              "Whether it was started before the tokens of the step before it were known.")
       .def_ro("forward_seconds", &StepStats::forward_seconds,
               "Time of the model's forward in it, until the logits are on the host.");
 

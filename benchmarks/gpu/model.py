@@ -37,6 +37,7 @@ app = typer.Typer(add_completion=False)
 
 TRANSFORMERS = Path(__file__).parents[1] / "peers" / "model_transformers.py"
 REPETITIONS = 3  # of a prompt, after one that is not timed
+STEPS_TOGETHER = 4  # a step that starts before it is asked for may end so, and the next one pays
 MIN_STEP_TOKENS = 64
 CHECKED_TOKENS = 64
 LOGITS_BOUND = 1e-4  # the products' sums are in another order
@@ -108,7 +109,12 @@ def decode_rows(
         kv_rows = memory["kv_cache"] * batch * context / sized.max_cached_tokens
         return step_bytes(engine.streamed_bytes, states, kv_rows) / copy_gb_s / 1e6
 
-    return [row_of("decode", row.batch, "xgdn", row.times, limit(row.batch)) for row in rows]
+    return [row_of("decode", row.batch, "xgdn", means(row.times), limit(row.batch)) for row in rows]
+
+
+def means(times: Sequence[float]) -> list[float]:
+    """Return those of STEPS_TOGETHER steps each."""
+    return [statistics.fmean(times[i : i + STEPS_TOGETHER]) for i in range(0, len(times), STEPS_TOGETHER)]
 
 
 def prompt_rows(model: Path, lengths: Sequence[int], device: str) -> list[Row]:

@@ -37,10 +37,13 @@ std::unique_ptr<DeviceGraph> record(c10::Device device, const std::function<void
 /// more.
 bool finds_largest_logits(c10::Device device);
 
-/// The largest logit of each row, and the first token that has it; a NaN is larger than any number.
+/// The largest logit of each row, and the first token that has it; a NaN is larger than any number. In one tensor, for
+/// one copy.
 struct LargestLogits {
-  at::Tensor values;  // [R]  f32
-  at::Tensor tokens;  // [R]  i64
+  at::Tensor packed;  // [2, R]  i32, the second row the bits of f32
+
+  at::Tensor tokens() const { return packed.select(0, 0); }                   // [R]  i32
+  at::Tensor values() const { return packed.select(0, 1).view(at::kFloat); }  // [R]  f32
 };
 
 /// Of logits [R, V], contiguous f32, on the device; where finds_largest_logits is true.

@@ -124,7 +124,8 @@ Engine::Engine(std::shared_ptr<const HybridDecoder> model, LoadReport report, co
       kv_(kv_spec(*model_, options.kv_block_size), num_kv_blocks(*model_, options), model_->device(), leader_.get()),
       scheduler_({.max_tokens_per_step = options.max_tokens_per_step, .num_prefix_slots = options.prefix_cache_slots},
                  states_, kv_),
-      runner_(model_, options, states_, kv_, leader_ ? &leader_->group() : nullptr, leader_.get()) {
+      runner_(model_, options, states_, kv_, leader_ ? &leader_->group() : nullptr, leader_.get()),
+      runs_ahead_(!leader_ && xgdn::runs_ahead(*model_, options)) {
   if (model_->has_mtp_head()) mtp_drafter_.emplace(model_, options, states_, kv_);
   if (!leader_) return;
   sharded_.emplace(model_->config(), model_->state_specs(), model_->shard().rank, model_->shard().world);
@@ -250,10 +251,65 @@ void Engine::take_inbox() {
   undelivered_.reserve(undelivered_.size() + to_cancel_.size());
   for (; !to_cancel_.empty(); to_cancel_.erase(to_cancel_.begin())) {
     const auto [id, branch] = *to_cancel_.begin();
+    leave_ahead(id, branch);
     const std::unique_ptr<Sequence> removed = scheduler_.remove(id, branch);
     if (!removed) continue;  // it ended in the step that was under way
     undelivered_.push_back(event_of(*removed));
     undelivered_.back().finish_reason = FinishReason::kCancelled;
+  }
+}
+
+// The step that is ahead, unless all its sequences have left, or else the next one.
+void Engine::start(StartedStep& started) {
+  if (ahead_) {
+    started = *std::exchange(ahead_, std::nullopt);
+    if (std::ranges::any_of(started.scheduled, [](const ScheduledStep& step) { return step.sequence != nullptr; })) {
+      runner_.take_ahead();
+      last_step_ = count(started.scheduled);
+      last_step_.started_ahead = true;
+      return;
+    }
+    started = {};
+  }
+  started.scheduled = scheduler_.schedule();
+  if (started.scheduled.empty()) return;
+  last_step_ = count(started.scheduled);
+  for (const ScheduledStep& step : started.scheduled) started.sequences.push_back(describe(step));
+  runner_.launch(started.sequences);
+}
+
+// Starts the step behind one that has been started, so that the device need not wait until its tokens are booked. A
+// sequence that they end, or that is cancelled meanwhile, has computed its last token as well.
+void Engine::start_ahead(const StartedStep& started) {
+  if (!runs_ahead_) return;
+  std::vector<ScheduledStep> running;
+  for (size_t i = 0; i < started.scheduled.size(); ++i) {
+    const Sequence* const s = started.scheduled[i].sequence;
+    if (s == nullptr) continue;
+    if (!s->sampler.is_greedy() || started.sequences[i].num_hidden > 0) return;
+    running.push_back(started.scheduled[i]);
+  }
+  StartedStep ahead{.scheduled = scheduler_.schedule_ahead(running)};
+  if (ahead.scheduled.empty()) return;
+  std::vector<size_t> behind;
+  for (const ScheduledStep& step : ahead.scheduled) {
+    size_t before = behind.empty() ? 0 : behind.back() + 1;
+    while (started.scheduled[before].sequence != step.sequence) ++before;
+    behind.push_back(before);
+    SequenceStep& next = ahead.sequences.emplace_back(started.sequences[before]);
+    ++next.num_cached;
+    next.kv_blocks = step.sequence->memory.blocks();
+  }
+  runner_.launch_ahead(ahead.sequences, behind);
+  ahead_ = std::move(ahead);
+}
+
+void Engine::leave_ahead(RequestId id, int64_t branch) {
+  if (!ahead_) return;
+  for (ScheduledStep& step : ahead_->scheduled) {
+    if (step.sequence == nullptr || step.sequence->id != id || step.sequence->branch != branch) continue;
+    step.sequence->memory.advance(step.num_tokens);
+    step.sequence = nullptr;
   }
 }
 
@@ -534,6 +590,7 @@ std::vector<RequestEvent> Engine::fail(const std::vector<ScheduledStep>& steps, 
     ended = scheduler_.youngest_first();
   } else {
     for (const ScheduledStep& step : steps) {
+      if (step.sequence == nullptr) continue;
       for (const Sequence* branch : with_tokenless_branches(*step.sequence)) ended.push_back(branch);
     }
     for (const Sequence* sequence : scheduler_.youngest_first()) {
@@ -618,22 +675,21 @@ void Engine::run_step() {
   const c10::InferenceMode inference;
   const Stopwatch stopwatch;
   take_inbox();
-  std::vector<ScheduledStep> steps;
+  StartedStep started;
+  const std::vector<ScheduledStep>& steps = started.scheduled;
+  const std::vector<SequenceStep>& sequences = started.sequences;
   std::vector<RequestEvent> moved;
   try {
     if (device_error_.empty()) device_error_ = rank_error();
     if (!device_error_.empty()) throw Error(device_error_);
-    steps = scheduler_.schedule();
+    start(started);
     if (steps.empty()) return;
-    last_step_ = count(steps);
-    std::vector<SequenceStep> sequences;
-    for (const ScheduledStep& step : steps) sequences.push_back(describe(step));
-    runner_.launch(sequences);
+    start_ahead(started);
     runner_.wait();
     if (mtp_drafter_) fill_mtp_cache(steps);  // first: advance() hands blocks over to forks and cached prefixes
     std::vector<Choice> choices;
     for (size_t i = 0; i < steps.size(); ++i) {
-      advance(steps[i], i, sequences[i], moved, choices);
+      if (steps[i].sequence != nullptr) advance(steps[i], i, sequences[i], moved, choices);
     }
     last_step_.forward_seconds = runner_.forward_seconds();
     std::vector<SampleRow> rows;
@@ -643,11 +699,13 @@ void Engine::run_step() {
     draft(sequences, choices);
     undelivered_.reserve(undelivered_.size() + moved.size());
   } catch (const std::exception& error) {
+    ahead_.reset();
     moved = fail(steps, moved, error.what());
     undelivered_.reserve(undelivered_.size() + moved.size());
   }
   for (const RequestEvent& event : moved) {
     if (event.finish_reason == FinishReason::kRunning) continue;
+    leave_ahead(event.id, event.branch);
     if (event.finish_reason == FinishReason::kError) {
       scheduler_.remove_failed(event.id, event.branch);
     } else {

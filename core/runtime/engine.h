@@ -32,7 +32,8 @@ namespace xgdn {
 struct StepStats {
   int64_t num_decodes = 0;         // sequences that computed one token
   int64_t num_prefill_tokens = 0;  // of prompts
-  double seconds = 0;              // the step as a whole
+  bool started_ahead = false;      // before the tokens of the step before it were known
+  double seconds = 0;              // the step as a whole, from when it was asked for
   double forward_seconds = 0;      // the model in it, until its logits are on the host
 };
 
@@ -178,6 +179,14 @@ class Engine {
   void take_inbox();
   void run_step();
   void deliver();
+  // A step that has been started: what each sequence does in it; null: one that has left since.
+  struct StartedStep {
+    std::vector<ScheduledStep> scheduled;
+    std::vector<SequenceStep> sequences;
+  };
+  void start(StartedStep& started);
+  void start_ahead(const StartedStep& started);
+  void leave_ahead(RequestId id, int64_t branch);
   SequenceStep describe(const ScheduledStep& step) const;
   // A sequence whose next tokens the step's logits choose, and the event that tells of them.
   struct Choice {
@@ -218,6 +227,8 @@ class Engine {
   Scheduler scheduler_;
   ModelRunner runner_;
   std::optional<MtpDrafter> mtp_drafter_;  // where the model has an MTP head
+  const bool runs_ahead_;
+  std::optional<StartedStep> ahead_;  // behind the last step
   StepStats last_step_;
   SpeculationStats speculation_;
   std::string device_error_;               // empty while the device computes

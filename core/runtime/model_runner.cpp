@@ -2,6 +2,7 @@
 #include "core/runtime/model_runner.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/argmax.h>
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
@@ -36,30 +37,60 @@ ModelRunner::ModelRunner(std::shared_ptr<const HybridDecoder> model, const Runne
       finds_largest_(ranks == nullptr && kernel::finds_largest_logits(model_->device())) {}
 
 void ModelRunner::launch(const std::vector<SequenceStep>& sequences) {
-  result_ = {};
-  built_ = {};
-  built_ = builder_.build(sequences);
-  since_launch_ = Stopwatch();
+  ahead_.reset();
+  step_ = {};
+  step_.built = builder_.build(sequences);
   if (ranks_ == nullptr) {
-    result_ = can_be_recorded() ? run_recorded() : forward(built_.input);
+    start(step_);
     return;
   }
+  step_.since_start = Stopwatch();
+  Result& result = step_.result;
   const auto compute = [&] {
-    result_ = forward(built_.input);
-    result_.gathered.emplace(result_.logits, candidates_of_rows(sequences), *ranks_);
-    if (leader_ != nullptr) result_.gathered->to_host();  // what an exchange throws ends all ranks
+    result = forward(step_.built.input);
+    result.gathered.emplace(result.logits, candidates_of_rows(sequences), *ranks_);
+    if (leader_ != nullptr) result.gathered->to_host();  // what an exchange throws ends all ranks
   };
   leader_ == nullptr ? compute() : leader_->exchange(StepCommand{sequences}, compute);
 }
 
+void ModelRunner::start(Step& step) {
+  step.since_start = Stopwatch();
+  const StepInput& input = step.built.input;
+  step.result = can_be_recorded(input) ? run_recorded(input) : forward(input);
+  if (finds_largest_) step.largest = HostCopy(step.result.largest.packed);
+}
+
+// The tokens never leave the device. Sequences that were neighbours in the last step have theirs copied at once.
+void ModelRunner::launch_ahead(const std::vector<SequenceStep>& sequences, const std::vector<size_t>& behind) {
+  Step ahead{.built = builder_.build(sequences)};
+  const at::Tensor chosen = finds_largest_ ? step_.result.largest.tokens() : at::argmax(step_.result.logits, /*dim=*/1);
+  const at::Tensor& tokens = ahead.built.input.token_ids;
+  const auto count = std::ssize(behind);
+  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+    const int64_t first = first_row(behind[static_cast<size_t>(begin)]);
+    do {
+      ++end;
+    } while (end < count && first_row(behind[static_cast<size_t>(end)]) == first + end - begin);
+    tokens.narrow(0, begin, end - begin).copy_(chosen.narrow(0, first, end - begin), /*non_blocking=*/true);
+  }
+  start(ahead);
+  ahead_ = std::move(ahead);
+}
+
+void ModelRunner::take_ahead() {
+  step_ = *std::exchange(ahead_, std::nullopt);
+  step_.since_start = Stopwatch();
+}
+
 // Of each row of the logits.
 std::vector<int64_t> ModelRunner::candidates_of_rows(const std::vector<SequenceStep>& sequences) const {
-  std::vector<int64_t> candidates(static_cast<size_t>(result_.logits.size(0)), 0);
+  std::vector<int64_t> candidates(static_cast<size_t>(step_.result.logits.size(0)), 0);
   for (size_t i = 0; i < sequences.size(); ++i) {
     const SequenceStep& s = sequences[i];
     if (!s.wants_logits) continue;
     const int64_t count = s.kind == SegmentKind::kVerify ? std::ssize(s.tokens) : 1;
-    std::fill_n(candidates.begin() + built_.logit_rows[i], count, s.num_candidates);
+    std::fill_n(candidates.begin() + step_.built.logit_rows[i], count, s.num_candidates);
   }
   return candidates;
 }
@@ -75,44 +106,45 @@ ModelRunner::Result ModelRunner::forward(const StepInput& input) {
 }
 
 // Sequences that go on from another's state have write slots beside those that they read, which other steps lack.
-bool ModelRunner::can_be_recorded() const {
-  const std::vector<Segment>& segments = built_.input.gdn.segments;
+bool ModelRunner::can_be_recorded(const StepInput& input) const {
+  const std::vector<Segment>& segments = input.gdn.segments;
   if (!has_graphs_ || segments.size() != 1 || segments.front().kind != SegmentKind::kDecode) return false;
   return !segments.front().state_slots.write && !segments.front().conv_slots.write;
 }
 
 // The graph of a step has logits for the padding too, so that it serves any number of sequences up to its rows.
-ModelRunner::Result ModelRunner::run_recorded() {
-  const int64_t num_rows = built_.input.gdn.num_tokens;
-  if (recorded_at_ != built_.input.token_ids.const_data_ptr()) recorded_.clear();
-  recorded_at_ = built_.input.token_ids.const_data_ptr();
+ModelRunner::Result ModelRunner::run_recorded(const StepInput& input) {
+  const int64_t num_rows = input.gdn.num_tokens;
+  if (recorded_at_ != input.token_ids.const_data_ptr()) recorded_.clear();
+  recorded_at_ = input.token_ids.const_data_ptr();
   const auto [entry, is_new] = recorded_.try_emplace(num_rows);
-  if (is_new) return forward(built_.input);
+  if (is_new) return forward(input);
   RecordedStep& step = entry->second;
   if (!step.graph) {
-    StepInput input = built_.input;
-    input.logit_rows = at::Tensor();
-    step.graph = kernel::record(model_->device(), [&] { step.result = forward(input); });
+    StepInput all_rows = input;
+    all_rows.logit_rows = at::Tensor();
+    step.graph = kernel::record(model_->device(), [&] { step.result = forward(all_rows); });
   }
   step.graph->replay();
   return step.result;
 }
 
 void ModelRunner::wait() {
-  if (result_.hidden.defined()) result_.hidden_sums = at::sum(result_.hidden, 1, /*keepdim=*/false, at::kFloat).cpu();
-  if (ranks_ != nullptr) {
-    forward_seconds_ = since_launch_.seconds();
-    return;
+  Result& result = step_.result;
+  if (result.hidden.defined()) result.hidden_sums = at::sum(result.hidden, 1, /*keepdim=*/false, at::kFloat).cpu();
+  if (finds_largest_) {
+    const kernel::LargestLogits largest{step_.largest.wait()};
+    step_.tokens = largest.tokens();
+    step_.values = largest.values();
+  } else if (ranks_ == nullptr) {
+    result.logits = result.logits.to(at::kCPU).contiguous();
   }
-  at::Tensor& awaited = finds_largest_ ? result_.largest.values : result_.logits;
-  awaited = awaited.to(at::kCPU).contiguous();
-  if (finds_largest_) result_.largest.tokens = result_.largest.tokens.to(at::kCPU);
-  forward_seconds_ = since_launch_.seconds();
+  forward_seconds_ = step_.since_start.seconds();
 }
 
 // The first of them.
 int64_t ModelRunner::first_row(size_t sequence) const {
-  const int64_t row = built_.logit_rows.at(sequence);
+  const int64_t row = step_.built.logit_rows.at(sequence);
   if (row < 0) throw std::out_of_range("[ModelRunner] sample: a sequence without logits");
   return row;
 }
@@ -125,7 +157,7 @@ at::Tensor ModelRunner::logits_on_host(const std::vector<SampleRow>& rows, std::
   }
   if (!finds_largest_) {
     for (const SampleRow& row : rows) places.push_back(first_row(row.sequence));
-    return result_.logits;
+    return step_.result.logits;
   }
   std::vector<int64_t> wanted;
   for (const SampleRow& row : rows) {
@@ -138,21 +170,22 @@ at::Tensor ModelRunner::logits_on_host(const std::vector<SampleRow>& rows, std::
     for (int64_t i = 0; i <= std::ssize(row.drafts); ++i) wanted.push_back(first + i);
   }
   if (wanted.empty()) return {};
-  return select_rows(result_.logits, wanted).to(at::kCPU);
+  return select_rows(step_.result.logits, wanted).to(at::kCPU);
 }
 
 // The next token of a row of all logits, which is row `place` of those on the host.
 SampledToken ModelRunner::choose(Sampler& sampler, int64_t row, const at::Tensor& logits, int64_t place) const {
   try {
     if (place < 0) {
-      const int64_t token = result_.largest.tokens.const_data_ptr<int64_t>()[row];
-      check_largest_logit(result_.largest.values.const_data_ptr<float>()[row], token);
-      return {.token = static_cast<int32_t>(token)};
+      const int32_t token = step_.tokens.const_data_ptr<int32_t>()[row];
+      check_largest_logit(step_.values.const_data_ptr<float>()[row], token);
+      return {.token = token};
     }
-    if (!result_.gathered) return choose_from(sampler, row_of(logits, place));
-    if (sampler.is_greedy()) return {.token = result_.gathered->largest(row)};
+    const std::optional<ShardedLogits>& gathered = step_.result.gathered;
+    if (!gathered) return choose_from(sampler, row_of(logits, place));
+    if (sampler.is_greedy()) return {.token = gathered->largest(row)};
     thread_local std::vector<float> with_candidates;  // of the size of a vocabulary: not allocated for every token
-    return choose_from(sampler, result_.gathered->row(row, with_candidates));
+    return choose_from(sampler, gathered->row(row, with_candidates));
   } catch (const NumericsError& error) {
     return {.error = error.what(), .is_spoilt = true};
   } catch (const Error& error) {
@@ -190,7 +223,7 @@ std::vector<std::vector<SampledToken>> ModelRunner::sample(const std::vector<Sam
 }
 
 std::vector<Logprobs> ModelRunner::logprobs_of(size_t sequence, std::span<const int32_t> tokens, int64_t num_top) {
-  const int64_t first = built_.hidden_rows.at(sequence);
+  const int64_t first = step_.built.hidden_rows.at(sequence);
   std::vector<Logprobs> found;
   for (int64_t begin = 0; begin < std::ssize(tokens); begin += kLogitBlock) {
     const int64_t count = std::min(std::ssize(tokens) - begin, kLogitBlock);
@@ -211,18 +244,18 @@ std::vector<Logprobs> ModelRunner::logprobs_of(size_t sequence, std::span<const 
 }
 
 at::Tensor ModelRunner::hidden_logits(int64_t first, int64_t count) const {
-  const at::Tensor local = model_->logits(result_.hidden.narrow(0, first, count));
+  const at::Tensor local = model_->logits(step_.result.hidden.narrow(0, first, count));
   return ranks_ == nullptr ? local : gather_logits(local, *ranks_);
 }
 
 // Behind the last norm, so that the sum of finite ones is finite.
 bool ModelRunner::has_finite_state(size_t sequence, int64_t num_hidden) const {
-  const int64_t last = built_.hidden_rows.at(sequence) + num_hidden - 1;
-  return std::isfinite(result_.hidden_sums.const_data_ptr<float>()[last]);
+  const int64_t last = step_.built.hidden_rows.at(sequence) + num_hidden - 1;
+  return std::isfinite(step_.result.hidden_sums.const_data_ptr<float>()[last]);
 }
 
 std::vector<float> ModelRunner::last_hidden(size_t sequence, int64_t num_hidden) const {
-  const at::Tensor row = result_.hidden.select(0, built_.hidden_rows.at(sequence) + num_hidden - 1);
+  const at::Tensor row = step_.result.hidden.select(0, step_.built.hidden_rows.at(sequence) + num_hidden - 1);
   const at::Tensor on_host = row.to(at::kCPU, at::kFloat).contiguous();
   return {on_host.const_data_ptr<float>(), on_host.const_data_ptr<float>() + on_host.numel()};
 }

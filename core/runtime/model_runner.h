@@ -12,6 +12,7 @@
 
 #include "core/models/hybrid_decoder.h"
 #include "core/runtime/batch_builder.h"
+#include "core/runtime/host_copy.h"
 #include "core/runtime/leader.h"
 #include "core/runtime/logprobs.h"
 #include "core/runtime/runner_options.h"
@@ -48,11 +49,19 @@ class ModelRunner {
   ModelRunner(std::shared_ptr<const HybridDecoder> model, const RunnerOptions& options, StatePool& states, KvCache& kv,
               ProcessGroup* ranks = nullptr, Leader* leader = nullptr);
 
-  /// Packs a step and starts it on the device, on all ranks. Throws as BatchBuilder::build and HybridDecoder::forward,
-  /// and RankError.
+  /// Packs a step and starts it on the device, on all ranks. It is the last step from then on, and one that was ahead
+  /// is forgotten. Throws as BatchBuilder::build and HybridDecoder::forward, and RankError.
   void launch(const std::vector<SequenceStep>& sequences);
 
-  /// Waits until the step has been computed. Throws what the device reports.
+  /// Starts the step behind the last one before anybody knows the latter's tokens: `sequences`, which decode, go on
+  /// from its sequences `behind` with the largest logits there, in the place of the tokens that they name. For one
+  /// process, and before wait(). Throws as launch.
+  void launch_ahead(const std::vector<SequenceStep>& sequences, const std::vector<size_t>& behind);
+
+  /// Makes the step that is ahead the last one.
+  void take_ahead();
+
+  /// Waits until the last step has been computed. Throws what the device reports.
   void wait();
 
   /// Chooses the next tokens of each row of the last step, on several threads: one, and one more for each draft that is
@@ -76,23 +85,24 @@ class ModelRunner {
   bool has_finite_state(size_t sequence, int64_t num_hidden) const;
 
   /// Hidden states [T, hidden] of all tokens of the last step, as StepOutput::all_hidden.
-  const at::Tensor& all_hidden() const { return result_.all_hidden; }
+  const at::Tensor& all_hidden() const { return step_.result.all_hidden; }
 
   /// Where among them those of a sequence of the last step begin.
-  int64_t first_token_row(size_t sequence) const { return built_.token_rows.at(sequence); }
+  int64_t first_token_row(size_t sequence) const { return step_.built.token_rows.at(sequence); }
 
-  /// Time in the model, of the last step: from the packed step to the end of wait(), and in its head for logprobs_of().
+  /// Time in the model, of the last step: from the packed step, or from take_ahead(), to the end of wait(), and in its
+  /// head for logprobs_of().
   double forward_seconds() const { return forward_seconds_; }
 
   /// Host memory that is kept for the tensors of steps, in bytes.
   int64_t memory_bytes() const { return memory_.bytes(); }
 
   /// The last step as it was packed.
-  const StepInput& input() const { return built_.input; }
+  const StepInput& input() const { return step_.built.input; }
 
-  /// Its logits [R, vocab] f32: after wait() on the host, unless the device finds the largest ones itself. Of several
-  /// ranks this one's part.
-  const at::Tensor& logits() const { return result_.logits; }
+  /// Its logits [R, vocab] f32: after wait() on the host, unless the device finds the largest ones itself, where a step
+  /// ahead may have taken their place. Of several ranks this one's part.
+  const at::Tensor& logits() const { return step_.result.logits; }
 
  private:
   // What the device gives back of a step.
@@ -108,10 +118,19 @@ class ModelRunner {
     std::unique_ptr<kernel::DeviceGraph> graph;  // null: seen once
     Result result;
   };
+  // A step that has been packed, and started.
+  struct Step {
+    BuiltStep built;
+    Result result;
+    HostCopy largest;           // of the result
+    at::Tensor tokens, values;  // of its logits, on the host after wait()
+    Stopwatch since_start;      // or since it was taken
+  };
 
+  void start(Step& step);
   Result forward(const StepInput& input);
-  bool can_be_recorded() const;
-  Result run_recorded();
+  bool can_be_recorded(const StepInput& input) const;
+  Result run_recorded(const StepInput& input);
   int64_t first_row(size_t sequence) const;
   at::Tensor logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const;
   std::vector<int64_t> candidates_of_rows(const std::vector<SequenceStep>& sequences) const;
@@ -123,14 +142,13 @@ class ModelRunner {
   Leader* leader_;
   BatchBuilder builder_;
   ModelState state_;  // the pools
-  BuiltStep built_;
   kernel::StepMemory memory_;
-  Result result_;
+  Step step_;                  // the last one
+  std::optional<Step> ahead_;  // the one behind it
   const bool has_graphs_;
   const bool finds_largest_;
   std::map<int64_t, RecordedStep> recorded_;  // by rows
   const void* recorded_at_ = nullptr;         // where the step's tensors lay
-  Stopwatch since_launch_;
   double forward_seconds_ = 0;
 };
 

@@ -69,6 +69,10 @@ std::vector<int64_t> decode_buckets(const RunnerOptions& options, c10::Device de
   return buckets;
 }
 
+bool runs_ahead(const HybridDecoder& model, const RunnerOptions& options) {
+  return model.max_draft_tokens() == 0 && options.run_ahead.value_or(kernel::finds_largest_logits(model.device()));
+}
+
 BatchLimits batch_limits(const HybridDecoder& model, const RunnerOptions& options) {
   const int64_t context = max_context(model, options);
   return {.num_slots = num_state_slots(options),

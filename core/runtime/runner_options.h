@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "core/models/hybrid_decoder.h"
@@ -25,6 +26,8 @@ struct RunnerOptions {
   // Further state slots, one for each prefix of prompts that is kept for later ones (PrefixCache). 0: none is.
   int64_t prefix_cache_slots = 0;
   bool poison_freed_slots = poison_freed_by_default();
+  // Whether a step may start before the tokens of the one before it are on the host. None: where the device finds them.
+  std::optional<bool> run_ahead = {};
 
   /// Throws RequestError for a size that no engine can have.
   void check() const;
@@ -51,6 +54,10 @@ int64_t max_step_tokens(int64_t max_tokens_per_step, int64_t max_batch_size);
 
 /// BatchLimits::decode_buckets of an engine on that device.
 std::vector<int64_t> decode_buckets(const RunnerOptions& options, c10::Device device);
+
+/// Whether an engine of that model, in one process, starts greedy decodes before it knows their tokens: not with
+/// drafts, which it makes of them.
+bool runs_ahead(const HybridDecoder& model, const RunnerOptions& options);
 
 /// What the steps of an engine are checked against.
 BatchLimits batch_limits(const HybridDecoder& model, const RunnerOptions& options);

@@ -222,20 +222,46 @@ std::vector<ScheduledStep> Scheduler::schedule() {
   return steps;
 }
 
+// Others would be held up: those that run in the next step though not in these, having been read by their forks, and
+// those that wait for a slot or blocks that are free, or will be.
+std::vector<ScheduledStep> Scheduler::schedule_ahead(const std::vector<ScheduledStep>& steps) {
+  std::vector<ScheduledStep> next;
+  int64_t num_blocks = 0;
+  for (const ScheduledStep& step : steps) {
+    const Sequence& s = *step.sequence;
+    const bool is_plain = step.kind == SegmentKind::kDecode && step.num_tokens == 1 && !s.memory.has_unread_state();
+    if (!is_plain || is_kept(step) || is_rolling(step)) return {};
+    if (s.num_generated() + 1 == s.request->max_new_tokens) continue;
+    num_blocks += s.memory.num_missing(room(s) + 1);
+    next.push_back(step);
+  }
+  const bool frees_slots = next.size() < steps.size();
+  if (!waiting_.empty() && (frees_slots || waiting_.front()->request->n <= num_free_slots())) return {};
+  if (running_.size() != steps.size() || num_blocks > kv_.num_free()) return {};
+  for (const ScheduledStep& step : next) step.sequence->memory.grow(room(*step.sequence) + 1);
+  return next;
+}
+
 void Scheduler::advance(const ScheduledStep& step) {
   Sequence& s = *step.sequence;
+  const bool is_kept = this->is_kept(step), is_rolling = this->is_rolling(step);
   s.memory.advance(step.num_tokens);
-  if (std::ranges::binary_search(s.checkpoints, s.num_computed())) {
+  if (is_kept) {
     prefixes_.keep_checkpoint(s.id, computed_tokens(s), s.memory);
-  } else if (s.request->is_rewindable && has_just_folded(s, step)) {
+  } else if (is_rolling) {
     prefixes_.keep_rolling(s.id, computed_tokens(s), s.memory);
   }
 }
 
-// Whether the ring is empty behind a decode, so that a fork has nothing to copy.
-bool Scheduler::has_just_folded(const Sequence& sequence, const ScheduledStep& step) const {
-  return states_.has_replay_states() && step.kind == SegmentKind::kDecode &&
-         sequence.num_computed() % kReplayChunk == 0;
+// Whether the state behind a step that has not been booked is a checkpoint of the prompt.
+bool Scheduler::is_kept(const ScheduledStep& step) const {
+  return std::ranges::binary_search(step.sequence->checkpoints, step.sequence->num_computed() + step.num_tokens);
+}
+
+// Whether it is one that its request may be rewound to: the ring is empty, so that a fork has nothing to copy.
+bool Scheduler::is_rolling(const ScheduledStep& step) const {
+  return step.sequence->request->is_rewindable && states_.has_replay_states() && step.kind == SegmentKind::kDecode &&
+         (step.sequence->num_computed() + step.num_tokens) % kReplayChunk == 0;
 }
 
 // Whether what the sequence has computed is in its state, without tokens that the last verification has left in the

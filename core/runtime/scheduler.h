@@ -54,6 +54,11 @@ class Scheduler {
   /// prompts; then picks what each of them does in this step.
   std::vector<ScheduledStep> schedule();
 
+  /// Picks the step behind `steps`, which have not been booked, before their tokens are known, and gives it room:
+  /// decodes of those among them that do not end by their length, in the same order. Empty where another sequence could
+  /// run in it or waits for blocks, or where a state that `steps` leave is kept for others.
+  std::vector<ScheduledStep> schedule_ahead(const std::vector<ScheduledStep>& steps);
+
   /// Books what a step has computed. The state that is a checkpoint of the prompt is kept for others.
   void advance(const ScheduledStep& step);
 
@@ -98,7 +103,8 @@ class Scheduler {
   bool resume();
   void admit();
   bool admit_first();
-  bool has_just_folded(const Sequence& sequence, const ScheduledStep& step) const;
+  bool is_kept(const ScheduledStep& step) const;
+  bool is_rolling(const ScheduledStep& step) const;
   bool settle(Sequence& sequence);
   std::unique_ptr<Sequence> take_out(RequestId id, int64_t branch);
 

@@ -136,19 +136,26 @@ class EngineArgs:
             "State slots for cached prefixes: later prompts that begin with the same tokens do not compute them again."
         ),
     )
+    run_ahead: bool | None = field(
+        default=_SIZES.run_ahead,
+        metadata=_documented(
+            "Whether greedy decodes may start before the tokens of the step before are on the host (default: on a GPU)."
+        ),
+    )
     memory_limit: int | None = field(
         default=_DEFAULTS.memory_limit,
         metadata=_documented("Maximum memory of weights, pools and steps together, in bytes (default: no limit)."),
     )
 
     def runner_options(self) -> RunnerOptions:
-        """Return the sizes of the pools and of a step."""
+        """Return the sizes of the pools and of a step, and when steps start."""
         return RunnerOptions(
             max_batch_size=self.max_batch_size,
             max_cached_tokens=self.max_cached_tokens,
             kv_block_size=self.kv_block_size,
             max_tokens_per_step=self.max_tokens_per_step,
             prefix_cache_slots=self.prefix_cache_slots,
+            run_ahead=self.run_ahead,
         )
 
 

@@ -65,6 +65,42 @@ def test_sequences_that_go_on_from_others_beside_recorded_steps(tmp_path: Path) 
     assert gpu.prefix_cache_stats.num_found == cpu.prefix_cache_stats.num_found > 0
 
 
+@pytest.mark.parametrize("replay_states", [False, True])
+def test_steps_that_start_ahead_choose_the_same_tokens(replay_states: bool, tmp_path: Path) -> None:
+    """Requests that come, end and are cancelled while the device is a step ahead."""
+    directory, _ = checkpoints.make(checkpoints.CHECKPOINTS[0], tmp_path)
+    prompts = [torch.randint(0, 128, (length,)).tolist() for length in (3, 65, 7, 130, 20, 33, 64, 5, 90, 41)]
+    replies, num_ahead = [], []
+    for run_ahead in (None, False):
+        runner = xgdn.RunnerOptions(
+            max_batch_size=4, max_cached_tokens=2048, prefix_cache_slots=2, poison_freed_slots=True, run_ahead=run_ahead
+        )
+        engine = xgdn.Engine(directory, device="cuda", dtype=torch.float32, replay_states=replay_states, runner=runner)
+        tokens: dict[int, list[int]] = {}
+        ahead = steps = 0
+        waiting = list(enumerate(prompts * 2))
+        while waiting or not engine.is_idle():
+            if waiting and steps % 3 == 0:
+                i, prompt = waiting.pop(0)
+                sampling = xgdn.SamplingParams(temperature=float(i % 7 == 6), seed=i)
+                stops = list(range(0, 128, 16)) if i % 3 == 0 else []
+                request = xgdn.Request(prompt, max_new_tokens=5 + 4 * i, sampling=sampling, stop_token_ids=stops)
+                cancelled = engine.submit(request)
+                if i == 12:
+                    engine.cancel(cancelled)
+            for event in engine.step():
+                assert not event.error
+                tokens.setdefault(event.id, []).extend(event.tokens)
+            ahead += engine.last_step.started_ahead
+            steps += 1
+        assert engine.num_free_slots == 4
+        replies.append(tokens)
+        num_ahead.append(ahead)
+    assert replies[0] == replies[1]
+    assert num_ahead[0] > 40
+    assert num_ahead[1] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_perplexity_of_the_small_model_is_that_of_the_cpu(dtype: torch.dtype) -> None:
     sys.path.insert(0, str(SMALL_MODEL))

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import xgdn
-from checkpoints import CHECKPOINTS, make
+from checkpoints import CHECKPOINTS, Tiny, make
 from xgdn import errors
 from xgdn.runtime import load_decoder
 
@@ -111,6 +111,27 @@ def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(engine: xgdn.Eng
     other = xgdn.SamplingParams(temperature=1.2, top_k=40, top_p=0.95, seed=6)
     assert together == alone
     assert engine.generate([PROMPTS[1]], max_new_tokens=20, sampling=other, ignore_eos=True)[0].tokens != alone
+
+
+@pytest.mark.parametrize("model", CHECKPOINTS, ids=str)
+def test_steps_that_start_ahead_choose_the_same_tokens(model: Tiny, tmp_path: Path) -> None:
+    directory, _ = make(model, tmp_path)
+    tokens = []
+    for run_ahead in (True, False, None):
+        runner = xgdn.RunnerOptions(max_batch_size=3, max_cached_tokens=1024, run_ahead=run_ahead)
+        assert runner.run_ahead is run_ahead
+        engine = xgdn.Engine(directory, runner=runner)
+        for i, prompt in enumerate(PROMPTS):
+            engine.submit(request(prompt, max_new_tokens=20 + i, ignore_eos=True))
+        replies: dict[int, list[int]] = {}
+        num_ahead = 0
+        while not engine.is_idle():
+            for event in engine.step():
+                replies.setdefault(event.id, []).extend(event.tokens)
+            num_ahead += engine.last_step.started_ahead
+        assert (num_ahead > 20) is (run_ahead is True)
+        tokens.append(replies)
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 def test_preempted_requests_go_on_with_the_same_tokens(checkpoint: Path, engine: xgdn.Engine) -> None:

@@ -18,6 +18,7 @@ from xgdn.cli import app
 
 NAMES = [field.name for field in fields(xgdn.EngineArgs)]
 SIZES = ("max_batch_size", "max_cached_tokens", "kv_block_size", "max_tokens_per_step", "prefix_cache_slots")
+OF_RUNNER = (*SIZES, "run_ahead")
 # An option of every field with another value than its default.
 OPTIONS = {
     "dtype": ("bfloat16", torch.bfloat16),
@@ -38,6 +39,7 @@ OPTIONS = {
     "kv_block_size": ("32", 32),
     "max_tokens_per_step": ("64", 64),
     "prefix_cache_slots": ("7", 7),
+    "run_ahead": (None, True),  # one of two flags
     "memory_limit": ("2 GiB", 2**31),
 }
 SUBSETS = {
@@ -85,25 +87,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_defaults_are_those_of_the_core() -> None:
     args, sizes, options = xgdn.EngineArgs(), _C.RunnerOptions(), _C.EngineOptions()
     for name in NAMES:
-        assert getattr(args, name) == getattr(sizes if name in SIZES else options, name), name
-    assert all(getattr(options.runner, name) == getattr(sizes, name) for name in SIZES)
+        assert getattr(args, name) == getattr(sizes if name in OF_RUNNER else options, name), name
+    assert all(getattr(options.runner, name) == getattr(sizes, name) for name in OF_RUNNER)
 
 
-def test_no_size_of_the_core_is_left_out() -> None:
-    sizes = {name for name in dir(_C.RunnerOptions) if not name.startswith("_")}
-    assert sizes == {*SIZES, "poison_freed_slots"}
+def test_no_runner_option_of_the_core_is_left_out() -> None:
+    names = {name for name in dir(_C.RunnerOptions) if not name.startswith("_")}
+    assert names == {*OF_RUNNER, "poison_freed_slots"}
 
 
-def test_runner_options_carry_the_sizes() -> None:
-    args = replace(xgdn.EngineArgs(), **{name: OPTIONS[name][1] for name in SIZES})
+def test_runner_options_carry_what_is_theirs() -> None:
+    args = replace(xgdn.EngineArgs(), **{name: OPTIONS[name][1] for name in OF_RUNNER})
     runner = args.runner_options()
-    assert {name: getattr(runner, name) for name in SIZES} == {name: OPTIONS[name][1] for name in SIZES}
+    assert {name: getattr(runner, name) for name in OF_RUNNER} == {name: OPTIONS[name][1] for name in OF_RUNNER}
 
 
 def test_the_engine_has_the_same_arguments_defaults_and_docs() -> None:
     parameters = inspect.signature(xgdn.Engine.__init__).parameters
     for name in NAMES:
-        if name not in SIZES:
+        if name not in OF_RUNNER:
             assert parameters[name].default == getattr(xgdn.EngineArgs(), name), name
     for field in fields(xgdn.EngineArgs):
         for owner in (xgdn.Engine, xgdn.EngineArgs):
@@ -116,8 +118,8 @@ def test_from_args_passes_every_argument(monkeypatch: pytest.MonkeyPatch) -> Non
     xgdn.Engine.from_args("model", xgdn.EngineArgs(**{name: value for name, (_, value) in OPTIONS.items()}))
     runner = given.pop("runner")
     assert given.pop("on_layer_loaded") is None
-    assert given == {name: value for name, (_, value) in OPTIONS.items() if name not in SIZES}
-    assert {name: getattr(runner, name) for name in SIZES} == {name: OPTIONS[name][1] for name in SIZES}
+    assert given == {name: value for name, (_, value) in OPTIONS.items() if name not in OF_RUNNER}
+    assert {name: getattr(runner, name) for name in OF_RUNNER} == {name: OPTIONS[name][1] for name in OF_RUNNER}
 
 
 def test_from_args_loads_a_model(model: Path) -> None:
@@ -165,6 +167,10 @@ def test_an_option_sets_its_field(monkeypatch: pytest.MonkeyPatch, model: Path, 
     args = loaded_by(monkeypatch, model, option, *([] if text is None else [text]))
     assert args == replace(xgdn.EngineArgs(), **{name: value})
     assert args != xgdn.EngineArgs()
+
+
+def test_an_option_that_nobody_has_set_can_be_refused(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    assert loaded_by(monkeypatch, model, "--no-run-ahead").run_ahead is False
 
 
 @pytest.mark.parametrize("text", ["8 GB", "-1", "", "1.5GiB"])

@@ -136,12 +136,12 @@ class CudaBackend final : public Backend {
   bool finds_largest_logits() const override { return true; }
   LargestLogits largest_logits(const at::Tensor& logits) const override {
     const int64_t R = logits.size(0);
-    const LargestLogits found = {at::empty({R}, logits.options()), at::empty({R}, logits.options().dtype(at::kLong))};
+    const LargestLogits found{at::empty({2, R}, logits.options().dtype(at::kInt))};
     cuda::largest_logits({.R = R,
                           .V = logits.size(1),
                           .logits = logits.const_data_ptr<float>(),
-                          .largest = found.values.mutable_data_ptr<float>(),
-                          .tokens = found.tokens.mutable_data_ptr<int64_t>()},
+                          .tokens = found.tokens().mutable_data_ptr<int32_t>(),
+                          .largest = found.values().mutable_data_ptr<float>()},
                          current_stream(logits));
     return found;
   }

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) largest_kernel(const LargestLogitsAr
   for (int i = 0; i < blocks; ++i) best = max(best, of_blocks[i]);
   const uint32_t place = ~static_cast<uint32_t>(best);
   args.largest[blockIdx.y] = row[place];
-  args.tokens[blockIdx.y] = place;
+  args.tokens[blockIdx.y] = static_cast<int32_t>(place);
 }
 
 static_assert(kWarps == 32);

@@ -12,8 +12,8 @@ struct LargestLogitsArgs {
   int64_t R = 0;
   int64_t V = 0;                  // at least one
   const float* logits = nullptr;  // [R, V]
+  int32_t* tokens = nullptr;      // [R]
   float* largest = nullptr;       // [R]
-  int64_t* tokens = nullptr;      // [R]
 };
 
 void largest_logits(const LargestLogitsArgs& args, cudaStream_t stream);

@@ -2,6 +2,7 @@
 """Decode steps of a whole model: `xgdn bench model`."""
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ class ModelRow:
 
     batch: int
     threads: int
-    times: list[float]  # of every step
+    times: list[float]  # of every step, from the tokens of the one before it to its own
     engine: float  # median share of a step that is not the model's forward
     roofline: float  # time to read the weights once, and to read and write the states once
     prefill: float  # tokens per second of the prompts before
@@ -98,10 +99,12 @@ class ModelBenchmark:
         while not engine.is_idle():
             engine.step()
         self._submit(engine, batch, max_new_tokens=self._max_new_tokens(batch))
-        steps, prefill_seconds = [], 0.0
+        steps, times, prefill_seconds = [], [], 0.0
         recorded: dict[str, list[RecordedStep]] = {"prompt": [], "decode": []}
+        last = time.perf_counter()
         while not engine.is_idle():
             events, seconds, ops = record_ops(engine.step) if self._profile else (engine.step(), 0.0, [])
+            begin, last = last, time.perf_counter()  # a device may compute between two calls
             if error := next((event.error for event in events if event.error), ""):
                 raise xgdn.errors.Error(error)
             step = engine.last_step
@@ -110,13 +113,14 @@ class ModelBenchmark:
                 recorded["prompt"].append(RecordedStep(step.num_prefill_tokens + step.num_decodes, seconds, ops))
             elif step.num_decodes == batch:
                 steps.append(step)
+                times.append(1e3 * (last - begin))
                 recorded["decode"].append(RecordedStep(batch, seconds, ops))
         timed = steps[_WARM_UP:]
         recorded["decode"] = recorded["decode"][_WARM_UP:]
         return ModelRow(
             batch=batch,
             threads=threads,
-            times=[1e3 * step.seconds for step in timed],
+            times=times[_WARM_UP:],
             engine=statistics.median(1 - step.forward_seconds / step.seconds for step in timed),
             roofline=1e3
             * _roofline(engine.streamed_bytes, engine.memory_bytes["states"] * batch // slots, self._args.device),

@@ -99,6 +99,9 @@ def _option(argument: "Field[Any]", default: Any) -> inspect.Parameter:
     elif argument.name == "memory_limit":
         option = typer.Option(metavar="BYTES", parser=parse_bytes, help=f"{doc} Units: KiB, MiB, GiB, TiB.")
         annotation = Annotated[int | None, option]
+    elif argument.type == bool | None:
+        name = argument.name.replace("_", "-")
+        annotation = Annotated[bool | None, typer.Option(f"--{name}/--no-{name}", help=doc)]
     elif isinstance(default, bool):
         annotation = Annotated[bool, typer.Option(f"--{argument.name.replace('_', '-')}", help=doc)]
     elif isinstance(default, int):
