@@ -51,8 +51,9 @@ __global__ void __launch_bounds__(kSumThreads) sum_chunks(const PagedAttentionAr
   const int64_t head = blockIdx.x % args.HQ;
   const int token = static_cast<int>(blockIdx.x / args.HQ % results.max_tokens);
   const int64_t n = blockIdx.x / args.HQ / results.max_tokens;
-  begin_overlapped();
+  let_next_kernel_launch();
   const AttendedSequence s = sequence_of(args, n);
+  wait_for_kernel_before();
   const int rows = chunk_rows(results, s.context);
   if (!is_split(s) || token >= s.len || s.context <= rows) return;
   const int num_chunks = (s.context + rows - 1) / rows;

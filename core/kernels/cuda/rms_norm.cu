@@ -89,6 +89,16 @@ __global__ void __launch_bounds__(kBlock<kThreads>) norm_rows(RmsNormArgs args, 
     raw_x[i].load(row_of<Element>(args.x, token, head), first_of(i), args.D);
     if (has_residual) raw_residual[i].load(row_of<Element>(args.residual, token, head), first_of(i), args.D);
   }
+  // What comes later waits beside the row, not behind it.
+  RawWeight<Element, kIsWhole> raw_weight[kPackets];
+  RawPacket<Element, kIsWhole> raw_cos[kPackets], raw_sin[kPackets];
+#pragma unroll
+  for (int i = 0; i < kPackets; ++i) {
+    raw_weight[i].load(args.weight, first_of(i), args.D);
+    if (!kIsRotated || first_of(i) >= args.P) continue;
+    raw_cos[i].load(row_of<Element>(args.cos, token, 0), first_of(i), args.P);
+    raw_sin[i].load(row_of<Element>(args.sin, token, 0), first_of(i), args.P);
+  }
   float x[kPackets][kPacket];
   float squares[kPackets];
 #pragma unroll
@@ -105,10 +115,8 @@ __global__ void __launch_bounds__(kBlock<kThreads>) norm_rows(RmsNormArgs args, 
   const float scale = norm_scale(sum_over_row<kThreads>(squares), args.D, args.eps);
 #pragma unroll
   for (int i = 0; i < kPackets; ++i) {
-    RawWeight<Element, kIsWhole> raw_weight;
-    raw_weight.load(args.weight, first_of(i), args.D);
     float weight[kPacket];
-    raw_weight.widen(weight);
+    raw_weight[i].widen(weight);
     apply_norm(scale, weight, x[i]);
   }
 
@@ -126,13 +134,10 @@ __global__ void __launch_bounds__(kBlock<kThreads>) norm_rows(RmsNormArgs args, 
 #pragma unroll
     for (int i = 0; i < kPackets; ++i) {
       if (first_of(i) >= args.P) continue;
-      RawPacket<Element, kIsWhole> raw_cos, raw_sin;
-      raw_cos.load(row_of<Element>(args.cos, token, 0), first_of(i), args.P);
-      raw_sin.load(row_of<Element>(args.sin, token, 0), first_of(i), args.P);
       float cos[kPacket];
       float sin[kPacket];
-      raw_cos.widen(cos);
-      raw_sin.widen(sin);
+      raw_cos[i].widen(cos);
+      raw_sin[i].widen(sin);
 #pragma unroll
       for (int j = 0; j < kPacket; ++j) {
         const int64_t column = first_of(i) + j;

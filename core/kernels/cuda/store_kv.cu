@@ -24,11 +24,11 @@ constexpr int kLanes = 32;
 template <class Piece>
 __global__ void copy_rows(StoreKvArgs args, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  begin_overlapped();
-  if (i >= count) return;
+  let_next_kernel_launch();
   const int64_t width = args.HKV * args.D;
   const int64_t token = i / width;
-  const int32_t row = args.rows[token];
+  const int32_t row = i < count ? args.rows[token] : -1;
+  wait_for_kernel_before();
   if (row < 0) return;
   const int64_t column = i % width;
   const InRows& from = blockIdx.y == 0 ? args.k : args.v;
@@ -42,12 +42,12 @@ __global__ void store_codes(StoreKvArgs args, int64_t count) {
   constexpr float kSmallest = 0x1p-100f;  // below, the reciprocal leaves f32
   constexpr uint32_t kInfinity = 0x7F800000;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
-  begin_overlapped();
-  if (i >= count) return;
+  let_next_kernel_launch();
   const int lane = threadIdx.x % kLanes;
   const int64_t token = i / args.HKV;
   const int64_t head = i % args.HKV;
-  const int32_t row = args.rows[token];
+  const int32_t row = i < count ? args.rows[token] : -1;
+  wait_for_kernel_before();
   if (row < 0) return;
   const Element* x = row_of<Element>(blockIdx.y == 0 ? args.k : args.v, token, head);
   char* to = static_cast<char*>(blockIdx.y == 0 ? args.k_cache : args.v_cache) +
