@@ -63,6 +63,7 @@ class Backend : public BackendOps<AllOps> {
   virtual std::unique_ptr<DeviceGraph> record(const std::function<void()>& /*launches*/) const { return nullptr; }
   virtual bool finds_largest_logits() const { return false; }
   virtual LargestLogits largest_logits(const at::Tensor& /*logits*/) const { return {}; }
+  virtual at::Tensor likeliest_logits(const at::Tensor& /*logits*/, int64_t /*count*/) const { return {}; }
 
   // Why not on this device; every backend's first answer.
   virtual std::optional<std::string> why_not_device(c10::Device device) const = 0;

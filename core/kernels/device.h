@@ -49,4 +49,11 @@ struct LargestLogits {
 /// Of logits [R, V], contiguous f32, on the device; where finds_largest_logits is true.
 LargestLogits largest_logits(const at::Tensor& logits);
 
+/// Tokens of a row that likeliest_logits() finds, at most.
+inline constexpr int64_t kMostLikeliest = 256;
+
+/// The `count` largest logits of each such row, 1 up to V and kMostLikeliest, and their tokens: [R, 2, count] i32, the
+/// logits as the bits of f32. The largest come first, of equal ones the first token, NaNs before all.
+at::Tensor likeliest_logits(const at::Tensor& logits, int64_t count);
+
 }  // namespace xgdn::kernel

@@ -28,7 +28,7 @@ struct SequenceStep {
   std::vector<int32_t> kv_blocks;    // all blocks of the sequence, enough for num_cached + tokens
   bool wants_logits = true;          // of the last token; kVerify: of every token
   int64_t num_hidden = 0;            // last tokens of these whose hidden states are wanted
-  int64_t num_candidates = 0;        // of several ranks: likeliest tokens of each that rank 0 wants; 0: all logits
+  int64_t num_candidates = 0;        // likeliest tokens that its sampler wants, as num_candidates(); 0: all logits
 };
 
 /// Sizes that every index is checked against, and those of the largest step.

@@ -334,7 +334,7 @@ SequenceStep Engine::describe(const ScheduledStep& step) const {
           .kv_blocks = memory.blocks(),
           .wants_logits = wants_logits,
           .num_hidden = num_hidden(step, wants_logits),
-          .num_candidates = leader_ ? num_candidates(*s.request) : 0};
+          .num_candidates = num_candidates(*s.request)};
 }
 
 int64_t Engine::pin(const std::vector<int32_t>& tokens) {

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "core/runtime/sequence_logits.h"
-#include "core/runtime/sharded_logits.h"
+#include "core/runtime/wanted_logits.h"
 
 namespace xgdn {
 namespace {

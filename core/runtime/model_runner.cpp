@@ -11,8 +11,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "core/runtime/select_rows.h"
-
 namespace xgdn {
 namespace {
 
@@ -41,24 +39,28 @@ void ModelRunner::launch(const std::vector<SequenceStep>& sequences) {
   step_ = {};
   step_.built = builder_.build(sequences);
   if (ranks_ == nullptr) {
-    start(step_);
+    start(step_, sequences);
     return;
   }
   step_.since_start = Stopwatch();
-  Result& result = step_.result;
   const auto compute = [&] {
-    result = forward(step_.built.input);
-    result.gathered.emplace(result.logits, candidates_of_rows(sequences), *ranks_);
-    if (leader_ != nullptr) result.gathered->to_host();  // what an exchange throws ends all ranks
+    step_.result = forward(step_.built.input);
+    step_.wanted.emplace(step_.result.logits, needs_of_rows(step_, sequences), ranks_);
+    if (leader_ != nullptr) step_.wanted->to_host();  // what an exchange throws ends all ranks
   };
   leader_ == nullptr ? compute() : leader_->exchange(StepCommand{sequences}, compute);
 }
 
-void ModelRunner::start(Step& step) {
+void ModelRunner::start(Step& step, const std::vector<SequenceStep>& sequences) {
   step.since_start = Stopwatch();
   const StepInput& input = step.built.input;
   step.result = can_be_recorded(input) ? run_recorded(input) : forward(input);
-  if (finds_largest_) step.largest = HostCopy(step.result.largest.packed);
+  if (!finds_largest_) return;
+  step.largest = HostCopy(step.result.largest.packed);
+  const std::vector<int64_t> needs = needs_of_rows(step, sequences);
+  if (std::ranges::all_of(needs, [](int64_t need) { return need == kNotWanted; })) return;
+  step.wanted.emplace(step.result.logits, needs, /*group=*/nullptr);
+  step.wanted->start_to_host();
 }
 
 // The tokens never leave the device. Sequences that were neighbours in the last step have theirs copied at once.
@@ -74,7 +76,7 @@ void ModelRunner::launch_ahead(const std::vector<SequenceStep>& sequences, const
     } while (end < count && first_row(behind[static_cast<size_t>(end)]) == first + end - begin);
     tokens.narrow(0, begin, end - begin).copy_(chosen.narrow(0, first, end - begin), /*non_blocking=*/true);
   }
-  start(ahead);
+  start(ahead, sequences);
   ahead_ = std::move(ahead);
 }
 
@@ -83,16 +85,16 @@ void ModelRunner::take_ahead() {
   step_.since_start = Stopwatch();
 }
 
-// Of each row of the logits.
-std::vector<int64_t> ModelRunner::candidates_of_rows(const std::vector<SequenceStep>& sequences) const {
-  std::vector<int64_t> candidates(static_cast<size_t>(step_.result.logits.size(0)), 0);
+// Of each row of the logits, as WantedLogits has them.
+std::vector<int64_t> ModelRunner::needs_of_rows(const Step& step, const std::vector<SequenceStep>& sequences) const {
+  std::vector<int64_t> needs(static_cast<size_t>(step.result.logits.size(0)), kNotWanted);
   for (size_t i = 0; i < sequences.size(); ++i) {
     const SequenceStep& s = sequences[i];
-    if (!s.wants_logits) continue;
+    if (!s.wants_logits || (finds_largest_ && s.num_candidates == 1)) continue;
     const int64_t count = s.kind == SegmentKind::kVerify ? std::ssize(s.tokens) : 1;
-    std::fill_n(candidates.begin() + step_.built.logit_rows[i], count, s.num_candidates);
+    std::fill_n(needs.begin() + step.built.logit_rows[i], count, s.num_candidates);
   }
-  return candidates;
+  return needs;
 }
 
 ModelRunner::Result ModelRunner::forward(const StepInput& input) {
@@ -136,6 +138,7 @@ void ModelRunner::wait() {
     const kernel::LargestLogits largest{step_.largest.wait()};
     step_.tokens = largest.tokens();
     step_.values = largest.values();
+    if (step_.wanted) step_.wanted->to_host();
   } else if (ranks_ == nullptr) {
     result.logits = result.logits.to(at::kCPU).contiguous();
   }
@@ -149,43 +152,18 @@ int64_t ModelRunner::first_row(size_t sequence) const {
   return row;
 }
 
-// The logits that are read on the host, and where among them the first of each of `rows` is; -1: it reads none.
-at::Tensor ModelRunner::logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const {
-  if (ranks_ != nullptr) {
-    places.resize(rows.size());
-    return {};
-  }
-  if (!finds_largest_) {
-    for (const SampleRow& row : rows) places.push_back(first_row(row.sequence));
-    return step_.result.logits;
-  }
-  std::vector<int64_t> wanted;
-  for (const SampleRow& row : rows) {
-    const int64_t first = first_row(row.sequence);
-    if (row.sampler->is_greedy()) {
-      places.push_back(-1);
-      continue;
-    }
-    places.push_back(std::ssize(wanted));
-    for (int64_t i = 0; i <= std::ssize(row.drafts); ++i) wanted.push_back(first + i);
-  }
-  if (wanted.empty()) return {};
-  return select_rows(step_.result.logits, wanted).to(at::kCPU);
-}
-
-// The next token of a row of all logits, which is row `place` of those on the host.
-SampledToken ModelRunner::choose(Sampler& sampler, int64_t row, const at::Tensor& logits, int64_t place) const {
+// The next token of a row of all logits.
+SampledToken ModelRunner::choose(Sampler& sampler, int64_t row) const {
   try {
-    if (place < 0) {
+    if (finds_largest_ && sampler.is_greedy()) {
       const int32_t token = step_.tokens.const_data_ptr<int32_t>()[row];
       check_largest_logit(step_.values.const_data_ptr<float>()[row], token);
       return {.token = token};
     }
-    const std::optional<ShardedLogits>& gathered = step_.result.gathered;
-    if (!gathered) return choose_from(sampler, row_of(logits, place));
-    if (sampler.is_greedy()) return {.token = gathered->largest(row)};
+    if (!step_.wanted) return choose_from(sampler, row_of(step_.result.logits, row));
+    if (sampler.is_greedy()) return {.token = step_.wanted->largest(row)};
     thread_local std::vector<float> with_candidates;  // of the size of a vocabulary: not allocated for every token
-    return choose_from(sampler, gathered->row(row, with_candidates));
+    return choose_from(sampler, step_.wanted->row(row, with_candidates));
   } catch (const NumericsError& error) {
     return {.error = error.what(), .is_spoilt = true};
   } catch (const Error& error) {
@@ -201,8 +179,6 @@ SampledToken ModelRunner::choose_from(Sampler& sampler, std::span<const float> l
 
 std::vector<std::vector<SampledToken>> ModelRunner::sample(const std::vector<SampleRow>& rows) const {
   std::vector<std::vector<SampledToken>> sampled(rows.size());
-  std::vector<int64_t> places;
-  const at::Tensor on_host = logits_on_host(rows, places);
   // Rows differ in what they cost: a thread takes one after the other.
   std::atomic<size_t> next = 0;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), std::ssize(rows));
@@ -211,8 +187,7 @@ std::vector<std::vector<SampledToken>> ModelRunner::sample(const std::vector<Sam
       const auto& [sequence, sampler, drafts] = rows[i];
       for (size_t draft = 0; draft <= drafts.size(); ++draft) {
         const auto offset = static_cast<int64_t>(draft);
-        const int64_t place = places[i] < 0 ? -1 : places[i] + offset;
-        sampled[i].push_back(choose(*sampler, first_row(sequence) + offset, on_host, place));
+        sampled[i].push_back(choose(*sampler, first_row(sequence) + offset));
         const SampledToken& last = sampled[i].back();
         if (last.error || draft == drafts.size() || last.token != drafts[draft]) break;
         sampler->accept({&last.token, 1});

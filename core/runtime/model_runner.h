@@ -17,8 +17,8 @@
 #include "core/runtime/logprobs.h"
 #include "core/runtime/runner_options.h"
 #include "core/runtime/sampler.h"
-#include "core/runtime/sharded_logits.h"
 #include "core/runtime/stopwatch.h"
+#include "core/runtime/wanted_logits.h"
 
 namespace xgdn {
 
@@ -108,11 +108,10 @@ class ModelRunner {
   // What the device gives back of a step.
   struct Result {
     at::Tensor logits;
-    at::Tensor hidden;                      // of the sequences that want it, on the device
-    at::Tensor hidden_sums;                 // [P] f32 of their elements, on the host after wait()
-    at::Tensor all_hidden;                  // as StepOutput's
-    kernel::LargestLogits largest;          // where the device finds them
-    std::optional<ShardedLogits> gathered;  // of several ranks
+    at::Tensor hidden;              // of the sequences that want it, on the device
+    at::Tensor hidden_sums;         // [P] f32 of their elements, on the host after wait()
+    at::Tensor all_hidden;          // as StepOutput's
+    kernel::LargestLogits largest;  // where the device finds them
   };
   struct RecordedStep {
     std::unique_ptr<kernel::DeviceGraph> graph;  // null: seen once
@@ -122,19 +121,19 @@ class ModelRunner {
   struct Step {
     BuiltStep built;
     Result result;
-    HostCopy largest;           // of the result
-    at::Tensor tokens, values;  // of its logits, on the host after wait()
-    Stopwatch since_start;      // or since it was taken
+    HostCopy largest;                    // of the result
+    at::Tensor tokens, values;           // of its logits, on the host after wait()
+    std::optional<WantedLogits> wanted;  // where they do not say it all, and of several ranks
+    Stopwatch since_start;               // or since it was taken
   };
 
-  void start(Step& step);
+  void start(Step& step, const std::vector<SequenceStep>& sequences);
   Result forward(const StepInput& input);
   bool can_be_recorded(const StepInput& input) const;
   Result run_recorded(const StepInput& input);
   int64_t first_row(size_t sequence) const;
-  at::Tensor logits_on_host(const std::vector<SampleRow>& rows, std::vector<int64_t>& places) const;
-  std::vector<int64_t> candidates_of_rows(const std::vector<SequenceStep>& sequences) const;
-  SampledToken choose(Sampler& sampler, int64_t row, const at::Tensor& logits, int64_t place) const;
+  std::vector<int64_t> needs_of_rows(const Step& step, const std::vector<SequenceStep>& sequences) const;
+  SampledToken choose(Sampler& sampler, int64_t row) const;
   static SampledToken choose_from(Sampler& sampler, std::span<const float> logits);
 
   std::shared_ptr<const HybridDecoder> model_;

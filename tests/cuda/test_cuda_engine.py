@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import checkpoints
 import xgdn
@@ -44,6 +45,47 @@ def test_the_largest_logit_of_any_row_is_found(vocab_size: int, tmp_path: Path) 
         for i, token in enumerate(got.tokens):
             logits = engine.prompt_logits(prompt + got.tokens[:i])[-1]
             assert logits[token] >= logits.max() - 1e-2
+
+
+@pytest.mark.parametrize("are_equal", [False, True])
+@pytest.mark.parametrize("vocab_size", [131, 1000, 20_003])
+def test_tokens_of_the_likeliest_are_those_of_whole_rows(vocab_size: int, are_equal: bool, tmp_path: Path) -> None:
+    """Requests that draw from few tokens have those found on the device; with log-probabilities whole rows come.
+
+    With equal logits, far more than any list of the likeliest has room for, the first tokens are the likeliest.
+    """
+    model = checkpoints.Tiny("wide", checkpoints.qwen3_5, {"vocab_size": vocab_size, "tie_word_embeddings": False})
+    directory, _ = checkpoints.make(model, tmp_path)
+    if are_equal:
+        path = directory / "model.safetensors"
+        weights = load_file(path)
+        weights["lm_head.weight"].zero_()
+        save_file(weights, path, metadata={"format": "pt"})
+    runner = xgdn.RunnerOptions(max_batch_size=8, max_cached_tokens=2048)
+    engine = xgdn.Engine(directory, device="cuda", dtype=torch.float32, runner=runner)
+    drawn = set()
+    for top_k in (1, 2, 20, 131, 256, 257):
+        replies = []
+        for logprobs in (None, 0):
+            for i, length in enumerate(PROMPT_LENGTHS):
+                mixed = xgdn.SamplingParams(temperature=0.0) if i == 1 else None
+                sampling = xgdn.SamplingParams(
+                    temperature=1.3, top_k=top_k, top_p=0.97, min_p=0.01, seed=i, logprobs=logprobs
+                )
+                prompt = torch.randint(0, 128, (length,), generator=torch.Generator().manual_seed(i)).tolist()
+                engine.submit(xgdn.Request(prompt, max_new_tokens=12, ignore_eos=True, sampling=mixed or sampling))
+            tokens: dict[int, list[int]] = {}
+            while not engine.is_idle():
+                for event in engine.step():
+                    assert not event.error
+                    tokens.setdefault(event.id, []).extend(event.tokens)
+            replies.append(list(tokens.values()))
+        assert replies[0] == replies[1], f"top_k={top_k}"
+        of_drawn = {token for i in (0, 2, 3) for token in replies[0][i]}
+        if are_equal:
+            assert of_drawn <= set(range(top_k)), f"top_k={top_k}"
+        drawn |= of_drawn
+    assert len(drawn) > 20
 
 
 def test_sequences_that_go_on_from_others_beside_recorded_steps(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@
 #include "core/kernels/cuda/gdn_gating.h"
 #include "core/kernels/cuda/graph.h"
 #include "core/kernels/cuda/largest_logits.h"
+#include "core/kernels/cuda/likeliest_logits.h"
 #include "core/kernels/cuda/linear.h"
 #include "core/kernels/cuda/moe_experts.h"
 #include "core/kernels/cuda/paged_attention.h"
@@ -143,6 +144,18 @@ class CudaBackend final : public Backend {
                           .tokens = found.tokens().mutable_data_ptr<int32_t>(),
                           .largest = found.values().mutable_data_ptr<float>()},
                          current_stream(logits));
+    return found;
+  }
+  at::Tensor likeliest_logits(const at::Tensor& logits, int64_t count) const override {
+    static_assert(kMostLikeliest <= cuda::kMostFound);
+    const int64_t R = logits.size(0);
+    const at::Tensor found = at::empty({R, 2, count}, logits.options().dtype(at::kInt));
+    cuda::likeliest_logits({.R = R,
+                            .V = logits.size(1),
+                            .count = count,
+                            .logits = logits.const_data_ptr<float>(),
+                            .found = found.mutable_data_ptr<int32_t>()},
+                           current_stream(logits));
     return found;
   }
 #ifdef XGDN_TORCH_HAS_CUDA

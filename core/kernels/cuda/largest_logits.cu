@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The largest number of each row and its place: of several the first; a NaN is larger than any number.
+// The largest number of each row and its place, in the order of logit_keys.cuh.
 //
-// A cluster of blocks has a row, each thread every so many neighbours. Number and place are one integer, the larger the
-// better, so that what is found does not depend on the order of the search.
+// A cluster of blocks has a row, each thread every so many neighbours.
 #include "core/kernels/cuda/largest_logits.h"
 
 #include <cooperative_groups.h>
@@ -12,6 +11,7 @@
 #include "core/kernels/cuda/dependent_launch.cuh"
 #include "core/kernels/cuda/device_facts.h"
 #include "core/kernels/cuda/launch.h"
+#include "core/kernels/cuda/logit_keys.cuh"
 
 namespace xgdn::kernel::cuda {
 namespace {
@@ -21,21 +21,6 @@ namespace cg = cooperative_groups;
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kCluster = 8;
-
-// The order of numbers above that of places, where the first is the best. -0 counts as 0.
-__device__ uint64_t key_of(float x, uint32_t place) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);
-  const uint32_t ordered = isnan(x) ? ~0u : (bits >> 31) != 0 ? ~bits : bits | 1u << 31;
-  return static_cast<uint64_t>(ordered) << 32 | ~place;
-}
-
-__device__ uint64_t best_of_warp(uint64_t key) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    key = max(key, static_cast<uint64_t>(__shfl_xor_sync(0xffffffffu, static_cast<unsigned long long>(key), step)));
-  }
-  return key;
-}
 
 // kIsWhole: rows are aligned to 16 bytes.
 template <bool kIsWhole>
@@ -54,21 +39,11 @@ __global__ void __launch_bounds__(kThreads) largest_kernel(const LargestLogitsAr
   begin_overlapped();
 
   uint64_t best = 0;
-  if constexpr (kIsWhole) {
-#pragma unroll 4
-    for (uint32_t i = first; i < V / 4; i += step) {
-      const float4 x = reinterpret_cast<const float4*>(row)[i];
-      best = max(best, max(max(key_of(x.x, 4 * i), key_of(x.y, 4 * i + 1)),
-                           max(key_of(x.z, 4 * i + 2), key_of(x.w, 4 * i + 3))));
-    }
-  } else {
-#pragma unroll 4
-    for (uint32_t i = first; i < V; i += step) best = max(best, key_of(row[i], i));
-  }
-  best = best_of_warp(best);
+  for_each_key<kIsWhole>(row, V, first, step, [&](uint64_t key) { best = max(best, key); });
+  best = best_of_lanes<32>(best);
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = best;
   __syncthreads();
-  if (threadIdx.x < 32) best = best_of_warp(of_warps[threadIdx.x]);
+  if (threadIdx.x < 32) best = best_of_lanes<32>(of_warps[threadIdx.x]);
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) *cluster.map_shared_rank(of_blocks + rank, 0) = best;
   cluster.sync();
@@ -77,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) largest_kernel(const LargestLogitsAr
 #endif
   if (rank != 0 || threadIdx.x != 0) return;
   for (int i = 0; i < blocks; ++i) best = max(best, of_blocks[i]);
-  const uint32_t place = ~static_cast<uint32_t>(best);
+  const uint32_t place = token_of(best);
   args.largest[blockIdx.y] = row[place];
   args.tokens[blockIdx.y] = static_cast<int32_t>(place);
 }

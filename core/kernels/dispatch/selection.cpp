@@ -123,6 +123,11 @@ LargestLogits largest_logits(const at::Tensor& logits) {
   return backend != nullptr ? backend->largest_logits(logits) : LargestLogits();
 }
 
+at::Tensor likeliest_logits(const at::Tensor& logits, int64_t count) {
+  const Backend* backend = backend_that(&Backend::finds_largest_logits, logits.device());
+  return backend != nullptr ? backend->likeliest_logits(logits, count) : at::Tensor();
+}
+
 bool copies_contexts(c10::Device device, const std::string& backend) {
   const std::string name = backend == "auto" ? default_backend(Op<PagedAttentionParams>::phase) : backend;
   const auto serves = [&](const Backend* b) {

@@ -16,7 +16,7 @@
 
 #include "core/runtime/leader.h"
 #include "core/runtime/rank_command.h"
-#include "core/runtime/sharded_logits.h"
+#include "core/runtime/wanted_logits.h"
 #include "core/runtime/sharded_memory.h"
 #include "core/runtime/state_pool.h"
 #include "tests/cpp/support/compare.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/runtime/sharded_logits.h"
+#include "core/runtime/wanted_logits.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -11,17 +11,17 @@
 #include <limits>
 #include <numeric>
 
+#include "core/kernels/device.h"
 #include "core/runtime/logit_row.h"
 #include "core/runtime/select_rows.h"
 
 namespace xgdn {
 namespace {
 
-constexpr int64_t kMostCandidates = 256;
-
 // `rows` in ascending order, each once.
 at::Tensor part_of(const at::Tensor& table, const std::vector<int64_t>& rows) {
-  return std::ssize(rows) == table.size(0) ? table : select_rows(table, rows);
+  const auto count = std::ssize(rows);
+  return rows.back() - rows.front() + 1 == count ? table.narrow(0, rows.front(), count) : select_rows(table, rows);
 }
 
 // The `count` likeliest tokens of each row: their logits' bits and themselves, [n, 2, count] i32.
@@ -49,6 +49,7 @@ at::Tensor likeliest_on_host(const at::Tensor& logits, int64_t count) {
 
 at::Tensor likeliest(const at::Tensor& logits, int64_t count) {
   if (logits.device().is_cpu()) return likeliest_on_host(logits, count);
+  if (kernel::finds_largest_logits(logits.device())) return kernel::likeliest_logits(logits.contiguous(), count);
   const auto [values, tokens] = at::sort(logits, /*stable=*/true, /*dim=*/1, /*descending=*/true);
   return at::stack({values.narrow(1, 0, count).contiguous().view(at::kInt), tokens.narrow(1, 0, count).to(at::kInt)},
                    1);
@@ -63,44 +64,54 @@ int64_t num_candidates(const Request& request) {
                          !p.bad_words.empty();
   if (has_rules || p.logprobs) return 0;
   if (p.temperature == 0.0) return 1;
-  return p.top_k <= kMostCandidates ? p.top_k : 0;
+  return p.top_k <= kernel::kMostLikeliest ? p.top_k : 0;
 }
 
-ShardedLogits::ShardedLogits(const at::Tensor& local, const std::vector<int64_t>& needs, ProcessGroup& group)
+WantedLogits::WantedLogits(const at::Tensor& local, const std::vector<int64_t>& needs, ProcessGroup* group)
     : part_(local.size(1)) {
   std::vector<int64_t> whole;
   std::vector<int64_t> with_candidates;
+  const auto gathered = [group](const at::Tensor& part) {
+    return group == nullptr ? part.unsqueeze(0) : group->all_gather(part);
+  };
   for (size_t row = 0; row < needs.size(); ++row) {
     std::vector<int64_t>& rows = needs[row] == 0 ? whole : with_candidates;
     is_whole_.push_back(needs[row] == 0);
     places_.push_back(std::ssize(rows));
+    if (needs[row] == kNotWanted) continue;
     rows.push_back(static_cast<int64_t>(row));
     num_candidates_ = std::max(num_candidates_, needs[row]);
   }
   num_candidates_ = std::min(num_candidates_, part_);
-  if (!whole.empty()) whole_ = group.all_gather(part_of(local, whole));
-  if (!with_candidates.empty()) {
-    candidates_ = group.all_gather(likeliest(part_of(local, with_candidates), num_candidates_));
-  }
+  if (!whole.empty()) whole_ = gathered(part_of(local, whole)).permute({1, 0, 2}).flatten(1);
+  if (!with_candidates.empty()) candidates_ = gathered(likeliest(part_of(local, with_candidates), num_candidates_));
 }
 
-void ShardedLogits::to_host() {
-  if (whole_.defined()) whole_ = whole_.permute({1, 0, 2}).flatten(1).to(at::kCPU).contiguous();
-  if (candidates_.defined()) candidates_ = candidates_.to(at::kCPU).contiguous();
+void WantedLogits::start_to_host() {
+  if (whole_.defined()) whole_on_its_way_.emplace(whole_);
+  if (candidates_.defined()) candidates_on_their_way_.emplace(candidates_);
 }
 
-std::span<const float> ShardedLogits::candidates(int64_t row, int64_t rank) const {
+void WantedLogits::to_host() {
+  const auto arrived = [](const at::Tensor& tensor, std::optional<HostCopy>& copy) {
+    return copy ? copy->wait() : tensor.to(at::kCPU).contiguous();
+  };
+  if (whole_.defined()) whole_ = arrived(whole_, whole_on_its_way_);
+  if (candidates_.defined()) candidates_ = arrived(candidates_, candidates_on_their_way_);
+}
+
+std::span<const float> WantedLogits::candidates(int64_t row, int64_t rank) const {
   const int64_t begin = (rank * candidates_.size(1) + places_.at(static_cast<size_t>(row))) * 2 * num_candidates_;
   return {reinterpret_cast<const float*>(candidates_.const_data_ptr<int32_t>()) + begin,
           static_cast<size_t>(num_candidates_)};
 }
 
-std::span<const int32_t> ShardedLogits::tokens(int64_t row, int64_t rank) const {
+std::span<const int32_t> WantedLogits::tokens(int64_t row, int64_t rank) const {
   const int64_t begin = ((rank * candidates_.size(1) + places_.at(static_cast<size_t>(row))) * 2 + 1) * num_candidates_;
   return {candidates_.const_data_ptr<int32_t>() + begin, static_cast<size_t>(num_candidates_)};
 }
 
-std::span<const float> ShardedLogits::row(int64_t row, std::vector<float>& memory) const {
+std::span<const float> WantedLogits::row(int64_t row, std::vector<float>& memory) const {
   if (is_whole_.at(static_cast<size_t>(row))) {
     const int64_t vocab = whole_.size(1);
     return {whole_.const_data_ptr<float>() + places_[static_cast<size_t>(row)] * vocab, static_cast<size_t>(vocab)};
@@ -115,7 +126,7 @@ std::span<const float> ShardedLogits::row(int64_t row, std::vector<float>& memor
   return memory;
 }
 
-int32_t ShardedLogits::largest(int64_t row) const {
+int32_t WantedLogits::largest(int64_t row) const {
   const auto of_rank = [&](int64_t rank) {
     return TokenLogit{candidates(row, rank).front(), rank * part_ + tokens(row, rank).front()};
   };
