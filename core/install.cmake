@@ -61,6 +61,7 @@ set(xgdn_public_headers
   runtime/follower.h
   runtime/grammar.h
   runtime/grammar_masks.h
+  runtime/host_copy.h
   runtime/kv_cache.h
   runtime/leader.h
   runtime/load_decoder.h
@@ -75,6 +76,7 @@ set(xgdn_public_headers
   runtime/process_group.h
   runtime/rank_command.h
   runtime/request.h
+  runtime/runner_options.h
   runtime/sampler.h
   runtime/sampling_params.h
   runtime/scheduler.h
@@ -82,13 +84,12 @@ set(xgdn_public_headers
   runtime/sequence_memory.h
   runtime/session.h
   runtime/session_file.h
-  runtime/sharded_logits.h
   runtime/sharded_memory.h
-  runtime/runner_options.h
   runtime/state_pool.h
   runtime/step_buffers.h
   runtime/stopwatch.h
   runtime/turn_mutex.h
+  runtime/wanted_logits.h
 )
 foreach(_header IN LISTS xgdn_public_headers)
   get_filename_component(_folder "${_header}" DIRECTORY)

@@ -11,7 +11,7 @@
 #include <limits>
 #include <numeric>
 
-#include "core/kernels/device.h"
+#include "core/kernels/ops_api.h"
 #include "core/runtime/logit_row.h"
 #include "core/runtime/select_rows.h"
 
