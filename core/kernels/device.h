@@ -46,7 +46,7 @@ struct LargestLogits {
   at::Tensor values() const { return packed.select(0, 1).view(at::kFloat); }  // [R]  f32
 };
 
-/// Of logits [R, V], contiguous f32, on the device; where finds_largest_logits is true.
+/// Of logits [R, V], contiguous f32, on their device.
 LargestLogits largest_logits(const at::Tensor& logits);
 
 /// Tokens of a row that likeliest_logits() finds, at most.

@@ -7,8 +7,9 @@
 namespace xgdn {
 
 HostCopy::HostCopy(const at::Tensor& tensor)
-    : on_host_(at::empty(tensor.sizes(), tensor.options().device(at::kCPU).pinned_memory(true))) {
+    : on_host_(at::empty(tensor.sizes(), tensor.options().device(at::kCPU).pinned_memory(!tensor.is_cpu()))) {
   on_host_.copy_(tensor, /*non_blocking=*/true);
+  if (tensor.is_cpu()) return;
   const c10::impl::VirtualGuardImpl device(tensor.device().type());
   event_.emplace(tensor.device().type()).record(device.getStream(tensor.device()));
 }

@@ -2,7 +2,6 @@
 #include "core/runtime/model_runner.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/argmax.h>
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
@@ -32,7 +31,8 @@ ModelRunner::ModelRunner(std::shared_ptr<const HybridDecoder> model, const Runne
       builder_(batch_limits(*model_, options), model_->device()),
       state_{states.layers(), kv.layers()},
       has_graphs_(ranks == nullptr && kernel::has_graphs(model_->device())),
-      finds_largest_(ranks == nullptr && kernel::finds_largest_logits(model_->device())) {}
+      finds_largest_(ranks == nullptr &&
+                     (kernel::finds_largest_logits(model_->device()) || runs_ahead(*model_, options))) {}
 
 void ModelRunner::launch(const std::vector<SequenceStep>& sequences) {
   ahead_.reset();
@@ -66,7 +66,7 @@ void ModelRunner::start(Step& step, const std::vector<SequenceStep>& sequences) 
 // The tokens never leave the device. Sequences that were neighbours in the last step have theirs copied at once.
 void ModelRunner::launch_ahead(const std::vector<SequenceStep>& sequences, const std::vector<size_t>& behind) {
   Step ahead{.built = builder_.build(sequences)};
-  const at::Tensor chosen = finds_largest_ ? step_.result.largest.tokens() : at::argmax(step_.result.logits, /*dim=*/1);
+  const at::Tensor chosen = step_.result.largest.tokens();
   const at::Tensor& tokens = ahead.built.input.token_ids;
   const auto count = std::ssize(behind);
   for (int64_t begin = 0, end = 0; begin < count; begin = end) {
@@ -155,7 +155,7 @@ int64_t ModelRunner::first_row(size_t sequence) const {
 // The next token of a row of all logits.
 SampledToken ModelRunner::choose(Sampler& sampler, int64_t row) const {
   try {
-    if (finds_largest_ && sampler.is_greedy()) {
+    if (finds_largest_ && !(step_.wanted && step_.wanted->has(row))) {
       const int32_t token = step_.tokens.const_data_ptr<int32_t>()[row];
       check_largest_logit(step_.values.const_data_ptr<float>()[row], token);
       return {.token = token};

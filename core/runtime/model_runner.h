@@ -54,8 +54,8 @@ class ModelRunner {
   void launch(const std::vector<SequenceStep>& sequences);
 
   /// Starts the step behind the last one before anybody knows the latter's tokens: `sequences`, which decode, go on
-  /// from its sequences `behind` with the largest logits there, in the place of the tokens that they name. For one
-  /// process, and before wait(). Throws as launch.
+  /// from its sequences `behind` with the largest logits there, in the place of the tokens that they name. Of options
+  /// that run ahead, in one process, and before wait(). Throws as launch.
   void launch_ahead(const std::vector<SequenceStep>& sequences, const std::vector<size_t>& behind);
 
   /// Makes the step that is ahead the last one.
@@ -100,7 +100,7 @@ class ModelRunner {
   /// The last step as it was packed.
   const StepInput& input() const { return step_.built.input; }
 
-  /// Its logits [R, vocab] f32: after wait() on the host, unless the device finds the largest ones itself, where a step
+  /// Its logits [R, vocab] f32: after wait() on the host, unless the largest ones are found on the device, where a step
   /// ahead may have taken their place. Of several ranks this one's part.
   const at::Tensor& logits() const { return step_.result.logits; }
 

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/mtp_drafter.h"
 
-#include <ATen/ops/argmax.h>
-
 #include <algorithm>
 #include <set>
 #include <utility>
@@ -87,10 +85,7 @@ at::Tensor MtpDrafter::forward(const at::Tensor& hidden, std::vector<Draft>& dra
 }
 
 std::vector<int32_t> MtpDrafter::largest(const at::Tensor& hidden) const {
-  const at::Tensor logits = model_->logits(hidden);
-  const bool finds_largest = kernel::finds_largest_logits(logits.device());
-  const at::Tensor tokens = finds_largest ? kernel::largest_logits(logits).tokens() : at::argmax(logits, /*dim=*/1);
-  const at::Tensor on_host = tokens.to(at::kCPU, at::kInt);
+  const at::Tensor on_host = kernel::largest_logits(model_->logits(hidden)).tokens().to(at::kCPU);
   return {on_host.const_data_ptr<int32_t>(), on_host.const_data_ptr<int32_t>() + on_host.numel()};
 }
 

@@ -1,15 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime/wanted_logits.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sort.h>
-#include <ATen/ops/stack.h>
-
 #include <algorithm>
-#include <bit>
 #include <limits>
-#include <numeric>
 
 #include "core/kernels/ops_api.h"
 #include "core/runtime/logit_row.h"
@@ -22,37 +15,6 @@ namespace {
 at::Tensor part_of(const at::Tensor& table, const std::vector<int64_t>& rows) {
   const auto count = std::ssize(rows);
   return rows.back() - rows.front() + 1 == count ? table.narrow(0, rows.front(), count) : select_rows(table, rows);
-}
-
-// The `count` likeliest tokens of each row: their logits' bits and themselves, [n, 2, count] i32.
-at::Tensor likeliest_on_host(const at::Tensor& logits, int64_t count) {
-  const at::Tensor rows = logits.contiguous();
-  const int64_t size = rows.size(1);
-  at::Tensor found = at::empty({rows.size(0), 2, count}, at::kInt);
-  at::parallel_for(0, rows.size(0), 1, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> tokens(static_cast<size_t>(size));
-    for (int64_t row = begin; row < end; ++row) {
-      const float* of_row = rows.const_data_ptr<float>() + row * size;
-      std::iota(tokens.begin(), tokens.end(), 0);
-      std::partial_sort(tokens.begin(), tokens.begin() + count, tokens.end(), [of_row](int32_t x, int32_t y) {
-        return is_likelier({of_row[x], x}, {of_row[y], y});
-      });
-      int32_t* const out = found.mutable_data_ptr<int32_t>() + row * 2 * count;
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] = std::bit_cast<int32_t>(of_row[tokens[static_cast<size_t>(i)]]);
-        out[count + i] = tokens[static_cast<size_t>(i)];
-      }
-    }
-  });
-  return found;
-}
-
-at::Tensor likeliest(const at::Tensor& logits, int64_t count) {
-  if (logits.device().is_cpu()) return likeliest_on_host(logits, count);
-  if (kernel::finds_largest_logits(logits.device())) return kernel::likeliest_logits(logits.contiguous(), count);
-  const auto [values, tokens] = at::sort(logits, /*stable=*/true, /*dim=*/1, /*descending=*/true);
-  return at::stack({values.narrow(1, 0, count).contiguous().view(at::kInt), tokens.narrow(1, 0, count).to(at::kInt)},
-                   1);
 }
 
 }  // namespace
@@ -77,14 +39,15 @@ WantedLogits::WantedLogits(const at::Tensor& local, const std::vector<int64_t>& 
   for (size_t row = 0; row < needs.size(); ++row) {
     std::vector<int64_t>& rows = needs[row] == 0 ? whole : with_candidates;
     is_whole_.push_back(needs[row] == 0);
-    places_.push_back(std::ssize(rows));
+    places_.push_back(needs[row] == kNotWanted ? -1 : std::ssize(rows));
     if (needs[row] == kNotWanted) continue;
     rows.push_back(static_cast<int64_t>(row));
     num_candidates_ = std::max(num_candidates_, needs[row]);
   }
   num_candidates_ = std::min(num_candidates_, part_);
   if (!whole.empty()) whole_ = gathered(part_of(local, whole)).permute({1, 0, 2}).flatten(1);
-  if (!with_candidates.empty()) candidates_ = gathered(likeliest(part_of(local, with_candidates), num_candidates_));
+  if (!with_candidates.empty())
+    candidates_ = gathered(kernel::likeliest_logits(part_of(local, with_candidates).contiguous(), num_candidates_));
 }
 
 void WantedLogits::start_to_host() {

@@ -32,6 +32,9 @@ class WantedLogits {
   /// world] f32: the rank's part; needs [R]: of each row, as num_candidates(), or kNotWanted. Throws RankError.
   WantedLogits(const at::Tensor& local, const std::vector<int64_t>& needs, ProcessGroup* group);
 
+  /// Whether the row is wanted.
+  bool has(int64_t row) const { return places_.at(static_cast<size_t>(row)) >= 0; }
+
   /// Starts to bring it to the host, while a device of which that is one goes on.
   void start_to_host();
   /// Waits until it is on the host. For rank 0.
@@ -49,7 +52,7 @@ class WantedLogits {
 
   int64_t part_;                 // tokens of a rank
   int64_t num_candidates_ = 0;   // of a row and a rank
-  std::vector<int64_t> places_;  // of each row among those of its kind
+  std::vector<int64_t> places_;  // of each row among those of its kind; -1: not wanted
   std::vector<bool> is_whole_;   // of each row
   at::Tensor whole_;             // [n, vocab] f32
   at::Tensor candidates_;        // [world, n, 2, C] i32  bits of the logits, and the rank's tokens

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "core/kernels/aten/likeliest_logits.h"
+
 namespace xgdn::kernel {
 namespace {
 
@@ -120,12 +122,12 @@ bool finds_largest_logits(c10::Device device) {
 
 LargestLogits largest_logits(const at::Tensor& logits) {
   const Backend* backend = backend_that(&Backend::finds_largest_logits, logits.device());
-  return backend != nullptr ? backend->largest_logits(logits) : LargestLogits();
+  return backend != nullptr ? backend->largest_logits(logits) : aten::largest_logits(logits);
 }
 
 at::Tensor likeliest_logits(const at::Tensor& logits, int64_t count) {
   const Backend* backend = backend_that(&Backend::finds_largest_logits, logits.device());
-  return backend != nullptr ? backend->likeliest_logits(logits, count) : at::Tensor();
+  return backend != nullptr ? backend->likeliest_logits(logits, count) : aten::likeliest_logits(logits, count);
 }
 
 bool copies_contexts(c10::Device device, const std::string& backend) {
