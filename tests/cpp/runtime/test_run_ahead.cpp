@@ -147,6 +147,32 @@ TEST_P(RunAhead, NotWhereItIsNotAllowedOrTokensAreNotTheLargest) {
   EXPECT_EQ(num_ahead(model(weights_, /*max_draft_tokens=*/3), options(), greedy), 0);
 }
 
+// Where tokens are found on the device, a row that draws from few comes as these, one that draws from more comes whole,
+// and a greedy one not at all, side by side in a step.
+TEST_P(RunAhead, TokensAreThoseOfWholeRows) {
+  std::vector<Request> requests;
+  for (const int64_t top_k : {1, 2, 20, 63, 64, 257, 0}) {
+    for (const int64_t n : {1, 3}) {
+      Request request{.prompt = random_tokens(requests.size(), 20), .max_new_tokens = 30, .n = n};
+      request.sampling = {.temperature = 1.3, .top_k = top_k, .top_p = 0.97, .seed = requests.size()};
+      requests.push_back(request);
+    }
+  }
+  requests.push_back({.prompt = random_tokens(50, 20), .max_new_tokens = 35});
+  requests.push_back({.prompt = random_tokens(51, 20), .max_new_tokens = 35, .sampling = {.logprobs = 2}});
+  Engine engine(model_, options(40));
+  Engine waiting(model_, {.max_batch_size = 40, .max_cached_tokens = 4096, .run_ahead = false});
+  const std::vector<GenerationResult> got = engine.generate(requests), want = waiting.generate(requests);
+  ASSERT_EQ(got.size(), want.size());
+  for (size_t i = 0; i < got.size(); ++i) {
+    EXPECT_EQ(got[i].tokens, want[i].tokens) << "result " << i;
+    ASSERT_EQ(got[i].logprobs.size(), want[i].logprobs.size());
+    for (size_t t = 0; t < got[i].logprobs.size(); ++t) {
+      EXPECT_EQ(got[i].logprobs[t].chosen, want[i].logprobs[t].chosen);
+    }
+  }
+}
+
 TEST_P(RunAhead, ARequestThatComesWaitsForOneStepMore) {
   Engine engine(model_, options());
   engine.submit({.prompt = random_tokens(1, 10), .max_new_tokens = 100});
@@ -267,7 +293,7 @@ TEST_P(RunAhead, RandomRequestsGetTheTokensThatTheyGetAlone) {
     while (requests.size() < 20 || !engine.is_idle()) {
       if (requests.size() < 20 && below(5) == 0) {
         Request request{.prompt = random_tokens(random() % 8, 1 + below(60)), .max_new_tokens = 1 + below(60)};
-        if (below(6) == 0) request.sampling = {.temperature = 1.0, .seed = random()};
+        if (below(6) == 0) request.sampling = {.temperature = 1.0, .top_k = below(70), .seed = random()};
         if (below(6) == 0) request.n = 1 + below(static_cast<uint64_t>(sizes.max_batch_size));
         if (below(3) == 0) request.stop_token_ids = {static_cast<int32_t>(below(64)), static_cast<int32_t>(below(64))};
         request.is_rewindable = request.n == 1 && below(2) == 0;
