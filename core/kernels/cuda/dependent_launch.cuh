@@ -16,8 +16,8 @@
 namespace xgdn::kernel::cuda {
 
 /// Waits for the end of the kernel before this one in the stream. Every thread comes here before it leaves, and before
-/// it reads or writes memory. It may read indices earlier, numbers of slots, lengths and tables: no kernel that lets the
-/// next one come early writes those.
+/// it reads or writes memory. It may read indices earlier, numbers of slots, lengths and tables: no kernel that lets
+/// the next one come early writes those.
 __device__ inline void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -16,9 +16,9 @@
 
 #include "core/runtime/leader.h"
 #include "core/runtime/rank_command.h"
-#include "core/runtime/wanted_logits.h"
 #include "core/runtime/sharded_memory.h"
 #include "core/runtime/state_pool.h"
+#include "core/runtime/wanted_logits.h"
 #include "tests/cpp/support/compare.h"
 #include "tests/cpp/support/expect_error.h"
 #include "tests/cpp/support/tiny_model.h"
