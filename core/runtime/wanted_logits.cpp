@@ -17,6 +17,11 @@ at::Tensor part_of(const at::Tensor& table, const std::vector<int64_t>& rows) {
   return rows.back() - rows.front() + 1 == count ? table.narrow(0, rows.front(), count) : select_rows(table, rows);
 }
 
+// [n, vocab] of the ranks' parts [world, n, part].
+at::Tensor rows_of(const at::Tensor& parts) {
+  return parts.permute({1, 0, 2}).flatten(1);
+}
+
 }  // namespace
 
 int64_t num_candidates(const Request& request) {
@@ -45,22 +50,23 @@ WantedLogits::WantedLogits(const at::Tensor& local, const std::vector<int64_t>& 
     num_candidates_ = std::max(num_candidates_, needs[row]);
   }
   num_candidates_ = std::min(num_candidates_, part_);
-  if (!whole.empty()) whole_ = gathered(part_of(local, whole)).permute({1, 0, 2}).flatten(1);
+  if (!whole.empty()) whole_ = gathered(part_of(local, whole));
   if (!with_candidates.empty())
     candidates_ = gathered(kernel::likeliest_logits(part_of(local, with_candidates).contiguous(), num_candidates_));
 }
 
 void WantedLogits::start_to_host() {
-  if (whole_.defined()) whole_on_its_way_.emplace(whole_);
+  if (whole_.defined()) whole_on_its_way_.emplace(rows_of(whole_));
   if (candidates_.defined()) candidates_on_their_way_.emplace(candidates_);
 }
 
 void WantedLogits::to_host() {
-  const auto arrived = [](const at::Tensor& tensor, std::optional<HostCopy>& copy) {
-    return copy ? copy->wait() : tensor.to(at::kCPU).contiguous();
-  };
-  if (whole_.defined()) whole_ = arrived(whole_, whole_on_its_way_);
-  if (candidates_.defined()) candidates_ = arrived(candidates_, candidates_on_their_way_);
+  if (whole_.defined()) {
+    whole_ = whole_on_its_way_ ? whole_on_its_way_->wait() : rows_of(whole_).to(at::kCPU).contiguous();
+  }
+  if (candidates_.defined()) {
+    candidates_ = candidates_on_their_way_ ? candidates_on_their_way_->wait() : candidates_.to(at::kCPU).contiguous();
+  }
 }
 
 std::span<const float> WantedLogits::candidates(int64_t row, int64_t rank) const {
@@ -102,7 +108,7 @@ int32_t WantedLogits::largest(int64_t row) const {
 }
 
 at::Tensor gather_logits(const at::Tensor& local, ProcessGroup& group) {
-  return group.all_gather(local).permute({1, 0, 2}).flatten(1);
+  return rows_of(group.all_gather(local));
 }
 
 }  // namespace xgdn

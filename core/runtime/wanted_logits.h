@@ -54,7 +54,7 @@ class WantedLogits {
   int64_t num_candidates_ = 0;   // of a row and a rank
   std::vector<int64_t> places_;  // of each row among those of its kind; -1: not wanted
   std::vector<bool> is_whole_;   // of each row
-  at::Tensor whole_;             // [n, vocab] f32
+  at::Tensor whole_;             // [world, n, part], on the host [n, vocab] f32
   at::Tensor candidates_;        // [world, n, 2, C] i32  bits of the logits, and the rank's tokens
   std::optional<HostCopy> whole_on_its_way_, candidates_on_their_way_;
 };
