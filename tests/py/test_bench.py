@@ -156,7 +156,7 @@ def test_bench_model_profile_counts_the_ops_of_a_step() -> None:
         in_all = sum(op["inside"] + op["before"] for op in profile["ops"])
         assert 0 < in_all < profile["step"]
         assert in_all + profile["after"] == pytest.approx(profile["step"])
-    assert decode["step"] <= mean <= 2 * decode["step"]  # what lies between two steps is in their times
+    assert decode["step"] <= mean <= 1.5 * decode["step"]  # what lies between two steps is in their times
 
 
 def test_bench_model_profile_prints_a_table_for_each_kind_of_step() -> None:

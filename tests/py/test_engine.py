@@ -129,7 +129,7 @@ def test_steps_that_start_ahead_choose_the_same_tokens(model: Tiny, tmp_path: Pa
             for event in engine.step():
                 replies.setdefault(event.id, []).extend(event.tokens)
             num_ahead += engine.last_step.started_ahead
-        assert (num_ahead > 20) is (run_ahead is True)
+        assert num_ahead > 20 if run_ahead else num_ahead == 0
         tokens.append(replies)
     assert tokens[0] == tokens[1] == tokens[2]
 

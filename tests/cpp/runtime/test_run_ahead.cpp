@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,7 +31,6 @@ class Replies {
     FinishReason finish_reason = FinishReason::kRunning;
     std::string error;
     int64_t num_prefilled = 0;
-    int64_t num_cached = 0;
   };
 
   void book(const std::vector<RequestEvent>& events) {
@@ -41,7 +41,6 @@ class Replies {
       reply.finish_reason = event.finish_reason;
       reply.error = event.error;
       reply.num_prefilled = event.num_prefilled;
-      reply.num_cached = event.num_cached;
     }
   }
 
